@@ -1,0 +1,40 @@
+# `make demo` and `make test` need python3 and make; each makes .venv from the pinned versions and runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt
+
+.PHONY: help demo test test-all lint bench default-scorer clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  -/'
+
+demo: $(VENV)/.installed  ## curate the sample that comes with the package
+	$(BIN)/car-datasets demo --output $${OUTPUT:-demo-result}
+
+test: $(VENV)/.installed-test  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-test  ## all tests, and how much of the package they run
+	$(BIN)/python -m pytest -m "" --cov=car_datasets --cov-report=term
+
+lint: $(VENV)/.installed-test  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/.installed-test  ## the benchmarks; run nothing else meanwhile
+	$(BIN)/python -m tests.benchmarks
+
+default-scorer: $(VENV)/.installed  ## rebuild the embedded scorer's head from DATA (CaR's expert_score_*.csv) into OUTPUT
+	$(BIN)/python -m car_datasets.training --train $(DATA)/expert_score_train.csv --valid $(DATA)/expert_score_valid.csv --output $(OUTPUT)
+
+clean:  ## remove what make has made
+	rm -rf $(VENV) build *.egg-info demo-result
+
+$(VENV)/.installed: setup.cfg pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	touch $@

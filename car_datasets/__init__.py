@@ -1,0 +1,61 @@
+"""Pick the best and most diverse subset of an instruction-tuning dataset: CaR (Clustering and Ranking, EMNLP 2024).
+
+Every stage is a small, picklable callable that adds columns to a `datasets.Dataset`. Names are loaded on first use (PEP
+562): importing this package imports neither torch nor transformers, which a spawned worker would pay for each time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from car_datasets.version import __version__
+
+if TYPE_CHECKING:
+    from car_datasets.clustering import ClusterModel, cluster_filter
+    from car_datasets.embedding import TextEmbedder
+    from car_datasets.loading import load_instructions
+    from car_datasets.modeling_iqs import IQSConfig, IQSModel
+    from car_datasets.recipe import Recipe, curate
+    from car_datasets.reporting import SelectionReport
+    from car_datasets.scoring import QualityScorer
+    from car_datasets.selection import select_car
+
+_HOME = {
+    "ClusterModel": "clustering",
+    "IQSConfig": "modeling_iqs",
+    "IQSModel": "modeling_iqs",
+    "QualityScorer": "scoring",
+    "Recipe": "recipe",
+    "SelectionReport": "reporting",
+    "TextEmbedder": "embedding",
+    "cluster_filter": "clustering",
+    "curate": "recipe",
+    "load_instructions": "loading",
+    "select_car": "selection",
+}
+
+__all__ = [
+    "ClusterModel",
+    "IQSConfig",
+    "IQSModel",
+    "QualityScorer",
+    "Recipe",
+    "SelectionReport",
+    "TextEmbedder",
+    "__version__",
+    "cluster_filter",
+    "curate",
+    "load_instructions",
+    "select_car",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,46 @@
+"""Token ids to batches that waste little on padding: sorted by length, cut by a budget of tokens, not of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Measured on 2 cores: 1,024 to 2,048 tokens a batch beat larger ones by up to 2 times. GPUs want 32k and more.
+CPU_BUDGET = 2048
+ACCELERATOR_BUDGET = 32768
+
+
+def token_budget(device: torch.device) -> int:
+    """Tokens, padding included, of one batch on this device."""
+    return CPU_BUDGET if device.type == "cpu" else ACCELERATOR_BUDGET
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Cut texts into batches of at most `budget` padded tokens, longest first, so that memory peaks at the start.
+
+    Args:
+        lengths (`Sequence[int]`): tokens per text.
+        budget (`int`): rows times the longest row of a batch; a text longer than that is a batch of its own.
+
+    Yields:
+        `list[int]`: positions in `lengths`; together they are every position once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        rows = max(1, budget // max(1, lengths[order[start]]))
+        yield order[start : start + rows]
+        start += rows
+
+
+def pad(ids: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids to a padded tensor and its mask, both of shape `(texts, longest)`, int64."""
+    longest = max(len(row) for row in ids)
+    padded = torch.full((len(ids), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids), longest), dtype=torch.long)
+    for i, row in enumerate(ids):
+        padded[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return padded.to(device), mask.to(device)

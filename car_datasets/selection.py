@@ -1,0 +1,201 @@
+"""SELECT: CaR's rule as column arithmetic (CaR sec. 3.3): the n1 best by score, and the n2 best of every cluster.
+
+Does: read two columns, compute ranks, return the chosen rows with the reason for each. Ties go to the earlier row, so
+equal input gives an equal selection on any machine.
+Does not: touch text, compute scores or clusters, or compare rows by their content (the original does, and merges equal
+rows).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SELECTION_COLUMNS = ("selected_by", "score_rank", "cluster_rank")
+BY_SCORE, BY_CLUSTER, BY_BOTH = "score", "cluster", "both"
+Indices = npt.NDArray[np.int64]
+
+
+class Choice(NamedTuple):
+    """Chosen row positions, best score first, and per position why and with which ranks (1 is best)."""
+
+    positions: Indices
+    selected_by: list[str]
+    score_rank: Indices
+    cluster_rank: Indices
+
+
+def choose(
+    scores: npt.ArrayLike,
+    clusters: npt.ArrayLike,
+    n1: int | float = 1000,
+    n2: int = 1,
+    budget: int | None = None,
+) -> Choice:
+    """CaR's selection on two arrays.
+
+    Args:
+        scores (`(rows,)` float): higher is better; NaN marks a row that has no score and cannot be chosen.
+        clusters (`(rows,)` int): negative marks a row without a cluster; it can be chosen by score only.
+        n1 (`int` or `float`): rows taken by score; a float in (0, 1) is that share of the scored rows.
+        n2 (`int`): rows taken from every cluster.
+        budget (`int`, *optional*): rows in all; n1 then follows from it and from n2.
+
+    Raises:
+        ValueError: a number is negative, larger than the rows, or the budget is below what the clusters take.
+    """
+    score, cluster = np.asarray(scores, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
+    if score.shape != cluster.shape or score.ndim != 1:
+        raise ValueError(f"scores have the shape {score.shape} and clusters {cluster.shape}; both must be (rows,).")
+    scored = int(np.count_nonzero(~np.isnan(score)))
+    if n2 < 0 or n2 > max(scored, 1):
+        raise ValueError(f"n2={n2} must be between 0 and the {scored} scored rows.")
+    order = np.argsort(-score, kind="stable")[:scored]  # NaN sorts last; stable: ties by row order
+    score_rank = np.zeros(len(score), dtype=np.int64)
+    score_rank[order] = np.arange(1, scored + 1)
+    cluster_rank = _ranks_within(cluster, order)
+    from_clusters = (cluster_rank >= 1) & (cluster_rank <= n2)
+    count = _rows_by_score(n1, scored) if budget is None else _rows_for_budget(budget, from_clusters[order])
+    from_score = (score_rank >= 1) & (score_rank <= count)
+    positions = order[(from_score | from_clusters)[order]]
+    reasons = np.where(from_score & from_clusters, BY_BOTH, np.where(from_score, BY_SCORE, BY_CLUSTER))
+    return Choice(positions, reasons[positions].tolist(), score_rank[positions], cluster_rank[positions])
+
+
+def _ranks_within(cluster: Indices, order: Indices) -> Indices:
+    """The rank of every scored row in its cluster, 1 for the best; 0 for rows without score or cluster."""
+    ranks = np.zeros(len(cluster), dtype=np.int64)
+    members = order[cluster[order] >= 0]
+    grouped = members[np.argsort(cluster[members], kind="stable")]  # by cluster, best first within each
+    labels = cluster[grouped]
+    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]]) if len(labels) else np.zeros(0, dtype=np.int64)
+    sizes = np.diff(np.r_[starts, len(labels)])
+    ranks[grouped] = np.arange(len(labels)) - np.repeat(starts, sizes) + 1
+    return ranks
+
+
+def _rows_by_score(n1: int | float, scored: int) -> int:
+    if isinstance(n1, float) and not n1.is_integer():
+        if not 0 < n1 < 1:
+            raise ValueError(f"n1={n1}: a fraction must lie between 0 and 1; for a number of rows pass an int.")
+        return max(1, math.floor(n1 * scored))
+    if n1 < 0 or n1 > scored:
+        raise ValueError(f"n1={n1} must be between 0 and the {scored} rows; a fraction such as 0.05 is fine too.")
+    return int(n1)
+
+
+def _rows_for_budget(budget: int, from_clusters: npt.NDArray[np.bool_]) -> int:
+    """The n1 with which score and clusters together take `budget` rows; `from_clusters` is in order of score."""
+    taken = int(from_clusters.sum())
+    if not taken <= budget <= len(from_clusters):
+        raise ValueError(
+            f"budget={budget} must be between the {taken} rows that the clusters take (fewer with a smaller n2 or k) "
+            f"and the {len(from_clusters)} scored rows."
+        )
+    # With n1 rows by score, the union holds n1 rows and the cluster picks that come after them.
+    union = np.r_[0, np.cumsum(~from_clusters)] + taken
+    return int(np.searchsorted(union, budget, side="left"))
+
+
+def refuse_impossible(rows: int, clusters: int, n1: int | float, n2: int, budget: int | None) -> None:
+    """Raise a ValueError for an n1, n2 or budget that cannot fit, before scores are known (all rows could be scored)."""
+    if n2 < 0 or n2 > rows:
+        raise ValueError(f"n2={n2} must be between 0 and the {rows} rows.")
+    if budget is None:
+        _rows_by_score(n1, rows)
+    elif not (clusters if n2 else 0) <= budget <= rows or budget < 1:
+        raise ValueError(
+            f"budget={budget} must be between the {clusters if n2 else 1} rows that the clusters take (fewer with n2=0 or a "
+            f"smaller k) and the {rows} rows."
+        )
+
+
+def select_car(
+    dataset: Dataset,
+    n1: int | float = 1000,
+    n2: int = 1,
+    *,
+    budget: int | None = None,
+    score_column: str = "iqs_score",
+    cluster_column: str = "cluster",
+    index_column: str = "source_index",
+    allow_worse: bool = False,
+) -> Dataset:
+    """The selected rows of a scored, clustered dataset, best score first.
+
+    Args:
+        dataset (`Dataset`): with a score and a cluster for every row; nulls are never selected (by score, or at all).
+        n1, n2, budget: see [`choose`]. The paper's values are n1 = 1000 and n2 = 1.
+        score_column, cluster_column (`str`): where score and cluster stand.
+        index_column (`str`): kept if the dataset has it, else added: the row's position in `dataset`.
+        allow_worse (`bool`): do not refuse a selection whose mean score is below the pool's.
+
+    Returns:
+        `Dataset`: all columns of the chosen rows, and `selected_by` (`"score"`, `"cluster"`, `"both"`), `score_rank` and
+        `cluster_rank` (1 is best, over the pool and within the cluster; `cluster_rank` 0: no cluster).
+
+    Raises:
+        ValueError: a column is missing or would be overwritten, a number does not fit, or the selection is worse than
+            the pool. (The original's first release sorted the wrong way round and shipped the worst rows for two
+            months.)
+    """
+    _check_columns(dataset.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
+    scores = read_numbers(dataset, score_column, np.nan)
+    choice = choose(scores, read_numbers(dataset, cluster_column, -1), n1, n2, budget)
+    if len(choice.positions) == 0:
+        raise ValueError(f"n1={n1} and n2={n2} select no rows.")
+    if not allow_worse:
+        refuse_worse(scores, choice.positions)
+    chosen = dataset.select(choice.positions.tolist())
+    if index_column not in dataset.column_names:
+        chosen = chosen.add_column(index_column, choice.positions)
+    chosen = chosen.add_column("selected_by", choice.selected_by)
+    chosen = chosen.add_column("score_rank", choice.score_rank)
+    return chosen.add_column("cluster_rank", choice.cluster_rank)
+
+
+def refuse_worse(scores: npt.ArrayLike, positions: Indices) -> None:
+    """Raise a ValueError if the chosen rows score below the pool on average: then the sign of the score is wrong."""
+    values = np.asarray(scores, dtype=np.float64)
+    pool, chosen = float(np.nanmean(values)), float(values[positions].mean())
+    if chosen < pool - 1e-9 * max(1.0, abs(pool)):
+        raise ValueError(
+            f"The selection's mean score {chosen:.4f} is below the pool's {pool:.4f}. Is a higher score better in this "
+            "column? If clusters alone (a small n1) pull it down and you mean that, pass allow_worse=True (--allow-worse)."
+        )
+
+
+def read_numbers(dataset: Dataset, column: str, missing: float) -> npt.NDArray[Any]:
+    """A numeric column as one array, nulls replaced by `missing`, without a Python object per row.
+
+    Raises:
+        ValueError: the column is not numeric.
+    """
+    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    try:
+        return np.asarray(values.cast("float64" if missing != missing else "int64").fill_null(missing).to_numpy())
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
+        raise ValueError(f"The column {column!r} holds {values.type}, not numbers.") from error
+
+
+def _check_columns(seen: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:
+    missing = [c for c in needed if c not in seen]
+    if missing:
+        raise ValueError(
+            f"The dataset has no column {missing}; it has {list(seen)}. Run the stage that adds it, or name yours: "
+            "score_column=..., cluster_column=..."
+        )
+    taken = [c for c in new if c in seen]
+    if taken:
+        raise ValueError(
+            f"The dataset already has the column(s) {taken} of an earlier selection, which would be overwritten. "
+            f"Keep them under other names: dataset.rename_column({taken[0]!r}, ...), or drop them: "
+            f"dataset.remove_columns({taken})."
+        )
