@@ -1,0 +1,131 @@
+"""What tests share: no network, throw-away caches, tiny random models, and the project's data folder where there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Before any library reads them: nothing here may talk to a hub or leave files in the user's caches.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="car-datasets-tests-")
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.pop("HF_TOKEN", None)
+
+import pytest
+from datasets import Dataset
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+WORDS = "instruction input response : . , write list name three colours the a of and to is sum short poem about sea good bad".split()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The project's data folder. CI must have it; elsewhere, tests that need it are skipped."""
+    if not SHARED.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"{SHARED} is not there, and in CI it must be")
+        pytest.skip("needs the project's data folder, ../shared beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def sample_file() -> Path:
+    """The rows that the package ships."""
+    return ROOT / "car_datasets" / "sample" / "instructions.json"
+
+
+@pytest.fixture(scope="session")
+def sample_rows(sample_file: Path) -> list[dict[str, Any]]:
+    return json.loads(sample_file.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    """Six rows in the alpaca schema, one with an empty answer, one without an input."""
+    rows = [
+        ("Name three colours.", "", "Red, green and blue."),
+        ("Write a short poem about the sea.", "", "The sea is wide, the sea is deep, it sings the tired sun to sleep."),
+        ("Sum the list.", "1, 2, 3", "6"),
+        ("Name three colours.", "", ""),
+        ("Is the input good or bad?", "The soup was cold.", "Bad."),
+        ("Write a list.", None, "a, b, c"),
+    ]
+    return Dataset.from_dict(dict(zip(("instruction", "input", "output"), map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def save_tokenizer(folder: Path, max_length: int = 64) -> None:
+    """A word-level BERT tokenizer over a handful of words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **names).save_pretrained(folder)
+
+
+def tiny_encoder_config() -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_tiny_iqs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that saves a random IQS model of the given configuration and seed, with its tokenizer."""
+
+    def make(seed: int = 0, **options: Any) -> str:
+        import torch
+
+        from car_datasets import IQSConfig, IQSModel
+
+        torch.manual_seed(seed)
+        options = {"hidden_sizes": (16,), "max_tokens": 48, "template": "clean-1", **options}
+        model = IQSModel(IQSConfig(encoder_config=tiny_encoder_config(), **options))
+        for parameter in model.parameters():  # the initial weights are so small that all scores would be near equal
+            torch.nn.init.normal_(parameter, std=0.3)
+        folder = tmp_path_factory.mktemp("iqs")
+        model.save_pretrained(folder)
+        save_tokenizer(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_iqs(make_tiny_iqs: Any) -> str:
+    return make_tiny_iqs()
+
+
+@pytest.fixture(scope="session")
+def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random sentence-transformers model: encoder, mean pooling, normalisation, 40 tokens at most."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    encoder = tmp_path_factory.mktemp("encoder")
+    BertModel(tiny_encoder_config()).save_pretrained(encoder)
+    save_tokenizer(encoder)
+    transformer = modules.Transformer(str(encoder), max_seq_length=40)
+    pooling = modules.Pooling(tiny_encoder_config().hidden_size, "mean")
+    folder = tmp_path_factory.mktemp("embedder")
+    SentenceTransformer(modules=[transformer, pooling, modules.Normalize()]).save(str(folder))
+    return str(folder)
