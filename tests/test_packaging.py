@@ -1,0 +1,84 @@
+"""configs/ and hub_cards/ ship in the wheel and are found in wheel, editable install and bare checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from car_datasets import hub
+from tests.conftest import ROOT
+
+FIND = """
+from car_datasets import hub
+print(sorted(p.name for p in hub.data_folder("configs").glob("*.yaml")))
+print(sorted(p.name for p in hub.data_folder("hub_cards").glob("*.jinja")))
+print(hub.sample_file().is_file(), (hub.default_scorer_folder() / "model.safetensors").is_file(), hub.__file__)
+"""
+
+
+def expected(where: str) -> list[str]:
+    return sorted(p.name for p in (ROOT / where).iterdir() if p.suffix in (".yaml", ".jinja"))
+
+
+def run(code: str, folder: Path, path: str) -> list[str]:
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_found_in_a_checkout(tmp_path: Path) -> None:
+    lines = run(FIND, tmp_path, str(ROOT))
+    assert lines[:2] == [str(expected("configs")), str(expected("hub_cards"))]
+    assert expected("configs")
+    assert expected("hub_cards")
+
+
+@pytest.mark.slow
+def test_found_in_a_wheel(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 5_000_000
+    unpacked = tmp_path / "unpacked"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    assert (unpacked / "car_datasets" / "py.typed").is_file()
+    lines = run(FIND, tmp_path, str(unpacked))
+    assert lines[:2] == [str(expected("configs")), str(expected("hub_cards"))]
+    assert lines[2].startswith("True True")
+    assert str(unpacked) in lines[2]
+
+
+def test_every_card_template_parses() -> None:
+    folder = hub.data_folder("hub_cards")
+    environment = Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined)
+    names = environment.list_templates()
+    assert names
+    for name in names:
+        environment.get_template(name)
+
+
+def test_the_shipped_card_is_the_template_with_the_shipped_figures() -> None:
+    import json
+
+    from car_datasets import IQSConfig
+
+    folder = hub.default_scorer_folder()
+    environment = Environment(
+        loader=FileSystemLoader(hub.data_folder("hub_cards")), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    card = environment.get_template("default_scorer_card.md.jinja").render(
+        config=IQSConfig.from_pretrained(folder), figures=figures
+    )
+    assert (folder / "README.md").read_text(encoding="utf-8") == card
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["license"] == "apache-2.0"
+    assert header["base_model"] == hub.DEFAULT_ENCODER
