@@ -157,7 +157,7 @@ def test_mistakes_are_named_when_the_scorer_is_made(options: dict, message: str)
 def test_a_folder_that_is_no_iqs_model_is_refused(tiny_embedder: str, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="not an IQS model"):
         QualityScorer(tiny_embedder)
-    with pytest.raises(ValueError, match="no config[.]json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         QualityScorer(str(tmp_path))
 
 
