@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from car_datasets.version import __version__
 
 if TYPE_CHECKING:
-    from car_datasets.clustering import ClusterModel, cluster_filter
+    from car_datasets.clustering import ClusterModel
     from car_datasets.embedding import TextEmbedder
+    from car_datasets.filtering import cluster_filter
     from car_datasets.loading import load_instructions
     from car_datasets.modeling_iqs import IQSConfig, IQSModel
     from car_datasets.recipe import Recipe, curate
@@ -29,7 +30,7 @@ _HOME = {
     "Recipe": "recipe",
     "SelectionReport": "reporting",
     "TextEmbedder": "embedding",
-    "cluster_filter": "clustering",
+    "cluster_filter": "filtering",
     "curate": "recipe",
     "load_instructions": "loading",
     "select_car": "selection",

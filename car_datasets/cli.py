@@ -58,7 +58,7 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         try:
             command(**arguments)
-        except (ValueError, FileNotFoundError, PermissionError, ConnectionError) as error:
+        except (ValueError, OSError) as error:
             typer.echo(f"car-datasets: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
 
@@ -190,6 +190,8 @@ def cluster(
 ) -> None:
     """Add cluster and cluster_distance to a dataset that has embeddings; write Parquet."""
     _refuse_existing(output)
+    if save_model is not None and (save_model / "cluster_model.json").exists():
+        raise ValueError(f"--save-model {save_model} holds a cluster model already; name another folder.")
     from car_datasets.clustering import ClusterModel
     from car_datasets.rows import refuse_overwrite
 
@@ -253,6 +255,10 @@ def _write(dataset: Dataset, output: Path) -> None:
 def _refuse_existing(output: Path) -> None:
     if output.suffix != ".parquet":
         raise ValueError(f"--output {output}: name a .parquet file.")
+    if any(parent.is_file() for parent in output.parents):
+        raise ValueError(
+            f"--output {output}: {next(p for p in output.parents if p.is_file())} is a file; name a folder."
+        )
     if output.exists():
         raise ValueError(f"--output {output} is there already; name another file or move it away.")
 
@@ -278,9 +284,10 @@ def _count(n1: float | None) -> int | float | None:
 def _clusters(k: str | None) -> int | str | None:
     if k is None or k == "sqrt":
         return k
-    if not k.lstrip("-").isdigit():
-        raise ValueError(f"--k {k}: pass a number, or sqrt.")
-    return int(k)
+    try:
+        return int(k)
+    except ValueError as error:
+        raise ValueError(f"--k {k}: pass a number, or sqrt.") from error
 
 
 def _columns(text: str | None) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """CLUSTER: `ClusterModel`, fitted by PCA and k-means (CaR sec. 3.2), saved as safetensors, itself a `.map` callable.
 
-Does: fit on the embeddings of a dataset, give every row its cluster and its distance to the centre, and, as
-`cluster_filter`, cluster and select in one call.
+Does: fit on the embeddings of a dataset, give every row its cluster and its distance to the centre.
 Does not: compute embeddings, or fit on more than fits in memory (rows x dimensions x 4 bytes, twice).
 """
 
@@ -12,15 +11,15 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-from car_datasets.rows import refuse_overwrite
-from car_datasets.selection import choose, read_numbers, refuse_worse, select_car
+from car_datasets.rows import refuse_overwrite, refuse_tables
 from car_datasets.vectors import Matrix, as_arrow, matrix_of, read_embeddings
 
 if TYPE_CHECKING:
@@ -52,7 +51,12 @@ class ClusterModel:
     embedding_column: str = "embedding"
     output_column: str = "cluster"
     distance_column: str = "cluster_distance"
-    cache_version: str = field(default=CACHE_VERSION, init=False, repr=False)
+    cache_version: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "components", "centers"):  # one layout in memory, so that equal models hash equally
+            object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.float32, order="C", copy=True))
+        object.__setattr__(self, "cache_version", CACHE_VERSION)  # a default alone would not be hashed
 
     @property
     def k(self) -> int:
@@ -94,24 +98,17 @@ class ClusterModel:
             ValueError: no such column, embeddings of unequal length or not finite, more clusters than rows.
         """
         from sklearn.cluster import KMeans
-        from sklearn.decomposition import PCA
 
-        if not 0 < explained_variance <= 1:
-            raise ValueError(f"explained_variance={explained_variance} must lie in (0, 1].")
-        if n_init < 1:
-            raise ValueError(f"n_init={n_init} must be at least 1.")
+        refuse_bad_fit(explained_variance, n_init, seed)
         matrix, _ = read_embeddings(dataset, embedding_column)
         clusters = number_of_clusters(k, len(matrix))
-        kept = None if explained_variance == 1.0 or len(matrix) < 2 else explained_variance
-        # covariance_eigh is exact, and 15 times faster than the SVD that "auto" takes for wide embeddings.
-        pca = PCA(kept, svd_solver="covariance_eigh", random_state=seed)
-        projected = pca.fit_transform(matrix)
-        kmeans = KMeans(clusters, n_init=n_init, random_state=seed).fit(projected)
+        mean, components, share = _principal_components(matrix, explained_variance, seed)
+        kmeans = KMeans(clusters, n_init=n_init, random_state=seed).fit((matrix - mean) @ components.T)
         return cls(
-            mean=pca.mean_.astype(np.float32),
-            components=pca.components_.astype(np.float32),
-            centers=kmeans.cluster_centers_.astype(np.float32),
-            explained_variance=float(pca.explained_variance_ratio_.sum()),
+            mean=mean,
+            components=components,
+            centers=kmeans.cluster_centers_,
+            explained_variance=share,
             inertia=float(kmeans.inertia_),
             seed=seed,
             embedding_column=embedding_column,
@@ -130,13 +127,14 @@ class ClusterModel:
 
         `rank` is taken because `.map(with_rank=True)` passes it; this is plain arithmetic on the CPU.
         """
-        names = batch.column_names if hasattr(batch, "column_names") else list(batch)
+        refuse_tables(batch, "ClusterModel.label(dataset)")
+        names = list(batch)
         refuse_overwrite(names, (self.output_column, self.distance_column), "output_column=... to ClusterModel.fit")
         if self.embedding_column not in names:
             raise ValueError(f"There is no column {self.embedding_column!r}; the dataset has {names}.")
-        rows = batch[self.embedding_column]
-        if not hasattr(rows, "is_valid"):  # Python lists: the dataset is not in Arrow format
-            rows = as_arrow(rows)
+        return self._label(as_arrow(batch[self.embedding_column]))
+
+    def _label(self, rows: pa.Array | pa.ChunkedArray) -> dict[str, Any]:
         matrix, present = matrix_of(rows, self.embedding_column)
         if len(present) == 0:
             return {self.output_column: [None] * len(rows), self.distance_column: [None] * len(rows)}
@@ -151,19 +149,28 @@ class ClusterModel:
 
     def label(self, dataset: Dataset) -> Dataset:
         """What `dataset.map(self)` gives, read from Arrow's buffers, with the other columns left where they are."""
-        from datasets import Dataset, concatenate_datasets
+        from datasets import Dataset, Features, concatenate_datasets
         from tqdm.auto import tqdm
 
         new = (self.output_column, self.distance_column)
         refuse_overwrite(dataset.column_names, new, "output_column=... to ClusterModel.fit")
         columns: dict[str, list[Any]] = {name: [] for name in new}
+        if self.embedding_column not in dataset.column_names:
+            raise ValueError(f"There is no column {self.embedding_column!r}; the dataset has {dataset.column_names}.")
+        if len(dataset) == 0:  # concatenate_datasets drops what has no rows
+            types = Features({**dataset.features, **self.output_features()})
+            return Dataset.from_dict({name: [] for name in types}, features=types)
         vectors = dataset.select_columns([self.embedding_column]).with_format("arrow")
         with tqdm(total=len(dataset), desc="Clustering", unit=" examples") as progress:
             for batch in vectors.iter(batch_size=CHUNK):
-                for name, values in self(batch).items():
+                for name, values in self._label(batch[self.embedding_column]).items():
                     columns[name].extend(values)
                 progress.update(len(batch))
-        return concatenate_datasets([dataset, Dataset.from_dict(columns, features=self.output_features())], axis=1)
+        new_columns = Dataset.from_dict(columns, features=self.output_features())
+        # In Arrow's format: numpy's would turn whole numbers beside a null into floats where selected rows are copied.
+        return concatenate_datasets(
+            [dataset.with_format("arrow"), new_columns.with_format("arrow")], axis=1
+        ).with_format(dataset.format["type"], **dataset.format["format_kwargs"])
 
     def assign(self, embeddings: Matrix) -> tuple[npt.NDArray[np.int32], Matrix]:
         """Embeddings of shape `(rows, dimension)` to labels and distances, both of shape `(rows,)`.
@@ -194,7 +201,7 @@ class ClusterModel:
         path.mkdir(parents=True, exist_ok=True)
         arrays = {"mean": self.mean, "components": self.components, "centers": self.centers}
         save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path / "cluster_model.safetensors")
-        plain = {name: value for name, value in self.__dict__.items() if name not in arrays}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
         (path / "cluster_model.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -218,81 +225,38 @@ class ClusterModel:
         return cls(**load_file(path / "cluster_model.safetensors"), **plain)
 
 
+def _principal_components(matrix: Matrix, explained_variance: float, seed: int) -> tuple[Matrix, Matrix, float]:
+    """Mean, components and the share of variance that they hold."""
+    from sklearn.decomposition import PCA
+
+    if (matrix == matrix[0]).all():  # one row, or equal ones: no variance to explain
+        return matrix[0], np.eye(1, matrix.shape[1], dtype=np.float32), 1.0
+    kept = None if explained_variance == 1.0 else explained_variance
+    # covariance_eigh is exact, and 15 times faster than the SVD that "auto" takes for wide embeddings.
+    pca = PCA(kept, svd_solver="covariance_eigh", random_state=seed).fit(matrix)
+    return pca.mean_.astype(np.float32), pca.components_.astype(np.float32), float(pca.explained_variance_ratio_.sum())
+
+
+def refuse_bad_fit(explained_variance: float, n_init: int, seed: int) -> None:
+    """Raise a ValueError for settings that no fit can have."""
+    if not isinstance(explained_variance, (int, float)) or not 0 < explained_variance <= 1:
+        raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
+    if not isinstance(n_init, int) or n_init < 1:
+        raise ValueError(f"n_init={n_init!r} must be at least 1.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
+
+
 def number_of_clusters(k: int | str, rows: int) -> int:
     """`k` as a number, checked against the rows; `"sqrt"` is int(sqrt(rows / 2)), at least 1.
 
     Raises:
         ValueError: it is not positive, or larger than the number of rows.
     """
+    if isinstance(k, np.integer):
+        k = int(k)
     if k == "sqrt":
         k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= rows:
         raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that have an embedding.")
     return k
-
-
-def cluster_filter(
-    dataset: Dataset | Mapping[str, Sequence[Any]],
-    *,
-    n1: int | float = 1000,
-    n2: int = 1,
-    budget: int | None = None,
-    k: int | str = "sqrt",
-    explained_variance: float = 0.95,
-    seed: int = 42,
-    n_init: int = 1,
-    score_column: str = "iqs_score",
-    embedding_column: str = "embedding",
-    allow_worse: bool = False,
-    num_rows: int | None = None,
-) -> Dataset | list[bool]:
-    """CLUSTER and SELECT in one call, on a dataset that has scores and embeddings.
-
-    As a function of a `Dataset` it returns the selected `Dataset`, with `cluster` and the columns of [`select_car`]:
-
-    ```python
-    >>> chosen = cluster_filter(dataset, n1=1000, n2=1)
-    ```
-
-    As the function of a `.filter` it returns which rows stay; they keep the dataset's own order and columns. It must see
-    the whole dataset at once, and `num_rows` makes sure that it does:
-
-    ```python
-    >>> dataset.filter(cluster_filter, batched=True, batch_size=None, fn_kwargs={"n1": 1000, "num_rows": len(dataset)})
-    ```
-
-    Args:
-        dataset (`Dataset`, or a batch of `.filter`): with `score_column` and `embedding_column`.
-        n1, n2, budget, score_column, allow_worse: see [`select_car`].
-        k, explained_variance, seed, n_init, embedding_column: see [`ClusterModel.fit`].
-        num_rows (`int`): in `.filter` only, `len(dataset)`.
-
-    Raises:
-        ValueError: as in the two stages; in `.filter`, the batch is not the whole dataset.
-    """
-    from datasets import Dataset
-
-    fitting: dict[str, Any] = {"k": k, "explained_variance": explained_variance, "seed": seed, "n_init": n_init}
-    if isinstance(dataset, Dataset):
-        model = ClusterModel.fit(dataset, embedding_column, **fitting)
-        return select_car(
-            model.label(dataset), n1, n2, budget=budget, score_column=score_column, allow_worse=allow_worse
-        )
-    batch = {score_column: dataset[score_column], embedding_column: dataset[embedding_column]}
-    if num_rows != len(batch[score_column]):
-        raise ValueError(
-            f"cluster_filter saw a batch of {len(batch[score_column])} rows with num_rows={num_rows}: it must see the whole "
-            "dataset at once. Call dataset.filter(cluster_filter, batched=True, batch_size=None, "
-            "fn_kwargs={'num_rows': len(dataset), ...}), without num_proc."
-        )
-    whole = Dataset.from_dict(batch)
-    matrix, present = read_embeddings(whole, embedding_column)
-    clusters = np.full(num_rows, -1, dtype=np.int64)
-    clusters[present] = ClusterModel.fit(whole, embedding_column, **fitting).assign(matrix)[0]
-    scores = read_numbers(whole, score_column, np.nan)
-    positions = choose(scores, clusters, n1, n2, budget).positions
-    if not allow_worse:
-        refuse_worse(scores, positions)
-    keep = np.zeros(num_rows, dtype=bool)
-    keep[positions] = True
-    return keep.tolist()

@@ -21,7 +21,7 @@ from car_datasets import hub
 from car_datasets.batching import token_batches, token_budget
 from car_datasets.formatting import CLEAN_TEMPLATE, find_schema
 from car_datasets.parallel import device_for
-from car_datasets.rows import Rows, as_column_names, refuse_overwrite
+from car_datasets.rows import Rows, as_column_names, refuse_overwrite, refuse_tables
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -71,9 +71,10 @@ class TextEmbedder:
     on_invalid: str = "error"
     dtype: str = "float32"
     batch_tokens: int | None = None
-    cache_version: str = field(default=CACHE_VERSION, init=False, repr=False)
+    cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, token: str | None) -> None:
+        object.__setattr__(self, "cache_version", CACHE_VERSION)  # a default alone would not be hashed
         object.__setattr__(self, "columns", as_column_names(self.columns))
         Rows.check_options(self.template, self.on_invalid, self.dtype)
         revision = hub.pin_revision(self.model_id, self.revision, token)
@@ -88,6 +89,7 @@ class TextEmbedder:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
         """A `.map(batched=True)` batch to `{output_column: one float32 vector per row}`."""
+        refuse_tables(batch, "embed_texts(texts)")
         refuse_overwrite(batch, [self.output_column], "output_column=...")
         rows = Rows.from_batch(batch, find_schema(batch, self.schema, self.columns), self.template, self.on_invalid)
         return {self.output_column: rows.mean_vectors(self.embed_texts(rows.texts, rank))}

@@ -198,6 +198,8 @@ def _turn_list(turns: Any) -> Any:
     """`datasets` before 4.0 hands a list of dicts over as a dict of lists."""
     if isinstance(turns, Mapping):
         keys = list(turns)
+        if not all(isinstance(v, list) for v in turns.values()) or len({len(v) for v in turns.values()}) > 1:
+            return [None]  # a bad turn: this is no dict of lists
         return [dict(zip(keys, values, strict=True)) for values in zip(*turns.values(), strict=True)]
     return turns
 
@@ -280,14 +282,12 @@ def clean(text: str) -> str:
     changes, so that `clean(json.dumps(text)[1:-1]) == clean(text)` for every text, however often it was escaped. The
     price: `\nabla` in LaTeX loses its `\n`. Only the scored text is touched, never the row.
     """
-    while "\\" in text:
-        decoded = _ESCAPE.sub(_decode, text)
-        if decoded == text:
-            break
+    text = text.translate(_QUOTES)
+    while (decoded := _ESCAPE.sub(_decode, text).translate(_QUOTES)) != text:  # a straightened quote can end an escape
         text = decoded
     if _SURROGATE.search(text):  # halves that meet form one character; a lone half is no text
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return " ".join(text.translate(_QUOTES).split())
+    return " ".join(text.split())
 
 
 def _decode(match: re.Match[str]) -> str:

@@ -7,8 +7,11 @@ Does not: rename or change a column, or render text (formatting.py).
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from datasets.exceptions import DatasetGenerationError
 
 from car_datasets.formatting import SCHEMAS, UNSCORABLE, Schema, exchanges_of, find_schema
-from car_datasets.rows import invalid_rows_message
+from car_datasets.rows import ON_INVALID, invalid_rows_message
 
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -54,6 +57,8 @@ def load_instructions(
         ValueError: the file is not what its name says; no schema fits; there are no rows; rows cannot be scored; the
             index column holds duplicates.
     """
+    if on_invalid not in ON_INVALID:
+        raise ValueError(f"on_invalid={on_invalid!r} is not known; choose one of {ON_INVALID}.")
     dataset = open_dataset(source, name, split, revision=revision, token=token, cache_dir=cache_dir, columns=columns)
     found = find_schema(dataset.column_names, schema, columns)
     if on_invalid == "error":
@@ -149,13 +154,13 @@ def _open(
 ) -> Any:
     if not isinstance(source, (str, Path)):
         return source
+    if not str(source).strip():
+        raise ValueError("source is empty text; pass a path, a Hub id, a Dataset or a DatasetDict.")
     path = Path(source).expanduser()
     if path.is_file():
         return _open_file(path, columns, cache_dir)
     if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return load_from_disk(str(path))
-        return load_dataset(str(path), name, cache_dir=cache_dir)
+        return _open_folder(path, name, columns, cache_dir)
     if path.suffix in FORMATS or path.is_absolute() or str(source).startswith((".", "~")):
         raise FileNotFoundError(f"source={str(source)!r}: there is no such file or folder.")
     return load_dataset(str(source), name, split=split, revision=revision, token=token, cache_dir=cache_dir)
@@ -171,13 +176,70 @@ def _open_file(path: Path, columns: Mapping[str, str], cache_dir: str | None) ->
         _check_json_start(path)
     elif FORMATS[path.suffix] == "csv":
         options = _csv_options(path, columns)
+    with _reading(path, FORMATS[path.suffix]):
+        try:
+            opened = load_dataset(FORMATS[path.suffix], data_files=str(path), cache_dir=cache_dir, **options)
+        except (DatasetGenerationError, StopIteration):
+            if FORMATS[path.suffix] != "json":
+                raise
+            opened = None
+        if FORMATS[path.suffix] == "json" and (opened is None or _has_dates(opened["train"])):
+            opened = DatasetDict({"train": _json_as_written(path)})
+    return opened
+
+
+def _open_folder(path: Path, name: str | None, columns: Mapping[str, str], cache_dir: str | None) -> Any:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))
+    tables = sorted(p for p in path.rglob("*") if FORMATS.get(p.suffix) == "csv")
+    with _reading(path, "a folder of data files"):
+        return load_dataset(
+            str(path), name, cache_dir=cache_dir, **(_csv_options(tables[0], columns) if tables else {})
+        )
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """A reader's error as one ValueError that names the file, and the reader's own log line kept back."""
+    loggers = [logging.getLogger(f"datasets.packaged_modules.{k}.{k}") for k in ("json", "csv", "parquet")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.CRITICAL + 1)
     try:
-        return load_dataset(FORMATS[path.suffix], data_files=str(path), cache_dir=cache_dir, **options)
-    except (DatasetGenerationError, StopIteration) as error:
+        yield
+    except (DatasetGenerationError, ValueError, StopIteration) as error:  # Arrow's and Unicode's errors are ValueErrors
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"source={str(path)!r} has no rows.") from error
         cause = error.__cause__ or error
         raise ValueError(
-            f"source={str(path)!r} cannot be read as {FORMATS[path.suffix]}: {type(cause).__name__}: {str(cause)[:200]}"
+            f"source={str(path)!r} cannot be read as {kind}: {type(cause).__name__}: {str(cause)[:200]}"
         ) from error
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _has_dates(dataset: Dataset) -> bool:
+    return any(str(getattr(f, "dtype", "")).startswith("timestamp") for f in dataset.features.values())
+
+
+def _json_as_written(path: Path) -> Dataset:
+    """Arrow's JSON reader turns text that looks like a date into one, or stumbles over it; Python's does neither."""
+    text = path.read_text(encoding="utf-8-sig")
+    parts = [text] if text.lstrip()[:1] == "[" else [line for line in text.splitlines() if line.strip()]
+    parsed = [json.loads(part, object_pairs_hook=_object) for part in parts]
+    rows = parsed[0] if text.lstrip()[:1] == "[" else parsed
+    wrong = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
+    if wrong:
+        raise ValueError(f"{len(wrong)} rows are no objects, the first {wrong[:5]}")
+    return Dataset.from_list(rows)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object names a key twice: {[key for key, _ in pairs]}")
+    return found
 
 
 def _check_json_start(path: Path) -> None:
@@ -198,8 +260,11 @@ def _check_json_start(path: Path) -> None:
 def _csv_options(path: Path, columns: Mapping[str, str]) -> dict[str, Any]:
     """Text columns are text: pandas would read "42" as a number and "NA", "None" or an empty answer as missing."""
     separator = "\t" if path.suffix == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file, delimiter=separator), [])
+    with _reading(path, "csv"), path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=separator)
+        header, first = next(reader, []), next(reader, [])
+        if len(first) > len(header):  # pandas would take the first column for row labels, and shift the others
+            raise ValueError(f"line {reader.line_num} has {len(first)} fields, the header has {len(header)}")
     texts = {c for s in SCHEMAS.values() for c in (s.instruction, s.input, s.response)} | set(columns.values())
     return {
         "sep": separator,

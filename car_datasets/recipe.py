@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict, Features
 
 from car_datasets import hub
-from car_datasets.clustering import ClusterModel, number_of_clusters
+from car_datasets.clustering import ClusterModel, number_of_clusters, refuse_bad_fit
 from car_datasets.embedding import TextEmbedder
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions
 from car_datasets.reporting import SelectionReport
-from car_datasets.rows import refuse_overwrite
+from car_datasets.rows import as_column_names, refuse_overwrite
 from car_datasets.scoring import QualityScorer
 from car_datasets.selection import SELECTION_COLUMNS, refuse_impossible, select_car
 
@@ -73,6 +73,14 @@ class Recipe:
     cluster_column: str = "cluster"
     keep_embeddings: bool = True
 
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "columns", as_column_names(self.columns))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"columns={self.columns!r} must map roles to columns, as {{'instruction': 'task'}}."
+            ) from error
+
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> Recipe:
         """Read a recipe; `changes` win over the file.
@@ -82,10 +90,13 @@ class Recipe:
         """
         import yaml
 
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}, not `key: value` lines.")
-        return cls().changed(**{**content, **changes})
+        return cls().changed(**{**{str(key): value for key, value in content.items()}, **changes})
 
     def to_yaml(self) -> str:
         """The recipe as YAML that [`~Recipe.from_yaml`] reads back."""
@@ -161,9 +172,10 @@ def curate(
         columns=settings.columns,
         on_invalid=settings.on_invalid,
         index_column=settings.index_column,
-    )
+    ).with_format(None)
     find_schema(dataset.column_names, settings.schema, settings.columns)
     clusters = number_of_clusters(settings.k, len(dataset))
+    refuse_bad_fit(settings.explained_variance, settings.n_init, settings.seed)
     refuse_impossible(len(dataset), clusters, settings.n1, settings.n2, settings.budget)
     pool = score_and_embed(dataset, settings, token)
     pool = _fit_clusters(pool, settings).label(pool)
@@ -208,9 +220,10 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
         diagnostics=True,
         **reading,
     )
-    _refuse_taken_columns(dataset, scorer, settings)
     if not embed:
+        refuse_overwrite(dataset.column_names, scorer.output_columns, "score_column= (--score-column)")
         return add_columns(dataset, scorer, "Scoring")
+    _refuse_taken_columns(dataset, scorer, settings)
     if settings.embedder is None and scorer.shares_encoder:
         both = replace(scorer, embedding_column=settings.embedding_column)
         return add_columns(dataset, both, "Scoring and embedding")
@@ -233,6 +246,9 @@ def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Rec
         settings.cluster_column,
         f"{settings.cluster_column}_distance",
     ]
+    twice = sorted({name for name in [*new, *SELECTION_COLUMNS] if [*new, *SELECTION_COLUMNS].count(name) > 1})
+    if twice:
+        raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
     option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
     refuse_overwrite(dataset.column_names, new, option)
     refuse_overwrite(dataset.column_names, SELECTION_COLUMNS, "rename_column on the dataset (these have no option)")
@@ -252,8 +268,9 @@ def _fit_clusters(pool: Dataset, settings: Recipe) -> ClusterModel:
 
 
 def _fresh_folder(folder: Path) -> Path:
-    if folder.is_file():
-        raise ValueError(f"output_dir={str(folder)!r} is a file; name a folder.")
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output_dir={str(folder)!r}: {path} is a file; name a folder.")
     taken = [name for name in RESULT_FILES if (folder / name).exists()]
     if taken:
         raise ValueError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from car_datasets.selection import read_numbers
 
@@ -101,6 +102,7 @@ class SelectionReport:
         Raises:
             ValueError: a selected row is not in the pool.
         """
+        pool, selected = pool.with_format(None), selected.with_format(None)
         scores = read_numbers(pool, score_column, np.nan)
         clusters = read_numbers(pool, cluster_column, -1)
         lengths, unit = row_lengths(pool, score_column)
@@ -207,8 +209,11 @@ def _positions(pool: Dataset, selected: Dataset, index_column: str) -> npt.NDArr
 
     wanted = selected.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas()
     if index_column not in pool.column_names:
-        return np.asarray(wanted, dtype=np.int64)
-    known = pd.Index(pool.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas())
+        known = pd.RangeIndex(len(pool))
+    else:
+        known = pd.Index(pool.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas())
+    if not known.is_unique:
+        raise ValueError(f"The pool's column {index_column!r} names some rows twice; name another: index_column=...")
     places = known.get_indexer(wanted)
     if (places < 0).any():
         missing = wanted[places < 0]
@@ -223,14 +228,27 @@ def row_lengths(dataset: Dataset, score_column: str = "iqs_score") -> tuple[Floa
     tokens = score_column.removesuffix("_score") + "_tokens"
     if tokens in dataset.column_names:
         return np.asarray(read_numbers(dataset, tokens, 0), dtype=np.float64), "tokens"
-    texts = [c for c, f in dataset.features.items() if getattr(f, "dtype", None) in ("string", "large_string")]
-    table = dataset.select_columns(texts).with_format("arrow")[:] if texts else {}
+    status = score_column.removesuffix("_score") + "_status"
+    table = dataset.select_columns([c for c in dataset.column_names if c != status]).with_format("arrow")[:]
     lengths = np.zeros(len(dataset), dtype=np.float64)
-    for column in texts:
-        import pyarrow.compute as pc
-
-        lengths += pc.utf8_length(table[column]).fill_null(0).to_numpy()
+    for column in table.columns:
+        lengths += _characters(column.combine_chunks())
     return lengths, "characters"
+
+
+def _characters(values: pa.Array) -> Floats:
+    """How many characters the strings of every value hold, those in lists and structs included (a chat's turns)."""
+    import pyarrow.compute as pc
+
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return np.asarray(pc.utf8_length(values).fill_null(0), dtype=np.float64)
+    if pa.types.is_struct(kind):
+        return sum((_characters(part) for part in values.flatten()), np.zeros(len(values)))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        parents = np.asarray(pc.list_parent_indices(values))
+        return np.bincount(parents, _characters(pc.list_flatten(values)), minlength=len(values)).astype(np.float64)
+    return np.zeros(len(values))
 
 
 def _statuses(pool: Dataset, score_column: str, scores: Floats) -> dict[str, int]:
@@ -270,7 +288,7 @@ def length_matched(
     lengths: Floats, positions: npt.NDArray[np.int64], scored: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     """Draw as many scored rows as were selected, bin by bin of length, so that both have the same distribution of it."""
-    edges = np.unique(np.quantile(lengths[scored], np.linspace(0, 1, LENGTH_BINS + 1)))[1:-1]
+    edges = np.unique(np.quantile(lengths[scored], np.linspace(0, 1, LENGTH_BINS + 1)))[1:]
     bin_of = np.digitize(lengths, edges)
     wanted = np.bincount(bin_of[positions], minlength=len(edges) + 1)
     drawn = [rng.choice(scored[bin_of[scored] == b], size=n, replace=False) for b, n in enumerate(wanted) if n]

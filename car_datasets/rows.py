@@ -93,6 +93,15 @@ def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: i
     )
 
 
+def refuse_tables(batch: Any, instead: str) -> None:
+    """Raise a ValueError for a batch that is no mapping: in those formats `.map` keeps the new columns and drops the rest."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"In its Arrow, pandas or polars format a dataset loses its columns in .map. Map over dataset.with_format(None), or "
+            f"call {instead}."
+        )
+
+
 def refuse_overwrite(seen: Container[str], new_columns: Iterable[str], option: str) -> None:
     """Raise a ValueError if the dataset already has a column of that name; `option` is what renames the new one."""
     taken = [name for name in new_columns if name in seen]

@@ -22,7 +22,7 @@ from car_datasets.embedding import TextEmbedder, dimension, load_sentence_transf
 from car_datasets.formatting import OK, TRUNCATED, find_schema
 from car_datasets.modeling_iqs import IQSConfig, IQSModel
 from car_datasets.parallel import device_for
-from car_datasets.rows import Rows, as_column_names, refuse_overwrite, row_names
+from car_datasets.rows import Rows, as_column_names, refuse_overwrite, refuse_tables, row_names
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -108,9 +108,10 @@ class QualityScorer:
     on_invalid: str = "error"
     dtype: str = "float32"
     batch_tokens: int | None = None
-    cache_version: str = field(default=CACHE_VERSION, init=False, repr=False)
+    cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, token: str | None) -> None:
+        object.__setattr__(self, "cache_version", CACHE_VERSION)  # a default alone would not be hashed
         object.__setattr__(self, "columns", as_column_names(self.columns))
         Rows.check_options(self.template, self.on_invalid, self.dtype)
         if self.turns not in TURNS:
@@ -155,6 +156,7 @@ class QualityScorer:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
         """A `.map(batched=True)` batch to the new columns only."""
+        refuse_tables(batch, "curate(dataset)")
         refuse_overwrite(batch, self.output_columns, "output_column=... (and embedding_column=...)")
         schema = find_schema(batch, self.schema, self.columns)
         rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid)

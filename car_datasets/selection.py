@@ -57,35 +57,56 @@ def choose(
     scored = int(np.count_nonzero(~np.isnan(score)))
     if n2 < 0 or n2 > max(scored, 1):
         raise ValueError(f"n2={n2} must be between 0 and the {scored} scored rows.")
-    order = np.argsort(-score, kind="stable")[:scored]  # NaN sorts last; stable: ties by row order
-    score_rank = np.zeros(len(score), dtype=np.int64)
-    score_rank[order] = np.arange(1, scored + 1)
-    cluster_rank = _ranks_within(cluster, order)
-    from_clusters = (cluster_rank >= 1) & (cluster_rank <= n2)
-    count = _rows_by_score(n1, scored) if budget is None else _rows_for_budget(budget, from_clusters[order])
-    from_score = (score_rank >= 1) & (score_rank <= count)
-    positions = order[(from_score | from_clusters)[order]]
-    reasons = np.where(from_score & from_clusters, BY_BOTH, np.where(from_score, BY_SCORE, BY_CLUSTER))
-    return Choice(positions, reasons[positions].tolist(), score_rank[positions], cluster_rank[positions])
+    order = _best_first(score)[:scored]
+    within = _ranks_within(cluster[order])
+    from_clusters = (within >= 1) & (within <= n2)
+    count = _rows_by_score(n1, scored) if budget is None else _rows_for_budget(budget, from_clusters)
+    places = np.flatnonzero((np.arange(scored) < count) | from_clusters)
+    by_score, by_cluster = places < count, from_clusters[places]
+    reasons = np.where(by_score & by_cluster, BY_BOTH, np.where(by_score, BY_SCORE, BY_CLUSTER))
+    return Choice(order[places], reasons.tolist(), places + 1, within[places])
 
 
-def _ranks_within(cluster: Indices, order: Indices) -> Indices:
-    """The rank of every scored row in its cluster, 1 for the best; 0 for rows without score or cluster."""
-    ranks = np.zeros(len(cluster), dtype=np.int64)
-    members = order[cluster[order] >= 0]
-    grouped = members[np.argsort(cluster[members], kind="stable")]  # by cluster, best first within each
-    labels = cluster[grouped]
-    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]]) if len(labels) else np.zeros(0, dtype=np.int64)
-    sizes = np.diff(np.r_[starts, len(labels)])
-    ranks[grouped] = np.arange(len(labels)) - np.repeat(starts, sizes) + 1
+def _best_first(score: npt.NDArray[np.float64]) -> Indices:
+    """Row positions by falling score, ties by row order, NaN last."""
+    with np.errstate(over="ignore"):
+        single = -score.astype(np.float32) + np.float32(0)  # no -0.0
+    missing = np.isnan(score)
+    if not np.all((single == -score) | missing):
+        return np.argsort(-score, kind="stable")
+    # A third of that time: the bits of float32, as numbers of the same order, packed with the row.
+    single[missing] = np.nan  # without a sign
+    bits = single.view(np.uint32)
+    return _sorted_pairs(np.where(bits >> 31, ~bits, bits | np.uint32(2**31)), np.arange(len(score)))[1]
+
+
+def _ranks_within(labels: Indices) -> Indices:
+    """For the clusters of rows, best row first: the rank of every row in its cluster, 1 for the best, 0 without cluster."""
+    ranks = np.zeros(len(labels), dtype=np.int64)
+    members = np.flatnonzero(labels >= 0)
+    grouped, places = _sorted_pairs(labels[members], members)  # by cluster, best first within each
+    starts = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(grouped) else np.zeros(0, dtype=np.int64)
+    sizes = np.diff(np.r_[starts, len(grouped)])
+    ranks[places] = np.arange(len(grouped)) - np.repeat(starts, sizes) + 1
     return ranks
+
+
+def _sorted_pairs(first: Indices, second: Indices) -> tuple[Indices, Indices]:
+    """Pairs of numbers that are not negative, sorted by the first, then by the second: packed into one number, as numpy
+    sorts those with vector instructions."""
+    if len(first) == 0 or first.max() >= 2**32 or len(first) >= 2**32:
+        order = np.lexsort((second, first))
+        return first[order], second[order]
+    pairs = (first.astype(np.uint64) << np.uint64(32)) | second.astype(np.uint64)
+    pairs.sort()
+    return (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _rows_by_score(n1: int | float, scored: int) -> int:
     if isinstance(n1, float) and not n1.is_integer():
         if not 0 < n1 < 1:
             raise ValueError(f"n1={n1}: a fraction must lie between 0 and 1; for a number of rows pass an int.")
-        return max(1, math.floor(n1 * scored))
+        return max(1, math.floor(n1 * scored + 1e-9))  # 0.29 * 100 is 28.999999999999996
     if n1 < 0 or n1 > scored:
         raise ValueError(f"n1={n1} must be between 0 and the {scored} rows; a fraction such as 0.05 is fine too.")
     return int(n1)
@@ -106,11 +127,15 @@ def _rows_for_budget(budget: int, from_clusters: npt.NDArray[np.bool_]) -> int:
 
 def refuse_impossible(rows: int, clusters: int, n1: int | float, n2: int, budget: int | None) -> None:
     """Raise a ValueError for an n1, n2 or budget that cannot fit, before scores are known (all rows could be scored)."""
-    if n2 < 0 or n2 > rows:
-        raise ValueError(f"n2={n2} must be between 0 and the {rows} rows.")
+    if not isinstance(n1, (int, float)):
+        raise ValueError(f"n1={n1!r} must be a number, or a share of the rows such as 0.05.")
+    if not isinstance(n2, int) or n2 < 0 or n2 > rows:
+        raise ValueError(f"n2={n2!r} must be between 0 and the {rows} rows.")
+    if budget is None and n1 == n2 == 0:
+        raise ValueError(f"n1={n1} and n2={n2} select no rows.")
     if budget is None:
         _rows_by_score(n1, rows)
-    elif not (clusters if n2 else 0) <= budget <= rows or budget < 1:
+    elif not isinstance(budget, int) or not (clusters if n2 else 0) <= budget <= rows or budget < 1:
         raise ValueError(
             f"budget={budget} must be between the {clusters if n2 else 1} rows that the clusters take (fewer with n2=0 or a "
             f"smaller k) and the {rows} rows."
@@ -146,24 +171,29 @@ def select_car(
             the pool. (The original's first release sorted the wrong way round and shipped the worst rows for two
             months.)
     """
-    _check_columns(dataset.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
+    check_columns(dataset.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
     scores = read_numbers(dataset, score_column, np.nan)
     choice = choose(scores, read_numbers(dataset, cluster_column, -1), n1, n2, budget)
     if len(choice.positions) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows.")
     if not allow_worse:
         refuse_worse(scores, choice.positions)
-    chosen = dataset.select(choice.positions.tolist())
+    # In Arrow's format: numpy's would turn whole numbers beside a null into floats when add_column copies the rows.
+    form = dataset.format
+    chosen = dataset.with_format("arrow").select(choice.positions.tolist())
     if index_column not in dataset.column_names:
         chosen = chosen.add_column(index_column, choice.positions)
     chosen = chosen.add_column("selected_by", choice.selected_by)
     chosen = chosen.add_column("score_rank", choice.score_rank)
-    return chosen.add_column("cluster_rank", choice.cluster_rank)
+    chosen = chosen.add_column("cluster_rank", choice.cluster_rank)
+    return chosen.with_format(form["type"], **form["format_kwargs"])
 
 
 def refuse_worse(scores: npt.ArrayLike, positions: Indices) -> None:
     """Raise a ValueError if the chosen rows score below the pool on average: then the sign of the score is wrong."""
     values = np.asarray(scores, dtype=np.float64)
+    if len(positions) == 0:
+        raise ValueError("n1 and n2 select no rows.")
     pool, chosen = float(np.nanmean(values)), float(values[positions].mean())
     if chosen < pool - 1e-9 * max(1.0, abs(pool)):
         raise ValueError(
@@ -185,7 +215,8 @@ def read_numbers(dataset: Dataset, column: str, missing: float) -> npt.NDArray[A
         raise ValueError(f"The column {column!r} holds {values.type}, not numbers.") from error
 
 
-def _check_columns(seen: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:
+def check_columns(seen: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:
+    """Raise a ValueError if a column that is read is missing, or one that is added is taken."""
     missing = [c for c in needed if c not in seen]
     if missing:
         raise ValueError(

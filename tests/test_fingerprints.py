@@ -83,6 +83,16 @@ def score_alone(folder: str, text: str) -> float:
     return model(**tokenizer(text, return_tensors="pt")).logits.item()
 
 
+def test_a_new_cache_version_is_a_new_hash(tiny_iqs: str, tiny_embedder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from car_datasets import embedding
+
+    before = [Hasher.hash(QualityScorer(tiny_iqs)), Hasher.hash(TextEmbedder(tiny_embedder))]
+    monkeypatch.setattr(scoring, "CACHE_VERSION", "next")
+    monkeypatch.setattr(embedding, "CACHE_VERSION", "next")
+    after = [Hasher.hash(QualityScorer(tiny_iqs)), Hasher.hash(TextEmbedder(tiny_embedder))]
+    assert set(before).isdisjoint(after)
+
+
 def test_pickle_round_trip_is_small_and_equal(tiny_iqs: str, tiny_embedder: str) -> None:
     for spec in (QualityScorer(tiny_iqs, columns={"instruction": "a", "response": "b"}), TextEmbedder(tiny_embedder)):
         content = pickle.dumps(spec)

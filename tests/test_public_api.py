@@ -19,7 +19,7 @@ ORDER = [
     {"modeling_iqs", "selection", "vectors"},
     {"batching", "parallel", "reporting", "rows"},
     {"loading", "embedding", "clustering"},
-    {"scoring"},
+    {"scoring", "filtering"},
     {"training"},
     {"recipe"},
     {"cli"},

@@ -51,7 +51,8 @@ def test_the_two_commands_stand_first_and_exist() -> None:
     targets = re.findall(r"^make ([a-z-]+)", first, flags=re.MULTILINE)
     assert targets == ["demo", "test"]
     for target in (*targets, "lint", "test-all", "default-scorer"):
-        done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)
+        command = ["make", "--dry-run", target]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)
         assert done.returncode == 0, done.stderr
 
 

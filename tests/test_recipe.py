@@ -1,0 +1,446 @@
+"""recipe.py: the whole road, its five files, and that everything which can be wrong is found before the first model call."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, concatenate_datasets
+
+from car_datasets import QualityScorer, Recipe, TextEmbedder, curate
+from car_datasets.recipe import RESULT_FILES, Curated
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+SCORED = ["iqs_score", "iqs_tokens", "iqs_truncated", "iqs_status", "embedding", "cluster", "cluster_distance"]
+CHOSEN = ["selected_by", "score_rank", "cluster_rank"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_iqs: str, tiny_embedder: str) -> dict[str, Any]:
+    """Settings for 24 rows on the tiny models."""
+    return {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 5, "k": 3}
+
+
+def short_rows(count: int = 24) -> Dataset:
+    words = ["red", "green", "blue", "sea", "poem", "list", "sum", "name", "good", "bad", "short", "input"]
+    rows = [
+        {
+            "instruction": f"Write a {words[i % 12]} {words[(5 * i + 1) % 12]}.",
+            "input": "" if i % 3 else f"the {words[(7 * i) % 12]}",
+            "output": " ".join(words[(i * j) % 12] for j in range(i % 7)),
+        }
+        for i in range(count)
+    ]
+    return Dataset.from_list(rows)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- what comes out
+
+
+@pytest.fixture(scope="module")
+def result(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Curated, Path]:
+    folder = tmp_path_factory.mktemp("result") / "made" / "anew"
+    return curate(short_rows(), folder, **tiny), folder
+
+
+def test_result_is_five_whole_files_and_nothing_else(result: tuple[Curated, Path]) -> None:
+    _, folder = result
+    assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES)
+
+
+def test_scored_file_has_all_rows_and_the_promised_columns(result: tuple[Curated, Path]) -> None:
+    curated, folder = result
+    scored = Dataset.from_parquet(str(folder / "scored.parquet"))
+    assert scored.column_names == ["instruction", "input", "output", "source_index", *SCORED]
+    assert scored.select_columns(["instruction", "input", "output"]).to_list() == short_rows().to_list()
+    assert scored["source_index"][:] == list(range(24))
+    assert scored.to_list() == curated.scored.to_list()
+    assert {name: scored.features[name].dtype for name in ("iqs_score", "cluster")} == {
+        "iqs_score": "float32",
+        "cluster": "int32",
+    }
+
+
+def test_selected_file_holds_the_best_rows_with_their_reasons(result: tuple[Curated, Path]) -> None:
+    (selected, scored, _), folder = result
+    read = Dataset.from_parquet(str(folder / "selected.parquet"))
+    assert read.to_list() == selected.to_list()
+    assert read.column_names == [c for c in scored.column_names if c != "embedding"] + CHOSEN
+    best = np.argsort(-np.array(scored["iqs_score"][:]), kind="stable")
+    assert set(best[:5].tolist()) <= set(read["source_index"][:])
+    assert read["iqs_score"][:] == sorted(read["iqs_score"][:], reverse=True)
+    for row in read:
+        assert row["instruction"] == short_rows()[row["source_index"]]["instruction"]
+        assert (row["selected_by"] == "cluster") == (row["score_rank"] > 5)
+        assert row["score_rank"] == best.tolist().index(row["source_index"]) + 1
+    assert set(read["cluster"][:]) == set(scored["cluster"][:])
+
+
+def test_selected_json_is_a_list_of_rows_as_the_original_writes_it(result: tuple[Curated, Path]) -> None:
+    (selected, _, _), folder = result
+    rows = json.loads((folder / "selected.json").read_text(encoding="utf-8"))
+    assert rows == selected.to_list()
+    assert all(list(row)[:3] == ["instruction", "input", "output"] for row in rows)
+    again = Dataset.from_json(str(folder / "selected.json"))
+    assert again["output"][:] == selected["output"][:]
+
+
+def test_report_files_are_the_report(result: tuple[Curated, Path]) -> None:
+    (selected, _, report), folder = result
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report.to_dict()
+    assert (folder / "report.md").read_text(encoding="utf-8") == report.to_markdown()
+    assert (report.rows_in, report.rows_scored, report.selected.rows) == (24, 24, len(selected))
+    assert report.marked == {"empty_response": 4}
+
+
+def test_equal_input_gives_an_equal_selection(result: tuple[Curated, Path], tiny: dict[str, Any]) -> None:
+    again = curate(short_rows(), None, Recipe(**tiny))
+    assert again.selected.to_list() == result[0].selected.to_list()
+    assert again.report == result[0].report
+
+
+def test_settings_by_name_win_over_the_recipe(tiny: dict[str, Any]) -> None:
+    selected, scored, report = curate(
+        short_rows(), None, Recipe(**tiny), n1=0, n2=2, k=4, keep_embeddings=False, allow_worse=True
+    )
+    assert "embedding" not in scored.column_names
+    assert set(selected["selected_by"][:]) == {"cluster"}
+    assert report.clusters == 4
+
+
+@pytest.mark.parametrize("budget", [3, 7, 24])
+def test_budget_is_met_exactly(budget: int, tiny: dict[str, Any]) -> None:
+    assert len(curate(short_rows(), None, **{**tiny, "budget": budget, "allow_worse": True}).selected) == budget
+
+
+def test_text_outside_ascii_and_odd_columns_survive(tiny: dict[str, Any], tmp_path: Path) -> None:
+    extra = {"note": ["Größe – 😀"] * 24, "vector": [[1.5, 2.0]] * 24, "maybe": [None, 1] * 12}
+    rows = concatenate_datasets([short_rows(), Dataset.from_dict(extra)], axis=1)
+    selected = curate(rows, tmp_path / "out", **tiny).selected
+    assert "Größe – 😀" in (tmp_path / "out" / "selected.json").read_text(encoding="utf-8")
+    read = json.loads((tmp_path / "out" / "selected.json").read_text(encoding="utf-8"))
+    assert [row["maybe"] for row in read] == [rows[i]["maybe"] for i in selected["source_index"]]
+    assert read[0]["vector"] == [1.5, 2.0]
+
+
+def test_one_row_is_curated(tiny: dict[str, Any]) -> None:
+    selected, _, report = curate(short_rows(1), None, **{**tiny, "n1": 1, "k": "sqrt"})
+    assert (len(selected), report.selected.rows) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+@pytest.mark.parametrize("schema", ["alpaca", "messages"])
+def test_format_of_the_dataset_makes_no_difference(kind: str, schema: str, tiny: dict[str, Any]) -> None:
+    rows = short_rows() if schema == "alpaca" else as_chats(short_rows())
+    formatted = curate(rows.with_format(kind), None, **tiny)
+    assert formatted.selected.with_format(None).to_list() == curate(rows, None, **tiny).selected.to_list()
+
+
+# --- chats
+
+
+def as_chats(rows: Dataset) -> Dataset:
+    chats = [
+        [
+            {"role": "system", "content": "You write short answers."},
+            {"role": "user", "content": f"{row['instruction']} {row['input']}"},
+            {"role": "assistant", "content": row["output"]},
+            {"role": "user", "content": "And the sum?"},
+            {"role": "assistant", "content": f"a {row['output']} b"},
+        ][: 5 if i % 2 else 3]
+        for i, row in enumerate(rows)
+    ]
+    return Dataset.from_dict({"messages": chats})
+
+
+def test_chats_end_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
+    chats = as_chats(short_rows())
+    lines = tmp_path / "chats.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
+    selected, scored, _ = curate(lines, tmp_path / "out", **tiny)
+    assert json.loads((tmp_path / "out" / "selected.json").read_text())[0]["messages"] == selected["messages"][0]
+    system, ask = "You write short answers.", short_rows()["instruction"][1]
+    assert short_rows()[1] == {"instruction": ask, "input": "", "output": "red"}
+    texts = [f"Instruction: {system} {ask} Response: red", f"Instruction: {system} And the sum? Response: a red b"]
+    first, second = QualityScorer(tiny["scorer"]).score_texts(texts).scores
+    assert scored["iqs_score"][1] == pytest.approx((first + second) / 2, abs=1e-5)
+    least = curate(chats, None, **{**tiny, "turns": "min"}).scored
+    assert least["iqs_score"][1] == pytest.approx(min(first, second), abs=1e-5)
+
+
+# --- the embedded default
+
+
+@pytest.fixture(scope="module")
+def by_default(sample_rows: list[dict[str, Any]]) -> Curated:
+    """Rows of the sample on the embedded default, behind more unscorable rows than one batch of `.map` takes."""
+    names = ("instruction", "input", "output")
+    texts = [{name: row[name] for name in names} for row in sample_rows[::12]]
+    long = {**texts[0], "output": " ".join(row["output"] for row in texts)}  # above the embedder's 256 tokens
+    nothing = dict.fromkeys(names)
+    rows = [nothing] * 1001 + [*texts, long]
+    return curate(Dataset.from_list(rows), None, on_invalid="mark", n1=8, k=4)
+
+
+def test_default_reads_on_after_a_thousand_rows_without_text(
+    by_default: Curated, sample_rows: list[dict[str, Any]]
+) -> None:
+    count = len(sample_rows[::12]) + 1
+    selected, scored, report = by_default
+    assert report.rejected == {"null": 1001}
+    assert (report.rows_in, report.rows_scored) == (1001 + count, count)
+    assert scored["iqs_score"][:1001] == scored["cluster"][:1001] == scored["embedding"][:1001] == [None] * 1001
+    assert min(selected["source_index"][:]) >= 1001
+    assert None not in scored["iqs_score"][1001:]
+
+
+def test_one_pass_equals_the_two_stages_apart(by_default: Curated) -> None:
+    rows = by_default.scored.select(range(1001, len(by_default.scored)))
+    texts = rows.select_columns(["instruction", "input", "output"])
+    scores = texts.map(QualityScorer(), batched=True, with_rank=True)["iqs_score"][:]
+    vectors = texts.map(TextEmbedder(), batched=True, with_rank=True)["embedding"][:]
+    assert np.abs(np.array(scores) - np.array(rows["iqs_score"][:])).max() < 1e-5
+    assert np.abs(np.array(vectors) - np.array(rows["embedding"][:])).max() < 1e-5
+    assert max(rows["iqs_tokens"][:]) > 256  # the embedder reads no further, the scorer does
+
+
+# --- rows that cannot be scored
+
+
+def test_marked_rows_are_counted_by_reason_and_never_selected(tiny: dict[str, Any], tmp_path: Path) -> None:
+    chats = as_chats(short_rows())["messages"][:]
+    bad = {0: None, 4: chats[4][:2], 9: [{"role": "wizard", "content": "x"}], 10: [], 11: None}
+    pool = Dataset.from_dict({"messages": [bad.get(i, chat) for i, chat in enumerate(chats)]})
+    selected, scored, report = curate(pool, tmp_path / "out", **{**tiny, "on_invalid": "mark", "n1": 19, "n2": 2})
+    assert report.rejected == {"null": 2, "no_assistant_turn": 2, "bad_turn": 1}
+    assert (report.rows_in, report.rows_scored, len(selected)) == (24, 19, 19)
+    assert set(selected["source_index"][:]).isdisjoint(bad)
+    for column in ("iqs_score", "embedding", "cluster", "cluster_distance"):
+        assert [i for i, value in enumerate(scored[column]) if value is None] == sorted(bad)
+    assert scored["iqs_status"][4] == "no_assistant_turn"
+    assert "no_assistant_turn" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_thousand_unscorable_rows_first(tiny: dict[str, Any]) -> None:
+    good = short_rows(12)
+    columns = {name: [None] * 1003 + good[name][:] for name in good.column_names}
+    selected, scored, report = curate(Dataset.from_dict(columns), None, **{**tiny, "on_invalid": "mark"})
+    assert report.rejected == {"null": 1003}
+    assert min(selected["source_index"][:]) >= 1003
+    assert scored["iqs_score"][1003:] == curate(good, None, **tiny).scored["iqs_score"][:]
+
+
+def test_pool_without_any_scorable_row_is_refused(tiny: dict[str, Any]) -> None:
+    pool = Dataset.from_dict({"instruction": [None] * 9, "output": ["a"] * 9})
+    with pytest.raises(ValueError, match=r"only nulls|no scored rows|cannot be scored"):
+        curate(pool, None, **{**tiny, "on_invalid": "mark"})
+
+
+# --- nothing is lost
+
+
+def test_folder_that_holds_a_result_is_refused_and_left_as_it_is(
+    result: tuple[Curated, Path], weightless: dict[str, Any]
+) -> None:
+    folder = result[1]
+    before = files_of(folder)
+    with pytest.raises(ValueError, match="already holds a result"):
+        curate(short_rows(), folder, **weightless)
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("name", RESULT_FILES)
+def test_any_result_file_makes_a_folder_taken(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"already holds a result .{name}.*Name another folder"):
+        curate("no-such-source.json", tmp_path)  # refused before the source is opened
+    assert files_of(tmp_path) == {name: b"mine"}
+
+
+def test_other_files_in_the_folder_are_left_alone(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    curate(short_rows(), tmp_path, **tiny)
+    assert sorted(files_of(tmp_path)) == sorted([*RESULT_FILES, "notes.txt"])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+# --- everything is checked before the first model call
+
+
+@pytest.fixture(scope="module")
+def weightless(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings with a scorer that can be looked up but not loaded: whoever starts scoring fails in another way."""
+    folder = tmp_path_factory.mktemp("weightless") / "iqs"
+    shutil.copytree(tiny["scorer"], folder)
+    (folder / "model.safetensors").unlink()
+    return {**tiny, "scorer": str(folder)}
+
+
+def test_scorer_without_weights_fails_only_when_it_is_called(weightless: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=r"model\.safetensors"):
+        curate(short_rows(), None, **weightless)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n1": -1}, "n1=-1 must be between 0 and the 24 rows"),
+        ({"n1": 25}, "n1=25 must be between 0 and the 24 rows"),
+        ({"n1": 2.5}, r"n1=2\.5: a fraction must lie between 0 and 1"),
+        ({"n1": float("nan")}, "n1=nan"),
+        ({"n1": "many"}, "n1='many'"),
+        ({"n1": 0, "n2": 0}, "select no rows"),
+        ({"n2": -1}, "n2=-1 must be between 0 and the 24 rows"),
+        ({"n2": 25}, "n2=25 must be between 0 and the 24 rows"),
+        ({"n2": 1.5}, r"n2=1\.5"),
+        ({"budget": 0}, "budget=0 must be between"),
+        ({"budget": 2}, "budget=2 must be between the 3 rows that the clusters take"),
+        ({"budget": 25}, "budget=25 must be between .* the 24 rows"),
+        ({"budget": 7.5}, r"budget=7\.5"),
+        ({"k": 0}, "k=0 must be 'sqrt' or a number between 1 and the 24 rows"),
+        ({"k": 25}, "k=25 must be 'sqrt' or a number between 1 and the 24 rows"),
+        ({"k": "many"}, "k='many' must be 'sqrt' or a number"),
+        ({"explained_variance": 1.5}, r"explained_variance=1\.5 must lie in"),
+        ({"n_init": 0}, "n_init=0 must be at least 1"),
+        ({"turns": "max"}, "turns='max' is not known; choose one of"),
+        ({"template": "old"}, "template='old' is not known; choose one of"),
+        ({"dtype": "int8"}, "dtype='int8' is not known; choose one of"),
+        ({"on_invalid": "drop"}, "on_invalid='drop' is not known; choose one of"),
+        ({"schema": "vicuna"}, "schema='vicuna' is not known"),
+        ({"columns": {"instruction": "task", "response": "output"}}, r"Columns \['task'\] are not in the dataset"),
+        ({"embedder": "/no/such/model"}, "model_id='/no/such/model': there is no such folder"),
+        ({"embedder": "someone/no-such-model"}, "model_id='someone/no-such-model'"),
+        ({"scorer": "someone/no-such-model"}, "model_id='someone/no-such-model'"),
+        ({"scorer": "/no/such/model"}, "model_id='/no/such/model': there is no such folder"),
+        ({"scorer_revision": "main"}, "not revision='main'"),
+        ({"score_column": "cluster"}, "'cluster'"),
+        ({"score_column": "embedding"}, "'embedding'"),
+        ({"embedding_column": "iqs_tokens"}, "'iqs_tokens'"),
+        ({"embedding_column": "cluster_distance"}, "'cluster_distance'"),
+        ({"cluster_column": "iqs_score"}, "'iqs_score'"),
+        ({"score_column": "selected_by"}, "'selected_by'"),
+        ({"index_column": "iqs_score"}, "'iqs_score'"),
+        ({"n3": 1}, "A recipe has no 'n3'"),
+        ({"clusters_column": "c"}, "no 'clusters_column'; did you mean 'cluster_column'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_setting_that_cannot_work_is_refused_before_the_first_model_call(
+    changes: dict[str, Any], message: str, weightless: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        curate(short_rows(), tmp_path / "out", **{**weightless, **changes})
+    assert "model.safetensors" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scorer_of_another_kind_is_refused(tiny: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is a 'bert' model, not an IQS model"):
+        curate(short_rows(), None, **{**tiny, "scorer": tiny["embedder"]})
+
+
+@pytest.mark.parametrize("below", ["", "/out"], ids=["the folder is a file", "its parent is a file"])
+def test_output_that_cannot_be_a_folder_is_refused_before_the_first_model_call(
+    below: str, weightless: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ValueError, match=r"taken.* is a file"):
+        curate(short_rows(), f"{tmp_path}/taken{below}", **weightless)
+
+
+def test_bad_rows_are_refused_before_the_first_model_call(weightless: dict[str, Any]) -> None:
+    rows = Dataset.from_dict({"instruction": ["a"] * 3000, "output": ["b"] * 2999 + [None]})
+    with pytest.raises(ValueError, match=r"1 of 3000 rows cannot be scored: 1 null \(rows 2999\)"):
+        curate(rows, None, **weightless)
+
+
+@pytest.mark.parametrize("name", [*SCORED, *CHOSEN])
+def test_column_that_a_stage_would_overwrite_is_refused_before_the_first_model_call(
+    name: str, weightless: dict[str, Any]
+) -> None:
+    rows = short_rows().add_column(name, [0] * 24)
+    with pytest.raises(ValueError, match=rf"already has the column\(s\) \['{name}'\], which would be overwritten"):
+        curate(rows, None, **weightless)
+
+
+def test_options_that_the_refusal_names_make_room(tiny: dict[str, Any], tmp_path: Path) -> None:
+    taken = {name: [name] * 24 for name in SCORED}
+    rows = concatenate_datasets([short_rows(), Dataset.from_dict(taken)], axis=1)
+    options = {"score_column": "new_score", "embedding_column": "new_vector", "cluster_column": "new_cluster"}
+    with pytest.raises(ValueError, match="score_column=, embedding_column= or cluster_column="):
+        curate(rows, None, **tiny)
+    selected, scored, report = curate(rows, tmp_path / "out", **{**tiny, **options})
+    assert set(selected["iqs_score"][:]) == {"iqs_score"}
+    assert set(scored["embedding"][:]) == {"embedding"}
+    plain = curate(short_rows(), None, **tiny)
+    assert scored["new_score"][:] == plain.scored["iqs_score"][:]
+    assert selected["source_index"][:] == plain.selected["source_index"][:]
+    assert report == plain.report
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(columns={"response": "answer", "instruction": "task"}, k=50, n1=0.05, budget=70, seed=7, split="train"),
+        Recipe(columns=(("instruction", "task"), ("response", "answer")), on_invalid="mark", keep_embeddings=False),
+    ],
+)
+def test_recipe_survives_yaml(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+
+
+def test_empty_recipe_is_the_default_and_changes_win(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("# nothing yet\n")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == Recipe()
+    (tmp_path / "recipe.yaml").write_text("n1: 7\nk: 3\n")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml", k=4) == Recipe(n1=7, k=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n_1: 5", "A recipe has no 'n_1'; did you mean 'n1'"),
+        ("scorer_model: x", "no 'scorer_model'; did you mean 'scorer'"),
+        ("zzz: 1", r"A recipe has no 'zzz'.*Known: .*'scorer'"),
+        ("1: 2", "A recipe has no '?1"),
+        ("- n1\n- n2", "holds a list, not `key: value` lines"),
+        ("n1", "holds a str, not"),
+        ("n1: [1", "recipe.yaml"),
+    ],
+)
+def test_recipe_file_that_is_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_yaml(tmp_path / "recipe.yaml")
+
+
+def test_there_are_recipes() -> None:
+    assert "default.yaml" in {path.name for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_shipped_recipe_parses_and_opens_with_its_purpose_and_command(path: Path) -> None:
+    recipe = Recipe.from_yaml(path)
+    assert {f.name for f in fields(recipe)} == {f.name for f in fields(Recipe)}
+    comment = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert comment.startswith("# ")
+    assert f"car-datasets curate alpaca_data.json --output out --config configs/{path.name}" in comment
+
+
+def test_default_recipe_is_the_default() -> None:
+    assert Recipe.from_yaml(ROOT / "configs" / "default.yaml") == Recipe()
