@@ -10,7 +10,8 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  -/'
 
 demo: $(VENV)/.installed  ## curate the sample that comes with the package
-	$(BIN)/car-datasets demo --output $${OUTPUT:-demo-result}
+	$(if $(OUTPUT),,rm -rf demo-result)
+	$(BIN)/car-datasets demo --output $(or $(OUTPUT),demo-result)
 
 test: $(VENV)/.installed-test  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow"

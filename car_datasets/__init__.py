@@ -13,25 +13,27 @@ from car_datasets.version import __version__
 
 if TYPE_CHECKING:
     from car_datasets.clustering import ClusterModel
+    from car_datasets.configuration_iqs import IQSConfig
+    from car_datasets.curation import curate
     from car_datasets.embedding import TextEmbedder
     from car_datasets.filtering import cluster_filter
     from car_datasets.loading import load_instructions
-    from car_datasets.modeling_iqs import IQSConfig, IQSModel
-    from car_datasets.recipe import Recipe, curate
+    from car_datasets.modeling_iqs import IQSModel
+    from car_datasets.recipe import Recipe
     from car_datasets.reporting import SelectionReport
     from car_datasets.scoring import QualityScorer
     from car_datasets.selection import select_car
 
 _HOME = {
     "ClusterModel": "clustering",
-    "IQSConfig": "modeling_iqs",
+    "IQSConfig": "configuration_iqs",
     "IQSModel": "modeling_iqs",
     "QualityScorer": "scoring",
     "Recipe": "recipe",
     "SelectionReport": "reporting",
     "TextEmbedder": "embedding",
     "cluster_filter": "filtering",
-    "curate": "recipe",
+    "curate": "curation",
     "load_instructions": "loading",
     "select_car": "selection",
 }

@@ -56,6 +56,10 @@ class ClusterModel:
     def __post_init__(self) -> None:
         for name in ("mean", "components", "centers"):  # one layout in memory, so that equal models hash equally
             object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.float32, order="C", copy=True))
+        if self.output_column == self.distance_column:
+            raise ValueError(
+                f"output_column and distance_column are both {self.output_column!r}; name one differently."
+            )
         object.__setattr__(self, "cache_version", CACHE_VERSION)  # a default alone would not be hashed
 
     @property
@@ -258,5 +262,5 @@ def number_of_clusters(k: int | str, rows: int) -> int:
     if k == "sqrt":
         k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= rows:
-        raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that have an embedding.")
+        raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that can be clustered.")
     return k

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from car_datasets import hub
 from car_datasets.batching import token_batches, token_budget
-from car_datasets.formatting import CLEAN_TEMPLATE, find_schema
+from car_datasets.formatting import as_column_names, check_schema, find_schema
 from car_datasets.parallel import device_for
-from car_datasets.rows import Rows, as_column_names, refuse_overwrite, refuse_tables
+from car_datasets.rows import Rows, refuse_overwrite, refuse_tables
+from car_datasets.templates import CLEAN_TEMPLATE
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -76,7 +77,8 @@ class TextEmbedder:
     def __post_init__(self, token: str | None) -> None:
         object.__setattr__(self, "cache_version", CACHE_VERSION)  # a default alone would not be hashed
         object.__setattr__(self, "columns", as_column_names(self.columns))
-        Rows.check_options(self.template, self.on_invalid, self.dtype)
+        check_schema(self.schema, self.columns)
+        Rows.check_options(self.template, self.on_invalid, self.dtype, self.batch_tokens, [self.output_column])
         revision = hub.pin_revision(self.model_id, self.revision, token)
         hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
         object.__setattr__(self, "revision", revision)
@@ -92,7 +94,7 @@ class TextEmbedder:
         refuse_tables(batch, "embed_texts(texts)")
         refuse_overwrite(batch, [self.output_column], "output_column=...")
         rows = Rows.from_batch(batch, find_schema(batch, self.schema, self.columns), self.template, self.on_invalid)
-        return {self.output_column: rows.mean_vectors(self.embed_texts(rows.texts, rank))}
+        return {self.output_column: rows.mean_vectors(self.embed_texts([text.whole for text in rows.texts], rank))}
 
     def embed_texts(self, texts: Sequence[str], rank: int | None = None) -> npt.NDArray[np.float32]:
         """Ready-made texts to a float32 array of shape `(texts, dimension)`."""

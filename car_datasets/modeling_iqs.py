@@ -2,12 +2,13 @@
 
 Does: encoder -> combination of its layers -> pooling over tokens -> feed-forward head -> one score per text; the
 original's architecture (CaR sec. 3.1, COMET's regression metric) is `IQSConfig()`, the embedded default is another
-configuration of the same parts.
+configuration of the same parts, and so is the ranking variant, which has a distance in the head's place.
 Does not: read text (formatting.py), make batches (batching.py), or find weights (hub.py).
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,98 +17,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from car_datasets import hub
-
-LAYER_MIXES = ("sparsemax", "softmax", "concat")
-POOLINGS = ("avg", "max", "cls")
-
-
-class IQSConfig(PreTrainedConfig):
-    """Configuration of [`IQSModel`]. The defaults are the original's (`configs/models/instruction_score.yaml` of CaR).
-
-    Args:
-        encoder_config (`dict` or `PreTrainedConfig`, *optional*): the encoder, as its own configuration; defaults to
-            XLM-RoBERTa-large's shape.
-        layer_mix (`str`): how the encoder's n + 1 hidden states (the embedding output counts as one) are combined:
-            `"sparsemax"` or `"softmax"` weights times `gamma`, or `"concat"`, side by side.
-        layer (`int`, *optional*): read this one hidden state instead of a mix; 0 is the embedding output.
-        layer_norm (`bool`): normalise each layer over a text's tokens and units before the mix (ELMo's scheme).
-        pooling (`str`): `"avg"` over tokens (special tokens included), `"max"`, or `"cls"`, the first token.
-        hidden_sizes (`Sequence[int]`): widths of the head's hidden layers; empty for a linear head.
-        activation (`str`): name of a `torch.nn` activation, between the head's layers.
-        final_activation (`str`, *optional*): the same, after the last layer. `None`: scores are not bounded.
-        dropout (`float`): in the head, in training only.
-        max_tokens (`int`): tokens read of a text, special tokens included. The original's 510 is 514 positions - 4.
-        template (`str`): the name in formatting.py of the template that the weights were trained with.
-        encoder_source (`dict`, *optional*): set where the encoder is untouched and not part of the weights file:
-            `{"model_id", "revision", "sha256"}` of the model it comes from.
-    """
-
-    model_type = "car_iqs"
-
-    def __init__(
-        self,
-        encoder_config: dict[str, Any] | PreTrainedConfig | None = None,
-        layer_mix: str = "sparsemax",
-        layer: int | None = None,
-        layer_norm: bool = False,
-        pooling: str = "avg",
-        hidden_sizes: Sequence[int] = (2048, 1024),
-        activation: str = "Tanh",
-        final_activation: str | None = None,
-        dropout: float = 0.1,
-        max_tokens: int = 510,
-        template: str = "paper",
-        encoder_source: dict[str, str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if layer_mix not in LAYER_MIXES:
-            raise ValueError(f"layer_mix={layer_mix!r} is not known; choose one of {LAYER_MIXES}.")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling={pooling!r} is not known; choose one of {POOLINGS}.")
-        for argument, name in (("activation", activation), ("final_activation", final_activation)):
-            if name is not None and not hasattr(nn, name):
-                raise ValueError(f"{argument}={name!r} is not the name of a torch.nn activation, such as 'Tanh'.")
-        self.encoder_config = _as_config(encoder_config)
-        self.layer_mix = layer_mix
-        self.layer = layer
-        self.layer_norm = layer_norm
-        self.pooling = pooling
-        self.hidden_sizes = list(hidden_sizes)
-        self.activation = activation
-        self.final_activation = final_activation
-        self.dropout = dropout
-        self.max_tokens = max_tokens
-        self.template = template
-        self.encoder_source = encoder_source
-        super().__init__(**kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, the encoder's included."""
-        values: dict[str, Any] = super().to_dict()
-        values["encoder_config"] = self.encoder_config.to_dict()
-        return values
-
-
-def _as_config(encoder_config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
-    if isinstance(encoder_config, PreTrainedConfig):
-        return encoder_config
-    if encoder_config is None:
-        return AutoConfig.for_model(
-            "xlm-roberta",
-            vocab_size=250002,
-            hidden_size=1024,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            intermediate_size=4096,
-            max_position_embeddings=514,
-            type_vocab_size=1,
-            layer_norm_eps=1e-5,
-        )
-    return AutoConfig.for_model(**encoder_config)
+from car_datasets.configuration_iqs import IQSConfig
+from car_datasets.convert_comet import base_model, convert, load_tokenizer
 
 
 class LayerCombination(nn.Module):
@@ -129,8 +44,8 @@ class LayerCombination(nn.Module):
         if self.layer_norm:
             hidden_states = [_normalise_text(h, mask) for h in hidden_states]
         weights = sparsemax(self.weight) if self.mix == "sparsemax" else self.weight.softmax(0)
-        mixed = torch.einsum("l,lbtu->btu", weights, torch.stack(list(hidden_states)))
-        return self.gamma * mixed
+        states = torch.stack(list(hidden_states))
+        return self.gamma.to(states.dtype) * torch.einsum("l,lbtu->btu", weights.to(states.dtype), states)
 
 
 def _normalise_text(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -178,8 +93,9 @@ class IQSModel(PreTrainedModel):
         num_states = encoder.num_hidden_layers + 1
         self.encoder = AutoModel.from_config(encoder, **_without_pooler(encoder))
         self.layers = LayerCombination(num_states, config.layer_mix, config.layer, config.layer_norm)
-        concatenated = config.layer is None and config.layer_mix == "concat"
-        self.head = feed_forward(config, encoder.hidden_size * (num_states if concatenated else 1))
+        if config.objective == "regression":
+            concatenated = config.layer is None and config.layer_mix == "concat"
+            self.head = feed_forward(config, encoder.hidden_size * (num_states if concatenated else 1))
         self.post_init()
 
     @classmethod
@@ -188,25 +104,32 @@ class IQSModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str`): a Hub id or a folder; `car_datasets.hub.default_scorer_folder()` is
-                the embedded default's.
-            kwargs: as in `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `token`, `attn_implementation`, ...).
+                the embedded default's. A folder, file or Hub id in the original's layout is converted on the way.
+            tokenizer (`str`, *optional*): for the original's layout only, see [`convert`].
+            kwargs: as in `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `token`, `attn_implementation`, ..., and
+                fields of the configuration, which win over the file's).
 
         Raises:
             ValueError: weights are missing, unknown, or of another shape (transformers itself only warns, the original
                 says nothing: either way random weights would give scores).
         """
-        kwargs.setdefault(
-            "dtype", torch.float32
-        )  # a half-precision file would else be run in half precision, on CPUs too
+        kwargs.setdefault("dtype", torch.float32)  # else a half-precision file would run so, on CPUs too
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         info = kwargs.pop("output_loading_info", False)
-        config = kwargs.pop("config", None) or IQSConfig.from_pretrained(
-            pretrained_model_name_or_path, **_where(kwargs)
-        )
+        tokenizer = kwargs.pop("tokenizer", None)
         found: str | os.PathLike[str] | None = pretrained_model_name_or_path
-        if config.encoder_source is not None:
-            head = load_file(Path(pretrained_model_name_or_path) / "model.safetensors")
-            found, kwargs["state_dict"] = None, {**head, **_source_encoder(config, kwargs.get("token"))}
+        if (checkpoint := _original_checkpoint(pretrained_model_name_or_path, kwargs)) is not None:
+            converted = convert(checkpoint, tokenizer)
+            options = inspect.signature(IQSConfig).parameters
+            changes = {name: kwargs.pop(name) for name in list(kwargs) if name in options}
+            config = IQSConfig(**{**converted.config, **changes})
+            found, kwargs["state_dict"] = None, _without_unused_mix(converted.state, config)
+        else:
+            given = kwargs.pop("config", None)
+            config = given or IQSConfig.from_pretrained(pretrained_model_name_or_path, **_where(kwargs))
+            if config.encoder_source is not None:
+                head = load_file(Path(pretrained_model_name_or_path) / "model.safetensors")
+                found, kwargs["state_dict"] = None, {**head, **_source_encoder(config, kwargs.get("token"))}
         model, report = super().from_pretrained(found, config=config, output_loading_info=True, **kwargs)
         wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
         if wrong:
@@ -222,27 +145,52 @@ class IQSModel(PreTrainedModel):
             self.config.encoder_source = source
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Score a batch of tokenised texts.
 
         Args:
-            input_ids (`Tensor` of shape `(batch, tokens)`): padded token ids.
+            input_ids (`Tensor` of shape `(batch, tokens)`): padded token ids, of the whole text; with the objective
+                `"ranking"`, of the answer.
             attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*): 1 for real tokens; defaults to all ones.
             labels (`Tensor` of shape `(batch,)`, *optional*): targets; gives the mean squared error as `loss`.
+            question_ids, question_mask (`Tensor`, *optional*): of the question, with the objective `"ranking"` only.
 
         Returns:
-            `SequenceClassifierOutput`: `logits` of shape `(batch, 1)` in float32, the scores, not bounded;
-            `hidden_states`, the encoder's, the embedding output first.
+            `SequenceClassifierOutput`: `logits` of shape `(batch, 1)` in float32, the scores, not bounded (in (0, 1) with
+            the objective `"ranking"`); `hidden_states` of `input_ids`, the embedding output first.
+        """
+        pooled, hidden_states = self.pool(input_ids, attention_mask, **kwargs)
+        if self.config.objective == "regression":
+            logits = self.head(pooled).float()
+        elif question_ids is None:
+            raise ValueError("A ranking model scores an answer against its question: pass question_ids as well.")
+        else:
+            question, _ = self.pool(question_ids, question_mask, **kwargs)
+            logits = closeness(question, pooled).unsqueeze(-1)
+        loss = nn.functional.mse_loss(logits.squeeze(-1), labels.float()) if labels is not None else None
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+
+    def pool(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One vector per text, of shape `(batch, units)`, before any head, and the encoder's hidden states.
+
+        The combination of layers and all that follows is computed in the head's own precision, so that a half-precision
+        encoder still tells texts apart.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **kwargs)
-        states = self.layers(encoded.hidden_states, attention_mask)
-        pooled = self._pool(states, input_ids, attention_mask)
-        logits = self.head(pooled.to(self.head[0].weight.dtype)).float()
-        loss = nn.functional.mse_loss(logits.squeeze(-1), labels.float()) if labels is not None else None
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        precision = self.head[0].weight.dtype if self.config.objective == "regression" else torch.float32
+        states = self.layers([h.to(precision) for h in encoded.hidden_states], attention_mask)
+        return self._pool(states, input_ids, attention_mask), encoded.hidden_states
 
     def _pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
@@ -256,16 +204,40 @@ class IQSModel(PreTrainedModel):
         return total / attention_mask.sum(dim=1, keepdim=True).to(states.dtype)
 
 
+def closeness(question: Tensor, answer: Tensor) -> Tensor:
+    """The original's ranking score, `1 / (1 + distance)`, of vectors of shape `(batch, units)`; shape `(batch,)`.
+
+    `pairwise_distance` adds 1e-6 to every difference, so equal texts do not give exactly 1, there as here.
+    """
+    return 1 / (1 + nn.functional.pairwise_distance(answer.float(), question.float()))
+
+
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `from_pretrained` that say where to look, which the configuration's own loading needs too."""
     names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
+def _without_unused_mix(state: dict[str, Tensor], config: IQSConfig) -> dict[str, Tensor]:
+    """A model that reads one layer has no mix; the original may have saved one all the same."""
+    return state if config.layer is None else {n: w for n, w in state.items() if not n.startswith("layers.")}
+
+
+def _original_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path | None:
+    """The checkpoint behind a name in the original's layout, downloaded if it is a Hub id; `None` for any other model."""
+    if Path(name).exists():
+        return hub.find_checkpoint(Path(name))
+    revision = hub.pin_revision(str(name), kwargs.get("revision"), kwargs.get("token"))
+    return hub.find_checkpoint(hub.model_folder(str(name), revision, kwargs.get("token")))
+
+
 def _source_encoder(config: IQSConfig, token: str | None) -> dict[str, Tensor]:
     source = config.encoder_source or {}
     folder = hub.model_folder(source["model_id"], source["revision"], token)
     unused = ("pooler.", "embeddings.position_ids")
+    seen = hub.file_digest(folder / "model.safetensors")
+    if seen != source["sha256"]:
+        raise ValueError(f"The head was trained on an encoder with sha256 {source['sha256']}; {folder} holds {seen}.")
     weights = load_file(folder / "model.safetensors")
     return {f"encoder.{name}": tensor for name, tensor in weights.items() if not name.startswith(unused)}
 
@@ -287,5 +259,29 @@ def feed_forward(config: IQSConfig, width: int) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-AutoConfig.register(IQSConfig.model_type, IQSConfig)
+def convert_checkpoint(
+    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], tokenizer: str | None = None
+) -> None:
+    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer.
+
+    Args:
+        checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
+        output (`str`): a new folder.
+        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer, see [`convert`].
+
+    Raises:
+        ValueError: `output` is there already, `checkpoint` is not in the original's layout, or see [`convert`].
+    """
+    if Path(output).exists():
+        raise ValueError(f"output={str(output)!r} is there already; name a new folder.")
+    found = _original_checkpoint(checkpoint, {})
+    if found is None:
+        raise ValueError(f"checkpoint={str(checkpoint)!r} holds no .ckpt file: it is not in the original's layout.")
+    reader = load_tokenizer(base_model(found, tokenizer))
+    model = IQSModel.from_pretrained(found, tokenizer=tokenizer)
+    reader.model_max_length = model.config.max_tokens
+    model.save_pretrained(output)
+    reader.save_pretrained(output)
+
+
 AutoModel.register(IQSConfig, IQSModel)

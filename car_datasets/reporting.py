@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from car_datasets.selection import read_numbers
+from car_datasets.selection import check_columns, read_numbers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,8 +100,10 @@ class SelectionReport:
             seed (`int`): of the two controls.
 
         Raises:
-            ValueError: a selected row is not in the pool.
+            ValueError: a selected row is not in the pool, or a column is missing.
         """
+        check_columns(pool.column_names, (score_column, cluster_column), ())
+        check_columns(selected.column_names, (index_column, "selected_by"), ())
         pool, selected = pool.with_format(None), selected.with_format(None)
         scores = read_numbers(pool, score_column, np.nan)
         clusters = read_numbers(pool, cluster_column, -1)

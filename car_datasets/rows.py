@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from car_datasets.formatting import TEMPLATES, UNSCORABLE, Schema, format_batch
+from car_datasets.formatting import UNSCORABLE, Schema, format_batch
+from car_datasets.templates import TEMPLATES, Text
 
 DTYPES = ("float32", "bfloat16", "float16")
 ON_INVALID = ("error", "mark")
@@ -20,18 +21,24 @@ class Rows:
     """The texts of a batch, end to end, and which of them belong to which row.
 
     Args:
-        texts (`list[str]`): one per exchange.
+        texts (`list[Text]`): one per exchange.
         counts (`list[int]`): texts per row; 0 for a row that cannot be scored.
         status (`list[str]`): per row, see formatting.py.
     """
 
-    texts: list[str]
+    texts: list[Text]
     counts: list[int]
     status: list[str]
 
     @staticmethod
-    def check_options(template: str | None, on_invalid: str, dtype: str) -> None:
+    def check_options(
+        template: str | None, on_invalid: str, dtype: str, batch_tokens: int | None, new_columns: Sequence[str]
+    ) -> None:
         """Refuse options that would only fail in a worker, after the models are loaded."""
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens={batch_tokens} must be at least 1.")
+        if len(set(new_columns)) < len(new_columns):
+            raise ValueError(f"The new columns {list(new_columns)} must have different names.")
         if template is not None and template not in TEMPLATES:
             raise ValueError(f"template={template!r} is not known; choose one of {sorted(TEMPLATES)}.")
         if on_invalid not in ON_INVALID:
@@ -49,7 +56,9 @@ class Rows:
         rows = format_batch(batch, schema, template)
         bad = [i for i, row in enumerate(rows) if row.status in UNSCORABLE]
         if bad and on_invalid == "error":
-            raise ValueError(invalid_rows_message([rows[i].status for i in bad], row_names(batch, bad), len(rows)))
+            where = "" if "source_index" in batch else " of this batch"
+            names = row_names(batch, bad)
+            raise ValueError(invalid_rows_message([rows[i].status for i in bad], names, len(rows), where))
         texts = [text for row in rows for text in row.texts]
         return cls(texts, [len(row.texts) for row in rows], [row.status for row in rows])
 
@@ -80,7 +89,7 @@ def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> l
     return [index[i] if index is not None else i for i in positions]
 
 
-def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: int) -> str:
+def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: int, where: str = "") -> str:
     """`3 of 1000 rows cannot be scored: 2 null (rows 4, 17), 1 not_a_string (row 9). ...`"""
     parts = []
     for kind in dict.fromkeys(statuses):
@@ -88,7 +97,7 @@ def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: i
         shown = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
         parts.append(f"{len(which)} {kind} (rows {shown})")
     return (
-        f"{len(statuses)} of {total} rows cannot be scored: {'; '.join(parts)}. Mend or drop them, or pass "
+        f"{len(statuses)} of {total} rows{where} cannot be scored: {'; '.join(parts)}. Mend or drop them, or pass "
         "on_invalid='mark' (--on-invalid mark) to keep them without a score."
     )
 
@@ -110,8 +119,3 @@ def refuse_overwrite(seen: Container[str], new_columns: Iterable[str], option: s
             f"The dataset already has the column(s) {taken}, which would be overwritten. Pass {option} to name the new "
             f"ones differently, or drop the old ones: dataset.remove_columns({taken})."
         )
-
-
-def as_column_names(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """A `columns` argument as sorted pairs, which hash the same in every process."""
-    return tuple(sorted(dict(columns).items()))

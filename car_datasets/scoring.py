@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from car_datasets import hub
-from car_datasets.batching import pad, token_batches, token_budget
+from car_datasets.batching import pad, token_batches, token_budget, tokenise
+from car_datasets.configuration_iqs import IQSConfig
+from car_datasets.convert_comet import base_model, convert, load_tokenizer
 from car_datasets.embedding import TextEmbedder, dimension, load_sentence_transformer, pool_tokens
-from car_datasets.formatting import OK, TRUNCATED, find_schema
-from car_datasets.modeling_iqs import IQSConfig, IQSModel
+from car_datasets.formatting import OK, TRUNCATED, as_column_names, check_schema, find_schema
+from car_datasets.modeling_iqs import IQSModel, closeness
 from car_datasets.parallel import device_for
-from car_datasets.rows import Rows, as_column_names, refuse_overwrite, refuse_tables, row_names
+from car_datasets.rows import Rows, refuse_overwrite, refuse_tables, row_names
+from car_datasets.templates import Text
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -43,6 +47,9 @@ class _Loaded(NamedTuple):
     device: torch.device
 
 
+_Keep = Callable[[list[int], Tensor, Tensor, Tensor], None]  # places, pooled, last hidden state, mask
+
+
 class TextScores(NamedTuple):
     """What one pass over texts gives: scores, tokens of the whole text, whether it was cut, and embeddings if asked."""
 
@@ -53,17 +60,21 @@ class TextScores(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)
-def _load(model_id: str, revision: str, dtype: str, device: torch.device) -> _Loaded:
+def _load(model_id: str, revision: str, tokenizer: str | None, dtype: str, device: torch.device) -> _Loaded:
     """Model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled."""
     from transformers import AutoTokenizer
 
     folder = hub.model_folder(model_id, revision)
-    model = IQSModel.from_pretrained(folder, dtype=getattr(torch, dtype))
-    model.head.float()  # a half-precision head gives many texts the same score
-    source = model.config.encoder_source
-    if source is not None:
-        folder = hub.model_folder(source["model_id"], source["revision"])
-    return _Loaded(model.eval().to(device), AutoTokenizer.from_pretrained(folder), device)
+    model = IQSModel.from_pretrained(folder, dtype=getattr(torch, dtype), tokenizer=tokenizer)
+    if model.config.objective == "regression":
+        model.head.float()  # a half-precision head gives many texts the same score
+    source, checkpoint = model.config.encoder_source, hub.find_checkpoint(folder)
+    if checkpoint is not None:
+        reader = load_tokenizer(base_model(checkpoint, tokenizer))
+    else:
+        at = folder if source is None else hub.model_folder(source["model_id"], source["revision"])
+        reader = AutoTokenizer.from_pretrained(at)
+    return _Loaded(model.eval().to(device), reader, device)
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,8 @@ class QualityScorer:
         model_id (`str`): an IQS model, on the Hub or in a folder. The default is in the package and needs no Hub.
         revision (`str`, *optional*): branch, tag or commit; replaced by the commit or digest that it means now.
         token (`str`, *optional*): for a private model; used to look it up and download it, never stored.
+        tokenizer (`str`, *optional*): for a checkpoint in the original's layout: folder or Hub id of its base model's
+            tokenizer, see [`convert`].
         schema, columns: which columns hold the text, see [`find_schema`].
         template (`str`, *optional*): the model's own, unless you know why not.
         turns (`str`): the score of a chat from those of its exchanges: `"mean"`, `"min"`, `"last"` or `"sum"`.
@@ -98,6 +111,7 @@ class QualityScorer:
     model_id: str = hub.DEFAULT_SCORER
     revision: str | None = None
     token: InitVar[str | None] = None
+    tokenizer: str | None = None
     schema: str = "auto"
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
     template: str | None = None
@@ -113,12 +127,13 @@ class QualityScorer:
     def __post_init__(self, token: str | None) -> None:
         object.__setattr__(self, "cache_version", CACHE_VERSION)  # a default alone would not be hashed
         object.__setattr__(self, "columns", as_column_names(self.columns))
-        Rows.check_options(self.template, self.on_invalid, self.dtype)
+        check_schema(self.schema, self.columns)
+        Rows.check_options(self.template, self.on_invalid, self.dtype, self.batch_tokens, self._new_columns())
         if self.turns not in TURNS:
             raise ValueError(f"turns={self.turns!r} is not known; choose one of {sorted(TURNS)}.")
         revision = hub.pin_revision(self.model_id, self.revision, token)
-        folder = hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
-        config = _read_config(self.model_id, folder)
+        hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
+        config = _read_config(self.model_id, revision, self.tokenizer)
         if self.embedding_column is not None and config.encoder_source is None:
             raise ValueError(
                 f"embedding_column={self.embedding_column!r}: {self.model_id} has an encoder of its own, which is no "
@@ -131,28 +146,32 @@ class QualityScorer:
     @property
     def shares_encoder(self) -> bool:
         """Whether `embedding_column` is possible: the encoder is a sentence-transformers model, left as it was."""
-        return (
-            _read_config(self.model_id, hub.model_folder(self.model_id, str(self.revision))).encoder_source is not None
-        )
+        return self._config().encoder_source is not None
 
     @property
     def output_columns(self) -> tuple[str, ...]:
         """The names of the columns that this callable adds."""
-        return tuple(self.output_features())
+        return tuple(self._new_columns())
 
     def output_features(self) -> Features:
         """The types of the columns that this callable adds; with `.map(features=...)` a first batch may be all null."""
         from datasets import Features, List, Value
 
+        kinds = {"tokens": Value("int32"), "truncated": Value("bool"), "status": Value("string")}
         stem = self.output_column.removesuffix("_score")
-        types = {self.output_column: Value("float32")}
-        if self.diagnostics:
-            types |= {f"{stem}_tokens": Value("int32"), f"{stem}_truncated": Value("bool")}
-        if self.diagnostics or self.on_invalid == "mark":
-            types[f"{stem}_status"] = Value("string")
+        types: dict[str, Any] = {f"{stem}_{name}": kind for name, kind in kinds.items()}
+        types[self.output_column] = Value("float32")
         if self.embedding_column is not None:
             types[self.embedding_column] = List(Value("float32"))
-        return Features(types)
+        return Features({name: types[name] for name in self._new_columns()})
+
+    def _new_columns(self) -> list[str]:
+        stem = self.output_column.removesuffix("_score")
+        extra = (
+            ["tokens", "truncated", "status"] if self.diagnostics else ["status"] if self.on_invalid == "mark" else []
+        )
+        names = [self.output_column, *(f"{stem}_{name}" for name in extra)]
+        return names if self.embedding_column is None else [*names, self.embedding_column]
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
         """A `.map(batched=True)` batch to the new columns only."""
@@ -175,25 +194,57 @@ class QualityScorer:
             columns[self.embedding_column] = rows.mean_vectors(texts.embeddings)
         return {name: columns[name] for name in self.output_columns}
 
-    def score_texts(self, texts: Sequence[str], rank: int | None = None) -> TextScores:
-        """Score ready-made texts (already in the template), in order; see [`TextScores`]."""
-        loaded = _load(self.model_id, str(self.revision), self.dtype, device_for(rank))
-        limit = loaded.model.config.max_tokens
-        ids, lengths = _tokenise(loaded.tokenizer, texts, limit)
-        scores = np.empty(len(texts), dtype=np.float32)
+    def score_texts(self, texts: Sequence[Text | str], rank: int | None = None) -> TextScores:
+        """Score ready-made texts, in order; see [`TextScores`].
+
+        Args:
+            texts (`Sequence`): [`Text`]s, or strings that are already in the template (a ranking model needs question
+                and answer apart, so no strings).
+            rank (`int`, *optional*): see [`device_for`].
+        """
+        loaded = _load(self.model_id, str(self.revision), self.tokenizer, self.dtype, device_for(rank))
+        if loaded.model.config.objective == "ranking":
+            return self._rank_texts(texts, loaded)
+        whole = [text if isinstance(text, str) else text.whole for text in texts]
         embeddings = self._room_for_embeddings(len(texts), loaded.device)
-        for batch in token_batches([len(row) for row in ids], self.batch_tokens or token_budget(loaded.device)):
-            input_ids, mask = pad([ids[i] for i in batch], loaded.tokenizer.pad_token_id, loaded.device)
-            with torch.inference_mode():
-                output = loaded.model(input_ids, mask)
-                scores[batch] = output.logits.squeeze(-1).cpu().numpy()
-                if embeddings is not None:
-                    pooled = pool_tokens(self._embedding_model(loaded.device), output.hidden_states[-1], mask)
-                    embeddings[batch] = pooled.float().cpu().numpy()
+        scores = np.empty(len(texts), dtype=np.float32)
+
+        def keep(places: list[int], pooled: Tensor, last: Tensor, mask: Tensor) -> None:
+            scores[places] = loaded.model.head(pooled).squeeze(-1).float().cpu().numpy()
+            if embeddings is not None:
+                sentences = pool_tokens(self._embedding_model(loaded.device), last, mask)
+                embeddings[places] = sentences.float().cpu().numpy()
+
+        tokens = self._pool_texts(whole, loaded, keep)
         if embeddings is not None:
-            self._reembed_long(texts, lengths, embeddings, rank)
-        tokens = np.array(lengths, dtype=np.int32)
-        return TextScores(scores, tokens, tokens > limit, embeddings)
+            self._reembed_long(whole, tokens, embeddings, rank)
+        return TextScores(scores, tokens, tokens > loaded.model.config.max_tokens, embeddings)
+
+    def _rank_texts(self, texts: Sequence[Text | str], loaded: _Loaded) -> TextScores:
+        """The ranking variant: question and answer are texts of their own, each with the whole limit."""
+        if any(isinstance(text, str) for text in texts):
+            raise ValueError(f"{self.model_id} ranks an answer against its question: pass Text(question, answer).")
+        parts = [part for text in texts for part in text]
+        vectors = torch.empty((len(parts), loaded.model.config.encoder_config.hidden_size))
+
+        def keep(places: list[int], pooled: Tensor, last: Tensor, mask: Tensor) -> None:
+            vectors[places] = pooled.float().cpu()
+
+        lengths = self._pool_texts(parts, loaded, keep).reshape(-1, 2)
+        scores = closeness(vectors[::2], vectors[1::2]).numpy()
+        limit = loaded.model.config.max_tokens
+        return TextScores(scores, lengths.sum(axis=1, dtype=np.int32), (lengths > limit).any(axis=1), None)
+
+    def _pool_texts(self, texts: Sequence[str], loaded: _Loaded, keep: _Keep) -> npt.NDArray[np.int32]:
+        """Run the encoder over texts in batches of like length and hand each batch to `keep`; gives their token counts."""
+        model = loaded.model
+        ids, lengths = tokenise(loaded.tokenizer, texts, model.config.max_tokens)
+        for places in token_batches([len(row) for row in ids], self.batch_tokens or token_budget(loaded.device)):
+            input_ids, mask = pad([ids[i] for i in places], loaded.tokenizer.pad_token_id, loaded.device)
+            with torch.inference_mode():
+                pooled, hidden_states = model.pool(input_ids, mask)
+                keep(places, pooled, hidden_states[-1], mask)
+        return np.array(lengths, dtype=np.int32)
 
     def _room_for_embeddings(self, rows: int, device: torch.device) -> npt.NDArray[np.float32] | None:
         if self.embedding_column is None:
@@ -205,7 +256,7 @@ class QualityScorer:
         return load_sentence_transformer(embedder.model_id, str(embedder.revision), embedder.dtype, device)
 
     def _reembed_long(
-        self, texts: Sequence[str], lengths: Sequence[int], out: npt.NDArray[np.float32], rank: int | None
+        self, texts: Sequence[str], lengths: npt.NDArray[np.int32], out: npt.NDArray[np.float32], rank: int | None
     ) -> None:
         """The scorer reads further than the embedder was made to; what it saw there must not colour the embedding."""
         limit = self._embedding_model(device_for(rank)).max_seq_length
@@ -220,6 +271,9 @@ class QualityScorer:
         """
         return _embedder_of(self)
 
+    def _config(self) -> IQSConfig:
+        return _read_config(self.model_id, str(self.revision), self.tokenizer)
+
     def _refuse_nan(self, scores: Sequence[Any], batch: Mapping[str, Sequence[Any]]) -> None:
         bad = [i for i, s in enumerate(scores) if s is not None and not np.isfinite(s)]
         if bad:
@@ -231,8 +285,7 @@ class QualityScorer:
 
 @functools.lru_cache(maxsize=8)
 def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
-    folder = hub.model_folder(scorer.model_id, str(scorer.revision))
-    source = _read_config(scorer.model_id, folder).encoder_source
+    source = scorer._config().encoder_source
     if source is None:
         raise ValueError(f"{scorer.model_id} has an encoder of its own; choose a TextEmbedder(...) yourself.")
     return TextEmbedder(
@@ -248,26 +301,16 @@ def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
     )
 
 
-def _read_config(model_id: str, folder: Any) -> IQSConfig:
+@functools.lru_cache(maxsize=8)
+def _read_config(model_id: str, revision: str, tokenizer: str | None) -> IQSConfig:
     from transformers import AutoConfig
 
+    folder = hub.model_folder(model_id, revision)
+    if (checkpoint := hub.find_checkpoint(folder)) is not None:
+        return IQSConfig(**convert(checkpoint, tokenizer).config)
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, IQSConfig):
         raise ValueError(
             f"model_id={model_id!r} is a {config.model_type!r} model, not an IQS model ({IQSConfig.model_type!r})."
         )
     return config
-
-
-def _tokenise(tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[int]]:
-    """Token ids cut at `limit` by the tokenizer's own rule, and the length of each whole text in tokens."""
-    if not texts:
-        return [], []
-    ids = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-    lengths = [len(row) for row in ids]
-    long = [i for i, length in enumerate(lengths) if length > limit]
-    if long:
-        cut = tokenizer([texts[i] for i in long], truncation=True, max_length=limit)["input_ids"]
-        for i, row in zip(long, cut, strict=True):
-            ids[i] = row
-    return ids, lengths

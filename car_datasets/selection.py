@@ -9,11 +9,13 @@ rows).
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,10 +57,9 @@ def choose(
     if score.shape != cluster.shape or score.ndim != 1:
         raise ValueError(f"scores have the shape {score.shape} and clusters {cluster.shape}; both must be (rows,).")
     scored = int(np.count_nonzero(~np.isnan(score)))
-    if n2 < 0 or n2 > max(scored, 1):
-        raise ValueError(f"n2={n2} must be between 0 and the {scored} scored rows.")
+    _check_counts(scored, n2, budget)
     order = _best_first(score)[:scored]
-    within = _ranks_within(cluster[order])
+    within = ranks_within(cluster[order])
     from_clusters = (within >= 1) & (within <= n2)
     count = _rows_by_score(n1, scored) if budget is None else _rows_for_budget(budget, from_clusters)
     places = np.flatnonzero((np.arange(scored) < count) | from_clusters)
@@ -80,7 +81,7 @@ def _best_first(score: npt.NDArray[np.float64]) -> Indices:
     return _sorted_pairs(np.where(bits >> 31, ~bits, bits | np.uint32(2**31)), np.arange(len(score)))[1]
 
 
-def _ranks_within(labels: Indices) -> Indices:
+def ranks_within(labels: Indices) -> Indices:
     """For the clusters of rows, best row first: the rank of every row in its cluster, 1 for the best, 0 without cluster."""
     ranks = np.zeros(len(labels), dtype=np.int64)
     members = np.flatnonzero(labels >= 0)
@@ -102,13 +103,24 @@ def _sorted_pairs(first: Indices, second: Indices) -> tuple[Indices, Indices]:
     return (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-def _rows_by_score(n1: int | float, scored: int) -> int:
-    if isinstance(n1, float) and not n1.is_integer():
+def _check_counts(rows: int, n2: int, budget: int | None) -> None:
+    if not _is_count(n2) or n2 > max(rows, 1):
+        raise ValueError(f"n2={n2!r} must be between 0 and the {rows} rows, a whole number.")
+    if budget is not None and not _is_count(abs(budget)):
+        raise ValueError(f"budget={budget!r} must be a whole number of rows.")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def _rows_by_score(n1: int | float, rows: int) -> int:
+    if isinstance(n1, numbers.Real) and not isinstance(n1, numbers.Integral):
         if not 0 < n1 < 1:
-            raise ValueError(f"n1={n1}: a fraction must lie between 0 and 1; for a number of rows pass an int.")
-        return max(1, math.floor(n1 * scored + 1e-9))  # 0.29 * 100 is 28.999999999999996
-    if n1 < 0 or n1 > scored:
-        raise ValueError(f"n1={n1} must be between 0 and the {scored} rows; a fraction such as 0.05 is fine too.")
+            raise ValueError(f"n1={n1!r}: a fraction must lie between 0 and 1; for a number of rows pass an int.")
+        return max(1, math.floor(float(n1) * rows + 1e-9))  # 0.29 * 100 is 28.999999999999996
+    if not _is_count(n1) or n1 > rows:
+        raise ValueError(f"n1={n1!r} must be between 0 and the {rows} rows; a share such as 0.05 is fine too.")
     return int(n1)
 
 
@@ -118,7 +130,7 @@ def _rows_for_budget(budget: int, from_clusters: npt.NDArray[np.bool_]) -> int:
     if not taken <= budget <= len(from_clusters):
         raise ValueError(
             f"budget={budget} must be between the {taken} rows that the clusters take (fewer with a smaller n2 or k) "
-            f"and the {len(from_clusters)} scored rows."
+            f"and the {len(from_clusters)} rows."
         )
     # With n1 rows by score, the union holds n1 rows and the cluster picks that come after them.
     union = np.r_[0, np.cumsum(~from_clusters)] + taken
@@ -127,15 +139,11 @@ def _rows_for_budget(budget: int, from_clusters: npt.NDArray[np.bool_]) -> int:
 
 def refuse_impossible(rows: int, clusters: int, n1: int | float, n2: int, budget: int | None) -> None:
     """Raise a ValueError for an n1, n2 or budget that cannot fit, before scores are known (all rows could be scored)."""
-    if not isinstance(n1, (int, float)):
-        raise ValueError(f"n1={n1!r} must be a number, or a share of the rows such as 0.05.")
-    if not isinstance(n2, int) or n2 < 0 or n2 > rows:
-        raise ValueError(f"n2={n2!r} must be between 0 and the {rows} rows.")
-    if budget is None and n1 == n2 == 0:
-        raise ValueError(f"n1={n1} and n2={n2} select no rows.")
+    _check_counts(rows, n2, budget)
     if budget is None:
-        _rows_by_score(n1, rows)
-    elif not isinstance(budget, int) or not (clusters if n2 else 0) <= budget <= rows or budget < 1:
+        if _rows_by_score(n1, rows) == n2 == 0:
+            raise ValueError(f"n1={n1} and n2={n2} select no rows.")
+    elif not (clusters if n2 else 1) <= budget <= rows:
         raise ValueError(
             f"budget={budget} must be between the {clusters if n2 else 1} rows that the clusters take (fewer with n2=0 or a "
             f"smaller k) and the {rows} rows."
@@ -178,6 +186,11 @@ def select_car(
         raise ValueError(f"n1={n1} and n2={n2} select no rows.")
     if not allow_worse:
         refuse_worse(scores, choice.positions)
+    return add_selection(dataset, choice, index_column)
+
+
+def add_selection(dataset: Dataset, choice: Choice, index_column: str) -> Dataset:
+    """The chosen rows with the columns that say why, see [`select_car`]."""
     # In Arrow's format: numpy's would turn whole numbers beside a null into floats when add_column copies the rows.
     form = dataset.format
     chosen = dataset.with_format("arrow").select(choice.positions.tolist())
@@ -209,6 +222,8 @@ def read_numbers(dataset: Dataset, column: str, missing: float) -> npt.NDArray[A
         ValueError: the column is not numeric.
     """
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        raise ValueError(f"The column {column!r} holds {values.type}, not numbers.")
     try:
         return np.asarray(values.cast("float64" if missing != missing else "int64").fill_null(missing).to_numpy())
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from car_datasets import hub
 from car_datasets.batching import CPU_BUDGET, pad, token_batches
-from car_datasets.formatting import CLEAN_TEMPLATE, clean
-from car_datasets.modeling_iqs import IQSConfig, IQSModel, feed_forward
+from car_datasets.configuration_iqs import IQSConfig
+from car_datasets.modeling_iqs import IQSModel, feed_forward
+from car_datasets.templates import CLEAN_TEMPLATE, clean
 
 HIDDEN_SIZES = (256,)
 DROPOUT = 0.3

@@ -122,7 +122,11 @@ def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random sentence-transformers model: encoder, mean pooling, normalisation, 40 tokens at most."""
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import modules
+
+    try:
+        from sentence_transformers.sentence_transformer import modules
+    except ImportError:  # before 6.0
+        from sentence_transformers import models as modules
     from transformers import BertModel
 
     torch.manual_seed(0)

@@ -302,7 +302,7 @@ def test_a_model_of_another_version_is_refused(saved: Path) -> None:
 # errors ---------------------------------------------------------------------------------------------------------------
 
 BAD_FITS: dict[str, tuple[dict[str, Any], str]] = {
-    "k above the rows": ({"k": 7}, "k=7 must be 'sqrt' or a number between 1 and the 6 rows that have an embedding"),
+    "k above the rows": ({"k": 7}, "k=7 must be 'sqrt' or a number between 1 and the 6 rows that can be clustered"),
     "k = 0": ({"k": 0}, "k=0 must be"),
     "k negative": ({"k": -3}, "k=-3 must be"),
     "k a word": ({"k": "root"}, "k='root' must be 'sqrt'"),

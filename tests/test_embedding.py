@@ -6,7 +6,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from car_datasets import TextEmbedder, hub
-from car_datasets.formatting import Exchange, render
+from car_datasets.templates import Exchange, render
 
 
 def encode(folder: str, texts: list[str]) -> np.ndarray:
@@ -14,7 +14,7 @@ def encode(folder: str, texts: list[str]) -> np.ndarray:
 
 
 def test_equal_to_encode(tiny_embedder: str, pairs: Dataset) -> None:
-    texts = [render(Exchange(r["instruction"], r["input"] or "", r["output"])) for r in pairs]
+    texts = [render(Exchange(r["instruction"], r["input"] or "", r["output"])).whole for r in pairs]
     embedded = pairs.map(TextEmbedder(tiny_embedder), batched=True, with_rank=True)
     assert np.abs(np.array(embedded["embedding"][:]) - encode(tiny_embedder, texts)).max() < 1e-5
     assert embedded.features["embedding"].feature.dtype == "float32"

@@ -17,14 +17,12 @@ from car_datasets.formatting import (
     NULL,
     OK,
     SCHEMAS,
-    Exchange,
     Schema,
-    clean,
     exchanges_of,
     find_schema,
     format_batch,
-    render,
 )
+from car_datasets.templates import Exchange, clean, render
 
 SHAREGPT = SCHEMAS["conversations"]
 
@@ -98,18 +96,19 @@ def test_required_columns_leave_the_input_out() -> None:
 
 def test_paper_template_byte_for_byte() -> None:
     assert (
-        render(Exchange("Add  them.", "1\n2", ' "3" '), "paper")
+        render(Exchange("Add  them.", "1\n2", ' "3" '), "paper").whole
         == 'Instruction: Add  them. Input: 1\n2 Response:  "3" '
     )
-    assert render(Exchange("Hi", "", "Yes."), "paper") == "Instruction: Hi Input:  Response: Yes."
+    assert render(Exchange("Hi", "", "Yes."), "paper").whole == "Instruction: Hi Input:  Response: Yes."
 
 
 def test_clean_template_byte_for_byte() -> None:
     assert (
-        render(Exchange("Add\tthem. ", "1\\n2", "“3”"), "clean-1") == 'Instruction: Add them. Input: 1 2 Response: "3"'
+        render(Exchange("Add\tthem. ", "1\\n2", "“3”"), "clean-1").whole
+        == 'Instruction: Add them. Input: 1 2 Response: "3"'
     )
-    assert render(Exchange("Hi", "", "Yes.")) == "Instruction: Hi Response: Yes."
-    assert render(Exchange("Hi", " \\n ", ""), "clean-1") == "Instruction: Hi Response: "
+    assert render(Exchange("Hi", "", "Yes.")).whole == "Instruction: Hi Response: Yes."
+    assert render(Exchange("Hi", " \\n ", ""), "clean-1").whole == "Instruction: Hi Response: "
 
 
 def test_unknown_template_is_refused() -> None:
@@ -122,7 +121,8 @@ def test_unknown_template_is_refused() -> None:
 
 def test_rows_become_texts_and_a_status() -> None:
     batch = {"instruction": ["a", "b", "c"], "input": ["x", None, ""], "output": ["1", "2", " \n"]}
-    assert [tuple(row) for row in format_batch(batch, SCHEMAS["alpaca"], "paper")] == [
+    found = format_batch(batch, SCHEMAS["alpaca"], "paper")
+    assert [([text.whole for text in texts], status) for texts, status in found] == [
         (["Instruction: a Input: x Response: 1"], OK),
         (["Instruction: b Input:  Response: 2"], OK),
         (["Instruction: c Input:  Response:  \n"], EMPTY_RESPONSE),
@@ -205,7 +205,6 @@ def test_chat_is_cut_at_every_answer(turns: list[str], expected: list[tuple[str,
         pytest.param([None], BAD_TURN, id="a null turn"),
         pytest.param([{"role": "user"}], BAD_TURN, id="a turn without content"),
         pytest.param([{"content": "q"}], BAD_TURN, id="a turn without a role"),
-        pytest.param([{"from": "human", "value": "q"}], BAD_TURN, id="the keys of the other schema"),
         pytest.param([*chat("u q", "a r"), {"role": "narrator", "content": "x"}], BAD_TURN, id="unknown role"),
         pytest.param([{"role": None, "content": "q"}], BAD_TURN, id="null role"),
         pytest.param([*chat("u q"), {"role": "assistant", "content": None}], NULL, id="null content"),
@@ -232,10 +231,22 @@ def test_chat_as_a_dict_of_lists() -> None:
 
 def test_chat_becomes_one_text_per_exchange() -> None:
     batch = {"messages": [chat("s rules", "u q", "a r", "u q2", "a "), chat("u q"), chat("u q", "a r")]}
-    assert [tuple(row) for row in format_batch(batch, SCHEMAS["messages"], "clean-1")] == [
+    found = format_batch(batch, SCHEMAS["messages"], "clean-1")
+    assert [([text.whole for text in texts], status) for texts, status in found] == [
         (["Instruction: rules q Response: r", "Instruction: rules q2 Response: "], EMPTY_RESPONSE),
         ([], NO_ASSISTANT_TURN),
         (["Instruction: q Response: r"], OK),
+    ]
+
+
+def test_keys_of_the_other_schema_and_tool_calls_are_read() -> None:
+    mixed = [{"from": "human", "value": "q"}, {"role": "assistant", "content": "r"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    tools = [*chat("u q"), call, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "It is 42."}]
+    found = format_batch({"messages": [mixed, tools]}, SCHEMAS["messages"], "clean-1")
+    assert [[text.whole for text in texts] for texts, _ in found] == [
+        ["Instruction: q Response: r"],
+        ["Instruction: q 42 Response: It is 42."],
     ]
 
 

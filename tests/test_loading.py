@@ -263,7 +263,7 @@ def test_unknown_columns_are_listed_with_the_option_that_names_them(tmp_path: Pa
 
 
 def test_folder_without_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+    with pytest.raises(ValueError, match=f"{tmp_path}.*folder without data"):
         load_instructions(tmp_path)
 
 
@@ -361,3 +361,48 @@ def test_null_or_missing_inputs_and_empty_answers_are_no_errors(pairs: Dataset) 
 def test_unknown_way_with_bad_rows_is_refused(pairs: Dataset) -> None:
     with pytest.raises(ValueError, match="on_invalid='drop' is not known"):
         load_instructions(pairs, on_invalid="drop")
+
+
+# --- readers that would change values
+
+
+def test_text_beside_numbers_is_not_changed_in_silence(tmp_path: Path) -> None:
+    """datasets stores such a column as JSON, and gives back the text "42" as a number and '"q"' without its quotes."""
+    rows = [{"instruction": "a", "output": value} for value in ("42", '"q"', "null", 3, "plain")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for mode in ("error", "mark"):
+        with pytest.raises(ValueError, match=r"'output' holds text and 1 other values \(rows 3\)"):
+            load_instructions(tmp_path / "rows.json", on_invalid=mode)
+
+
+def test_text_that_looks_like_dates_stays_text_and_keeps_all_columns(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "output": "2024-01-02"}, {"instruction": "b", "input": "late", "output": "2024-01-03"}]
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps(r, ensure_ascii=False) for r in [*rows, {**rows[0], "output": "\u2028x"}])
+    )
+    found = load_instructions(tmp_path / "rows.jsonl")
+    assert found["output"][:] == ["2024-01-02", "2024-01-03", "\u2028x"]
+    assert found["input"][:] == [None, "late", None]
+
+
+def test_dates_inside_chats_stay_text(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "2024-01-01"}, {"role": "assistant", "content": "2024-01-02"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": chat}] * 3))
+    assert load_instructions(tmp_path / "rows.json")[2]["messages"] == chat
+
+
+def test_objects_of_varying_keys_are_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "meta": meta} for meta in ({"x": 1}, {"x": "one"}, {"y": [1]})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_instructions(tmp_path / "rows.jsonl")["meta"][:] == [row["meta"] for row in rows]
+
+
+def test_a_line_with_too_few_fields_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("instruction,input,output\nq1,,a1\nq2,\n")
+    with pytest.raises(ValueError, match="line 3 has 2 fields, the header has 3"):
+        load_instructions(tmp_path / "rows.csv")
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "ROWS.JSON").write_text('[{"instruction": "a", "output": "b"}]')
+    assert load_instructions(tmp_path / "ROWS.JSON")["output"][:] == ["b"]

@@ -15,13 +15,16 @@ PACKAGE = Path(car_datasets.__file__).parent
 # A room may import from rooms further up only; design.md calls this "imports run one way".
 ORDER = [
     {"version"},
-    {"formatting", "hub"},
-    {"modeling_iqs", "selection", "vectors"},
-    {"batching", "parallel", "reporting", "rows"},
-    {"loading", "embedding", "clustering"},
+    {"templates", "hub"},
+    {"formatting"},
+    {"configuration_iqs", "convert_comet", "selection", "vectors"},
+    {"modeling_iqs", "original"},
+    {"batching", "files", "parallel", "reporting", "rows"},
+    {"loading", "embedding", "clustering", "results", "recipe"},
     {"scoring", "filtering"},
     {"training"},
-    {"recipe"},
+    {"curation"},
+    {"cli_options"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -13,7 +13,8 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 
 from car_datasets import QualityScorer, Recipe, TextEmbedder, curate
-from car_datasets.recipe import RESULT_FILES, Curated
+from car_datasets.curation import Curated
+from car_datasets.results import RESULT_FILES
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -89,7 +90,11 @@ def test_selected_file_holds_the_best_rows_with_their_reasons(result: tuple[Cura
 def test_selected_json_is_a_list_of_rows_as_the_original_writes_it(result: tuple[Curated, Path]) -> None:
     (selected, _, _), folder = result
     rows = json.loads((folder / "selected.json").read_text(encoding="utf-8"))
-    assert rows == selected.to_list()
+    ours = [
+        {{"score": "iqs_score", "label": "cluster"}.get(key, key): value for key, value in row.items()} for row in rows
+    ]
+    assert [{**row, "cluster": int(row["cluster"])} for row in ours] == selected.to_list()
+    assert all(isinstance(row["label"], str) for row in rows)
     assert all(list(row)[:3] == ["instruction", "input", "output"] for row in rows)
     again = Dataset.from_json(str(folder / "selected.json"))
     assert again["output"][:] == selected["output"][:]
@@ -242,7 +247,7 @@ def test_thousand_unscorable_rows_first(tiny: dict[str, Any]) -> None:
 
 def test_pool_without_any_scorable_row_is_refused(tiny: dict[str, Any]) -> None:
     pool = Dataset.from_dict({"instruction": [None] * 9, "output": ["a"] * 9})
-    with pytest.raises(ValueError, match=r"only nulls|no scored rows|cannot be scored"):
+    with pytest.raises(ValueError, match=r"cannot be scored"):
         curate(pool, None, **{**tiny, "on_invalid": "mark"})
 
 
@@ -369,7 +374,7 @@ def test_column_that_a_stage_would_overwrite_is_refused_before_the_first_model_c
     name: str, weightless: dict[str, Any]
 ) -> None:
     rows = short_rows().add_column(name, [0] * 24)
-    with pytest.raises(ValueError, match=rf"already has the column\(s\) \['{name}'\], which would be overwritten"):
+    with pytest.raises(ValueError, match=rf"already has the column\(s\) \['{name}'\].*which would be overwritten"):
         curate(rows, None, **weightless)
 
 
@@ -444,3 +449,28 @@ def test_shipped_recipe_parses_and_opens_with_its_purpose_and_command(path: Path
 
 def test_default_recipe_is_the_default() -> None:
     assert Recipe.from_yaml(ROOT / "configs" / "default.yaml") == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"turns": [1]}, r"turns=\[1\] must be of the type str"),
+        ({"scorer": None}, "scorer=None must be of the type str"),
+        ({"score_column": 3}, "score_column=3"),
+        ({"keep_embeddings": "no"}, "keep_embeddings='no' must be of the type bool"),
+        ({"n1": True}, "n1=True"),
+        ({"n1": 1.0}, "n1=1.0: a fraction must lie between 0 and 1"),
+        ({"embedder_revision": "abc"}, "needs an embedder"),
+        ({"columns": "foo"}, "columns='foo' must map roles to columns"),
+    ],
+)
+def test_values_of_another_type_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        curate(short_rows(), **settings)
+
+
+def test_numbers_are_checked_against_the_rows_that_can_be_scored(tiny: dict[str, Any]) -> None:
+    rows = short_rows().to_list()
+    half = Dataset.from_list([{**row, "output": None if i % 2 else row["output"]} for i, row in enumerate(rows)])
+    with pytest.raises(ValueError, match="n1=13 must be between 0 and the 12 rows"):
+        curate(half, **{**tiny, "n1": 13, "on_invalid": "mark"})

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from car_datasets import IQSModel, QualityScorer, TextEmbedder
-from car_datasets.formatting import Exchange, render
+from car_datasets.templates import Exchange, render
 
 TOLERANCE = 1e-5  # in float32, whatever the company of a row
 HALF_TOLERANCE = 0.05  # in bfloat16, 8 bits of mantissa
 
 
 def texts(rows: Dataset) -> list[str]:
-    return [render(Exchange(r["instruction"], r["input"] or "", r["output"])) for r in rows]
+    return [render(Exchange(r["instruction"], r["input"] or "", r["output"])).whole for r in rows]
 
 
 def test_scores_equal_the_model_run_on_each_text_alone(tiny_iqs: str, pairs: Dataset) -> None:
@@ -147,6 +147,10 @@ def test_an_existing_column_is_not_overwritten(tiny_iqs: str, pairs: Dataset) ->
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"on_invalid": "ignore"}, "on_invalid='ignore'"),
         ({"revision": "main"}, "leave revision out"),
+        ({"schema": "alpacka"}, "schema='alpacka'"),
+        ({"columns": {"question": "a"}}, "columns has the keys"),
+        ({"batch_tokens": 0}, "batch_tokens=0"),
+        ({"output_column": "x", "embedding_column": "x"}, "must have different names"),
     ],
 )
 def test_mistakes_are_named_when_the_scorer_is_made(options: dict, message: str) -> None:

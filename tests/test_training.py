@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from car_datasets import QualityScorer, hub
-from car_datasets.formatting import clean
+from car_datasets.templates import clean
 from car_datasets.training import accuracy, read_score_csv, train_default_head
 
 

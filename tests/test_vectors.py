@@ -13,7 +13,8 @@ from datasets import Array2D, Dataset, Features, LargeList, List, Value, concate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from car_datasets.rows import Rows, as_column_names, invalid_rows_message, refuse_overwrite, row_names
+from car_datasets.formatting import as_column_names
+from car_datasets.rows import Rows, invalid_rows_message, refuse_overwrite, row_names
 from car_datasets.vectors import as_arrow, matrix_of, read_embeddings
 
 ROWS = np.arange(40, dtype=np.float32).reshape(10, 4) / 2  # exact in float16 too

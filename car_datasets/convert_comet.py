@@ -1,0 +1,269 @@
+"""The original's checkpoints (COMET on Lightning) as configuration and weights of an `IQSModel`.
+
+Does: read the pickle without running what is in it, rename the weights, work out the encoder's shape from them, and take
+the tokenizer's file as it is.
+Does not: find the checkpoint (hub.py), import Lightning or COMET, ask a hub for the base model, or build a model
+(modeling_iqs.py).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from car_datasets import hub
+
+CLASSES = {"instruction_metric": "regression", "instruction_ranking_metric": "ranking"}
+ENCODERS = {"XLM-RoBERTa": "xlm-roberta", "BERT": "bert"}
+# Widths whose number of attention heads is beyond doubt: the base and large sizes of both families.
+HEADS = {768: 12, 1024: 16}
+
+
+class Converted(NamedTuple):
+    """What a checkpoint becomes: arguments of `IQSConfig`, a state dict of `IQSModel`, and where its tokenizer is."""
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    base_model: str
+
+
+def convert(checkpoint: Path, tokenizer: str | None = None) -> Converted:
+    """Read a checkpoint of CaR: IQS (`instruction_metric`) or the ranking variant (`instruction_ranking_metric`).
+
+    Args:
+        checkpoint (`Path`): a `.ckpt` file.
+        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer; a folder's `config.json` also tells
+            the number of attention heads, which no weight does. Default: the `pretrained_model` of the hyper-parameters,
+            if a folder of that name lies beside the checkpoint's folders, else as a Hub id.
+
+    Raises:
+        ValueError: not a checkpoint of CaR; unknown options or weights; an encoder whose shape cannot be told.
+    """
+    content = read_checkpoint(checkpoint)
+    options = {**_hparams_beside(checkpoint), **content["hyper_parameters"]}
+    base = base_model(checkpoint, tokenizer, options)
+    state = {
+        **_encoder_state(content["state_dict"]),
+        **_mix_state(content["state_dict"]),
+        **_head_state(content["state_dict"]),
+    }
+    used = set(_used_names(content["state_dict"]))
+    unknown = sorted(set(content["state_dict"]) - used)
+    if unknown:
+        raise ValueError(f"{checkpoint} holds weights that no model of CaR has: {unknown[:5]}.")
+    return Converted(_config(options, state, base, checkpoint), state, base)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Unpickle a checkpoint with `weights_only=True`, which builds tensors and plain containers and runs nothing else.
+
+    Nothing is added to torch's own allow-list: Lightning saves `state_dict` and `hyper_parameters` as tensors, dicts,
+    lists, strings and numbers. A file that asks for any other class, or for a function to be called, is refused.
+
+    Raises:
+        ValueError: the file is refused, or is no Lightning checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} was refused: it is not a plain file of weights{f' but asks for {wanted[1]}' if wanted else ''} ({reason}). "
+            "Do not load it another way unless you trust who made it."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is no checkpoint that torch can read: {error}") from error
+    missing = {"state_dict", "hyper_parameters"} - set(content) if isinstance(content, dict) else {"state_dict"}
+    if missing:
+        raise ValueError(f"{path} is no Lightning checkpoint: it lacks {sorted(missing)}.")
+    return dict(content)
+
+
+def _hparams_beside(checkpoint: Path) -> dict[str, Any]:
+    """`hparams.yaml` one folder up, as the original keeps it; what stands in the checkpoint itself wins."""
+    for folder in (checkpoint.parent.parent, checkpoint.parent):
+        if (folder / "hparams.yaml").is_file():
+            content = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
+            return content if isinstance(content, dict) else {}
+    return {}
+
+
+def base_model(checkpoint: Path, tokenizer: str | None = None, options: Mapping[str, Any] | None = None) -> str:
+    """Where the tokenizer of a checkpoint is: the folder or id that was named, a folder beside the checkpoint's that is
+    called as the hyper-parameters call the base model, or that name as a Hub id."""
+    if tokenizer is not None:
+        return tokenizer
+    hparams = options if options is not None else read_checkpoint(checkpoint)["hyper_parameters"]
+    name = str(hparams.get("pretrained_model", ""))
+    for folder in list(checkpoint.resolve().parents)[:4]:
+        if name and (folder / name / "tokenizer.json").is_file():
+            return str(folder / name)
+    return name
+
+
+def _encoder_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "encoder.model."
+    names = [n for n in weights if n.startswith(prefix) and not n.startswith(_UNUSED)]
+    return {"encoder." + n.removeprefix(prefix): weights[n] for n in names}
+
+
+# A table of positions that old versions saved, a pooler that no score uses, and two constants of layer dropout.
+_UNUSED = (
+    "encoder.model.embeddings.position_ids",
+    "encoder.model.pooler.",
+    "layerwise_attention.dropout_mask",
+    "layerwise_attention.dropout_fill",
+)
+
+
+def _mix_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "layerwise_attention.scalar_parameters."
+    scalars = {int(n.removeprefix(prefix)): w for n, w in weights.items() if n.startswith(prefix)}
+    if not scalars:
+        return {}
+    if sorted(scalars) != list(range(len(scalars))):
+        raise ValueError(f"The checkpoint's layer mix has the weights {sorted(scalars)}; some are missing.")
+    mix = torch.cat([scalars[i] for i in range(len(scalars))])
+    return {"layers.weight": mix, "layers.gamma": weights["layerwise_attention.gamma"]}
+
+
+def _head_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "estimator.ff."
+    return {"head." + n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+
+
+def _used_names(weights: Mapping[str, Tensor]) -> list[str]:
+    known = ("encoder.model.", "layerwise_attention.scalar_parameters.", "layerwise_attention.gamma", "estimator.ff.")
+    return [n for n in weights if n.startswith((*known, *_UNUSED))]
+
+
+def _config(options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, checkpoint: Path) -> dict[str, Any]:
+    kind = _choice(options, "class_identifier", CLASSES, checkpoint)
+    encoder = _encoder_config(options, state, base, checkpoint)
+    layer, pool = options.get("layer", "mix"), options.get("pool", "avg")
+    config: dict[str, Any] = {
+        "encoder_config": encoder,
+        "objective": kind,
+        "layer": None if layer == "mix" else int(layer),
+        "layer_mix": options.get("layer_transformation", "softmax"),
+        "layer_norm": bool(options.get("layer_norm", False)),
+        "pooling": pool,
+        "dropout": float(options.get("dropout", 0.1)),
+        # The original's limit: two positions for XLM-R's offset, taken off for BERT as well, and two special tokens.
+        "max_tokens": encoder["max_position_embeddings"] - 4,
+        "template": "paper",
+    }
+    if pool == "default":  # the last layer's first token, whatever the mix
+        config |= {"layer": encoder["num_hidden_layers"], "pooling": "cls"}
+    if kind == "regression":
+        config |= {
+            "hidden_sizes": [int(size) for size in options["hidden_sizes"]],
+            # The original writes names through str.title(): "sigmoid" and "Tanh" work there, "ReLU" does not.
+            "activation": str(options.get("activations", "Tanh")).title(),
+            "final_activation": str(options["final_activation"]).title() if options.get("final_activation") else None,
+        }
+    return config
+
+
+def _choice(options: Mapping[str, Any], name: str, known: Mapping[str, str], checkpoint: Path) -> str:
+    if options.get(name) not in known:
+        raise ValueError(f"{checkpoint}: {name}={options.get(name)!r} is not one of {sorted(known)}.")
+    return known[options[name]]
+
+
+def _encoder_config(
+    options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, checkpoint: Path
+) -> dict[str, Any]:
+    """The encoder's shape from its weights; what weights do not tell, from the base model's own configuration."""
+    kind = _choice(options, "encoder_model", ENCODERS, checkpoint)
+    try:
+        vocabulary, width = state["encoder.embeddings.word_embeddings.weight"].shape
+        positions = len(state["encoder.embeddings.position_embeddings.weight"])
+        types = len(state["encoder.embeddings.token_type_embeddings.weight"])
+        inner = len(state["encoder.encoder.layer.0.intermediate.dense.weight"])
+    except KeyError as error:
+        raise ValueError(f"{checkpoint} lacks the weight {error}.") from error
+    layers = 1 + max(int(m[1]) for n in state if (m := re.match(r"encoder\.encoder\.layer\.(\d+)\.", n)))
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "max_position_embeddings": positions,
+        "type_vocab_size": types,
+    }
+    known = _base_config(base, ask_hub=width not in HEADS)
+    heads = known.get("num_attention_heads", HEADS.get(width))
+    if heads is None:
+        raise ValueError(
+            f"{checkpoint}: the number of attention heads of an encoder of width {width} is not in the weights. Pass the "
+            f"folder or Hub id of its base model ({options.get('pretrained_model')!r}), which holds config.json and the "
+            "tokenizer: tokenizer=... (--tokenizer)."
+        )
+    wrong = {n: (known[n], v) for n, v in shape.items() if n in known and known[n] != v and n != "vocab_size"}
+    if wrong:
+        raise ValueError(f"{base} is not the base model of {checkpoint}: (its value, the weights') differ in {wrong}.")
+    rest = {
+        "model_type": kind,
+        "num_attention_heads": heads,
+        "hidden_act": known.get("hidden_act", "gelu"),
+        "layer_norm_eps": known.get("layer_norm_eps", 1e-5 if kind == "xlm-roberta" else 1e-12),
+        "pad_token_id": known.get("pad_token_id", 1 if kind == "xlm-roberta" else 0),
+    }
+    return shape | rest
+
+
+def _base_config(base: str, ask_hub: bool) -> dict[str, Any]:
+    """The base model's own configuration, from its folder; from the Hub only where the weights leave no other way."""
+    if base and Path(base).is_dir():
+        path: Path | None = Path(base) / "config.json"
+    else:
+        path = hub.download_file(base, "config.json") if ask_hub else None
+    if path is None or not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def load_tokenizer(base: str, token: str | None = None) -> Any:
+    """The base model's tokenizer, exactly as its `tokenizer.json` says, so that ids equal the original's.
+
+    transformers 5 builds XLM-RoBERTa's normaliser and pre-tokeniser itself and ignores the file's, which gives other ids
+    for files that older converters wrote; reading the file as a plain fast tokenizer does not.
+
+    Args:
+        base (`str`): a folder or a Hub id that holds `tokenizer.json`.
+
+    Raises:
+        ValueError: there is no such file; says what to pass.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = (
+        Path(base) / "tokenizer.json"
+        if base and Path(base).is_dir()
+        else hub.download_file(base, "tokenizer.json", token)
+    )
+    if file is None or not file.is_file():
+        raise ValueError(
+            f"The original's checkpoints bring no tokenizer, and tokenizer={base!r} holds no tokenizer.json. Pass the folder or "
+            "Hub id of the base model's: tokenizer='FacebookAI/xlm-roberta-large' (--tokenizer)."
+        )
+    vocabulary = {entry["content"] for entry in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
+    names = _SPECIAL_TOKENS["<pad>" if "<pad>" in vocabulary else "[PAD]"]
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **{k: v for k, v in names.items() if v in vocabulary})
+
+
+_SPECIAL_TOKENS = {
+    "<pad>": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+    "[PAD]": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
+}

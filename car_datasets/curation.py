@@ -1,0 +1,221 @@
+"""The whole road in one call: `curate`.
+
+Does: load, score and embed, cluster, select and report, with every check before the first expensive stage.
+Does not: hold logic of a stage; each is a call that a user can make alone.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, DatasetDict, Features
+
+from car_datasets import hub
+from car_datasets.clustering import ClusterModel, number_of_clusters, refuse_bad_fit
+from car_datasets.embedding import TextEmbedder
+from car_datasets.formatting import find_schema
+from car_datasets.loading import load_instructions, unscorable_rows
+from car_datasets.original import PROCEDURES, rank_rows, select_as_published
+from car_datasets.recipe import Recipe
+from car_datasets.reporting import SelectionReport
+from car_datasets.results import fresh_folder, write_original_files, write_result
+from car_datasets.rows import refuse_overwrite
+from car_datasets.scoring import QualityScorer
+from car_datasets.selection import SELECTION_COLUMNS, check_columns, refuse_impossible, select_car
+from car_datasets.templates import CLEAN_TEMPLATE
+
+
+class Curated(NamedTuple):
+    """What [`curate`] returns: the chosen rows, the whole pool with its columns, and the figures."""
+
+    selected: Dataset
+    scored: Dataset
+    report: SelectionReport
+
+
+def curate(
+    source: str | Path | Dataset | DatasetDict,
+    output_dir: str | os.PathLike[str] | None = None,
+    recipe: Recipe | None = None,
+    *,
+    token: str | None = None,
+    **changes: Any,
+) -> Curated:
+    """Load, score and embed, cluster, select and report; everything that can be wrong is checked before the first stage.
+
+    Example:
+
+    ```python
+    >>> selected, scored, report = curate("alpaca_data.json", "out", n1=1000, n2=1)
+    ```
+
+    Args:
+        source: see [`load_instructions`].
+        output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list of
+            rows), `scored.parquet`, `report.json` and `report.md`. It must not hold a result.
+        recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
+        token (`str`, *optional*): for private sources and models; never stored.
+        changes: fields of [`Recipe`] by name, which win over `recipe`.
+
+    Returns:
+        [`Curated`]: `(selected, scored, report)`.
+
+    Raises:
+        ValueError: bad settings, bad input, or a folder that holds a result already.
+        FileNotFoundError: there is no such file.
+    """
+    settings = (recipe or Recipe()).changed(**changes)
+    folder = None if output_dir is None else fresh_folder(Path(output_dir))
+    dataset = load_instructions(
+        source,
+        settings.name,
+        settings.split,
+        revision=settings.revision,
+        token=token,
+        schema=settings.schema,
+        columns=settings.columns,
+        on_invalid=settings.on_invalid,
+        index_column=settings.index_column,
+    ).with_format(None)
+    _check_numbers(dataset, settings)
+    pool = score_and_embed(dataset, settings, token)
+    if settings.procedure == "paper":
+        pool = rank_rows(pool, settings.score_column)
+    pool = _fit_clusters(pool, settings).label(pool)
+    without_vectors = pool.remove_columns(settings.embedding_column)
+    selected = select_by(settings, without_vectors)
+    report = SelectionReport.from_selection(without_vectors, selected, seed=settings.seed, **settings.names)
+    curated = Curated(selected, pool if settings.keep_embeddings else without_vectors, report)
+    if folder is not None:
+        write_result(folder, selected, curated.scored, report, settings.score_column, settings.cluster_column)
+        if settings.procedure == "paper":
+            write_original_files(folder, selected, without_vectors, **settings.names)
+    return curated
+
+
+def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
+    """What k, n1, n2, budget and the procedure can be wrong about before there are scores."""
+    if settings.procedure not in PROCEDURES:
+        raise ValueError(f"procedure={settings.procedure!r} is not known; choose one of {PROCEDURES}.")
+    rows = len(dataset)
+    if settings.on_invalid == "mark":
+        rows -= len(unscorable_rows(dataset, find_schema(dataset.column_names, settings.schema, settings.columns)))
+        if rows == 0:
+            raise ValueError(
+                f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
+            )
+    clusters = number_of_clusters(settings.k, rows)
+    refuse_bad_fit(settings.explained_variance, settings.n_init, settings.seed)
+    if settings.procedure == "default":
+        refuse_impossible(rows, clusters, settings.n1, settings.n2, settings.budget)
+    else:
+        _refuse_unpublished(settings)
+
+
+def select_by(settings: Recipe, pool: Dataset) -> Dataset:
+    """SELECT of a recipe on a scored, clustered dataset: by [`select_car`], or by the published rule."""
+    if settings.procedure == "paper":
+        _refuse_unpublished(settings)
+        return select_as_published(pool, int(settings.n1), settings.n2, **settings.names)
+    return select_car(
+        pool, settings.n1, settings.n2, budget=settings.budget, allow_worse=settings.allow_worse, **settings.names
+    )
+
+
+def _refuse_unpublished(settings: Recipe) -> None:
+    numbers = (settings.n1, settings.n2)
+    if settings.budget is not None or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise ValueError(
+            f"procedure='paper' takes whole numbers n1={settings.n1} and n2={settings.n2} that are not negative, and no "
+            f"budget={settings.budget}."
+        )
+
+
+def embed_where_missing(
+    dataset: Dataset, column: str, embedder: str | None = None, template: str = CLEAN_TEMPLATE
+) -> Dataset:
+    """EMBED for a dataset that was scored elsewhere; one that has `column` comes back as it is."""
+    if column in dataset.column_names:
+        return dataset
+    stage = TextEmbedder(embedder or hub.DEFAULT_ENCODER, template=template, output_column=column)
+    return add_columns(dataset, stage, "Embedding")
+
+
+def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str) -> Dataset:
+    """`dataset.map(stage)` with a progress bar and the stage's own column types (a first batch may hold only nulls)."""
+    types = Features({**dataset.features, **stage.output_features()})
+    return dataset.map(stage, batched=True, with_rank=True, desc=description, features=types)
+
+
+def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None, embed: bool = True) -> Dataset:
+    """SCORE and EMBED of a recipe: in one pass where scorer and embedder share an encoder, else in two.
+
+    Raises:
+        ValueError: a model does not exist, or a column of this or a later stage is taken.
+    """
+    reading: dict[str, Any] = {
+        "schema": settings.schema,
+        "columns": settings.columns,
+        "on_invalid": settings.on_invalid,
+        "dtype": settings.dtype,
+        "batch_tokens": settings.batch_tokens,
+    }
+    scorer = QualityScorer(
+        settings.scorer,
+        settings.scorer_revision,
+        token,
+        template=settings.template,
+        turns=settings.turns,
+        tokenizer=settings.tokenizer,
+        output_column=settings.score_column,
+        diagnostics=True,
+        **reading,
+    )
+    if not embed:
+        refuse_overwrite(dataset.column_names, scorer.output_columns, "score_column= (--score-column)")
+        return add_columns(dataset, scorer, "Scoring")
+    _refuse_taken_columns(dataset, scorer, settings)
+    if settings.embedder is None and scorer.shares_encoder:
+        both = replace(scorer, embedding_column=settings.embedding_column)
+        return add_columns(dataset, both, "Scoring and embedding")
+    embedder = TextEmbedder(
+        settings.embedder or hub.DEFAULT_ENCODER,
+        settings.embedder_revision,
+        token,
+        template=str(scorer.template),
+        output_column=settings.embedding_column,
+        **reading,
+    )
+    return add_columns(add_columns(dataset, scorer, "Scoring"), embedder, "Embedding")
+
+
+def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Recipe) -> None:
+    """Every column that any stage will add, checked before the first one runs."""
+    new = [
+        *scorer.output_columns,
+        settings.embedding_column,
+        settings.cluster_column,
+        f"{settings.cluster_column}_distance",
+    ]
+    twice = sorted({name for name in [*new, *SELECTION_COLUMNS] if [*new, *SELECTION_COLUMNS].count(name) > 1})
+    if twice:
+        raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
+    option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
+    refuse_overwrite(dataset.column_names, new, option)
+    check_columns(dataset.column_names, (), SELECTION_COLUMNS)
+
+
+def _fit_clusters(pool: Dataset, settings: Recipe) -> ClusterModel:
+    return ClusterModel.fit(
+        pool,
+        settings.embedding_column,
+        k=settings.k,
+        explained_variance=settings.explained_variance,
+        seed=settings.seed,
+        n_init=settings.n_init,
+        output_column=settings.cluster_column,
+        distance_column=f"{settings.cluster_column}_distance",
+    )

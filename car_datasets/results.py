@@ -1,0 +1,120 @@
+"""The files of a result, each written under a temporary name and moved into place when it is whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from car_datasets.original import CLUSTERING_FILE, RANKING_FILES, SELECTED_FILE, write_original
+from car_datasets.selection import SELECTION_COLUMNS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from car_datasets.reporting import SelectionReport
+
+RESULT_FILES = ("selected.parquet", "selected.json", "scored.parquet", "report.json", "report.md")
+
+
+def fresh_folder(folder: Path, names: Sequence[str] = RESULT_FILES, argument: str = "output_dir") -> Path:
+    """The folder, if it can take files of these names.
+
+    Raises:
+        ValueError: it is a file or lies in one, or holds such files already.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{argument}={str(folder)!r}: {path} is a file; name a folder.")
+    taken = [name for name in names if (folder / name).exists()]
+    if taken:
+        raise ValueError(
+            f"{argument}={str(folder)!r} already holds a result ({', '.join(taken)}). Name another folder or move it away."
+        )
+    return folder
+
+
+def fresh_file(path: Path) -> Path:
+    """The path, if a stage can write its dataset there.
+
+    Raises:
+        ValueError: it is there already, lies in a file, or is neither Parquet nor JSON.
+    """
+    if path.suffix not in (".parquet", ".json"):
+        raise ValueError(f"--output {path}: name a .parquet file, or a .json file for the original's format.")
+    for parent in path.parents:
+        if parent.is_file():
+            raise ValueError(f"--output {path}: {parent} is a file; name a folder.")
+    if path.exists():
+        raise ValueError(f"--output {path} is there already; name another file or move it away.")
+    return path
+
+
+def write_table(dataset: Dataset, path: Path, **names: str) -> None:
+    """Write the dataset of one stage: Parquet, or for a `.json` path the original's format without columns of ours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        plain = original_columns(dataset, **names)
+        renamed = {name: column for name, column in names.items() if name in ("score_column", "cluster_column")}
+        write_whole(path, lambda temporary: write_original(plain, temporary, **renamed))
+    else:
+        write_whole(path, dataset.to_parquet)
+
+
+def write_result(
+    folder: Path,
+    selected: Dataset,
+    scored: Dataset,
+    report: SelectionReport,
+    score_column: str,
+    cluster_column: str,
+) -> None:
+    """Write the five files of [`curate`]; the reports come last, so a folder that has them is complete."""
+    names = {"score_column": score_column, "cluster_column": cluster_column}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "scored.parquet", scored.to_parquet)
+    write_whole(folder / "selected.parquet", selected.to_parquet)
+    write_whole(folder / "selected.json", lambda path: write_original(selected, path, **names))
+    write_whole(folder / "report.md", lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
+    write_whole(folder / "report.json", lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
+
+
+def write_original_files(
+    folder: Path, selected: Dataset, ranked: Dataset, *, score_column: str, cluster_column: str, index_column: str
+) -> None:
+    """Write the original's three files beside the others, without the columns that it does not have."""
+    names = {"score_column": score_column, "cluster_column": cluster_column}
+    ranking = original_columns(ranked, **names, index_column=index_column)
+    chosen = original_columns(selected, **names, index_column=index_column)
+    write_whole(
+        folder / RANKING_FILES["regression"],
+        lambda path: write_original(ranking.remove_columns(cluster_column), path, **names),
+    )
+    write_whole(folder / CLUSTERING_FILE, lambda path: write_original(ranking, path, **names))
+    write_whole(folder / SELECTED_FILE, lambda path: write_original(chosen, path, **names))
+
+
+def original_columns(
+    dataset: Dataset,
+    *,
+    score_column: str = "iqs_score",
+    cluster_column: str = "cluster",
+    index_column: str = "source_index",
+    embedding_column: str = "embedding",
+) -> Dataset:
+    """The dataset without the columns of ours that the original's files do not have."""
+    stem = score_column.removesuffix("_score")
+    ours = {f"{stem}_tokens", f"{stem}_truncated", f"{stem}_status", f"{cluster_column}_distance"}
+    ours |= {index_column, embedding_column}
+    return dataset.remove_columns([c for c in dataset.column_names if c in {*ours, *SELECTION_COLUMNS}])
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Call `write(temporary_name)` and move the file to `path`; what is there under that name is always complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""The original's files and its published procedure; where that is a bug, the default does right, and both are shown."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from car_datasets import ClusterModel, curate, select_car
+from car_datasets.cli import app
+from car_datasets.loading import open_dataset
+from car_datasets.original import from_original, rank_rows, select_as_published, write_original
+
+CASES = [(f, i) for f in ("expected.json", "expected_n_init10.json") for i in range(12)]
+
+
+@pytest.fixture(scope="session")
+def oracle(shared: Path) -> Path:
+    return shared / "oracle"
+
+
+@pytest.fixture(scope="session")
+def clustering_rows(oracle: Path) -> Dataset:
+    rows = [json.loads(line) for line in (oracle / "clustering" / "rows.jsonl").read_text().splitlines()]
+    return Dataset.from_list(rows).add_column("embedding", list(np.load(oracle / "clustering" / "vectors.npy")))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("file", "case"), CASES)
+def test_clustering_oracle(file: str, case: int, oracle: Path, clustering_rows: Dataset) -> None:
+    content = json.loads((oracle / "clustering" / file).read_text())
+    assert len(content["cases"]) == 12
+    expected = content["cases"][case]
+    k = expected["k"] if expected["k_given"] else "sqrt"
+    model = ClusterModel.fit(clustering_rows, k=k, n_init=expected["n_init"])
+    assert len(model.components) == expected["pca_components"]
+    labelled = model.label(clustering_rows)
+    assert [int(x) for x in content["labels_by_k"][str(expected["k"])]] == labelled["cluster"][:]
+    n1, n2 = expected["n1"], expected["n2"]
+    found = select_as_published(labelled, n1, n2, score_column="score", index_column="id")
+    assert found["id"][:] == expected["selected_ids"]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(("n1", "n2"), [(1000, 1), (100, 1), (100, 3), (20, 1)])
+def test_from_text_to_selection(n1: int, n2: int, oracle: Path, tmp_path: Path) -> None:
+    source = oracle / "e2e" / "input.json"
+    expected = json.loads((oracle / "e2e" / "expected.json").read_text())
+    first: dict[tuple, int] = {}
+    for i, row in enumerate(json.loads(source.read_text())):
+        first.setdefault((row["instruction"], row["input"], row["output"]), i)
+    models = {"scorer": str(oracle / "instruction_score"), "embedder": str(oracle / "e2e" / "sentence_bert")}
+    curate(source, tmp_path / "out", procedure="paper", n1=n1, n2=n2, **models)
+
+    def read(name: str) -> list[list[Any]]:
+        rows = json.loads((tmp_path / "out" / name).read_text())
+        assert list(rows[0])[:4] == ["instruction", "input", "output", "score"]
+        return [[first[r["instruction"], r["input"], r["output"]], r["score"], r.get("label")] for r in rows]
+
+    for name, wanted in (
+        ("ranking_IQS_result.json", [[*row, None] for row in expected["ranking_iqs"]]),
+        ("clustering_result.json", expected["clustering_in_ranking_order"]),
+        ("CaR_selected_result.json", expected["selected_by_n1_n2"][f"n1={n1},n2={n2}"]),
+    ):
+        found = read(name)
+        assert [(i, label) for i, _, label in found] == [(i, label) for i, _, label in wanted], name
+        assert [score for _, score, _ in found] == pytest.approx([score for _, score, _ in wanted], abs=5e-5)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("folder", "key"), [("instruction_score", "ranking_iqs"), ("instruction_comet", "ranking_comet")]
+)
+def test_ranking_file_of_both_scorers(folder: str, key: str, oracle: Path, tmp_path: Path) -> None:
+    """`python split_IQS.py` and `split_comet.py`, as `car-datasets score ... --output X.json`."""
+    source, output = oracle / "e2e" / "input.json", tmp_path / "ranking.json"
+    done = CliRunner().invoke(app, ["score", str(source), "--output", str(output), "--scorer", str(oracle / folder)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(output.read_text())
+    expected = json.loads((oracle / "e2e" / "expected.json").read_text())[key]
+    assert [row["score"] for row in found] == pytest.approx([score for _, score in expected], abs=5e-5)
+    assert list(found[0]) == ["instruction", "input", "output", "score"]
+
+
+ROWS = [
+    {"instruction": "a", "input": "", "output": "1", "score": 0.5, "label": "9"},
+    {"instruction": "b", "input": "", "output": "2", "score": 0.9, "label": "89"},
+    {"instruction": "b", "input": "", "output": "2", "score": 0.9, "label": "89"},
+    {"instruction": "c", "input": "é", "output": "3", "score": 0.1, "label": "9"},
+    {"instruction": "d", "input": "", "output": "4", "score": 0.1, "label": "7"},
+]
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Dataset:
+    (tmp_path / "clustering_result.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    return from_original(open_dataset(tmp_path / "clustering_result.json"))
+
+
+def test_files_round_trip(scored: Dataset, tmp_path: Path) -> None:
+    assert scored.features["cluster"].dtype == "int32"
+    assert scored["cluster"][:] == [9, 89, 89, 9, 7]
+    write_original(scored, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text(encoding="utf-8")) == ROWS
+    assert "é" in (tmp_path / "again.json").read_text(encoding="utf-8")
+
+
+def test_other_datasets_keep_their_names() -> None:
+    ours = Dataset.from_dict({"score": [1.0], "iqs_score": [2.0], "label": ["spam"]})
+    assert from_original(ours).column_names == ["score", "iqs_score", "label"]
+
+
+def test_ranking_is_stable(scored: Dataset) -> None:
+    assert rank_rows(scored)["instruction"][:] == ["b", "b", "a", "c", "d"]
+
+
+def outputs(dataset: Dataset) -> list[str]:
+    return dataset["output"][:]
+
+
+def test_equal_rows_merge_in_the_second_stage_only(scored: Dataset) -> None:
+    assert outputs(select_as_published(scored, n1=2, n2=2)) == ["2", "2", "1", "3", "4"]
+    assert outputs(select_as_published(scored, n1=0, n2=2)) == ["1", "3", "2", "4"]  # one of the equal rows is gone
+    assert outputs(select_car(scored, n1=0, n2=2, allow_worse=True)) == ["2", "2", "1", "3", "4"]  # rows are rows
+
+
+def test_published_order_of_clusters_is_that_of_text(scored: Dataset) -> None:
+    assert select_as_published(scored, n1=0, n2=1)["cluster"][:] == [9, 89, 7]
+    assert select_car(scored, n1=0, n2=1, allow_worse=True)["cluster"][:] == [89, 9, 7]  # best score first
+
+
+def test_no_rows_per_cluster_acts_like_one_in_the_original(scored: Dataset) -> None:
+    assert outputs(select_as_published(scored, n1=1, n2=0)) == outputs(select_as_published(scored, n1=1, n2=1))
+    assert outputs(select_car(scored, n1=1, n2=0)) == ["2"]
+
+
+def test_more_rows_than_there_are(scored: Dataset) -> None:
+    assert len(select_as_published(scored, n1=99, n2=1)) == 5
+    with pytest.raises(ValueError, match="n1=99"):
+        select_car(scored, n1=99)
+
+
+def test_reasons_and_ranks_come_along(scored: Dataset) -> None:
+    found = select_as_published(scored, n1=3, n2=1)
+    assert found["selected_by"][:] == ["both", "score", "both", "cluster"]
+    assert found["score_rank"][:] == [1, 2, 3, 5]
+
+
+def test_a_row_without_a_score_is_left_out() -> None:
+    rows = Dataset.from_dict({"iqs_score": [0.1, None, 0.3], "cluster": [0, 0, 1], "output": ["a", "b", "c"]})
+    assert outputs(select_as_published(rows, n1=3, n2=1)) == ["c", "a"]
+
+
+def test_a_scored_file_is_clustered_and_selected_without_scoring(
+    tmp_path: Path, tiny_embedder: str, sample_rows: list[dict[str, Any]]
+) -> None:
+    """`python cluster.py --input='XX.json'`."""
+    rows = [
+        {k: r[k] for k in ("instruction", "input", "output")} | {"score": -i / 10}
+        for i, r in enumerate(sample_rows[:30])
+    ]
+    (tmp_path / "XX.json").write_text(json.dumps(rows))
+    clustered, selected = str(tmp_path / "clustering_result.json"), str(tmp_path / "CaR_selected_result.json")
+    run = CliRunner().invoke
+    options = ["--embedder", tiny_embedder, "--template", "paper", "--n-init", "10"]
+    done = run(app, ["cluster", str(tmp_path / "XX.json"), "--output", clustered, *options])
+    assert done.exit_code == 0, done.output
+    found = json.loads(Path(clustered).read_text())
+    assert [{k: v for k, v in row.items() if k != "label"} for row in found] == rows
+    assert {row["label"] for row in found} == {"0", "1", "2"}  # int(sqrt(30 / 2))
+    done = run(app, ["select", clustered, "--output", selected, "--n1", "5", "--n2", "1", "--procedure", "paper"])
+    assert done.exit_code == 0, done.output
+    chosen = json.loads(Path(selected).read_text())
+    assert chosen[:5] == found[:5]
+    assert {row["label"] for row in chosen} == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("changes", [{"budget": 5}, {"n1": 0.5}, {"n1": -1}, {"n2": -1}])
+def test_numbers_that_the_published_procedure_does_not_take(changes: dict[str, Any], pairs: Dataset) -> None:
+    with pytest.raises(ValueError, match="procedure='paper' takes whole numbers"):
+        curate(pairs, procedure="paper", **{"n1": 2, **changes})
+
+
+def test_an_unknown_procedure_is_named(pairs: Dataset) -> None:
+    with pytest.raises(ValueError, match="procedure='papre'"):
+        curate(pairs, procedure="papre", n1=1)
