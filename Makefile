@@ -26,7 +26,7 @@ bench: $(VENV)/.installed-test  ## the benchmarks; run nothing else meanwhile
 	$(BIN)/python -m tests.benchmarks
 
 default-scorer: $(VENV)/.installed  ## rebuild the embedded scorer's head from DATA (CaR's expert_score_*.csv) into OUTPUT
-	$(BIN)/python -m car_datasets.training --train $(DATA)/expert_score_train.csv --valid $(DATA)/expert_score_valid.csv --output $(OUTPUT)
+	$(BIN)/car-datasets train configs/train_iqs_minilm.yaml --train $(DATA)/expert_score_train.csv --valid $(DATA)/expert_score_valid.csv --output $(OUTPUT)
 
 clean:  ## remove what make has made
 	rm -rf $(VENV) build *.egg-info demo-result

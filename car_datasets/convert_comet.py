@@ -48,7 +48,13 @@ def convert(checkpoint: Path, tokenizer: str | None = None) -> Converted:
         ValueError: not a checkpoint of CaR; unknown options or weights; an encoder whose shape cannot be told.
     """
     content = read_checkpoint(checkpoint)
-    options = {**_hparams_beside(checkpoint), **content["hyper_parameters"]}
+    beside = _hparams_beside(checkpoint)
+    options = {**beside, **content["hyper_parameters"]}
+    if beside.get("class_identifier", options.get("class_identifier")) != options.get("class_identifier"):
+        raise ValueError(
+            f"{checkpoint} is a {options.get('class_identifier')!r}, its hparams.yaml says {beside['class_identifier']!r}; the "
+            "original would go by the latter. Make them agree."
+        )
     base = base_model(checkpoint, tokenizer, options)
     state = {
         **_encoder_state(content["state_dict"]),
@@ -80,11 +86,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} was refused: it is not a plain file of weights{f' but asks for {wanted[1]}' if wanted else ''} ({reason}). "
             "Do not load it another way unless you trust who made it."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no checkpoint that torch can read: {error}") from error
-    missing = {"state_dict", "hyper_parameters"} - set(content) if isinstance(content, dict) else {"state_dict"}
-    if missing:
-        raise ValueError(f"{path} is no Lightning checkpoint: it lacks {sorted(missing)}.")
+    except Exception as error:  # a torn or forged pickle can fail in any way; nothing of it has been run
+        raise ValueError(f"{path} is no checkpoint that torch can read: {type(error).__name__}: {error}") from error
+    for name in ("state_dict", "hyper_parameters"):
+        part = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(part, dict):
+            raise ValueError(f"{path} is no Lightning checkpoint: its {name} is {type(part).__name__}, not a dict.")
+    odd = [n for n, w in content["state_dict"].items() if not (isinstance(n, str) and isinstance(w, Tensor))]
+    if odd:
+        raise ValueError(f"{path} is no Lightning checkpoint: {odd[:5]} in its state_dict are no named tensors.")
     return dict(content)
 
 
@@ -92,7 +102,10 @@ def _hparams_beside(checkpoint: Path) -> dict[str, Any]:
     """`hparams.yaml` one folder up, as the original keeps it; what stands in the checkpoint itself wins."""
     for folder in (checkpoint.parent.parent, checkpoint.parent):
         if (folder / "hparams.yaml").is_file():
-            content = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
+            try:
+                content = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{folder / 'hparams.yaml'} is not plain YAML: {error}") from error
             return content if isinstance(content, dict) else {}
     return {}
 
@@ -132,7 +145,9 @@ def _mix_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
     if sorted(scalars) != list(range(len(scalars))):
         raise ValueError(f"The checkpoint's layer mix has the weights {sorted(scalars)}; some are missing.")
-    mix = torch.cat([scalars[i] for i in range(len(scalars))])
+    if "layerwise_attention.gamma" not in weights:
+        raise ValueError("The checkpoint's layer mix lacks the weight 'layerwise_attention.gamma'.")
+    mix = torch.cat([scalars[i].reshape(-1) for i in range(len(scalars))])
     return {"layers.weight": mix, "layers.gamma": weights["layerwise_attention.gamma"]}
 
 
@@ -149,15 +164,25 @@ def _used_names(weights: Mapping[str, Tensor]) -> list[str]:
 def _config(options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, checkpoint: Path) -> dict[str, Any]:
     kind = _choice(options, "class_identifier", CLASSES, checkpoint)
     encoder = _encoder_config(options, state, base, checkpoint)
-    layer, pool = options.get("layer", "mix"), options.get("pool", "avg")
+
+    def read(name: str, *types: type) -> Any:
+        value = options.get(name)
+        if name not in options or not isinstance(value, types) or isinstance(value, bool) != (types == (bool,)):
+            wanted = " or ".join(t.__name__ for t in types)
+            raise ValueError(f"{checkpoint}: the hyper-parameter {name}={value!r} must be a {wanted}.")
+        return value
+
+    layer, pool = read("layer", str, int), read("pool", str)
+    if layer != "mix" and not str(layer).isdecimal():
+        raise ValueError(f"{checkpoint}: the hyper-parameter layer={layer!r} must be 'mix' or the number of a layer.")
     config: dict[str, Any] = {
         "encoder_config": encoder,
         "objective": kind,
         "layer": None if layer == "mix" else int(layer),
-        "layer_mix": options.get("layer_transformation", "softmax"),
-        "layer_norm": bool(options.get("layer_norm", False)),
+        "layer_mix": read("layer_transformation", str),
+        "layer_norm": read("layer_norm", bool),
         "pooling": pool,
-        "dropout": float(options.get("dropout", 0.1)),
+        "dropout": float(read("dropout", float, int)),
         # The original's limit: two positions for XLM-R's offset, taken off for BERT as well, and two special tokens.
         "max_tokens": encoder["max_position_embeddings"] - 4,
         "template": "paper",
@@ -165,17 +190,20 @@ def _config(options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, 
     if pool == "default":  # the last layer's first token, whatever the mix
         config |= {"layer": encoder["num_hidden_layers"], "pooling": "cls"}
     if kind == "regression":
+        sizes, final = read("hidden_sizes", list, tuple), options.get("final_activation")
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"{checkpoint}: the hyper-parameter hidden_sizes={sizes!r} must be a list of widths.")
         config |= {
-            "hidden_sizes": [int(size) for size in options["hidden_sizes"]],
+            "hidden_sizes": list(sizes),
             # The original writes names through str.title(): "sigmoid" and "Tanh" work there, "ReLU" does not.
-            "activation": str(options.get("activations", "Tanh")).title(),
-            "final_activation": str(options["final_activation"]).title() if options.get("final_activation") else None,
+            "activation": read("activations", str).title(),
+            "final_activation": str(final).title() if final else None,
         }
     return config
 
 
 def _choice(options: Mapping[str, Any], name: str, known: Mapping[str, str], checkpoint: Path) -> str:
-    if options.get(name) not in known:
+    if not isinstance(options.get(name), str) or options[name] not in known:
         raise ValueError(f"{checkpoint}: {name}={options.get(name)!r} is not one of {sorted(known)}.")
     return known[options[name]]
 
@@ -261,6 +289,27 @@ def load_tokenizer(base: str, token: str | None = None) -> Any:
     vocabulary = {entry["content"] for entry in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
     names = _SPECIAL_TOKENS["<pad>" if "<pad>" in vocabulary else "[PAD]"]
     return PreTrainedTokenizerFast(tokenizer_file=str(file), **{k: v for k, v in names.items() if v in vocabulary})
+
+
+def tokenizer_revision(base: str, token: str | None = None) -> str | None:
+    """What the tokenizer at `base` is at this moment: a digest of its files, or a commit; `None` if that cannot be told."""
+    if base and Path(base).is_dir():
+        files = [Path(base) / name for name in ("tokenizer.json", "config.json")]
+        return " ".join(hub.file_digest(file) for file in files if file.is_file())
+    try:
+        return hub.pin_revision(base, None, token) if base else None
+    except ValueError:  # not asked for: a Hub that is out of reach; loading says what is missing
+        return None
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Raise a ValueError for a tokenizer that cannot be the one that the weights were trained with."""
+    encoder = config.encoder_config
+    if tokenizer.pad_token_id != encoder.pad_token_id or len(tokenizer) > encoder.vocab_size:
+        raise ValueError(
+            f"The tokenizer ({len(tokenizer)} tokens, padding is {tokenizer.pad_token_id}) is not the encoder's "
+            f"({encoder.vocab_size} tokens, padding is {encoder.pad_token_id}). Name its own: tokenizer=... (--tokenizer)."
+        )
 
 
 _SPECIAL_TOKENS = {

@@ -21,7 +21,7 @@ from car_datasets.loading import load_instructions, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
 from car_datasets.recipe import Recipe
 from car_datasets.reporting import SelectionReport
-from car_datasets.results import fresh_folder, write_original_files, write_result
+from car_datasets.results import ORIGINAL_FILES, RESULT_FILES, fresh_folder, write_original_files, write_result
 from car_datasets.rows import refuse_overwrite
 from car_datasets.scoring import QualityScorer
 from car_datasets.selection import SELECTION_COLUMNS, check_columns, refuse_impossible, select_car
@@ -68,7 +68,8 @@ def curate(
         FileNotFoundError: there is no such file.
     """
     settings = (recipe or Recipe()).changed(**changes)
-    folder = None if output_dir is None else fresh_folder(Path(output_dir))
+    names = (*RESULT_FILES, *ORIGINAL_FILES) if settings.procedure == "paper" else RESULT_FILES
+    folder = None if output_dir is None else fresh_folder(Path(output_dir), names)
     dataset = load_instructions(
         source,
         settings.name,
@@ -92,7 +93,8 @@ def curate(
     if folder is not None:
         write_result(folder, selected, curated.scored, report, settings.score_column, settings.cluster_column)
         if settings.procedure == "paper":
-            write_original_files(folder, selected, without_vectors, **settings.names)
+            scorer = QualityScorer(settings.scorer, settings.scorer_revision, token, tokenizer=settings.tokenizer)
+            write_original_files(folder, selected, without_vectors, scorer.objective, **settings.names)
     return curated
 
 

@@ -67,7 +67,7 @@ def pin_revision(model_id: str, revision: str | None = None, token: str | None =
     if revision is not None and len(revision) == 40 and _cached_snapshot(model_id, revision) is not None:
         return revision  # a commit never moves, and this one is here already
     try:
-        return str(HfApi(token=token).model_info(model_id, revision=revision).sha)
+        return str(HfApi(token=token).model_info(_repository(model_id)[0], revision=revision).sha)
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"model_id={model_id!r} is neither a local folder nor a model on the Hub that you may see. Check the "
@@ -98,7 +98,14 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
         return default_encoder_folder()
     if _is_folder(model_id):
         return Path(model_id).expanduser()
-    return _download(model_id, revision, token)
+    repository, inner = _repository(model_id)
+    return _download(repository, revision, token, inner) / inner
+
+
+def _repository(model_id: str) -> tuple[str, str]:
+    """`owner/name/folder` as the Hub's `owner/name` and the folder in it, `""` for the top."""
+    parts = model_id.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,7 +134,7 @@ def find_checkpoint(path: Path) -> Path | None:
     """The `.ckpt` file in a folder of the original's layout, or `None` where there is none.
 
     Layouts: the file itself; `checkpoints/` with `hparams.yaml` beside it; a folder of such folders, as on the Hub, of
-    which `instruction_score` (IQS) is taken.
+    which `instruction_score` (IQS) is taken; name `.../instruction_comet` for the ranking variant.
 
     Raises:
         ValueError: there is more than one checkpoint to choose from.
@@ -136,7 +143,7 @@ def find_checkpoint(path: Path) -> Path | None:
         return path if path.suffix == ".ckpt" else None
     if (path / "config.json").is_file():
         return None
-    for folder in (path, path / "instruction_score"):
+    for folder in (path, path / "instruction_score", path / "instruction_comet"):
         found = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
         if len(found) > 1:
             raise ValueError(
@@ -189,7 +196,7 @@ def _is_folder(model_id: str) -> bool:
         return True
     if path.is_file():
         raise ValueError(f"model_id={model_id!r} is a file; pass the folder that holds it.")
-    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1:
+    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 2:
         raise ValueError(f"model_id={model_id!r}: there is no such folder.")
     return False
 
@@ -197,7 +204,7 @@ def _is_folder(model_id: str) -> bool:
 def _cached_snapshot(model_id: str, revision: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    found = try_to_load_from_cache(_repository(model_id)[0], "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -214,7 +221,7 @@ def download_file(model_id: str, name: str, token: str | None = None) -> Path | 
         return None
 
 
-def _download(model_id: str, revision: str, token: str | None) -> Path:
+def _download(model_id: str, revision: str, token: str | None, inner: str = "") -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -225,7 +232,8 @@ def _download(model_id: str, revision: str, token: str | None) -> Path:
     except (HfHubHTTPError, OSError):  # offline: what is in the cache must do
         names = ["config.json"]
     if "config.json" not in names:  # the original's layout
-        patterns = ["*.ckpt", "*hparams.yaml"]
+        part = inner or "instruction_score"
+        patterns = [f"{part}/*.ckpt", f"{part}/*hparams.yaml"]
     folder = snapshot_download(
         model_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]
     )

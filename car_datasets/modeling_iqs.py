@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from car_datasets import hub
 from car_datasets.configuration_iqs import IQSConfig
-from car_datasets.convert_comet import base_model, convert, load_tokenizer
+from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
 
 
 class LayerCombination(nn.Module):
@@ -279,6 +279,7 @@ def convert_checkpoint(
         raise ValueError(f"checkpoint={str(checkpoint)!r} holds no .ckpt file: it is not in the original's layout.")
     reader = load_tokenizer(base_model(found, tokenizer))
     model = IQSModel.from_pretrained(found, tokenizer=tokenizer)
+    check_tokenizer(reader, model.config)
     reader.model_max_length = model.config.max_tokens
     model.save_pretrained(output)
     reader.save_pretrained(output)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from car_datasets.selection import (
     BY_BOTH,
     BY_CLUSTER,
     BY_SCORE,
+    SELECTION_COLUMNS,
     Choice,
     add_selection,
     ranks_within,
@@ -79,7 +81,8 @@ def select_as_published(
     top = np.arange(n1)
     candidates = np.flatnonzero((within >= 1) & (within <= looked_at)).tolist()
     candidates.sort(key=lambda i: (str(labels[i]), scores[i]), reverse=True)
-    rows = ranked.remove_columns([c for c in (index_column, "embedding") if c in ranked.column_names])
+    names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
+    rows = original_columns(ranked, **names)  # the original compares what its files hold
     seen = set(_values(rows, top.tolist()))
     added = []
     for position, value in zip(candidates, _values(rows, candidates), strict=True):
@@ -90,6 +93,21 @@ def select_as_published(
     in_top, in_cluster = positions < n1, within[positions] <= looked_at
     reasons = np.where(in_top & in_cluster, BY_BOTH, np.where(in_top, BY_SCORE, BY_CLUSTER)).tolist()
     return add_selection(ranked, Choice(positions, reasons, positions + 1, within[positions]), index_column)
+
+
+def original_columns(
+    dataset: Dataset,
+    *,
+    score_column: str = "iqs_score",
+    cluster_column: str = "cluster",
+    index_column: str = "source_index",
+    embedding_column: str = "embedding",
+) -> Dataset:
+    """The dataset without the columns of ours that the original's files do not have."""
+    stem = score_column.removesuffix("_score")
+    ours = {f"{stem}_tokens", f"{stem}_truncated", f"{stem}_status", f"{cluster_column}_distance"}
+    ours |= {index_column, embedding_column}
+    return dataset.remove_columns([c for c in dataset.column_names if c in {*ours, *SELECTION_COLUMNS}])
 
 
 def _values(rows: Dataset, positions: list[int]) -> list[str]:
@@ -106,7 +124,7 @@ def from_original(dataset: Dataset) -> Dataset:
         dataset = dataset.rename_column("score", "iqs_score")
     if "label" in names and "cluster" not in names:
         labels = dataset["label"][:]
-        if all(str(label).isdigit() for label in labels):
+        if all(re.fullmatch("[0-9]+", str(label)) for label in labels):
             dataset = dataset.remove_columns("label").add_column(
                 "cluster", np.array([int(x) for x in labels], dtype=np.int32)
             )
@@ -118,6 +136,11 @@ def write_original(
 ) -> None:
     """Write rows as the original does: a JSON list, indented, `score` a number, `label` a string."""
     renamed = {score_column: "score", cluster_column: "label"}
+    taken = [new for old, new in renamed.items() if old != new and {old, new} <= set(dataset.column_names)]
+    if taken:
+        raise ValueError(
+            f"The rows have column(s) {taken} of their own, which the original's format uses: rename them first."
+        )
 
     def original(row: dict[str, Any]) -> dict[str, Any]:
         values = {renamed.get(column, column): value for column, value in row.items()}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 from car_datasets import hub
 from car_datasets.formatting import as_column_names
+from car_datasets.settings import Settings
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Settings):
     """The settings of [`curate`]; every field has the meaning that it has in the stage that it belongs to.
 
     Args:
@@ -63,16 +61,18 @@ class Recipe:
     keep_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self))
-        for name, kind in kinds.items():
-            value = getattr(self, name)
-            if name != "columns" and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-                raise ValueError(f"{name}={value!r} must be of the type {getattr(kind, '__name__', kind)}.")
+        super().__post_init__()
         object.__setattr__(self, "columns", as_column_names(self.columns))
         if self.embedder_revision is not None and self.embedder is None:
             raise ValueError(
                 f"embedder_revision={self.embedder_revision!r} needs an embedder=... that it is a revision of."
             )
+
+    def changed(self, **changes: Any) -> Recipe:
+        """As in [`Settings`]; another scorer does not keep the revision and the tokenizer of the one before."""
+        if changes.get("scorer", self.scorer) != self.scorer:
+            changes = {"scorer_revision": None, "tokenizer": None, **changes}
+        return super().changed(**changes)
 
     @property
     def names(self) -> dict[str, str]:
@@ -82,42 +82,3 @@ class Recipe:
             "cluster_column": self.cluster_column,
             "index_column": self.index_column,
         }
-
-    @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> Recipe:
-        """Read a recipe; `changes` win over the file.
-
-        Raises:
-            ValueError: the file holds a key that no recipe has (the nearest known one is named).
-        """
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}, not `key: value` lines.")
-        return cls().changed(**{**{str(key): value for key, value in content.items()}, **changes})
-
-    def to_yaml(self) -> str:
-        """The recipe as YAML that [`~Recipe.from_yaml`] reads back."""
-        import yaml
-
-        content: str = yaml.safe_dump({**asdict(self), "columns": dict(self.columns)}, sort_keys=False)
-        return content
-
-    def changed(self, **changes: Any) -> Recipe:
-        """A copy with other values.
-
-        Raises:
-            ValueError: a name is not one of the fields.
-        """
-        known = [f.name for f in fields(self)]
-        for name in changes:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(
-                    f"A recipe has no {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Known: {known}."
-                )
-        return replace(self, **changes)

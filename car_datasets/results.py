@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from car_datasets.original import CLUSTERING_FILE, RANKING_FILES, SELECTED_FILE, write_original
-from car_datasets.selection import SELECTION_COLUMNS
+from car_datasets.original import CLUSTERING_FILE, RANKING_FILES, SELECTED_FILE, original_columns, write_original
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from car_datasets.reporting import SelectionReport
 
+ORIGINAL_FILES = (*RANKING_FILES.values(), CLUSTERING_FILE, SELECTED_FILE)
 RESULT_FILES = ("selected.parquet", "selected.json", "scored.parquet", "report.json", "report.md")
 
 
@@ -81,33 +81,28 @@ def write_result(
 
 
 def write_original_files(
-    folder: Path, selected: Dataset, ranked: Dataset, *, score_column: str, cluster_column: str, index_column: str
+    folder: Path,
+    selected: Dataset,
+    ranked: Dataset,
+    objective: str,
+    *,
+    score_column: str,
+    cluster_column: str,
+    index_column: str,
 ) -> None:
-    """Write the original's three files beside the others, without the columns that it does not have."""
+    """Write the original's three files beside the others, without the columns that it does not have.
+
+    `objective` is the scorer's, `"regression"` (IQS) or `"ranking"` (Comet), after which the first file is called.
+    """
     names = {"score_column": score_column, "cluster_column": cluster_column}
     ranking = original_columns(ranked, **names, index_column=index_column)
     chosen = original_columns(selected, **names, index_column=index_column)
     write_whole(
-        folder / RANKING_FILES["regression"],
+        folder / RANKING_FILES[objective],
         lambda path: write_original(ranking.remove_columns(cluster_column), path, **names),
     )
     write_whole(folder / CLUSTERING_FILE, lambda path: write_original(ranking, path, **names))
     write_whole(folder / SELECTED_FILE, lambda path: write_original(chosen, path, **names))
-
-
-def original_columns(
-    dataset: Dataset,
-    *,
-    score_column: str = "iqs_score",
-    cluster_column: str = "cluster",
-    index_column: str = "source_index",
-    embedding_column: str = "embedding",
-) -> Dataset:
-    """The dataset without the columns of ours that the original's files do not have."""
-    stem = score_column.removesuffix("_score")
-    ours = {f"{stem}_tokens", f"{stem}_truncated", f"{stem}_status", f"{cluster_column}_distance"}
-    ours |= {index_column, embedding_column}
-    return dataset.remove_columns([c for c in dataset.column_names if c in {*ours, *SELECTION_COLUMNS}])
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:

@@ -20,10 +20,11 @@ from torch import Tensor
 from car_datasets import hub
 from car_datasets.batching import pad, token_batches, token_budget, tokenise
 from car_datasets.configuration_iqs import IQSConfig
-from car_datasets.convert_comet import base_model, convert, load_tokenizer
+from car_datasets.convert_comet import base_model, tokenizer_revision
 from car_datasets.embedding import TextEmbedder, dimension, load_sentence_transformer, pool_tokens
 from car_datasets.formatting import OK, TRUNCATED, as_column_names, check_schema, find_schema
-from car_datasets.modeling_iqs import IQSModel, closeness
+from car_datasets.loaded_scorer import LoadedScorer, load_scorer, read_scorer_config
+from car_datasets.modeling_iqs import closeness
 from car_datasets.parallel import device_for
 from car_datasets.rows import Rows, refuse_overwrite, refuse_tables, row_names
 from car_datasets.templates import Text
@@ -41,12 +42,6 @@ TURNS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class _Loaded(NamedTuple):
-    model: IQSModel
-    tokenizer: Any
-    device: torch.device
-
-
 _Keep = Callable[[list[int], Tensor, Tensor, Tensor], None]  # places, pooled, last hidden state, mask
 
 
@@ -57,24 +52,6 @@ class TextScores(NamedTuple):
     tokens: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
     embeddings: npt.NDArray[np.float32] | None
-
-
-@functools.lru_cache(maxsize=2)
-def _load(model_id: str, revision: str, tokenizer: str | None, dtype: str, device: torch.device) -> _Loaded:
-    """Model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled."""
-    from transformers import AutoTokenizer
-
-    folder = hub.model_folder(model_id, revision)
-    model = IQSModel.from_pretrained(folder, dtype=getattr(torch, dtype), tokenizer=tokenizer)
-    if model.config.objective == "regression":
-        model.head.float()  # a half-precision head gives many texts the same score
-    source, checkpoint = model.config.encoder_source, hub.find_checkpoint(folder)
-    if checkpoint is not None:
-        reader = load_tokenizer(base_model(checkpoint, tokenizer))
-    else:
-        at = folder if source is None else hub.model_folder(source["model_id"], source["revision"])
-        reader = AutoTokenizer.from_pretrained(at)
-    return _Loaded(model.eval().to(device), reader, device)
 
 
 @dataclass(frozen=True)
@@ -122,9 +99,11 @@ class QualityScorer:
     on_invalid: str = "error"
     dtype: str = "float32"
     batch_tokens: int | None = None
+    tokenizer_revision: str | None = field(init=False, repr=False)
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, token: str | None) -> None:
+        object.__setattr__(self, "tokenizer_revision", None)
         object.__setattr__(self, "cache_version", CACHE_VERSION)  # a default alone would not be hashed
         object.__setattr__(self, "columns", as_column_names(self.columns))
         check_schema(self.schema, self.columns)
@@ -133,7 +112,11 @@ class QualityScorer:
             raise ValueError(f"turns={self.turns!r} is not known; choose one of {sorted(TURNS)}.")
         revision = hub.pin_revision(self.model_id, self.revision, token)
         hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
-        config = _read_config(self.model_id, revision, self.tokenizer)
+        checkpoint = hub.find_checkpoint(hub.model_folder(self.model_id, revision))
+        if checkpoint is not None:  # its tokenizer is no part of its folder, and changes the numbers too
+            pin = tokenizer_revision(base_model(checkpoint, self.tokenizer), token)
+            object.__setattr__(self, "tokenizer_revision", pin)
+        config = read_scorer_config(self.model_id, revision, self.tokenizer, self.tokenizer_revision)
         if self.embedding_column is not None and config.encoder_source is None:
             raise ValueError(
                 f"embedding_column={self.embedding_column!r}: {self.model_id} has an encoder of its own, which is no "
@@ -142,6 +125,11 @@ class QualityScorer:
         object.__setattr__(self, "revision", revision)
         if self.template is None:
             object.__setattr__(self, "template", config.template)
+
+    @property
+    def objective(self) -> str:
+        """`"regression"` for IQS, `"ranking"` for the original's "Comet" variant."""
+        return str(self._config().objective)
 
     @property
     def shares_encoder(self) -> bool:
@@ -202,7 +190,9 @@ class QualityScorer:
                 and answer apart, so no strings).
             rank (`int`, *optional*): see [`device_for`].
         """
-        loaded = _load(self.model_id, str(self.revision), self.tokenizer, self.dtype, device_for(rank))
+        loaded = load_scorer(
+            self.model_id, str(self.revision), self.tokenizer, self.tokenizer_revision, self.dtype, device_for(rank)
+        )
         if loaded.model.config.objective == "ranking":
             return self._rank_texts(texts, loaded)
         whole = [text if isinstance(text, str) else text.whole for text in texts]
@@ -220,7 +210,7 @@ class QualityScorer:
             self._reembed_long(whole, tokens, embeddings, rank)
         return TextScores(scores, tokens, tokens > loaded.model.config.max_tokens, embeddings)
 
-    def _rank_texts(self, texts: Sequence[Text | str], loaded: _Loaded) -> TextScores:
+    def _rank_texts(self, texts: Sequence[Text | str], loaded: LoadedScorer) -> TextScores:
         """The ranking variant: question and answer are texts of their own, each with the whole limit."""
         if any(isinstance(text, str) for text in texts):
             raise ValueError(f"{self.model_id} ranks an answer against its question: pass Text(question, answer).")
@@ -235,7 +225,7 @@ class QualityScorer:
         limit = loaded.model.config.max_tokens
         return TextScores(scores, lengths.sum(axis=1, dtype=np.int32), (lengths > limit).any(axis=1), None)
 
-    def _pool_texts(self, texts: Sequence[str], loaded: _Loaded, keep: _Keep) -> npt.NDArray[np.int32]:
+    def _pool_texts(self, texts: Sequence[str], loaded: LoadedScorer, keep: _Keep) -> npt.NDArray[np.int32]:
         """Run the encoder over texts in batches of like length and hand each batch to `keep`; gives their token counts."""
         model = loaded.model
         ids, lengths = tokenise(loaded.tokenizer, texts, model.config.max_tokens)
@@ -272,7 +262,7 @@ class QualityScorer:
         return _embedder_of(self)
 
     def _config(self) -> IQSConfig:
-        return _read_config(self.model_id, str(self.revision), self.tokenizer)
+        return read_scorer_config(self.model_id, str(self.revision), self.tokenizer, self.tokenizer_revision)
 
     def _refuse_nan(self, scores: Sequence[Any], batch: Mapping[str, Sequence[Any]]) -> None:
         bad = [i for i, s in enumerate(scores) if s is not None and not np.isfinite(s)]
@@ -299,18 +289,3 @@ def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
         dtype=scorer.dtype,
         batch_tokens=scorer.batch_tokens,
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _read_config(model_id: str, revision: str, tokenizer: str | None) -> IQSConfig:
-    from transformers import AutoConfig
-
-    folder = hub.model_folder(model_id, revision)
-    if (checkpoint := hub.find_checkpoint(folder)) is not None:
-        return IQSConfig(**convert(checkpoint, tokenizer).config)
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, IQSConfig):
-        raise ValueError(
-            f"model_id={model_id!r} is a {config.model_type!r} model, not an IQS model ({IQSConfig.model_type!r})."
-        )
-    return config

@@ -4,9 +4,7 @@ Does: read CaR's `src,score` files, clean the text as the scorer will, compute t
 the training file, choose the epoch on the validation file, write configuration, weights and card.
 Does not: train an encoder.
 
-The weights in `car_datasets/models/iqs-minilm` come from (about four minutes on 2 cores):
-
-    python -m car_datasets.training --train expert_score_train.csv --valid expert_score_valid.csv --output OUT
+The weights in `car_datasets/models/iqs-minilm` come from configs/train_iqs_minilm.yaml.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +25,32 @@ from car_datasets import hub
 from car_datasets.batching import CPU_BUDGET, pad, token_batches
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.modeling_iqs import IQSModel, feed_forward
+from car_datasets.settings import Settings
 from car_datasets.templates import CLEAN_TEMPLATE, clean
 
-HIDDEN_SIZES = (256,)
-DROPOUT = 0.3
-EPOCHS = 25
-PAIRS_PER_BATCH = 32
-LEARNING_RATE = 3e-4
-WEIGHT_DECAY = 0.1
+
+@dataclass(frozen=True)
+class HeadTraining(Settings):
+    """The settings of [`train_head`].
+
+    Args:
+        train, valid (`str`): files for [`read_score_csv`].
+        output (`str`): a new folder.
+        seed (`int`): of initial weights, order and dropout. The same seed gives the same file on one kind of machine.
+        hidden_size (`int`), dropout (`float`): of the head.
+        epochs (`int`), pairs_per_batch (`int`), learning_rate (`float`), weight_decay (`float`): of AdamW.
+    """
+
+    train: str = "expert_score_train.csv"
+    valid: str = "expert_score_valid.csv"
+    output: str = "iqs-minilm"
+    seed: int = 0
+    hidden_size: int = 256
+    dropout: float = 0.3
+    epochs: int = 25
+    pairs_per_batch: int = 32
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.1
 
 
 class Texts(NamedTuple):
@@ -79,27 +96,25 @@ def accuracy(scores: npt.ArrayLike, labels: npt.ArrayLike) -> dict[str, float]:
     }
 
 
-def train_default_head(train: str | Path, valid: str | Path, output: str | Path, seed: int = 0) -> dict[str, Any]:
-    """Train the head and write `config.json`, `model.safetensors`, `README.md` and `figures.json` into `output`.
-
-    Args:
-        train, valid (`str` or `Path`): files for [`read_score_csv`].
-        output (`str` or `Path`): a new folder.
-        seed (`int`): of initial weights, order and dropout. The same seed gives the same file on one kind of machine.
+def train_head(settings: HeadTraining) -> dict[str, Any]:
+    """Train the head and write `config.json`, `model.safetensors`, `README.md` and `figures.json` into `settings.output`.
 
     Returns:
         `dict`: accuracy on the validation file, as shipped and cleaned.
+
+    Raises:
+        ValueError: the folder is there already, or a file is not as [`read_score_csv`] wants it.
     """
-    folder = Path(output)
+    folder = Path(settings.output)
     if folder.exists():
-        raise ValueError(f"output={str(output)!r} is there already; name a new folder.")
-    training, validation = read_score_csv(train), read_score_csv(valid)
-    encoder, tokenizer, config = _frozen_encoder()
+        raise ValueError(f"output={settings.output!r} is there already; name a new folder.")
+    training, validation = read_score_csv(settings.train), read_score_csv(settings.valid)
+    encoder, tokenizer, config = _frozen_encoder(settings)
     cleaned = [clean(t) for t in validation.texts]
     features = layer_means(encoder, tokenizer, [clean(t) for t in training.texts], config.max_tokens)
     features_cleaned = layer_means(encoder, tokenizer, cleaned, config.max_tokens)
     features_shipped = layer_means(encoder, tokenizer, validation.texts, config.max_tokens)
-    model, epoch = fit_head(config, features, training.labels, features_cleaned, validation.labels, seed)
+    model, epoch = fit_head(settings, config, features, training.labels, features_cleaned, validation.labels)
     with torch.inference_mode():
         figures = {
             "cleaned": accuracy(model(features_cleaned).squeeze(-1), validation.labels),
@@ -108,13 +123,13 @@ def train_default_head(train: str | Path, valid: str | Path, output: str | Path,
             "epoch": epoch,
             "train_pairs": len(training.texts) // 2,
             "valid_pairs": len(validation.texts) // 2,
-            "seed": seed,
+            "seed": settings.seed,
         }
     _write(folder, config, model, figures)
     return figures
 
 
-def _frozen_encoder() -> tuple[Any, Any, IQSConfig]:
+def _frozen_encoder(settings: HeadTraining) -> tuple[Any, Any, IQSConfig]:
     from transformers import AutoModel, AutoTokenizer
 
     folder = hub.model_folder(hub.DEFAULT_ENCODER, hub.ENCODER_REVISION)
@@ -123,8 +138,8 @@ def _frozen_encoder() -> tuple[Any, Any, IQSConfig]:
     config = IQSConfig(
         encoder_config=encoder.config,
         layer_mix="concat",
-        hidden_sizes=HIDDEN_SIZES,
-        dropout=DROPOUT,
+        hidden_sizes=(settings.hidden_size,),
+        dropout=settings.dropout,
         max_tokens=512,
         template=CLEAN_TEMPLATE,
         encoder_source={
@@ -154,28 +169,28 @@ def layer_means(encoder: Any, tokenizer: Any, texts: Sequence[str], max_tokens: 
 
 
 def fit_head(
+    settings: HeadTraining,
     config: IQSConfig,
     features: Tensor,
     labels: npt.NDArray[np.float32],
     valid_features: Tensor,
     valid_labels: npt.NDArray[np.float32],
-    seed: int,
 ) -> tuple[nn.Sequential, int]:
     """Fit the head by mean squared error on 0 and 1 (CaR sec. 3.1); the epoch with the best validation AUC is kept.
 
     Features are standardised for training; the scaling is then folded into the first layer, so that the shipped head
     reads what the model computes.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     mean, deviation = features.mean(dim=0), features.std(dim=0)
     scaled, valid_scaled = (features - mean) / deviation, (valid_features - mean) / deviation
     targets = torch.from_numpy(labels)
     head = feed_forward(config, features.shape[1])
-    optimiser = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimiser = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     best, best_epoch, best_state = -1.0, 0, {}
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in range(1, settings.epochs + 1):
         head.train()
-        for pairs in torch.randperm(len(labels) // 2).split(PAIRS_PER_BATCH):
+        for pairs in torch.randperm(len(labels) // 2).split(settings.pairs_per_batch):
             rows = torch.cat([2 * pairs, 2 * pairs + 1])
             loss = nn.functional.mse_loss(head(scaled[rows]).squeeze(-1), targets[rows])
             optimiser.zero_grad()
@@ -212,21 +227,3 @@ def _write(folder: Path, config: IQSConfig, head: nn.Sequential, figures: dict[s
     )
     card = cards.get_template("default_scorer_card.md.jinja").render(config=config, figures=figures)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def main() -> None:
-    """`python -m car_datasets.training`; see the module's docstring."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--valid", required=True)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    figures = train_default_head(options.train, options.valid, options.output, options.seed)
-    parser.exit(0, json.dumps(figures, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -59,7 +59,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_the_commands_are_the_promised_ones() -> None:
-    assert sorted(COMMANDS) == ["cluster", "convert", "curate", "demo", "score", "select"]
+    assert sorted(COMMANDS) == ["cluster", "convert", "curate", "demo", "score", "select", "train"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -287,8 +287,8 @@ def test_source_that_cannot_be_read_is_one_line(name: str, content: bytes, messa
         (("score", "someone/no-such-dataset", "-o", "scored.parquet"), "someone/no-such-dataset"),
         (("score", "rows.json", "-o", "rows.json/scored.parquet"), "rows.json.* is a file"),
         (("cluster", "rows.json", "-o", "out.parquet", "--embedder", "./none"), "no such folder"),
-        (("convert", "rows.json", "--output", "out"), "not in the original's layout"),
-        (("convert", "./none", "--output", "out"), "no such folder"),
+        (("convert", "rows.json", "out"), "not in the original's layout"),
+        (("convert", "./none", "out"), "no such folder"),
         (("cluster", "nope.parquet", "-o", "out.parquet"), "no such file or folder"),
         (("cluster", "rows.json", "-o", "out.parquet", "--cluster-column", "page"), "--cluster-column"),
         (("cluster", "rows.json", "-o", "out.parquet", "--embedding-column", "output"), "not lists of numbers"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertModel, XLMRobertaConfig, XLMRobertaModel
 
@@ -145,12 +146,75 @@ def _zip_with(payload: Any, folder: Path) -> Path:
         ({"activations": "relu"}, "activation='Relu'"),
         ({"layer": 7}, "layer=7; the encoder has the hidden states 0 to 2"),
         ({"pretrained_model": "elsewhere"}, "number of attention heads.*--tokenizer"),
+        ({"drop": "layerwise_attention.gamma"}, "lacks the weight 'layerwise_attention.gamma'"),
+        ({"hidden_sizes": None}, "hidden_sizes=None must be a list or tuple"),
+        ({"hidden_sizes": ["8"]}, "must be a list of widths"),
+        ({"layer": "top"}, "layer='top' must be 'mix' or the number"),
+        ({"layer_norm": "false"}, "layer_norm='false' must be a bool"),
+        ({"dropout": None}, "dropout=None must be a float or int"),
+        ({"encoder_model": ["BERT"]}, r"encoder_model=\['BERT'\]"),
+        ({"state": {"estimator.ff.0.bias": "text"}}, "no named tensors"),
     ],
 )
 def test_what_does_not_fit_is_named(layout: Path, changes: dict[str, Any], message: str) -> None:
     change(layout, **changes)
     with pytest.raises(ValueError, match=message):
         IQSModel.from_pretrained(layout)
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']", "a: [1", "!!python/tuple [1]"])
+def test_hparams_that_are_no_plain_yaml_are_refused(layout: Path, text: str) -> None:
+    (layout / "hparams.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"hparams\.yaml is not plain YAML"):
+        IQSModel.from_pretrained(layout)
+
+
+def test_hparams_of_another_class_are_refused(layout: Path) -> None:
+    (layout / "hparams.yaml").write_text("class_identifier: instruction_ranking_metric")
+    with pytest.raises(ValueError, match="Make them agree"):
+        IQSModel.from_pretrained(layout)
+
+
+def test_a_tokenizer_of_another_model_is_refused(layout: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "tiny-bert", other)
+    content = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"] |= {f"word{i}": 100 + i for i in range(60)}  # more tokens than the encoder has
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    for load in (
+        lambda: QualityScorer(str(layout), tokenizer=str(other))(ROWS),
+        lambda: convert_to(layout, other, tmp_path),
+    ):
+        with pytest.raises(ValueError, match="is not the encoder's"):
+            load()
+
+
+def convert_to(layout: Path, tokenizer: Path, tmp_path: Path) -> None:
+    convert_checkpoint(layout, tmp_path / "out", str(tokenizer))
+
+
+def test_a_tokenizer_replaced_in_place_is_another_fingerprint(layout: Path, tmp_path: Path) -> None:
+    before = QualityScorer(str(layout))
+    scores = before(ROWS)["iqs_score"]
+    file = tmp_path / "tiny-bert" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
+    file.write_text(json.dumps(content))
+    after = QualityScorer(str(layout))
+    assert Hasher.hash(before) != Hasher.hash(after)
+    assert after(ROWS)["iqs_score"][0] != scores[0]
+
+
+def test_the_ranking_variant_alone_or_by_name_in_a_folder_of_folders(layout: Path, tmp_path: Path) -> None:
+    both = tmp_path / "instruction_comet"
+    content = read_checkpoint(next(layout.glob("checkpoints/*.ckpt")))
+    plain = {k: v for k, v in content["state_dict"].items() if not k.startswith("estimator")}
+    write(both, plain, {**content["hyper_parameters"], "class_identifier": "instruction_ranking_metric"})
+    assert QualityScorer(str(tmp_path)).objective == "regression"
+    assert QualityScorer(str(both)).objective == "ranking"
+    shutil.rmtree(layout)
+    assert QualityScorer(str(tmp_path)).objective == "ranking"
 
 
 def test_another_base_models_folder_is_refused(layout: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
 
-from car_datasets import IQSModel, QualityScorer, TextEmbedder, scoring
+from car_datasets import IQSModel, QualityScorer, TextEmbedder, loaded_scorer, scoring
 
 HASH = """
 import sys
@@ -115,9 +115,9 @@ def test_the_token_is_nowhere(tiny_iqs: str, tiny_embedder: str) -> None:
 def test_the_second_map_calls_no_model(tiny_iqs: str, sample_file: Path) -> None:
     rows = load_dataset("json", data_files=str(sample_file), split="train")
     scored = rows.map(QualityScorer(tiny_iqs), batched=True, with_rank=True)
-    scoring._load.cache_clear()
+    loaded_scorer.load_scorer.cache_clear()
     again = rows.map(QualityScorer(tiny_iqs), batched=True, with_rank=True)
-    assert scoring._load.cache_info().misses == 0  # the model was not even loaded
+    assert loaded_scorer.load_scorer.cache_info().misses == 0  # the model was not even loaded
     assert again["iqs_score"][:] == scored["iqs_score"][:]
     assert [f["filename"] for f in again.cache_files] == [f["filename"] for f in scored.cache_files]
 

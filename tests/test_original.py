@@ -187,3 +187,31 @@ def test_numbers_that_the_published_procedure_does_not_take(changes: dict[str, A
 def test_an_unknown_procedure_is_named(pairs: Dataset) -> None:
     with pytest.raises(ValueError, match="procedure='papre'"):
         curate(pairs, procedure="papre", n1=1)
+
+
+def test_rows_equal_by_what_the_files_hold_are_equal() -> None:
+    """The distance to the centre may differ in its last bit; the original's files do not have it."""
+    rows = {"output": ["o", "o", "p"], "iqs_score": [1.0, 1.0, 0.5], "cluster": [0, 0, 1]}
+    distances = {"cluster_distance": np.array([0.5, 0.50000006, 0.1], dtype=np.float32)}
+    assert outputs(select_as_published(Dataset.from_dict(rows | distances), n1=1, n2=2)) == ["o", "p"]
+
+
+def test_a_label_that_is_no_cluster_is_not_lost(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"output": ["a"], "label": ["²"], "iqs_score": [1.0], "cluster": [0]})
+    assert from_original(rows)["label"][:] == ["²"]
+    with pytest.raises(ValueError, match=r"column\(s\) \['label'\] of their own"):
+        write_original(rows, tmp_path / "out.json")
+
+
+@pytest.mark.shared
+def test_the_paper_procedure_overwrites_nothing_and_names_its_ranking(oracle: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_list(json.loads((oracle / "e2e" / "input.json").read_text())[:40])
+    models = {"scorer": str(oracle / "instruction_comet"), "embedder": str(oracle / "e2e" / "sentence_bert")}
+    curate(rows, tmp_path / "out", procedure="paper", n1=5, **models)
+    assert (tmp_path / "out" / "ranking_Comet_result.json").is_file()
+    assert not (tmp_path / "out" / "ranking_IQS_result.json").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ranking_IQS_result.json").write_text("precious")
+    with pytest.raises(ValueError, match="already holds a result"):
+        curate(rows, tmp_path / "mine", procedure="paper", n1=5, **models)
+    assert (tmp_path / "mine" / "ranking_IQS_result.json").read_text() == "precious"

@@ -15,16 +15,18 @@ PACKAGE = Path(car_datasets.__file__).parent
 # A room may import from rooms further up only; design.md calls this "imports run one way".
 ORDER = [
     {"version"},
-    {"templates", "hub"},
+    {"templates", "hub", "settings"},
     {"formatting"},
     {"configuration_iqs", "convert_comet", "selection", "vectors"},
     {"modeling_iqs", "original"},
+    {"loaded_scorer"},
     {"batching", "files", "parallel", "reporting", "rows"},
     {"loading", "embedding", "clustering", "results", "recipe"},
     {"scoring", "filtering"},
     {"training"},
     {"curation"},
-    {"cli_options"},
+    {"cli_options", "cli_app"},
+    {"cli_stages"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -17,7 +17,7 @@ from car_datasets.curation import Curated
 from car_datasets.results import RESULT_FILES
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("train_"))
 SCORED = ["iqs_score", "iqs_tokens", "iqs_truncated", "iqs_status", "embedding", "cluster", "cluster_distance"]
 CHOSEN = ["selected_by", "score_rank", "cluster_rank"]
 
@@ -474,3 +474,11 @@ def test_numbers_are_checked_against_the_rows_that_can_be_scored(tiny: dict[str,
     half = Dataset.from_list([{**row, "output": None if i % 2 else row["output"]} for i, row in enumerate(rows)])
     with pytest.raises(ValueError, match="n1=13 must be between 0 and the 12 rows"):
         curate(half, **{**tiny, "n1": 13, "on_invalid": "mark"})
+
+
+def test_another_scorer_does_not_keep_the_tokenizer_of_the_one_before() -> None:
+    paper = Recipe.from_yaml(ROOT / "configs" / "car_paper.yaml")
+    assert paper.tokenizer is not None
+    assert paper.changed(scorer="./mine").tokenizer is None
+    assert paper.changed(scorer="./mine", tokenizer="./its").tokenizer == "./its"
+    assert paper.changed(n1=5).tokenizer == paper.tokenizer

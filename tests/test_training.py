@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from car_datasets import QualityScorer, hub
+from car_datasets.cli import app
 from car_datasets.templates import clean
-from car_datasets.training import accuracy, read_score_csv, train_default_head
+from car_datasets.training import HeadTraining, accuracy, read_score_csv, train_head
 
 
 def write_pairs(path: Path, pairs: int, start: int) -> Path:
@@ -28,9 +30,10 @@ def write_pairs(path: Path, pairs: int, start: int) -> Path:
 
 def test_training_learns_and_is_deterministic(tmp_path: Path) -> None:
     train, valid = write_pairs(tmp_path / "train.csv", 60, 0), write_pairs(tmp_path / "valid.csv", 20, 100)
-    figures = train_default_head(train, valid, tmp_path / "one", seed=1)
-    train_default_head(train, valid, tmp_path / "two", seed=1)
-    train_default_head(train, valid, tmp_path / "three", seed=2)
+    settings = HeadTraining(train=str(train), valid=str(valid), seed=1)
+    figures = train_head(settings.changed(output=str(tmp_path / "one")))
+    train_head(settings.changed(output=str(tmp_path / "two")))
+    train_head(settings.changed(output=str(tmp_path / "three"), seed=2))
     assert figures["cleaned"]["pairs"] > 0.95
     digests = [hub.folder_digest(tmp_path / name) for name in ("one", "two", "three")]
     assert digests[0] == digests[1] != digests[2]
@@ -63,7 +66,21 @@ def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None
 
 def test_an_existing_output_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is there already"):
-        train_default_head(tmp_path / "none.csv", tmp_path / "none.csv", tmp_path)
+        train_head(HeadTraining(output=str(tmp_path)))
+
+
+def test_the_shipped_settings_are_the_defaults() -> None:
+    assert HeadTraining.from_yaml(hub.data_folder("configs") / "train_iqs_minilm.yaml") == HeadTraining()
+
+
+def test_the_command_trains_a_scorer_that_works(tmp_path: Path) -> None:
+    files = [str(write_pairs(tmp_path / name, 12, start)) for name, start in (("train.csv", 0), ("valid.csv", 50))]
+    config = str(hub.data_folder("configs") / "train_iqs_minilm.yaml")
+    options = ["--train", files[0], "--valid", files[1], "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["train", config, *options])
+    assert done.exit_code == 0, done.output
+    assert len(QualityScorer(str(tmp_path / "out"))({"prompt": ["a"], "completion": ["b"]})["iqs_score"]) == 1
+    assert CliRunner().invoke(app, ["train", config, *options]).exit_code == 2  # nothing is overwritten
 
 
 @pytest.mark.slow

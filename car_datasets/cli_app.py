@@ -1,0 +1,65 @@
+"""The app that the commands hang on, and what they have in common: errors in one line, quiet models, tables."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from car_datasets.version import __version__
+
+app = typer.Typer(
+    name="car-datasets",
+    help="Pick the best and most diverse subset of an instruction-tuning dataset.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """A user's mistake ends with one line and exit code 2; anything else is our bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        try:
+            command(**arguments)
+        except (ValueError, OSError) as error:
+            typer.echo(f"car-datasets: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+
+    return run
+
+
+def print_table(table: Any) -> None:
+    """Print a `rich` table to standard output."""
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def quiet_models() -> None:
+    """One progress bar per stage is ours; the weights' own are noise here."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"car-datasets {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Pick the best and most diverse subset of an instruction-tuning dataset."""

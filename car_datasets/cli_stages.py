@@ -1,0 +1,190 @@
+"""The commands of single stages: score, cluster, select; and of scorers: convert, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from car_datasets import cli_options as o
+from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
+from car_datasets.cli_options import parse_clusters, parse_columns, parse_count
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@app.command(epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
+@one_line_errors
+def score(
+    source: o.Source,
+    output: o.OutputFile,
+    scorer: o.ScorerModel = None,
+    tokenizer: o.Tokenizer = None,
+    embeddings: Annotated[bool, typer.Option(help="Also add the embedding, from the same pass, for `cluster`.")] = True,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Padded tokens in one forward pass.  [default: by device]")
+    ] = None,
+    name: o.Name = None,
+    split: o.Split = None,
+    revision: o.Revision = None,
+    token: o.Token = None,
+    schema: o.SchemaName = "auto",
+    columns: o.Columns = None,
+    on_invalid: o.OnInvalid = "error",
+    score_column: o.ScoreColumn = None,
+) -> None:
+    """Add iqs_score, iqs_tokens, iqs_truncated, iqs_status and embedding; write Parquet, or JSON as the original does."""
+    quiet_models()
+    from car_datasets.results import fresh_file
+
+    fresh_file(output)
+    from car_datasets.curation import score_and_embed
+    from car_datasets.hub import DEFAULT_SCORER
+    from car_datasets.loading import load_instructions
+    from car_datasets.original import rank_rows
+    from car_datasets.recipe import Recipe
+
+    reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": on_invalid}
+    dataset = load_instructions(source, name, split, revision=revision, token=token, **reading)
+    names: dict[str, Any] = {"score_column": score_column or "iqs_score"}
+    recipe = Recipe(scorer=scorer or DEFAULT_SCORER, tokenizer=tokenizer, batch_tokens=batch_tokens, **names, **reading)
+    as_original = output.suffix == ".json"
+    scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original)
+    _write(rank_rows(scored, **names) if as_original else scored, output, **names)
+
+
+@app.command(epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
+@one_line_errors
+def cluster(
+    source: o.Source,
+    output: o.OutputFile,
+    k: o.Clusters = None,
+    explained_variance: Annotated[float, typer.Option(help="Share of variance that PCA keeps.")] = 0.95,
+    seed: o.Seed = None,
+    n_init: o.Runs = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="For a file without embeddings: a sentence-transformers model.  [default: MiniLM]"),
+    ] = None,
+    template: Annotated[str, typer.Option(help="Text that the embedder reads: clean-1, or paper.")] = "clean-1",
+    embedding_column: o.EmbeddingColumn = None,
+    cluster_column: o.ClusterColumn = None,
+    save_model: Annotated[Path | None, typer.Option(help="Also save the cluster model into this folder.")] = None,
+) -> None:
+    """Add cluster and cluster_distance; embeddings are computed where there are none, as in the original's scored files."""
+    quiet_models()
+    from car_datasets.results import fresh_file, fresh_folder
+
+    fresh_file(output)
+    if save_model is not None:
+        fresh_folder(save_model, ("cluster_model.json", "cluster_model.safetensors"), "--save-model")
+    from car_datasets.clustering import ClusterModel
+    from car_datasets.curation import embed_where_missing
+    from car_datasets.rows import refuse_overwrite
+
+    dataset, column, vectors = _open(source), cluster_column or "cluster", embedding_column or "embedding"
+    refuse_overwrite(dataset.column_names, (column, f"{column}_distance"), "cluster_column=... (--cluster-column)")
+    dataset = embed_where_missing(dataset, vectors, embedder, template)
+    model = ClusterModel.fit(
+        dataset,
+        vectors,
+        k=parse_clusters(k) or "sqrt",
+        explained_variance=explained_variance,
+        seed=42 if seed is None else seed,
+        n_init=1 if n_init is None else n_init,
+        output_column=column,
+        distance_column=f"{column}_distance",
+    )
+    _write(model.label(dataset), output, cluster_column=column, embedding_column=vectors)
+    if save_model is not None:
+        model.save_pretrained(save_model)
+
+
+@app.command(epilog="Example: car-datasets select clustered.parquet --output selected.parquet --n1 1000 --n2 1")
+@one_line_errors
+def select(
+    source: o.Source,
+    output: o.OutputFile,
+    n1: o.N1 = None,
+    n2: o.N2 = None,
+    budget: o.Budget = None,
+    procedure: o.Procedure = None,
+    score_column: o.ScoreColumn = None,
+    cluster_column: o.ClusterColumn = None,
+    index_column: o.IndexColumn = None,
+    allow_worse: o.AllowWorse = False,
+) -> None:
+    """Select from a scored, clustered dataset and print the report."""
+    from car_datasets.results import fresh_file
+
+    fresh_file(output)
+    from car_datasets.curation import select_by
+    from car_datasets.recipe import Recipe
+    from car_datasets.reporting import SelectionReport
+
+    pool = _open(source)
+    names: dict[str, Any] = {
+        "score_column": score_column or "iqs_score",
+        "cluster_column": cluster_column or "cluster",
+        "index_column": index_column or "source_index",
+    }
+    given = {"n1": parse_count(n1), "n2": n2, "budget": budget, "procedure": procedure, "allow_worse": allow_worse}
+    recipe = Recipe().changed(**names, **{name: value for name, value in given.items() if value is not None})
+    chosen = select_by(recipe, pool)
+    report = SelectionReport.from_selection(pool, chosen, **names)
+    _write(chosen, output, **names)
+    print_table(report.to_table())
+
+
+@app.command(epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large")
+@one_line_errors
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="A .ckpt file, or a folder or Hub id in the original's layout.")],
+    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    tokenizer: o.Tokenizer = None,
+) -> None:
+    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer."""
+    quiet_models()
+    from car_datasets.modeling_iqs import convert_checkpoint
+
+    convert_checkpoint(checkpoint, output, tokenizer)
+    typer.echo(f"The model is in {output}.")
+
+
+@app.command(epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer")
+@one_line_errors
+def train(
+    config: Annotated[Path, typer.Argument(help="A training file, such as configs/train_iqs_minilm.yaml.")],
+    train: Annotated[
+        str | None, typer.Option(help="CSV of pairs, columns src and score.  [default: the file's]")
+    ] = None,
+    valid: Annotated[str | None, typer.Option(help="The same, to choose the epoch by.  [default: the file's]")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A new folder.  [default: the file's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.  [default: the file's]")] = None,
+) -> None:
+    """Train the head of the embedded scorer on pairs of worse and better answers."""
+    quiet_models()
+    from car_datasets.training import HeadTraining, train_head
+
+    given = {"train": train, "valid": valid, "output": output, "seed": seed}
+    settings = HeadTraining.from_yaml(config, **{name: value for name, value in given.items() if value is not None})
+    figures = train_head(settings)["cleaned"]
+    typer.echo(
+        f"The model is in {settings.output}; it ranks {100 * figures['pairs']:.1f} % of the validation pairs right."
+    )
+
+
+def _open(source: str) -> Dataset:
+    from car_datasets.loading import open_dataset
+    from car_datasets.original import from_original
+
+    return from_original(open_dataset(source))
+
+
+def _write(dataset: Dataset, output: Path, **names: str) -> None:
+    from car_datasets.results import write_table
+
+    write_table(dataset, output, **names)
+    typer.echo(f"{len(dataset):,} rows are in {output}.")
