@@ -42,17 +42,19 @@ def score(
     fresh_file(output)
     from car_datasets.curation import score_and_embed
     from car_datasets.hub import DEFAULT_SCORER
-    from car_datasets.loading import load_instructions
+    from car_datasets.loading import load_instructions, open_dataset
     from car_datasets.original import rank_rows
     from car_datasets.recipe import Recipe
 
     reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": on_invalid}
-    dataset = load_instructions(source, name, split, revision=revision, token=token, **reading)
+    opened = open_dataset(source, name, split, revision=revision, token=token, columns=reading["columns"])
+    dataset = load_instructions(opened, **reading)
     names: dict[str, Any] = {"score_column": score_column or "iqs_score"}
     recipe = Recipe(scorer=scorer or DEFAULT_SCORER, tokenizer=tokenizer, batch_tokens=batch_tokens, **names, **reading)
     as_original = output.suffix == ".json"
     scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original)
-    _write(rank_rows(scored, **names) if as_original else scored, output, **names)
+    added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays
+    _write(rank_rows(scored, **names) if as_original else scored, output, index_column=added, **names)
 
 
 @app.command(epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")

@@ -17,7 +17,7 @@ from car_datasets import hub
 from car_datasets.clustering import ClusterModel, number_of_clusters, refuse_bad_fit
 from car_datasets.embedding import TextEmbedder
 from car_datasets.formatting import find_schema
-from car_datasets.loading import load_instructions, unscorable_rows
+from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
 from car_datasets.recipe import Recipe
 from car_datasets.reporting import SelectionReport
@@ -70,17 +70,16 @@ def curate(
     settings = (recipe or Recipe()).changed(**changes)
     names = (*RESULT_FILES, *ORIGINAL_FILES) if settings.procedure == "paper" else RESULT_FILES
     folder = None if output_dir is None else fresh_folder(Path(output_dir), names)
+    opened = open_dataset(
+        source, settings.name, settings.split, revision=settings.revision, token=token, columns=settings.columns
+    )
     dataset = load_instructions(
-        source,
-        settings.name,
-        settings.split,
-        revision=settings.revision,
-        token=token,
+        opened.with_format(None),
         schema=settings.schema,
         columns=settings.columns,
         on_invalid=settings.on_invalid,
         index_column=settings.index_column,
-    ).with_format(None)
+    )
     _check_numbers(dataset, settings)
     pool = score_and_embed(dataset, settings, token)
     if settings.procedure == "paper":
@@ -94,7 +93,11 @@ def curate(
         write_result(folder, selected, curated.scored, report, settings.score_column, settings.cluster_column)
         if settings.procedure == "paper":
             scorer = QualityScorer(settings.scorer, settings.scorer_revision, token, tokenizer=settings.tokenizer)
-            write_original_files(folder, selected, without_vectors, scorer.objective, **settings.names)
+            added = (
+                "" if settings.index_column in opened.column_names else settings.index_column
+            )  # the user's own stays
+            names_there = {**settings.names, "index_column": added}
+            write_original_files(folder, selected, without_vectors, scorer.objective, **names_there)
     return curated
 
 

@@ -215,3 +215,17 @@ def test_the_paper_procedure_overwrites_nothing_and_names_its_ranking(oracle: Pa
     with pytest.raises(ValueError, match="already holds a result"):
         curate(rows, tmp_path / "mine", procedure="paper", n1=5, **models)
     assert (tmp_path / "mine" / "ranking_IQS_result.json").read_text() == "precious"
+
+
+def test_a_row_number_of_the_users_own_stays(tmp_path: Path, tiny_iqs: str, tiny_embedder: str) -> None:
+    words = ("sea", "list", "poem", "colours")
+    rows = [{"instruction": "write", "output": word, "source_index": 100 + i} for i, word in enumerate(words)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    ranking = str(tmp_path / "ranking.json")
+    done = CliRunner().invoke(app, ["score", str(tmp_path / "rows.json"), "-o", ranking, "--scorer", tiny_iqs])
+    assert done.exit_code == 0, done.output
+    assert sorted(row["source_index"] for row in json.loads(Path(ranking).read_text())) == [100, 101, 102, 103]
+    models = {"scorer": tiny_iqs, "embedder": tiny_embedder}
+    curate(tmp_path / "rows.json", tmp_path / "out", procedure="paper", n1=2, k=2, **models)
+    chosen = json.loads((tmp_path / "out" / "CaR_selected_result.json").read_text())
+    assert all(row["output"] == words[row["source_index"] - 100] for row in chosen)
