@@ -111,8 +111,8 @@ class QualityScorer:
         if self.turns not in TURNS:
             raise ValueError(f"turns={self.turns!r} is not known; choose one of {sorted(TURNS)}.")
         revision = hub.pin_revision(self.model_id, self.revision, token)
-        hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
-        checkpoint = hub.find_checkpoint(hub.model_folder(self.model_id, revision))
+        folder = hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
+        checkpoint = hub.find_checkpoint(folder)
         if checkpoint is not None:  # its tokenizer is no part of its folder, and changes the numbers too
             pin = tokenizer_revision(base_model(checkpoint, self.tokenizer), token)
             object.__setattr__(self, "tokenizer_revision", pin)
