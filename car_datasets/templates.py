@@ -29,6 +29,18 @@ class Text(NamedTuple):
         """Both in one, as IQS and the embedder read them."""
         return f"{self.question} {self.answer}"
 
+    @classmethod
+    def split(cls, whole: str) -> Text:
+        """Cut a rendered text at its first `" Response:"`.
+
+        Raises:
+            ValueError: it has none.
+        """
+        question, mark, answer = whole.partition(" Response:")
+        if not mark:
+            raise ValueError(f"{whole[:60]!r} has no ' Response:'; pass Text(question, answer).")
+        return cls(question, f"Response:{answer}")
+
 
 def render(exchange: Exchange, template: str = CLEAN_TEMPLATE) -> Text:
     """The text that the quality model and the embedder read.
@@ -75,9 +87,14 @@ def clean(text: str) -> str:
     text = text.translate(_QUOTES)
     while (decoded := _ESCAPE.sub(_decode, text).translate(_QUOTES)) != text:  # a straightened quote can end an escape
         text = decoded
-    if _SURROGATE.search(text):  # halves that meet form one character; a lone half is no text
+    return " ".join(join_surrogates(text).split())
+
+
+def join_surrogates(text: str) -> str:
+    """Halves of a character that meet form one; a lone half is no text, and no file or tokenizer takes it."""
+    if _SURROGATE.search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return " ".join(text.split())
+    return text
 
 
 def _decode(match: re.Match[str]) -> str:
