@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +13,42 @@ CPU_BUDGET = 2048
 ACCELERATOR_BUDGET = 32768
 
 
-def tokenise(tokenizer: Any, texts: Sequence[str], limit: int) -> tuple[list[list[int]], list[int]]:
-    """Token ids cut at `limit` by the tokenizer's own rule, and the length of each whole text in tokens."""
+class Tokens(NamedTuple):
+    """Token ids of texts, cut at a limit; the length of each whole text in tokens; where its answer begins, if asked."""
+
+    ids: list[list[int]]
+    lengths: list[int]
+    answer_starts: list[int]
+
+
+def tokenise(tokenizer: Any, texts: Sequence[str], limit: int, answers_at: Sequence[int] | None = None) -> Tokens:
+    """Token ids cut at `limit` by the tokenizer's own rule.
+
+    Args:
+        tokenizer: of transformers; a fast one where `answers_at` is given.
+        texts (`Sequence[str]`): whole texts.
+        limit (`int`): tokens read of each, special tokens included.
+        answers_at (`Sequence[int]`, *optional*): the character at which each answer begins. One that was cut off begins
+            at the last token, the separator.
+    """
     if not texts:
-        return [], []
-    ids = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return Tokens([], [], [])
+    encoding = tokenizer(list(texts), truncation=False, verbose=False)
+    ids = encoding["input_ids"]
     lengths = [len(row) for row in ids]
+    starts: list[int] = []
+    if answers_at is not None:
+        found = [encoding.char_to_token(i, at) for i, at in enumerate(answers_at)]
+        starts = [
+            min(length, limit) - 1 if at is None else min(at, limit - 1)
+            for at, length in zip(found, lengths, strict=True)
+        ]
     long = [i for i, length in enumerate(lengths) if length > limit]
     if long:
         cut = tokenizer([texts[i] for i in long], truncation=True, max_length=limit)["input_ids"]
         for i, row in zip(long, cut, strict=True):
             ids[i] = row
-    return ids, lengths
+    return Tokens(ids, lengths, starts)
 
 
 def token_budget(device: torch.device) -> int:

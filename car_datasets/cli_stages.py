@@ -1,4 +1,4 @@
-"""The commands of single stages: score, cluster, select; and of scorers: convert, train."""
+"""The commands of single stages: score, cluster, select."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def score(
     scorer: o.ScorerModel = None,
     tokenizer: o.Tokenizer = None,
     embeddings: Annotated[bool, typer.Option(help="Also add the embedding, from the same pass, for `cluster`.")] = True,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Also add iqs_score_std: how far the members of the head disagree.")
+    ] = False,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Padded tokens in one forward pass.  [default: by device]")
     ] = None,
@@ -50,7 +53,8 @@ def score(
     opened = open_dataset(source, name, split, revision=revision, token=token, columns=reading["columns"])
     dataset = load_instructions(opened, **reading)
     names: dict[str, Any] = {"score_column": score_column or "iqs_score"}
-    recipe = Recipe(scorer=scorer or DEFAULT_SCORER, tokenizer=tokenizer, batch_tokens=batch_tokens, **names, **reading)
+    model: dict[str, Any] = {"scorer": scorer or DEFAULT_SCORER, "tokenizer": tokenizer, "uncertainty": uncertainty}
+    recipe = Recipe(**model, batch_tokens=batch_tokens, **names, **reading)
     as_original = output.suffix == ".json"
     scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original)
     added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays
@@ -138,44 +142,6 @@ def select(
     report = SelectionReport.from_selection(pool, chosen, **names)
     _write(chosen, output, **names)
     print_table(report.to_table())
-
-
-@app.command(epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large")
-@one_line_errors
-def convert(
-    checkpoint: Annotated[str, typer.Argument(help="A .ckpt file, or a folder or Hub id in the original's layout.")],
-    output: Annotated[Path, typer.Argument(help="A new folder.")],
-    tokenizer: o.Tokenizer = None,
-) -> None:
-    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer."""
-    quiet_models()
-    from car_datasets.modeling_iqs import convert_checkpoint
-
-    convert_checkpoint(checkpoint, output, tokenizer)
-    typer.echo(f"The model is in {output}.")
-
-
-@app.command(epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer")
-@one_line_errors
-def train(
-    config: Annotated[Path, typer.Argument(help="A training file, such as configs/train_iqs_minilm.yaml.")],
-    train: Annotated[
-        str | None, typer.Option(help="CSV of pairs, columns src and score.  [default: the file's]")
-    ] = None,
-    valid: Annotated[str | None, typer.Option(help="The same, to choose the epoch by.  [default: the file's]")] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="A new folder.  [default: the file's]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.  [default: the file's]")] = None,
-) -> None:
-    """Train the head of the embedded scorer on pairs of worse and better answers."""
-    quiet_models()
-    from car_datasets.training import HeadTraining, train_head
-
-    given = {"train": train, "valid": valid, "output": output, "seed": seed}
-    settings = HeadTraining.from_yaml(config, **{name: value for name, value in given.items() if value is not None})
-    figures = train_head(settings)["cleaned"]
-    typer.echo(
-        f"The model is in {settings.output}; it ranks {100 * figures['pairs']:.1f} % of the validation pairs right."
-    )
 
 
 def _open(source: str) -> Dataset:

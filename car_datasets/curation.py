@@ -174,6 +174,7 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
         token,
         template=settings.template,
         turns=settings.turns,
+        uncertainty=settings.uncertainty,
         tokenizer=settings.tokenizer,
         output_column=settings.score_column,
         diagnostics=True,

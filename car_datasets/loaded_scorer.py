@@ -29,10 +29,8 @@ def load_scorer(
     from transformers import AutoTokenizer
 
     folder = hub.model_folder(model_id, revision)
-    model = IQSModel.from_pretrained(folder, dtype=getattr(torch, dtype), tokenizer=tokenizer)
-    if model.config.objective == "regression":
-        model.head.float()  # a half-precision head gives many texts the same score
-    model.layers.float()
+    model = IQSModel.from_pretrained(folder, tokenizer=tokenizer)
+    model.encoder.to(getattr(torch, dtype))  # not the head: in half precision it gives many texts the same score
     source, checkpoint = model.config.encoder_source, hub.find_checkpoint(folder)
     if checkpoint is not None:
         reader = load_tokenizer(base_model(checkpoint, tokenizer))

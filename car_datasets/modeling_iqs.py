@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,47 +22,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from car_datasets import hub
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
-
-
-class LayerCombination(nn.Module):
-    """The encoder's hidden states to one state per token (`weighted` mixes) or n + 1 states side by side (`concat`)."""
-
-    def __init__(self, num_states: int, mix: str, layer: int | None, layer_norm: bool) -> None:
-        super().__init__()
-        self.mix, self.layer, self.layer_norm = mix, layer, layer_norm
-        if layer is None and mix != "concat":
-            self.weight = nn.Parameter(torch.zeros(num_states))
-            self.gamma = nn.Parameter(torch.ones(1))
-
-    def forward(self, hidden_states: Sequence[Tensor], mask: Tensor) -> Tensor:
-        """`n + 1` tensors (batch, tokens, units) and a mask (batch, tokens) to one (batch, tokens, units or more)."""
-        if self.layer is not None:
-            return hidden_states[self.layer]
-        if self.mix == "concat":
-            return torch.cat(list(hidden_states), dim=-1)
-        if self.layer_norm:
-            hidden_states = [_normalise_text(h, mask) for h in hidden_states]
-        weights = sparsemax(self.weight) if self.mix == "sparsemax" else self.weight.softmax(0)
-        states = torch.stack(list(hidden_states))
-        return self.gamma.to(states.dtype) * torch.einsum("l,lbtu->btu", weights.to(states.dtype), states)
-
-
-def _normalise_text(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit population variance over all real tokens and units of each text; no affine part."""
-    real = mask.to(hidden.dtype).unsqueeze(-1)
-    count = real.sum(dim=(1, 2), keepdim=True) * hidden.shape[-1]
-    mean = (hidden * real).sum(dim=(1, 2), keepdim=True) / count
-    variance = (((hidden - mean) * real) ** 2).sum(dim=(1, 2), keepdim=True) / count
-    return (hidden - mean) / torch.sqrt(variance + 1e-12)
-
-
-def sparsemax(scores: Tensor) -> Tensor:
-    """Euclidean projection of a vector onto the simplex (Martins and Astudillo 2016, algorithm 1): exact zeros."""
-    ordered = scores.sort(descending=True).values
-    cumulated = ordered.cumsum(0) - 1
-    ranks = torch.arange(1, len(scores) + 1, device=scores.device, dtype=scores.dtype)
-    support = int((ordered * ranks > cumulated).sum())
-    return (scores - cumulated[support - 1] / support).clamp(min=0)
+from car_datasets.layers import LayerCombination, SegmentHead, closeness, feed_forward
+from car_datasets.segments import hashed_words, segment_features
 
 
 class IQSModel(PreTrainedModel):
@@ -82,6 +42,7 @@ class IQSModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    accepts_loss_kwargs = False  # forward's **kwargs are the encoder's; Trainer would take them for its own
 
     def __init__(self, config: IQSConfig) -> None:
         super().__init__(config)
@@ -92,10 +53,14 @@ class IQSModel(PreTrainedModel):
             )
         num_states = encoder.num_hidden_layers + 1
         self.encoder = AutoModel.from_config(encoder, **_without_pooler(encoder))
-        self.layers = LayerCombination(num_states, config.layer_mix, config.layer, config.layer_norm)
-        if config.objective == "regression":
-            concatenated = config.layer is None and config.layer_mix == "concat"
-            self.head = feed_forward(config, encoder.hidden_size * (num_states if concatenated else 1))
+        if config.head == "segments":
+            self.head: nn.Module = SegmentHead(config)
+        else:
+            self.layers = LayerCombination(
+                num_states, config.layer_mix, config.layer, config.layer_norm, config.dropout
+            )
+        if config.objective == "regression" and config.head == "feed_forward":
+            self.head = feed_forward(config, encoder.hidden_size)
         self.post_init()
 
     @classmethod
@@ -151,6 +116,9 @@ class IQSModel(PreTrainedModel):
         labels: Tensor | None = None,
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
+        rejected_ids: Tensor | None = None,
+        rejected_mask: Tensor | None = None,
+        answer_start: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Score a batch of tokenised texts.
@@ -161,21 +129,61 @@ class IQSModel(PreTrainedModel):
             attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*): 1 for real tokens; defaults to all ones.
             labels (`Tensor` of shape `(batch,)`, *optional*): targets; gives the mean squared error as `loss`.
             question_ids, question_mask (`Tensor`, *optional*): of the question, with the objective `"ranking"` only.
+            rejected_ids, rejected_mask (`Tensor`, *optional*): of a worse answer, with the objective `"ranking"` only;
+                gives the triplet margin loss of the original (margin 1, Euclidean) as `loss`, whatever `labels` say.
+            answer_start (`Tensor` of shape `(batch,)`): with the head `"segments"` only: the position of the first token of
+                the answer, "response".
 
         Returns:
             `SequenceClassifierOutput`: `logits` of shape `(batch, 1)` in float32, the scores, not bounded (in (0, 1) with
-            the objective `"ranking"`); `hidden_states` of `input_ids`, the embedding output first.
+            the objective `"ranking"`; with a worse answer its score is a second column); `hidden_states` of `input_ids`,
+            the embedding output first.
         """
-        pooled, hidden_states = self.pool(input_ids, attention_mask, **kwargs)
         if self.config.objective == "regression":
-            logits = self.head(pooled).float()
+            members, hidden_states = self.member_scores(input_ids, attention_mask, answer_start, **kwargs)
+            logits = members.mean(dim=-1, keepdim=True)
         elif question_ids is None:
             raise ValueError("A ranking model scores an answer against its question: pass question_ids as well.")
         else:
+            pooled, hidden_states = self.pool(input_ids, attention_mask, **kwargs)
             question, _ = self.pool(question_ids, question_mask, **kwargs)
             logits = closeness(question, pooled).unsqueeze(-1)
+            if rejected_ids is not None:
+                rejected, _ = self.pool(rejected_ids, rejected_mask, **kwargs)
+                loss = nn.functional.triplet_margin_loss(question.float(), pooled.float(), rejected.float())
+                both = torch.cat([logits, closeness(question, rejected).unsqueeze(-1)], dim=-1)
+                return SequenceClassifierOutput(loss=loss, logits=both, hidden_states=hidden_states)
         loss = nn.functional.mse_loss(logits.squeeze(-1), labels.float()) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+
+    def member_scores(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        answer_start: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The score by each member of the head, of shape `(batch, members)`, float32, and the encoder's hidden states.
+
+        Arguments as for [`~IQSModel.forward`]. Only the head `"segments"` has more than one member; their mean is the
+        score, their standard deviation how far they disagree.
+        """
+        if self.config.head == "feed_forward":
+            pooled, hidden_states = self.pool(input_ids, attention_mask, **kwargs)
+            return self.head(pooled).float(), hidden_states
+        if answer_start is None:
+            raise ValueError("The head 'segments' reads question and answer apart: pass answer_start as well.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        hidden_states = self._encode(input_ids, attention_mask, **kwargs)
+        features = segment_features(hidden_states, attention_mask, answer_start)
+        numbers, weights = hashed_words(input_ids, attention_mask, answer_start, self.config.word_bits)
+        return self.head(features, numbers, weights).float(), hidden_states
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
+        found = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **kwargs)
+        states: tuple[Tensor, ...] = found.hidden_states
+        return states
 
     def pool(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -187,10 +195,10 @@ class IQSModel(PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **kwargs)
+        hidden_states = self._encode(input_ids, attention_mask, **kwargs)
         precision = self.head[0].weight.dtype if self.config.objective == "regression" else torch.float32
-        states = self.layers([h.to(precision) for h in encoded.hidden_states], attention_mask)
-        return self._pool(states, input_ids, attention_mask), encoded.hidden_states
+        states = self.layers([h.to(precision) for h in hidden_states], attention_mask)
+        return self._pool(states, input_ids, attention_mask), hidden_states
 
     def _pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
@@ -202,14 +210,6 @@ class IQSModel(PreTrainedModel):
             return states.masked_fill(~real, float("-inf")).max(dim=1).values
         total = (states * real).sum(dim=1)
         return total / attention_mask.sum(dim=1, keepdim=True).to(states.dtype)
-
-
-def closeness(question: Tensor, answer: Tensor) -> Tensor:
-    """The original's ranking score, `1 / (1 + distance)`, of vectors of shape `(batch, units)`; shape `(batch,)`.
-
-    `pairwise_distance` adds 1e-6 to every difference, so equal texts do not give exactly 1, there as here.
-    """
-    return 1 / (1 + nn.functional.pairwise_distance(answer.float(), question.float()))
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -245,18 +245,6 @@ def _source_encoder(config: IQSConfig, token: str | None) -> dict[str, Tensor]:
 def _without_pooler(encoder: PreTrainedConfig) -> dict[str, bool]:
     """BERT-like encoders carry a pooler that no score uses; leaving it out keeps it out of the weights file."""
     return {"add_pooling_layer": False} if encoder.model_type in {"bert", "roberta", "xlm-roberta"} else {}
-
-
-def feed_forward(config: IQSConfig, width: int) -> nn.Sequential:
-    """The head: `len(hidden_sizes)` blocks of linear, activation and dropout, then one linear unit."""
-    parts: list[nn.Module] = []
-    for size in config.hidden_sizes:
-        parts += [nn.Linear(width, size), getattr(nn, config.activation)(), nn.Dropout(config.dropout)]
-        width = size
-    parts.append(nn.Linear(width, 1))
-    if config.final_activation is not None:
-        parts.append(getattr(nn, config.final_activation)())
-    return nn.Sequential(*parts)
 
 
 def convert_checkpoint(

@@ -18,7 +18,7 @@ class Recipe(Settings):
     Args:
         name, split, revision (`str`, *optional*): of the source, see [`load_instructions`].
         schema, columns, index_column, on_invalid: see [`load_instructions`].
-        scorer, scorer_revision, template, turns, dtype, batch_tokens: see [`QualityScorer`].
+        scorer, scorer_revision, template, turns, uncertainty, dtype, batch_tokens: see [`QualityScorer`].
         embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; `None`: the scorer's own encoder
             where that is one (one forward pass for both), else the default.
         k, explained_variance, seed, n_init: see [`ClusterModel.fit`]; `seed` also draws the report's controls.
@@ -41,6 +41,7 @@ class Recipe(Settings):
     scorer_revision: str | None = None
     template: str | None = None
     turns: str = "mean"
+    uncertainty: bool = False
     dtype: str = "float32"
     embedder: str | None = None
     embedder_revision: str | None = None

@@ -23,8 +23,8 @@ from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, tokenizer_revision
 from car_datasets.embedding import TextEmbedder, dimension, load_sentence_transformer, pool_tokens
 from car_datasets.formatting import OK, TRUNCATED, as_column_names, check_schema, find_schema
+from car_datasets.layers import closeness
 from car_datasets.loaded_scorer import LoadedScorer, load_scorer, read_scorer_config
-from car_datasets.modeling_iqs import closeness
 from car_datasets.parallel import device_for
 from car_datasets.rows import Rows, refuse_overwrite, refuse_tables, row_names
 from car_datasets.templates import Text
@@ -32,7 +32,7 @@ from car_datasets.templates import Text
 if TYPE_CHECKING:
     from datasets import Features
 
-CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise it when numbers change
+CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise it when numbers change
 
 TURNS: dict[str, Callable[[Any], Any]] = {
     "mean": np.mean,
@@ -41,17 +41,24 @@ TURNS: dict[str, Callable[[Any], Any]] = {
     "last": lambda scores: scores[-1],
 }
 
-
-_Keep = Callable[[list[int], Tensor, Tensor, Tensor], None]  # places, pooled, last hidden state, mask
+_Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, tuple[Tensor, ...]]]  # ids, mask, answer starts
+_Keep = Callable[[list[int], Tensor, Tensor, Tensor], None]  # places, forward's result, last hidden state, mask
 
 
 class TextScores(NamedTuple):
-    """What one pass over texts gives: scores, tokens of the whole text, whether it was cut, and embeddings if asked."""
+    """What one pass over texts gives.
+
+    Args:
+        scores (`(texts,)` float32); tokens (`(texts,)` int32): of the whole text; truncated (`(texts,)` bool): cut.
+        embeddings (`(texts, units)` float32, *optional*): if asked for.
+        members (`(texts, members)` float32): the score by each member of the head; `scores` is their mean.
+    """
 
     scores: npt.NDArray[np.float32]
     tokens: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
     embeddings: npt.NDArray[np.float32] | None
+    members: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class QualityScorer:
         output_column (`str`): the new column, float32. `diagnostics` columns are named after it.
         diagnostics (`bool`): also add `iqs_tokens` (int32, of the whole text with special tokens, summed over
             exchanges), `iqs_truncated` (bool: the model did not see the end) and `iqs_status`.
+        uncertainty (`bool`): also add `iqs_score_std`, the standard deviation of the members of the head, from the same
+            pass: rank by `iqs_score - iqs_score_std` to prefer what they agree on. For models with several, as the default.
         embedding_column (`str`, *optional*): also add the embedding, out of the same forward pass, equal to what
             [`TextEmbedder`] gives. For models whose encoder is a sentence-transformers model left as it was, such as
             the default. Texts longer than that model's own limit (256 tokens for the default) take a second pass.
@@ -95,6 +104,7 @@ class QualityScorer:
     turns: str = "mean"
     output_column: str = "iqs_score"
     diagnostics: bool = False
+    uncertainty: bool = False
     embedding_column: str | None = None
     on_invalid: str = "error"
     dtype: str = "float32"
@@ -122,6 +132,8 @@ class QualityScorer:
                 f"embedding_column={self.embedding_column!r}: {self.model_id} has an encoder of its own, which is no "
                 "sentence embedder. Leave it out and map TextEmbedder() over the dataset as well."
             )
+        if self.uncertainty and config.members < 2:
+            raise ValueError(f"uncertainty=True: the head of {self.model_id} has one member, which cannot disagree.")
         object.__setattr__(self, "revision", revision)
         if self.template is None:
             object.__setattr__(self, "template", config.template)
@@ -133,7 +145,7 @@ class QualityScorer:
 
     @property
     def shares_encoder(self) -> bool:
-        """Whether `embedding_column` is possible: the encoder is a sentence-transformers model, left as it was."""
+        """Whether `embedding_column` is possible: the encoder is a sentence-transformers model as it was."""
         return self._config().encoder_source is not None
 
     @property
@@ -148,7 +160,7 @@ class QualityScorer:
         kinds = {"tokens": Value("int32"), "truncated": Value("bool"), "status": Value("string")}
         stem = self.output_column.removesuffix("_score")
         types: dict[str, Any] = {f"{stem}_{name}": kind for name, kind in kinds.items()}
-        types[self.output_column] = Value("float32")
+        types[self.output_column] = types[f"{self.output_column}_std"] = Value("float32")
         if self.embedding_column is not None:
             types[self.embedding_column] = List(Value("float32"))
         return Features({name: types[name] for name in self._new_columns()})
@@ -159,6 +171,8 @@ class QualityScorer:
             ["tokens", "truncated", "status"] if self.diagnostics else ["status"] if self.on_invalid == "mark" else []
         )
         names = [self.output_column, *(f"{stem}_{name}" for name in extra)]
+        if self.uncertainty:
+            names.insert(1, f"{self.output_column}_std")
         return names if self.embedding_column is None else [*names, self.embedding_column]
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
@@ -168,11 +182,16 @@ class QualityScorer:
         schema = find_schema(batch, self.schema, self.columns)
         rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid)
         texts = self.score_texts(rows.texts, rank)
-        per_row = [TURNS[self.turns](part) if len(part) else None for part in rows.split(texts.scores)]
+        turn = TURNS[self.turns]
+        per_row = [turn(part) if len(part) else None for part in rows.split(texts.scores)]
         self._refuse_nan(per_row, batch)
         cut = [bool(part.any()) for part in rows.split(texts.truncated)]
         stem = self.output_column.removesuffix("_score")
+        spread = [
+            np.std([turn(member) for member in part.T]) if len(part) else None for part in rows.split(texts.members)
+        ]
         columns = {
+            f"{self.output_column}_std": [None if s is None else np.float32(s) for s in spread],
             self.output_column: [None if s is None else np.float32(s) for s in per_row],
             f"{stem}_tokens": np.array([part.sum() for part in rows.split(texts.tokens)], dtype=np.int32),
             f"{stem}_truncated": np.array(cut),
@@ -195,20 +214,27 @@ class QualityScorer:
         )
         if loaded.model.config.objective == "ranking":
             return self._rank_texts(texts, loaded)
+        parts = None
+        if loaded.model.config.head == "segments":
+            parts = [Text.split(text) if isinstance(text, str) else text for text in texts]
         whole = [text if isinstance(text, str) else text.whole for text in texts]
-        embeddings = self._room_for_embeddings(len(texts), loaded.device)
-        scores = np.empty(len(texts), dtype=np.float32)
+        embeddings = None
+        if self.embedding_column is not None:
+            embeddings = np.empty((len(texts), dimension(self._embedding_model(loaded.device))), dtype=np.float32)
+        members = np.empty((len(texts), loaded.model.config.members), dtype=np.float32)
 
-        def keep(places: list[int], pooled: Tensor, last: Tensor, mask: Tensor) -> None:
-            scores[places] = loaded.model.head(pooled).squeeze(-1).float().cpu().numpy()
+        def keep(places: list[int], scores: Tensor, last: Tensor, mask: Tensor) -> None:
+            members[places] = scores.cpu().numpy()
             if embeddings is not None:
                 sentences = pool_tokens(self._embedding_model(loaded.device), last, mask)
                 embeddings[places] = sentences.float().cpu().numpy()
 
-        tokens = self._pool_texts(whole, loaded, keep)
+        answers_at = None if parts is None else [len(text.question) + 1 for text in parts]
+        tokens = self._run(whole, loaded, loaded.model.member_scores, keep, answers_at)
         if embeddings is not None:
             self._reembed_long(whole, tokens, embeddings, rank)
-        return TextScores(scores, tokens, tokens > loaded.model.config.max_tokens, embeddings)
+        limit = loaded.model.config.max_tokens
+        return TextScores(members.mean(axis=1), tokens, tokens > limit, embeddings, members)
 
     def _rank_texts(self, texts: Sequence[Text | str], loaded: LoadedScorer) -> TextScores:
         """The ranking variant: question and answer are texts of their own, each with the whole limit."""
@@ -220,26 +246,29 @@ class QualityScorer:
         def keep(places: list[int], pooled: Tensor, last: Tensor, mask: Tensor) -> None:
             vectors[places] = pooled.float().cpu()
 
-        lengths = self._pool_texts(parts, loaded, keep).reshape(-1, 2)
+        lengths = self._run(parts, loaded, lambda ids, mask, _: loaded.model.pool(ids, mask), keep).reshape(-1, 2)
         scores = closeness(vectors[::2], vectors[1::2]).numpy()
-        limit = loaded.model.config.max_tokens
-        return TextScores(scores, lengths.sum(axis=1, dtype=np.int32), (lengths > limit).any(axis=1), None)
+        limit, tokens = loaded.model.config.max_tokens, lengths.sum(axis=1, dtype=np.int32)
+        return TextScores(scores, tokens, (lengths > limit).any(axis=1), None, scores[:, None])
 
-    def _pool_texts(self, texts: Sequence[str], loaded: LoadedScorer, keep: _Keep) -> npt.NDArray[np.int32]:
-        """Run the encoder over texts in batches of like length and hand each batch to `keep`; gives their token counts."""
-        model = loaded.model
-        ids, lengths = tokenise(loaded.tokenizer, texts, model.config.max_tokens)
-        for places in token_batches([len(row) for row in ids], self.batch_tokens or token_budget(loaded.device)):
-            input_ids, mask = pad([ids[i] for i in places], loaded.tokenizer.pad_token_id, loaded.device)
+    def _run(
+        self,
+        texts: Sequence[str],
+        loaded: LoadedScorer,
+        forward: _Forward,
+        keep: _Keep,
+        answers_at: Sequence[int] | None = None,
+    ) -> npt.NDArray[np.int32]:
+        """Run texts through the model in batches of like length and hand each result to `keep`; gives their token counts."""
+        tokenizer, device = loaded.tokenizer, loaded.device
+        ids, lengths, starts = tokenise(tokenizer, texts, loaded.model.config.max_tokens, answers_at)
+        for places in token_batches([len(row) for row in ids], self.batch_tokens or token_budget(device)):
+            input_ids, mask = pad([ids[i] for i in places], tokenizer.pad_token_id, device)
+            start = torch.tensor([starts[i] for i in places], device=device) if starts else None
             with torch.inference_mode():
-                pooled, hidden_states = model.pool(input_ids, mask)
-                keep(places, pooled, hidden_states[-1], mask)
+                found, hidden_states = forward(input_ids, mask, start)
+                keep(places, found, hidden_states[-1], mask)
         return np.array(lengths, dtype=np.int32)
-
-    def _room_for_embeddings(self, rows: int, device: torch.device) -> npt.NDArray[np.float32] | None:
-        if self.embedding_column is None:
-            return None
-        return np.empty((rows, dimension(self._embedding_model(device))), dtype=np.float32)
 
     def _embedding_model(self, device: torch.device) -> Any:
         embedder = self.embedder()

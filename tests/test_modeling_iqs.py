@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from car_datasets import IQSConfig, IQSModel, hub
-from car_datasets.modeling_iqs import sparsemax
+from car_datasets.layers import sparsemax
 from tests.conftest import tiny_encoder_config
 
 IDS = torch.tensor([[2, 5, 6, 7, 3, 0, 0], [2, 9, 10, 11, 12, 13, 3]])
@@ -17,9 +17,13 @@ MASK = (IDS != 0).long()
 CONFIGURATIONS = [
     {},
     {"layer_mix": "softmax", "layer_norm": True, "pooling": "max", "activation": "Sigmoid"},
-    {"layer_mix": "concat", "hidden_sizes": [], "final_activation": "Sigmoid"},
+    {"layer_mix": "softmax", "hidden_sizes": [], "final_activation": "Sigmoid"},
     {"layer": 1, "pooling": "cls", "hidden_sizes": [8, 4]},
 ]
+
+
+SEGMENTS = {"head": "segments", "hidden_sizes": [4, 3], "members": 3, "word_bits": 6}
+STARTS = torch.tensor([2, 3])
 
 
 def build(**options: object) -> IQSModel:
@@ -60,6 +64,17 @@ def test_mix_is_gamma_times_weighted_layers_averaged_over_tokens() -> None:
     assert torch.allclose(model(IDS, MASK).logits, model.head(pooled), atol=1e-6)
 
 
+def test_whole_layers_are_dropped_in_training_only_and_never_all() -> None:
+    model = build(layer_mix="sparsemax", dropout=0.9, hidden_sizes=[])
+    states = [torch.full((1, 2, 32), float(i)) for i in range(3)]
+    mask = torch.ones(1, 2)
+    assert torch.allclose(model.layers(states, mask), torch.full((1, 2, 32), 1.0))
+    model.layers.train()
+    seen = {round(model.layers(states, mask)[0, 0, 0].item(), 3) for _ in range(200)}
+    assert {0.0, 1.0, 2.0} < seen  # one layer alone, each of them, and mixes
+    assert all(value == value for value in seen)
+
+
 def test_layer_norm_uses_only_real_tokens() -> None:
     model = build(layer_mix="softmax", layer_norm=True)
     alone = model(IDS[:1, :5], MASK[:1, :5]).logits
@@ -70,6 +85,40 @@ def test_layer_norm_uses_only_real_tokens() -> None:
 def test_padding_does_not_change_a_score(options: dict) -> None:
     model = build(**options)
     assert torch.allclose(model(IDS, MASK).logits[:1], model(IDS[:1, :5]).logits, atol=1e-6)
+
+
+def randomised(**options: object) -> IQSModel:
+    model = build(**{**SEGMENTS, **options})
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_the_segment_head_is_saved_padded_and_averaged_like_any_other(tmp_path: Path) -> None:
+    model = randomised()
+    model.head.scale.fill_(0.5)
+    members, _ = model.member_scores(IDS, MASK, STARTS)
+    assert members.shape == (2, 3)
+    assert torch.allclose(model(IDS, MASK, answer_start=STARTS).logits[:, 0], members.mean(dim=1))
+    alone = model(IDS[:1, :5], answer_start=STARTS[:1]).logits
+    assert torch.allclose(model(IDS, MASK, answer_start=STARTS).logits[:1], alone, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = IQSModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(IDS, MASK, answer_start=STARTS).logits, model(IDS, MASK, answer_start=STARTS).logits)
+    with pytest.raises(ValueError, match="pass answer_start"):
+        model(IDS, MASK)
+
+
+def test_a_broken_answer_loses_at_most_the_penalty() -> None:
+    free, strict = randomised(penalty=0.0), randomised(penalty=2.0)
+    strict.load_state_dict(free.state_dict())
+    with torch.no_grad():
+        strict.head.integrity[2].weight.zero_()
+        for bias, lost in ((50.0, 0.0), (-50.0, 2.0), (0.0, 1.0)):
+            strict.head.integrity[2].bias.fill_(bias)
+            free_scores, strict_scores = (m(IDS, MASK, answer_start=STARTS).logits for m in (free, strict))
+            assert torch.allclose(free_scores - lost, strict_scores, atol=1e-6)
+            assert ((free_scores > 0) & (free_scores < 1)).all()
 
 
 def test_sparsemax_projects_onto_the_simplex() -> None:
@@ -110,6 +159,9 @@ def test_weights_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> Non
         ({"pooling": "median"}, "pooling='median'"),
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"layer": 3}, "hidden states 0 to 2"),
+        ({"head": "linear"}, "head='linear' is not known"),
+        ({"head": "segments"}, r"two hidden_sizes, not 'regression' and \[16\]"),
+        ({"head": "segments", "objective": "ranking"}, "wants objective='regression'"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:
@@ -129,4 +181,5 @@ def test_the_embedded_default_takes_its_encoder_from_the_package(tmp_path: Path)
     again = IQSModel.from_pretrained(tmp_path).eval()
     assert again.config.encoder_source is None
     assert model.config.encoder_source is not None
-    assert torch.equal(model(IDS, MASK).logits, again(IDS, MASK).logits)
+    found = [m(IDS, MASK, answer_start=STARTS).logits for m in (model, again)]
+    assert torch.equal(*found)

@@ -94,7 +94,7 @@ def test_token_ids_layer_weights_and_gamma_are_the_originals(
     oracle: Path, expected: dict[str, Any], rows: list[dict[str, Any]]
 ) -> None:
     from car_datasets.convert_comet import load_tokenizer
-    from car_datasets.modeling_iqs import sparsemax
+    from car_datasets.layers import sparsemax
 
     debug = expected["iqs"]["debug"]
     tokenizer = load_tokenizer(str(oracle / "tiny-xlmr"))

@@ -206,3 +206,50 @@ def test_the_default_prefers_better_answers_to_the_same_question(sample_rows: li
 def test_an_empty_batch_and_dataset_pass_through(tiny_iqs: str, pairs: Dataset) -> None:
     assert QualityScorer(tiny_iqs)({"instruction": [], "output": []})["iqs_score"] == []
     assert len(concatenate_datasets([pairs]).select([]).map(QualityScorer(tiny_iqs), batched=True)) == 0
+
+
+SEGMENTS = {"head": "segments", "hidden_sizes": (4, 3), "members": 3, "word_bits": 6}
+
+
+def test_uncertainty_is_the_spread_of_the_members(make_tiny_iqs: Any, pairs: Dataset) -> None:
+    folder = make_tiny_iqs(**SEGMENTS)
+    scorer = QualityScorer(folder, uncertainty=True, diagnostics=True)
+    scored = pairs.map(scorer, batched=True)
+    assert scored.column_names[len(pairs.column_names) :][:2] == ["iqs_score", "iqs_score_std"]
+    assert scored.features["iqs_score_std"].dtype == "float32"
+    model, tokenizer = IQSModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    for row, whole in zip(scored, texts(pairs), strict=True):
+        encoded = tokenizer(whole, return_tensors="pt")
+        start = torch.tensor([encoded.char_to_token(0, whole.index("Response:"))])
+        members, _ = model.member_scores(**encoded, answer_start=start)
+        assert row["iqs_score"] == pytest.approx(members.mean().item(), abs=TOLERANCE)
+        assert row["iqs_score_std"] == pytest.approx(members.std(unbiased=False).item(), abs=TOLERANCE)
+    assert max(scored["iqs_score_std"]) > 0.01
+
+
+def test_uncertainty_of_a_chat_is_that_of_its_score(make_tiny_iqs: Any) -> None:
+    folder = make_tiny_iqs(**SEGMENTS)
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    found = QualityScorer(folder, uncertainty=True, turns="sum")({"messages": [chat]})
+    members = (
+        QualityScorer(folder).score_texts([render(Exchange("a", "", "b")), render(Exchange("c", "", "d"))]).members
+    )
+    assert found["iqs_score_std"][0] == pytest.approx(members.sum(axis=0).std(), abs=TOLERANCE)
+
+
+def test_a_model_of_one_member_has_no_uncertainty(tiny_iqs: str) -> None:
+    with pytest.raises(ValueError, match="has one member, which cannot disagree"):
+        QualityScorer(tiny_iqs, uncertainty=True)
+
+
+def test_a_text_whose_answer_cannot_be_found_is_refused(make_tiny_iqs: Any) -> None:
+    scorer = QualityScorer(make_tiny_iqs(**SEGMENTS))
+    with pytest.raises(ValueError, match="has no ' Response:'; pass Text"):
+        scorer.score_texts(["no such mark"])
+
+
+def test_an_answer_that_was_cut_off_still_gets_a_score(make_tiny_iqs: Any) -> None:
+    scorer = QualityScorer(make_tiny_iqs(max_tokens=16, **SEGMENTS))
+    found = scorer.score_texts([render(Exchange("red " * 40, "", "blue")), render(Exchange("red", "", "blue " * 40))])
+    assert np.isfinite(found.scores).all()
+    assert found.truncated.all()
