@@ -1,0 +1,252 @@
+"""MEASURE: what a scorer knows, what it falls for, and what moves it though it should not.
+
+Does: rank a file of pairs, as given and cleaned, beside two baselines that understand nothing; count how often a row
+outranks its own corrupted copy; measure how far a change of mere style moves the score.
+Does not: train (training.py), or read files (pairs.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from car_datasets.corruptions import CORRUPTIONS, STYLES, corrupt
+from car_datasets.metrics import Figures, best_threshold, pair_metrics, with_intervals
+from car_datasets.pairs import Pair, as_given, cleaned, refuse_crossing
+from car_datasets.probe import cross_validated, fit_probe, probe_scores
+from car_datasets.publishing import without_nan
+from car_datasets.scoring import QualityScorer
+from car_datasets.templates import Exchange, Text, render
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Scores = npt.NDArray[np.floating[Any]]
+Halves = tuple[Scores, Scores]  # of the worse and of the better answers
+Measure = Callable[[npt.NDArray[np.int64]], Mapping[str, float]]  # places to figures
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of [`evaluate_scorer`]. Every figure is `{"value", "low", "high"}`: the value and its 95 % interval.
+
+    Args:
+        model, revision (`str`): which weights.
+        pairs (`int`): how many.
+        threshold (`float`), threshold_from (`str`): of row accuracy, and what chose it.
+        accuracy (`dict`): `"as given"` and `"cleaned"`, each `rows`, `pairs`, `kendall` and `auc`, see
+            [`~car_datasets.metrics.pair_metrics`].
+        baselines (`dict`): `"length"` (the longer text is better) and `"bag of words"`, as `accuracy`. The length has a
+            row accuracy only where other data gave it a threshold.
+        bag_of_words_from (`str`): what the bag of words was trained on.
+        corruptions (`dict`): per kind, `outranked`, the share of rows that score higher than their own corrupted copy
+            (a tie is half), and `rows`, how many could be corrupted in this way.
+        styles (`dict`): per kind, `shift`, mean of score(changed) - score(row) in units of the standard deviation of all
+            rows' scores, and `rows`.
+        escapes (`dict`): the same text with its escapes typed out: `changed`, rows whose score is not exactly the same,
+            `largest`, the largest difference, and `rows`.
+    """
+
+    model: str
+    revision: str
+    pairs: int
+    threshold: float
+    threshold_from: str
+    accuracy: dict[str, Figures]
+    baselines: dict[str, dict[str, Figures]]
+    bag_of_words_from: str
+    corruptions: dict[str, dict[str, Any]]
+    styles: dict[str, dict[str, Any]]
+    escapes: dict[str, Any]
+
+    def to_json(self) -> str:
+        """All figures as JSON; `null` where no row could be measured."""
+        return json.dumps(without_nan(asdict(self)), indent=2, allow_nan=False)
+
+    def to_tables(self) -> list[Table]:
+        """Three tables for a terminal: accuracy, corruptions, style."""
+        from rich.table import Table
+
+        accuracy = Table(title=f"{self.model} on {self.pairs:,} pairs", title_justify="left")
+        for name in ("", "pairs", "rows", "Kendall tau-b", "AUC"):
+            accuracy.add_column(name)
+        for text, figures in self.accuracy.items():
+            accuracy.add_row(f"scorer, text {text}", *_accuracy_cells(figures))
+        for baseline, by_text in self.baselines.items():
+            for text, figures in by_text.items():
+                accuracy.add_row(f"{baseline}, text {text}", *_accuracy_cells(figures))
+        accuracy.caption = (
+            f"rows: threshold {self.threshold:.3f} ({self.threshold_from}); bag of words: {self.bag_of_words_from}; "
+            "[95 % interval]"
+        )
+        corruptions = Table("corruption", "row outranks its copy", "rows", title_justify="left")
+        for kind, found in self.corruptions.items():
+            corruptions.add_row(kind, _percent(found["outranked"]), f"{found['rows']:,}")
+        styles = Table("change of style", "shift in standard deviations", "rows", title_justify="left")
+        for kind, found in self.styles.items():
+            styles.add_row(kind, _number(found["shift"], "+.3f"), f"{found['rows']:,}")
+        changed = f"{self.escapes['changed']:,} scores change, by {self.escapes['largest']:.2g} at most"
+        styles.add_row("escapes typed out", changed, f"{self.escapes['rows']:,}")
+        return [accuracy, corruptions, styles]
+
+
+def _accuracy_cells(figures: Figures) -> list[str]:
+    rows = _percent(figures["rows"]) if "rows" in figures else "-"
+    return [_percent(figures["pairs"]), rows, _number(figures["kendall"], ".3f"), _number(figures["auc"], ".3f")]
+
+
+def _percent(figure: Mapping[str, float]) -> str:
+    return f"{100 * figure['value']:.1f} % [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+
+
+def _number(figure: Mapping[str, float], form: str) -> str:
+    return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
+
+
+def evaluate_scorer(
+    scorer: QualityScorer, pairs: Sequence[Pair], *, other: Sequence[Pair] = (), samples: int = 1000, seed: int = 0
+) -> Evaluation:
+    """Measure a scorer on pairs.
+
+    Args:
+        scorer ([`QualityScorer`]): any; its own template renders the text.
+        pairs (`Sequence[Pair]`): see [`~car_datasets.pairs.read_pairs`].
+        other (`Sequence[Pair]`, *optional*): pairs of the same kind, such as the training file: they choose the
+            thresholds of row accuracy and train the bag of words. Without them the threshold is 0.5 and the bag of
+            words is cross-validated on `pairs`.
+        samples (`int`): bootstrap samples behind each interval; whole pairs are drawn.
+        seed (`int`): of bootstrap and corruptions.
+
+    Raises:
+        ValueError: there are fewer than 2 pairs, `samples` is below 1, or a score is not finite.
+    """
+    if len(pairs) < 2:
+        raise ValueError(f"pairs: {len(pairs)} given; intervals need at least 2.")
+    refuse_crossing([r for p in other for r in p], [r for p in pairs for r in p], ("other", "pairs"))
+
+    def figures(measure: Measure, count: int = len(pairs)) -> Figures:
+        return with_intervals(measure, count, samples, seed)
+
+    def accuracy(halves: Halves, threshold: float | None) -> Figures:
+        found = figures(lambda at: pair_metrics(halves[0][at], halves[1][at], threshold or 0.0))
+        return {name: figure for name, figure in found.items() if name != "rows" or threshold is not None}
+
+    given, clean_text = _texts(pairs, as_given), _texts(pairs, lambda row: _cleaned_text(row, scorer))
+    cleaned_halves = _score_halves(scorer, clean_text)
+    known = _texts(other, lambda row: _cleaned_text(row, scorer))
+    threshold = best_threshold(*_score_halves(scorer, known)) if other else 0.5
+    baselines: dict[str, dict[str, Figures]] = {"length": {}, "bag of words": {}}
+    for name, texts, rest in (("as given", given, _texts(other, as_given)), ("cleaned", clean_text, known)):
+        limit = best_threshold(*_lengths(rest)) if other else None
+        baselines["length"][name] = accuracy(_lengths(texts), limit)
+        baselines["bag of words"][name] = accuracy(_bag_of_words(texts, rest), 0.5)
+    rows = [row for pair in pairs for row in pair]
+    tables = _Tables(scorer, rows, [cleaned(row) for row in rows], cleaned_halves, figures, seed)
+    return Evaluation(
+        model=scorer.model_id,
+        revision=str(scorer.revision),
+        pairs=len(pairs),
+        threshold=threshold,
+        threshold_from="chosen on other pairs" if other else "fixed",
+        accuracy={
+            "as given": accuracy(_score_halves(scorer, given), threshold),
+            "cleaned": accuracy(cleaned_halves, threshold),
+        },
+        baselines=baselines,
+        bag_of_words_from="trained on other pairs" if other else "cross-validated on these pairs",
+        corruptions={kind: tables.corruption(kind) for kind in ("mismatched", *CORRUPTIONS)},
+        styles={kind: tables.style(kind) for kind in STYLES},
+        escapes=tables.escapes(),
+    )
+
+
+TextHalves = tuple[list[Text], list[Text]]
+
+
+def _texts(pairs: Sequence[Pair], form: Callable[[Exchange], Text]) -> TextHalves:
+    return [form(pair.worse) for pair in pairs], [form(pair.better) for pair in pairs]
+
+
+def _cleaned_text(row: Exchange, scorer: QualityScorer) -> Text:
+    return render(cleaned(row), str(scorer.template))
+
+
+def _score_halves(scorer: QualityScorer, texts: TextHalves) -> Halves:
+    found = _score(scorer, [*texts[0], *texts[1]])
+    return found[: len(texts[0])], found[len(texts[0]) :]
+
+
+def _score(scorer: QualityScorer, texts: Sequence[Text]) -> npt.NDArray[np.float64]:
+    found = scorer.score_texts(texts).scores.astype(np.float64)
+    if not np.isfinite(found).all():
+        raise ValueError(f"{(~np.isfinite(found)).sum()} of {len(found)} scores of {scorer.model_id} are not finite.")
+    return found
+
+
+def _lengths(texts: TextHalves) -> Halves:
+    worse, better = (np.array([len(text.whole) for text in half], dtype=np.float64) for half in texts)
+    return worse, better
+
+
+def _bag_of_words(texts: TextHalves, other: TextHalves) -> Halves:
+    worse, better = ([text.whole for text in half] for half in texts)
+    if not other[0]:
+        return cross_validated(worse, better)
+    probe = fit_probe(*([text.whole for text in half] for half in other))
+    return probe_scores(probe, worse), probe_scores(probe, better)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the tables share: the rows, worse and better in turn, as given and cleaned, and the scores of the latter."""
+
+    scorer: QualityScorer
+    as_given: list[Exchange]
+    rows: list[Exchange]
+    halves: Halves
+    figures: Callable[[Measure, int], Figures]
+    seed: int
+
+    def corruption(self, kind: str) -> dict[str, Any]:
+        difference = self._differences(corrupt(kind, self.rows, self.seed, paired=True))
+        won = np.where(np.isnan(difference), np.nan, (difference < 0) + 0.5 * (difference == 0))
+        return {"outranked": self._mean(won), "rows": int(np.isfinite(won).sum())}
+
+    def style(self, kind: str) -> dict[str, Any]:
+        spread = float(np.std(np.concatenate(self.halves))) or np.nan  # equal scores have no unit to measure in
+        difference = self._differences(corrupt(kind, self.rows, self.seed)) / spread
+        return {"shift": self._mean(difference), "rows": int(np.isfinite(difference).sum())}
+
+    def escapes(self) -> dict[str, Any]:
+        """The rows with the line breaks that they came with, scored twice in one order: equal texts meet equal company."""
+        typed = [Exchange(*(json.dumps(part)[1:-1] for part in row)) for row in self.as_given]
+        scores = []
+        for rows in (self.as_given, typed):
+            texts = [render(row, str(self.scorer.template)) for row in rows]
+            scores.append(np.stack(_score_halves(self.scorer, (texts[::2], texts[1::2]))))
+        difference = np.abs(scores[1] - scores[0]).ravel()
+        count = sum(copy != row for copy, row in zip(typed, self.as_given, strict=True))
+        return {"changed": int((difference > 0).sum()), "largest": float(difference.max()), "rows": count}
+
+    def _differences(self, copies: Sequence[Exchange | None]) -> npt.NDArray[np.float64]:
+        """score(copy) - score(row), NaN where there is no copy; shape (pairs, 2)."""
+        places = [i for i, copy in enumerate(copies) if copy is not None]
+        rows = np.stack(self.halves, axis=1).ravel()
+        found = np.full(len(rows), np.nan)
+        texts = [render(copy, str(self.scorer.template)) for copy in copies if copy is not None]
+        if texts:
+            found[places] = _score(self.scorer, texts) - rows[places]
+        return found.reshape(-1, 2)
+
+    def _mean(self, values: npt.NDArray[np.float64]) -> dict[str, float]:
+        """Only pairs with a copy are drawn: a sample of the others would have no mean."""
+        values = values[np.isfinite(values).any(axis=1)]
+        if not len(values):
+            return dict.fromkeys(("value", "low", "high"), float("nan"))
+        sums, counts = np.nansum(values, axis=1), np.isfinite(values).sum(axis=1)
+        return self.figures(lambda at: {"mean": float(sums[at].sum() / counts[at].sum())}, len(values))["mean"]
