@@ -221,6 +221,39 @@ def download_file(model_id: str, name: str, token: str | None = None) -> Path | 
         return None
 
 
+def open_repository(repo_id: str, private: bool, token: str | None = None) -> None:
+    """Make sure that a model repository is there, may be written to, and is as private as was asked.
+
+    Raises:
+        ValueError: it cannot be made, or it is there with the other visibility (the Hub ignores `private` then).
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        seen = bool(api.model_info(repo_id).private)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"push_to={repo_id!r} cannot be written to ({error}). Log in with `hf auth login`, or pass a token that may."
+        ) from error
+    if seen != private:
+        raise ValueError(
+            f"push_to={repo_id!r} is there and {'private' if seen else 'public'}, but private={private} was asked for. Change "
+            f"one of the two: `hf repos settings {repo_id} {'--private' if private else '--public'}`."
+        )
+
+
+def push_folder(folder: Path, repo_id: str, token: str | None = None) -> None:
+    """Upload a model folder to a repository of [`open_repository`], in one commit."""
+    from huggingface_hub import HfApi
+
+    HfApi(token=token).upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message="Upload a scorer trained with car_datasets"
+    )
+
+
 def _download(model_id: str, revision: str, token: str | None, inner: str = "") -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 Kind = TypeVar("Kind", bound="Settings")
 
@@ -18,9 +21,17 @@ class Settings:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            accepted = int | float if kind is float else kind
+            accepted = int | float if kind is float else list if get_origin(kind) is list else kind
             if name != "columns" and (not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)):
                 raise ValueError(f"{name}={value!r} must be of the type {getattr(kind, '__name__', kind)}.")
+
+    def refuse_outside(self, low: float, high: float | None, *names: str) -> None:
+        """Raise a ValueError for a number below `low`, above `high` (`None`: not finite), or not a number."""
+        for name in names:
+            value = getattr(self, name)
+            if not low <= value <= (sys.float_info.max if high is None else high):
+                most = "" if high is None else f" and at most {high:g}"
+                raise ValueError(f"{name}={value} must be at least {low:g}{most}.")
 
     @classmethod
     def from_yaml(cls: type[Kind], path: str | os.PathLike[str], **changes: Any) -> Kind:
@@ -29,15 +40,7 @@ class Settings:
         Raises:
             ValueError: it is not YAML, or holds a key that is not a field (the nearest known one is named).
         """
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}, not `key: value` lines.")
-        return cls().changed(**{**{str(key): value for key, value in content.items()}, **changes})
+        return cls().changed(**{**_read_yaml(path), **changes})
 
     def to_yaml(self) -> str:
         """The settings as YAML that [`~Settings.from_yaml`] reads back."""
@@ -61,4 +64,33 @@ class Settings:
                 near = difflib.get_close_matches(name, known, 1)
                 meant = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"A {type(self).__name__.lower()} has no {name!r}{meant} Known: {known}.")
+        kinds = get_type_hints(type(self))
+        for name, value in changes.items():
+            if kinds[name] is float and isinstance(value, str):  # YAML reads 1e-5 as text, for want of a point
+                with contextlib.suppress(ValueError):
+                    changes[name] = float(value)
         return replace(self, **changes)
+
+
+def read_kind(path: str | os.PathLike[str], known: Sequence[str]) -> str:
+    """The `kind` of a training file, which says whose settings it holds.
+
+    Raises:
+        ValueError: it has none, or one that is not known.
+    """
+    kind = _read_yaml(path).get("kind")
+    if kind not in known:
+        raise ValueError(f"{path}: kind={kind!r}; a training file needs one of {list(known)}.")
+    return str(kind)
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not `key: value` lines.")
+    return {str(key): value for key, value in content.items()}
