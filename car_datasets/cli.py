@@ -1,7 +1,7 @@
 """`car-datasets`: parses a command line, calls the library, prints one line for a user's mistake (exit code 2).
 
 Does not hold logic. Heavy libraries are imported in the commands, so that `--help` answers at once. The commands of single
-stages are in cli_stages.py, the options in cli_options.py.
+stages are in cli_stages.py, of scorers in cli_scorers.py, the options in cli_options.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import typer
 from car_datasets import cli_options as o
 from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
 from car_datasets.cli_options import parse_clusters, parse_columns, parse_count
-from car_datasets.cli_stages import cluster, convert, score, select, train
+from car_datasets.cli_scorers import convert, evaluate, prepare, train
+from car_datasets.cli_stages import cluster, score, select
 
-__all__ = ["app", "cluster", "convert", "curate", "demo", "score", "select", "train"]
+__all__ = ["app", "cluster", "convert", "curate", "demo", "evaluate", "prepare", "score", "select", "train"]
 
 
 @app.command(epilog="Example: car-datasets curate alpaca_data.json --output out --n1 1000 --n2 1")

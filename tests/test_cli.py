@@ -59,7 +59,17 @@ def rows(tmp_path: Path) -> Path:
 
 
 def test_the_commands_are_the_promised_ones() -> None:
-    assert sorted(COMMANDS) == ["cluster", "convert", "curate", "demo", "score", "select", "train"]
+    assert sorted(COMMANDS) == [
+        "cluster",
+        "convert",
+        "curate",
+        "demo",
+        "evaluate",
+        "prepare",
+        "score",
+        "select",
+        "train",
+    ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

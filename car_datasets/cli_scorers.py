@@ -1,0 +1,144 @@
+"""The commands that make and measure scorers: prepare, train, evaluate, convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from car_datasets import cli_options as o
+from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
+
+
+@app.command(epilog="Example: car-datasets prepare revisions.json --output expert-pairs")
+@one_line_errors
+def prepare(
+    revisions: Annotated[Path, typer.Argument(help="JSON list of revisions: objects with original and revised.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the files.")],
+    drop: Annotated[
+        float | None,
+        typer.Option(help="Smallest edits to leave out: a share below 1, or a number.  [default: 0.323, as CaR]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 42,
+    similarity: Annotated[
+        float, typer.Option(help="Cosine from which two pairs are near-duplicates, kept on one side; 0 to not look.")
+    ] = 0.8,
+    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, fold white space.")] = True,
+) -> None:
+    """Expert revisions to training, validation and test files, in both of the original's formats, with an audit for leaks."""
+    from car_datasets.preparation import PUBLISHED_SHARE, audit_table
+    from car_datasets.preparation import prepare as prepare_files
+
+    found = prepare_files(
+        revisions,
+        output,
+        drop=PUBLISHED_SHARE if drop is None else drop,
+        seed=seed,
+        clean_text=clean,
+        similarity=similarity or None,
+    )
+    kept = ", ".join(f"{found.counts[side]:,} {side}" for side in ("train", "valid", "test"))
+    typer.echo(
+        f"{found.counts['revisions']:,} revisions, {found.counts['dropped']:,} smallest edits dropped; pairs: {kept} "
+        f"({found.moved:,} near-duplicates moved to train). The files are in {output}."
+    )
+    for name, audit in found.audits.items():
+        print_table(audit_table(name, audit))
+
+
+@app.command(epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer")
+@one_line_errors
+def train(
+    config: Annotated[Path, typer.Argument(help="A training file, such as those in configs/train_*.yaml.")],
+    train: Annotated[str | None, typer.Option(help="File of pairs or scored rows.  [default: the file's]")] = None,
+    valid: Annotated[
+        str | None, typer.Option(help="File of pairs to choose the epoch by.  [default: the file's]")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A new folder.  [default: the file's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.  [default: the file's]")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other key of the file: --set epochs=2; may be repeated.")
+    ] = None,
+    token: o.Token = None,
+) -> None:
+    """Train a scorer: the head of the embedded one, or a whole model (IQS or ranking) as the original does."""
+    quiet_models()
+    given = {"train": train, "valid": valid, "output": output, "seed": seed}
+    changes = {**{name: value for name, value in given.items() if value is not None}, **_parse_settings(set_ or [])}
+    from car_datasets.head_training import HeadTraining, train_head
+    from car_datasets.settings import read_kind
+    from car_datasets.training import OBJECTIVES, ScorerTraining, train_scorer
+
+    if read_kind(config, ("head", *OBJECTIVES)) == "head":
+        settings: Any = HeadTraining.from_yaml(config, **changes)
+        figures = train_head(settings)
+    else:
+        settings = ScorerTraining.from_yaml(config, **changes)
+        figures = train_scorer(settings, token)
+    if figures:  # the other processes of a distributed run have none
+        pairs = figures["accuracy"]["cleaned"]["pairs"]
+        typer.echo(
+            f"The model is in {settings.output}; it ranks {100 * pairs['value']:.1f} % of the validation pairs right "
+            f"(95 % interval {100 * pairs['low']:.1f} to {100 * pairs['high']:.1f})."
+        )
+
+
+@app.command(epilog="Example: car-datasets evaluate car-datasets/iqs-minilm --pairs expert_score_valid.csv")
+@one_line_errors
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An IQS model: Hub id or folder; car-datasets/iqs-minilm comes along.")],
+    pairs: Annotated[Path, typer.Option(help="CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected).")],
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this new file.")] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(help="Other pairs, to choose the threshold and train the bag of words on."),
+    ] = None,
+    tokenizer: o.Tokenizer = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    samples: Annotated[int, typer.Option(help="Bootstrap samples behind each interval.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of bootstrap and corruptions.")] = 0,
+    token: o.Token = None,
+) -> None:
+    """Measure a scorer: accuracy with intervals and baselines, corrupted copies, changes of style."""
+    quiet_models()
+    from car_datasets.pairs import read_pairs
+
+    if json_ is not None and json_.exists():
+        raise ValueError(f"--json {json_} is there already; name another file or move it away.")
+    measured, rest = read_pairs(pairs), read_pairs(other) if other else []
+    from car_datasets.evaluation import evaluate_scorer
+    from car_datasets.scoring import QualityScorer
+
+    scorer = QualityScorer(model, revision, token, tokenizer)
+    found = evaluate_scorer(scorer, measured, other=rest, samples=samples, seed=seed)
+    for table in found.to_tables():
+        print_table(table)
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        json_.write_text(found.to_json() + "\n", encoding="utf-8")
+
+
+@app.command(epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large")
+@one_line_errors
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="A .ckpt file, or a folder or Hub id in the original's layout.")],
+    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    tokenizer: o.Tokenizer = None,
+) -> None:
+    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer."""
+    quiet_models()
+    from car_datasets.modeling_iqs import convert_checkpoint
+
+    convert_checkpoint(checkpoint, output, tokenizer)
+    typer.echo(f"The model is in {output}.")
+
+
+def _parse_settings(given: list[str]) -> dict[str, Any]:
+    """`--set key=value`; the value is read as YAML."""
+    import yaml
+
+    wrong = [text for text in given if "=" not in text]
+    if wrong:
+        raise ValueError(f"--set {wrong[0]}: write key=value, as in --set epochs=2.")
+    return {key.strip(): yaml.safe_load(value) for key, value in (text.split("=", 1) for text in given)}

@@ -1,0 +1,320 @@
+"""Train the head of the embedded default: small networks on the frozen encoder's states, and the words of the answer.
+
+Does: read pairs, clean them as the scorer will, make copies in other styles and broken copies, compute the encoder's
+features once, fit the head for several seeds, write configuration, weights, figures and card.
+Does not: train an encoder (training.py), or say how the parts are fitted (head_fitting.py).
+
+The weights in `car_datasets/models/iqs-minilm` come from configs/train_iqs_minilm.yaml.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from car_datasets import hub
+from car_datasets.batching import CPU_BUDGET, pad, token_batches, tokenise
+from car_datasets.configuration_iqs import IQSConfig
+from car_datasets.corruptions import corrupt, draw_corruptions
+from car_datasets.evaluation import Evaluation, evaluate_scorer
+from car_datasets.head_fitting import Copies, Projection, Voters, fit_integrity, fit_quality, fit_words
+from car_datasets.layers import SegmentHead
+from car_datasets.modeling_iqs import IQSModel
+from car_datasets.pairs import Pair, cleaned, read_pairs, refuse_crossing
+from car_datasets.publishing import write_card, write_figures
+from car_datasets.scoring import QualityScorer
+from car_datasets.segments import hashed_words, segment_features
+from car_datasets.settings import Settings
+from car_datasets.templates import CLEAN_TEMPLATE, Exchange, render
+
+logger = logging.getLogger(__name__)
+
+# How often each corruption is drawn for training: the harder to tell, the more often.
+CORRUPTION_WEIGHTS: Mapping[str, float] = {
+    "mismatched": 6.0,
+    "shuffled_sentences": 5.0,
+    "truncated": 3.0,
+    "echo": 2.5,
+    "repeated": 2.0,
+    "shuffled_words": 1.5,
+    "refusal": 1.0,
+    "empty": 0.5,
+}
+# Of CaR's APE_score_train.csv: the card of a head that was trained on it says what that text is.
+CAR_TRAINING_SHA256 = "3f269b42f54190f34bb4e5ba634942159c766122a20939538657682d5392935b"
+STYLE_DRAWS = (("opening", 0), ("opening", 1), ("filler", 0), ("bullets", 0))
+
+
+@dataclass(frozen=True)
+class HeadTraining(Settings):
+    """The settings of [`train_head`].
+
+    Args:
+        train, valid (`str`): files for [`~car_datasets.pairs.read_pairs`].
+        output (`str`): a new folder.
+        seed (`int`), seeds (`int`): trainings with the seeds `seed`, `seed + 1`, ...; the first is kept, the figures of all
+            are on the card. The same seed gives the same file on one kind of machine.
+        members, hidden_size (`int`), dropout (`float`): of the networks that vote on quality.
+        axes (`int`): principal axes of the features that they are trained on.
+        epochs (`int`), learning_rate, weight_decay (`float`): of the same.
+        consistency (`float`): weight of what a change of style may not move; margin_weight (`float`): of what a corruption
+            must move, in quality; see [`~car_datasets.head_fitting.fit_quality`].
+        word_bits (`int`), word_strength, word_style_weight (`float`): of the words of the answer, see
+            [`~car_datasets.head_fitting.fit_words`].
+        corruption_draws (`int`): broken copies of each row.
+        integrity_size, integrity_epochs (`int`), integrity_dropout, integrity_learning_rate, integrity_weight_decay.
+        penalty (`float`): what a broken answer loses; penalty_offset (`float`): how far into the broken side integrity must
+            be before half of it is lost, in logits; penalty_slope (`float`): how steeply.
+        pairs_per_batch (`int`): in both optimisations.
+    """
+
+    kind: str = "head"
+    train: str = "expert_score_train.csv"
+    valid: str = "expert_score_valid.csv"
+    output: str = "iqs-minilm"
+    seed: int = 0
+    seeds: int = 3
+    members: int = 4
+    hidden_size: int = 48
+    dropout: float = 0.4
+    axes: int = 512
+    epochs: int = 8
+    learning_rate: float = 7e-4
+    weight_decay: float = 0.2
+    consistency: float = 12.0
+    margin_weight: float = 2.0
+    word_bits: int = 17
+    word_strength: float = 10.0
+    word_style_weight: float = 6.0
+    corruption_draws: int = 4
+    integrity_size: int = 48
+    integrity_epochs: int = 12
+    integrity_dropout: float = 0.3
+    integrity_learning_rate: float = 3e-4
+    integrity_weight_decay: float = 0.1
+    penalty: float = 2.0
+    penalty_offset: float = 3.0
+    penalty_slope: float = 1.5
+    pairs_per_batch: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind != "head":
+            raise ValueError(f"kind={self.kind!r}: these are the settings of kind='head'.")
+        counts = ("seeds", "members", "hidden_size", "axes", "epochs", "corruption_draws")
+        self.refuse_outside(1, None, *counts, "integrity_size", "integrity_epochs", "pairs_per_batch")
+        self.refuse_outside(1e-9, None, "learning_rate", "integrity_learning_rate", "word_strength", "penalty_slope")
+        self.refuse_outside(0, None, "seed", "weight_decay", "integrity_weight_decay", "consistency", "margin_weight")
+        self.refuse_outside(0, None, "word_style_weight", "penalty")
+        self.refuse_outside(0, 0.99, "dropout", "integrity_dropout")
+        self.refuse_outside(8, 24, "word_bits")
+
+
+class Material(NamedTuple):
+    """All that the head is fitted on: labels, scaling, and features and words of rows and copies."""
+
+    labels: Tensor
+    mean: Tensor
+    scale: Tensor
+    features: Copies
+    words: Copies
+
+
+def train_head(settings: HeadTraining) -> dict[str, Any]:
+    """Train the head and write `config.json`, `model.safetensors`, `README.md` and `figures.json` into `settings.output`.
+
+    Returns:
+        `dict`: the [`~car_datasets.evaluation.Evaluation`] on `valid` of the model that was kept, and under `seeds` the
+        main figures of every seed.
+
+    Raises:
+        ValueError: before training: the folder is there already, a file cannot be read, or the two files share questions.
+    """
+    folder = Path(settings.output)
+    if folder.exists():
+        raise ValueError(f"output={settings.output!r} is there already; name a new folder.")
+    train, valid = read_pairs(settings.train), read_pairs(settings.valid)
+    sides = [[row for pair in pairs for row in pair] for pairs in (train, valid)]
+    refuse_crossing(sides[0], sides[1], (settings.train, settings.valid))
+    return fit_and_write(settings, gather(settings, train), valid)
+
+
+def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
+    """Rows, copies and their features; pairs with an empty answer are left out, since emptiness is a corruption here."""
+    kept = [Pair(*(cleaned(row) for row in pair)) for pair in pairs]
+    kept = [pair for pair in kept if all(row.response for row in pair)]
+    logger.info("%d of %d pairs have both answers.", len(kept), len(pairs))
+    rows = [row for pair in kept for row in pair]
+    styled = [[c or row for c, row in zip(corrupt(k, rows, s, "train"), rows, strict=True)] for k, s in STYLE_DRAWS]
+    corrupted = [draw_corruptions(rows, s, CORRUPTION_WEIGHTS) for s in range(settings.corruption_draws)]
+    encoder, tokenizer, config = _frozen_encoder(settings)
+    read = Copies(rows, styled, corrupted).each(lambda texts: read_rows(encoder, tokenizer, config, texts))
+    features, words = read.each(lambda found: found[0]), read.each(lambda found: found[1])
+    mean, scale = features.rows.mean(dim=0), features.rows.std(dim=0) + 1e-3
+    scaled = features.each(lambda f: f.sub_(mean).div_(scale).clamp_(-6, 6))
+    labels = torch.tensor([0.0, 1.0]).repeat(len(kept))
+    return Material(labels, mean, scale, scaled, words)
+
+
+def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pair]) -> dict[str, Any]:
+    """Fit every seed on the same material, measure each, write the first."""
+    folder = Path(settings.output)
+    partial = folder.with_name(f"{folder.name}.partial")
+    words = fit_words(material.words, material.labels.numpy(), settings.word_strength, settings.word_style_weight)
+    found: list[Evaluation] = []
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        place = partial if seed == settings.seed else partial / "other-seed"
+        head = fit_head(settings.changed(seed=seed), material, *words)
+        _save(place, _config(settings), head)
+        found.append(evaluate_scorer(QualityScorer(str(place)), valid))
+    figures = {**asdict(found[0]), "model": folder.name, "seeds": _over_seeds(found)}
+    figures["training_pairs"] = len(material.labels) // 2
+    return _finish(settings, partial, folder, figures)
+
+
+def fit_head(
+    settings: HeadTraining,
+    material: Material,
+    coefficients: npt.NDArray[np.float64],
+    intercept: float,
+    logits: Copies,
+) -> SegmentHead:
+    """One head: beside the words of [`~car_datasets.head_fitting.fit_words`] quality, then integrity."""
+    torch.manual_seed(settings.seed)
+    features, labels = material.features, material.labels
+    projection = Projection.fit(features.rows, min(settings.axes, *features.rows.shape))
+    size = projection.axes.shape[1]
+    quality = fit_quality(
+        features.each(lambda scaled: projection(scaled)),
+        logits,
+        labels,
+        Voters(size, settings.members, settings.hidden_size, settings.dropout),
+        consistency=settings.consistency,
+        margin_weight=settings.margin_weight,
+        epochs=settings.epochs,
+        pairs_per_batch=settings.pairs_per_batch,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    integrity = fit_integrity(
+        features,
+        Voters(features.rows.shape[1], 1, settings.integrity_size, settings.integrity_dropout),
+        len(labels) // 2,
+        epochs=settings.integrity_epochs,
+        pairs_per_batch=settings.pairs_per_batch,
+        learning_rate=settings.integrity_learning_rate,
+        weight_decay=settings.integrity_weight_decay,
+    )
+    head = SegmentHead(_config(settings))
+    with torch.no_grad():
+        head.mean.copy_(material.mean)
+        head.scale.copy_(material.scale)
+        head.words.copy_(torch.from_numpy(coefficients))
+        head.quality.weight.copy_(quality.inside.weight @ projection.axes.T)
+        head.quality.bias.copy_(quality.inside.bias)
+        head.quality_out.copy_(quality.out)
+        head.quality_bias.copy_(quality.bias + intercept)
+        head.integrity[0].weight.copy_(integrity.inside.weight)
+        head.integrity[0].bias.copy_(integrity.inside.bias)
+        head.integrity[2].weight.copy_(integrity.out * settings.penalty_slope)
+        head.integrity[2].bias.copy_((integrity.bias + settings.penalty_offset) * settings.penalty_slope)
+    return head
+
+
+def read_rows(encoder: Any, tokenizer: Any, config: IQSConfig, rows: Sequence[Exchange]) -> tuple[Tensor, Any]:
+    """[`segment_features`] of rows, (rows, width) float32, and their [`hashed_words`] as a sparse matrix."""
+    from scipy.sparse import csr_matrix
+
+    texts = [render(row, config.template) for row in rows]
+    found = tokenise(tokenizer, [t.whole for t in texts], config.max_tokens, [len(t.question) + 1 for t in texts])
+    features = torch.empty((len(rows), SegmentHead.width(config)))
+    entries: list[tuple[Any, Any, Any]] = []
+    for batch in token_batches([len(ids) for ids in found.ids], CPU_BUDGET):
+        input_ids, mask = pad([found.ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
+        start = torch.tensor([found.answer_starts[i] for i in batch])
+        with torch.inference_mode():
+            states = encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            features[batch] = segment_features(states, mask, start)
+            numbers, weights = hashed_words(input_ids, mask, start, config.word_bits)
+        at, column = np.nonzero(weights.numpy())
+        entries.append((np.asarray(batch)[at], numbers.numpy()[at, column], weights.numpy()[at, column]))
+    i, j, value = (np.concatenate(part) for part in zip(*entries, strict=True))
+    return features, csr_matrix((value, (i, j)), shape=(len(rows), 1 << config.word_bits))
+
+
+def _frozen_encoder(settings: HeadTraining) -> tuple[Any, Any, IQSConfig]:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = hub.model_folder(hub.DEFAULT_ENCODER, hub.ENCODER_REVISION)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return encoder, AutoTokenizer.from_pretrained(folder), _config(settings)
+
+
+def _config(settings: HeadTraining) -> IQSConfig:
+    from transformers import AutoConfig
+
+    source = {"model_id": hub.DEFAULT_ENCODER, "revision": hub.ENCODER_REVISION, "sha256": hub.ENCODER_SHA256}
+    return IQSConfig(
+        encoder_config=AutoConfig.from_pretrained(hub.model_folder(hub.DEFAULT_ENCODER, hub.ENCODER_REVISION)),
+        head="segments",
+        hidden_sizes=(settings.hidden_size, settings.integrity_size),
+        dropout=settings.dropout,
+        max_tokens=512,
+        template=CLEAN_TEMPLATE,
+        members=settings.members,
+        word_bits=settings.word_bits,
+        penalty=settings.penalty,
+        encoder_source=source,
+        architectures=[IQSModel.__name__],
+    )
+
+
+def _over_seeds(found: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation over the seeds of every figure on cleaned text, corruptions and styles."""
+    values: dict[str, list[float]] = {}
+    for one in found:
+        figures = {**one.accuracy["cleaned"]}
+        figures |= {kind: at["outranked"] for kind, at in one.corruptions.items()}
+        figures |= {kind: at["shift"] for kind, at in one.styles.items()}
+        for name, figure in figures.items():
+            values.setdefault(name, []).append(figure["value"])
+    spread = {name: float(np.std(list_, ddof=1)) if len(list_) > 1 else 0.0 for name, list_ in values.items()}
+    return {name: {"mean": float(np.mean(list_)), "deviation": spread[name]} for name, list_ in values.items()}
+
+
+def _save(folder: Path, config: IQSConfig, head: SegmentHead) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    kept = {"mean", "scale"}  # a scale of 1e-3 has few digits in half precision
+    state = {f"head.{n}": (w if n in kept else w.half()).contiguous() for n, w in head.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def _finish(settings: HeadTraining, partial: Path, folder: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """Card and figures; the folder gets its name when all of it is there."""
+    import shutil
+
+    shutil.rmtree(partial / "other-seed", ignore_errors=True)
+    write_figures(partial, figures)
+    write_card(
+        partial,
+        "default_scorer_card.md.jinja",
+        settings=settings,
+        files=[Path(name).name for name in (settings.train, settings.valid)],
+        of_car=hub.file_digest(Path(settings.train)) == CAR_TRAINING_SHA256,
+        figures=figures,
+        config=_config(settings),
+        pairs=figures["training_pairs"],
+    )
+    partial.replace(folder)
+    return figures

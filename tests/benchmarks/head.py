@@ -1,0 +1,44 @@
+"""What the embedded scorer's head costs: a scoring forward beside the bare encoder's, on the same batches, in turn."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import torch
+
+from car_datasets import IQSModel, hub
+from car_datasets.batching import CPU_BUDGET, pad, token_batches, tokenise
+from car_datasets.templates import Exchange, render
+
+ROUNDS = 5
+
+
+def measure() -> Iterator[tuple[str, float, float | None, float | None]]:
+    """The shipped sample's 384 rows; the least of several rounds each."""
+    from transformers import AutoTokenizer
+
+    rows = json.loads(hub.sample_file().read_text(encoding="utf-8"))
+    texts = [render(Exchange(row["instruction"], row["input"], row["output"])) for row in rows]
+    model = IQSModel.from_pretrained(hub.default_scorer_folder()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(hub.default_encoder_folder())
+    found = tokenise(tokenizer, [t.whole for t in texts], 512, [len(t.question) + 1 for t in texts])
+    batches = []
+    for places in token_batches([len(ids) for ids in found.ids], CPU_BUDGET):
+        padded = pad([found.ids[i] for i in places], tokenizer.pad_token_id, torch.device("cpu"))
+        batches.append((*padded, torch.tensor([found.answer_starts[i] for i in places])))
+    seconds: dict[str, list[float]] = {"head": [], "bare": []}
+    with torch.inference_mode():
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            for input_ids, mask, answer_start in batches:
+                model.member_scores(input_ids, mask, answer_start)
+            middle = time.perf_counter()
+            for input_ids, mask, _ in batches:
+                model.encoder(input_ids=input_ids, attention_mask=mask)
+            seconds["head"].append(middle - start)
+            seconds["bare"].append(time.perf_counter() - middle)
+    bare = min(seconds["bare"])
+    tokens = sum(found.lengths)
+    yield f"IQS head on MiniLM, {len(texts)} texts, {tokens:,} tokens", min(seconds["head"]), bare, 1.3 * bare
