@@ -12,7 +12,7 @@ from car_datasets import IQSModel, hub
 from car_datasets.batching import CPU_BUDGET, pad, token_batches, tokenise
 from car_datasets.templates import Exchange, render
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def measure() -> Iterator[tuple[str, float, float | None, float | None]]:
