@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,21 +38,16 @@ class Copies:
         """Every matrix changed in the same way."""
         return Copies(change(self.rows), [change(m) for m in self.styled], [change(m) for m in self.corrupted])
 
+    def every(self) -> list[Any]:
+        """All matrices, the rows' first."""
+        return [self.rows, *self.styled, *self.corrupted]
 
-class Projection(NamedTuple):
-    """Scaled features turned onto their principal axes, each divided by the square root of its standard deviation."""
 
-    axes: Tensor
-
-    @classmethod
-    def fit(cls, scaled: Tensor, size: int) -> Projection:
-        """The `size` axes of the largest variance of features of shape (texts, width)."""
-        _, singular, axes = torch.linalg.svd(scaled, full_matrices=False)
-        return cls(axes[:size].T / (3 * (singular[:size] / len(scaled) ** 0.5).sqrt()))
-
-    def __call__(self, scaled: Tensor) -> Tensor:
-        """Features (texts, width) to (texts, size)."""
-        return scaled @ self.axes
+def principal_axes(scaled: Tensor, size: int) -> Tensor:
+    """The `size` axes of the largest variance of features of shape (texts, width): (width, size), each divided by the
+    square root of the standard deviation along it."""
+    _, singular, axes = torch.linalg.svd(scaled, full_matrices=False)
+    return axes[:size].T / (3 * (singular[:size] / len(scaled) ** 0.5).sqrt())
 
 
 def fit_words(
@@ -89,14 +84,10 @@ def fit_words(
     pairs = np.arange(len(labels)) // 2
     for known, unseen in GroupKFold(min(FOLDS, len(labels) // 2)).split(labels, groups=pairs):
         model = fit(known)
-        for matrix, out in zip(_every(words), _every(logits), strict=True):
+        for matrix, out in zip(words.every(), logits.every(), strict=True):
             out[unseen] = model.decision_function(matrix[unseen])
     whole = fit(np.arange(len(labels)))
     return whole.coef_[0], float(whole.intercept_[0]), logits.each(lambda out: torch.from_numpy(out).unsqueeze(1))
-
-
-def _every(copies: Copies) -> list[Any]:
-    return [copies.rows, *copies.styled, *copies.corrupted]
 
 
 class Voters(nn.Module):

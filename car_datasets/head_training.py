@@ -25,7 +25,7 @@ from car_datasets.batching import CPU_BUDGET, pad, token_batches, tokenise
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.corruptions import corrupt, draw_corruptions
 from car_datasets.evaluation import Evaluation, evaluate_scorer
-from car_datasets.head_fitting import Copies, Projection, Voters, fit_integrity, fit_quality, fit_words
+from car_datasets.head_fitting import Copies, Voters, fit_integrity, fit_quality, fit_words, principal_axes
 from car_datasets.layers import SegmentHead
 from car_datasets.modeling_iqs import IQSModel
 from car_datasets.pairs import Pair, cleaned, read_pairs, refuse_crossing
@@ -190,13 +190,12 @@ def fit_head(
     """One head: beside the words of [`~car_datasets.head_fitting.fit_words`] quality, then integrity."""
     torch.manual_seed(settings.seed)
     features, labels = material.features, material.labels
-    projection = Projection.fit(features.rows, min(settings.axes, *features.rows.shape))
-    size = projection.axes.shape[1]
+    axes = principal_axes(features.rows, min(settings.axes, *features.rows.shape))
     quality = fit_quality(
-        features.each(lambda scaled: projection(scaled)),
+        features.each(lambda scaled: scaled @ axes),
         logits,
         labels,
-        Voters(size, settings.members, settings.hidden_size, settings.dropout),
+        Voters(axes.shape[1], settings.members, settings.hidden_size, settings.dropout),
         consistency=settings.consistency,
         margin_weight=settings.margin_weight,
         epochs=settings.epochs,
@@ -218,7 +217,7 @@ def fit_head(
         head.mean.copy_(material.mean)
         head.scale.copy_(material.scale)
         head.words.copy_(torch.from_numpy(coefficients))
-        head.quality.weight.copy_(quality.inside.weight @ projection.axes.T)
+        head.quality.weight.copy_(quality.inside.weight @ axes.T)
         head.quality.bias.copy_(quality.inside.bias)
         head.quality_out.copy_(quality.out)
         head.quality_bias.copy_(quality.bias + intercept)

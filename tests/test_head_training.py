@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from car_datasets import QualityScorer, hub
 from car_datasets.cli import app
 from car_datasets.evaluation import evaluate_scorer
-from car_datasets.head_fitting import Copies, Projection, Voters, fit_integrity, fit_quality, fit_words
+from car_datasets.head_fitting import Copies, Voters, fit_integrity, fit_quality, fit_words, principal_axes
 from car_datasets.head_training import HeadTraining, train_head
 from car_datasets.pairs import read_pairs
 
@@ -141,7 +141,7 @@ def test_words_are_judged_by_models_that_have_not_seen_the_pair() -> None:
 def test_a_projection_keeps_the_axes_of_the_largest_variance() -> None:
     torch.manual_seed(0)
     scaled = torch.randn(200, 4) * torch.tensor([9.0, 4.0, 0.1, 0.1])
-    found = Projection.fit(scaled, 2)(scaled)
+    found = scaled @ principal_axes(scaled, 2)
     spread = found.std(dim=0)
     assert torch.allclose(spread, torch.tensor([9.0, 4.0]).sqrt() / 3, rtol=0.15)
 
