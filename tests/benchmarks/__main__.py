@@ -1,36 +1,74 @@
-"""Runs every benchmark of this folder and prints one table: `python -m tests.benchmarks [NAME ...]`.
+"""Runs every benchmark of this folder and prints one table: `python -m tests.benchmarks [--json FILE] [NAME ...]`.
 
-A benchmark is a module with `measure()`, which yields tuples `(what, ours, reference, target)`: a description, seconds of
-the package, seconds of the plain way (or None), and the most seconds that are wanted (or None). Run nothing else meanwhile.
+A benchmark is a module with `measure()`, which yields [`~tests.benchmarks.table.Line`]s. Run nothing else meanwhile: a
+figure is a ratio to a reference in the same run, and only as good as the quiet around it.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import importlib
+import json
 import os
 import pkgutil
 import platform
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import tests.benchmarks as folder
+from tests.benchmarks.table import Line
+
+APART = {"__main__", "table"}
 
 
-def main(wanted: list[str]) -> None:
-    known = sorted(module.name for module in pkgutil.iter_modules(folder.__path__) if module.name != "__main__")
-    unknown = set(wanted) - set(known)
+def main(arguments: Sequence[str]) -> None:
+    known = sorted({module.name for module in pkgutil.iter_modules(folder.__path__)} - APART)
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure, and print one table.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all without")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(known)
     if unknown:
         sys.exit(f"There is no benchmark {sorted(unknown)}; there are {known}.")
-    table = Table(title=f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}")
+    modules = {name: importlib.import_module(f"tests.benchmarks.{name}") for name in options.names or known}
+    found = [(name, line) for name, module in modules.items() for line in module.measure()]
+    show(found)
+    if options.json is not None:
+        lines = [{"benchmark": name, **line._asdict()} for name, line in found]
+        options.json.write_text(json.dumps({**machine(), "lines": lines}, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """Where and when the figures were taken."""
+    import torch
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} cores, {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def show(found: Sequence[tuple[str, Line]]) -> None:
+    """The table: what, ours, reference, ratio, target."""
+    at = machine()
+    table = Table(title=f"{at['device']}, Python {at['python']}, torch {at['torch']}, {at['date']}")
     for name in ("what", "ours", "reference", "ours / reference", "target"):
         table.add_column(name, justify="left" if name == "what" else "right", overflow="fold")
-    for name in wanted or known:
-        for what, ours, reference, target in importlib.import_module(f"tests.benchmarks.{name}").measure():
-            ratio = "" if reference is None else f"{ours / reference:.2f}"
-            verdict = "" if target is None else f"<= {target:g} s: {'met' if ours <= target else 'MISSED'}"
-            table.add_row(what, f"{ours:.2f} s", "" if reference is None else f"{reference:.2f} s", ratio, verdict)
+    for _, line in found:
+        ratio = "" if line.reference is None else f"{line.ours / line.reference:.3g}"
+        reference = "" if line.reference is None else f"{line.reference:.3g} {line.unit}"
+        verdict = "" if line.met is None else ": met" if line.met else ": MISSED"
+        table.add_row(line.what, f"{line.ours:.3g} {line.unit}", reference, ratio, line.target + verdict)
     console = Console()
     Console(width=max(console.width, 140) if not console.is_terminal else None).print(table)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -12,20 +10,10 @@ from datasets import Dataset
 
 from car_datasets import select_car
 from car_datasets.selection import choose
+from tests.benchmarks.table import Line, best_of
 
 ROWS, CLUSTERS, N1, N2 = 10_000_000, 2_236, 10_000, 2  # clusters: int(sqrt(rows / 2))
 RUNS = 3
-
-
-def best_of(runs: int, function: Callable[[], Any]) -> tuple[float, Any]:
-    """The least seconds of several runs, and what the last one returned."""
-    seconds, result = [], None
-    for _ in range(runs):
-        result = None  # so that two results are never in memory
-        start = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), result
 
 
 def pandas_way(scores: np.ndarray, clusters: np.ndarray, n1: int, n2: int) -> np.ndarray:
@@ -35,7 +23,7 @@ def pandas_way(scores: np.ndarray, clusters: np.ndarray, n1: int, n2: int) -> np
     return ranked.index[ranked.index.isin(best.union(of_clusters))].to_numpy()
 
 
-def measure() -> Iterator[tuple[str, float, float | None, float | None]]:
+def measure() -> Iterator[Line]:
     """`choose` on arrays as `select_car` reads them, without and with many equal scores; then a whole dataset."""
     rng = np.random.default_rng(0)
     clusters = rng.integers(0, CLUSTERS, ROWS)
@@ -47,9 +35,10 @@ def measure() -> Iterator[tuple[str, float, float | None, float | None]]:
         theirs, rows = best_of(1, lambda scores=scores: pandas_way(scores, clusters, N1, N2))
         if not np.array_equal(choice.positions, rows):
             raise AssertionError("choose and pandas chose different rows")
-        yield f"choose, {ROWS:,} rows, {CLUSTERS:,} clusters, n1={N1:,}, n2={N2}; {kind}", ours, theirs, 2.0
+        what = f"choose, {ROWS:,} rows, {CLUSTERS:,} clusters, n1={N1:,}, n2={N2}; {kind}; beside pandas"
+        yield Line(what, ours, theirs, target="<= 2 s", met=ours <= 2)
     dataset = Dataset.from_dict({"iqs_score": scores, "cluster": clusters.astype(np.int32)})
     ours, chosen = best_of(RUNS, lambda: select_car(dataset, N1, N2))
     if chosen["source_index"][:] != rows.tolist():
         raise AssertionError("select_car and pandas chose different rows")
-    yield f"select_car, a dataset of {ROWS:,} rows, two columns", ours, theirs, None
+    yield Line(f"select_car, a dataset of {ROWS:,} rows, two columns; beside pandas on arrays", ours, theirs)
