@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, Features
+from datasets import Dataset, DatasetDict
 
 from car_datasets import hub
 from car_datasets.clustering import ClusterModel, number_of_clusters, refuse_bad_fit
+from car_datasets.columns import add_columns
 from car_datasets.embedding import TextEmbedder
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
@@ -149,12 +150,6 @@ def embed_where_missing(
     return add_columns(dataset, stage, "Embedding")
 
 
-def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str) -> Dataset:
-    """`dataset.map(stage)` with a progress bar and the stage's own column types (a first batch may hold only nulls)."""
-    types = Features({**dataset.features, **stage.output_features()})
-    return dataset.map(stage, batched=True, with_rank=True, desc=description, features=types)
-
-
 def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None, embed: bool = True) -> Dataset:
     """SCORE and EMBED of a recipe: in one pass where scorer and embedder share an encoder, else in two.
 
@@ -167,6 +162,7 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
         "on_invalid": settings.on_invalid,
         "dtype": settings.dtype,
         "batch_tokens": settings.batch_tokens,
+        "embedding_dtype": settings.embedding_dtype,
     }
     scorer = QualityScorer(
         settings.scorer,
@@ -178,6 +174,7 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
         tokenizer=settings.tokenizer,
         output_column=settings.score_column,
         diagnostics=True,
+        compile=settings.compile,
         **reading,
     )
     if not embed:

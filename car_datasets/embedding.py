@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from car_datasets import hub
-from car_datasets.batching import token_batches, token_budget
+from car_datasets.batching import in_order, run_batches, token_budget
 from car_datasets.formatting import as_column_names, check_schema, find_schema
 from car_datasets.parallel import device_for
-from car_datasets.rows import Rows, refuse_overwrite, refuse_tables
+from car_datasets.rows import Rows, check_embedding_dtype, refuse_overwrite, refuse_tables
 from car_datasets.templates import CLEAN_TEMPLATE
 
 if TYPE_CHECKING:
@@ -55,8 +55,10 @@ class TextEmbedder:
         template (`str`): the text that is embedded, see [`render`]; the embedded default scorer reads `"clean-1"`.
         output_column (`str`): the new column, float32 lists of the model's dimension.
         on_invalid (`str`): a row without text raises (`"error"`) or gets a null (`"mark"`).
-        dtype (`str`): the model's, `"float32"`, `"bfloat16"` or `"float16"`. The column is float32.
-        batch_tokens (`int`, *optional*): tokens in one forward pass; chosen by the device.
+        dtype (`str`): the model's, `"float32"`, `"bfloat16"` or `"float16"`.
+        batch_tokens (`int`, *optional*): tokens in one forward pass; chosen by the device, and halved where memory
+            runs out.
+        embedding_dtype (`str`): of the column, `"float32"` or `"float16"`, which takes half the disk.
 
     Raises:
         ValueError: there is no such model; rows are not what the schema says.
@@ -72,6 +74,7 @@ class TextEmbedder:
     on_invalid: str = "error"
     dtype: str = "float32"
     batch_tokens: int | None = None
+    embedding_dtype: str = "float32"
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, token: str | None) -> None:
@@ -79,38 +82,44 @@ class TextEmbedder:
         object.__setattr__(self, "columns", as_column_names(self.columns))
         check_schema(self.schema, self.columns)
         Rows.check_options(self.template, self.on_invalid, self.dtype, self.batch_tokens, [self.output_column])
+        check_embedding_dtype(self.embedding_dtype)
         revision = hub.pin_revision(self.model_id, self.revision, token)
         hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
         object.__setattr__(self, "revision", revision)
 
     def output_features(self) -> Features:
-        """The types of the columns that this callable adds."""
+        """The types of the columns that this callable adds: lists of one fixed length, the model's, which is loaded for it."""
         from datasets import Features, List, Value
 
-        return Features({self.output_column: List(Value("float32"))})
+        return Features({self.output_column: List(Value(self.embedding_dtype), length=dimension(self._model()))})
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
         """A `.map(batched=True)` batch to `{output_column: one float32 vector per row}`."""
         refuse_tables(batch, "embed_texts(texts)")
         refuse_overwrite(batch, [self.output_column], "output_column=...")
         rows = Rows.from_batch(batch, find_schema(batch, self.schema, self.columns), self.template, self.on_invalid)
-        return {self.output_column: rows.mean_vectors(self.embed_texts([text.whole for text in rows.texts], rank))}
+        vectors = self.embed_texts([text.whole for text in rows.texts], rank)
+        return {self.output_column: rows.mean_vectors(vectors, self.embedding_dtype)}
 
     def embed_texts(self, texts: Sequence[str], rank: int | None = None) -> npt.NDArray[np.float32]:
         """Ready-made texts to a float32 array of shape `(texts, dimension)`."""
-        model = load_sentence_transformer(self.model_id, str(self.revision), self.dtype, device_for(rank))
+        model = self._model(rank)
         if not texts:
             return np.zeros((0, dimension(model)), dtype=np.float32)
-        # Characters stand in for tokens: encode() tokenises by itself, and only order and rough size matter here.
+        # Bytes stand in for tokens: encode() tokenises by itself, and only order and rough size matter here.
         longest = model.max_seq_length or 512
-        lengths = [min(longest, 2 + len(text) // 4) for text in texts]
-        vectors = np.empty((len(texts), dimension(model)), dtype=np.float32)
-        for batch in token_batches(lengths, self.batch_tokens or token_budget(model.device)):
-            found = model.encode(
-                [texts[i] for i in batch], batch_size=len(batch), convert_to_tensor=True, show_progress_bar=False
-            )
-            vectors[batch] = found.float().cpu().numpy()
-        return vectors
+        lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]
+
+        def encode(places: list[int]) -> Tensor:
+            part = [texts[i] for i in places]
+            return model.encode(part, batch_size=len(part), convert_to_tensor=True, show_progress_bar=False)
+
+        budget = token_budget(model.device, dimension(model), self.batch_tokens)
+        ran = run_batches(lengths, budget, encode)
+        return in_order([places for places, _ in ran], [vectors for _, vectors in ran])
+
+    def _model(self, rank: int | None = None) -> SentenceTransformer:
+        return load_sentence_transformer(self.model_id, str(self.revision), self.dtype, device_for(rank))
 
 
 def dimension(model: SentenceTransformer) -> int:

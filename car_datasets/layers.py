@@ -11,31 +11,28 @@ from car_datasets.configuration_iqs import IQSConfig
 
 
 class LayerCombination(nn.Module):
-    """The encoder's hidden states, each weighted, to one state per token."""
+    """The encoder's hidden states, each weighted, to one: `gamma * sum(weight * state)`."""
 
-    def __init__(self, num_states: int, mix: str, layer: int | None, layer_norm: bool, dropout: float = 0.0) -> None:
+    def __init__(self, num_states: int, mix: str, dropout: float = 0.0) -> None:
         super().__init__()
-        self.mix, self.layer, self.layer_norm, self.dropout = mix, layer, layer_norm, dropout
-        if layer is None:
-            self.weight = nn.Parameter(torch.zeros(num_states))
-            self.gamma = nn.Parameter(torch.ones(1))
+        self.mix, self.dropout = mix, dropout
+        self.weight = nn.Parameter(torch.zeros(num_states))
+        self.gamma = nn.Parameter(torch.ones(1))
 
-    def forward(self, hidden_states: Sequence[Tensor], mask: Tensor) -> Tensor:
-        """`n + 1` tensors (batch, tokens, units) and a mask (batch, tokens) to one (batch, tokens, units)."""
-        if self.layer is not None:
-            return hidden_states[self.layer]
-        if self.layer_norm:
-            hidden_states = [_normalise_text(h, mask) for h in hidden_states]
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """`n + 1` tensors of one shape to one of that shape."""
         scores = self.weight
         if self.training and self.dropout:  # whole layers, as in COMET (and ELMo before it)
             dropped = torch.rand_like(scores) < self.dropout
             scores = scores.masked_fill(dropped & ~dropped.all(), -1e20)
-        weights = sparsemax(scores) if self.mix == "sparsemax" else scores.softmax(0)
-        states = torch.stack(list(hidden_states))
-        return self.gamma.to(states.dtype) * torch.einsum("l,lbtu->btu", weights.to(states.dtype), states)
+        weights = (sparsemax(scores) if self.mix == "sparsemax" else scores.softmax(0)).to(states[0].dtype)
+        mixed = weights[0] * states[0]
+        for weight, state in zip(weights[1:], states[1:], strict=True):
+            mixed = torch.addcmul(mixed, weight, state)
+        return self.gamma.to(mixed.dtype) * mixed
 
 
-def _normalise_text(hidden: Tensor, mask: Tensor) -> Tensor:
+def normalise_text(hidden: Tensor, mask: Tensor) -> Tensor:
     """Zero mean and unit population variance over all real tokens and units of each text; no affine part."""
     real = mask.to(hidden.dtype).unsqueeze(-1)
     count = real.sum(dim=(1, 2), keepdim=True) * hidden.shape[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from car_datasets import hub
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
-from car_datasets.layers import LayerCombination, SegmentHead, closeness, feed_forward
+from car_datasets.layers import LayerCombination, SegmentHead, closeness, feed_forward, normalise_text
+from car_datasets.packing import Packed, encode_packed
 from car_datasets.segments import hashed_words, segment_features
 
 
@@ -51,14 +53,11 @@ class IQSModel(PreTrainedModel):
             raise ValueError(
                 f"layer={config.layer}; the encoder has the hidden states 0 to {encoder.num_hidden_layers}."
             )
-        num_states = encoder.num_hidden_layers + 1
         self.encoder = AutoModel.from_config(encoder, **_without_pooler(encoder))
         if config.head == "segments":
             self.head: nn.Module = SegmentHead(config)
-        else:
-            self.layers = LayerCombination(
-                num_states, config.layer_mix, config.layer, config.layer_norm, config.dropout
-            )
+        elif config.layer is None:
+            self.layers = LayerCombination(encoder.num_hidden_layers + 1, config.layer_mix, config.dropout)
         if config.objective == "regression" and config.head == "feed_forward":
             self.head = feed_forward(config, encoder.hidden_size)
         self.post_init()
@@ -180,7 +179,11 @@ class IQSModel(PreTrainedModel):
         numbers, weights = hashed_words(input_ids, attention_mask, answer_start, self.config.word_bits)
         return self.head(features, numbers, weights).float(), hidden_states
 
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
+    def _encode(
+        self, input_ids: Tensor, attention_mask: Tensor, packed: Packed | None = None, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        if packed is not None:  # the same texts without the padding
+            return encode_packed(self.encoder, packed, (input_ids.shape[0], input_ids.shape[1]), **kwargs)
         found = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **kwargs)
         states: tuple[Tensor, ...] = found.hidden_states
         return states
@@ -196,9 +199,30 @@ class IQSModel(PreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden_states = self._encode(input_ids, attention_mask, **kwargs)
+        return self._reduce(hidden_states, input_ids, attention_mask), hidden_states
+
+    def _reduce(self, hidden_states: tuple[Tensor, ...], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Layers and tokens to one vector per text.
+
+        Tokens are pooled first where the order is no matter, layer by layer: the whole stack in float32, 25 states for
+        XLM-RoBERTa-large, would cost more memory than the forward pass.
+        """
+        layer, norm = self.config.layer, self.config.layer_norm
         precision = self.head[0].weight.dtype if self.config.objective == "regression" else torch.float32
-        states = self.layers([h.to(precision) for h in hidden_states], attention_mask)
-        return self._pool(states, input_ids, attention_mask), hidden_states
+        read = hidden_states if layer is None else (hidden_states[layer],)
+
+        def prepared() -> Iterator[Tensor]:  # one at a time
+            for states in read:
+                states = states.to(precision)
+                yield normalise_text(states, attention_mask) if norm and layer is None else states
+
+        def combined(states: Iterable[Tensor]) -> Tensor:
+            found: Tensor = next(iter(states)) if layer is not None else self.layers(list(states))
+            return found
+
+        if self.config.pooling == "max":
+            return self._pool(combined(prepared()), input_ids, attention_mask)
+        return combined(self._pool(states, input_ids, attention_mask) for states in prepared())
 
     def _pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":

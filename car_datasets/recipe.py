@@ -18,7 +18,8 @@ class Recipe(Settings):
     Args:
         name, split, revision (`str`, *optional*): of the source, see [`load_instructions`].
         schema, columns, index_column, on_invalid: see [`load_instructions`].
-        scorer, scorer_revision, template, turns, uncertainty, dtype, batch_tokens: see [`QualityScorer`].
+        scorer, scorer_revision, template, turns, uncertainty, dtype, batch_tokens, embedding_dtype, compile: see
+            [`QualityScorer`].
         embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; `None`: the scorer's own encoder
             where that is one (one forward pass for both), else the default.
         k, explained_variance, seed, n_init: see [`ClusterModel.fit`]; `seed` also draws the report's controls.
@@ -59,6 +60,8 @@ class Recipe(Settings):
     procedure: str = "default"
     tokenizer: str | None = None
     batch_tokens: int | None = None
+    embedding_dtype: str = "float32"
+    compile: bool = False
     keep_embeddings: bool = True
 
     def __post_init__(self) -> None:

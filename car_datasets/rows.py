@@ -13,6 +13,7 @@ from car_datasets.formatting import UNSCORABLE, Schema, format_batch
 from car_datasets.templates import TEMPLATES, Text
 
 DTYPES = ("float32", "bfloat16", "float16")
+EMBEDDING_DTYPES = ("float32", "float16")
 ON_INVALID = ("error", "mark")
 
 
@@ -67,9 +68,20 @@ class Rows:
         ends = np.cumsum(self.counts)
         return [values[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
 
-    def mean_vectors(self, vectors: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32] | None]:
-        """Per-text vectors to one per row: the mean of its exchanges, scaled back to their mean length."""
-        return [_mean_vector(part) for part in self.split(vectors)]
+    def mean_vectors(self, vectors: npt.NDArray[np.float32], dtype: str = "float32") -> Any:
+        """Per-text vectors to one per row: the mean of its exchanges, scaled back to their mean length.
+
+        Returns:
+            An array of shape `(rows, dimension)`, which `datasets` stores without a Python object per number; a list with
+            `None` where rows have no vector.
+        """
+        if all(count == 1 for count in self.counts):
+            return vectors.astype(dtype)
+        means = [_mean_vector(part) for part in self.split(vectors)]
+        whole = [mean.astype(dtype) for mean in means if mean is not None]
+        if whole and len(whole) == len(means):
+            return np.stack(whole)
+        return [None if mean is None else mean.astype(dtype) for mean in means]
 
 
 def _mean_vector(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | None:
@@ -81,6 +93,12 @@ def _mean_vector(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | 
     length = float(np.linalg.norm(mean))
     scale = float(np.linalg.norm(vectors, axis=1).mean()) / length if length > 0 else 1.0
     return np.asarray(mean * scale, dtype=np.float32)
+
+
+def check_embedding_dtype(dtype: str) -> None:
+    """Raise a ValueError for a type that no column of embeddings has."""
+    if dtype not in EMBEDDING_DTYPES:
+        raise ValueError(f"embedding_dtype={dtype!r} is not known; choose one of {EMBEDDING_DTYPES}.")
 
 
 def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> list[Any]:

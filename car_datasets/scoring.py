@@ -10,23 +10,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from car_datasets import hub
-from car_datasets.batching import pad, token_batches, token_budget, tokenise
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, tokenizer_revision
-from car_datasets.embedding import TextEmbedder, dimension, load_sentence_transformer, pool_tokens
+from car_datasets.embedding import TextEmbedder, load_sentence_transformer, pool_tokens
 from car_datasets.formatting import OK, TRUNCATED, as_column_names, check_schema, find_schema
-from car_datasets.layers import closeness
-from car_datasets.loaded_scorer import LoadedScorer, load_scorer, read_scorer_config
+from car_datasets.loaded_scorer import TextScores, load_scorer, read_scorer_config
 from car_datasets.parallel import device_for
-from car_datasets.rows import Rows, refuse_overwrite, refuse_tables, row_names
+from car_datasets.rows import Rows, check_embedding_dtype, refuse_overwrite, refuse_tables, row_names
 from car_datasets.templates import Text
 
 if TYPE_CHECKING:
@@ -40,25 +35,6 @@ TURNS: dict[str, Callable[[Any], Any]] = {
     "sum": np.sum,
     "last": lambda scores: scores[-1],
 }
-
-_Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, tuple[Tensor, ...]]]  # ids, mask, answer starts
-_Keep = Callable[[list[int], Tensor, Tensor, Tensor], None]  # places, forward's result, last hidden state, mask
-
-
-class TextScores(NamedTuple):
-    """What one pass over texts gives.
-
-    Args:
-        scores (`(texts,)` float32); tokens (`(texts,)` int32): of the whole text; truncated (`(texts,)` bool): cut.
-        embeddings (`(texts, units)` float32, *optional*): if asked for.
-        members (`(texts, members)` float32): the score by each member of the head; `scores` is their mean.
-    """
-
-    scores: npt.NDArray[np.float32]
-    tokens: npt.NDArray[np.int32]
-    truncated: npt.NDArray[np.bool_]
-    embeddings: npt.NDArray[np.float32] | None
-    members: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -88,7 +64,12 @@ class QualityScorer:
         on_invalid (`str`): a row that cannot be scored raises (`"error"`), or gets a null score and its reason in
             `iqs_status` (`"mark"`).
         dtype (`str`): of the encoder, `"float32"`, `"bfloat16"` or `"float16"`; the head stays in float32.
-        batch_tokens (`int`, *optional*): padded tokens in one forward pass; chosen by the device.
+        batch_tokens (`int`, *optional*): padded tokens in one forward pass; chosen by the device, and halved where
+            memory runs out.
+        embedding_dtype (`str`): of the embeddings' column, `"float32"` or `"float16"`, which takes half the disk.
+        compile (`bool`): `torch.compile` the encoder. It takes a minute, and pays on a GPU with many rows only.
+
+    In half precision on a GPU from Ampere on (torch >= 2.10), BERT and RoBERTa encoders read texts without padding.
 
     Raises:
         ValueError: there is no such model; rows are not what the schema says; a score is not a number.
@@ -109,6 +90,8 @@ class QualityScorer:
     on_invalid: str = "error"
     dtype: str = "float32"
     batch_tokens: int | None = None
+    embedding_dtype: str = "float32"
+    compile: bool = False
     tokenizer_revision: str | None = field(init=False, repr=False)
     cache_version: str = field(init=False, repr=False)
 
@@ -118,6 +101,7 @@ class QualityScorer:
         object.__setattr__(self, "columns", as_column_names(self.columns))
         check_schema(self.schema, self.columns)
         Rows.check_options(self.template, self.on_invalid, self.dtype, self.batch_tokens, self._new_columns())
+        check_embedding_dtype(self.embedding_dtype)
         if self.turns not in TURNS:
             raise ValueError(f"turns={self.turns!r} is not known; choose one of {sorted(TURNS)}.")
         revision = hub.pin_revision(self.model_id, self.revision, token)
@@ -155,14 +139,14 @@ class QualityScorer:
 
     def output_features(self) -> Features:
         """The types of the columns that this callable adds; with `.map(features=...)` a first batch may be all null."""
-        from datasets import Features, List, Value
+        from datasets import Features, Value
 
         kinds = {"tokens": Value("int32"), "truncated": Value("bool"), "status": Value("string")}
         stem = self.output_column.removesuffix("_score")
         types: dict[str, Any] = {f"{stem}_{name}": kind for name, kind in kinds.items()}
         types[self.output_column] = types[f"{self.output_column}_std"] = Value("float32")
         if self.embedding_column is not None:
-            types[self.embedding_column] = List(Value("float32"))
+            types[self.embedding_column] = self.embedder().output_features()[self.embedding_column]
         return Features({name: types[name] for name in self._new_columns()})
 
     def _new_columns(self) -> list[str]:
@@ -198,89 +182,42 @@ class QualityScorer:
             f"{stem}_status": [TRUNCATED if c and s == OK else s for c, s in zip(cut, rows.status, strict=True)],
         }
         if self.embedding_column is not None and texts.embeddings is not None:
-            columns[self.embedding_column] = rows.mean_vectors(texts.embeddings)
+            columns[self.embedding_column] = rows.mean_vectors(texts.embeddings, self.embedding_dtype)
         return {name: columns[name] for name in self.output_columns}
 
     def score_texts(self, texts: Sequence[Text | str], rank: int | None = None) -> TextScores:
-        """Score ready-made texts, in order; see [`TextScores`].
+        """Score ready-made texts, in order; see [`~car_datasets.loaded_scorer.TextScores`].
 
         Args:
             texts (`Sequence`): [`Text`]s, or strings that are already in the template (a ranking model needs question
                 and answer apart, so no strings).
             rank (`int`, *optional*): see [`device_for`].
         """
+        if not texts:
+            none = np.zeros(0, np.float32)
+            vectors = None if self.embedding_column is None else none.reshape(0, 0)
+            return TextScores(none, none.astype(np.int32), none.astype(bool), vectors, none.reshape(0, 1))
         loaded = load_scorer(
-            self.model_id, str(self.revision), self.tokenizer, self.tokenizer_revision, self.dtype, device_for(rank)
+            self.model_id,
+            str(self.revision),
+            self.tokenizer,
+            self.tokenizer_revision,
+            self.dtype,
+            device_for(rank),
+            self.compile,
         )
-        if loaded.model.config.objective == "ranking":
-            return self._rank_texts(texts, loaded)
-        parts = None
-        if loaded.model.config.head == "segments":
-            parts = [Text.split(text) if isinstance(text, str) else text for text in texts]
-        whole = [text if isinstance(text, str) else text.whole for text in texts]
-        embeddings = None
-        if self.embedding_column is not None:
-            embeddings = np.empty((len(texts), dimension(self._embedding_model(loaded.device))), dtype=np.float32)
-        members = np.empty((len(texts), loaded.model.config.members), dtype=np.float32)
-
-        def keep(places: list[int], scores: Tensor, last: Tensor, mask: Tensor) -> None:
-            members[places] = scores.cpu().numpy()
-            if embeddings is not None:
-                sentences = pool_tokens(self._embedding_model(loaded.device), last, mask)
-                embeddings[places] = sentences.float().cpu().numpy()
-
-        answers_at = None if parts is None else [len(text.question) + 1 for text in parts]
-        tokens = self._run(whole, loaded, loaded.model.member_scores, keep, answers_at)
-        if embeddings is not None:
-            self._reembed_long(whole, tokens, embeddings, rank)
-        limit = loaded.model.config.max_tokens
-        return TextScores(members.mean(axis=1), tokens, tokens > limit, embeddings, members)
-
-    def _rank_texts(self, texts: Sequence[Text | str], loaded: LoadedScorer) -> TextScores:
-        """The ranking variant: question and answer are texts of their own, each with the whole limit."""
-        if any(isinstance(text, str) for text in texts):
-            raise ValueError(f"{self.model_id} ranks an answer against its question: pass Text(question, answer).")
-        parts = [part for text in texts for part in text]
-        vectors = torch.empty((len(parts), loaded.model.config.encoder_config.hidden_size))
-
-        def keep(places: list[int], pooled: Tensor, last: Tensor, mask: Tensor) -> None:
-            vectors[places] = pooled.float().cpu()
-
-        lengths = self._run(parts, loaded, lambda ids, mask, _: loaded.model.pool(ids, mask), keep).reshape(-1, 2)
-        scores = closeness(vectors[::2], vectors[1::2]).numpy()
-        limit, tokens = loaded.model.config.max_tokens, lengths.sum(axis=1, dtype=np.int32)
-        return TextScores(scores, tokens, (lengths > limit).any(axis=1), None, scores[:, None])
-
-    def _run(
-        self,
-        texts: Sequence[str],
-        loaded: LoadedScorer,
-        forward: _Forward,
-        keep: _Keep,
-        answers_at: Sequence[int] | None = None,
-    ) -> npt.NDArray[np.int32]:
-        """Run texts through the model in batches of like length and hand each result to `keep`; gives their token counts."""
-        tokenizer, device = loaded.tokenizer, loaded.device
-        ids, lengths, starts = tokenise(tokenizer, texts, loaded.model.config.max_tokens, answers_at)
-        for places in token_batches([len(row) for row in ids], self.batch_tokens or token_budget(device)):
-            input_ids, mask = pad([ids[i] for i in places], tokenizer.pad_token_id, device)
-            start = torch.tensor([starts[i] for i in places], device=device) if starts else None
-            with torch.inference_mode():
-                found, hidden_states = forward(input_ids, mask, start)
-                keep(places, found, hidden_states[-1], mask)
-        return np.array(lengths, dtype=np.int32)
-
-    def _embedding_model(self, device: torch.device) -> Any:
+        if self.embedding_column is None:
+            return loaded.score_texts(texts, self.batch_tokens)
         embedder = self.embedder()
-        return load_sentence_transformer(embedder.model_id, str(embedder.revision), embedder.dtype, device)
-
-    def _reembed_long(
-        self, texts: Sequence[str], lengths: npt.NDArray[np.int32], out: npt.NDArray[np.float32], rank: int | None
-    ) -> None:
-        """The scorer reads further than the embedder was made to; what it saw there must not colour the embedding."""
-        limit = self._embedding_model(device_for(rank)).max_seq_length
-        long = [i for i, length in enumerate(lengths) if limit is not None and length > limit]
-        out[long] = self.embedder().embed_texts([texts[i] for i in long], rank)
+        sentences = load_sentence_transformer(embedder.model_id, str(embedder.revision), embedder.dtype, loaded.device)
+        found = loaded.score_texts(texts, self.batch_tokens, functools.partial(pool_tokens, sentences))
+        limit, embeddings = sentences.max_seq_length, found.embeddings
+        if limit is not None and embeddings is not None:
+            # The scorer reads further than the embedder was made to; what it saw there must not colour the embedding.
+            long = np.flatnonzero(found.tokens > limit).tolist()
+            whole = [text if isinstance(text, str) else text.whole for text in (texts[i] for i in long)]
+            embeddings[long] = embedder.embed_texts(whole, rank)
+        return found
 
     def embedder(self) -> TextEmbedder:
         """The [`TextEmbedder`] whose column `embedding_column` equals.
@@ -317,4 +254,5 @@ def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
         on_invalid=scorer.on_invalid,
         dtype=scorer.dtype,
         batch_tokens=scorer.batch_tokens,
+        embedding_dtype=scorer.embedding_dtype,
     )

@@ -23,6 +23,7 @@ from car_datasets import hub
 from car_datasets.checkpoints import claim, last_whole_checkpoint
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.modeling_iqs import IQSModel
+from car_datasets.packing import POSITIONS_AFTER_PADDING
 from car_datasets.pairs import Pair, read_labelled_rows, read_pairs, refuse_crossing
 from car_datasets.publishing import write_card, write_figures
 from car_datasets.schedule import ThawEncoder, parameter_groups
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 OBJECTIVES = {"iqs": "regression", "ranking": "ranking"}
 # RoBERTa counts positions from the padding token's id on, so the last ids + 1 of them are not for text.
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
 
 
 @dataclass(frozen=True)

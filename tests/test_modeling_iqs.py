@@ -39,7 +39,11 @@ def test_round_trip_through_auto_classes(options: dict, tmp_path: Path) -> None:
     again = AutoModel.from_pretrained(tmp_path)
     assert type(again) is IQSModel
     assert isinstance(AutoConfig.from_pretrained(tmp_path), IQSConfig)
-    assert torch.equal(model(IDS, MASK).logits, again.eval()(IDS, MASK).logits)
+    state = again.state_dict()
+    assert all(torch.equal(state.pop(name), tensor) for name, tensor in model.state_dict().items())
+    assert not state
+    # Not to the last bit: a product's last bit depends on where in memory its weights lie.
+    assert torch.allclose(model(IDS, MASK).logits, again.eval()(IDS, MASK).logits, atol=1e-7)
 
 
 def test_defaults_are_the_original_architecture() -> None:
@@ -67,10 +71,9 @@ def test_mix_is_gamma_times_weighted_layers_averaged_over_tokens() -> None:
 def test_whole_layers_are_dropped_in_training_only_and_never_all() -> None:
     model = build(layer_mix="sparsemax", dropout=0.9, hidden_sizes=[])
     states = [torch.full((1, 2, 32), float(i)) for i in range(3)]
-    mask = torch.ones(1, 2)
-    assert torch.allclose(model.layers(states, mask), torch.full((1, 2, 32), 1.0))
+    assert torch.allclose(model.layers(states), torch.full((1, 2, 32), 1.0))
     model.layers.train()
-    seen = {round(model.layers(states, mask)[0, 0, 0].item(), 3) for _ in range(200)}
+    seen = {round(model.layers(states)[0, 0, 0].item(), 3) for _ in range(200)}
     assert {0.0, 1.0, 2.0} < seen  # one layer alone, each of them, and mixes
     assert all(value == value for value in seen)
 

@@ -1,0 +1,106 @@
+"""Packed texts: the numbers of padded ones, whatever the neighbours; run on the CPU, where each text is attended to in turn."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from car_datasets import IQSConfig, IQSModel, QualityScorer, loaded_scorer
+from car_datasets.batching import pad
+from car_datasets.packing import ATTENTION, attend_packed, can_pack, first_position, pack, use_packing
+from tests.conftest import tiny_encoder_config
+
+TOLERANCE = 1e-5
+CPU = torch.device("cpu")
+IDS = [[2, 9, 10, 11, 12, 3], [2, 30, 3], [2, 40, 41, 42, 43, 44, 45, 46, 47, 3], [2, 3]]
+
+
+def roberta_config() -> Any:
+    from transformers import XLMRobertaConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return XLMRobertaConfig(vocab_size=64, max_position_embeddings=66, pad_token_id=1, type_vocab_size=1, **sizes)
+
+
+def build(encoder_config: Any, **options: Any) -> IQSModel:
+    torch.manual_seed(0)
+    model = IQSModel(IQSConfig(encoder_config=encoder_config, **{"hidden_sizes": (16,), "max_tokens": 48, **options}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make_config", [tiny_encoder_config, roberta_config], ids=["bert", "xlm-roberta"])
+@pytest.mark.parametrize("options", [{}, {"pooling": "cls", "layer": 2}, {"pooling": "max", "layer_norm": True}])
+def test_packed_scores_and_states_equal_padded_ones(make_config: Any, options: dict[str, Any]) -> None:
+    config = make_config()
+    model = build(config, **options)
+    input_ids, mask = pad(IDS, config.pad_token_id, CPU)
+    with torch.inference_mode():
+        expected, states = model.member_scores(input_ids, mask)
+        use_packing(model.encoder)
+        packed = pack(IDS, config.pad_token_id, first_position(config), 48, CPU)
+        found, packed_states = model.member_scores(input_ids, mask, packed=packed)
+    assert expected.std() > 50 * TOLERANCE
+    assert torch.allclose(found, expected, atol=TOLERANCE)
+    for padded, unpadded in zip(states, packed_states, strict=True):
+        assert torch.allclose(unpadded, padded * mask.unsqueeze(-1), atol=TOLERANCE)
+
+
+def test_a_text_does_not_see_its_neighbours() -> None:
+    model = build(tiny_encoder_config())
+    use_packing(model.encoder)
+
+    def scores(ids: list[list[int]]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model.member_scores(*pad(ids, 0, CPU), packed=pack(ids, 0, 0, 48, CPU))[0]
+
+    together, alone = scores(IDS), torch.cat([scores([ids]) for ids in IDS])
+    assert torch.allclose(together, alone, atol=TOLERANCE)
+    assert torch.allclose(scores(IDS[::-1]).flip(0), together, atol=TOLERANCE)
+
+
+def test_a_filler_changes_nothing() -> None:
+    """On a GPU a text of padding fills the row; here it is put there by hand."""
+    model = build(tiny_encoder_config())
+    use_packing(model.encoder)
+    packed = pack(IDS, 0, 0, 48, CPU)
+    longer = pack([*IDS, [0] * 7], 0, 0, 48, CPU)._replace(grid=packed.grid)
+    input_ids, mask = pad(IDS, 0, CPU)
+    with torch.inference_mode():
+        expected, found = (model.member_scores(input_ids, mask, packed=p)[0] for p in (packed, longer))
+    assert torch.allclose(found, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("head", [{}, {"head": "segments", "hidden_sizes": (4, 3), "members": 2, "word_bits": 6}])
+def test_a_packed_scorer_scores_as_a_padded_one(
+    head: dict[str, Any], make_tiny_iqs: Any, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_iqs(**head)
+    expected = QualityScorer(folder)(pairs[:])["iqs_score"]
+    loaded_scorer.load_scorer.cache_clear()
+    monkeypatch.setattr(loaded_scorer, "can_pack", lambda *_: True)
+    scorer = QualityScorer(folder)
+    found = scorer(pairs[:])["iqs_score"]
+    assert loaded_scorer.load_scorer(folder, str(scorer.revision), None, None, "float32", CPU, False).packed
+    assert np.allclose(found, expected, atol=TOLERANCE)
+    assert len(np.unique(np.round(expected, 3))) > 3
+    loaded_scorer.load_scorer.cache_clear()
+
+
+def test_a_gpu_and_half_precision_are_needed() -> None:
+    assert not can_pack(tiny_encoder_config(), "bfloat16", CPU)
+    assert not can_pack(tiny_encoder_config(), "float32", torch.device("cuda"))
+
+
+def test_texts_that_are_not_packed_are_refused() -> None:
+    model = build(tiny_encoder_config())
+    use_packing(model.encoder)
+    with pytest.raises(ValueError, match=ATTENTION), torch.inference_mode():
+        model.member_scores(*pad(IDS, 0, CPU))
+    states = torch.randn(1, 2, 3, 16)
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(ValueError, match="sqrt"):
+        attend_packed(model, states, states, states, None, scaling=0.5, cu_seq_lens_q=bounds)
