@@ -240,7 +240,6 @@ def _arguments(settings: ScorerTraining) -> TrainingArguments:
         seed=settings.seed,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         max_grad_norm=settings.max_grad_norm,
         fp16=settings.mixed_precision == "fp16",
@@ -270,7 +269,9 @@ def _trainer(
     train: Sequence[Any],
     valid: Sequence[Pair],
 ) -> Trainer:
-    from transformers import EarlyStoppingCallback, Trainer, get_constant_schedule_with_warmup
+    from transformers import EarlyStoppingCallback, get_constant_schedule_with_warmup
+
+    from car_datasets.validation import BudgetTrainer
 
     examples: Any = ranking_examples
     measured: Sequence[Any] = valid
@@ -280,7 +281,7 @@ def _trainer(
     rates = (settings.learning_rate, settings.encoder_learning_rate, settings.layerwise_decay)
     groups = parameter_groups(model, *rates, settings.keep_embeddings_frozen)
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    return Trainer(
+    return BudgetTrainer(
         model=model,
         args=arguments,
         train_dataset=examples(train, *how),
