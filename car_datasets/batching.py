@@ -137,6 +137,12 @@ def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         start += rows
 
 
+def padding_waste(lengths: Sequence[int], budget: int) -> float:
+    """The share of padding among the tokens of [`token_batches`]."""
+    sizes = [len(places) * max(lengths[i] for i in places) for places in token_batches(lengths, budget)]
+    return 1 - sum(lengths) / sum(sizes)
+
+
 def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[int]], T]) -> list[tuple[list[int], T]]:
     """Call `forward` on the positions of every batch; where memory runs out, with half the budget on what is left.
 

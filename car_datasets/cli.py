@@ -15,9 +15,9 @@ from car_datasets import cli_options as o
 from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
 from car_datasets.cli_options import parse_clusters, parse_columns, parse_count
 from car_datasets.cli_scorers import convert, evaluate, prepare, train
-from car_datasets.cli_stages import cluster, score, select
+from car_datasets.cli_stages import cluster, estimate, score, select
 
-__all__ = ["app", "cluster", "convert", "curate", "demo", "evaluate", "prepare", "score", "select", "train"]
+__all__ = ["app", "cluster", "convert", "curate", "demo", "estimate", "evaluate", "prepare", "score", "select", "train"]
 
 
 @app.command(epilog="Example: car-datasets curate alpaca_data.json --output out --n1 1000 --n2 1")
@@ -46,6 +46,10 @@ def curate(
     n_init: o.Runs = None,
     turns: Annotated[str | None, typer.Option(help="Score of a chat: mean, min, last or sum.  [default: mean]")] = None,
     seed: o.Seed = None,
+    dtype: o.Dtype = None,
+    embedding_dtype: o.EmbeddingDtype = None,
+    batch_tokens: o.BatchTokens = None,
+    compile: o.Compile = False,
     index_column: o.IndexColumn = None,
     score_column: o.ScoreColumn = None,
     embedding_column: o.EmbeddingColumn = None,
@@ -74,6 +78,10 @@ def curate(
         "n_init": n_init,
         "turns": turns,
         "seed": seed,
+        "dtype": dtype,
+        "embedding_dtype": embedding_dtype,
+        "batch_tokens": batch_tokens,
+        "compile": compile or None,
         "index_column": index_column,
         "score_column": score_column,
         "embedding_column": embedding_column,

@@ -23,6 +23,12 @@ Embedder = Annotated[str | None, typer.Option(help="A sentence-transformers mode
 Procedure = Annotated[str | None, typer.Option(help="default, or paper: the published rules, oddities included.")]
 Runs = Annotated[int | None, typer.Option(help="k-means runs, of which the best is kept.  [default: 1]")]
 OnInvalid = Annotated[str, typer.Option(help="Rows that cannot be scored: error, or mark.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the encoder: float32, or bfloat16, which is fast on a GPU.  [default: float32]")
+]
+BatchTokens = Annotated[int | None, typer.Option(help="Padded tokens in one forward pass.  [default: by device]")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the encoder: for many rows on a GPU.")]
+EmbeddingDtype = Annotated[str | None, typer.Option(help="Of the embeddings: float32 or float16.  [default: float32]")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A new folder for the result.")]
 OutputFile = Annotated[
     Path, typer.Option("--output", "-o", help="A new .parquet file; or .json, the original's format.")

@@ -1,4 +1,4 @@
-"""The commands of single stages: score, cluster, select."""
+"""The commands of single stages: score, estimate, cluster, select."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def score(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Also add iqs_score_std: how far the members of the head disagree.")
     ] = False,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Padded tokens in one forward pass.  [default: by device]")
-    ] = None,
+    dtype: o.Dtype = None,
+    embedding_dtype: o.EmbeddingDtype = None,
+    batch_tokens: o.BatchTokens = None,
+    compile: o.Compile = False,
     name: o.Name = None,
     split: o.Split = None,
     revision: o.Revision = None,
@@ -54,11 +55,50 @@ def score(
     dataset = load_instructions(opened, **reading)
     names: dict[str, Any] = {"score_column": score_column or "iqs_score"}
     model: dict[str, Any] = {"scorer": scorer or DEFAULT_SCORER, "tokenizer": tokenizer, "uncertainty": uncertainty}
-    recipe = Recipe(**model, batch_tokens=batch_tokens, **names, **reading)
+    speed: dict[str, Any] = {
+        "dtype": dtype or "float32",
+        "embedding_dtype": embedding_dtype or "float32",
+        "compile": compile,
+    }
+    recipe = Recipe(**model, batch_tokens=batch_tokens, **speed, **names, **reading)
     as_original = output.suffix == ".json"
     scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original)
     added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays
     _write(rank_rows(scored, **names) if as_original else scored, output, index_column=added, **names)
+
+
+@app.command(epilog="Example: car-datasets estimate alpaca_data.json")
+@one_line_errors
+def estimate(
+    source: o.Source,
+    rows: Annotated[int, typer.Option(help="Rows to time.")] = 256,
+    scorer: o.ScorerModel = None,
+    tokenizer: o.Tokenizer = None,
+    embeddings: Annotated[bool, typer.Option(help="With the embedding, where it comes from the same pass.")] = True,
+    dtype: o.Dtype = None,
+    batch_tokens: o.BatchTokens = None,
+    compile: o.Compile = False,
+    name: o.Name = None,
+    split: o.Split = None,
+    revision: o.Revision = None,
+    token: o.Token = None,
+    schema: o.SchemaName = "auto",
+    columns: o.Columns = None,
+    on_invalid: o.OnInvalid = "error",
+) -> None:
+    """Time some rows on this machine, and say how long the whole dataset would take to score."""
+    quiet_models()
+    from car_datasets.curation import scorer_of
+    from car_datasets.estimation import estimate_scoring
+    from car_datasets.hub import DEFAULT_SCORER
+    from car_datasets.loading import load_instructions
+    from car_datasets.recipe import Recipe
+
+    reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": on_invalid}
+    speed: dict[str, Any] = {"dtype": dtype or "float32", "batch_tokens": batch_tokens, "compile": compile}
+    recipe = Recipe(scorer=scorer or DEFAULT_SCORER, tokenizer=tokenizer, **speed, **reading)
+    dataset = load_instructions(source, name, split, revision=revision, token=token, **reading)
+    typer.echo(str(estimate_scoring(dataset, scorer_of(recipe, token, embeddings), rows)))
 
 
 @app.command(epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")

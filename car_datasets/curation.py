@@ -7,16 +7,19 @@ Does not: hold logic of a stage; each is a call that a user can make alone.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
+from tqdm.auto import tqdm
 
 from car_datasets import hub
 from car_datasets.clustering import ClusterModel, number_of_clusters, refuse_bad_fit
 from car_datasets.columns import add_columns
 from car_datasets.embedding import TextEmbedder
+from car_datasets.estimation import LARGE, estimate_scoring
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
@@ -150,20 +153,8 @@ def embed_where_missing(
     return add_columns(dataset, stage, "Embedding")
 
 
-def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None, embed: bool = True) -> Dataset:
-    """SCORE and EMBED of a recipe: in one pass where scorer and embedder share an encoder, else in two.
-
-    Raises:
-        ValueError: a model does not exist, or a column of this or a later stage is taken.
-    """
-    reading: dict[str, Any] = {
-        "schema": settings.schema,
-        "columns": settings.columns,
-        "on_invalid": settings.on_invalid,
-        "dtype": settings.dtype,
-        "batch_tokens": settings.batch_tokens,
-        "embedding_dtype": settings.embedding_dtype,
-    }
+def scorer_of(settings: Recipe, token: str | None = None, embed: bool = True) -> QualityScorer:
+    """The scorer of a recipe, which also embeds where scorer and embedder share an encoder and `embed` is asked for."""
     scorer = QualityScorer(
         settings.scorer,
         settings.scorer_revision,
@@ -175,22 +166,41 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
         output_column=settings.score_column,
         diagnostics=True,
         compile=settings.compile,
-        **reading,
+        **_reading(settings),
     )
-    if not embed:
+    if embed and settings.embedder is None and scorer.shares_encoder:
+        return replace(scorer, embedding_column=settings.embedding_column)
+    return scorer
+
+
+def _reading(settings: Recipe) -> dict[str, Any]:
+    """What scorer and embedder have in common."""
+    names = ("schema", "columns", "on_invalid", "dtype", "batch_tokens", "embedding_dtype")
+    return {name: getattr(settings, name) for name in names}
+
+
+def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None, embed: bool = True) -> Dataset:
+    """SCORE and EMBED of a recipe: in one pass where scorer and embedder share an encoder, else in two.
+
+    Raises:
+        ValueError: a model does not exist, or a column of this or a later stage is taken.
+    """
+    scorer = scorer_of(settings, token, embed)
+    if embed:
+        _refuse_taken_columns(dataset, scorer, settings)
+    else:
         refuse_overwrite(dataset.column_names, scorer.output_columns, "score_column= (--score-column)")
-        return add_columns(dataset, scorer, "Scoring")
-    _refuse_taken_columns(dataset, scorer, settings)
-    if settings.embedder is None and scorer.shares_encoder:
-        both = replace(scorer, embedding_column=settings.embedding_column)
-        return add_columns(dataset, both, "Scoring and embedding")
+    if len(dataset) >= LARGE:
+        tqdm.write(str(estimate_scoring(dataset, scorer)), file=sys.stderr)
+    if not embed or scorer.embedding_column is not None:
+        return add_columns(dataset, scorer, "Scoring and embedding" if embed else "Scoring")
     embedder = TextEmbedder(
         settings.embedder or hub.DEFAULT_ENCODER,
         settings.embedder_revision,
         token,
         template=str(scorer.template),
         output_column=settings.embedding_column,
-        **reading,
+        **_reading(settings),
     )
     return add_columns(add_columns(dataset, scorer, "Scoring"), embedder, "Embedding")
 
@@ -198,7 +208,7 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
 def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Recipe) -> None:
     """Every column that any stage will add, checked before the first one runs."""
     new = [
-        *scorer.output_columns,
+        *(name for name in scorer.output_columns if name != scorer.embedding_column),
         settings.embedding_column,
         settings.cluster_column,
         f"{settings.cluster_column}_distance",

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 OBJECTIVES = {"iqs": "regression", "ranking": "ranking"}
-# RoBERTa counts positions from the padding token's id on, so the last ids + 1 of them are not for text.
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ ORDER = [
     {"files", "parallel", "reporting", "rows"},
     {"loading", "embedding", "clustering", "results", "recipe"},
     {"scoring", "filtering"},
-    {"columns", "evaluation", "training_examples", "schedule", "validation", "head_fitting"},
+    {"columns", "estimation", "evaluation", "training_examples", "schedule", "validation", "head_fitting"},
     {"training", "head_training"},
     {"curation"},
     {"cli_options", "cli_app"},
