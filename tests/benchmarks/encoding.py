@@ -1,0 +1,86 @@
+"""Texts through MiniLM on this machine: beside `SentenceTransformer.encode`, the processor's own limit, and the tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from car_datasets import QualityScorer, TextEmbedder
+from car_datasets.batching import tokenise
+from car_datasets.embedding import load_sentence_transformer
+from car_datasets.loaded_scorer import LoadedScorer, load_scorer
+from car_datasets.parallel import device_for
+from tests.benchmarks.table import Line, best_of
+from tests.benchmarks.texts import texts
+
+COUNT = 2_000
+
+
+def measure() -> Iterator[Line]:
+    """C1, C2 and F1 of the targets, and what a user's own loop would take."""
+    kind, found = texts(COUNT)
+    scorer, embedder = QualityScorer(), TextEmbedder()
+    both = QualityScorer(embedding_column="embedding")
+    sentences = load_sentence_transformer(embedder.model_id, str(embedder.revision), "float32", device_for())
+    loaded = load_scorer(scorer.model_id, str(scorer.revision), None, None, "float32", device_for(), False)
+    for warm in (embedder.embed_texts, scorer.score_texts, both.score_texts, sentences.encode):
+        warm(found[:64])
+
+    default, _ = best_of(1, lambda: sentences.encode(found))
+    ours, _ = best_of(2, lambda: embedder.embed_texts(found))
+    what = f"embed {COUNT:,} {kind}"
+    yield Line(
+        f"C1: {what}; beside SentenceTransformer.encode", ours, default, target="<= 1/1.5", met=ours <= default / 1.5
+    )
+    one, _ = best_of(1, lambda: [sentences.encode(text) for text in found])
+    yield Line(f"{what}; beside encode, text by text, as CaR's cluster.py", ours, one)
+    passes, _ = best_of(2, lambda: both.score_texts(found))
+    yield Line(
+        f"score and embed {COUNT:,} {kind} in one pass; beside both apart", passes, *_apart(scorer, embedder, found)
+    )
+    yield from _of_the_machine(loaded, scorer, found)
+
+
+def _apart(scorer: QualityScorer, embedder: TextEmbedder, found: list[str]) -> tuple[float]:
+    seconds, _ = best_of(1, lambda: (scorer.score_texts(found), embedder.embed_texts(found)))
+    return (seconds,)
+
+
+def _of_the_machine(loaded: LoadedScorer, scorer: QualityScorer, found: list[str]) -> Iterator[Line]:
+    """The scorer beside a matrix product, and beside the slower of its two halves."""
+    whole, _ = best_of(2, lambda: scorer.score_texts(found))
+    tokenising, tokens = best_of(2, lambda: tokenise(loaded.tokenizer, found, 512))
+    lengths = [len(ids) for ids in tokens.ids]
+    rate = flop(lengths, loaded.model.config.encoder_config) / whole / 1e9
+    limit = sgemm()
+    what = f"C2: score {len(found):,} texts, real tokens only; beside a matrix product 2048 x 384 x 1536"
+    yield Line(what, rate, limit, "GFLOP/s", ">= 0.6", rate >= 0.6 * limit)
+    model = whole - tokenising  # what is left when not even the first window is waited for
+    slower = max(tokenising, model)
+    yield Line(
+        "F1: text to score; beside the slower of tokenizer and model",
+        whole,
+        slower,
+        target="<= 1.10",
+        met=whole <= 1.1 * slower,
+    )
+    ordinary, _ = best_of(2, lambda: loaded.tokenizer(found, truncation=False, verbose=False)["input_ids"])
+    yield Line(f"tokenise {sum(lengths):,} tokens; beside tokenizer(...)", tokenising, ordinary)
+
+
+def flop(lengths: list[int], config: object) -> float:
+    """Multiplications and additions of the encoder's matrix products, padding not counted (facts: 2 (4 h^2 + 2 h f) + 4 s h)."""
+    h, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    return float(sum(layers * (2 * (4 * h * h + 2 * h * f) * s + 4 * s * s * h) for s in lengths))
+
+
+def sgemm(seconds: float = 2.0) -> float:
+    """GFLOP/s of a matrix product of the encoder's shape, in float32."""
+    a, b = torch.randn(2048, 384), torch.randn(384, 1536)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        torch.mm(a, b)
+        done += 1
+    return done * 2 * 2048 * 384 * 1536 / (time.perf_counter() - start) / 1e9
