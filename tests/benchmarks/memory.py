@@ -1,0 +1,126 @@
+"""Memory and time of scoring as rows grow: a process of its own per size, rows resampled from real ones.
+
+A million rows through MiniLM would take hours on two cores; its words through a small random encoder take minutes, and
+every buffer that could grow with the rows (texts, tokens, batches, results, what is written) is the same. Time is measured
+on MiniLM itself, on 2,000 and on all rows at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks.table import Line
+from tests.benchmarks.texts import rows
+
+FEW, MANY = 20_000, 1_000_000
+LIMIT = 2.0  # GB beside the model, at MANY rows
+
+
+def measure() -> Iterator[Line]:
+    """Peak resident memory at two sizes, and the exponent of time."""
+    kind, found = rows()
+    with tempfile.TemporaryDirectory() as folder:
+        small_model(Path(folder) / "model")
+        peaks = {}
+        for count in (FEW, MANY):
+            write_rows(found, count, Path(folder) / str(count))
+            peaks[count] = _in_a_process("score", str(Path(folder) / "model"), str(Path(folder) / str(count)))
+        few, many = peaks[FEW], peaks[MANY]
+        beside = many["peak"] - many["model"]
+        what = f"peak resident memory beside the model, {MANY:,} {kind} resampled; beside {FEW:,} rows"
+        yield Line(what, beside, few["peak"] - few["model"], "GB", f"<= {LIMIT:g} GB", beside <= LIMIT)
+        what = "of that not backed by a file (the dataset's pages, which the system takes back when it needs them)"
+        yield Line(what, many["anonymous"] - many["model"], few["anonymous"] - few["model"], "GB")
+    sizes = (2_000, len(found))
+    seconds = [_in_a_process("time", str(size))["seconds"] for size in sizes]
+    exponent = math.log(seconds[1] / seconds[0]) / math.log(sizes[1] / sizes[0])
+    what = f"exponent of scoring time, {sizes[0]:,} to {sizes[1]:,} {kind} ({seconds[0]:.0f} s, {seconds[1]:.0f} s)"
+    yield Line(what, exponent, 1.0, "", "about 1", abs(exponent - 1) < 0.1)
+
+
+def write_rows(found: list[dict[str, Any]], count: int, folder: Path) -> None:
+    """So many rows drawn from these, on disk."""
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    few = Dataset.from_list(found)
+    few.select(np.random.default_rng(0).integers(0, len(few), count)).save_to_disk(folder)
+
+
+def small_model(folder: Path) -> None:
+    """A random IQS model of 2 layers and 32 units that reads MiniLM's tokens."""
+    from transformers import AutoTokenizer, BertConfig
+
+    from car_datasets import IQSConfig, IQSModel, hub
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    encoder = BertConfig(vocab_size=30_522, max_position_embeddings=512, **sizes)
+    IQSModel(IQSConfig(encoder_config=encoder, hidden_sizes=(16,), template="clean-1")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(hub.default_encoder_folder()).save_pretrained(folder)
+
+
+def _in_a_process(*arguments: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _resident() -> dict[str, float]:
+    """GB of this process: resident, and the part of it without a file behind it."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    found = {words[0]: int(words[1]) / 2**20 for words in lines if words[0] in ("VmRSS:", "RssAnon:")}
+    return {"peak": found["VmRSS:"], "anonymous": found["RssAnon:"]}
+
+
+def _score(model: str, folder: str) -> None:
+    from datasets import Dataset
+
+    from car_datasets import QualityScorer
+    from car_datasets.columns import add_columns
+    from car_datasets.loading import load_instructions
+
+    scorer = QualityScorer(model, diagnostics=True)
+    scorer.score_texts(["Instruction: a Response: b"])
+    before = _resident()["anonymous"]  # libraries, weights, tokenizer
+    highest = _resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            for name, value in _resident().items():
+                highest[name] = max(highest[name], value)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    add_columns(load_instructions(Dataset.load_from_disk(folder)), scorer, "Scoring")
+    done.set()
+    watcher.join()
+    print(json.dumps({**highest, "model": before}))
+
+
+def _time(count: str) -> None:
+    from datasets import Dataset
+
+    from car_datasets import QualityScorer
+    from car_datasets.columns import add_columns
+
+    scorer, dataset = QualityScorer(), Dataset.from_list(rows(int(count))[1])
+    scorer.score_texts(["Instruction: a Response: b"])
+    start = time.perf_counter()
+    add_columns(dataset, scorer, "Scoring")
+    print(json.dumps({"seconds": time.perf_counter() - start}))
+
+
+if __name__ == "__main__":
+    {"score": _score, "time": _time}[sys.argv[1]](*sys.argv[2:])
