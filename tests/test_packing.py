@@ -1,11 +1,14 @@
 """Packed texts: the numbers of padded ones, whatever the neighbours; run on the CPU, where each text is attended to in turn."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from car_datasets import IQSConfig, IQSModel, QualityScorer, loaded_scorer
 from car_datasets.batching import pad
@@ -74,6 +77,15 @@ def test_a_filler_changes_nothing() -> None:
     assert torch.allclose(found, expected, atol=TOLERANCE)
 
 
+@pytest.fixture
+def packed_iqs(tiny_iqs: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A model that is loaded as on a GPU in half precision: to read packed texts."""
+    loaded_scorer.load_scorer.cache_clear()
+    monkeypatch.setattr(loaded_scorer, "can_pack", lambda *_: True)
+    yield tiny_iqs
+    loaded_scorer.load_scorer.cache_clear()
+
+
 @pytest.mark.parametrize("head", [{}, {"head": "segments", "hidden_sizes": (4, 3), "members": 2, "word_bits": 6}])
 def test_a_packed_scorer_scores_as_a_padded_one(
     head: dict[str, Any], make_tiny_iqs: Any, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
@@ -104,3 +116,18 @@ def test_texts_that_are_not_packed_are_refused() -> None:
     bounds = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="sqrt"):
         attend_packed(model, states, states, states, None, scaling=0.5, cu_seq_lens_q=bounds)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(range(8)), budget=st.sampled_from([1, 20, 60, 5000]))
+def test_a_packed_score_does_not_depend_on_its_company(packed_iqs: str, order: list[int], budget: int) -> None:
+    texts = [f"Instruction: write {'a ' * i}Response: {'good ' * (i % 5)}" for i in range(8)]
+    expected = QualityScorer(packed_iqs, batch_tokens=1).score_texts(texts).scores
+    found = QualityScorer(packed_iqs, batch_tokens=budget).score_texts([texts[i] for i in order]).scores
+    assert np.allclose(found, expected[order], atol=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same_scores(tiny_iqs: str, pairs: Dataset) -> None:
+    expected = QualityScorer(tiny_iqs)(pairs[:])["iqs_score"]
+    assert np.allclose(QualityScorer(tiny_iqs, compile=True)(pairs[:])["iqs_score"], expected, atol=TOLERANCE)
