@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from car_datasets.reporting import SelectionReport
     from car_datasets.scoring import QualityScorer
     from car_datasets.selection import select_car
+    from car_datasets.streaming import select_car_streaming
 
 _HOME = {
     "ClusterModel": "clustering",
@@ -36,6 +37,7 @@ _HOME = {
     "curate": "curation",
     "load_instructions": "loading",
     "select_car": "selection",
+    "select_car_streaming": "streaming",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "curate",
     "load_instructions",
     "select_car",
+    "select_car_streaming",
 ]
 
 

@@ -207,7 +207,11 @@ def refuse_worse(scores: npt.ArrayLike, positions: Indices) -> None:
     values = np.asarray(scores, dtype=np.float64)
     if len(positions) == 0:
         raise ValueError("n1 and n2 select no rows.")
-    pool, chosen = float(np.nanmean(values)), float(values[positions].mean())
+    refuse_mean_below(float(values[positions].mean()), float(np.nanmean(values)))
+
+
+def refuse_mean_below(chosen: float, pool: float) -> None:
+    """As [`refuse_worse`], for the two means."""
     if chosen < pool - 1e-9 * max(1.0, abs(pool)):
         raise ValueError(
             f"The selection's mean score {chosen:.4f} is below the pool's {pool:.4f}. Is a higher score better in this "
@@ -221,7 +225,11 @@ def read_numbers(dataset: Dataset, column: str, missing: float) -> npt.NDArray[A
     Raises:
         ValueError: the column is not numeric.
     """
-    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    return numbers_of(dataset.select_columns([column]).with_format("arrow")[:][column], column, missing)
+
+
+def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDArray[Any]:
+    """As [`read_numbers`], for a column that has been read."""
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         raise ValueError(f"The column {column!r} holds {values.type}, not numbers.")
     try:

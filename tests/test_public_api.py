@@ -24,7 +24,7 @@ ORDER = [
     {"loaded_scorer"},
     {"files", "parallel", "reporting", "rows"},
     {"loading", "embedding", "clustering", "results", "recipe"},
-    {"scoring", "filtering"},
+    {"scoring", "filtering", "streaming"},
     {"columns", "estimation", "evaluation", "training_examples", "schedule", "validation", "head_fitting"},
     {"training", "head_training"},
     {"curation"},
