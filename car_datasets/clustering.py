@@ -22,6 +22,7 @@ import torch
 
 from car_datasets.cluster_fitting import Projection, clustering_device, fit_sklearn, fit_torch, refuse_bad_fit
 from car_datasets.kmeans import nearest
+from car_datasets.parallel import mend_threads_after_fork
 from car_datasets.rows import refuse_overwrite, refuse_tables
 from car_datasets.vectors import BATCH, Matrix, as_arrow, matrix_of
 
@@ -145,6 +146,7 @@ class ClusterModel:
 
     def _label(self, rows: pa.Array | pa.ChunkedArray, rank: int | None = None) -> tuple[Any, Any, Any]:
         """Labels, distances, and which rows have neither, each of shape `(rows,)`."""
+        mend_threads_after_fork()
         matrix, present = matrix_of(rows, self.embedding_column)
         labels, distances = np.zeros(len(rows), dtype=np.int32), np.zeros(len(rows), dtype=np.float32)
         missing = np.ones(len(rows), dtype=bool)

@@ -208,6 +208,23 @@ def test_with_its_types_named_map_may_begin_with_nulls(model: ClusterModel, batc
     assert mapped["cluster"][:] == model.label(data)["cluster"][:]
 
 
+FORKED = """
+import numpy as np
+from datasets import Dataset
+from car_datasets import ClusterModel
+rows = np.random.default_rng(0).normal(size=(20_000, 32)).astype(np.float32)
+data = Dataset.from_dict({"embedding": list(rows)})
+model = ClusterModel.fit(data)
+assert data.map(model, batched=True, num_proc=2)["cluster"][:] == model.label(data)["cluster"][:]
+"""
+
+
+@pytest.mark.slow
+def test_map_in_forked_processes_does_not_wait_for_threads_that_a_fork_lost(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", FORKED], env=environment, timeout=120, check=True)
+
+
 def test_no_rows_get_the_columns_too(data: Dataset, model: ClusterModel) -> None:
     assert model.label(data.select([])).features == Features({**data.features, **NEW})
 
