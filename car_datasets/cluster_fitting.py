@@ -61,16 +61,26 @@ def fit_torch(
     def read() -> Iterator[Matrix]:
         return (matrix for matrix, _ in embedding_batches(dataset, column))
 
-    chunks = read()
+    rows, project, share = fit_components(read(), explained_variance, clustering_device())
+    clusters = number_of_clusters(k, rows)
+    fitted = fit_kmeans(read, project, rows, clusters, seed=seed, n_init=n_init, sample=sample)
+    return Numbers(project.mean, project.components, fitted.centers.cpu().numpy(), share, fitted.inertia)
+
+
+def fit_components(
+    chunks: Iterator[Matrix], explained_variance: float, device: torch.device
+) -> tuple[int, Projection, float]:
+    """PCA in one pass over the rows.
+
+    Returns:
+        The number of rows, the projection on the components, for points on `device`, and the share of variance they hold.
+    """
     covariance = Covariance.of(next(chunks))
     for chunk in chunks:
         covariance.merge(Covariance.of(chunk))
-    clusters = number_of_clusters(k, covariance.rows)
     components, share = covariance.principal_components(explained_variance)
     mean, kept = covariance.mean.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32)
-    project = Projection(mean, kept, clustering_device())
-    fitted = fit_kmeans(read, project, covariance.rows, clusters, seed=seed, n_init=n_init, sample=sample)
-    return Numbers(mean, kept, fitted.centers.cpu().numpy(), share, fitted.inertia)
+    return covariance.rows, Projection(mean, kept, device), share
 
 
 def fit_sklearn(

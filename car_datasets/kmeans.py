@@ -18,9 +18,10 @@ from torch import Tensor
 from car_datasets.vectors import Matrix
 
 CHUNK = 16_384  # points whose sums are added up in float32 before they join the float64 totals
-CPU_BLOCK, GPU_BLOCK = 2**19, 2**26  # distances in memory at a time: what the second-level cache holds; 256 MB
+CPU_BLOCK, GPU_BLOCK = 2**18, 2**26  # distances in memory at a time: what the second-level cache holds; 256 MB
 MAX_ITERATIONS = 100
-TOLERANCE = 1e-4  # a pass that lowers the inertia by less than this share is the last
+TOLERANCE = 5e-4  # a pass that lowers the inertia by less than this share is the last
+BEYOND = 0.5  # how far beyond the mean of its points a centre first goes; 0.75 is too far
 CANDIDATES = 20  # points for each first centre; measured: as good as all, and half a pass's time
 FULL_PASSES = 2  # over all points, after the fit on a sample
 
@@ -108,13 +109,20 @@ def first_centers(points: Tensor, k: int, rng: np.random.Generator) -> Tensor:
 
 
 def lloyd(points: Tensor, centers: Tensor) -> Fitted:
-    """Lloyd's algorithm on points in memory, until a pass lowers the inertia by less than `TOLERANCE` of it."""
+    """Lloyd's algorithm on points in memory, until a pass lowers the inertia by less than `TOLERANCE` of it.
+
+    Centres first go beyond the mean of their points: on embeddings of 9,229 real rows 12 passes then reach what takes 22
+    without. Once that no longer helps they go to the mean, so that what is found is a solution of Lloyd's.
+    """
     found = one_pass([points], centers)
+    beyond = BEYOND
     for _ in range(MAX_ITERATIONS):
-        centers = next_centers(found, centers)
+        centers = next_centers(found, centers, beyond)
         before, found = found.inertia, one_pass([points], centers)
         if before - found.inertia <= TOLERANCE * before:
-            break
+            if beyond == 0:
+                break
+            beyond = 0.0
     return Fitted(centers, found.inertia)
 
 
@@ -167,8 +175,11 @@ def segment_sums(points: Tensor, labels: Tensor, k: int) -> Tensor:
     return torch.segment_reduce(points[order], "sum", lengths=torch.bincount(labels, minlength=k), axis=0)
 
 
-def next_centers(found: Pass, centers: Tensor) -> Tensor:
-    """The mean of every cluster's points; an empty cluster gets one of the points that lie farthest from their centre."""
+def next_centers(found: Pass, centers: Tensor, beyond: float = 0.0) -> Tensor:
+    """The mean of every cluster's points, or a point `beyond` it by that share of the way that leads there.
+
+    An empty cluster gets one of the points that lie farthest from their centre.
+    """
     sums, counts = found.sums.clone(), found.counts.clone()
     empty = (counts == 0).nonzero().flatten().tolist()
     for point, label in zip(found.far_points, found.far_labels.tolist(), strict=True) if empty else ():
@@ -180,9 +191,8 @@ def next_centers(found: Pass, centers: Tensor) -> Tensor:
         if not empty:
             break
     means = (sums / counts.clamp(min=1).unsqueeze(1)).to(centers.dtype)
-    return torch.where(
-        (counts == 0).unsqueeze(1), centers, means
-    )  # more centres than different points: some stay empty
+    means = torch.where((counts == 0).unsqueeze(1), centers, means)  # with fewer different points than centres
+    return torch.where((found.counts == 0).unsqueeze(1), means, means + beyond * (means - centers))
 
 
 def _chunks(points: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -86,6 +86,17 @@ def test_empty_clusters_move_to_the_farthest_points() -> None:
     assert sorted(found.flatten().tolist()) == [1.0, 30.0, 50.0]  # and their old cluster has lost them
 
 
+def test_a_step_beyond_the_mean() -> None:
+    points, centers = torch.tensor([[0.0], [2.0], [30.0]]), torch.tensor([[0.0], [40.0], [900.0]])
+    found = one_pass([points], centers)
+    assert next_centers(found, centers).flatten().tolist() == [
+        0.0,
+        30.0,
+        2.0,
+    ]  # the empty one takes the farthest that it may
+    assert next_centers(found, centers, 0.5).flatten().tolist() == [0.0, 25.0, 2.0]  # and is not drawn any further
+
+
 def test_more_centers_than_different_points_stay_where_they_are() -> None:
     points = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
     centers = torch.tensor([[1.0], [2.0], [1.0]])
@@ -97,11 +108,34 @@ def test_more_centers_than_different_points_stay_where_they_are() -> None:
 
 def test_from_the_same_centers_it_ends_where_scikit_learn_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans, "TOLERANCE", 0.0)
+    monkeypatch.setattr(kmeans, "BEYOND", 0.0)
     points = groups(800)
     reference = KMeans(12, init=points[:12], n_init=1, tol=0).fit(points)
     found = lloyd(torch.from_numpy(points), torch.from_numpy(points[:12]))
     np.testing.assert_allclose(found.centers, reference.cluster_centers_, atol=1e-4)
     assert found.inertia == pytest.approx(reference.inertia_, rel=1e-5)
+
+
+def test_long_steps_end_in_a_solution_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kmeans, "TOLERANCE", 0.0)
+    points = groups(800)
+    found = lloyd(torch.from_numpy(points), torch.from_numpy(points[:12]))
+    further = KMeans(12, init=found.centers.numpy(), n_init=1, tol=0).fit(points)
+    np.testing.assert_allclose(further.cluster_centers_, found.centers, atol=1e-4)
+
+
+def test_long_steps_take_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, counted = torch.from_numpy(groups(4_000, width=32, of=500)), []
+    monkeypatch.setattr(kmeans, "TOLERANCE", 1e-5)
+    monkeypatch.setattr(kmeans, "one_pass", lambda *given: counted.append(1) or one_pass(*given))
+    inertias, passes = [], []
+    for beyond in (0.0, kmeans.BEYOND):
+        monkeypatch.setattr(kmeans, "BEYOND", beyond)
+        counted.clear()
+        inertias.append(np.mean([lloyd(points, points[i : i + 40]).inertia for i in range(0, 800, 200)]))
+        passes.append(len(counted))
+    assert passes[1] < 0.9 * passes[0]
+    assert inertias[1] <= 1.002 * inertias[0]
 
 
 @pytest.mark.parametrize(("k", "sample", "allowed"), [(12, 0, 1.01), (40, 0, 1.01), (12, 100, 1.02)])
