@@ -50,7 +50,7 @@ def projected(rows: int) -> Matrix:
 def components() -> Iterator[Line]:
     """The components of 95 %, from the rows."""
     for width, solver, wanted in ((384, "covariance_eigh", 2.0), (1024, "auto", 1 / 8)):
-        matrix = embeddings(SMALL[0] if width == 384 else 20_000, width)
+        matrix = embeddings(SMALL[0], width)
         ours, (_, project, _) = best_of(3, lambda m=matrix: fit_components(pieces(m)(), 0.95, torch.device("cpu")))
         theirs, pca = best_of(3 if width == 384 else 1, lambda m=matrix, s=solver: PCA(0.95, svd_solver=s).fit(m))
         if project.components.shape != pca.components_.shape:
