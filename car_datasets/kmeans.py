@@ -20,7 +20,7 @@ from car_datasets.vectors import Matrix
 CHUNK, GPU_CHUNK = 16_384, 2**18  # points whose sums are added up in float32 before they join the float64 totals
 CPU_BLOCK, GPU_BLOCK = 2**18, 2**26  # distances in memory at a time: what the second-level cache holds; 256 MB
 MAX_ITERATIONS = 100
-TOLERANCE = 5e-4  # a pass that lowers the inertia by less than this share is the last
+TOLERANCE = 2e-4  # a pass that lowers the inertia by less than this share is the last
 BEYOND = 0.5  # how far beyond the mean of its points a centre first goes; 0.75 is too far
 CANDIDATES = 20  # points to choose each first centre from, two passes' time; 10 miss groups, all take ten times as long
 FULL_PASSES = 2  # over all points, after the fit on a sample
