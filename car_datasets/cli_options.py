@@ -22,6 +22,13 @@ Tokenizer = Annotated[
 Embedder = Annotated[str | None, typer.Option(help="A sentence-transformers model.  [default: the scorer's own]")]
 Procedure = Annotated[str | None, typer.Option(help="default, or paper: the published rules, oddities included.")]
 Runs = Annotated[int | None, typer.Option(help="k-means runs, of which the best is kept.  [default: 1]")]
+KMeans = Annotated[
+    str | None, typer.Option("--kmeans", help="torch, or sklearn: on all rows, as the paper.  [default: by procedure]")
+]
+KMeansSample = Annotated[
+    int | None,
+    typer.Option("--kmeans-sample", help="Rows per cluster to fit on, where there are more; 0: all.  [default: 256]"),
+]
 OnInvalid = Annotated[str, typer.Option(help="Rows that cannot be scored: error, or mark.")]
 Dtype = Annotated[
     str | None, typer.Option(help="Of the encoder: float32, or bfloat16, which is fast on a GPU.  [default: float32]")

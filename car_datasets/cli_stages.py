@@ -110,6 +110,8 @@ def cluster(
     explained_variance: Annotated[float, typer.Option(help="Share of variance that PCA keeps.")] = 0.95,
     seed: o.Seed = None,
     n_init: o.Runs = None,
+    kmeans: o.KMeans = None,
+    kmeans_sample: o.KMeansSample = None,
     embedder: Annotated[
         str | None,
         typer.Option(help="For a file without embeddings: a sentence-transformers model.  [default: MiniLM]"),
@@ -140,6 +142,8 @@ def cluster(
         explained_variance=explained_variance,
         seed=42 if seed is None else seed,
         n_init=1 if n_init is None else n_init,
+        kmeans="torch" if kmeans is None else kmeans,
+        kmeans_sample=256 if kmeans_sample is None else kmeans_sample,
         output_column=column,
         distance_column=f"{column}_distance",
     )

@@ -1,14 +1,14 @@
 """CLUSTER: `ClusterModel`, fitted by PCA and k-means (CaR sec. 3.2), saved as safetensors, itself a `.map` callable.
 
-Does: fit on the embeddings of a dataset, give every row its cluster and its distance to the centre.
-Does not: compute embeddings, or fit on more than fits in memory (rows x dimensions x 4 bytes, twice).
+Does: fit on the embeddings of a dataset, give every row its cluster and its distance to the centre. Reads them batch by batch
+and holds the rows that k-means fits on, projected: all of them, or a sample.
+Does not: compute embeddings; find the components and centres (cluster_fitting.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
+from car_datasets.cluster_fitting import Projection, clustering_device, fit_sklearn, fit_torch, refuse_bad_fit
+from car_datasets.kmeans import nearest
+from car_datasets.parallel import mend_threads_after_fork
 from car_datasets.rows import refuse_overwrite, refuse_tables
-from car_datasets.vectors import Matrix, as_arrow, matrix_of, read_embeddings
+from car_datasets.vectors import BATCH, Matrix, as_arrow, beside, matrix_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-CACHE_VERSION = "1"
-CHUNK = 65_536  # rows whose distances to all centres are in memory at a time
+CACHE_VERSION = "2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +88,8 @@ class ClusterModel:
         explained_variance: float = 0.95,
         seed: int = 42,
         n_init: int = 1,
+        kmeans: str = "torch",
+        kmeans_sample: int = 256,
         output_column: str = "cluster",
         distance_column: str = "cluster_distance",
     ) -> ClusterModel:
@@ -95,25 +100,23 @@ class ClusterModel:
             embedding_column (`str`): that column.
             k (`int` or `"sqrt"`): clusters; `"sqrt"` is the paper's int(sqrt(rows / 2)).
             explained_variance (`float`): PCA keeps the fewest components that hold this share; 1.0 keeps all.
-            seed (`int`), n_init (`int`): of scikit-learn's k-means (k-means++, Lloyd), the best of `n_init` runs.
+            seed (`int`): of k-means; n_init (`int`): the best of so many runs is kept.
+            kmeans (`str`): `"torch"`, or `"sklearn"`: scikit-learn's PCA and k-means (k-means++, Lloyd), on all rows and with
+                all of them in memory, as the paper has it; slower.
+            kmeans_sample (`int`): of `"torch"`: where there are more than so many rows per cluster, fit on so many drawn ones,
+                then correct the centres by two passes over all rows; 0 fits on all.
             output_column, distance_column (`str`): the columns that the model adds.
 
         Raises:
             ValueError: no such column, embeddings of unequal length or not finite, more clusters than rows.
         """
-        from sklearn.cluster import KMeans
-
-        refuse_bad_fit(explained_variance, n_init, seed)
-        matrix, _ = read_embeddings(dataset, embedding_column)
-        clusters = number_of_clusters(k, len(matrix))
-        mean, components, share = _principal_components(matrix, explained_variance, seed)
-        kmeans = KMeans(clusters, n_init=n_init, random_state=seed).fit((matrix - mean) @ components.T)
+        refuse_bad_fit(explained_variance, n_init, seed, kmeans, kmeans_sample)
+        if kmeans == "sklearn":
+            numbers = fit_sklearn(dataset, embedding_column, k, explained_variance, seed, n_init)
+        else:
+            numbers = fit_torch(dataset, embedding_column, k, explained_variance, seed, n_init, kmeans_sample)
         return cls(
-            mean=mean,
-            components=components,
-            centers=kmeans.cluster_centers_,
-            explained_variance=share,
-            inertia=float(kmeans.inertia_),
+            *numbers,
             seed=seed,
             embedding_column=embedding_column,
             output_column=output_column,
@@ -129,55 +132,61 @@ class ClusterModel:
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
         """A `.map(batched=True)` batch to the label (int32) and the distance to its centre (float32, projected space).
 
-        `rank` is taken because `.map(with_rank=True)` passes it; this is plain arithmetic on the CPU.
+        `rank` is taken because `.map(with_rank=True)` passes it: it chooses the GPU, where there is one.
         """
         refuse_tables(batch, "ClusterModel.label(dataset)")
         names = list(batch)
         refuse_overwrite(names, (self.output_column, self.distance_column), "output_column=... to ClusterModel.fit")
         if self.embedding_column not in names:
             raise ValueError(f"There is no column {self.embedding_column!r}; the dataset has {names}.")
-        return self._label(as_arrow(batch[self.embedding_column]))
+        *arrays, missing = self._label(as_arrow(batch[self.embedding_column]), rank)
+        if missing.any():  # as numpy's own numbers, from which `.map` infers int32 and float32
+            arrays = [[None if gone else x for x, gone in zip(array, missing, strict=True)] for array in arrays]
+        return dict(zip((self.output_column, self.distance_column), arrays, strict=True))
 
-    def _label(self, rows: pa.Array | pa.ChunkedArray) -> dict[str, Any]:
+    def _label(self, rows: pa.Array | pa.ChunkedArray, rank: int | None = None) -> tuple[Any, Any, Any]:
+        """Labels, distances, and which rows have neither, each of shape `(rows,)`."""
+        mend_threads_after_fork()
         matrix, present = matrix_of(rows, self.embedding_column)
-        if len(present) == 0:
-            return {self.output_column: [None] * len(rows), self.distance_column: [None] * len(rows)}
-        labels, distances = self.assign(matrix)
-        if len(present) == len(rows):
-            return {self.output_column: labels, self.distance_column: distances}
-        place = {int(row): i for i, row in enumerate(present)}
-        return {
-            self.output_column: [labels[place[i]] if i in place else None for i in range(len(rows))],
-            self.distance_column: [distances[place[i]] if i in place else None for i in range(len(rows))],
-        }
+        labels, distances = np.zeros(len(rows), dtype=np.int32), np.zeros(len(rows), dtype=np.float32)
+        missing = np.ones(len(rows), dtype=bool)
+        if len(present) > 0:
+            labels[present], distances[present] = self.assign(matrix, rank)
+            missing[present] = False
+        return labels, distances, missing
+
+    def label_arrow(self, rows: pa.Array | pa.ChunkedArray) -> pa.Table:
+        """A column of embeddings to a table of the two columns that this callable adds; null where there is no embedding."""
+        *arrays, missing = self._label(rows)
+        return pa.table(
+            [pa.array(array, mask=missing) for array in arrays], names=(self.output_column, self.distance_column)
+        )
 
     def label(self, dataset: Dataset) -> Dataset:
         """What `dataset.map(self)` gives, read from Arrow's buffers, with the other columns left where they are."""
-        from datasets import Dataset, Features, concatenate_datasets
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
         from tqdm.auto import tqdm
 
         new = (self.output_column, self.distance_column)
         refuse_overwrite(dataset.column_names, new, "output_column=... to ClusterModel.fit")
-        columns: dict[str, list[Any]] = {name: [] for name in new}
         if self.embedding_column not in dataset.column_names:
             raise ValueError(f"There is no column {self.embedding_column!r}; the dataset has {dataset.column_names}.")
-        if len(dataset) == 0:  # concatenate_datasets drops what has no rows
-            types = Features({**dataset.features, **self.output_features()})
-            return Dataset.from_dict({name: [] for name in types}, features=types)
         vectors = dataset.select_columns([self.embedding_column]).with_format("arrow")
+        parts = [self.output_features().arrow_schema.empty_table()]
         with tqdm(total=len(dataset), desc="Clustering", unit=" examples") as progress:
-            for batch in vectors.iter(batch_size=CHUNK):
-                for name, values in self._label(batch[self.embedding_column]).items():
-                    columns[name].extend(values)
+            for batch in vectors.iter(batch_size=BATCH):
+                parts.append(self.label_arrow(batch[self.embedding_column]))
                 progress.update(len(batch))
-        new_columns = Dataset.from_dict(columns, features=self.output_features())
-        # In Arrow's format: numpy's would turn whole numbers beside a null into floats where selected rows are copied.
-        return concatenate_datasets(
-            [dataset.with_format("arrow"), new_columns.with_format("arrow")], axis=1
-        ).with_format(dataset.format["type"], **dataset.format["format_kwargs"])
+        table = pa.concat_tables([part.cast(parts[0].schema) for part in parts])
+        return beside(dataset, Dataset(InMemoryTable(table)))
 
-    def assign(self, embeddings: Matrix) -> tuple[npt.NDArray[np.int32], Matrix]:
+    def assign(self, embeddings: Matrix, rank: int | None = None) -> tuple[npt.NDArray[np.int32], Matrix]:
         """Embeddings of shape `(rows, dimension)` to labels and distances, both of shape `(rows,)`.
+
+        Args:
+            embeddings (`(rows, dimension)` float32): of any number of rows; `BATCH` of them are projected at a time.
+            rank (`int`, *optional*): of a `.map` worker, see [`device_for`].
 
         Raises:
             ValueError: the embeddings have another dimension than the ones this was fitted on.
@@ -188,13 +197,14 @@ class ClusterModel:
             )
         labels = np.empty(len(embeddings), dtype=np.int32)
         distances = np.empty(len(embeddings), dtype=np.float32)
-        lengths = (self.centers**2).sum(axis=1)
-        for start in range(0, len(embeddings), CHUNK):
-            rows = slice(start, start + CHUNK)
-            projected = (embeddings[rows] - self.mean) @ self.components.T
-            nearest = (lengths - 2 * projected @ self.centers.T).argmin(axis=1)
-            labels[rows] = nearest
-            distances[rows] = np.linalg.norm(projected - self.centers[nearest], axis=1)
+        project = Projection(self.mean, self.components, clustering_device(rank))
+        centers = torch.from_numpy(self.centers).to(project.device)
+        for start in range(0, len(embeddings), BATCH):
+            rows = slice(start, start + BATCH)
+            points = project(embeddings[rows])
+            found, _ = nearest(points, centers)
+            labels[rows] = found.cpu().numpy()
+            distances[rows] = (points - centers[found]).norm(dim=1).cpu().numpy()  # exact, also where it is next to 0
         return labels, distances
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -227,40 +237,3 @@ class ClusterModel:
                 f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {CACHE_VERSION!r}."
             )
         return cls(**load_file(path / "cluster_model.safetensors"), **plain)
-
-
-def _principal_components(matrix: Matrix, explained_variance: float, seed: int) -> tuple[Matrix, Matrix, float]:
-    """Mean, components and the share of variance that they hold."""
-    from sklearn.decomposition import PCA
-
-    if (matrix == matrix[0]).all():  # one row, or equal ones: no variance to explain
-        return matrix[0], np.eye(1, matrix.shape[1], dtype=np.float32), 1.0
-    kept = None if explained_variance == 1.0 else explained_variance
-    # covariance_eigh is exact, and 15 times faster than the SVD that "auto" takes for wide embeddings.
-    pca = PCA(kept, svd_solver="covariance_eigh", random_state=seed).fit(matrix)
-    return pca.mean_.astype(np.float32), pca.components_.astype(np.float32), float(pca.explained_variance_ratio_.sum())
-
-
-def refuse_bad_fit(explained_variance: float, n_init: int, seed: int) -> None:
-    """Raise a ValueError for settings that no fit can have."""
-    if not isinstance(explained_variance, (int, float)) or not 0 < explained_variance <= 1:
-        raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
-    if not isinstance(n_init, int) or n_init < 1:
-        raise ValueError(f"n_init={n_init!r} must be at least 1.")
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
-
-
-def number_of_clusters(k: int | str, rows: int) -> int:
-    """`k` as a number, checked against the rows; `"sqrt"` is int(sqrt(rows / 2)), at least 1.
-
-    Raises:
-        ValueError: it is not positive, or larger than the number of rows.
-    """
-    if isinstance(k, np.integer):
-        k = int(k)
-    if k == "sqrt":
-        k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= rows:
-        raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that can be clustered.")
-    return k

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from car_datasets.formatting import find_schema
 from car_datasets.rows import refuse_overwrite
+from car_datasets.vectors import beside
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,16 +45,3 @@ def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, descripti
         remove_columns=read,
     )
     return beside(dataset, found)
-
-
-def beside(dataset: Dataset, new: Dataset) -> Dataset:
-    """One dataset with the columns of both, whose rows belong together in their order."""
-    from datasets import Dataset, Features, concatenate_datasets
-
-    form: dict[str, Any] = dataset.format
-    if len(dataset) == 0:  # concatenate_datasets drops what has no rows
-        types = Features({**dataset.features, **new.features})
-        return Dataset.from_dict({name: [] for name in types}, features=types)
-    # In Arrow's format: numpy's would turn whole numbers beside a null into floats where selected rows are copied.
-    parts = [part.with_format("arrow") for part in (dataset, new)]
-    return concatenate_datasets(parts, axis=1).with_format(form["type"], **form["format_kwargs"])

@@ -16,7 +16,8 @@ from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from car_datasets import hub
-from car_datasets.clustering import ClusterModel, number_of_clusters, refuse_bad_fit
+from car_datasets.cluster_fitting import number_of_clusters, refuse_bad_fit
+from car_datasets.clustering import ClusterModel
 from car_datasets.columns import add_columns
 from car_datasets.embedding import TextEmbedder
 from car_datasets.estimation import LARGE, estimate_scoring
@@ -117,7 +118,9 @@ def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
                 f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
             )
     clusters = number_of_clusters(settings.k, rows)
-    refuse_bad_fit(settings.explained_variance, settings.n_init, settings.seed)
+    refuse_bad_fit(
+        settings.explained_variance, settings.n_init, settings.seed, settings.kmeans_engine, settings.kmeans_sample
+    )
     if settings.procedure == "default":
         refuse_impossible(rows, clusters, settings.n1, settings.n2, settings.budget)
     else:
@@ -229,6 +232,8 @@ def _fit_clusters(pool: Dataset, settings: Recipe) -> ClusterModel:
         explained_variance=settings.explained_variance,
         seed=settings.seed,
         n_init=settings.n_init,
+        kmeans=settings.kmeans_engine,
+        kmeans_sample=settings.kmeans_sample,
         output_column=settings.cluster_column,
         distance_column=f"{settings.cluster_column}_distance",
     )

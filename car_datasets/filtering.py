@@ -18,7 +18,6 @@ from car_datasets.selection import (
     refuse_worse,
     select_car,
 )
-from car_datasets.vectors import read_embeddings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +33,8 @@ def cluster_filter(
     explained_variance: float = 0.95,
     seed: int = 42,
     n_init: int = 1,
+    kmeans: str = "torch",
+    kmeans_sample: int = 256,
     score_column: str = "iqs_score",
     embedding_column: str = "embedding",
     allow_worse: bool = False,
@@ -57,7 +58,7 @@ def cluster_filter(
     Args:
         dataset (`Dataset`, or a batch of `.filter`): with `score_column` and `embedding_column`.
         n1, n2, budget, score_column, allow_worse: see [`select_car`].
-        k, explained_variance, seed, n_init, embedding_column: see [`ClusterModel.fit`].
+        k, explained_variance, seed, n_init, kmeans, kmeans_sample, embedding_column: see [`ClusterModel.fit`].
         num_rows (`int`): in `.filter` only, `len(dataset)`.
 
     Raises:
@@ -65,7 +66,14 @@ def cluster_filter(
     """
     from datasets import Dataset
 
-    fitting: dict[str, Any] = {"k": k, "explained_variance": explained_variance, "seed": seed, "n_init": n_init}
+    fitting: dict[str, Any] = {
+        "k": k,
+        "explained_variance": explained_variance,
+        "seed": seed,
+        "n_init": n_init,
+        "kmeans": kmeans,
+        "kmeans_sample": kmeans_sample,
+    }
     seen = dataset.column_names if hasattr(dataset, "column_names") else list(dataset)
     new = SELECTION_COLUMNS if isinstance(dataset, Dataset) else ()
     check_columns(seen, (score_column,), new)
@@ -87,9 +95,8 @@ def cluster_filter(
             "fn_kwargs={'num_rows': len(dataset), ...}), without num_proc."
         )
     whole = Dataset.from_dict(batch)
-    matrix, present = read_embeddings(whole, embedding_column)
-    clusters = np.full(num_rows, -1, dtype=np.int64)
-    clusters[present] = ClusterModel.fit(whole, embedding_column, **fitting).assign(matrix)[0]
+    labelled = ClusterModel.fit(whole, embedding_column, **fitting).label(whole)
+    clusters = np.asarray(read_numbers(labelled, "cluster", -1), dtype=np.int64)
     scores = read_numbers(whole, score_column, np.nan)
     positions = choose(scores, clusters, n1, n2, budget).positions
     if not allow_worse:

@@ -1,8 +1,12 @@
-"""From a `.map` rank or an accelerate process to a device."""
+"""From a `.map` rank or an accelerate process to a device; torch in a forked process."""
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+_IMPORTED_IN = os.getpid()
 
 
 def device_for(rank: int | None = None) -> torch.device:
@@ -22,3 +26,12 @@ def device_for(rank: int | None = None) -> torch.device:
 
     device: torch.device = PartialState().device
     return device
+
+
+def mend_threads_after_fork() -> None:
+    """In a forked process (`.map(num_proc=n)`), let torch compute on one thread.
+
+    A fork does not inherit the threads that torch has started in its parent, and would wait for them without end.
+    """
+    if os.getpid() != _IMPORTED_IN:
+        torch.set_num_threads(1)

@@ -22,7 +22,8 @@ class Recipe(Settings):
             [`QualityScorer`].
         embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; `None`: the scorer's own encoder
             where that is one (one forward pass for both), else the default.
-        k, explained_variance, seed, n_init: see [`ClusterModel.fit`]; `seed` also draws the report's controls.
+        k, explained_variance, seed, n_init, kmeans, kmeans_sample: see [`ClusterModel.fit`]; `seed` also draws the report's
+            controls; without `kmeans` it is `"sklearn"` for `procedure="paper"`, else `"torch"`.
         n1, n2, budget, allow_worse: see [`select_car`].
         score_column, embedding_column, cluster_column (`str`): the new columns (`iqs_tokens`, ... follow the first).
         procedure (`str`): `"default"`, or `"paper"`: clusters fitted on the score-sorted rows and the published rule of
@@ -50,6 +51,8 @@ class Recipe(Settings):
     explained_variance: float = 0.95
     seed: int = 42
     n_init: int = 1
+    kmeans: str | None = None
+    kmeans_sample: int = 256
     n1: int | float = 1000
     n2: int = 1
     budget: int | None = None
@@ -77,6 +80,11 @@ class Recipe(Settings):
         if changes.get("scorer", self.scorer) != self.scorer:
             changes = {"scorer_revision": None, "tokenizer": None, **changes}
         return super().changed(**changes)
+
+    @property
+    def kmeans_engine(self) -> str:
+        """`kmeans`, or the one of the procedure."""
+        return self.kmeans or ("sklearn" if self.procedure == "paper" else "torch")
 
     @property
     def names(self) -> dict[str, str]:

@@ -81,6 +81,13 @@ def _best_first(score: npt.NDArray[np.float64]) -> Indices:
     return _sorted_pairs(np.where(bits >> 31, ~bits, bits | np.uint32(2**31)), np.arange(len(score)))[1]
 
 
+def ranks_of(scores: npt.NDArray[Any]) -> Indices:
+    """The rank of every row, 1 for the best; ties by row order, NaN last."""
+    ranks = np.empty(len(scores), dtype=np.int64)
+    ranks[_best_first(np.asarray(scores, dtype=np.float64))] = np.arange(1, len(scores) + 1)
+    return ranks
+
+
 def ranks_within(labels: Indices) -> Indices:
     """For the clusters of rows, best row first: the rank of every row in its cluster, 1 for the best, 0 without cluster."""
     ranks = np.zeros(len(labels), dtype=np.int64)
@@ -207,11 +214,7 @@ def refuse_worse(scores: npt.ArrayLike, positions: Indices) -> None:
     values = np.asarray(scores, dtype=np.float64)
     if len(positions) == 0:
         raise ValueError("n1 and n2 select no rows.")
-    refuse_mean_below(float(values[positions].mean()), float(np.nanmean(values)))
-
-
-def refuse_mean_below(chosen: float, pool: float) -> None:
-    """As [`refuse_worse`], for the two means."""
+    pool, chosen = float(np.nanmean(values)), float(values[positions].mean())
     if chosen < pool - 1e-9 * max(1.0, abs(pool)):
         raise ValueError(
             f"The selection's mean score {chosen:.4f} is below the pool's {pool:.4f}. Is a higher score better in this "

@@ -14,7 +14,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from car_datasets.clustering import ClusterModel
-from car_datasets.selection import SELECTION_COLUMNS, Choice, add_selection, check_columns, choose, numbers_of, refuse_mean_below
+from car_datasets.selection import (
+    SELECTION_COLUMNS,
+    Choice,
+    add_selection,
+    check_columns,
+    choose,
+    numbers_of,
+    ranks_of,
+    refuse_worse,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -44,7 +53,8 @@ def select_car_streaming(
     ```
 
     A row that is not among the n1 best, nor among the n2 best of its cluster, so far will never be again; so at most
-    n1 + n2 * k rows and one batch are in memory, and the result is that of [`select_car`] on all rows at once.
+    n1 + n2 * k rows and one batch are in memory, beside one number per row of the stream, for `score_rank`. The result is that
+    of [`select_car`] on all rows at once.
 
     Args:
         dataset (`IterableDataset`): with a score for every row, and either clusters or, with `clusters`, embeddings; nulls are
@@ -62,6 +72,7 @@ def select_car_streaming(
             is worse than the pool.
     """
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
     counts = [n for n in (n1, n2, batch_size) if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 0]
     if counts or n1 + n2 == 0 or batch_size < 1:
@@ -70,33 +81,38 @@ def select_car_streaming(
             "n1 or n2 above 0; a share or a budget takes select_car on a Dataset."
         )
     kept: pa.Table | None = None
-    scored = rows = 0
-    total = 0.0
+    places = np.zeros(0, dtype=np.int64)  # of the kept rows, in the stream
+    seen: list[npt.NDArray[Any]] = []
+    rows = 0
     for batch in dataset.with_format("arrow").iter(batch_size=batch_size):
         batch = _labelled(batch, clusters, score_column, cluster_column)
-        if index_column not in batch.column_names:
-            batch = batch.append_column(index_column, pa.array(np.arange(rows, rows + len(batch))))
+        seen.append(_numbers(batch, score_column, np.nan))
+        here = np.arange(rows, rows + len(batch))
         rows += len(batch)
-        scores = _numbers(batch, score_column, np.nan)
-        scored, total = scored + int(np.count_nonzero(~np.isnan(scores))), total + float(np.nansum(scores))
+        if index_column not in batch.column_names:
+            batch = batch.append_column(index_column, pa.array(here))
         kept = batch if kept is None else pa.concat_tables([kept, batch], promote_options="permissive")
-        kept = kept.take(pa.array(np.sort(_choice(kept, score_column, cluster_column, n1, n2).positions)))
+        still = np.sort(_choice(kept, score_column, cluster_column, n1, n2).positions)
+        kept, places = kept.take(pa.array(still)), np.concatenate([places, here])[still]
+    scores = np.concatenate(seen or [np.zeros(0)])
+    scored = int(np.count_nonzero(~np.isnan(scores)))
     if kept is None or scored == 0:
         raise ValueError("dataset: the stream has no rows with a score.")
     if max(n1, n2) > scored:
         raise ValueError(f"n1={n1} and n2={n2} must be between 0 and the {scored} rows that have a score.")
     choice = _choice(kept, score_column, cluster_column, n1, n2)
     if not allow_worse:
-        chosen = _numbers(kept, score_column, np.nan)[choice.positions]
-        refuse_mean_below(float(chosen.mean()), total / scored)
-    return add_selection(Dataset(kept.combine_chunks()), choice, index_column)
+        refuse_worse(scores, places[choice.positions])
+    choice = choice._replace(score_rank=ranks_of(scores)[places[choice.positions]])
+    return add_selection(Dataset(InMemoryTable(kept.combine_chunks())), choice, index_column)
 
 
 def _labelled(batch: pa.Table, clusters: ClusterModel | None, score_column: str, cluster_column: str) -> pa.Table:
     if clusters is not None and cluster_column not in batch.column_names:
-        found: dict[str, Any] = clusters.label_arrow(batch)
-        for name, values in found.items():
-            batch = batch.append_column(cluster_column if name == clusters.output_column else name, values)
+        check_columns(batch.column_names, (clusters.embedding_column,), ())
+        found = clusters.label_arrow(batch[clusters.embedding_column])
+        batch = batch.append_column(cluster_column, found[clusters.output_column])
+        batch = batch.append_column(clusters.distance_column, found[clusters.distance_column])
     check_columns(batch.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
     return batch
 

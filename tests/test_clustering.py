@@ -19,8 +19,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from car_datasets import ClusterModel, cluster_filter, select_car
-from car_datasets.clustering import CHUNK, number_of_clusters
-from car_datasets.vectors import read_embeddings
+from car_datasets.cluster_fitting import number_of_clusters
+from car_datasets.vectors import BATCH, read_embeddings
 
 NEW = {"cluster": Value("int32"), "cluster_distance": Value("float32")}
 
@@ -54,7 +54,8 @@ def model(data: Dataset) -> ClusterModel:
 @pytest.mark.parametrize(("k", "seed", "share", "n_init"), [("sqrt", 42, 0.95, 1), (25, 0, 0.95, 1), (7, 1, 0.5, 4)])
 def test_fit_equals_pca_and_k_means_of_scikit_learn(k: Any, seed: int, share: float, n_init: int) -> None:
     matrix, new = vectors(900), vectors(200, seed=1)
-    model = ClusterModel.fit(dataset_of(matrix), k=k, seed=seed, explained_variance=share, n_init=n_init)
+    options: dict[str, Any] = {"k": k, "seed": seed, "explained_variance": share, "n_init": n_init}
+    model = ClusterModel.fit(dataset_of(matrix), kmeans="sklearn", **options)
     pca = PCA(share, random_state=seed)
     projected = pca.fit_transform(matrix)
     kmeans = KMeans(21 if k == "sqrt" else k, n_init=n_init, random_state=seed).fit(projected)
@@ -107,7 +108,7 @@ def test_equal_rows_fall_into_one_cluster() -> None:
 
 
 def test_labels_do_not_depend_on_how_many_rows_come_at_once(model: ClusterModel) -> None:
-    matrix = vectors(CHUNK + 100)
+    matrix = vectors(BATCH + 100)
     labels, distances = model.assign(matrix)
     parts = [model.assign(part) for part in np.array_split(matrix, 7)]
     assert np.array_equal(labels, np.concatenate([part[0] for part in parts]))
@@ -207,6 +208,23 @@ def test_with_its_types_named_map_may_begin_with_nulls(model: ClusterModel, batc
     assert mapped["cluster"][:] == model.label(data)["cluster"][:]
 
 
+FORKED = """
+import numpy as np
+from datasets import Dataset
+from car_datasets import ClusterModel
+rows = np.random.default_rng(0).normal(size=(20_000, 32)).astype(np.float32)
+data = Dataset.from_dict({"embedding": list(rows)})
+model = ClusterModel.fit(data)
+assert data.map(model, batched=True, num_proc=2)["cluster"][:] == model.label(data)["cluster"][:]
+"""
+
+
+@pytest.mark.slow
+def test_map_in_forked_processes_does_not_wait_for_threads_that_a_fork_lost(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", FORKED], env=environment, timeout=120, check=True)
+
+
 def test_no_rows_get_the_columns_too(data: Dataset, model: ClusterModel) -> None:
     assert model.label(data.select([])).features == Features({**data.features, **NEW})
 
@@ -295,7 +313,7 @@ def test_a_folder_without_the_numbers_is_refused(saved: Path) -> None:
 def test_a_model_of_another_version_is_refused(saved: Path) -> None:
     plain = json.loads((saved / "cluster_model.json").read_text())
     (saved / "cluster_model.json").write_text(json.dumps({**plain, "cache_version": "0"}))
-    with pytest.raises(ValueError, match="a cluster model of version '0'; this code reads '1'"):
+    with pytest.raises(ValueError, match="a cluster model of version '0'; this code reads '2'"):
         ClusterModel.from_pretrained(saved)
 
 

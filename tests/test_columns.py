@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from car_datasets import QualityScorer, TextEmbedder
-from car_datasets.columns import add_columns, beside
+from car_datasets.columns import add_columns
 
 
 def test_as_map_gives_them_in_fixed_size_lists(tiny_embedder: str, pairs: Dataset) -> None:
@@ -73,13 +73,3 @@ def test_the_second_time_is_read_from_the_cache(
 def test_a_taken_name_is_refused_before_the_model_runs(tiny_iqs: str, pairs: Dataset) -> None:
     with pytest.raises(ValueError, match="iqs_score"):
         add_columns(pairs.add_column("iqs_score", [1.0] * 6), QualityScorer(tiny_iqs), "Scoring")
-
-
-def test_beside_keeps_order_format_and_an_empty_dataset() -> None:
-    left = Dataset.from_dict({"a": [1, 2, 3, 4]}).select([3, 0, 2]).with_format("numpy")
-    right = Dataset.from_dict({"b": ["x", "y", "z"]})
-    found = beside(left, right)
-    assert found.with_format(None).to_dict() == {"a": [4, 1, 3], "b": ["x", "y", "z"]}
-    assert found.format["type"] == "numpy"
-    none = beside(left.select([]), right.select([]))
-    assert (none.column_names, len(none)) == (["a", "b"], 0)

@@ -35,7 +35,7 @@ def test_clustering_oracle(file: str, case: int, oracle: Path, clustering_rows: 
     assert len(content["cases"]) == 12
     expected = content["cases"][case]
     k = expected["k"] if expected["k_given"] else "sqrt"
-    model = ClusterModel.fit(clustering_rows, k=k, n_init=expected["n_init"])
+    model = ClusterModel.fit(clustering_rows, k=k, n_init=expected["n_init"], kmeans="sklearn")
     assert len(model.components) == expected["pca_components"]
     labelled = model.label(clustering_rows)
     assert [int(x) for x in content["labels_by_k"][str(expected["k"])]] == labelled["cluster"][:]

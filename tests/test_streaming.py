@@ -48,7 +48,9 @@ def test_a_stream_gives_the_selection_of_the_whole(
 
 def test_rows_are_clustered_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    whole = pool(1).remove_columns("cluster").add_column("embedding", list(rng.normal(size=(ROWS, 8)).astype(np.float32)))
+    whole = (
+        pool(1).remove_columns("cluster").add_column("embedding", list(rng.normal(size=(ROWS, 8)).astype(np.float32)))
+    )
     clusters = ClusterModel.fit(whole.select(range(100)), k=5, output_column="group", distance_column="far")
     expected = select_car(clusters.label(whole), 20, 3, cluster_column="group")
     found = select_car_streaming(

@@ -13,9 +13,10 @@ from datasets import Array2D, Dataset, Features, LargeList, List, Value, concate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from car_datasets import vectors
 from car_datasets.formatting import as_column_names
 from car_datasets.rows import Rows, invalid_rows_message, refuse_overwrite, row_names
-from car_datasets.vectors import as_arrow, matrix_of, read_embeddings
+from car_datasets.vectors import as_arrow, beside, embedding_batches, matrix_of, read_embeddings
 
 ROWS = np.arange(40, dtype=np.float32).reshape(10, 4) / 2  # exact in float16 too
 
@@ -97,6 +98,55 @@ def test_a_dataset_read_from_disk(tmp_path: Any) -> None:
     dataset_of(ROWS).save_to_disk(tmp_path / "saved", num_shards=3)
     matrix, _ = read_embeddings(load_from_disk(tmp_path / "saved"), "v")
     np.testing.assert_array_equal(matrix, ROWS)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "BATCH", 3)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_batches_are_views_of_the_column_where_it_lies_in_one_piece() -> None:
+    dataset = dataset_of(ROWS)
+    buffer = dataset.data.column("v").chunk(0).values.to_numpy(zero_copy_only=True)
+    batches = list(embedding_batches(dataset, "v"))
+    assert [len(matrix) for matrix, _ in batches] == [3, 3, 3, 1]
+    assert all(np.shares_memory(matrix, buffer) for matrix, _ in batches)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_batches_from_a_memory_mapped_file(kind: Any, tmp_path: Any) -> None:
+    dataset_of([None, *ROWS, None, None, None], kind).save_to_disk(tmp_path / "saved")
+    dataset = load_from_disk(tmp_path / "saved")
+    whole = pa.types.is_float32(dataset.data.column("v").type.value_type)
+    mapped = dataset.data.column("v").chunk(0).flatten().to_numpy(zero_copy_only=True)
+    batches = list(embedding_batches(dataset, "v"))
+    assert [len(matrix) for matrix, _ in batches] == [2, 3, 3, 2]  # the last batch of three has no row
+    assert np.concatenate([present for _, present in batches]).tolist() == list(range(1, 11))
+    np.testing.assert_array_equal(np.concatenate([matrix for matrix, _ in batches]), ROWS)
+    assert np.shares_memory(batches[1][0], mapped) is whole
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_rows_that_are_not_finite_are_counted_over_all_batches() -> None:
+    rows = [[1.0, 2.0]] * 4 + [[math.nan, 2.0]] + [[3.0, math.inf]] * 4
+    given = []
+    with pytest.raises(ValueError, match=r"not finite in 5 rows, the first \[4, 5, 6, 7, 8\]"):
+        given.extend(embedding_batches(dataset_of(rows), "v"))
+    assert len(given) == 1  # nothing after the first bad row
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_lengths_are_compared_over_batches() -> None:
+    with pytest.raises(ValueError, match=r"of the lengths \[2, 3\]"):
+        list(embedding_batches(dataset_of([[1, 2]] * 3 + [[1, 2, 3]] * 3), "v"))
+
+
+def test_large_but_finite_values_are_not_refused() -> None:
+    """Their sum overflows; they do not."""
+    matrix, _ = read_embeddings(dataset_of([[3e38, 3e38], [-3e38, 3e38]]), "v")
+    assert np.isfinite(matrix).all()
 
 
 BAD = {
@@ -190,3 +240,13 @@ def test_columns_are_the_same_in_whatever_order_they_were_named() -> None:
     assert (
         as_column_names({"b": "2", "a": "1"}) == as_column_names([("a", "1"), ("b", "2")]) == (("a", "1"), ("b", "2"))
     )
+
+
+def test_beside_keeps_order_format_and_an_empty_dataset() -> None:
+    left = Dataset.from_dict({"a": [1, 2, 3, 4]}).select([3, 0, 2]).with_format("numpy")
+    right = Dataset.from_dict({"b": ["x", "y", "z"]})
+    found = beside(left, right)
+    assert found.with_format(None).to_dict() == {"a": [4, 1, 3], "b": ["x", "y", "z"]}
+    assert found.format["type"] == "numpy"
+    none = beside(left.select([]), right.select([]))
+    assert (none.column_names, len(none)) == (["a", "b"], 0)

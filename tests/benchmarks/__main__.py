@@ -24,7 +24,7 @@ from rich.table import Table
 import tests.benchmarks as folder
 from tests.benchmarks.table import Line
 
-APART = {"__main__", "table", "texts"}
+APART = {"__main__", "synthetic", "table", "texts"}
 
 
 def main(arguments: Sequence[str]) -> None:
