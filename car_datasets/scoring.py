@@ -25,6 +25,7 @@ from car_datasets.embedding import TextEmbedder, dimension, load_sentence_transf
 from car_datasets.formatting import OK, TRUNCATED, as_column_names, check_schema, find_schema
 from car_datasets.layers import closeness
 from car_datasets.loaded_scorer import LoadedScorer, load_scorer, read_scorer_config
+from car_datasets.openvino_encoder import pin_engine
 from car_datasets.parallel import device_for
 from car_datasets.rows import Rows, refuse_overwrite, refuse_tables, row_names
 from car_datasets.templates import Text
@@ -34,12 +35,7 @@ if TYPE_CHECKING:
 
 CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise it when numbers change
 
-TURNS: dict[str, Callable[[Any], Any]] = {
-    "mean": np.mean,
-    "min": np.min,
-    "sum": np.sum,
-    "last": lambda scores: scores[-1],
-}
+TURNS: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "min": np.min, "sum": np.sum, "last": lambda s: s[-1]}
 
 _Forward = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, tuple[Tensor, ...]]]  # ids, mask, answer starts
 _Keep = Callable[[list[int], Tensor, Tensor, Tensor], None]  # places, forward's result, last hidden state, mask
@@ -89,6 +85,9 @@ class QualityScorer:
             `iqs_status` (`"mark"`).
         dtype (`str`): of the encoder, `"float32"`, `"bfloat16"` or `"float16"`; the head stays in float32.
         batch_tokens (`int`, *optional*): padded tokens in one forward pass; chosen by the device.
+        engine (`str`, *optional*): a folder with the encoder in int8 for OpenVINO, see
+            [`~car_datasets.quantisation.quantise_encoder`]; on the CPU. Scores and embeddings come from it, and a score may
+            move by 0.01 with its company, where float noise tips the rounding of one of the integers.
 
     Raises:
         ValueError: there is no such model; rows are not what the schema says; a score is not a number.
@@ -109,7 +108,9 @@ class QualityScorer:
     on_invalid: str = "error"
     dtype: str = "float32"
     batch_tokens: int | None = None
+    engine: str | None = None
     tokenizer_revision: str | None = field(init=False, repr=False)
+    engine_revision: str | None = field(init=False, repr=False)
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, token: str | None) -> None:
@@ -134,6 +135,8 @@ class QualityScorer:
             )
         if self.uncertainty and config.members < 2:
             raise ValueError(f"uncertainty=True: the head of {self.model_id} has one member, which cannot disagree.")
+        engine_pin = None if self.engine is None else pin_engine(self.engine, self.model_id, revision, self.dtype)
+        object.__setattr__(self, "engine_revision", engine_pin)
         object.__setattr__(self, "revision", revision)
         if self.template is None:
             object.__setattr__(self, "template", config.template)
@@ -167,9 +170,7 @@ class QualityScorer:
 
     def _new_columns(self) -> list[str]:
         stem = self.output_column.removesuffix("_score")
-        extra = (
-            ["tokens", "truncated", "status"] if self.diagnostics else ["status"] if self.on_invalid == "mark" else []
-        )
+        extra = ["tokens", "truncated", "status"] if self.diagnostics else ["status"] * (self.on_invalid == "mark")
         names = [self.output_column, *(f"{stem}_{name}" for name in extra)]
         if self.uncertainty:
             names.insert(1, f"{self.output_column}_std")
@@ -209,9 +210,8 @@ class QualityScorer:
                 and answer apart, so no strings).
             rank (`int`, *optional*): see [`device_for`].
         """
-        loaded = load_scorer(
-            self.model_id, str(self.revision), self.tokenizer, self.tokenizer_revision, self.dtype, device_for(rank)
-        )
+        precision = (self.dtype, device_for(rank), self.engine, self.engine_revision)
+        loaded = load_scorer(self.model_id, str(self.revision), self.tokenizer, self.tokenizer_revision, *precision)
         if loaded.model.config.objective == "ranking":
             return self._rank_texts(texts, loaded)
         parts = None
