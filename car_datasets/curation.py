@@ -176,6 +176,7 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
         turns=settings.turns,
         uncertainty=settings.uncertainty,
         tokenizer=settings.tokenizer,
+        engine=settings.engine,
         output_column=settings.score_column,
         diagnostics=True,
         **reading,
