@@ -86,8 +86,7 @@ class QualityScorer:
         dtype (`str`): of the encoder, `"float32"`, `"bfloat16"` or `"float16"`; the head stays in float32.
         batch_tokens (`int`, *optional*): padded tokens in one forward pass; chosen by the device.
         engine (`str`, *optional*): a folder with the encoder in int8 for OpenVINO, see
-            [`~car_datasets.quantisation.quantise_encoder`]; on the CPU. Scores and embeddings come from it, and a score may
-            move by 0.01 with its company, where float noise tips the rounding of one of the integers.
+            [`~car_datasets.quantisation.quantise_encoder`]; on the CPU. Scores and embeddings then come from it.
 
     Raises:
         ValueError: there is no such model; rows are not what the schema says; a score is not a number.

@@ -17,7 +17,7 @@ from car_datasets.loaded_scorer import load_scorer
 from car_datasets.openvino_encoder import OpenVINOEncoder, pin_engine
 from car_datasets.scoring import TextScores
 
-COMPANY_TOLERANCE = 1e-4  # of the tiny model, whose scores spread over 0.025
+COMPANY_TOLERANCE = 1e-5  # as in float32
 
 
 def batch(rows: int, tokens: int, padded: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +62,7 @@ def test_a_score_does_not_depend_on_its_company(tiny_iqs: str, tiny_engine: str)
     for budget in (30, 100, 5000):
         together = score(tiny_iqs, texts, engine=tiny_engine, batch_tokens=budget).scores
         assert np.abs(together - alone).max() < COMPANY_TOLERANCE
-    assert np.ptp(alone) > 100 * COMPANY_TOLERANCE  # else the comparison says nothing
+    assert np.ptp(alone) > 1000 * COMPANY_TOLERANCE  # else the comparison says nothing
 
 
 def test_the_engine_is_part_of_the_fingerprint_by_content(tiny_iqs: str, tiny_engine: str, tmp_path: Path) -> None:
