@@ -14,10 +14,23 @@ import typer
 from car_datasets import cli_options as o
 from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
 from car_datasets.cli_options import parse_clusters, parse_columns, parse_count
-from car_datasets.cli_scorers import convert, evaluate, prepare, train
+from car_datasets.cli_scorers import convert, evaluate, prepare, quantise, train
 from car_datasets.cli_stages import cluster, estimate, score, select
 
-__all__ = ["app", "cluster", "convert", "curate", "demo", "estimate", "evaluate", "prepare", "score", "select", "train"]
+__all__ = [
+    "app",
+    "cluster",
+    "convert",
+    "curate",
+    "demo",
+    "estimate",
+    "evaluate",
+    "prepare",
+    "quantise",
+    "score",
+    "select",
+    "train",
+]
 
 
 @app.command(epilog="Example: car-datasets curate alpaca_data.json --output out --n1 1000 --n2 1")
@@ -42,6 +55,7 @@ def curate(
     scorer: o.ScorerModel = None,
     tokenizer: o.Tokenizer = None,
     embedder: o.Embedder = None,
+    engine: o.Engine = None,
     procedure: o.Procedure = None,
     n_init: o.Runs = None,
     kmeans: o.KMeans = None,
@@ -76,6 +90,7 @@ def curate(
         "scorer": scorer,
         "embedder": embedder,
         "tokenizer": tokenizer,
+        "engine": engine,
         "procedure": procedure,
         "n_init": n_init,
         "kmeans": kmeans,

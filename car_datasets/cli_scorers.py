@@ -1,7 +1,9 @@
-"""The commands that make and measure scorers: prepare, train, evaluate, convert."""
+"""The commands that make and measure scorers: prepare, train, evaluate, quantise, convert."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +11,7 @@ import typer
 
 from car_datasets import cli_options as o
 from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
+from car_datasets.cli_options import parse_columns
 
 
 @app.command(epilog="Example: car-datasets prepare revisions.json --output expert-pairs")
@@ -96,6 +99,9 @@ def evaluate(
     ] = None,
     tokenizer: o.Tokenizer = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Measure the int8 encoder in this folder as well, beside the float32 one.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Bootstrap samples behind each interval.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of bootstrap and corruptions.")] = 0,
     token: o.Token = None,
@@ -111,12 +117,65 @@ def evaluate(
     from car_datasets.scoring import QualityScorer
 
     scorer = QualityScorer(model, revision, token, tokenizer)
+    quick = None if engine is None else replace(scorer, engine=engine)  # refused here, before anything is measured
     found = evaluate_scorer(scorer, measured, other=rest, samples=samples, seed=seed)
-    for table in found.to_tables():
+    tables, figures = found.to_tables(), json.loads(found.to_json())
+    if quick is not None:
+        from car_datasets.publishing import without_nan
+        from car_datasets.quantisation import compare_engines
+        from car_datasets.templates import render
+
+        by_engine = evaluate_scorer(quick, measured, other=rest, samples=samples, seed=seed)
+        texts = [render(row, str(scorer.template)) for pair in measured for row in pair]
+        agreement = compare_engines(scorer, quick, texts)
+        tables += [*by_engine.to_tables(), agreement.to_table()]
+        figures["int8"] = {**json.loads(by_engine.to_json()), "beside_float32": without_nan(asdict(agreement))}
+    for table in tables:
         print_table(table)
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(found.to_json() + "\n", encoding="utf-8")
+        json_.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command(epilog="Example: car-datasets quantise alpaca_data.json --output int8")
+@one_line_errors
+def quantise(
+    source: o.Source,
+    output: o.Output,
+    scorer: o.ScorerModel = None,
+    tokenizer: o.Tokenizer = None,
+    rows: Annotated[int, typer.Option(help="Rows of the source to calibrate on; as many others to compare on.")] = 300,
+    name: o.Name = None,
+    split: o.Split = None,
+    revision: o.Revision = None,
+    token: o.Token = None,
+    schema: o.SchemaName = "auto",
+    columns: o.Columns = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 42,
+) -> None:
+    """Write a scorer's encoder in int8, for `--engine DIR` on the CPU; needs the extra: pip install 'car-datasets[openvino]'."""
+    quiet_models()
+    from car_datasets.openvino_encoder import ENGINE_FILES, import_openvino
+    from car_datasets.results import fresh_folder
+
+    fresh_folder(output, ENGINE_FILES, "--output")
+    import_openvino("nncf")
+    from car_datasets.hub import DEFAULT_SCORER
+    from car_datasets.loading import load_instructions, open_dataset
+    from car_datasets.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
+    from car_datasets.scoring import QualityScorer
+
+    if rows < FEWEST_TEXTS:
+        raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
+    reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": "mark"}
+    opened = open_dataset(source, name, split, revision=revision, token=token, columns=reading["columns"])
+    dataset = load_instructions(opened, **reading)
+    whole = QualityScorer(scorer or DEFAULT_SCORER, token=token, tokenizer=tokenizer, **reading)
+    texts = sample_texts(dataset, whole, 2 * rows, seed)
+    quantise_encoder(whole, texts[:rows], output)
+    typer.echo(f"The int8 encoder, calibrated on {len(texts[:rows]):,} texts, is in {output}.")
+    if len(texts) - rows >= FEWEST_TEXTS:
+        print_table(compare_engines(whole, replace(whole, engine=str(output)), texts[rows:]).to_table())
 
 
 @app.command(epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large")

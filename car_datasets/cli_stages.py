@@ -22,6 +22,7 @@ def score(
     output: o.OutputFile,
     scorer: o.ScorerModel = None,
     tokenizer: o.Tokenizer = None,
+    engine: o.Engine = None,
     embeddings: Annotated[bool, typer.Option(help="Also add the embedding, from the same pass, for `cluster`.")] = True,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Also add iqs_score_std: how far the members of the head disagree.")
@@ -60,7 +61,7 @@ def score(
         "embedding_dtype": embedding_dtype or "float32",
         "compile": compile,
     }
-    recipe = Recipe(**model, batch_tokens=batch_tokens, **speed, **names, **reading)
+    recipe = Recipe(**model, engine=engine, batch_tokens=batch_tokens, **speed, **names, **reading)
     as_original = output.suffix == ".json"
     scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original)
     added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays

@@ -166,6 +166,7 @@ def scorer_of(settings: Recipe, token: str | None = None, embed: bool = True) ->
         turns=settings.turns,
         uncertainty=settings.uncertainty,
         tokenizer=settings.tokenizer,
+        engine=settings.engine,
         output_column=settings.score_column,
         diagnostics=True,
         compile=settings.compile,

@@ -36,7 +36,7 @@ class Evaluation:
     """The figures of [`evaluate_scorer`]. Every figure is `{"value", "low", "high"}`: the value and its 95 % interval.
 
     Args:
-        model, revision (`str`): which weights.
+        model, revision (`str`), engine (`str`, *optional*): which weights, and what ran the encoder if not torch.
         pairs (`int`): how many.
         threshold (`float`), threshold_from (`str`): of row accuracy, and what chose it.
         accuracy (`dict`): `"as given"` and `"cleaned"`, each `rows`, `pairs`, `kendall` and `auc`, see
@@ -54,6 +54,7 @@ class Evaluation:
 
     model: str
     revision: str
+    engine: str | None
     pairs: int
     threshold: float
     threshold_from: str
@@ -72,7 +73,8 @@ class Evaluation:
         """Three tables for a terminal: accuracy, corruptions, style."""
         from rich.table import Table
 
-        accuracy = Table(title=f"{self.model} on {self.pairs:,} pairs", title_justify="left")
+        by = "" if self.engine is None else f" in int8 ({self.engine})"
+        accuracy = Table(title=f"{self.model}{by} on {self.pairs:,} pairs", title_justify="left")
         for name in ("", "pairs", "rows", "Kendall tau-b", "AUC"):
             accuracy.add_column(name)
         for text, figures in self.accuracy.items():
@@ -150,6 +152,7 @@ def evaluate_scorer(
     return Evaluation(
         model=scorer.model_id,
         revision=str(scorer.revision),
+        engine=scorer.engine,
         pairs=len(pairs),
         threshold=threshold,
         threshold_from="chosen on other pairs" if other else "fixed",

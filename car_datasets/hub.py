@@ -171,15 +171,16 @@ def folder_digest(folder: Path) -> str:
     """
     if (checkpoint := find_checkpoint(folder)) is not None:
         beside = [f / "hparams.yaml" for f in (checkpoint.parent, checkpoint.parent.parent)]
-        return _digest_of(checkpoint.parent.parent, [checkpoint, *(f for f in beside if f.is_file())])
+        return files_digest(checkpoint.parent.parent, [checkpoint, *(f for f in beside if f.is_file())])
     if not (folder / "config.json").is_file():
         held = sorted(p.name for p in folder.iterdir())[:8]
         raise ValueError(f"{folder} is not a model folder: it has no config.json (it holds {held}).")
     files = sorted({p for pattern in MODEL_FILES for p in folder.rglob(pattern) if p.is_file()})
-    return _digest_of(folder, files)
+    return files_digest(folder, files)
 
 
-def _digest_of(folder: Path, files: Iterable[Path]) -> str:
+def files_digest(folder: Path, files: Iterable[Path]) -> str:
+    """`"sha256:..."` over the names, from `folder` on, and the contents of files."""
     lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n" for path in files]
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -21,6 +21,7 @@ from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
 from car_datasets.layers import closeness
 from car_datasets.modeling_iqs import IQSModel
+from car_datasets.openvino_encoder import OpenVINOEncoder
 from car_datasets.packing import can_pack, first_position, pack, use_packing
 from car_datasets.templates import Text
 
@@ -141,13 +142,27 @@ def load_scorer(
     dtype: str,
     device: torch.device,
     compiled: bool = False,
+    engine: str | None = None,
+    engine_pin: str | None = None,
 ) -> LoadedScorer:
-    """Model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled."""
+    """Model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled.
+
+    Raises:
+        ValueError: `engine` is given, and the device is not the CPU.
+    """
     from transformers import AutoTokenizer
+
+    if engine is not None and device.type != "cpu":
+        raise ValueError(
+            f"engine={engine!r} runs on the CPU only, and this process is to use {device}. Leave it out, or hide the GPU: set "
+            "CUDA_VISIBLE_DEVICES to nothing."
+        )
 
     folder = hub.model_folder(model_id, revision)
     model = IQSModel.from_pretrained(folder, tokenizer=tokenizer)
     model.encoder.to(getattr(torch, dtype))  # not the head: in half precision it gives many texts the same score
+    if engine is not None:
+        model.encoder = OpenVINOEncoder(engine)
     source, checkpoint = model.config.encoder_source, hub.find_checkpoint(folder)
     if checkpoint is not None:
         reader = load_tokenizer(base_model(checkpoint, tokenizer))

@@ -18,7 +18,7 @@ class Recipe(Settings):
     Args:
         name, split, revision (`str`, *optional*): of the source, see [`load_instructions`].
         schema, columns, index_column, on_invalid: see [`load_instructions`].
-        scorer, scorer_revision, template, turns, uncertainty, dtype, batch_tokens, embedding_dtype, compile: see
+        scorer, scorer_revision, template, turns, uncertainty, dtype, batch_tokens, embedding_dtype, compile, engine: see
             [`QualityScorer`].
         embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; `None`: the scorer's own encoder
             where that is one (one forward pass for both), else the default.
@@ -65,6 +65,7 @@ class Recipe(Settings):
     batch_tokens: int | None = None
     embedding_dtype: str = "float32"
     compile: bool = False
+    engine: str | None = None
     keep_embeddings: bool = True
 
     def __post_init__(self) -> None:
@@ -76,9 +77,9 @@ class Recipe(Settings):
             )
 
     def changed(self, **changes: Any) -> Recipe:
-        """As in [`Settings`]; another scorer does not keep the revision and the tokenizer of the one before."""
+        """As in [`Settings`]; another scorer does not keep the revision, tokenizer and engine of the one before."""
         if changes.get("scorer", self.scorer) != self.scorer:
-            changes = {"scorer_revision": None, "tokenizer": None, **changes}
+            changes = {"scorer_revision": None, "tokenizer": None, "engine": None, **changes}
         return super().changed(**changes)
 
     @property

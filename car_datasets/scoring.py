@@ -20,6 +20,7 @@ from car_datasets.convert_comet import base_model, tokenizer_revision
 from car_datasets.embedding import TextEmbedder, load_sentence_transformer, pool_tokens
 from car_datasets.formatting import OK, TRUNCATED, as_column_names, check_schema, find_schema
 from car_datasets.loaded_scorer import TextScores, load_scorer, read_scorer_config
+from car_datasets.openvino_encoder import pin_engine
 from car_datasets.parallel import device_for
 from car_datasets.rows import Rows, check_embedding_dtype, refuse_overwrite, refuse_tables, row_names
 from car_datasets.templates import Text
@@ -29,12 +30,7 @@ if TYPE_CHECKING:
 
 CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise it when numbers change
 
-TURNS: dict[str, Callable[[Any], Any]] = {
-    "mean": np.mean,
-    "min": np.min,
-    "sum": np.sum,
-    "last": lambda scores: scores[-1],
-}
+TURNS: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "min": np.min, "sum": np.sum, "last": lambda s: s[-1]}
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,8 @@ class QualityScorer:
             memory runs out.
         embedding_dtype (`str`): of the embeddings' column, `"float32"` or `"float16"`, which takes half the disk.
         compile (`bool`): `torch.compile` the encoder. It takes a minute, and pays on a GPU with many rows only.
+        engine (`str`, *optional*): a folder with the encoder in int8 for OpenVINO, see
+            [`~car_datasets.quantisation.quantise_encoder`]; on the CPU. Scores and embeddings then come from it.
 
     In half precision on a GPU from Ampere on (torch >= 2.10), BERT and RoBERTa encoders read texts without padding.
 
@@ -92,7 +90,9 @@ class QualityScorer:
     batch_tokens: int | None = None
     embedding_dtype: str = "float32"
     compile: bool = False
+    engine: str | None = None
     tokenizer_revision: str | None = field(init=False, repr=False)
+    engine_revision: str | None = field(init=False, repr=False)
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, token: str | None) -> None:
@@ -118,6 +118,10 @@ class QualityScorer:
             )
         if self.uncertainty and config.members < 2:
             raise ValueError(f"uncertainty=True: the head of {self.model_id} has one member, which cannot disagree.")
+        if self.engine is not None and self.compile:
+            raise ValueError(f"compile=True: engine={self.engine!r} is compiled already; leave one of them out.")
+        engine_pin = None if self.engine is None else pin_engine(self.engine, self.model_id, revision, self.dtype)
+        object.__setattr__(self, "engine_revision", engine_pin)
         object.__setattr__(self, "revision", revision)
         if self.template is None:
             object.__setattr__(self, "template", config.template)
@@ -151,9 +155,7 @@ class QualityScorer:
 
     def _new_columns(self) -> list[str]:
         stem = self.output_column.removesuffix("_score")
-        extra = (
-            ["tokens", "truncated", "status"] if self.diagnostics else ["status"] if self.on_invalid == "mark" else []
-        )
+        extra = ["tokens", "truncated", "status"] if self.diagnostics else ["status"] * (self.on_invalid == "mark")
         names = [self.output_column, *(f"{stem}_{name}" for name in extra)]
         if self.uncertainty:
             names.insert(1, f"{self.output_column}_std")
@@ -205,6 +207,8 @@ class QualityScorer:
             self.dtype,
             device_for(rank),
             self.compile,
+            self.engine,
+            self.engine_revision,
         )
         if self.embedding_column is None:
             return loaded.score_texts(texts, self.batch_tokens)

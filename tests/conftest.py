@@ -118,6 +118,32 @@ def tiny_iqs(make_tiny_iqs: Any) -> str:
 
 
 @pytest.fixture(scope="session")
+def needs_openvino() -> None:
+    """Skips what needs the extra `openvino` where it is not installed; CI has it."""
+    from car_datasets.openvino_encoder import import_openvino
+
+    try:
+        import_openvino("nncf")
+    except ValueError as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(
+    needs_openvino: None, tiny_iqs: str, sample_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The int8 copy of `tiny_iqs`'s encoder, calibrated on the first 32 of the shipped rows."""
+    from car_datasets import QualityScorer
+    from car_datasets.quantisation import quantise_encoder, sample_texts
+
+    scorer = QualityScorer(tiny_iqs)
+    texts = sample_texts(Dataset.from_list(sample_rows[:32]), scorer, 32)
+    return str(quantise_encoder(scorer, texts, tmp_path_factory.mktemp("engine")))
+
+
+@pytest.fixture(scope="session")
 def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random sentence-transformers model: encoder, mean pooling, normalisation, 40 tokens at most."""
     import torch

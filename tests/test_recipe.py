@@ -482,3 +482,5 @@ def test_another_scorer_does_not_keep_the_tokenizer_of_the_one_before() -> None:
     assert paper.changed(scorer="./mine").tokenizer is None
     assert paper.changed(scorer="./mine", tokenizer="./its").tokenizer == "./its"
     assert paper.changed(n1=5).tokenizer == paper.tokenizer
+    assert Recipe(engine="int8").changed(scorer="./mine").engine is None
+    assert Recipe(engine="int8").changed(n1=5).engine == "int8"
