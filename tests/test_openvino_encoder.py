@@ -95,9 +95,14 @@ def test_half_precision_beside_an_engine_is_refused(tiny_iqs: str, tiny_engine: 
         QualityScorer(tiny_iqs, engine=tiny_engine, dtype="bfloat16")
 
 
+def test_compiling_beside_an_engine_is_refused(tiny_iqs: str, tiny_engine: str) -> None:
+    with pytest.raises(ValueError, match="compile=True"):
+        QualityScorer(tiny_iqs, engine=tiny_engine, compile=True)
+
+
 def test_a_gpu_is_refused_before_weights_are_read() -> None:
     with pytest.raises(ValueError, match=r"engine='int8' runs on the CPU only.*cuda:1"):
-        load_scorer("no/such-model", "", None, None, "float32", torch.device("cuda", 1), "int8", "")
+        load_scorer("no/such-model", "", None, None, "float32", torch.device("cuda", 1), False, "int8", "")
 
 
 def test_without_the_extra_the_way_to_it_is_named(
