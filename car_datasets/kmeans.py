@@ -162,7 +162,7 @@ def nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
         block = slice(start, start + rows)
         products = torch.addmm(half_lengths, points[block], centers.T, alpha=-1)
         torch.min(products, dim=1, out=(halves[block], labels[block]))
-    return labels, (2 * halves + (points**2).sum(dim=1)).clamp_(min=0)
+    return labels, (2 * halves + torch.linalg.vector_norm(points, dim=1) ** 2).clamp_(min=0)
 
 
 def sums_by_label(points: Tensor, labels: Tensor, k: int) -> Tensor:
