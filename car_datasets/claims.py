@@ -72,8 +72,7 @@ class Folder:
         """
         try:
             if self.local is not None:
-                with (self.local / name).open("xb") as file:
-                    file.write(content)
+                _create(self.local / name, content)
             else:
                 self._fs.pipe_file(self._at(name), content, mode="create")
         except FileExistsError:
@@ -198,6 +197,16 @@ def last_turns(names: Collection[str]) -> dict[str, int]:
     for found in filter(None, map(CLAIM.fullmatch, names)):
         last[found["piece"]] = max(int(found["turn"]), last.get(found["piece"], 0))
     return last
+
+
+def _create(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:  # O_CREAT | O_EXCL
+        try:
+            file.write(content)
+            file.flush()
+        except OSError:  # a full disk: an empty claim would keep others away
+            path.unlink()
+            raise
 
 
 def _parse(content: bytes | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from car_datasets.claims import Claims, Folder, last_turns
-from car_datasets.columns import add_columns, batch_rows, beside, read_columns
+from car_datasets.columns import batch_rows, beside, read_columns
 from car_datasets.manifest import describe_run, differences, run_id
 from car_datasets.parallel import is_main_process
 from car_datasets.results import write_whole
@@ -72,21 +72,29 @@ def score_in_shards(
             column is taken; or see the stage.
         OSError: the folder cannot be written. Finished shards stay.
     """
+    from datasets import Dataset
+
     if not is_dataclass(fn) or not hasattr(fn, "schema") or not hasattr(fn, "output_features"):
         name = getattr(fn, "__qualname__", type(fn).__qualname__)
         raise ValueError(
             f"fn={name} is no QualityScorer and no TextEmbedder, whose fields a shard is bound to. Call "
             f"map_across_gpus(dataset, {name}) for a function of a batch; one of the whole dataset, on the result."
         )
-    rows_each = min(max(len(dataset) // WANTED, SMALLEST), LARGEST) if shard_rows is None else shard_rows
+    rows_each = default_rows(len(dataset)) if shard_rows is None else shard_rows
     if rows_each < 1 or not expiry > 0:
         raise ValueError(f"shard_rows={shard_rows} must be at least 1 and expiry={expiry} above 0.")
     refuse_overwrite(dataset.column_names, fn.output_features(), "output_column=... (and embedding_column=...)")
     texts = dataset.with_format(None).select_columns(read_columns(dataset, fn))
     if len(dataset) == 0:
-        return add_columns(dataset, fn, description)
+        types = fn.output_features()
+        return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
     run = ShardedRun(texts, fn, shard_dir, rows_each, expiry)
     return beside(dataset, run.finish(description))
+
+
+def default_rows(rows: int) -> int:
+    """Rows in a shard: by the rows alone, so that a run can go on with another number of processes."""
+    return min(max(rows // WANTED, SMALLEST), LARGEST)
 
 
 class ShardedRun:
@@ -144,7 +152,8 @@ class ShardedRun:
 
     def _bind(self) -> None:
         """Write the manifest, or find an equal one. Two runs that write theirs at once are told apart by their shards."""
-        earlier = self.folder.read(MANIFEST)
+        with self._explaining(MANIFEST):
+            earlier = self.folder.read(MANIFEST)
         if earlier is None:
             there = [name for name in self.folder.names() if not name.startswith(".")]
             if there and MANIFEST not in there:
