@@ -176,10 +176,11 @@ def _refuse_what_cannot_spawn(dataset: Any, fn: Any, workers: int, options: dict
             f"the dataset itself: {name}(dataset, ...)."
         )
     home = getattr(inner, "__module__", None) if inspect.isroutine(inner) else type(inner).__module__
-    if home == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if (home == "__main__" and script is None) or (script is not None and not Path(script).is_file()):
         raise ValueError(
-            f"fn={name} is defined in a notebook or a prompt, where a spawned worker cannot find it. Write it into a file "
-            "(in a notebook: a cell that starts with %%writefile my_stage.py), import it from there, and pass that."
+            f"fn={name} is defined in a notebook, a prompt or a pipe, where a spawned worker cannot find it. Write it into a "
+            "file (in a notebook: a cell that starts with %%writefile my_stage.py), import it from there, and pass that."
         )
     _refuse_unguarded_main()
 
