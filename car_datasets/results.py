@@ -50,7 +50,7 @@ def unfinished(folder: Path) -> Iterator[None]:
                 left.unlink()
     (folder / UNFINISHED).touch()
     yield
-    (folder / UNFINISHED).unlink()
+    (folder / UNFINISHED).unlink(missing_ok=True)  # two at once, after a kill of what had started one, write the same
 
 
 def fresh_file(path: Path) -> Path:

@@ -268,7 +268,8 @@ class ShardedRun:
     def _sweep(self, names: set[str]) -> None:
         """Remove what killed workers have left, now that every shard is there."""
         for name in names:
-            if PART.match(name.lstrip(".")) and not PART.fullmatch(name):
+            ours = PART.match(name.lstrip(".")) or name.startswith(f".{MANIFEST}.")
+            if ours and not PART.fullmatch(name):
                 with contextlib.suppress(OSError):
                     self.folder.remove(name)
 
