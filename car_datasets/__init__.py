@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from car_datasets.filtering import cluster_filter
     from car_datasets.loading import load_instructions
     from car_datasets.modeling_iqs import IQSModel
+    from car_datasets.parallel import map_across_gpus
     from car_datasets.recipe import Recipe
     from car_datasets.reporting import SelectionReport
     from car_datasets.scoring import QualityScorer
     from car_datasets.selection import select_car
+    from car_datasets.shards import score_in_shards
     from car_datasets.streaming import select_car_streaming
 
 _HOME = {
@@ -36,6 +38,8 @@ _HOME = {
     "cluster_filter": "filtering",
     "curate": "curation",
     "load_instructions": "loading",
+    "map_across_gpus": "parallel",
+    "score_in_shards": "shards",
     "select_car": "selection",
     "select_car_streaming": "streaming",
 }
@@ -52,6 +56,8 @@ __all__ = [
     "cluster_filter",
     "curate",
     "load_instructions",
+    "map_across_gpus",
+    "score_in_shards",
     "select_car",
     "select_car_streaming",
 ]

@@ -71,6 +71,7 @@ def curate(
     embedding_column: o.EmbeddingColumn = None,
     cluster_column: o.ClusterColumn = None,
     allow_worse: o.AllowWorse = False,
+    shards: o.Shards = None,
     no_embeddings: Annotated[bool, typer.Option("--no-embeddings", help="Leave them out of scored.parquet.")] = False,
 ) -> None:
     """Load, score, embed, cluster, select and report, in one go."""
@@ -111,7 +112,8 @@ def curate(
         "allow_worse": allow_worse or None,
         "keep_embeddings": False if no_embeddings else None,
     }
-    report = curate(source, output, recipe, token=token, **{key: v for key, v in given.items() if v is not None}).report
+    changes = {key: value for key, value in given.items() if value is not None}
+    report = curate(source, output, recipe, token=token, shard_dir=shards, **changes).report
     print_table(report.to_table())
     _say_where(output)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Annotated, Any
 
@@ -22,19 +25,37 @@ app = typer.Typer(
 )
 
 
+GRACE = 5.0  # seconds in which the launcher ends this process, if the main one has failed by the same mistake
+
+
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends with one line and exit code 2; anything else is our bug and keeps its traceback."""
+    """A user's mistake ends with one line and exit code 2; anything else is our bug and keeps its traceback.
+
+    Under `accelerate launch` or `torchrun` the main process speaks for all, unless another one alone fails.
+    """
 
     @wraps(command)
     def run(**arguments: Any) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        is_main = int(os.environ.get("RANK", "0")) == 0
         try:
-            command(**arguments)
+            with contextlib.nullcontext() if is_main else _silence():
+                command(**arguments)
         except (ValueError, OSError) as error:
+            if not is_main:
+                time.sleep(GRACE)
             typer.echo(f"car-datasets: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
 
     return run
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No output and no progress bars; set before the libraries that draw them are imported."""
+    os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 def print_table(table: Any) -> None:

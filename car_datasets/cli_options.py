@@ -41,6 +41,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="A new folder for t
 OutputFile = Annotated[
     Path, typer.Option("--output", "-o", help="A new .parquet file; or .json, the original's format.")
 ]
+Shards = Annotated[
+    str | None,
+    typer.Option(help="A folder or URL for finished shards: a second run, or more processes, go on with the rest."),
+]
 N1 = Annotated[str | None, typer.Option(help="Rows by score: a number, or a share such as 0.05.  [default: 1000]")]
 N2 = Annotated[int | None, typer.Option(help="Rows from every cluster.  [default: 1]")]
 Budget = Annotated[int | None, typer.Option(help="Rows in all; n1 then follows.")]

@@ -39,6 +39,7 @@ def score(
     columns: o.Columns = None,
     on_invalid: o.OnInvalid = "error",
     score_column: o.ScoreColumn = None,
+    shards: o.Shards = None,
 ) -> None:
     """Add iqs_score, iqs_tokens, iqs_truncated, iqs_status and embedding; write Parquet, or JSON as the original does."""
     quiet_models()
@@ -63,7 +64,7 @@ def score(
     }
     recipe = Recipe(**model, engine=engine, batch_tokens=batch_tokens, **speed, **names, **reading)
     as_original = output.suffix == ".json"
-    scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original)
+    scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original, shard_dir=shards)
     added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays
     _write(rank_rows(scored, **names) if as_original else scored, output, index_column=added, **names)
 
@@ -150,7 +151,9 @@ def cluster(
     )
     _write(model.label(dataset), output, cluster_column=column, embedding_column=vectors)
     if save_model is not None:
-        model.save_pretrained(save_model)
+        from car_datasets.parallel import from_main
+
+        from_main(lambda: model.save_pretrained(save_model))
 
 
 @app.command(epilog="Example: car-datasets select clustered.parquet --output selected.parquet --n1 1000 --n2 1")
@@ -197,7 +200,8 @@ def _open(source: str) -> Dataset:
 
 
 def _write(dataset: Dataset, output: Path, **names: str) -> None:
+    from car_datasets.parallel import from_main
     from car_datasets.results import write_table
 
-    write_table(dataset, output, **names)
+    from_main(lambda: write_table(dataset, output, **names))
     typer.echo(f"{len(dataset):,} rows are in {output}.")

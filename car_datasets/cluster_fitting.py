@@ -48,9 +48,8 @@ class Projection:
 
 
 def clustering_device(rank: int | None = None) -> torch.device:
-    """As [`device_for`], but the CPU where that is neither CPU nor CUDA: other devices lack float64, which sums need."""
-    device = device_for(rank)
-    return device if device.type == "cuda" else torch.device("cpu")
+    """As [`device_for`] where there is CUDA, else the CPU: other devices lack float64, which sums need."""
+    return device_for(rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def fit_torch(

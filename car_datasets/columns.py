@@ -31,17 +31,32 @@ def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, descripti
     """
     features = stage.output_features()
     refuse_overwrite(dataset.column_names, features, "output_column=... (and embedding_column=...)")
-    schema = find_schema(dataset.column_names, stage.schema, stage.columns)
-    read = [name for name in (*schema.required, schema.input) if name is not None]
-    if "source_index" in dataset.column_names and "source_index" not in read:
-        read.append("source_index")  # by which a message names a row
+    read = read_columns(dataset, stage)
     found = dataset.select_columns(read).map(
         stage,
         batched=True,
-        batch_size=ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS,
+        batch_size=batch_rows(),
         with_rank=True,
         desc=description,
         features=features,
         remove_columns=read,
     )
     return beside(dataset, found)
+
+
+def read_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, with_index: bool = True) -> list[str]:
+    """The columns that a stage reads: those of the text, and `source_index` where it is there, by which a message names a row.
+
+    Raises:
+        ValueError: no schema fits.
+    """
+    schema = find_schema(dataset.column_names, stage.schema, stage.columns)
+    read = [name for name in (*schema.required, schema.input) if name is not None]
+    if with_index and "source_index" in dataset.column_names and "source_index" not in read:
+        read.append("source_index")
+    return read
+
+
+def batch_rows() -> int:
+    """How many rows a stage is given at a time on this machine."""
+    return ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
@@ -24,13 +25,23 @@ from car_datasets.estimation import LARGE, estimate_scoring
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
+from car_datasets.parallel import from_main, is_main_process, process_rank
 from car_datasets.recipe import Recipe
 from car_datasets.reporting import SelectionReport
-from car_datasets.results import ORIGINAL_FILES, RESULT_FILES, fresh_folder, write_original_files, write_result
+from car_datasets.results import (
+    ORIGINAL_FILES,
+    RESULT_FILES,
+    fresh_folder,
+    unfinished,
+    write_original_files,
+    write_result,
+)
 from car_datasets.rows import refuse_overwrite
 from car_datasets.scoring import QualityScorer
 from car_datasets.selection import SELECTION_COLUMNS, check_columns, refuse_impossible, select_car
+from car_datasets.shards import score_in_shards
 from car_datasets.templates import CLEAN_TEMPLATE
+from car_datasets.vectors import beside
 
 
 class Curated(NamedTuple):
@@ -47,9 +58,13 @@ def curate(
     recipe: Recipe | None = None,
     *,
     token: str | None = None,
+    shard_dir: str | os.PathLike[str] | None = None,
     **changes: Any,
 ) -> Curated:
     """Load, score and embed, cluster, select and report; everything that can be wrong is checked before the first stage.
+
+    Under `accelerate launch` or `torchrun` every process calls this and returns the same; they share the scoring, the main
+    one clusters and writes. Run again after a kill, the same call goes on.
 
     Example:
 
@@ -63,6 +78,8 @@ def curate(
             rows), `scored.parquet`, `report.json` and `report.md`. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
         token (`str`, *optional*): for private sources and models; never stored.
+        shard_dir (`str`, *optional*): score in shards and keep them there, so that a second run, or more processes, go on
+            with what is missing; see [`score_in_shards`], which several processes use in any case.
         changes: fields of [`Recipe`] by name, which win over `recipe`.
 
     Returns:
@@ -86,24 +103,33 @@ def curate(
         index_column=settings.index_column,
     )
     _check_numbers(dataset, settings)
-    pool = score_and_embed(dataset, settings, token)
+    pool = score_and_embed(dataset, settings, token, shard_dir=shard_dir)
     if settings.procedure == "paper":
         pool = rank_rows(pool, settings.score_column)
-    pool = _fit_clusters(pool, settings).label(pool)
+    pool = _add_clusters(pool, settings)
     without_vectors = pool.remove_columns(settings.embedding_column)
     selected = select_by(settings, without_vectors)
     report = SelectionReport.from_selection(without_vectors, selected, seed=settings.seed, **settings.names)
     curated = Curated(selected, pool if settings.keep_embeddings else without_vectors, report)
     if folder is not None:
-        write_result(folder, selected, curated.scored, report, settings.score_column, settings.cluster_column)
+        own_index = settings.index_column in opened.column_names
+        from_main(lambda: _write_files(folder, curated, without_vectors, settings, token, own_index))
+    return curated
+
+
+def _write_files(
+    folder: Path, curated: Curated, pool: Dataset, settings: Recipe, token: str | None, own_index: bool
+) -> None:
+    selected, scored, report = curated
+    with unfinished(folder):
+        write_result(folder, selected, scored, report, settings.score_column, settings.cluster_column)
         if settings.procedure == "paper":
             scorer = QualityScorer(settings.scorer, settings.scorer_revision, token, tokenizer=settings.tokenizer)
-            added = (
-                "" if settings.index_column in opened.column_names else settings.index_column
-            )  # the user's own stays
-            names_there = {**settings.names, "index_column": added}
-            write_original_files(folder, selected, without_vectors, scorer.objective, **names_there)
-    return curated
+            names = {
+                **settings.names,
+                "index_column": "" if own_index else settings.index_column,
+            }  # the user's own stays
+            write_original_files(folder, selected, pool, scorer.objective, **names)
 
 
 def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
@@ -183,8 +209,16 @@ def _reading(settings: Recipe) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
-def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None, embed: bool = True) -> Dataset:
+def score_and_embed(
+    dataset: Dataset,
+    settings: Recipe,
+    token: str | None = None,
+    embed: bool = True,
+    shard_dir: str | os.PathLike[str] | None = None,
+) -> Dataset:
     """SCORE and EMBED of a recipe: in one pass where scorer and embedder share an encoder, else in two.
+
+    With a `shard_dir`, or in one of several processes, in shards: see [`curate`].
 
     Raises:
         ValueError: a model does not exist, or a column of this or a later stage is taken.
@@ -194,10 +228,10 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
         _refuse_taken_columns(dataset, scorer, settings)
     else:
         refuse_overwrite(dataset.column_names, scorer.output_columns, "score_column= (--score-column)")
-    if len(dataset) >= LARGE:
+    if len(dataset) >= LARGE and is_main_process():
         tqdm.write(str(estimate_scoring(dataset, scorer)), file=sys.stderr)
     if not embed or scorer.embedding_column is not None:
-        return add_columns(dataset, scorer, "Scoring and embedding" if embed else "Scoring")
+        return _add(dataset, scorer, "Scoring and embedding" if embed else "Scoring", shard_dir)
     embedder = TextEmbedder(
         settings.embedder or hub.DEFAULT_ENCODER,
         settings.embedder_revision,
@@ -206,7 +240,18 @@ def score_and_embed(dataset: Dataset, settings: Recipe, token: str | None = None
         output_column=settings.embedding_column,
         **_reading(settings),
     )
-    return add_columns(add_columns(dataset, scorer, "Scoring"), embedder, "Embedding")
+    return _add(_add(dataset, scorer, "Scoring", shard_dir), embedder, "Embedding", shard_dir)
+
+
+def _add(
+    dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str, shard_dir: str | os.PathLike[str] | None
+) -> Dataset:
+    """The columns of a stage, computed here, or by all processes in shards; each stage has a folder of its own there."""
+    if shard_dir is None and process_rank()[1] == 1:
+        return add_columns(dataset, stage, description)
+    name = "scores" if isinstance(stage, QualityScorer) else "embeddings"
+    folder = None if shard_dir is None else f"{os.fspath(shard_dir).rstrip('/')}/{name}"
+    return score_in_shards(dataset, stage, folder, description=description)
 
 
 def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Recipe) -> None:
@@ -223,6 +268,18 @@ def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Rec
     option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
     refuse_overwrite(dataset.column_names, new, option)
     check_columns(dataset.column_names, (), SELECTION_COLUMNS)
+
+
+def _add_clusters(pool: Dataset, settings: Recipe) -> Dataset:
+    """CLUSTER on the main process, whose labels the others take: none fits again, and no rounding can tell them apart."""
+
+    def label() -> pa.Table:
+        labelled = _fit_clusters(pool, settings).label(pool.select_columns(settings.embedding_column))
+        new = [name for name in labelled.column_names if name != settings.embedding_column]
+        table: pa.Table = labelled.select_columns(new).with_format("arrow")[:]
+        return table
+
+    return beside(pool, Dataset(from_main(label)))
 
 
 def _fit_clusters(pool: Dataset, settings: Recipe) -> ClusterModel:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,21 +20,37 @@ ORIGINAL_FILES = (*RANKING_FILES.values(), CLUSTERING_FILE, SELECTED_FILE)
 RESULT_FILES = ("selected.parquet", "selected.json", "scored.parquet", "report.json", "report.md")
 
 
+UNFINISHED = ".unfinished"
+
+
 def fresh_folder(folder: Path, names: Sequence[str] = RESULT_FILES, argument: str = "output_dir") -> Path:
     """The folder, if it can take files of these names.
 
     Raises:
-        ValueError: it is a file or lies in one, or holds such files already.
+        ValueError: it is a file or lies in one, or holds such files already, of a run that was not cut off writing them.
     """
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{argument}={str(folder)!r}: {path} is a file; name a folder.")
-    taken = [name for name in names if (folder / name).exists()]
+    taken = [] if (folder / UNFINISHED).exists() else [name for name in names if (folder / name).exists()]
     if taken:
         raise ValueError(
             f"{argument}={str(folder)!r} already holds a result ({', '.join(taken)}). Name another folder or move it away."
         )
     return folder
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path) -> Iterator[None]:
+    """Mark a folder while its files are written, so that a run that is killed meanwhile can be run again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / UNFINISHED).exists():
+        for name in (*RESULT_FILES, *ORIGINAL_FILES):
+            for left in folder.glob(f".{name}.*"):  # what write_whole was at
+                left.unlink()
+    (folder / UNFINISHED).touch()
+    yield
+    (folder / UNFINISHED).unlink(missing_ok=True)  # two at once, after a kill of what had started one, write the same
 
 
 def fresh_file(path: Path) -> Path:
@@ -107,9 +125,11 @@ def write_original_files(
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
     """Call `write(temporary_name)` and move the file to `path`; what is there under that name is always complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # process ids repeat on another machine
     try:
         write(str(temporary))
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # before its name: a machine that loses power must not keep the name alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

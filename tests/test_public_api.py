@@ -25,7 +25,7 @@ ORDER = [
     {"files", "parallel", "reporting", "rows"},
     {"cluster_fitting"},
     {"loading", "embedding", "clustering", "results", "recipe"},
-    {"scoring", "filtering", "streaming"},
+    {"scoring", "filtering", "streaming", "claims", "manifest"},
     {
         "columns",
         "estimation",
@@ -36,7 +36,7 @@ ORDER = [
         "validation",
         "head_fitting",
     },
-    {"training", "head_training"},
+    {"training", "head_training", "shards"},
     {"curation"},
     {"cli_options", "cli_app"},
     {"cli_stages", "cli_scorers"},

@@ -1,0 +1,105 @@
+"""The certificate that company does not count: `make certify`, or `python -m tests.certify`.
+
+The rows that the package ships are scored and embedded by 1, 2 and 3 processes, with other batch budgets and in other
+orders. Printed is how far any number is from that of one process, and whether the order of the rows and the selection are
+the same; it exits with 1 where one is not. Some two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from car_datasets import cluster_filter, hub
+
+TOLERANCE = 1e-5
+
+
+class Run(NamedTuple):
+    """How the rows are scored."""
+
+    processes: int
+    batch_tokens: int | None = None
+    order: str = "as given"
+
+    def __str__(self) -> str:
+        return f"{self.processes} | {self.batch_tokens or 'default':>7} | {self.order:<8}"
+
+
+RUNS = (Run(1), Run(2), Run(3), Run(1, 1024, "reversed"), Run(2, 32_768, "shuffled"), Run(3, 4096, "shuffled"))
+
+
+def places(order: str, rows: int) -> list[int]:
+    """Which row of the sample stands where."""
+    found = list(range(rows))
+    if order == "reversed":
+        found.reverse()
+    elif order == "shuffled":
+        random.Random(0).shuffle(found)
+    return found
+
+
+def score(run: Run, folder: Path) -> Dataset:
+    """The sample in the order of the run, with its place there as `id`, scored by `car-datasets score`."""
+    rows = json.loads(Path(hub.sample_file()).read_text(encoding="utf-8"))
+    folder.mkdir()
+    content = [{**rows[i], "id": i} for i in places(run.order, len(rows))]
+    (folder / "rows.json").write_text(json.dumps(content), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run.processes)]
+    command = ["-m", "car_datasets", "score", str(folder / "rows.json"), "--output", str(folder / "scored.parquet")]
+    budget = [] if run.batch_tokens is None else ["--batch-tokens", str(run.batch_tokens)]
+    line = [
+        sys.executable,
+        *(launcher if run.processes > 1 else []),
+        *command,
+        "--shards",
+        str(folder / "shards"),
+        *budget,
+    ]
+    environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{run}: {done.stderr[-3000:]}")
+    return Dataset.from_parquet(str(folder / "scored.parquet"), cache_dir=str(folder / "cache"))
+
+
+def select(scored: Dataset) -> list[int]:
+    """The rows that CLUSTER and SELECT take, best first, by their `id`."""
+    chosen: list[int] = cluster_filter(scored, n1=40, n2=2)["id"][:]
+    return chosen
+
+
+def certify(folder: Path, runs: tuple[Run, ...] = RUNS) -> bool:
+    """Score the sample in every way, print a line for each, and say whether all agree with the first."""
+    print("processes | batch | order | largest difference of a score | of an embedding | row order | selection")
+    scores, vectors, chosen, fine = np.zeros(0), np.zeros(0), [0], True
+    for number, run in enumerate(runs):
+        found = score(run, folder / str(number))
+        in_order = found["id"][:] == places(run.order, len(found))
+        back = found.select(np.argsort(found["id"][:]).tolist())
+        mine, my_vectors, my_choice = np.array(back["iqs_score"][:]), np.array(back["embedding"][:]), select(back)
+        if number == 0:
+            scores, vectors, chosen = mine, my_vectors, my_choice
+        far, vectors_far = float(np.abs(mine - scores).max()), float(np.abs(my_vectors - vectors).max())
+        same = my_choice == chosen
+        fine = fine and in_order and same and max(far, vectors_far) <= TOLERANCE
+        said = ["identical" if value else "ANOTHER" for value in (in_order, same)]
+        print(f"{run} | {far:.1e} | {vectors_far:.1e} | {said[0]} | {said[1]}", flush=True)
+    print(
+        f"{len(scores)} rows, {len(chosen)} selected, tolerance {TOLERANCE:.0e}: {'certified' if fine else 'NOT certified'}"
+    )
+    return fine
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="car-datasets-certify-") as temporary:
+        sys.exit(0 if certify(Path(temporary)) else 1)

@@ -1,0 +1,169 @@
+"""`torchrun` and `accelerate launch`: every process sees the same, one writes and prints, and a crash ends them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from car_datasets import QualityScorer, curate
+from tests.conftest import ROOT, WORDS
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
+# Without a GPU `--cpu` would start one process whatever --num_processes says; `--multi_gpu` starts them all, on gloo.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 rows: five shards."""
+    words = [word for word in WORDS if word.isalpha()]
+    content = [  # no two alike: equal scores would be ranked by their last bit
+        {
+            "instruction": f"Write {words[i % 20]} of {words[i // 20 % 20]}",
+            "output": " ".join(words[i // 400 : 3 + i % 9]),
+        }
+        for i in range(600)
+    ]
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def launch(
+    how: list[str], count: int, *command: str, bars: bool = False, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = str(int(not bars))
+    line = [sys.executable, "-m", *how, str(count), *command]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=150, check=False, cwd=cwd)
+
+
+def read(path: Path, cache: Path) -> Dataset:
+    return Dataset.from_parquet(str(path), cache_dir=str(cache))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "count"), [(TORCHRUN, 2), (TORCHRUN, 3), (ACCELERATE, 2)])
+def test_curate_gives_what_one_process_gives(
+    tiny_iqs: str, tiny_embedder: str, rows: Path, tmp_path: Path, how: list[str], count: int
+) -> None:
+    curate(str(rows), tmp_path / "one", scorer=tiny_iqs, embedder=tiny_embedder, n1=50, n2=2)
+    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "50", "--n2", "2"]
+    arguments = ["-m", "car_datasets", "curate", str(rows), "--output", str(tmp_path / "many"), *models]
+    done = launch(how, count, *arguments, "--shards", str(tmp_path / "shards"), bars=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The selection is in") == 1
+    for bar in ("Scoring", "Embedding", "Clustering"):
+        assert len(re.findall(rf"{bar}: 100%\S* 600/600", done.stderr)) in (1, 2)  # the last line is drawn twice
+        assert len(re.findall(rf"{bar}: +0%", done.stderr)) == 1
+    one, many = (read(tmp_path / name / "scored.parquet", tmp_path) for name in ("one", "many"))
+    assert one.column_names == many.column_names
+    assert np.allclose(one["iqs_score"][:], many["iqs_score"][:], atol=1e-5)
+    assert np.allclose(one["embedding"][:], many["embedding"][:], atol=1e-5)
+    for name in ("source_index", "instruction", "iqs_tokens", "cluster"):
+        assert one[name][:] == many[name][:], name
+    chosen = [read(tmp_path / name / "selected.parquet", tmp_path)["source_index"][:] for name in ("one", "many")]
+    assert chosen[0] == chosen[1]
+    assert sorted(path.name for path in (tmp_path / "shards" / "scores").iterdir()) == [
+        "manifest.json",
+        *(f"part-{i:05d}.arrow" for i in range(5)),
+    ]
+
+
+SCRIPT = """
+import sys, torch
+from datasets import Dataset
+from accelerate import Accelerator, PartialState
+if "accelerator-first" in sys.argv:
+    Accelerator()
+from car_datasets import curate
+from car_datasets.parallel import from_main, is_main_process, process_rank
+source, output, scorer, embedder = sys.argv[1:5]
+selected, scored, report = curate(source, output, scorer=scorer, embedder=embedder, n1=20, keep_embeddings=False)
+scored.to_parquet(f"{output}-{process_rank()[0]}.parquet")
+selected.to_parquet(f"{output}-selected-{process_rank()[0]}.parquet")
+try:
+    from_main(lambda: 1 / 0)
+except ZeroDivisionError:
+    print("rank", process_rank(), "was told", flush=True)
+if is_main_process():
+    print("main", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["", "accelerator-first"])
+def test_a_script_sees_the_same_on_every_rank(
+    tiny_iqs: str, tiny_embedder: str, rows: Path, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    arguments = [str(rows), str(tmp_path / "out"), tiny_iqs, tiny_embedder, option]
+    done = launch(TORCHRUN, 3, str(tmp_path / "script.py"), *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(re.findall(r"rank \((\d), 3\) was told", done.stdout)) == ["0", "1", "2"]
+    assert done.stdout.count("main\n") == 1
+    for name in ("", "-selected"):
+        files = [(tmp_path / f"out{name}-{rank}.parquet").read_bytes() for rank in range(3)]
+        assert files[0] == files[1] == files[2]
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+CRASH = """
+import os, sys, time
+from car_datasets import QualityScorer
+from car_datasets.parallel import from_main
+ordinary = QualityScorer.__call__
+kind, rank = sys.argv[3:5]
+def broken(self, batch, rank_of_map=None):
+    if os.environ["RANK"] == rank:
+        raise getattr(__builtins__, kind)("rank %s has lost its GPU" % rank)
+    time.sleep(1)
+    return ordinary(self, batch)
+from_main(lambda: None)  # all start together
+QualityScorer.__call__ = broken
+from car_datasets.cli import app
+app(["score", sys.argv[1], "--output", sys.argv[5], "--scorer", sys.argv[2], "--no-embeddings"]
+    + ["--shards", sys.argv[5] + ".shards"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "rank", "message"),
+    [("RuntimeError", 0, "RuntimeError: "), ("RuntimeError", 1, "RuntimeError: "), ("ValueError", 1, "car-datasets: ")],
+)
+def test_a_crash_on_one_rank_ends_all_with_its_message(
+    tiny_iqs: str, rows: Path, tmp_path: Path, kind: str, rank: int, message: str
+) -> None:
+    (tmp_path / "crash.py").write_text(CRASH)
+    arguments = [str(rows), tiny_iqs, kind, str(rank), str(tmp_path / "out.parquet")]
+    done = launch(TORCHRUN, 2, str(tmp_path / "crash.py"), *arguments)
+    assert done.returncode != 0
+    assert f"{message}rank {rank} has lost its GPU" in done.stderr
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_of_all_is_said_once(tiny_iqs: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"instruction": "a", "output": null}]')
+    arguments = ["score", str(tmp_path / "rows.json"), "--output", str(tmp_path / "o.parquet"), "--scorer", tiny_iqs]
+    done = launch(TORCHRUN, 2, "-m", "car_datasets", *arguments)
+    assert done.returncode != 0
+    assert done.stderr.count("car-datasets: 1 of 1 rows cannot be scored") == 1
+
+
+def test_one_process_of_a_launcher_is_like_none(tiny_iqs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    from car_datasets.parallel import process_rank
+
+    assert process_rank() == (0, 1)
+    assert QualityScorer(tiny_iqs).score_texts([]).scores.shape == (0,)
