@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt
 
-.PHONY: help demo test test-all lint bench default-scorer clean
+.PHONY: help demo test test-all lint bench certify default-scorer clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  -/'
@@ -24,6 +24,9 @@ lint: $(VENV)/.installed-test  ## ruff and mypy
 
 bench: $(VENV)/.installed-test  ## the benchmarks; run nothing else meanwhile
 	$(BIN)/python -m tests.benchmarks
+
+certify: $(VENV)/.installed-test  ## score the sample with 1, 2 and 3 processes, other batches and orders: is it the same?
+	TQDM_DISABLE=1 HF_DATASETS_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m tests.certify
 
 default-scorer: $(VENV)/.installed  ## rebuild the embedded scorer's head from DATA (CaR's expert_score_*.csv) into OUTPUT
 	$(BIN)/car-datasets train configs/train_iqs_minilm.yaml --train $(DATA)/expert_score_train.csv --valid $(DATA)/expert_score_valid.csv --output $(OUTPUT)

@@ -35,7 +35,7 @@ class Run(NamedTuple):
         return f"{self.processes} | {self.batch_tokens or 'default':>7} | {self.order:<8}"
 
 
-RUNS = (Run(1), Run(2), Run(3), Run(1, 1024, "reversed"), Run(2, 32_768, "shuffled"), Run(3, 4096, "shuffled"))
+RUNS = (Run(1), Run(2), Run(3), Run(1, 1024, "reversed"), Run(2, 32_768, "shuffled"))
 
 
 def places(order: str, rows: int) -> list[int]:
