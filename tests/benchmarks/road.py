@@ -34,7 +34,8 @@ def measure() -> Iterator[Line]:
     ours = _our_way(found)
     theirs = _original_way(texts()[1], found)
     for stage in theirs:
-        yield Line(f"{stage}, {len(found):,} {kind}; beside the original's way", ours[stage], theirs[stage])
+        what = f"{stage}, {len(found):,} {kind}; beside the original's way"
+        yield Line(what, ours[stage], theirs[stage] or None)
     whole, reference = sum(ours.values()), sum(theirs.values())
     yield Line(f"all of it, {len(found):,} {kind}", whole, reference, target="<= 1/3.5", met=whole <= reference / 3.5)
 
