@@ -155,10 +155,10 @@ def quantise(
 ) -> None:
     """Write a scorer's encoder in int8, for `--engine DIR` on the CPU; needs the extra: pip install 'car-datasets[openvino]'."""
     quiet_models()
-    from car_datasets.openvino_encoder import ENGINE_FILES, import_openvino
+    from car_datasets.openvino_encoder import RECORD_FILE, import_openvino
     from car_datasets.results import fresh_folder
 
-    fresh_folder(output, ENGINE_FILES, "--output")
+    fresh_folder(output, (RECORD_FILE,), "--output")
     import_openvino("nncf")
     from car_datasets.hub import DEFAULT_SCORER
     from car_datasets.loading import load_instructions, open_dataset

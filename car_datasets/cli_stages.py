@@ -140,7 +140,7 @@ def cluster(
     model = ClusterModel.fit(
         dataset,
         vectors,
-        k=parse_clusters(k) or "sqrt",
+        k="sqrt" if k is None else parse_clusters(k) or 0,  # 0 is a mistake of the user's, to be named
         explained_variance=explained_variance,
         seed=42 if seed is None else seed,
         n_init=1 if n_init is None else n_init,

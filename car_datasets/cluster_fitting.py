@@ -15,7 +15,7 @@ import torch
 
 from car_datasets.covariance import Covariance
 from car_datasets.kmeans import fit_kmeans
-from car_datasets.parallel import device_for
+from car_datasets.parallel import device_for, note_that_torch_runs
 from car_datasets.vectors import Matrix, embedding_batches, read_embeddings
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def fit_torch(
 ) -> Numbers:
     """One pass over the column for the components, one for the rows to fit on, and, after a sample, three more."""
 
+    note_that_torch_runs()
+
     def read() -> Iterator[Matrix]:
         return (matrix for matrix, _ in embedding_batches(dataset, column))
 
@@ -89,6 +91,7 @@ def fit_sklearn(
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
 
+    note_that_torch_runs()
     matrix, _ = read_embeddings(dataset, column)
     clusters = number_of_clusters(k, len(matrix))
     if (matrix == matrix[0]).all():  # one row, or equal ones: no variance to explain

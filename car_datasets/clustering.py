@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 CACHE_VERSION = "2"
+FORMATS = ("1", "2")  # of saved models; their labels follow from their numbers, whatever fitted them
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,8 +233,8 @@ class ClusterModel:
             raise ValueError(f"{str(folder)!r} holds no cluster model: there is no cluster_model.json.")
         plain = json.loads((path / "cluster_model.json").read_text(encoding="utf-8"))
         version = plain.pop("cache_version", None)
-        if version != CACHE_VERSION:
+        if version not in FORMATS:
             raise ValueError(
-                f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {CACHE_VERSION!r}."
+                f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {FORMATS}."
             )
         return cls(**load_file(path / "cluster_model.safetensors"), **plain)

@@ -23,8 +23,8 @@ CPU_ROWS, ACCELERATOR_ROWS = 1_000, 16_384
 def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str) -> Dataset:
     """What `dataset.map(stage, batched=True)` gives, with a progress bar, from the text columns alone.
 
-    The new columns have the stage's own types, embeddings lists of one fixed length, and are read from the cache the
-    second time, as those of `.map` are.
+    The new columns have the stage's own types (`.map` would infer lists of any length for embeddings, and fail on a first
+    batch of nulls), and are read from the cache the second time, as those of `.map` are.
 
     Raises:
         ValueError: the dataset has a column of that name, or see the stage.

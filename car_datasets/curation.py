@@ -6,6 +6,7 @@ Does not: hold logic of a stage; each is a call that a user can make alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import replace
@@ -64,7 +65,7 @@ def curate(
     """Load, score and embed, cluster, select and report; everything that can be wrong is checked before the first stage.
 
     Under `accelerate launch` or `torchrun` every process calls this and returns the same; they share the scoring, the main
-    one clusters and writes. Run again after a kill, the same call goes on.
+    one clusters and writes. With `shard_dir`, or in several processes, the same call goes on after a kill.
 
     Example:
 
@@ -228,8 +229,10 @@ def score_and_embed(
         _refuse_taken_columns(dataset, scorer, settings)
     else:
         refuse_overwrite(dataset.column_names, scorer.output_columns, "score_column= (--score-column)")
-    if len(dataset) >= LARGE and is_main_process():
-        tqdm.write(str(estimate_scoring(dataset, scorer)), file=sys.stderr)
+    begun = shard_dir is not None and any(Path(shard_dir).glob("*/part-*"))
+    if len(dataset) >= LARGE and is_main_process() and not begun:
+        with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
+            tqdm.write(str(estimate_scoring(dataset, scorer)), file=sys.stderr)
     if not embed or scorer.embedding_column is not None:
         return _add(dataset, scorer, "Scoring and embedding" if embed else "Scoring", shard_dir)
     embedder = TextEmbedder(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from car_datasets import hub
-from car_datasets.batching import in_order, run_batches, token_budget
+from car_datasets.batching import in_order, run_batches, token_budget, tokenise
 from car_datasets.formatting import as_column_names, check_schema, find_schema
 from car_datasets.parallel import device_for
 from car_datasets.rows import Rows, check_embedding_dtype, refuse_overwrite, refuse_tables
@@ -106,15 +106,19 @@ class TextEmbedder:
         model = self._model(rank)
         if not texts:
             return np.zeros((0, dimension(model)), dtype=np.float32)
-        # Bytes stand in for tokens: encode() tokenises by itself, and only order and rough size matter here.
         longest = model.max_seq_length or 512
-        lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]
+        if hasattr(model.tokenizer, "backend_tokenizer"):  # encode() tokenises anew, which is 1 % of the time on a CPU
+            lengths = [min(longest, n) for n in tokenise(model.tokenizer, texts, longest).lengths]
+        else:
+            lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]
 
         def encode(places: list[int]) -> Tensor:
             part = [texts[i] for i in places]
             return model.encode(part, batch_size=len(part), convert_to_tensor=True, show_progress_bar=False)
 
-        budget = token_budget(model.device, dimension(model), self.batch_tokens)
+        config = getattr(getattr(model[0], "auto_model", None), "config", None)
+        units = getattr(config, "hidden_size", dimension(model))  # a Dense module on top may give fewer
+        budget = token_budget(model.device, units, self.batch_tokens)
         ran = run_batches(lengths, budget, encode)
         return in_order([places for places, _ in ran], [vectors for _, vectors in ran])
 

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from car_datasets.batching import padding_waste, token_budget
+from car_datasets.formatting import find_schema
 from car_datasets.loaded_scorer import read_scorer_config
+from car_datasets.packing import can_pack
 from car_datasets.parallel import device_for
+from car_datasets.rows import Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,28 +65,29 @@ def estimate_scoring(dataset: Dataset, scorer: QualityScorer, sample: int = SAMP
 
     Args:
         dataset (`Dataset`): of a known schema; rows that cannot be scored are left out of the time, not of the count.
-        scorer ([`QualityScorer`]): with `diagnostics=True`; with an `embedding_column` that is timed as well.
+        scorer ([`QualityScorer`]): with an `embedding_column` that is timed as well.
         sample (`int`): rows to time.
         seed (`int`): of the draw.
 
     Raises:
-        ValueError: the scorer has no diagnostics, no row of the sample can be scored, or `sample` is below 1.
+        ValueError: no row of the sample can be scored, or `sample` is below 1.
     """
     if sample < 1:
         raise ValueError(f"sample={sample} must be at least 1.")
-    if not scorer.diagnostics:
-        raise ValueError("scorer: pass QualityScorer(..., diagnostics=True), whose token counts are needed.")
     drawn = np.random.default_rng(seed).permutation(len(dataset))[:sample]
     rows = dataset.with_format(None)[np.sort(drawn).tolist()]
-    scorer({name: values[:4] for name, values in rows.items()})
+    schema = find_schema(rows, scorer.schema, scorer.columns)
+    texts = Rows.from_batch(rows, schema, str(scorer.template), "mark").texts
+    if not texts:
+        raise ValueError(f"None of {len(drawn)} rows, drawn at random, can be scored.")
+    scorer.score_texts(texts[:4])
     start = time.perf_counter()
-    found = scorer(rows)
+    found = scorer.score_texts(texts)
     seconds = time.perf_counter() - start
     config = read_scorer_config(scorer.model_id, str(scorer.revision), scorer.tokenizer, scorer.tokenizer_revision)
-    column = f"{scorer.output_column.removesuffix('_score')}_tokens"
-    lengths = [min(int(n), config.max_tokens) for n in found[column] if n]
-    if not lengths:
-        raise ValueError(f"None of {len(drawn)} rows, drawn at random, can be scored.")
-    device = device_for()
-    budget = token_budget(device, config.encoder_config.hidden_size, scorer.batch_tokens)
-    return Estimate(len(dataset), len(drawn), seconds, sum(lengths), padding_waste(lengths, budget.tokens), str(device))
+    lengths = np.minimum(found.tokens, config.max_tokens).tolist()
+    device, encoder = device_for(), config.encoder_config
+    waste = 0.0
+    if not can_pack(encoder, scorer.dtype, device):
+        waste = padding_waste(lengths, token_budget(device, encoder.hidden_size, scorer.batch_tokens).tokens)
+    return Estimate(len(dataset), len(drawn), seconds, sum(lengths), waste, str(device))

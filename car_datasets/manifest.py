@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WINDOW = 8_192  # rows that are digested together; part of the digest
-# What changes no number beyond the tolerance, or says in other words what `revision` pins: a run that ran out of memory may
+# What changes no number beyond the tolerance, or says in other words what a revision pins: a run that ran out of memory may
 # go on with a smaller batch, and on a machine where the same model lies in another folder.
-FREE_FIELDS = ("model_id", "tokenizer", "batch_tokens")
+FREE_FIELDS = ("model_id", "tokenizer", "engine", "batch_tokens")
 
 
 def describe_run(dataset: Dataset, stage: Any, columns: Sequence[str], shard_rows: int) -> dict[str, Any]:

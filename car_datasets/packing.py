@@ -52,6 +52,9 @@ def can_pack(encoder_config: Any, dtype: str, device: torch.device) -> bool:
     """Whether packing is faster than padding here: torch's kernel reads half precision, on Ampere and later."""
     if device.type != "cuda" or dtype == "float32" or encoder_config.model_type not in PACKABLE:
         return False
+    size = encoder_config.hidden_size // encoder_config.num_attention_heads
+    if size % 8 or size > 256:  # what the kernel was made for
+        return False
     try:
         from torch.nn.attention import varlen  # noqa: F401
     except ImportError:  # torch < 2.10

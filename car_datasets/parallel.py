@@ -46,11 +46,18 @@ def device_for(rank: int | None = None) -> torch.device:
             "This worker was forked from a process that had run a model already, in which torch hangs. Start workers with "
             "map_across_gpus(dataset, fn, num_proc=...), which spawns them."
         )
-    _forks["torch ran"] = True
+    note_that_torch_runs()
     if rank is not None and torch.cuda.is_available():
         return torch.device("cuda", rank % torch.cuda.device_count())
     device: torch.device = _accelerate_state().device
+    if device.type == "cuda" and device.index is None:  # one name for one device: models and budgets are kept by it
+        return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def note_that_torch_runs() -> None:
+    """Call before work that starts threads, torch's or scikit-learn's: workers forked afterwards cannot run a model."""
+    _forks["torch ran"] = True
 
 
 _forks = {"torch ran": False, "after torch ran": False}

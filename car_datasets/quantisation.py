@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from car_datasets.batching import pad, tokenise
 from car_datasets.formatting import find_schema
 from car_datasets.loaded_scorer import load_scorer
-from car_datasets.openvino_encoder import ENGINE_FILES, MODEL_FILE, RECORD_FILE, import_openvino
-from car_datasets.results import fresh_folder
+from car_datasets.openvino_encoder import MODEL_FILE, RECORD_FILE, import_openvino
+from car_datasets.results import fresh_folder, write_whole
 from car_datasets.rows import Rows
 from car_datasets.scoring import QualityScorer
 from car_datasets.templates import Text
@@ -58,7 +58,7 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
         ValueError: the extra is not installed, the folder holds an engine already, there are too few texts, or the scorer
             is not in float32.
     """
-    path = fresh_folder(Path(folder), ENGINE_FILES, "folder")
+    path = fresh_folder(Path(folder), (RECORD_FILE,), "folder")  # written last: a folder without it is nothing yet
     if len(texts) < FEWEST_TEXTS:
         raise ValueError(
             f"texts: {len(texts)} given; calibration needs at least {FEWEST_TEXTS}, better 300 (--rows 300)."
@@ -107,7 +107,8 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
     }
     path.mkdir(parents=True, exist_ok=True)
     openvino.save_model(quantised, path / MODEL_FILE, compress_to_fp16=False)
-    (path / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    content = json.dumps(record, indent=2) + "\n"
+    write_whole(path / RECORD_FILE, lambda name: Path(name).write_text(content, encoding="utf-8"))
     return path
 
 

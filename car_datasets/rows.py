@@ -127,6 +127,8 @@ def refuse_tables(batch: Any, instead: str) -> None:
             f"In its Arrow, pandas or polars format a dataset loses its columns in .map. Map over dataset.with_format(None), or "
             f"call {instead}."
         )
+    if any(isinstance(value, (str, int, float)) for value in batch.values()):
+        raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")
 
 
 def refuse_overwrite(seen: Container[str], new_columns: Iterable[str], option: str) -> None:

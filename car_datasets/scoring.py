@@ -65,7 +65,8 @@ class QualityScorer:
         embedding_dtype (`str`): of the embeddings' column, `"float32"` or `"float16"`, which takes half the disk.
         compile (`bool`): `torch.compile` the encoder. It takes a minute, and pays on a GPU with many rows only.
         engine (`str`, *optional*): a folder with the encoder in int8 for OpenVINO, see
-            [`~car_datasets.quantisation.quantise_encoder`]; on the CPU. Scores and embeddings then come from it.
+            [`~car_datasets.quantisation.quantise_encoder`]; on the CPU. Scores then come from it, and embeddings as well, but
+            for the texts that take a second pass.
 
     In half precision on a GPU from Ampere on (torch >= 2.10), BERT and RoBERTa encoders read texts without padding.
 

@@ -213,8 +213,8 @@ class ShardedRun:
             self.copies.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another worker took over, finished, and swept our file away
                 write_whole(self.copies / name, write)
-            if self.folder.local is None:
-                self.folder.upload(self.copies / name, name)
+                if self.folder.local is None:
+                    self.folder.upload(self.copies / name, name)
         if not self._is_whole(shard, {name}):
             raise OSError(f"shard_dir={str(self.folder)!r}: {name} was written and does not read back whole.")
 

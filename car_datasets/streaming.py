@@ -7,6 +7,7 @@ Does not: fit clusters (on a sample: `ClusterModel.fit`), or take a share of row
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from car_datasets.clustering import ClusterModel
+from car_datasets.rows import refuse_overwrite
 from car_datasets.selection import (
     SELECTION_COLUMNS,
     Choice,
@@ -84,7 +86,7 @@ def select_car_streaming(
     places = np.zeros(0, dtype=np.int64)  # of the kept rows, in the stream
     seen: list[npt.NDArray[Any]] = []
     rows = 0
-    for batch in dataset.with_format("arrow").iter(batch_size=batch_size):
+    for batch in _tables(dataset, batch_size):
         batch = _labelled(batch, clusters, score_column, cluster_column)
         seen.append(_numbers(batch, score_column, np.nan))
         here = np.arange(rows, rows + len(batch))
@@ -107,9 +109,27 @@ def select_car_streaming(
     return add_selection(Dataset(InMemoryTable(kept.combine_chunks())), choice, index_column)
 
 
+def _tables(dataset: IterableDataset | Dataset, batch_size: int) -> Iterator[pa.Table]:
+    """The batches as Arrow tables. A stream's are built here: its own have the types that each batch alone suggests, which
+    `datasets` cannot join where one holds a null only."""
+    from datasets import Dataset
+
+    if isinstance(dataset, Dataset):
+        yield from dataset.with_format("arrow").iter(batch_size=batch_size)
+        return
+    features = dataset.features
+    for batch in dataset.with_format(None).iter(batch_size=batch_size):
+        if features is None:
+            yield pa.table(dict(batch))
+        else:
+            yield pa.table(features.encode_batch(batch), schema=features.arrow_schema)
+
+
 def _labelled(batch: pa.Table, clusters: ClusterModel | None, score_column: str, cluster_column: str) -> pa.Table:
     if clusters is not None and cluster_column not in batch.column_names:
+        new = (cluster_column, clusters.distance_column)
         check_columns(batch.column_names, (clusters.embedding_column,), ())
+        refuse_overwrite(batch.column_names, new, "output_column=... and distance_column=... to ClusterModel.fit")
         found = clusters.label_arrow(batch[clusters.embedding_column])
         batch = batch.append_column(cluster_column, found[clusters.output_column])
         batch = batch.append_column(clusters.distance_column, found[clusters.distance_column])

@@ -29,6 +29,8 @@ class BudgetTrainer(Trainer):
         """As in `Trainer`, with `compute_metrics` on predictions and labels in no particular order."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         examples: Sequence[dict[str, Any]] = dataloader.dataset
+        if len(examples) < world:  # on every process alike: none must wait for one that failed
+            raise ValueError(f"{len(examples)} validation examples for {world} processes: start fewer processes.")
         own = [examples[i] for i in range(rank, len(examples), world)]
         lengths = [max(len(ids) for name, ids in example.items() if name.endswith("_ids")) for example in own]
         model = self.accelerator.unwrap_model(self.model)

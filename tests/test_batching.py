@@ -88,10 +88,12 @@ def test_windows_are_tokenised_ahead_in_another_thread_and_in_order(monkeypatch:
     assert list(tokenised_ahead(tokenizer, [], 12)) == []
 
 
+@pytest.mark.parametrize("message", ["CUDA out of memory.", "MPS backend out of memory"])
 @pytest.mark.parametrize("fits", [1, 7, 20, 1000])
 def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(
-    fits: int, caplog: pytest.LogCaptureFixture
+    fits: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    error = torch.OutOfMemoryError if message.startswith("CUDA") else RuntimeError
     lengths = [3, 7, 1, 5, 2, 6, 4, 7, 1, 2]
     budget = Budget(64)
     calls: list[int] = []
@@ -100,7 +102,7 @@ def test_where_memory_runs_out_batches_are_halved_and_nothing_is_lost(
         size = len(places) * max(lengths[i] for i in places)
         calls.append(size)
         if len(places) > 1 and size > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error(message)
         return torch.tensor([[10.0 * i] for i in places])
 
     with caplog.at_level(logging.WARNING):
@@ -123,6 +125,17 @@ def test_one_text_that_does_not_fit_is_an_error() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         run_batches([5, 5, 5], Budget(100), forward)
+
+
+def test_another_error_is_not_taken_for_lack_of_memory() -> None:
+    budget = Budget(100)
+
+    def forward(places: list[int]) -> torch.Tensor:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_batches([5, 5, 5], budget, forward)
+    assert budget.tokens == 100
 
 
 def test_budgets_fit_the_device_and_are_remembered() -> None:

@@ -258,6 +258,14 @@ def test_a_saved_model_keeps_its_fingerprint(model: ClusterModel, saved: Path) -
     assert Hasher.hash(ClusterModel.from_pretrained(saved)) == Hasher.hash(model)
 
 
+def test_a_model_saved_by_the_first_version_still_labels(model: ClusterModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    plain = tmp_path / "cluster_model.json"
+    plain.write_text(plain.read_text().replace(f'"cache_version": "{model.cache_version}"', '"cache_version": "1"'))
+    assert '"cache_version": "1"' in plain.read_text()
+    assert ClusterModel.from_pretrained(tmp_path).digest == model.digest
+
+
 def test_a_pickled_model_comes_back_equal(model: ClusterModel) -> None:
     loaded = pickle.loads(pickle.dumps(model))
     assert (loaded.digest, Hasher.hash(loaded)) == (model.digest, Hasher.hash(model))
@@ -313,7 +321,7 @@ def test_a_folder_without_the_numbers_is_refused(saved: Path) -> None:
 def test_a_model_of_another_version_is_refused(saved: Path) -> None:
     plain = json.loads((saved / "cluster_model.json").read_text())
     (saved / "cluster_model.json").write_text(json.dumps({**plain, "cache_version": "0"}))
-    with pytest.raises(ValueError, match="a cluster model of version '0'; this code reads '2'"):
+    with pytest.raises(ValueError, match=r"a cluster model of version '0'; this code reads \('1', '2'\)"):
         ClusterModel.from_pretrained(saved)
 
 

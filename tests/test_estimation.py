@@ -22,6 +22,12 @@ def test_an_estimate_counts_what_the_scorer_reads(tiny_iqs: str, pairs: Dataset)
     assert estimate_scoring(pairs, scorer, 2).sample == 2
 
 
+def test_a_chat_counts_every_exchange_up_to_the_models_limit(tiny_iqs: str) -> None:
+    turns = [{"role": role, "content": "sea " * 60} for role in ("user", "assistant")] * 3
+    chats = Dataset.from_dict({"messages": [turns] * 4})
+    assert estimate_scoring(chats, QualityScorer(tiny_iqs)).tokens == 4 * 3 * 48
+
+
 def test_minutes_are_those_of_the_whole_dataset() -> None:
     found = Estimate(rows=60_000, sample=200, seconds=2.0, tokens=20_000, waste=0.05, device="cpu")
     assert found.rows_per_second == 100
@@ -36,8 +42,6 @@ def test_minutes_are_those_of_the_whole_dataset() -> None:
 def test_what_it_cannot_time_is_refused(tiny_iqs: str, pairs: Dataset) -> None:
     with pytest.raises(ValueError, match="sample=0"):
         estimate_scoring(pairs, QualityScorer(tiny_iqs, diagnostics=True), 0)
-    with pytest.raises(ValueError, match="diagnostics=True"):
-        estimate_scoring(pairs, QualityScorer(tiny_iqs))
     empty = Dataset.from_list([{**row, "output": None} for row in pairs])
     with pytest.raises(ValueError, match="None of 6 rows"):
         estimate_scoring(empty, QualityScorer(tiny_iqs, diagnostics=True, on_invalid="mark"))

@@ -137,3 +137,23 @@ def test_a_callable_of_a_notebook_is_told_to_move(command: list[str]) -> None:
     assert done.returncode == 1
     assert "fn=upper is defined in a notebook, a prompt or a pipe" in done.stderr
     assert "%%writefile" in done.stderr
+
+
+FORKS_AFTER_CLUSTERING = """
+import numpy as np
+from datasets import Dataset
+from car_datasets import ClusterModel, QualityScorer
+ClusterModel.fit(Dataset.from_dict({"embedding": list(np.random.default_rng(0).normal(size=(300, 16)))}), k=5, kmeans=ENGINE)
+rows = Dataset.from_dict({"instruction": ["a"] * 8, "output": ["b"] * 8})
+rows.map(QualityScorer(MODEL), batched=True, num_proc=2)
+"""
+
+
+@pytest.mark.parametrize("engine", ["torch", "sklearn"])
+def test_a_worker_forked_after_clustering_says_so_instead_of_hanging(tiny_iqs: str, engine: str) -> None:
+    if multiprocess.get_start_method() != "fork":
+        pytest.skip("this Python does not fork")
+    code = FORKS_AFTER_CLUSTERING.replace("MODEL", repr(tiny_iqs)).replace("ENGINE", repr(engine))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "forked from a process that had run a model" in done.stderr

@@ -86,7 +86,7 @@ def test_mistakes_are_named_before_anything_is_converted(
     tiny_iqs: str, tiny_engine: str, sample_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     texts = texts_of(sample_rows[:20])
-    with pytest.raises(ValueError, match=r"folder=.* already holds a result \(encoder\.xml"):
+    with pytest.raises(ValueError, match=r"folder=.* already holds a result \(engine\.json"):
         quantise_encoder(QualityScorer(tiny_iqs), texts, tiny_engine)
     with pytest.raises(ValueError, match="19 given; calibration needs at least 20"):
         quantise_encoder(QualityScorer(tiny_iqs), texts[1:], tmp_path / "new")

@@ -253,3 +253,10 @@ def test_an_answer_that_was_cut_off_still_gets_a_score(make_tiny_iqs: Any) -> No
     found = scorer.score_texts([render(Exchange("red " * 40, "", "blue")), render(Exchange("red", "", "blue " * 40))])
     assert np.isfinite(found.scores).all()
     assert found.truncated.all()
+
+
+@pytest.mark.parametrize("stage", ["scorer", "embedder"])
+def test_a_forgotten_batched_is_named(stage: str, tiny_iqs: str, tiny_embedder: str, pairs: Dataset) -> None:
+    fn = QualityScorer(tiny_iqs) if stage == "scorer" else TextEmbedder(tiny_embedder)
+    with pytest.raises(ValueError, match="batched=True"):
+        pairs.map(fn)

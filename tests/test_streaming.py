@@ -8,7 +8,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from car_datasets import ClusterModel, select_car, select_car_streaming
+from car_datasets import ClusterModel, QualityScorer, TextEmbedder, select_car, select_car_streaming
+from car_datasets.columns import add_columns
 
 ROWS = 300
 
@@ -57,6 +58,29 @@ def test_rows_are_clustered_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
         whole.to_iterable_dataset(), clusters, n1=20, n2=3, batch_size=64, cluster_column="group"
     )
     assert found.remove_columns("embedding").to_dict() == expected.remove_columns("embedding").to_dict()
+
+
+def test_a_mapped_stream_with_a_row_that_cannot_be_scored(tiny_iqs: str, tiny_embedder: str) -> None:
+    rows = [
+        {"instruction": "write", "input": None if i % 3 else "a", "output": None if i == 2 else "good " * i}
+        for i in range(30)
+    ]
+    whole = Dataset.from_list(rows)
+    scorer = QualityScorer(tiny_iqs, on_invalid="mark")
+    embedder = TextEmbedder(tiny_embedder, on_invalid="mark")
+    scored = add_columns(add_columns(whole, scorer, "Scoring"), embedder, "Embedding")
+    clusters = ClusterModel.fit(scored, k=4)
+    stream = (
+        whole.to_iterable_dataset().map(scorer, batched=True, batch_size=1).map(embedder, batched=True, batch_size=1)
+    )
+    expected = select_car(clusters.label(scored), 6, 2, allow_worse=True)
+    for batch_size in (4, 100):
+        found = select_car_streaming(stream, clusters, n1=6, n2=2, batch_size=batch_size, allow_worse=True)
+        assert found["source_index"][:] == expected["source_index"][:]
+        assert found["selected_by"][:] == expected["selected_by"][:]
+    taken = stream.map(lambda batch: {"cluster_distance": [0.0] * len(batch["output"])}, batched=True)
+    with pytest.raises(ValueError, match="cluster_distance"):
+        select_car_streaming(taken, clusters, n1=6, n2=2)
 
 
 def test_memory_holds_what_can_be_chosen_and_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
