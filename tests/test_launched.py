@@ -7,13 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from datasets import Dataset
 
 from car_datasets import QualityScorer, curate
+from car_datasets.results import RESULT_FILES
 from tests.conftest import ROOT, WORDS
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -149,6 +152,49 @@ def test_a_crash_on_one_rank_ends_all_with_its_message(
     assert done.returncode != 0
     assert f"{message}rank {rank} has lost its GPU" in done.stderr
     assert not (tmp_path / "out.parquet").exists()
+
+
+SLOW = """
+import sys, time
+from car_datasets import QualityScorer
+ordinary = QualityScorer.__call__
+QualityScorer.__call__ = lambda self, batch, rank=None: (time.sleep(1), ordinary(self, batch, rank))[1]
+from car_datasets.cli import app
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["launcher", "rank"])
+def test_a_killed_launcher_or_rank_ends_the_others_and_the_same_command_goes_on(
+    tiny_iqs: str, tiny_embedder: str, rows: Path, tmp_path: Path, victim: str
+) -> None:
+    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "50"]
+
+    def arguments(name: str) -> list[str]:
+        places = ["--output", str(tmp_path / name), "--shards", str(tmp_path / f"{name}-shards")]
+        return [str(tmp_path / "slow.py"), "curate", str(rows), *places, *models]
+
+    (tmp_path / "slow.py").write_text(SLOW)
+    assert launch(TORCHRUN, 2, *arguments("whole")).returncode == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", *TORCHRUN, "2", *arguments("killed")], env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed-shards").glob("scores/part-*")):
+        assert time.monotonic() < deadline
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    (launcher if victim == "launcher" else ranks[1]).kill()
+    assert launcher.wait(60) != 0
+    assert psutil.wait_procs(ranks, timeout=60)[1] == []  # none is left hanging
+    done = launch(TORCHRUN, 2, *arguments("killed"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in RESULT_FILES:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.slow
