@@ -64,6 +64,7 @@ def test_the_commands_are_the_promised_ones() -> None:
         "convert",
         "curate",
         "demo",
+        "estimate",
         "evaluate",
         "prepare",
         "quantise",
