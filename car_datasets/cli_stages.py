@@ -76,6 +76,7 @@ def estimate(
     rows: Annotated[int, typer.Option(help="Rows to time.")] = 256,
     scorer: o.ScorerModel = None,
     tokenizer: o.Tokenizer = None,
+    engine: o.Engine = None,
     embeddings: Annotated[bool, typer.Option(help="With the embedding, where it comes from the same pass.")] = True,
     dtype: o.Dtype = None,
     batch_tokens: o.BatchTokens = None,
@@ -98,7 +99,7 @@ def estimate(
 
     reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": on_invalid}
     speed: dict[str, Any] = {"dtype": dtype or "float32", "batch_tokens": batch_tokens, "compile": compile}
-    recipe = Recipe(scorer=scorer or DEFAULT_SCORER, tokenizer=tokenizer, **speed, **reading)
+    recipe = Recipe(scorer=scorer or DEFAULT_SCORER, tokenizer=tokenizer, engine=engine, **speed, **reading)
     dataset = load_instructions(source, name, split, revision=revision, token=token, **reading)
     typer.echo(str(estimate_scoring(dataset, scorer_of(recipe, token, embeddings), rows)))
 
