@@ -150,7 +150,7 @@ def cluster(
         output_column=column,
         distance_column=f"{column}_distance",
     )
-    _write(model.label(dataset), output, cluster_column=column, embedding_column=vectors)
+    _write(model.label(dataset, across_processes=True), output, cluster_column=column, embedding_column=vectors)
     if save_model is not None:
         from car_datasets.parallel import from_main
 

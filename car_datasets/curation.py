@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from car_datasets import hub
-from car_datasets.cluster_fitting import number_of_clusters, refuse_bad_fit
+from car_datasets.cluster_fitting import checked_fit, number_of_clusters
 from car_datasets.clustering import ClusterModel
 from car_datasets.columns import add_columns
 from car_datasets.embedding import TextEmbedder
@@ -42,7 +41,6 @@ from car_datasets.scoring import QualityScorer
 from car_datasets.selection import SELECTION_COLUMNS, check_columns, refuse_impossible, select_car
 from car_datasets.shards import score_in_shards
 from car_datasets.templates import CLEAN_TEMPLATE
-from car_datasets.vectors import beside
 
 
 class Curated(NamedTuple):
@@ -64,8 +62,8 @@ def curate(
 ) -> Curated:
     """Load, score and embed, cluster, select and report; everything that can be wrong is checked before the first stage.
 
-    Under `accelerate launch` or `torchrun` every process calls this and returns the same; they share the scoring, the main
-    one clusters and writes. With `shard_dir`, or in several processes, the same call goes on after a kill.
+    Under `accelerate launch` or `torchrun` every process calls this and returns the same; they share the scoring and
+    the clustering, the main one writes. With `shard_dir`, or in several processes, the same call goes on after a kill.
 
     Example:
 
@@ -145,8 +143,13 @@ def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
                 f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
             )
     clusters = number_of_clusters(settings.k, rows)
-    refuse_bad_fit(
-        settings.explained_variance, settings.n_init, settings.seed, settings.kmeans_engine, settings.kmeans_sample
+    checked_fit(
+        settings.k,
+        settings.explained_variance,
+        settings.seed,
+        settings.n_init,
+        settings.kmeans_engine,
+        settings.kmeans_sample,
     )
     if settings.procedure == "default":
         refuse_impossible(rows, clusters, settings.n1, settings.n2, settings.budget)
@@ -180,7 +183,7 @@ def embed_where_missing(
     if column in dataset.column_names:
         return dataset
     stage = TextEmbedder(embedder or hub.DEFAULT_ENCODER, template=template, output_column=column)
-    return add_columns(dataset, stage, "Embedding")
+    return _add(dataset, stage, "Embedding")
 
 
 def scorer_of(settings: Recipe, token: str | None = None, embed: bool = True) -> QualityScorer:
@@ -247,7 +250,10 @@ def score_and_embed(
 
 
 def _add(
-    dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str, shard_dir: str | os.PathLike[str] | None
+    dataset: Dataset,
+    stage: QualityScorer | TextEmbedder,
+    description: str,
+    shard_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """The columns of a stage, computed here, or by all processes in shards; each stage has a folder of its own there."""
     if shard_dir is None and process_rank()[1] == 1:
@@ -274,19 +280,8 @@ def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Rec
 
 
 def _add_clusters(pool: Dataset, settings: Recipe) -> Dataset:
-    """CLUSTER on the main process, whose labels the others take: none fits again, and no rounding can tell them apart."""
-
-    def label() -> pa.Table:
-        labelled = _fit_clusters(pool, settings).label(pool.select_columns(settings.embedding_column))
-        new = [name for name in labelled.column_names if name != settings.embedding_column]
-        table: pa.Table = labelled.select_columns(new).with_format("arrow")[:]
-        return table
-
-    return beside(pool, Dataset(from_main(label)))
-
-
-def _fit_clusters(pool: Dataset, settings: Recipe) -> ClusterModel:
-    return ClusterModel.fit(
+    """CLUSTER of a recipe; several processes share it and get the same labels."""
+    model = ClusterModel.fit(
         pool,
         settings.embedding_column,
         k=settings.k,
@@ -298,3 +293,4 @@ def _fit_clusters(pool: Dataset, settings: Recipe) -> ClusterModel:
         output_column=settings.cluster_column,
         distance_column=f"{settings.cluster_column}_distance",
     )
+    return model.label(pool, across_processes=True)

@@ -15,7 +15,8 @@ import psutil
 import pytest
 from datasets import Dataset
 
-from car_datasets import QualityScorer, curate
+from car_datasets import ClusterModel, QualityScorer, TextEmbedder, curate, load_instructions
+from car_datasets.columns import add_columns
 from car_datasets.results import RESULT_FILES
 from tests.conftest import ROOT, WORDS
 
@@ -195,6 +196,70 @@ def test_a_killed_launcher_or_rank_ends_the_others_and_the_same_command_goes_on(
     assert done.returncode == 0, done.stderr[-3000:]
     for name in RESULT_FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def sample_embeddings(sample_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings of the rows that the package ships."""
+    found = add_columns(load_instructions(str(sample_file)), TextEmbedder(), "Embedding")
+    path = tmp_path_factory.mktemp("embeddings") / "sample.parquet"
+    found.select_columns(["embedding"]).to_parquet(path)
+    return path
+
+
+TOLD = [  # on every rank, of what is wrong with all or with one
+    r"ValueError: .* not finite in 3 rows, the first \[70, 200, 399\]\.",
+    r"ValueError: .* embeddings of the lengths \[8, 12\]",
+    r"ValueError: .* holds no embeddings, only nulls\.",
+    r"ValueError: k=401 must be .* the 400 rows",
+    r"ValueError: .* no column 'vector'",
+    r"RuntimeError: rank 1 has lost its disk",
+    *[r"ValueError: dataset: process 1 of \d fits clusters to other rows or in another way"] * 3,
+    r"ValueError: .* not finite in 1 rows",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_clusters_are_those_of_one_process(sample_embeddings: Path, count: int) -> None:
+    done = launch(TORCHRUN, count, "-m", "tests.together", str(sample_embeddings))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    told = found.pop("errors")
+    assert len(found) == 16
+    for name, (other_labels, centers, distances) in found.items():
+        assert other_labels == 0, name
+        assert max(centers, distances) <= 1e-6, name
+    assert len(told) == count
+    for messages in told:
+        assert len(messages) == len(TOLD)
+        for message, pattern in zip(messages, TOLD, strict=True):
+            assert re.match(pattern, message), message
+
+
+@pytest.mark.slow
+def test_the_command_cluster_shares_and_says_it_once(tiny_embedder: str, rows: Path, tmp_path: Path) -> None:
+    """From rows without embeddings, as in the original's scored files; the model is saved once."""
+    found = {}
+    for count in (1, 2):
+        output, saved = tmp_path / f"{count}.parquet", tmp_path / f"model-{count}"
+        arguments = ["cluster", str(rows), "--output", str(output), "--save-model", str(saved), "--k", "9"]
+        done = launch(TORCHRUN, count, "-m", "car_datasets", *arguments, "--embedder", tiny_embedder, bars=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("600 rows are in") == 1
+        assert len(re.findall(r"Embedding: +0%", done.stderr)) == len(re.findall(r"Clustering: +0%", done.stderr)) == 1
+        found[count] = read(output, tmp_path / f"cache-{count}"), ClusterModel.from_pretrained(saved)
+    assert found[1][0]["cluster"][:] == found[2][0]["cluster"][:]
+    np.testing.assert_allclose(found[1][1].centers, found[2][1].centers, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", range(5))
+def test_a_short_script_ends_well(tmp_path: Path, run: int) -> None:
+    """Left to itself, gloo ended every other such process by SIGABRT."""
+    (tmp_path / "short.py").write_text("from car_datasets.parallel import from_main\nfrom_main(lambda: None)\n")
+    done = launch(TORCHRUN, 2, str(tmp_path / "short.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -16,15 +16,15 @@ PACKAGE = Path(car_datasets.__file__).parent
 ORDER = [
     {"version"},
     {"templates", "hub", "settings", "metrics", "probe"},
-    {"formatting", "publishing", "corruptions", "checkpoints"},
+    {"formatting", "publishing", "corruptions", "checkpoints", "collectives"},
     {"configuration_iqs", "convert_comet", "openvino_encoder", "selection", "vectors", "pairs"},
     {"batching", "layers", "segments", "original", "preparation", "covariance", "kmeans"},
     {"packing"},
     {"modeling_iqs"},
     {"loaded_scorer"},
     {"files", "parallel", "reporting", "rows"},
-    {"cluster_fitting"},
-    {"loading", "embedding", "clustering", "results", "recipe"},
+    {"cluster_fitting", "results"},
+    {"loading", "embedding", "clustering", "recipe"},
     {"scoring", "filtering", "streaming", "claims", "manifest"},
     {
         "columns",
