@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from car_datasets.embedding import TextEmbedder
     from car_datasets.scoring import QualityScorer
 
-# A GPU is through a thousand rows before the next thousand are tokenised; on a CPU more would only delay the progress bar.
-CPU_ROWS, ACCELERATOR_ROWS = 1_000, 16_384
+# A GPU is through a thousand rows before the next thousand are tokenised; on a CPU more would delay the progress bar, and fewer
+# leave more padding (3.5 % at 1,000 rows of Alpaca, 2.0 % at 2,000, 1.2 % at 4,000).
+CPU_ROWS, ACCELERATOR_ROWS = 2_000, 16_384
 
 
 def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str) -> Dataset:

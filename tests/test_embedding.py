@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
 from sentence_transformers import SentenceTransformer
 
 from car_datasets import TextEmbedder, hub
@@ -21,6 +22,15 @@ def test_equal_to_encode(tiny_embedder: str, pairs: Dataset) -> None:
     embedded = pairs.map(TextEmbedder(tiny_embedder), batched=True, with_rank=True)
     assert np.abs(np.array(embedded["embedding"][:]) - encode(tiny_embedder, texts)).max() < 1e-5
     assert embedded.features["embedding"].feature.dtype == "float32"
+
+
+def test_map_gives_lists_of_fixed_size_when_told_the_features(tiny_embedder: str, pairs: Dataset) -> None:
+    embedder = TextEmbedder(tiny_embedder)
+    features = Features({**pairs.features, **embedder.output_features()})
+    embedded = pairs.map(embedder, batched=True, with_rank=True, features=features)
+    assert embedded.data.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+    inferred = pairs.map(embedder, batched=True, with_rank=True)
+    assert inferred["embedding"][:] == embedded["embedding"][:]
 
 
 def test_the_default_equals_encode_on_shipped_rows_long_ones_too(sample_rows: list[dict]) -> None:
