@@ -8,6 +8,7 @@ Does not: know where rows come from (shards.py, stream_shards.py), or score.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -47,7 +48,9 @@ class SharedRun:
         self.id = run_id(manifest)
         cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
         self.folder = Folder(_on_one_machine(cache) if shard_dir is None else shard_dir)
-        self.copies = self.folder.local or cache  # where parts are read from: a URL's are fetched once
+        # Where parts are read from: a URL's are fetched once. Two streams may begin alike, and so have one id.
+        location = hashlib.sha256(self.folder.location.encode()).hexdigest()[:8]
+        self.copies = self.folder.local or cache / location
         self.claims = Claims(self.folder, expiry)
         self.done = 0  # rows of the shard at hand
         self.whole: dict[int, Dataset] = {}

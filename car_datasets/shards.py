@@ -81,6 +81,8 @@ def score_in_shards(
             f"fn={name} is no QualityScorer and no TextEmbedder, whose fields a shard is bound to. Call "
             f"map_across_gpus(dataset, {name}) for a function of a batch; one of the whole dataset, on the result."
         )
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise ValueError(f"dataset is a {type(dataset).__name__}; pass a Dataset or an IterableDataset, of one split.")
     streamed = isinstance(dataset, IterableDataset)
     if shard_rows is None:
         shard_rows = STREAMED if streamed else default_rows(len(dataset))

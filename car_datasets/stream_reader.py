@@ -108,7 +108,7 @@ class StreamReader:
         if changed:
             raise ValueError(
                 f"{self._where(start, len(rows))}: the columns {changed} have other types than in the first {len(self.head)} "
-                f"rows, or are not there. {DECLARE}"
+                f"rows, or were not there. {DECLARE}"
             )
         columns = {name: columns.get(name, [None] * len(rows)) for name in self.features}
         encoded = self.features.encode_batch(columns) if self._declared else columns

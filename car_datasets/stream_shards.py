@@ -49,7 +49,9 @@ class StreamedRun(SharedRun):
         expiry: float,
     ) -> None:
         if shard_dir is None:
-            raise ValueError("shard_dir=None: a stream has no name before it is read. Pass a folder: shard_dir=... .")
+            raise ValueError(
+                "shard_dir=None: a stream has no name before it is read. Pass shard_dir=<a folder or URL>."
+            )
         self.stage, self.shard_rows = stage, shard_rows
         self.reader = StreamReader(stream, shard_rows)
         names = list(self.reader.features)
