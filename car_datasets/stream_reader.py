@@ -107,8 +107,8 @@ class StreamReader:
             changed = [name for name in columns if name not in self.features]
         if changed:
             raise ValueError(
-                f"{self._where(start, len(rows))}: the columns {changed} have other types than in the first {len(self.head)} "
-                f"rows, or were not there. {DECLARE}"
+                f"{self._where(start, len(rows))}: the columns {changed} have other types than in the first rows, or were not "
+                f"there. {DECLARE}"
             )
         columns = {name: columns.get(name, [None] * len(rows)) for name in self.features}
         encoded = self.features.encode_batch(columns) if self._declared else columns
