@@ -238,6 +238,13 @@ def test_rows_that_do_not_fit_are_refused(
         score_in_shards(stream_of(rows), QualityScorer(tiny_iqs), tmp_path / "new", shard_rows=4)
 
 
+def test_a_column_beyond_the_declared_types_is_left_out_by_the_stream_itself(tiny_iqs: str, tmp_path: Path) -> None:
+    types = Features({"instruction": Value("string"), "output": Value("string")})
+    stream = stream_of(content(), features=types)
+    found = score_in_shards(stream, QualityScorer(tiny_iqs), tmp_path / "new", shard_rows=4)
+    assert found.column_names == ["instruction", "output", "iqs_score"]
+
+
 def test_a_later_key_of_a_chat_is_not_dropped_in_silence(tiny_iqs: str, tmp_path: Path) -> None:
     def chat(i: int) -> dict[str, Any]:
         extra = {"tool": "sum"} if i == 6 else {}
