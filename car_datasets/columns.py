@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,7 @@ def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, descripti
     """
     features = stage.output_features()
     refuse_overwrite(dataset.column_names, features, "output_column=... (and embedding_column=...)")
-    read = read_columns(dataset, stage)
+    read = read_columns(dataset.column_names, stage)
     found = dataset.select_columns(read).map(
         stage,
         batched=True,
@@ -45,15 +46,17 @@ def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, descripti
     return beside(dataset, found)
 
 
-def read_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, with_index: bool = True) -> list[str]:
+def read_columns(
+    column_names: Sequence[str], stage: QualityScorer | TextEmbedder, with_index: bool = True
+) -> list[str]:
     """The columns that a stage reads: those of the text, and `source_index` where it is there, by which a message names a row.
 
     Raises:
         ValueError: no schema fits.
     """
-    schema = find_schema(dataset.column_names, stage.schema, stage.columns)
+    schema = find_schema(column_names, stage.schema, stage.columns)
     read = [name for name in (*schema.required, schema.input) if name is not None]
-    if with_index and "source_index" in dataset.column_names and "source_index" not in read:
+    if with_index and "source_index" in column_names and "source_index" not in read:
         read.append("source_index")
     return read
 

@@ -51,7 +51,7 @@ def device_for(rank: int | None = None) -> torch.device:
     if _forks["after torch ran"]:
         raise ValueError(
             "This worker was forked from a process that had run a model already, in which torch hangs. Start workers with "
-            "map_across_gpus(dataset, fn, num_proc=...), which spawns them."
+            "map_across_gpus(dataset, fn, num_proc=...), which spawns them; a DataLoader's with multiprocessing_context='spawn'."
         )
     note_that_torch_runs()
     if rank is not None and torch.cuda.is_available():
