@@ -18,13 +18,11 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from car_datasets.claims import Claims, Folder, last_turns
 from car_datasets.columns import batch_rows, read_columns
 from car_datasets.manifest import describe_run, differences, run_id
 from car_datasets.parallel import is_main_process
-from car_datasets.results import write_whole
+from car_datasets.parts import Parts, explaining, part_name
 from car_datasets.rows import refuse_overwrite
 from car_datasets.vectors import beside
 
@@ -75,6 +73,46 @@ def score_in_shards(
     """
     from datasets import Dataset
 
+    run = _begin(dataset, fn, shard_dir, shard_rows, expiry)
+    if len(dataset) == 0:
+        types = fn.output_features()
+        return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
+    return beside(dataset, run.finish(description))
+
+
+def fill_shards(
+    dataset: Dataset,
+    fn: QualityScorer | TextEmbedder,
+    shard_dir: str | os.PathLike[str],
+    *,
+    shard_rows: int | None = None,
+    expiry: float = 60.0,
+    description: str = "Scoring",
+) -> int:
+    """One worker's part in [`score_in_shards`]: take shards until none is free, and wait for nobody.
+
+    For a worker that is paid by the hour, such as a task of a SLURM array: a last call of [`score_in_shards`] finishes what
+    is left, if a worker died, and returns the rows.
+
+    Args:
+        dataset, fn, shard_dir, shard_rows, expiry, description: see [`score_in_shards`].
+
+    Returns:
+        `int`: rows that are left, because other workers have claimed them.
+
+    Raises:
+        ValueError, OSError: see [`score_in_shards`].
+    """
+    return _begin(dataset, fn, shard_dir, shard_rows, expiry).work(description, wait=False)
+
+
+def _begin(
+    dataset: Dataset,
+    fn: QualityScorer | TextEmbedder,
+    shard_dir: str | os.PathLike[str] | None,
+    shard_rows: int | None,
+    expiry: float,
+) -> ShardedRun:
     if not is_dataclass(fn) or not hasattr(fn, "schema") or not hasattr(fn, "output_features"):
         name = getattr(fn, "__qualname__", type(fn).__qualname__)
         raise ValueError(
@@ -86,11 +124,7 @@ def score_in_shards(
         raise ValueError(f"shard_rows={shard_rows} must be at least 1 and expiry={expiry} above 0.")
     refuse_overwrite(dataset.column_names, fn.output_features(), "output_column=... (and embedding_column=...)")
     texts = dataset.with_format(None).select_columns(read_columns(dataset, fn))
-    if len(dataset) == 0:
-        types = fn.output_features()
-        return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
-    run = ShardedRun(texts, fn, shard_dir, rows_each, expiry)
-    return beside(dataset, run.finish(description))
+    return ShardedRun(texts, fn, shard_dir, rows_each, expiry)
 
 
 def default_rows(rows: int) -> int:
@@ -117,34 +151,50 @@ class ShardedRun:
         self.id = run_id(self.manifest)
         cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
         self.folder = Folder(_on_one_machine(cache) if shard_dir is None else shard_dir)
-        self.copies = self.folder.local or cache  # where parts are read from: a URL's are fetched once
+        self.parts = Parts(self.folder, self.folder.local or cache, self.id, stage.output_features())
         self.claims = Claims(self.folder, expiry)
         self.done = 0  # rows of the shard at hand
         self._whole: dict[int, Dataset] = {}
         self._torn: set[int] = set()
 
     def finish(self, description: str) -> Dataset:
-        """Bind the folder, work until every shard is there, and read them all.
+        """Work until every shard is there, and read them all.
 
         Raises:
             ValueError, OSError: see [`score_in_shards`].
         """
         from datasets import concatenate_datasets
 
+        self.work(description, wait=True)
+        return concatenate_datasets([self._whole[shard] for shard in self._shards()])
+
+    def work(self, description: str, wait: bool) -> int:
+        """Bind the folder and take shards until every one is there, or, unless told to `wait`, claimed by another worker.
+
+        Returns:
+            `int`: rows that others have claimed.
+
+        Raises:
+            ValueError, OSError: see [`score_in_shards`].
+        """
         self._bind()
-        shards = range(-(-len(self.texts) // self.shard_rows))
         with _progress(self, description) as show:
             while True:
                 names = self.folder.names()
-                missing = [shard for shard in shards if not self._is_whole(shard, names)]
+                missing = [shard for shard in self._shards() if not self._is_whole(shard, names)]
                 show(names)
                 if not missing:
                     break
                 turns = last_turns(names)
                 if not any(self._take(shard, turns, show) for shard in missing):
+                    if not wait:
+                        return sum(len(self.rows_in(shard)) for shard in missing)
                     time.sleep(min(0.5, self.claims.expiry / 6))  # the others are at them
         self._sweep(names)
-        return concatenate_datasets([self._whole[shard] for shard in shards])
+        return 0
+
+    def _shards(self) -> range:
+        return range(-(-len(self.texts) // self.shard_rows))
 
     def rows_in(self, shard: int) -> range:
         """The rows of a shard."""
@@ -153,7 +203,7 @@ class ShardedRun:
 
     def _bind(self) -> None:
         """Write the manifest, or find an equal one. Two runs that write theirs at once are told apart by their shards."""
-        with self._explaining(MANIFEST):
+        with explaining(self.folder, MANIFEST, "read"):
             earlier = self.folder.read(MANIFEST)
         if earlier is None:
             there = [name for name in self.folder.names() if not name.startswith(".")]
@@ -162,7 +212,7 @@ class ShardedRun:
                     f"shard_dir={str(self.folder)!r} holds {sorted(there)[:3]} and no {MANIFEST}: it is no folder of shards. "
                     "Name a new or an empty one (--shards DIR)."
                 )
-            with self._explaining(MANIFEST):
+            with explaining(self.folder, MANIFEST):
                 self.folder.make()
                 self.folder.write(MANIFEST, json.dumps(self.manifest, indent=2).encode())
             return
@@ -178,8 +228,8 @@ class ShardedRun:
 
     def _take(self, shard: int, turns: dict[str, int], show: Callable[[], None]) -> bool:
         """Score a shard unless another worker has it."""
-        with self._explaining(_part(shard)):
-            claim = self.claims.take(_part(shard), turns)
+        with explaining(self.folder, part_name(shard)):
+            claim = self.claims.take(part_name(shard), turns)
         if claim is None:
             return False
         self.done = 0
@@ -190,81 +240,20 @@ class ShardedRun:
                     batches.append(self.stage(batch))
                     self.done += len(next(iter(batch.values())))
                     show()
-                self._write(shard, batches)
+                self._whole[shard] = self.parts.write(shard, batches, len(self.rows_in(shard)))
         self.done = 0
         return True
 
-    def _write(self, shard: int, batches: list[dict[str, Any]]) -> None:
-        from datasets.arrow_writer import ArrowWriter
-
-        def write(path: str) -> None:
-            with (
-                pa.OSFile(path, "wb") as file,
-                ArrowWriter(
-                    features=self.stage.output_features(), stream=file, fingerprint=self._fingerprint(shard)
-                ) as writer,
-            ):
-                for batch in batches:
-                    writer.write_batch(batch)
-                writer.finalize()
-
-        name = _part(shard)
-        with self._explaining(name):
-            self.copies.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another worker took over, finished, and swept our file away
-                write_whole(self.copies / name, write)
-                if self.folder.local is None:
-                    self.folder.upload(self.copies / name, name)
-        if not self._is_whole(shard, {name}):
-            raise OSError(f"shard_dir={str(self.folder)!r}: {name} was written and does not read back whole.")
-
     def _is_whole(self, shard: int, names: set[str]) -> bool:
         """Whether a shard is finished; one that is torn is not, and is scored again."""
-        if shard not in self._whole and _part(shard) in names:
-            found = self._open(shard)
+        if shard not in self._whole and part_name(shard) in names:
+            found = self.parts.open(shard, len(self.rows_in(shard)))
             if isinstance(found, str) and shard not in self._torn:
-                logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, _part(shard), found)
+                logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, part_name(shard), found)
                 self._torn.add(shard)
             elif not isinstance(found, str):
                 self._whole[shard] = found
         return shard in self._whole
-
-    def _open(self, shard: int) -> Dataset | str:
-        """A finished shard, memory-mapped, or what is wrong with it.
-
-        Raises:
-            ValueError: it belongs to another run.
-        """
-        from datasets import Dataset
-
-        path = self.copies / _part(shard)
-        try:
-            if not path.exists():
-                self.copies.mkdir(parents=True, exist_ok=True)
-                self.folder.download(path.name, path)
-            with pa.memory_map(str(path)) as file:
-                metadata = pa.ipc.open_stream(file).schema.metadata or {}
-            part = Dataset.from_file(str(path))
-        except (pa.ArrowInvalid, OSError) as error:
-            self._forget_copy(path)
-            return str(error)
-        if json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint") != self._fingerprint(shard):
-            raise ValueError(
-                f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or name another folder "
-                "(--shards DIR)."
-            )
-        if len(part) != len(self.rows_in(shard)):
-            self._forget_copy(path)
-            return f"{len(part)} of {len(self.rows_in(shard))} rows"
-        return part
-
-    def _forget_copy(self, path: Path) -> None:
-        if self.folder.local is None:
-            path.unlink(missing_ok=True)
-
-    def _fingerprint(self, shard: int) -> str:
-        """What binds a part to its run and its place; `datasets` takes it for the fingerprint of the part."""
-        return f"{self.id}-{shard:05d}"
 
     def _sweep(self, names: set[str]) -> None:
         """Remove what killed workers have left, now that every shard is there."""
@@ -273,21 +262,6 @@ class ShardedRun:
             if ours and not PART.fullmatch(name):
                 with contextlib.suppress(OSError):
                     self.folder.remove(name)
-
-    @contextlib.contextmanager
-    def _explaining(self, name: str) -> Iterator[None]:
-        """A disk that is full or a folder that is read-only as an error that says what to do."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                f"shard_dir={str(self.folder)!r}: {name} cannot be written: {error}. Shards that are finished stay: make room "
-                "or mend the folder, and run the same again."
-            ) from error
-
-
-def _part(shard: int) -> str:
-    return f"part-{shard:05d}.arrow"
 
 
 def _on_one_machine(cache: Path) -> Path:
