@@ -36,7 +36,7 @@ ORDER = [
         "validation",
         "head_fitting",
     },
-    {"training", "head_training", "parts"},
+    {"training", "head_training", "parts", "ray"},
     {"shards"},
     {"curation"},
     {"cli_options", "cli_app"},
