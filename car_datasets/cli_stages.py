@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @one_line_errors
 def score(
     source: o.Source,
-    output: o.OutputFile,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A new .parquet file, or .json. Without it, fill --shards and no more."),
+    ] = None,
     scorer: o.ScorerModel = None,
     tokenizer: o.Tokenizer = None,
     engine: o.Engine = None,
@@ -45,8 +48,11 @@ def score(
     quiet_models()
     from car_datasets.results import fresh_file
 
-    fresh_file(output)
-    from car_datasets.curation import score_and_embed
+    if output is not None:
+        fresh_file(output)
+    elif shards is None:
+        raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
+    from car_datasets.curation import fill_shards_of, score_and_embed
     from car_datasets.hub import DEFAULT_SCORER
     from car_datasets.loading import load_instructions, open_dataset
     from car_datasets.original import rank_rows
@@ -63,6 +69,9 @@ def score(
         "compile": compile,
     }
     recipe = Recipe(**model, engine=engine, batch_tokens=batch_tokens, **speed, **names, **reading)
+    if output is None:
+        _say_what_is_left(len(dataset), fill_shards_of(dataset, recipe, str(shards), token, embeddings), str(shards))
+        return
     as_original = output.suffix == ".json"
     scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original, shard_dir=shards)
     added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays
@@ -191,6 +200,12 @@ def select(
     report = SelectionReport.from_selection(pool, chosen, **names)
     _write(chosen, output, **names)
     print_table(report.to_table())
+
+
+def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
+    done = ", ".join(f"{folder} holds {rows - others:,} of {rows:,} rows" for folder, others in left.items())
+    rest = "the others are with other workers" if any(left.values()) else "none is left"
+    typer.echo(f"{done}; {rest}. car-datasets curate SOURCE --shards {shards} goes on from there.")
 
 
 def _open(source: str) -> Dataset:

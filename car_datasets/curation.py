@@ -39,7 +39,7 @@ from car_datasets.results import (
 from car_datasets.rows import refuse_overwrite
 from car_datasets.scoring import QualityScorer
 from car_datasets.selection import SELECTION_COLUMNS, check_columns, refuse_impossible, select_car
-from car_datasets.shards import score_in_shards
+from car_datasets.shards import fill_shards, score_in_shards
 from car_datasets.templates import CLEAN_TEMPLATE
 
 
@@ -227,17 +227,33 @@ def score_and_embed(
     Raises:
         ValueError: a model does not exist, or a column of this or a later stage is taken.
     """
+    stages = _stages(dataset, settings, token, embed)
+    begun = shard_dir is not None and any(Path(shard_dir).glob("*/part-*"))
+    if len(dataset) >= LARGE and is_main_process() and not begun:
+        with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
+            tqdm.write(str(estimate_scoring(dataset, stages[0][1])), file=sys.stderr)
+    for description, stage in stages:
+        dataset = _add(dataset, stage, description, shard_dir)
+    return dataset
+
+
+def fill_shards_of(
+    dataset: Dataset, settings: Recipe, shard_dir: str | os.PathLike[str], token: str | None = None, embed: bool = True
+) -> dict[str, int]:
+    """SCORE and EMBED of a recipe as one of many workers, see [`fill_shards`]: the rows left to others, by folder."""
+    folders = [(_shards_of(stage, shard_dir), note, stage) for note, stage in _stages(dataset, settings, token, embed)]
+    return {folder: fill_shards(dataset, stage, folder, description=note) for folder, note, stage in folders}
+
+
+def _stages(dataset: Dataset, settings: Recipe, token: str | None, embed: bool) -> list[tuple[str, Any]]:
+    """The scorer, and the embedder where the scorer does not embed, each with what a progress bar says of it."""
     scorer = scorer_of(settings, token, embed)
     if embed:
         _refuse_taken_columns(dataset, scorer, settings)
     else:
         refuse_overwrite(dataset.column_names, scorer.output_columns, "score_column= (--score-column)")
-    begun = shard_dir is not None and any(Path(shard_dir).glob("*/part-*"))
-    if len(dataset) >= LARGE and is_main_process() and not begun:
-        with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
-            tqdm.write(str(estimate_scoring(dataset, scorer)), file=sys.stderr)
     if not embed or scorer.embedding_column is not None:
-        return _add(dataset, scorer, "Scoring and embedding" if embed else "Scoring", shard_dir)
+        return [("Scoring and embedding" if embed else "Scoring", scorer)]
     embedder = TextEmbedder(
         settings.embedder or hub.DEFAULT_ENCODER,
         settings.embedder_revision,
@@ -246,7 +262,7 @@ def score_and_embed(
         output_column=settings.embedding_column,
         **_reading(settings),
     )
-    return _add(_add(dataset, scorer, "Scoring", shard_dir), embedder, "Embedding", shard_dir)
+    return [("Scoring", scorer), ("Embedding", embedder)]
 
 
 def _add(
@@ -255,12 +271,16 @@ def _add(
     description: str,
     shard_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """The columns of a stage, computed here, or by all processes in shards; each stage has a folder of its own there."""
+    """The columns of a stage, computed here, or by all processes in shards."""
     if shard_dir is None and process_rank()[1] == 1:
         return add_columns(dataset, stage, description)
-    name = "scores" if isinstance(stage, QualityScorer) else "embeddings"
-    folder = None if shard_dir is None else f"{os.fspath(shard_dir).rstrip('/')}/{name}"
+    folder = None if shard_dir is None else _shards_of(stage, shard_dir)
     return score_in_shards(dataset, stage, folder, description=description)
+
+
+def _shards_of(stage: QualityScorer | TextEmbedder, shard_dir: str | os.PathLike[str]) -> str:
+    """Each stage has a folder of its own there."""
+    return f"{os.fspath(shard_dir).rstrip('/')}/{'scores' if isinstance(stage, QualityScorer) else 'embeddings'}"
 
 
 def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Recipe) -> None:

@@ -70,7 +70,7 @@ class SharedRun:
         Raises:
             ValueError: the folder is another run's, or holds something else.
         """
-        with self.explaining(MANIFEST):
+        with self.explaining(MANIFEST, "read"):
             earlier = self.folder.read(MANIFEST)
         if earlier is None:
             there = [name for name in self.folder.names() if not name.startswith(".")]
@@ -143,21 +143,25 @@ class SharedRun:
         return shard in self.whole
 
     def _open(self, shard: int) -> Dataset | str:
-        """A finished shard, memory-mapped, or what is wrong with it."""
-        from datasets import Dataset
+        """A finished shard, memory-mapped, or what is wrong with it if it is torn or gone.
 
+        Raises:
+            OSError: it cannot be read, whatever is in it: its rows may well be there, and are not to be scored again.
+            ValueError: it belongs to another run.
+        """
         path = self.copies / part_name(shard)
-        try:
-            if not path.exists():
-                self.copies.mkdir(parents=True, exist_ok=True)
-                self.folder.download(path.name, path)
-            with pa.memory_map(str(path)) as file:
-                metadata = pa.ipc.open_stream(file).schema.metadata or {}
-            part = Dataset.from_file(str(path))
-        except (pa.ArrowInvalid, OSError) as error:
+        with self.explaining(path.name, "read"):
+            try:
+                if not path.exists():
+                    self.copies.mkdir(parents=True, exist_ok=True)
+                    self.folder.download(path.name, path)
+            except FileNotFoundError:
+                return "it is gone"
+            found = _read(path)
+        if isinstance(found, str):
             self._forget_copy(path)
-            return str(error)
-        fingerprint = str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
+            return found
+        part, fingerprint = found
         if not f"{fingerprint}-".startswith(f"{self.fingerprint(shard)}-"):
             raise ValueError(
                 f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or name another folder "
@@ -182,14 +186,15 @@ class SharedRun:
                     self.folder.remove(name)
 
     @contextlib.contextmanager
-    def explaining(self, name: str) -> Iterator[None]:
-        """A disk that is full or a folder that is read-only as an error that says what to do."""
+    def explaining(self, name: str, doing: str = "written") -> Iterator[None]:
+        """A disk that is full or fails, or a folder that is closed to us, as an error that says what to do."""
         try:
             yield
         except OSError as error:
+            mend = "make room or mend the folder" if doing == "written" else "mend the folder"
             raise OSError(
-                f"shard_dir={str(self.folder)!r}: {name} cannot be written: {error}. Shards that are finished stay: make room "
-                "or mend the folder, and run the same again."
+                f"shard_dir={str(self.folder)!r}: {name} cannot be {doing}: {error}. Shards that are finished stay: {mend}, and "
+                "run the same again."
             ) from error
 
     @contextlib.contextmanager
@@ -224,6 +229,23 @@ class SharedRun:
 def part_name(shard: int) -> str:
     """The file of a finished shard."""
     return f"part-{shard:05d}.arrow"
+
+
+def _read(path: Path) -> tuple[Dataset, str] | str:
+    """A part and its fingerprint, or how it is torn."""
+    from datasets import Dataset
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            metadata = pa.ipc.open_stream(file).schema.metadata or {}
+        part = Dataset.from_file(str(path))
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
+        return str(error)
+    except OSError as error:
+        if error.errno is None:  # Arrow's own, on a file that ends early; those of the system have a number
+            return str(error)
+        raise
+    return part, str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
 
 
 def _on_one_machine(cache: Path) -> Path:

@@ -75,28 +75,69 @@ def score_in_shards(
     """
     from datasets import Dataset, IterableDataset
 
+    _check(fn, shard_rows, expiry)
+    if isinstance(dataset, IterableDataset):
+        return StreamedRun(dataset, fn, shard_dir, shard_rows or STREAMED, expiry).finish(description)
+    run = _run_of(dataset, fn, shard_dir, shard_rows, expiry)
+    if len(dataset) == 0:
+        types = fn.output_features()
+        return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
+    return beside(dataset, run.finish(description))
+
+
+def fill_shards(
+    dataset: Dataset,
+    fn: QualityScorer | TextEmbedder,
+    shard_dir: str | os.PathLike[str],
+    *,
+    shard_rows: int | None = None,
+    expiry: float = 60.0,
+    description: str = "Scoring",
+) -> int:
+    """One worker's part in [`score_in_shards`]: take shards until none is free, and wait for nobody.
+
+    For a worker that is paid by the hour, such as a task of a SLURM array: a last call of [`score_in_shards`] finishes what
+    is left, if a worker died, and returns the rows.
+
+    Args:
+        dataset (`Dataset`): no stream.
+        fn, shard_dir, shard_rows, expiry, description: see [`score_in_shards`].
+
+    Returns:
+        `int`: rows that are left, because other workers have claimed them.
+
+    Raises:
+        ValueError, OSError: see [`score_in_shards`].
+    """
+    _check(fn, shard_rows, expiry)
+    return _run_of(dataset, fn, shard_dir, shard_rows, expiry).work(description, wait=False)
+
+
+def _check(fn: Any, shard_rows: int | None, expiry: float) -> None:
     if not is_dataclass(fn) or not hasattr(fn, "schema") or not hasattr(fn, "output_features"):
         name = getattr(fn, "__qualname__", type(fn).__qualname__)
         raise ValueError(
             f"fn={name} is no QualityScorer and no TextEmbedder, whose fields a shard is bound to. Call "
             f"map_across_gpus(dataset, {name}) for a function of a batch; one of the whole dataset, on the result."
         )
-    if not isinstance(dataset, (Dataset, IterableDataset)):
-        raise ValueError(f"dataset is a {type(dataset).__name__}; pass a Dataset or an IterableDataset, of one split.")
-    streamed = isinstance(dataset, IterableDataset)
-    if shard_rows is None:
-        shard_rows = STREAMED if streamed else default_rows(len(dataset))
-    if shard_rows < 1 or not expiry > 0:
+    if (shard_rows is not None and shard_rows < 1) or not expiry > 0:
         raise ValueError(f"shard_rows={shard_rows} must be at least 1 and expiry={expiry} above 0.")
-    if streamed:
-        return StreamedRun(dataset, fn, shard_dir, shard_rows, expiry).finish(description)
+
+
+def _run_of(
+    dataset: Dataset,
+    fn: QualityScorer | TextEmbedder,
+    shard_dir: str | os.PathLike[str] | None,
+    shard_rows: int | None,
+    expiry: float,
+) -> ShardedRun:
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"dataset is a {type(dataset).__name__}; pass a Dataset or an IterableDataset, of one split.")
     refuse_overwrite(dataset.column_names, fn.output_features(), "output_column=... (and embedding_column=...)")
     texts = dataset.with_format(None).select_columns(read_columns(dataset.column_names, fn))
-    if len(dataset) == 0:
-        types = fn.output_features()
-        return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
-    run = ShardedRun(texts, fn, shard_dir, shard_rows, expiry)
-    return beside(dataset, run.finish(description))
+    return ShardedRun(texts, fn, shard_dir, shard_rows or default_rows(len(dataset)), expiry)
 
 
 def default_rows(rows: int) -> int:
@@ -125,27 +166,43 @@ class ShardedRun(SharedRun):
         return len(self.rows_in(shard))
 
     def finish(self, description: str) -> Dataset:
-        """Bind the folder, work until every shard is there, and read them all.
+        """Work until every shard is there, and read them all.
 
         Raises:
             ValueError, OSError: see [`score_in_shards`].
         """
         from datasets import concatenate_datasets
 
+        self.work(description, wait=True)
+        return concatenate_datasets([self.whole[shard] for shard in self._shards()])
+
+    def work(self, description: str, wait: bool) -> int:
+        """Bind the folder and take shards until every one is there, or, unless told to `wait`, claimed by another worker.
+
+        Returns:
+            `int`: rows that others have claimed.
+
+        Raises:
+            ValueError, OSError: see [`score_in_shards`].
+        """
         self.bind()
-        shards = range(-(-len(self.texts) // self.shard_rows))
         with self.progress(description, len(self.texts), lambda shard: len(self.rows_in(shard))) as show:
             while True:
                 names = self.folder.names()
-                missing = [shard for shard in shards if not self.is_whole(shard, names)]
+                missing = [shard for shard in self._shards() if not self.is_whole(shard, names)]
                 show(names)
                 if not missing:
                     break
                 turns = last_turns(names)
                 if not any(self._take(shard, turns, show) for shard in missing):
+                    if not wait:
+                        return sum(len(self.rows_in(shard)) for shard in missing)
                     time.sleep(min(0.5, self.claims.expiry / 6))  # the others are at them
         self.sweep(names)
-        return concatenate_datasets([self.whole[shard] for shard in shards])
+        return 0
+
+    def _shards(self) -> range:
+        return range(-(-len(self.texts) // self.shard_rows))
 
     def rows_in(self, shard: int) -> range:
         """The rows of a shard."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -68,18 +69,110 @@ def test_curate_gives_what_one_process_gives(
     for bar in ("Scoring", "Embedding", "Clustering"):
         assert len(re.findall(rf"{bar}: 100%\S* 600/600", done.stderr)) in (1, 2)  # the last line is drawn twice
         assert len(re.findall(rf"{bar}: +0%", done.stderr)) == 1
-    one, many = (read(tmp_path / name / "scored.parquet", tmp_path) for name in ("one", "many"))
-    assert one.column_names == many.column_names
-    assert np.allclose(one["iqs_score"][:], many["iqs_score"][:], atol=1e-5)
-    assert np.allclose(one["embedding"][:], many["embedding"][:], atol=1e-5)
-    for name in ("source_index", "instruction", "iqs_tokens", "cluster"):
-        assert one[name][:] == many[name][:], name
-    chosen = [read(tmp_path / name / "selected.parquet", tmp_path)["source_index"][:] for name in ("one", "many")]
-    assert chosen[0] == chosen[1]
+    assert_same(tmp_path / "one", tmp_path / "many", tmp_path)
     assert sorted(path.name for path in (tmp_path / "shards" / "scores").iterdir()) == [
         "manifest.json",
         *(f"part-{i:05d}.arrow" for i in range(5)),
     ]
+
+
+def assert_same(one: Path, many: Path, cache: Path) -> None:
+    """Two results of `curate`: the same rows in the same order, and their scores and embeddings within 1e-5."""
+    scored = [read(folder / "scored.parquet", cache) for folder in (one, many)]
+    assert scored[0].column_names == scored[1].column_names
+    assert np.allclose(scored[0]["iqs_score"][:], scored[1]["iqs_score"][:], atol=1e-5)
+    assert np.allclose(scored[0]["embedding"][:], scored[1]["embedding"][:], atol=1e-5)
+    for name in ("source_index", "instruction", "iqs_tokens", "cluster"):
+        assert scored[0][name][:] == scored[1][name][:], name
+    chosen = [read(folder / "selected.parquet", cache)["source_index"][:] for folder in (one, many)]
+    assert chosen[0] == chosen[1]
+
+
+def on_machine(how: str, number: int, port: int) -> list[str]:
+    """A launcher's line on one of two machines of one process each, which meet at a port of this one."""
+    if how == "torchrun":
+        meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
+        return ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meet]
+    meet = ["--machine_rank", str(number), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    return ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2", *meet]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torchrun", "accelerate"])
+def test_two_machines_give_what_one_process_gives(
+    tiny_iqs: str, tiny_embedder: str, rows: Path, tmp_path: Path, how: str
+) -> None:
+    curate(str(rows), tmp_path / "one", scorer=tiny_iqs, embedder=tiny_embedder, n1=50, n2=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "50", "--n2", "2"]
+    places = ["--output", str(tmp_path / "two"), "--shards", str(tmp_path / "shards")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "car_datasets", "curate", str(rows), *places, *models]
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", *on_machine(how, i, port), *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    ends = [launcher.communicate(timeout=240) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], ends
+    assert sum(output.count("The selection is in") for output, _ in ends) == 1
+    assert_same(tmp_path / "one", tmp_path / "two", tmp_path)
+
+
+SBATCH = ROOT / "configs" / "slurm_array.sbatch"
+
+
+@pytest.mark.slow
+def test_the_slurm_array_runs_without_slurm(sample_file: Path, tmp_path: Path) -> None:
+    """Two tasks at once that score, and the last one, which merges; on the sample and models that are shipped."""
+    curate(str(sample_file), tmp_path / "one", n1=0.05, n2=1)
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "car-datasets"  # as an installed package has it
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m car_datasets "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{command.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_MAX": "2"}
+
+    def task(number: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(SBATCH), str(sample_file), str(tmp_path / "run"), "--batch-tokens", "2048"],
+            env={**environment, "SLURM_ARRAY_TASK_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def parts() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "shards" / "scores").iterdir()}
+
+    scoring = [task(0), task(1)]
+    said = [worker.communicate(timeout=240) for worker in scoring]
+    assert [worker.returncode for worker in scoring] == [0, 0], said
+    for output, _ in said:
+        assert re.fullmatch(r"\S+/shards/scores holds \d+ of 384 rows; .* goes on from there\.\n", output), output
+    assert any("holds 384 of 384 rows; none is left" in output for output, _ in said)
+    assert not (tmp_path / "run" / "result").exists()
+    before = parts()
+    assert len([name for name in before if name.startswith("part-")]) == 3
+    last = task(2)
+    output, errors = last.communicate(timeout=240)
+    assert last.returncode == 0, errors
+    assert "The selection is in" in output
+    assert parts() == before  # nothing was scored again
+    assert_same(tmp_path / "one", tmp_path / "run" / "result", tmp_path)
+
+
+def test_the_slurm_array_says_its_command_and_parses() -> None:
+    text = SBATCH.read_text(encoding="utf-8")
+    assert "#   sbatch configs/slurm_array.sbatch " in text.split("#SBATCH")[0]
+    assert subprocess.run(["bash", "-n", str(SBATCH)], check=False).returncode == 0
 
 
 SCRIPT = """

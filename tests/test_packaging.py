@@ -15,14 +15,14 @@ from tests.conftest import ROOT
 
 FIND = """
 from car_datasets import hub
-print(sorted(p.name for p in hub.data_folder("configs").glob("*.yaml")))
+print(sorted(p.name for p in hub.data_folder("configs").iterdir() if p.suffix in (".yaml", ".sbatch")))
 print(sorted(p.name for p in hub.data_folder("hub_cards").glob("*.jinja")))
 print(hub.sample_file().is_file(), (hub.default_scorer_folder() / "model.safetensors").is_file(), hub.__file__)
 """
 
 
 def expected(where: str) -> list[str]:
-    return sorted(p.name for p in (ROOT / where).iterdir() if p.suffix in (".yaml", ".jinja"))
+    return sorted(p.name for p in (ROOT / where).iterdir() if p.suffix in (".yaml", ".sbatch", ".jinja"))
 
 
 def run(code: str, folder: Path, path: str) -> list[str]:

@@ -36,7 +36,7 @@ ORDER = [
         "validation",
         "head_fitting",
     },
-    {"training", "head_training", "shard_files", "stream_reader"},
+    {"training", "head_training", "shard_files", "stream_reader", "ray"},
     {"stream_shards"},
     {"shards"},
     {"curation"},

@@ -2,8 +2,9 @@
 
 The original's way, as measured and described in the project's facts: score in batches of 16 rows sorted by characters, with
 the head that it has (2,048 and 1,024 units on a sparsemax mix of the layers, random here: weights do not change the time) and
-eager attention, the only one in the transformers that its code runs with (4.31 to 4.33); embed one row at a time; PCA by full singular value decomposition; scikit-learn's k-means; look for every cluster's best row
-in all rows, and for the row in the list of those taken.
+eager attention, the only one in the transformers that its code runs with (4.31 to 4.33); embed one row at a time; PCA by full
+singular value decomposition; scikit-learn's k-means; look for every cluster's best row in all rows, and for the row in the
+list of those taken.
 """
 
 from __future__ import annotations
