@@ -163,10 +163,11 @@ class ClusterModel:
 
     def label_arrow(self, rows: pa.Array | pa.ChunkedArray) -> pa.Table:
         """A column of embeddings to a table of the two columns that this callable adds; null where there is no embedding."""
-        *arrays, missing = self._label(rows)
-        return pa.table(
-            [pa.array(array, mask=missing) for array in arrays], names=(self.output_column, self.distance_column)
-        )
+        return self._table(*self._label(rows))
+
+    def _table(self, labels: Any, distances: Any, missing: Any) -> pa.Table:
+        columns = [pa.array(array, mask=missing) for array in (labels, distances)]
+        return pa.table(columns, names=(self.output_column, self.distance_column))
 
     def label(self, dataset: Dataset, *, across_processes: bool = False) -> Dataset:
         """What `dataset.map(self)` gives, read from Arrow's buffers, with the other columns left where they are.
@@ -189,17 +190,21 @@ class ClusterModel:
             share = processes.share(len(dataset), BATCH)
 
             def own() -> pa.Table:
-                parts = [self.output_features().arrow_schema.empty_table()]
+                # Filled in place: small results kept from every batch would lie between the large ones that are freed, and
+                # leave a process with holes as large as all embeddings.
+                labels, distances, missing = (np.empty(len(share), dtype=t) for t in (np.int32, np.float32, np.bool_))
+                at = 0
                 mine = vectors if len(share) == len(vectors) else vectors.select(share)
                 with tqdm(
                     total=len(dataset), desc="Clustering", unit=" examples", disable=processes.rank > 0
                 ) as progress:
                     for batch in mine.iter(batch_size=BATCH):
-                        parts.append(self.label_arrow(batch[self.embedding_column]))
+                        rows = slice(at, at := at + len(batch))
+                        labels[rows], distances[rows], missing[rows] = self._label(batch[self.embedding_column])
                         progress.update(
                             min(len(batch) * processes.count, progress.total - progress.n)
                         )  # others do as much
-                return pa.concat_tables([part.cast(parts[0].schema) for part in parts])
+                return self._table(labels, distances, missing)
 
             table = processes.joined(own, pa.concat_tables)
         return beside(dataset, Dataset(InMemoryTable(table)))
