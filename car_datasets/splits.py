@@ -7,6 +7,7 @@ Does not: push (pushing.py), or choose rows (selection.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,43 +19,45 @@ from car_datasets.reporting import draw_controls, positions_in_pool, row_lengths
 from car_datasets.selection import read_numbers
 from car_datasets.vectors import beside
 
-SELECTED, SCORED = "selected", "scored"
+SCORED = "scored"
 CONTROLS = ("random_control", "length_matched_control")
-SPLITS = (SELECTED, SCORED, *CONTROLS)
 
 
 def selection_splits(
     selected: Dataset,
     scored: Dataset | None,
-    wanted: tuple[str, ...],
+    also: Sequence[str] = (),
     *,
+    split: str = "selected",
     score_column: str = "iqs_score",
     index_column: str = "source_index",
     left_out: str | None = "embedding",
     seed: int = 42,
 ) -> dict[str, Dataset]:
-    """The splits in `wanted`, all with the same columns and types.
+    """A selection as a split, and further ones, all with the same columns and types.
 
     In `scored` and the controls, columns that only the selection has (`selected_by`, ...) are null for rows that were not
     selected; `selected` gets the columns that only the pool has.
 
     Args:
         selected (`Dataset`), scored (`Dataset`, *optional*): as [`curate`] returns them.
-        wanted (`tuple`): names out of [`SPLITS`]; the controls are the report's, of the same `seed`.
+        also (`Sequence[str]`): `"scored"`, `"random_control"`, `"length_matched_control"`; the controls are the report's, of
+            the same `seed`.
+        split (`str`): name of the split of `selected`.
         score_column, index_column (`str`): as in [`select_car`].
         left_out (`str`, *optional*): a column of `scored` to leave out if `selected` does not have it.
 
     Raises:
         ValueError: a split is not known or needs `scored`, or a selected row is not in the pool.
     """
-    unknown = [name for name in wanted if name not in SPLITS]
-    if unknown or not wanted:
-        raise ValueError(f"splits={tuple(wanted)}: choose out of {SPLITS}.")
+    known = (SCORED, *CONTROLS)
+    if not set(also) <= set(known) or split in also:
+        raise ValueError(f"also={tuple(also)}: choose out of {known}, beside split={split!r}.")
     selected = selected.with_format(None)
     if scored is None:
-        if wanted != (SELECTED,):
-            raise ValueError(f"splits={tuple(wanted)} need the scored pool; pass scored=..., or splits=('selected',).")
-        return {SELECTED: selected}
+        if also:
+            raise ValueError(f"also={tuple(also)} need the scored pool: pass scored=...")
+        return {split: selected}
     scored = scored.with_format(None)
     if left_out in scored.column_names and left_out not in selected.column_names:
         scored = scored.remove_columns(left_out)
@@ -67,13 +70,13 @@ def selection_splits(
     features = Features({name: pool.features[name] for name in order})
     rest = [name for name in order if name not in selected.column_names]
     whole = selected if not rest else beside(selected, pool.select(positions.tolist()).select_columns(rest))
-    found = {SELECTED: whole, SCORED: pool}
-    if set(wanted) & set(CONTROLS):
+    found = {split: whole, SCORED: pool}
+    if set(also) & set(CONTROLS):
         scores = read_numbers(pool, score_column, np.nan)
         lengths = row_lengths(scored, score_column)[0]
         drawn = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
         found |= {name: pool.select(rows.tolist()) for name, rows in zip(CONTROLS, drawn, strict=True)}
-    return {name: found[name].select_columns(order).cast(features) for name in wanted}
+    return {name: found[name].select_columns(order).cast(features) for name in (split, *also)}
 
 
 def _with_columns_of(pool: Dataset, selected: Dataset, positions: npt.NDArray[np.int64], names: list[str]) -> Dataset:
