@@ -73,7 +73,7 @@ def with_header(
     from huggingface_hub import DatasetCard
 
     try:
-        found = DatasetCard(card or "---\n---\n")
+        found = DatasetCard(card or "---\n{}\n---\n")
         infos = DatasetInfosDict.from_dataset_card_data(found.data)
         configs = MetadataConfigs.from_dataset_card_data(found.data)
     except Exception as error:  # the YAML library's errors, and others by what the header holds
@@ -135,7 +135,7 @@ def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None
     from huggingface_hub import DatasetCard
 
     try:
-        known = DatasetCard(source_card or "---\n---\n").data.to_dict()
+        known = DatasetCard(source_card or "---\n{}\n---\n").data.to_dict()
     except Exception:  # as above; then nothing is known about it
         known = {}
     carried = {name: known[name] for name in CARRIED if known.get(name)}
@@ -189,6 +189,7 @@ def render_section(
         .render(
             repo_id=repo_id,
             config_name=config_name,
+            split=split,
             splits=splits,
             columns=columns,
             report=report,

@@ -151,9 +151,9 @@ def describe_source(source: Any, opened: Dataset, settings: Recipe) -> dict[str,
 
 
 def loaded_revision(opened: Dataset) -> str | None:
-    """The commit that the rows of a Hub dataset were read from, as `datasets` noted it beside the files."""
-    for address in opened.info.download_checksums or ():
-        if found := re.search(r"@([0-9a-f]{40})/", str(address)):
+    """The commit that the rows of a Hub dataset were read from: `datasets` keeps them in a folder of that name."""
+    for file in opened.cache_files:
+        if found := re.search(r"[/\\]([0-9a-f]{40})[/\\][^/\\]+$", str(file["filename"])):
             return found[1]
     return None
 
