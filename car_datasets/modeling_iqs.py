@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from car_datasets import hub
+from car_datasets import digests, hub
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
 from car_datasets.layers import LayerCombination, SegmentHead, closeness, feed_forward, normalise_text
@@ -250,16 +250,16 @@ def _without_unused_mix(state: dict[str, Tensor], config: IQSConfig) -> dict[str
 def _original_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path | None:
     """The checkpoint behind a name in the original's layout, downloaded if it is a Hub id; `None` for any other model."""
     if Path(name).exists():
-        return hub.find_checkpoint(Path(name))
+        return digests.find_checkpoint(Path(name))
     revision = hub.pin_revision(str(name), kwargs.get("revision"), kwargs.get("token"))
-    return hub.find_checkpoint(hub.model_folder(str(name), revision, kwargs.get("token")))
+    return digests.find_checkpoint(hub.model_folder(str(name), revision, kwargs.get("token")))
 
 
 def _source_encoder(config: IQSConfig, token: str | None) -> dict[str, Tensor]:
     source = config.encoder_source or {}
     folder = hub.model_folder(source["model_id"], source["revision"], token)
     unused = ("pooler.", "embeddings.position_ids")
-    seen = hub.file_digest(folder / "model.safetensors")
+    seen = digests.file_digest(folder / "model.safetensors")
     if seen != source["sha256"]:
         raise ValueError(f"The head was trained on an encoder with sha256 {source['sha256']}; {folder} holds {seen}.")
     weights = load_file(folder / "model.safetensors")
