@@ -40,6 +40,7 @@ from car_datasets.reporting import SelectionReport
 from car_datasets.results import UNFINISHED
 from car_datasets.retrying import reason
 from car_datasets.splits import SCORED, selection_splits
+from car_datasets.tokens import clean_token
 
 SHARD_BYTES = 500_000_000
 MOST_SHARDS = 50  # of a split
@@ -151,7 +152,7 @@ def compare_pushed(
     """
     with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
         for name, table in tables.items():
-            where = {"split": name, "revision": sha, "token": hub.clean_token(token), "cache_dir": place}
+            where = {"split": name, "revision": sha, "token": clean_token(token), "cache_dir": place}
             difference = first_difference(table, load_dataset(repo_id, config_name, **where))
             if difference:
                 raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")

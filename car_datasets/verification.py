@@ -27,6 +27,7 @@ from car_datasets.recipe import Recipe
 from car_datasets.reporting import positions_in_pool
 from car_datasets.selection import SELECTION_COLUMNS, read_numbers
 from car_datasets.splits import SCORED
+from car_datasets.tokens import clean_token
 
 TOLERANCE = 1e-5  # of a score, in float32, on another machine
 
@@ -126,7 +127,7 @@ def _open(
     start = f"{data_folder_of(config_name)}/{SCORED}-"
     options: dict[str, Any] = {
         "revision": seen.sha,
-        "token": hub.clean_token(token),
+        "token": clean_token(token),
     }  # by commit: no older copy will do
     names = [split, *([SCORED] if any(name.startswith(start) for name in seen.files) else [])]
     tables = [load_dataset(str(where), config_name, split=name, **options) for name in names]
@@ -170,20 +171,16 @@ class _Checks:
 
     def _open_source(self, source: str | os.PathLike[str] | None) -> Dataset:
         known = self.found.receipt.source
-        part = (
-            {name: known.get(name) for name in ("name", "split")}
-            if known["kind"] == "hub"
-            else {"split": known.get("split")}
-        )
         if source is None:
             if known["kind"] != "hub":
                 what = f"{known['kind']} {known['name']!r}" if "name" in known else "dataset in memory"
                 raise ValueError(f"The source was a {what}; say where it is: source=... (--source FILE).")
-            return open_dataset(known["id"], **part, revision=known["revision"], token=self.token)
+            name, split, revision = (known.get(key) for key in ("name", "split", "revision"))
+            return open_dataset(known["id"], name, split, revision=revision, token=self.token)
         path = Path(source).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"source={str(source)!r}: there is no such file or folder.")
-        opened = open_dataset(path, split=part["split"], columns=dict(self.recipe.columns))
+        opened = open_dataset(path, split=known.get("split"), columns=dict(self.recipe.columns))
         seen = describe_source(opened if known["kind"] == "memory" else path, opened, self.recipe)
         if known["kind"] != "hub" and seen["sha256"] != known["sha256"]:
             raise _Difference(f"the source has the sha256 {seen['sha256']}, by the receipt {known['sha256']}")
