@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- car_datasets: begin -->", "<!-- car_datasets: end -->"
 TAGS = ("car", "data-selection", "instruction-tuning")
 CARRIED = ("license", "license_name", "license_link", "language")  # from the source's card
-DATA_FILES = (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".arrow", ".txt", ".zip")
+DATA_FILES = (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".arrow", ".zip")
 
 
 class SplitFiles(NamedTuple):
