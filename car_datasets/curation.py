@@ -137,7 +137,9 @@ def _write_files(
     selected, scored, report = curated
     receipt = make_receipt(origin, settings, scorer, pool, selected, report)
     with unfinished(folder):
-        write_result(folder, selected, scored, report, receipt, settings.score_column, settings.cluster_column)
+        write_result(
+            folder, selected, scored, report, receipt.to_json(), settings.score_column, settings.cluster_column
+        )
         if settings.procedure == "paper":
             names = {
                 **settings.names,

@@ -203,7 +203,7 @@ def open_repository(
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     shown = f"{argument}={repo_id!r}"
     try:
@@ -258,7 +258,7 @@ def read_dataset_file(repo_id: str, name: str, sha: str, token: str | None = Non
     """A file of a dataset repository at a commit."""
     from huggingface_hub import hf_hub_download
 
-    place = {"repo_type": "dataset", "revision": sha, "token": clean_token(token)}
+    place: dict[str, Any] = {"repo_type": "dataset", "revision": sha, "token": clean_token(token)}
     return Path(retry(lambda: hf_hub_download(repo_id, name, **place))).read_bytes()
 
 

@@ -28,8 +28,18 @@ if TYPE_CHECKING:
 
 RECEIPT_FILE = "receipt.json"
 FORMAT = 1
-PACKAGES = ("datasets", "huggingface_hub", "numpy", "pyarrow", "scikit-learn", "sentence-transformers", "tokenizers")
-PACKAGES += ("torch", "transformers")
+PACKAGES = (
+    "datasets",
+    "huggingface_hub",
+    "numpy",
+    "pyarrow",
+    "scikit-learn",
+    "sentence-transformers",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+PINS = ("scorer_revision", "embedder_revision")  # filled in by a run
 MODELS = ("scorer", "embedder", "tokenizer", "engine")  # settings that may be paths
 
 
@@ -107,15 +117,13 @@ def make_receipt(
         settings ([`Recipe`]), scorer ([`QualityScorer`]): as used, with the revisions of both models.
         pool, selected (`Dataset`), report ([`SelectionReport`]): the result.
     """
-    plain = {**asdict(settings), "columns": dict(settings.columns)}
-    plain |= {name: portable(plain[name]) for name in MODELS if plain[name] is not None}
     return Receipt(
         source=dict(source),
         schema=find_schema(pool.column_names, settings.schema, settings.columns).name,
         template=str(scorer.template),
         scorer=_model(scorer.model_id, str(scorer.revision)) | _pins(scorer),
         embedder=_embedder(settings, scorer),
-        recipe=plain,
+        recipe=portable_settings(settings),
         counts={
             "rows": report.rows_in,
             "scored": report.rows_scored,
@@ -130,17 +138,17 @@ def make_receipt(
     )
 
 
-def describe_source(source: Any, opened: Dataset, settings: Recipe) -> dict[str, Any]:
+def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> dict[str, Any]:
     """Which rows these are, without saying where on this machine they lie.
 
     Args:
         source: what was opened: a path, a Hub id, or a dataset.
-        opened (`Dataset`): what [`open_dataset`] made of it.
+        opened (`Dataset`, *optional*): what [`open_dataset`] made of it; not needed for a path.
         settings ([`Recipe`]): its `name`, `split` and `revision`.
     """
     part = {name: getattr(settings, name) for name in ("name", "split") if getattr(settings, name) is not None}
     if not isinstance(source, (str, Path)):
-        return {"kind": "memory", "sha256": rows_digest(opened)}
+        return {"kind": "memory", "sha256": rows_digest(source if opened is None else opened)}
     path = Path(source).expanduser()
     if path.is_file():
         return {"kind": "file", "name": path.name, "sha256": digests.file_digest(path), **part}
@@ -150,10 +158,10 @@ def describe_source(source: Any, opened: Dataset, settings: Recipe) -> dict[str,
     return {"kind": "hub", "id": str(source), "revision": loaded_revision(opened) or settings.revision, **part}
 
 
-def loaded_revision(opened: Dataset) -> str | None:
-    """The commit that the rows of a Hub dataset were read from, as `datasets` noted it beside the files."""
-    for address in opened.info.download_checksums or ():
-        if found := re.search(r"@([0-9a-f]{40})/", str(address)):
+def loaded_revision(opened: Dataset | None) -> str | None:
+    """The commit that the rows of a Hub dataset were read from: `datasets` keeps them in a folder of that name."""
+    for file in [] if opened is None else opened.cache_files:
+        if found := re.search(r"[/\\]([0-9a-f]{40})[/\\][^/\\]+$", str(file["filename"])):
             return found[1]
     return None
 
@@ -175,6 +183,27 @@ def portable(name: str) -> str:
     """A model's Hub id; of a folder or file its name alone."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name
+
+
+def portable_settings(settings: Recipe) -> dict[str, Any]:
+    """The settings of a recipe as plain values; of models that are folders here, the name alone."""
+    plain = {**asdict(settings), "columns": dict(settings.columns)}
+    return plain | {name: portable(plain[name]) for name in MODELS if plain[name] is not None}
+
+
+def made_by(receipt: Receipt, source: str, settings: Recipe) -> bool:
+    """Whether this is the receipt of `curate(source, ..., settings)`, so far as can be told without running it again."""
+    wanted = portable_settings(settings)
+    if any(receipt.recipe.get(name) != value for name, value in wanted.items() if value or name not in PINS):
+        return False
+    known = receipt.source
+    if Path(source).expanduser().exists():
+        return known == describe_source(source, None, settings)
+    return known["kind"] == "hub" and [known.get(name) for name in ("id", "name", "split")] == [
+        source,
+        settings.name,
+        settings.split,
+    ]
 
 
 def _embedder(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:

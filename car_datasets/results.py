@@ -14,7 +14,6 @@ from car_datasets.original import CLUSTERING_FILE, RANKING_FILES, SELECTED_FILE,
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from car_datasets.receipt import Receipt
     from car_datasets.reporting import SelectionReport
 
 ORIGINAL_FILES = (*RANKING_FILES.values(), CLUSTERING_FILE, SELECTED_FILE)
@@ -86,7 +85,7 @@ def write_result(
     selected: Dataset,
     scored: Dataset,
     report: SelectionReport,
-    receipt: Receipt,
+    receipt: str,
     score_column: str,
     cluster_column: str,
 ) -> None:
@@ -96,7 +95,7 @@ def write_result(
     write_whole(folder / "scored.parquet", scored.to_parquet)
     write_whole(folder / "selected.parquet", selected.to_parquet)
     write_whole(folder / "selected.json", lambda path: write_original(selected, path, **names))
-    write_whole(folder / "receipt.json", lambda path: Path(path).write_text(receipt.to_json(), encoding="utf-8"))
+    write_whole(folder / "receipt.json", lambda path: Path(path).write_text(receipt, encoding="utf-8"))
     write_whole(folder / "report.md", lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
     write_whole(folder / "report.json", lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
 

@@ -41,7 +41,7 @@ def retry(call: Callable[[], T]) -> T:
 
 def seconds_to_wait(error: BaseException | None) -> float | None:
     """How long a server wants us to wait after a failure that passes (0: it does not say); `None` for one that stays."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     while error is not None:
         if isinstance(error, HfHubHTTPError):

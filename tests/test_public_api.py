@@ -14,7 +14,8 @@ PACKAGE = Path(car_datasets.__file__).parent
 
 # A room may import from rooms further up only; design.md calls this "imports run one way".
 ORDER = [
-    {"version"},
+    {"version", "digests", "retrying"},
+    {"tokens"},
     {"templates", "hub", "settings", "metrics", "probe"},
     {"formatting", "publishing", "corruptions", "checkpoints"},
     {"configuration_iqs", "convert_comet", "openvino_encoder", "selection", "vectors", "pairs"},
@@ -37,9 +38,12 @@ ORDER = [
         "head_fitting",
     },
     {"training", "head_training", "shards"},
-    {"curation"},
+    {"receipt", "splits"},
+    {"curation", "dataset_card"},
+    {"pushing"},
+    {"verification"},
     {"cli_options", "cli_app"},
-    {"cli_stages", "cli_scorers"},
+    {"cli_stages", "cli_scorers", "cli_hub"},
     {"cli"},
     {"__main__", "__init__"},
 ]
