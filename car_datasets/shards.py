@@ -1,31 +1,31 @@
 """Scoring in shards: `score_in_shards`, which many processes and machines share, and which goes on where it was cut off.
 
-Does: cut a dataset into shards, take them one by one (claims.py), write each as an Arrow file that is moved into place
-when it is whole, refuse what belongs to another run (manifest.py), and put the columns beside the dataset's own.
-Does not: start processes, or speak to them: what they share is a folder.
+Does: cut a dataset into shards, take them one by one (claims.py), put each in place as a file when it is whole
+(shard_parts.py), refuse what belongs to another run (manifest.py), and put the columns beside the dataset's own.
+Does not: start processes, or speak to them: what they share is a folder, or a dataset repository (hub_folder.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
-import re
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from car_datasets.claims import Claims, Folder, last_turns
+from car_datasets.claims import CLAIM, Claims, Folder, last_turns
 from car_datasets.columns import batch_rows, read_columns
+from car_datasets.hub_folder import START, HubFolder
 from car_datasets.manifest import describe_run, differences, run_id
 from car_datasets.parallel import is_main_process
-from car_datasets.results import write_whole
 from car_datasets.rows import refuse_overwrite
+from car_datasets.shard_parts import PART, part_name, read_part, write_part
 from car_datasets.vectors import beside
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SMALLEST, LARGEST, WANTED = 128, 65_536, 64  # rows in a shard, and shards where the rows allow
-PART = re.compile(r"part-(\d+)\.arrow")
 logger = logging.getLogger(__name__)
 
 
@@ -58,9 +57,10 @@ def score_in_shards(
     Args:
         dataset (`Dataset`): the same rows in every process.
         fn ([`QualityScorer`] or [`TextEmbedder`]): what adds the columns.
-        shard_dir (`str`, *optional*): a folder that all processes see, or an fsspec URL such as `s3://...`. It belongs to
-            these texts and this stage; what it holds is kept. By default a folder in the cache of `datasets`, named after
-            them: one machine only.
+        shard_dir (`str`, *optional*): a folder that all processes see, an fsspec URL such as `s3://...`, or a folder in a
+            dataset repository, `hf://datasets/you/work/run-1`, made private if it is not there: one commit per shard, and
+            two machines may both score a shard, of which the first counts. It belongs to these texts and this stage; what
+            it holds is kept. By default a folder in the cache of `datasets`, named after them: one machine only.
         shard_rows (`int`, *optional*): rows in a shard; by default 65,536, and fewer where that would make fewer than 64.
         expiry (`float`): seconds without a sign of life after which a worker on another machine is taken for dead.
         description (`str`): of the progress bar, which the main process shows, for all.
@@ -69,9 +69,9 @@ def score_in_shards(
         `Dataset`: the columns of `dataset` and the new ones, memory-mapped (from a local copy where `shard_dir` is a URL).
 
     Raises:
-        ValueError: the folder belongs to another run (what differs is named) or to something else; `fn` is no stage; a
-            column is taken; or see the stage.
-        OSError: the folder cannot be written. Finished shards stay.
+        ValueError: the folder belongs to another run (what differs is named) or to something else, or is on the Hub and your
+            token may not write there; `fn` is no stage; a column is taken; or see the stage.
+        OSError: the folder cannot be written, or the Hub does not answer. Finished shards stay.
     """
     from datasets import Dataset
 
@@ -116,9 +116,12 @@ class ShardedRun:
         self.manifest = describe_run(texts, stage, read_columns(texts, stage, with_index=False), shard_rows)
         self.id = run_id(self.manifest)
         cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
-        self.folder = Folder(_on_one_machine(cache) if shard_dir is None else shard_dir)
-        self.copies = self.folder.local or cache  # where parts are read from: a URL's are fetched once
-        self.claims = Claims(self.folder, expiry)
+        self.folder = _open(_on_one_machine(cache) if shard_dir is None else os.fspath(shard_dir))
+        # Where parts are read from: a URL's are fetched once, into a folder of its own.
+        place = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+        self.copies = self.folder.local or cache.with_name(f"{self.id}-{place}")
+        # Where claims are impossible, the workers of one machine still share their own.
+        self.claims = Claims(self.folder if isinstance(self.folder, Folder) else Folder(self.copies), expiry)
         self.done = 0  # rows of the shard at hand
         self._whole: dict[int, Dataset] = {}
         self._torn: set[int] = set()
@@ -132,19 +135,33 @@ class ShardedRun:
         from datasets import concatenate_datasets
 
         self._bind()
-        shards = range(-(-len(self.texts) // self.shard_rows))
+        shards = range(self.shard_count)
         with _progress(self, description) as show:
             while True:
-                names = self.folder.names()
+                names = self.names()
                 missing = [shard for shard in shards if not self._is_whole(shard, names)]
                 show(names)
                 if not missing:
                     break
+                if not self.folder.claimable:
+                    random.shuffle(missing)  # another machine is hardly at the same one
                 turns = last_turns(names)
                 if not any(self._take(shard, turns, show) for shard in missing):
-                    time.sleep(min(0.5, self.claims.expiry / 6))  # the others are at them
+                    time.sleep(min(self.folder.patience, self.claims.expiry / 6))  # the others are at them
         self._sweep(names)
         return concatenate_datasets([self._whole[shard] for shard in shards])
+
+    def names(self) -> set[str]:
+        """What is in the folder, and the claims, wherever they are."""
+        with self._explaining("the folder"):
+            names = self.folder.names()
+        if self.claims.folder is self.folder:
+            return names
+        return names | {name for name in self.claims.folder.names() if CLAIM.fullmatch(name)}
+
+    @property
+    def shard_count(self) -> int:
+        return -(-len(self.texts) // self.shard_rows)
 
     def rows_in(self, shard: int) -> range:
         """The rows of a shard."""
@@ -165,9 +182,11 @@ class ShardedRun:
             with self._explaining(MANIFEST):
                 self.folder.make()
                 self.folder.write(MANIFEST, json.dumps(self.manifest, indent=2).encode())
-            return
+                earlier = self.folder.read(MANIFEST)
+        elif not self.folder.claimable and self._any_missing():
+            self.folder.make()  # before an hour of work that may not be put there
         try:
-            found = json.loads(earlier)
+            found = json.loads(earlier or b"")
         except ValueError:
             found = {}
         if found != self.manifest:
@@ -176,94 +195,81 @@ class ShardedRun:
                 "folder (--shards DIR), or delete this one."
             )
 
+    def _any_missing(self) -> bool:
+        return not {part_name(shard) for shard in range(self.shard_count)} <= self.folder.names()
+
     def _take(self, shard: int, turns: dict[str, int], show: Callable[[], None]) -> bool:
         """Score a shard unless another worker has it."""
-        with self._explaining(_part(shard)):
-            claim = self.claims.take(_part(shard), turns)
+        with self._explaining(part_name(shard)):
+            if self.claims.folder is not self.folder:
+                self.claims.folder.make()
+            claim = self.claims.take(part_name(shard), turns)
         if claim is None:
             return False
         self.done = 0
         with self.claims.renewing(claim, lambda: self.done):
-            if not self._is_whole(shard, self.folder.names()):  # it may have been finished since we looked
-                batches = []
-                for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
-                    batches.append(self.stage(batch))
-                    self.done += len(next(iter(batch.values())))
-                    show()
-                self._write(shard, batches)
+            if not self._is_whole(shard, self.names()):  # it may have been finished since we looked
+                if self.folder.local is not None or isinstance(self._read(shard), str):
+                    self._score(shard, show)
+                self._put(shard)
         self.done = 0
         return True
 
-    def _write(self, shard: int, batches: list[dict[str, Any]]) -> None:
-        from datasets.arrow_writer import ArrowWriter
-
-        def write(path: str) -> None:
-            with (
-                pa.OSFile(path, "wb") as file,
-                ArrowWriter(
-                    features=self.stage.output_features(), stream=file, fingerprint=self._fingerprint(shard)
-                ) as writer,
-            ):
-                for batch in batches:
-                    writer.write_batch(batch)
-                writer.finalize()
-
-        name = _part(shard)
-        with self._explaining(name):
-            self.copies.mkdir(parents=True, exist_ok=True)
+    def _score(self, shard: int, show: Callable[[], None]) -> None:
+        """Score a shard, and write it here."""
+        batches = []
+        for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
+            batches.append(self.stage(batch))
+            self.done += len(next(iter(batch.values())))
+            show()
+        path = self.copies / part_name(shard)
+        with self._explaining(path.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another worker took over, finished, and swept our file away
-                write_whole(self.copies / name, write)
-                if self.folder.local is None:
-                    self.folder.upload(self.copies / name, name)
-        if not self._is_whole(shard, {name}):
-            raise OSError(f"shard_dir={str(self.folder)!r}: {name} was written and does not read back whole.")
+                write_part(path, self.stage.output_features(), batches, self._fingerprint(shard))
+
+    def _put(self, shard: int) -> None:
+        """Put a shard that was scored here where all see it."""
+        path = self.copies / part_name(shard)
+        with self._explaining(path.name):
+            if self.folder.local is None and not self.folder.upload(path, path.name, replace=shard in self._torn):
+                path.unlink()  # another machine was first: its numbers are everyone's
+        if not self._is_whole(shard, {path.name}):
+            raise OSError(f"shard_dir={str(self.folder)!r}: {path.name} was written and does not read back whole.")
 
     def _is_whole(self, shard: int, names: set[str]) -> bool:
         """Whether a shard is finished; one that is torn is not, and is scored again."""
-        if shard not in self._whole and _part(shard) in names:
-            found = self._open(shard)
-            if isinstance(found, str) and shard not in self._torn:
-                logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, _part(shard), found)
-                self._torn.add(shard)
-            elif not isinstance(found, str):
+        name = part_name(shard)
+        if shard not in self._whole and name in names:
+            found: Dataset | str | None = None
+            if self.folder.local is None and not (self.copies / name).exists():
+                with self._explaining(name):
+                    self.copies.mkdir(parents=True, exist_ok=True)
+                    self.folder.download(name, self.copies / name)
+            found = self._read(shard)
+            if not isinstance(found, str):
                 self._whole[shard] = found
+            else:
+                if shard not in self._torn:
+                    logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, name, found)
+                self._torn.add(shard)
+                if self.folder.local is None:
+                    (self.copies / name).unlink(missing_ok=True)
         return shard in self._whole
 
-    def _open(self, shard: int) -> Dataset | str:
-        """A finished shard, memory-mapped, or what is wrong with it.
+    def _read(self, shard: int) -> Dataset | str:
+        """The part of a shard that lies here, or what is wrong with it.
 
         Raises:
             ValueError: it belongs to another run.
         """
-        from datasets import Dataset
-
-        path = self.copies / _part(shard)
         try:
-            if not path.exists():
-                self.copies.mkdir(parents=True, exist_ok=True)
-                self.folder.download(path.name, path)
-            with pa.memory_map(str(path)) as file:
-                metadata = pa.ipc.open_stream(file).schema.metadata or {}
-            part = Dataset.from_file(str(path))
-        except (pa.ArrowInvalid, OSError) as error:
-            self._forget_copy(path)
-            return str(error)
-        if json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint") != self._fingerprint(shard):
-            raise ValueError(
-                f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or name another folder "
-                "(--shards DIR)."
-            )
-        if len(part) != len(self.rows_in(shard)):
-            self._forget_copy(path)
-            return f"{len(part)} of {len(self.rows_in(shard))} rows"
-        return part
-
-    def _forget_copy(self, path: Path) -> None:
-        if self.folder.local is None:
-            path.unlink(missing_ok=True)
+            return read_part(self.copies / part_name(shard), len(self.rows_in(shard)), self._fingerprint(shard))
+        except ValueError as error:
+            raise ValueError(f"shard_dir={str(self.folder)!r}: {error}") from error
 
     def _fingerprint(self, shard: int) -> str:
-        """What binds a part to its run and its place; `datasets` takes it for the fingerprint of the part."""
+        """What binds a part to its run and its place."""
         return f"{self.id}-{shard:05d}"
 
     def _sweep(self, names: set[str]) -> None:
@@ -272,7 +278,7 @@ class ShardedRun:
             ours = PART.match(name.lstrip(".")) or name.startswith(f".{MANIFEST}.")
             if ours and not PART.fullmatch(name):
                 with contextlib.suppress(OSError):
-                    self.folder.remove(name)
+                    self.claims.folder.remove(name)
 
     @contextlib.contextmanager
     def _explaining(self, name: str) -> Iterator[None]:
@@ -286,8 +292,8 @@ class ShardedRun:
             ) from error
 
 
-def _part(shard: int) -> str:
-    return f"part-{shard:05d}.arrow"
+def _open(location: str | Path) -> Folder | HubFolder:
+    return HubFolder(str(location)) if str(location).startswith(START) else Folder(location)
 
 
 def _on_one_machine(cache: Path) -> Path:
@@ -310,9 +316,9 @@ def _progress(run: ShardedRun, description: str) -> Iterator[Callable[..., None]
         looked = [0.0]
 
         def show(names: set[str] | None = None) -> None:
-            if bar.disable or (names is None and time.monotonic() - looked[0] < 1):
+            if bar.disable or (names is None and time.monotonic() - looked[0] < 2 * run.folder.patience):
                 return
-            names = run.folder.names() if names is None else names
+            names = run.names() if names is None else names
             looked[0] = time.monotonic()
             finished = sum(len(run.rows_in(int(part[1]))) for part in map(PART.fullmatch, names) if part)
             bar.update(max(0, finished + run.claims.rows_elsewhere(names) + run.done - bar.n))
