@@ -39,6 +39,10 @@ def data_folder_of(config_name: str) -> str:
     return "data" if config_name == "default" else config_name
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def stale_files(files: Iterable[str], config_name: str, splits: Mapping[str, SplitFiles]) -> list[str]:
     """Files of an earlier push of these splits, which the new ones do not replace."""
     new = {name for split in splits.values() for name in split.names}
@@ -78,7 +82,7 @@ def with_header(
         configs = MetadataConfigs.from_dataset_card_data(found.data)
     except Exception as error:  # the YAML library's errors, and others by what the header holds
         raise ValueError(
-            f"repo_id={repo_id!r}: its card's header cannot be read ({error}). Mend README.md there."
+            f"repo_id={repo_id!r}: its card's header cannot be read ({_line(error)}). Mend README.md there."
         ) from error
     config = configs.get(config_name, {})
     if not configs or not all(isinstance(each, dict) for each in config.get("data_files", [])):

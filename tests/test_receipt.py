@@ -97,7 +97,7 @@ def test_the_same_command_is_recognised(run: tuple[Path, Path, Dataset], tiny: d
 def test_what_is_no_receipt_is_said_to_be_none(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Receipt.from_json(text)
-    with pytest.raises(ValueError, match="has no receipt.json"):
+    with pytest.raises(ValueError, match=r"has no receipt\.json"):
         Receipt.read(tmp_path)
 
 
