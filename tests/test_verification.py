@@ -32,9 +32,7 @@ def test_a_true_selection_matches(run: tuple[Path, Path], tiny_iqs: str) -> None
     found = verify(folder, source=source, rescore=100, scorer=tiny_iqs)
     assert found.matches and found.skipped == ()
     assert found.checked[-1] == "24 rows, scored again, have their scores within 1e-05"
-    assert [words.split()[0] for words in found.checked] == ["7", "the", "7", "24", "scores", "24"] or len(
-        found.checked
-    ) == 6
+    assert len(found.checked) == 6
 
 
 def change(folder: Path, name: str, **columns: Callable[[list[Any]], list[Any]]) -> None:
