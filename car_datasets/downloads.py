@@ -51,7 +51,8 @@ def download_model(model_id: str, revision: str, token: str | None, inner: str =
     patterns = [*MODEL_FILES, "[0-9]_*/*"]
     token = clean_token(token)
     try:
-        names = HfApi(token=token).list_repo_files(model_id, revision=revision)
+        files = HfApi(token=token).model_info(model_id, revision=revision).siblings or []
+        names = [file.rfilename for file in files]
     except (HTTPError, OSError):  # offline: what is in the cache must do
         names = ["config.json", "model.safetensors"]
     if not any(name.endswith((".safetensors", ".ckpt")) for name in names):
