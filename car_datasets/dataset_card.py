@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- car_datasets: begin -->", "<!-- car_datasets: end -->"
 TAGS = ("car", "data-selection", "instruction-tuning")
 CARRIED = ("license", "license_name", "license_link", "language")  # from the source's card
-DATA_FILES = (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".arrow", ".txt", ".zip")
+DATA_FILES = (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".arrow", ".zip")
 
 
 class SplitFiles(NamedTuple):
@@ -37,6 +37,10 @@ class SplitFiles(NamedTuple):
 def data_folder_of(config_name: str) -> str:
     """The folder of a configuration's files, as `push_to_hub` names it."""
     return "data" if config_name == "default" else config_name
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def stale_files(files: Iterable[str], config_name: str, splits: Mapping[str, SplitFiles]) -> list[str]:
@@ -78,7 +82,7 @@ def with_header(
         configs = MetadataConfigs.from_dataset_card_data(found.data)
     except Exception as error:  # the YAML library's errors, and others by what the header holds
         raise ValueError(
-            f"repo_id={repo_id!r}: its card's header cannot be read ({error}). Mend README.md there."
+            f"repo_id={repo_id!r}: its card's header cannot be read ({_line(error)}). Mend README.md there."
         ) from error
     config = configs.get(config_name, {})
     if not configs or not all(isinstance(each, dict) for each in config.get("data_files", [])):

@@ -25,6 +25,7 @@ from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
 from car_datasets.layers import LayerCombination, SegmentHead, closeness, feed_forward, normalise_text
 from car_datasets.packing import Packed, encode_packed
+from car_datasets.publishing import write_card
 from car_datasets.segments import hashed_words, segment_features
 
 
@@ -272,7 +273,7 @@ def _without_pooler(encoder: PreTrainedConfig) -> dict[str, bool]:
 def convert_checkpoint(
     checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], tokenizer: str | None = None
 ) -> None:
-    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer.
+    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer, card.
 
     Args:
         checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
@@ -293,6 +294,11 @@ def convert_checkpoint(
     reader.model_max_length = model.config.max_tokens
     model.save_pretrained(output)
     reader.save_pretrained(output)
+    name = Path(output).resolve().name
+    digest = digests.file_digest(found)
+    write_card(
+        Path(output), "converted_scorer_card.md.jinja", name=name, config=model.config, file=found.name, sha256=digest
+    )
 
 
 AutoModel.register(IQSConfig, IQSModel)

@@ -206,7 +206,7 @@ def _write_shards(table: Dataset, place: Path, config_name: str, split: str) -> 
     size = int(
         table.data.nbytes * len(table) / max(1, len(table.data))
     )  # where rows were chosen, data holds all of them
-    count = min(MOST_SHARDS, max(1, math.ceil(size / SHARD_BYTES)))
+    count = max(1, min(MOST_SHARDS, len(table), math.ceil(size / SHARD_BYTES)))
     names = [f"{data_folder_of(config_name)}/{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
     for i, name in enumerate(names):
         (place / name).parent.mkdir(exist_ok=True)

@@ -153,7 +153,8 @@ def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> di
     if path.is_file():
         return {"kind": "file", "name": path.name, "sha256": digests.file_digest(path), **part}
     if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file())
+        own = ("cache-", ".")  # what `datasets` leaves in folders of save_to_disk, and what tools hide in any
+        files = sorted(each for each in path.rglob("*") if each.is_file() and not each.name.startswith(own))
         return {"kind": "folder", "name": path.resolve().name, "sha256": digests.files_digest(path, files), **part}
     return {"kind": "hub", "id": str(source), "revision": loaded_revision(opened) or settings.revision, **part}
 

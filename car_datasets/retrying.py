@@ -46,6 +46,8 @@ def seconds_to_wait(error: BaseException | None) -> float | None:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     while error is not None:
+        if isinstance(error, ConnectionError):  # of a retry within this one, or of being offline by choice
+            return None
         if isinstance(error, HfHubHTTPError):
             response = error.response
             if response is None or not (response.status_code in PASSING or response.status_code >= 500):
@@ -54,6 +56,8 @@ def seconds_to_wait(error: BaseException | None) -> float | None:
             return float(after) if after.isdecimal() else 0.0
         if isinstance(error, HTTPError):
             return None if type(error).__name__ in ("LocalProtocolError", "UnsupportedProtocol") else 0.0
+        if isinstance(error, RuntimeError) and "client has been closed" in str(error):
+            return 0.0  # huggingface_hub's threads share a client, and one that loses its connection closes it for all
         error = error.__cause__  # an upload's failure is a RuntimeError from the request's
     return None
 
