@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from car_datasets import digests, hub
+from car_datasets import digests, downloads, hub
 
 CLASSES = {"instruction_metric": "regression", "instruction_ranking_metric": "ranking"}
 ENCODERS = {"XLM-RoBERTa": "xlm-roberta", "BERT": "bert"}
@@ -255,7 +255,7 @@ def _base_config(base: str, ask_hub: bool) -> dict[str, Any]:
     if base and Path(base).is_dir():
         path: Path | None = Path(base) / "config.json"
     else:
-        path = hub.download_file(base, "config.json") if ask_hub else None
+        path = downloads.download_file(base, "config.json") if ask_hub else None
     if path is None or not path.is_file():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -279,7 +279,7 @@ def load_tokenizer(base: str, token: str | None = None) -> Any:
     file = (
         Path(base) / "tokenizer.json"
         if base and Path(base).is_dir()
-        else hub.download_file(base, "tokenizer.json", token)
+        else downloads.download_file(base, "tokenizer.json", token)
     )
     if file is None or not file.is_file():
         raise ValueError(

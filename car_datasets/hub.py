@@ -1,4 +1,4 @@
-"""Which weights are these, and what is in a repository. The only module that touches `HfApi`.
+"""Which weights are these, and what is in a repository. With downloads.py and hub_folder.py, what touches `HfApi`.
 
 Does: turn a model id into a revision that never moves (a commit for a Hub id, a digest for a folder) and into a local
 folder; find the encoder that a Python package brings along, without importing that package's code; open, read and commit to
@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from car_datasets.digests import MODEL_FILES, file_digest, folder_digest
-from car_datasets.retrying import reason, retry
+from car_datasets.asking import CACHE_ADVICE, asking
+from car_datasets.digests import file_digest, folder_digest
+from car_datasets.downloads import download_model, is_cached
+from car_datasets.retrying import READING_WAITS, reason, retry
 from car_datasets.tokens import clean_token, refuse_unwritable, who_am_i
 
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
@@ -55,7 +57,8 @@ def pin_revision(model_id: str, revision: str | None = None, token: str | None =
         `str`: a commit sha (Hub), or `"sha256:..."` over the model's files (folder, embedded default).
 
     Raises:
-        ValueError: there is no such model, or it does not have that revision.
+        ValueError: there is no such model that you may see, or it does not have that revision.
+        ConnectionError: the Hub does not answer. What is cached is not taken for what it may hold by now.
     """
     if model_id == DEFAULT_SCORER:
         return _expect(model_id, folder_digest(default_scorer_folder()), revision)
@@ -63,29 +66,32 @@ def pin_revision(model_id: str, revision: str | None = None, token: str | None =
         return ENCODER_REVISION
     if _is_folder(model_id):
         return _expect(model_id, folder_digest(Path(model_id).expanduser()), revision)
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if revision is not None and len(revision) == 40 and _cached_snapshot(model_id, revision) is not None:
+    if revision is not None and len(revision) == 40 and is_cached(_repository(model_id)[0], revision):
         return revision  # a commit never moves, and this one is here already
-    try:
-        return str(HfApi(token=token).model_info(_repository(model_id)[0], revision=revision).sha)
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"model_id={model_id!r} is neither a local folder nor a model on the Hub that you may see. Check the "
-            "spelling; for a private model pass token=... or log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"model_id={model_id!r} has no revision {revision!r}.") from error
-    except HFValidationError as error:
-        raise ValueError(
-            f"model_id={model_id!r} is neither a local folder nor a Hub id of the form 'owner/name'."
-        ) from error
-    except OSError as error:  # no network, a proxy, a server that is down
-        raise ValueError(
-            f"model_id={model_id!r} is not a local folder, and the Hub could not be asked for it "
-            f"({type(error).__name__}). Pass a folder, or revision=<the 40-digit commit> of a model in the cache."
-        ) from error
+    return _commit(_repository(model_id)[0], "model", f"model_id={model_id!r}", revision, token)
+
+
+def pin_dataset(
+    source: str, revision: str | None = None, token: str | None = None, missing: type[Exception] = ValueError
+) -> str:
+    """The commit that a dataset on the Hub is at `revision` at this moment.
+
+    Raises:
+        ValueError: the Hub refuses; `missing`: there is no such dataset or revision that you may see.
+        ConnectionError: the Hub does not answer, or may not be asked (`HF_HUB_OFFLINE`).
+    """
+    return _commit(source, "dataset", f"source={source!r}", revision, token, missing)
+
+
+def _commit(
+    repo_id: str, kind: str, shown: str, revision: str | None, token: str | None, missing: type[Exception] = ValueError
+) -> str:
+    """The commit of a repository, from the Hub alone: what is cached may be of any age, and clients take it silently."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=clean_token(token))
+    with asking(shown, kind, revision, missing, CACHE_ADVICE):
+        return str(retry(lambda: api.repo_info(repo_id, revision=revision, repo_type=kind), READING_WAITS).sha)
 
 
 def model_folder(model_id: str, revision: str, token: str | None = None) -> Path:
@@ -101,7 +107,7 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
     if _is_folder(model_id):
         return Path(model_id).expanduser()
     repository, inner = _repository(model_id)
-    return _download(repository, revision, token, inner) / inner
+    return download_model(repository, revision, token, inner) / inner
 
 
 def _repository(model_id: str) -> tuple[str, str]:
@@ -121,7 +127,7 @@ def default_encoder_folder() -> Path:
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     else:
-        folder = _download(DEFAULT_ENCODER, ENCODER_REVISION, None)
+        folder = download_model(DEFAULT_ENCODER, ENCODER_REVISION, None)
     weights = folder / "model.safetensors"
     seen = file_digest(weights) if weights.is_file() else "no file"
     if seen != ENCODER_SHA256:
@@ -147,26 +153,6 @@ def _is_folder(model_id: str) -> bool:
     if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 2:
         raise ValueError(f"model_id={model_id!r}: there is no such folder.")
     return False
-
-
-def _cached_snapshot(model_id: str, revision: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(_repository(model_id)[0], "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def download_file(model_id: str, name: str, token: str | None = None) -> Path | None:
-    """One file of a Hub repository, from the cache where it is there; `None` if it cannot be had."""
-    if not model_id:
-        return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(model_id, name, token=token))
-    except (HFValidationError, HfHubHTTPError, OSError):
-        return None
 
 
 class Repository(NamedTuple):
@@ -299,22 +285,3 @@ def commit_dataset(
         return Pushed(f"{api.endpoint}/datasets/{repo_id}", str(done.oid))
 
     return retry(attempt)
-
-
-def _download(model_id: str, revision: str, token: str | None, inner: str = "") -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # Sub-folders hold the same weights for other engines (onnx/, openvino/); sentence-transformers' own are small.
-    patterns = [*MODEL_FILES, "[0-9]_*/*"]
-    try:
-        names = HfApi(token=token).list_repo_files(model_id, revision=revision)
-    except (HfHubHTTPError, OSError):  # offline: what is in the cache must do
-        names = ["config.json"]
-    if "config.json" not in names:  # the original's layout
-        part = inner or "instruction_score"
-        patterns = [f"{part}/*.ckpt", f"{part}/*hparams.yaml"]
-    folder = snapshot_download(
-        model_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]
-    )
-    return Path(folder)

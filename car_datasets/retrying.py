@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before the second, third, ... attempt
+READING_WAITS = WAITS[:3]  # where nothing is lost but a look-up, and someone may sit in front of it
 LONGEST = 300.0  # that a server may ask to wait
 PASSING = (408, 409, 412, 429)  # timeout, another commit at the same time, the parent has moved, too many requests
 
 
-def retry(call: Callable[[], T]) -> T:
-    """What `call()` gives, after as many attempts as [`WAITS`] allows.
+def retry(call: Callable[[], T], waits: Sequence[float] | None = None) -> T:
+    """What `call()` gives, after as many attempts as `waits`, by default [`WAITS`], allows.
 
     huggingface_hub repeats uploads by itself, but not the requests that ask for a repository, make one, or commit.
 
@@ -26,7 +27,8 @@ def retry(call: Callable[[], T]) -> T:
         ConnectionError: the failure did not pass.
         Exception: one that does not pass, at once.
     """
-    for wait in (*WAITS, None):
+    waits = WAITS if waits is None else waits
+    for wait in (*waits, None):
         try:
             return call()
         except Exception as error:  # the HTTP library's own errors derive from nothing narrower
@@ -34,7 +36,7 @@ def retry(call: Callable[[], T]) -> T:
             if asked is None:
                 raise
             if wait is None:
-                raise ConnectionError(f"the Hub failed {len(WAITS) + 1} times, at last: {reason(error)}") from error
+                raise ConnectionError(f"the Hub failed {len(waits) + 1} times, at last: {reason(error)}") from error
             time.sleep(min(LONGEST, max(asked, wait * random.uniform(0.75, 1.25))))  # not all who wait at once
     raise AssertionError("the last attempt returns or raises")
 

@@ -33,6 +33,10 @@ WORDS = ["instruction", "input", "response", ":", ".", ",", "write", "list", "na
 WORDS += ["of", "and", "to", "is", "sum", "short", "poem", "about", "sea", "good", "bad"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--real-hub", metavar="NAMESPACE", help="also push to the public Hub, as NAMESPACE (tests/test_real_hub.py)")
+
+
 @pytest.fixture(autouse=True)
 def no_other_host() -> Iterator[None]:
     """Fails a test that looked up another machine, itself or in a child process, even where the error was swallowed."""

@@ -15,7 +15,8 @@ PACKAGE = Path(car_datasets.__file__).parent
 # A room may import from rooms further up only; design.md calls this "imports run one way".
 ORDER = [
     {"version", "digests", "retrying"},
-    {"tokens"},
+    {"asking", "tokens"},
+    {"downloads"},
     {"templates", "hub", "settings", "metrics", "probe"},
     {"formatting", "publishing", "corruptions", "checkpoints"},
     {"configuration_iqs", "convert_comet", "openvino_encoder", "selection", "vectors", "pairs"},
@@ -26,7 +27,7 @@ ORDER = [
     {"files", "parallel", "reporting", "rows"},
     {"cluster_fitting"},
     {"loading", "embedding", "clustering", "results", "recipe"},
-    {"scoring", "filtering", "streaming", "claims", "manifest"},
+    {"scoring", "filtering", "streaming", "claims", "manifest", "hub_folder", "shard_parts"},
     {
         "columns",
         "estimation",

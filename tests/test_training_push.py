@@ -27,7 +27,7 @@ def test_a_model_folder_is_pushed_whole_and_private(hub: Hub, tiny_iqs: str) -> 
     ("name", "visibility", "message"),
     [
         ("me/public", "private", "is there and public, but private=True was asked for"),
-        ("you/scorer", "private", "cannot be written to"),
+        ("you/scorer", "private", "may not write to what belongs to 'you'"),
     ],
 )
 def test_nothing_leaves_where_it_was_not_meant_to_go(
