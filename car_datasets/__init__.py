@@ -20,18 +20,22 @@ if TYPE_CHECKING:
     from car_datasets.loading import load_instructions
     from car_datasets.modeling_iqs import IQSModel
     from car_datasets.parallel import map_across_gpus
+    from car_datasets.pushing import push_selection
+    from car_datasets.receipt import Receipt
     from car_datasets.recipe import Recipe
     from car_datasets.reporting import SelectionReport
     from car_datasets.scoring import QualityScorer
     from car_datasets.selection import select_car
     from car_datasets.shards import score_in_shards
     from car_datasets.streaming import select_car_streaming
+    from car_datasets.verification import verify
 
 _HOME = {
     "ClusterModel": "clustering",
     "IQSConfig": "configuration_iqs",
     "IQSModel": "modeling_iqs",
     "QualityScorer": "scoring",
+    "Receipt": "receipt",
     "Recipe": "recipe",
     "SelectionReport": "reporting",
     "TextEmbedder": "embedding",
@@ -39,9 +43,11 @@ _HOME = {
     "curate": "curation",
     "load_instructions": "loading",
     "map_across_gpus": "parallel",
+    "push_selection": "pushing",
     "score_in_shards": "shards",
     "select_car": "selection",
     "select_car_streaming": "streaming",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -49,6 +55,7 @@ __all__ = [
     "IQSConfig",
     "IQSModel",
     "QualityScorer",
+    "Receipt",
     "Recipe",
     "SelectionReport",
     "TextEmbedder",
@@ -57,9 +64,11 @@ __all__ = [
     "curate",
     "load_instructions",
     "map_across_gpus",
+    "push_selection",
     "score_in_shards",
     "select_car",
     "select_car_streaming",
+    "verify",
 ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from car_datasets import hub
+from car_datasets import digests
 from car_datasets.settings import Settings
 
 RUN_FILE = "run.json"
@@ -34,7 +34,7 @@ def claim(checkpoints: Path, settings: Settings, processes: int) -> None:
     """
     mine = checkpoints / RUN_FILE
     run: dict[str, Any] = {**asdict(settings), "processes": processes}
-    run |= {f"{name}_sha256": hub.file_digest(Path(run[name])) for name in ("train", "valid")}
+    run |= {f"{name}_sha256": digests.file_digest(Path(run[name])) for name in ("train", "valid")}
     if mine.is_file():
         earlier = json.loads(mine.read_text(encoding="utf-8"))
         differ = [name for name, value in run.items() if earlier.get(name) != value]

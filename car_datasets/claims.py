@@ -31,8 +31,12 @@ class Folder:
     Args:
         location (`str` or `PathLike`): made when something is written.
 
-    `local` is its path where it is one, else `None`.
+    `local` is its path where it is one, else `None`. Between two looks at it for what others have done, workers wait
+    `patience` seconds.
     """
+
+    claimable = True
+    patience = 0.5
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         from fsspec.core import url_to_fs
@@ -86,11 +90,12 @@ class Folder:
         else:
             self._fs.pipe_file(self._at(name), content)  # an object store's put is whole
 
-    def upload(self, path: Path, name: str) -> None:
-        """Put a local file there, whole or not at all: under another name first, and then moved."""
+    def upload(self, path: Path, name: str, replace: bool = False) -> bool:
+        """Put a local file there, whole or not at all, in the place of any other: under another name first, then moved."""
         partial = f".{name}.{uuid.uuid4().hex[:8]}"
         self._fs.put_file(str(path), self._at(partial))
         self._fs.mv(self._at(partial), self._at(name))
+        return True
 
     def download(self, name: str, path: Path) -> None:
         """Fetch a file; what is at `path` is always whole."""

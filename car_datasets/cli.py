@@ -7,15 +7,19 @@ stages are in cli_stages.py, of scorers in cli_scorers.py, the options in cli_op
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from car_datasets import cli_options as o
 from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
+from car_datasets.cli_hub import print_pushed, push, verify
 from car_datasets.cli_options import parse_clusters, parse_columns, parse_count
 from car_datasets.cli_scorers import convert, evaluate, prepare, quantise, train
 from car_datasets.cli_stages import cluster, estimate, score, select
+
+if TYPE_CHECKING:
+    from car_datasets.recipe import Recipe
 
 __all__ = [
     "app",
@@ -26,10 +30,12 @@ __all__ = [
     "estimate",
     "evaluate",
     "prepare",
+    "push",
     "quantise",
     "score",
     "select",
     "train",
+    "verify",
 ]
 
 
@@ -73,12 +79,19 @@ def curate(
     allow_worse: o.AllowWorse = False,
     shards: o.Shards = None,
     no_embeddings: Annotated[bool, typer.Option("--no-embeddings", help="Leave them out of scored.parquet.")] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Push the result there; asks first whether it may.")
+    ] = None,
+    public: o.Public = False,
+    check: o.Check = False,
 ) -> None:
     """Load, score, embed, cluster, select and report, in one go."""
     quiet_models()
     from car_datasets.curation import curate
     from car_datasets.recipe import Recipe
 
+    if push is None and (public or check):
+        raise ValueError("--public and --check belong to --push REPO.")
     recipe = Recipe() if config is None else Recipe.from_yaml(config)
     given = {
         "n1": parse_count(n1),
@@ -113,9 +126,43 @@ def curate(
         "keep_embeddings": False if no_embeddings else None,
     }
     changes = {key: value for key, value in given.items() if value is not None}
-    report = curate(source, output, recipe, token=token, shard_dir=shards, **changes).report
-    print_table(report.to_table())
-    _say_where(output)
+    if push is not None:
+        _refuse_push(push, not public, token)
+    if push is not None and _is_there(output, source, recipe.changed(**changes)):
+        typer.echo(f"{output} holds this result already.")
+    else:
+        report = curate(source, output, recipe, token=token, shard_dir=shards, **changes).report
+        print_table(report.to_table())
+        _say_where(output)
+    if push is not None:
+        _push(output, push, not public, check, token)
+
+
+def _refuse_push(repo: str, private: bool, token: str | None) -> None:
+    """What a push could fail by, found before hours of work; by the main process of several."""
+    from car_datasets.hub import open_repository
+    from car_datasets.parallel import from_main
+
+    from_main(lambda: open_repository(repo, private, token, "dataset", "--push"))
+
+
+def _is_there(folder: Path, source: str, settings: Recipe) -> bool:
+    """Whether the same command was killed, or failed, when it had the result and was pushing it."""
+    from car_datasets.pushing import read_result
+    from car_datasets.receipt import made_by
+
+    try:
+        receipt = read_result(folder).receipt
+    except ValueError:
+        return False
+    return receipt is not None and made_by(receipt, source, settings)
+
+
+def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None) -> None:
+    from car_datasets.parallel import from_main
+    from car_datasets.pushing import push_selection
+
+    print_pushed(from_main(lambda: push_selection(folder, repo, private=private, check=check, token=token)))
 
 
 @app.command(epilog="Example: car-datasets demo --output demo")

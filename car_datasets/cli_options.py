@@ -7,11 +7,28 @@ from typing import Annotated
 
 import typer
 
+from car_datasets.tokens import clean_token
+
+
+def _parse_token(text: str | None) -> str | None:
+    try:
+        return clean_token(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 Source = Annotated[str, typer.Argument(help="Hub id, .json, .jsonl, .csv or .parquet file, or a folder.")]
 Name = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
 Split = Annotated[str | None, typer.Option(help="Split, where the source has several.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub dataset.")]
-Token = Annotated[str | None, typer.Option(envvar="HF_TOKEN", show_envvar=True, help="For private sources and models.")]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        envvar="HF_TOKEN", show_envvar=True, callback=_parse_token, help="For private sources and models, and to push."
+    ),
+]
+Public = Annotated[bool, typer.Option("--public", help="The repository is a public one.  [default: private]")]
+Check = Annotated[bool, typer.Option("--check", help="Read back what was pushed, and compare it row for row.")]
 SchemaName = Annotated[str, typer.Option(help="alpaca, prompt/completion, messages, conversations, ...; auto looks.")]
 Columns = Annotated[str | None, typer.Option(help="Your column names: instruction=task,response=answer.")]
 ScorerModel = Annotated[str | None, typer.Option(help="An IQS model: Hub id or folder.  [default: the embedded one]")]

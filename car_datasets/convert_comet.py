@@ -2,7 +2,7 @@
 
 Does: read the pickle without running what is in it, rename the weights, work out the encoder's shape from them, and take
 the tokenizer's file as it is.
-Does not: find the checkpoint (hub.py), import Lightning or COMET, ask a hub for the base model, or build a model
+Does not: find the checkpoint (digests.py), import Lightning or COMET, ask a hub for the base model, or build a model
 (modeling_iqs.py).
 """
 
@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from car_datasets import hub
+from car_datasets import digests, downloads, hub
 
 CLASSES = {"instruction_metric": "regression", "instruction_ranking_metric": "ranking"}
 ENCODERS = {"XLM-RoBERTa": "xlm-roberta", "BERT": "bert"}
@@ -255,7 +255,7 @@ def _base_config(base: str, ask_hub: bool) -> dict[str, Any]:
     if base and Path(base).is_dir():
         path: Path | None = Path(base) / "config.json"
     else:
-        path = hub.download_file(base, "config.json") if ask_hub else None
+        path = downloads.download_file(base, "config.json") if ask_hub else None
     if path is None or not path.is_file():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -279,7 +279,7 @@ def load_tokenizer(base: str, token: str | None = None) -> Any:
     file = (
         Path(base) / "tokenizer.json"
         if base and Path(base).is_dir()
-        else hub.download_file(base, "tokenizer.json", token)
+        else downloads.download_file(base, "tokenizer.json", token)
     )
     if file is None or not file.is_file():
         raise ValueError(
@@ -295,7 +295,7 @@ def tokenizer_revision(base: str, token: str | None = None) -> str | None:
     """What the tokenizer at `base` is at this moment: a digest of its files, or a commit; `None` if that cannot be told."""
     if base and Path(base).is_dir():
         files = [Path(base) / name for name in ("tokenizer.json", "config.json")]
-        return " ".join(hub.file_digest(file) for file in files if file.is_file())
+        return " ".join(digests.file_digest(file) for file in files if file.is_file())
     try:
         return hub.pin_revision(base, None, token) if base else None
     except ValueError:  # not asked for: a Hub that is out of reach; loading says what is missing

@@ -26,6 +26,7 @@ from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
 from car_datasets.parallel import from_main, is_main_process, process_rank
+from car_datasets.receipt import describe_source, make_receipt
 from car_datasets.recipe import Recipe
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import (
@@ -74,7 +75,7 @@ def curate(
     Args:
         source: see [`load_instructions`].
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list of
-            rows), `scored.parquet`, `report.json` and `report.md`. It must not hold a result.
+            rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json` and `report.md`. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
         token (`str`, *optional*): for private sources and models; never stored.
         shard_dir (`str`, *optional*): score in shards and keep them there, so that a second run, or more processes, go on
@@ -102,6 +103,12 @@ def curate(
         index_column=settings.index_column,
     )
     _check_numbers(dataset, settings)
+    origin = describe_source(source, opened, settings) if folder is not None and is_main_process() else {}
+    scorer = scorer_of(settings, token)
+    settings = settings.changed(scorer_revision=scorer.revision)  # branches may move while this runs
+    if settings.embedder is not None:
+        pin = hub.pin_revision(settings.embedder, settings.embedder_revision, token)
+        settings = settings.changed(embedder_revision=pin)
     pool = score_and_embed(dataset, settings, token, shard_dir=shard_dir)
     if settings.procedure == "paper":
         pool = rank_rows(pool, settings.score_column)
@@ -112,18 +119,26 @@ def curate(
     curated = Curated(selected, pool if settings.keep_embeddings else without_vectors, report)
     if folder is not None:
         own_index = settings.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, without_vectors, settings, token, own_index))
+        from_main(lambda: _write_files(folder, curated, without_vectors, settings, scorer, origin, own_index))
     return curated
 
 
 def _write_files(
-    folder: Path, curated: Curated, pool: Dataset, settings: Recipe, token: str | None, own_index: bool
+    folder: Path,
+    curated: Curated,
+    pool: Dataset,
+    settings: Recipe,
+    scorer: QualityScorer,
+    origin: dict[str, Any],
+    own_index: bool,
 ) -> None:
     selected, scored, report = curated
+    receipt = make_receipt(origin, settings, scorer, pool, selected, report)
     with unfinished(folder):
-        write_result(folder, selected, scored, report, settings.score_column, settings.cluster_column)
+        write_result(
+            folder, selected, scored, report, receipt.to_json(), settings.score_column, settings.cluster_column
+        )
         if settings.procedure == "paper":
-            scorer = QualityScorer(settings.scorer, settings.scorer_revision, token, tokenizer=settings.tokenizer)
             names = {
                 **settings.names,
                 "index_column": "" if own_index else settings.index_column,

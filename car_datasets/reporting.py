@@ -108,20 +108,14 @@ class SelectionReport:
         scores = read_numbers(pool, score_column, np.nan)
         clusters = read_numbers(pool, cluster_column, -1)
         lengths, unit = row_lengths(pool, score_column)
-        positions = _positions(pool, selected, index_column)
+        positions = positions_in_pool(pool, selected, index_column)
         scored = np.flatnonzero(~np.isnan(scores))
-        rng = np.random.default_rng(seed)
         reasons = Counter(selected.select_columns(["selected_by"])["selected_by"])
         by_score = positions[np.array([r != "cluster" for r in selected["selected_by"]], dtype=bool)]
         statuses = _statuses(pool, score_column, scores)
         groups = [
             _figures(rows, scores, clusters, lengths)
-            for rows in (
-                scored,
-                positions,
-                rng.choice(scored, size=len(positions), replace=False),
-                length_matched(lengths, positions, scored, rng),
-            )
+            for rows in (scored, positions, *draw_controls(lengths, positions, scored, seed))
         ]
         return cls(
             rows_in=len(pool),
@@ -143,6 +137,12 @@ class SelectionReport:
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, figures: dict[str, Any]) -> SelectionReport:
+        """Read [`~SelectionReport.to_dict`], such as the content of `report.json`."""
+        groups = ("pool", "selected", "random_control", "length_matched_control")
+        return cls(**{**figures, **{name: GroupFigures(**figures[name]) for name in groups}})
 
     def to_json(self) -> str:
         """All figures as JSON, keys in the order of this class."""
@@ -206,7 +206,8 @@ def _listed(counts: dict[str, int]) -> str:
     return f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())})" if counts else ""
 
 
-def _positions(pool: Dataset, selected: Dataset, index_column: str) -> npt.NDArray[np.int64]:
+def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> npt.NDArray[np.int64]:
+    """Where the selected rows stand in the pool, by `index_column` (without it in the pool, by row position)."""
     import pandas as pd
 
     wanted = selected.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas()
@@ -284,6 +285,14 @@ def _correlations(scores: Floats, lengths: Floats) -> dict[str, float]:
     if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
         return {"pearson": 0.0, "spearman": 0.0}
     return {"pearson": float(pearsonr(scores, lengths)[0]), "spearman": float(spearmanr(scores, lengths)[0])}
+
+
+def draw_controls(
+    lengths: Floats, positions: npt.NDArray[np.int64], scored: npt.NDArray[np.int64], seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The rows of the random and of the length-matched control: as many scored rows as were selected."""
+    rng = np.random.default_rng(seed)
+    return rng.choice(scored, size=len(positions), replace=False), length_matched(lengths, positions, scored, rng)
 
 
 def length_matched(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from car_datasets.reporting import SelectionReport
 
 ORIGINAL_FILES = (*RANKING_FILES.values(), CLUSTERING_FILE, SELECTED_FILE)
-RESULT_FILES = ("selected.parquet", "selected.json", "scored.parquet", "report.json", "report.md")
+RESULT_FILES = ("selected.parquet", "selected.json", "scored.parquet", "receipt.json", "report.json", "report.md")
 
 
 UNFINISHED = ".unfinished"
@@ -85,15 +85,17 @@ def write_result(
     selected: Dataset,
     scored: Dataset,
     report: SelectionReport,
+    receipt: str,
     score_column: str,
     cluster_column: str,
 ) -> None:
-    """Write the five files of [`curate`]; the reports come last, so a folder that has them is complete."""
+    """Write the six files of [`curate`]; the reports come last, so a folder that has them is complete."""
     names = {"score_column": score_column, "cluster_column": cluster_column}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "scored.parquet", scored.to_parquet)
     write_whole(folder / "selected.parquet", selected.to_parquet)
     write_whole(folder / "selected.json", lambda path: write_original(selected, path, **names))
+    write_whole(folder / "receipt.json", lambda path: Path(path).write_text(receipt, encoding="utf-8"))
     write_whole(folder / "report.md", lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
     write_whole(folder / "report.json", lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
 

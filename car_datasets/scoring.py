@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from car_datasets import hub
+from car_datasets import digests, hub
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, tokenizer_revision
 from car_datasets.embedding import TextEmbedder, load_sentence_transformer, pool_tokens
@@ -108,7 +108,7 @@ class QualityScorer:
             raise ValueError(f"turns={self.turns!r} is not known; choose one of {sorted(TURNS)}.")
         revision = hub.pin_revision(self.model_id, self.revision, token)
         folder = hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
-        checkpoint = hub.find_checkpoint(folder)
+        checkpoint = digests.find_checkpoint(folder)
         if checkpoint is not None:  # its tokenizer is no part of its folder, and changes the numbers too
             pin = tokenizer_revision(base_model(checkpoint, self.tokenizer), token)
             object.__setattr__(self, "tokenizer_revision", pin)

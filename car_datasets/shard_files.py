@@ -1,7 +1,7 @@
-"""The folder of a run over shards: which run it belongs to, finished shards, written whole and read back.
+"""The folder of a run over shards: which run it belongs to, finished shards, put there whole and read back.
 
-Does: bind a folder to a manifest, refuse another run's, write a shard as an Arrow file that is moved into place when it is
-whole, open what is finished, tell what is torn, remove what killed workers have left, show how far all workers are.
+Does: bind a folder to a manifest, refuse another run's, put a shard where all see it, open what is finished, tell what is
+torn, remove what killed workers have left, show how far all workers are.
 Does not: know where rows come from (shards.py, stream_shards.py), or score.
 """
 
@@ -12,24 +12,21 @@ import hashlib
 import json
 import logging
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from car_datasets.claims import Claims, Folder
+from car_datasets.claims import CLAIM, Claims, Folder
+from car_datasets.hub_folder import START, HubFolder
 from car_datasets.manifest import differences, run_id
 from car_datasets.parallel import is_main_process
-from car_datasets.results import write_whole
+from car_datasets.shard_parts import PART, part_name, read_part, write_part
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 MANIFEST = "manifest.json"
-PART = re.compile(r"part-(\d+)\.arrow")
 logger = logging.getLogger(__name__)
 
 
@@ -47,11 +44,12 @@ class SharedRun:
         self.manifest = manifest
         self.id = run_id(manifest)
         cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
-        self.folder = Folder(_on_one_machine(cache) if shard_dir is None else shard_dir)
+        self.folder = _open(_on_one_machine(cache) if shard_dir is None else os.fspath(shard_dir))
         # Where parts are read from: a URL's are fetched once. Two streams may begin alike, and so have one id.
-        location = hashlib.sha256(self.folder.location.encode()).hexdigest()[:8]
-        self.copies = self.folder.local or cache / location
-        self.claims = Claims(self.folder, expiry)
+        place = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+        self.copies = self.folder.local or cache / place
+        # Where claims are impossible, the workers of one machine still share their own.
+        self.claims = Claims(self.folder if isinstance(self.folder, Folder) else Folder(self.copies), expiry)
         self.done = 0  # rows of the shard at hand
         self.whole: dict[int, Dataset] = {}
         self._torn: set[int] = set()
@@ -60,9 +58,21 @@ class SharedRun:
         """Rows that a finished shard must have, whose part bears this fingerprint."""
         raise NotImplementedError
 
+    def may_write(self, names: set[str]) -> bool:
+        """Whether this run may have something to put there, given what is there."""
+        raise NotImplementedError
+
     def fingerprint(self, shard: int) -> str:
         """What binds a part to its run and its place: how the fingerprint begins that `datasets` finds in it."""
         return f"{self.id}-{shard:05d}"
+
+    def names(self) -> set[str]:
+        """What is in the folder, and the claims, wherever they are."""
+        with self.explaining("the folder", "read"):
+            names = self.folder.names()
+        if self.claims.folder is self.folder:
+            return names
+        return names | {name for name in self.claims.folder.names() if CLAIM.fullmatch(name)}
 
     def bind(self) -> None:
         """Write the manifest, or find an equal one. Two runs that write theirs at once are told apart by their shards.
@@ -82,9 +92,11 @@ class SharedRun:
             with self.explaining(MANIFEST):
                 self.folder.make()
                 self.folder.write(MANIFEST, json.dumps(self.manifest, indent=2).encode())
-            return
+                earlier = self.folder.read(MANIFEST)
+        elif not self.folder.claimable and self.may_write(self.folder.names()):
+            self.folder.make()  # before an hour of work that may not be put there
         try:
-            found = json.loads(earlier)
+            found = json.loads(earlier or b"")
         except ValueError:
             found = {}
         if found != self.manifest:
@@ -93,8 +105,15 @@ class SharedRun:
                 "folder (--shards DIR), or delete this one."
             )
 
+    def claim(self, shard: int, turns: Mapping[str, int]) -> str | None:
+        """Claim a shard: the name of the claim, or `None` where another worker has it, see [`~Claims.take`]."""
+        with self.explaining(part_name(shard)):
+            if self.claims.folder is not self.folder:
+                self.claims.folder.make()
+            return self.claims.take(part_name(shard), turns)
+
     def write(self, shard: int, features: Features, batches: Iterable[dict[str, Any]], suffix: str = "") -> None:
-        """Write a shard, whole or not at all.
+        """Write a shard here, whole or not at all.
 
         Args:
             features (`Features`): of its columns.
@@ -102,64 +121,61 @@ class SharedRun:
             suffix (`str`): of its fingerprint.
 
         Raises:
-            OSError: it cannot be written, or does not read back.
+            OSError: it cannot be written.
         """
-        from datasets.arrow_writer import ArrowWriter
-
-        fingerprint = self.fingerprint(shard) + suffix
-
-        def write(path: str) -> None:
-            with (
-                pa.OSFile(path, "wb") as file,
-                ArrowWriter(features=features, stream=file, fingerprint=fingerprint) as writer,
-            ):
-                for batch in batches:
-                    writer.write_batch(batch)
-                writer.finalize()
-
-        name = part_name(shard)
-        with self.explaining(name):
-            self.copies.mkdir(parents=True, exist_ok=True)
+        path = self.copies / part_name(shard)
+        with self.explaining(path.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another worker took over, finished, and swept our file away
-                write_whole(self.copies / name, write)
-                if self.folder.local is None:
-                    self.folder.upload(self.copies / name, name)
-        if not self.is_whole(shard, {name}):
-            raise OSError(f"shard_dir={str(self.folder)!r}: {name} was written and does not read back whole.")
+                write_part(path, features, batches, self.fingerprint(shard) + suffix)
+
+    def put(self, shard: int) -> None:
+        """Put a shard that was written here where all see it.
+
+        Raises:
+            OSError: it cannot be put there, or does not read back.
+        """
+        path = self.copies / part_name(shard)
+        with self.explaining(path.name), contextlib.suppress(FileNotFoundError):  # as above
+            if self.folder.local is None and not self.folder.upload(path, path.name, replace=shard in self._torn):
+                path.unlink()  # another machine was first: its numbers are everyone's
+        if not self.is_whole(shard, {path.name}):
+            raise OSError(f"shard_dir={str(self.folder)!r}: {path.name} was written and does not read back whole.")
 
     def is_whole(self, shard: int, names: set[str]) -> bool:
         """Whether a shard is finished; one that is torn is not, and is scored again.
 
         Raises:
-            ValueError: it belongs to another run.
-        """
-        if shard not in self.whole and part_name(shard) in names:
-            found = self._open(shard)
-            if isinstance(found, str) and shard not in self._torn:
-                logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, part_name(shard), found)
-                self._torn.add(shard)
-            elif not isinstance(found, str):
-                self.whole[shard] = found
-        return shard in self.whole
-
-    def _open(self, shard: int) -> Dataset | str:
-        """A finished shard, memory-mapped, or what is wrong with it if it is torn or gone.
-
-        Raises:
             OSError: it cannot be read, whatever is in it: its rows may well be there, and are not to be scored again.
             ValueError: it belongs to another run.
         """
+        name = part_name(shard)
+        if shard not in self.whole and name in names:
+            with self.explaining(name, "read"), contextlib.suppress(FileNotFoundError):  # gone since we looked
+                if self.folder.local is None and not (self.copies / name).exists():
+                    self.copies.mkdir(parents=True, exist_ok=True)
+                    self.folder.download(name, self.copies / name)
+            found = self.read(shard)
+            if not isinstance(found, str):
+                self.whole[shard] = found
+            else:
+                if shard not in self._torn:
+                    logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, name, found)
+                self._torn.add(shard)
+                if self.folder.local is None:
+                    (self.copies / name).unlink(missing_ok=True)
+        return shard in self.whole
+
+    def read(self, shard: int) -> Dataset | str:
+        """The part of a shard that lies here, memory-mapped, or what is wrong with it.
+
+        Raises:
+            OSError, ValueError: see `is_whole`.
+        """
         path = self.copies / part_name(shard)
         with self.explaining(path.name, "read"):
-            try:
-                if not path.exists():
-                    self.copies.mkdir(parents=True, exist_ok=True)
-                    self.folder.download(path.name, path)
-            except FileNotFoundError:
-                return "it is gone"
-            found = _read(path)
+            found = read_part(path)
         if isinstance(found, str):
-            self._forget_copy(path)
             return found
         part, fingerprint = found
         if not f"{fingerprint}-".startswith(f"{self.fingerprint(shard)}-"):
@@ -168,14 +184,7 @@ class SharedRun:
                 "(--shards DIR)."
             )
         expected = self.expected_rows(shard, fingerprint)
-        if len(part) != expected:
-            self._forget_copy(path)
-            return f"{len(part)} of {expected} rows"
-        return part
-
-    def _forget_copy(self, path: Path) -> None:
-        if self.folder.local is None:
-            path.unlink(missing_ok=True)
+        return part if len(part) == expected else f"{len(part)} of {expected} rows"
 
     def sweep(self, names: set[str]) -> None:
         """Remove what killed workers have left, once every shard is there."""
@@ -183,7 +192,7 @@ class SharedRun:
             ours = PART.match(name.lstrip(".")) or name.startswith(f".{MANIFEST}.")
             if ours and not PART.fullmatch(name):
                 with contextlib.suppress(OSError):
-                    self.folder.remove(name)
+                    self.claims.folder.remove(name)
 
     @contextlib.contextmanager
     def explaining(self, name: str, doing: str = "written") -> Iterator[None]:
@@ -216,9 +225,9 @@ class SharedRun:
             looked = [0.0]
 
             def show(names: set[str] | None = None) -> None:
-                if bar.disable or (names is None and time.monotonic() - looked[0] < 1):
+                if bar.disable or (names is None and time.monotonic() - looked[0] < 2 * self.folder.patience):
                     return
-                names = self.folder.names() if names is None else names
+                names = self.names() if names is None else names
                 looked[0] = time.monotonic()
                 finished = sum(rows_in(int(part[1])) for part in map(PART.fullmatch, names) if part)
                 bar.update(max(0, finished + self.claims.rows_elsewhere(names) + self.done - bar.n))
@@ -226,26 +235,8 @@ class SharedRun:
             yield show
 
 
-def part_name(shard: int) -> str:
-    """The file of a finished shard."""
-    return f"part-{shard:05d}.arrow"
-
-
-def _read(path: Path) -> tuple[Dataset, str] | str:
-    """A part and its fingerprint, or how it is torn."""
-    from datasets import Dataset
-
-    try:
-        with pa.memory_map(str(path)) as file:
-            metadata = pa.ipc.open_stream(file).schema.metadata or {}
-        part = Dataset.from_file(str(path))
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        return str(error)
-    except OSError as error:
-        if error.errno is None:  # Arrow's own, on a file that ends early; those of the system have a number
-            return str(error)
-        raise
-    return part, str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
+def _open(location: str | Path) -> Folder | HubFolder:
+    return HubFolder(str(location)) if str(location).startswith(START) else Folder(location)
 
 
 def _on_one_machine(cache: Path) -> Path:

@@ -2,12 +2,13 @@
 
 Does: cut a dataset into shards, take them one by one (claims.py), score what is missing of them (their files:
 shard_files.py), and put the columns beside the dataset's own. A stream goes to stream_shards.py.
-Does not: start processes, or speak to them: what they share is a folder.
+Does not: start processes, or speak to them: what they share is a folder, or a dataset repository (hub_folder.py).
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import is_dataclass
@@ -17,7 +18,8 @@ from car_datasets.claims import last_turns
 from car_datasets.columns import batch_rows, read_columns
 from car_datasets.manifest import describe_run
 from car_datasets.rows import refuse_overwrite
-from car_datasets.shard_files import SharedRun, part_name
+from car_datasets.shard_files import SharedRun
+from car_datasets.shard_parts import part_name
 from car_datasets.stream_shards import StreamedRun
 from car_datasets.vectors import beside
 
@@ -56,9 +58,11 @@ def score_in_shards(
     Args:
         dataset (`Dataset` or `IterableDataset`): the same rows in every process.
         fn ([`QualityScorer`] or [`TextEmbedder`]): what adds the columns.
-        shard_dir (`str`, *optional*): a folder that all processes see, or an fsspec URL such as `s3://...`. It belongs to
-            these texts and this stage; what it holds is kept. By default a folder in the cache of `datasets`, named after
-            them: one machine only. A stream needs one, as it has no name before it is read.
+        shard_dir (`str`, *optional*): a folder that all processes see, an fsspec URL such as `s3://...`, or a folder in a
+            dataset repository, `hf://datasets/you/work/run-1`, made private if it is not there: one commit per shard, and
+            two machines may both score a shard, of which the first counts. It belongs to these texts and this stage; what
+            it holds is kept. By default a folder in the cache of `datasets`, named after them: one machine only. A stream
+            needs one, as it has no name before it is read.
         shard_rows (`int`, *optional*): rows in a shard; by default 65,536, and fewer where that would make fewer than 64; of a
             stream, 16,384.
         expiry (`float`): seconds without a sign of life after which a worker on another machine is taken for dead.
@@ -68,10 +72,10 @@ def score_in_shards(
         `Dataset`: the columns of `dataset` and the new ones, memory-mapped (from a local copy where `shard_dir` is a URL).
 
     Raises:
-        ValueError: the folder belongs to another run (what differs is named) or to something else; `fn` is no stage; a
-            column is taken; a stream has other rows than before, or none, or types that change; or see the stage, which names a
-            stream's rows by their place in it. Finished shards stay.
-        OSError: the folder cannot be written. Finished shards stay.
+        ValueError: the folder belongs to another run (what differs is named) or to something else, or is on the Hub and your
+            token may not write there; `fn` is no stage; a column is taken; a stream has other rows than before, or none, or
+            types that change; or see the stage, which names a stream's rows by their place in it. Finished shards stay.
+        OSError: the folder cannot be read or written, or the Hub does not answer. Finished shards stay.
     """
     from datasets import Dataset, IterableDataset
 
@@ -188,16 +192,18 @@ class ShardedRun(SharedRun):
         self.bind()
         with self.progress(description, len(self.texts), lambda shard: len(self.rows_in(shard))) as show:
             while True:
-                names = self.folder.names()
+                names = self.names()
                 missing = [shard for shard in self._shards() if not self.is_whole(shard, names)]
                 show(names)
                 if not missing:
                     break
+                if not self.folder.claimable:
+                    random.shuffle(missing)  # another machine is hardly at the same one
                 turns = last_turns(names)
                 if not any(self._take(shard, turns, show) for shard in missing):
                     if not wait:
                         return sum(len(self.rows_in(shard)) for shard in missing)
-                    time.sleep(min(0.5, self.claims.expiry / 6))  # the others are at them
+                    time.sleep(min(self.folder.patience, self.claims.expiry / 6))  # the others are at them
         self.sweep(names)
         return 0
 
@@ -209,20 +215,25 @@ class ShardedRun(SharedRun):
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, len(self.texts)))
 
+    def may_write(self, names: set[str]) -> bool:
+        """Whether a shard is missing."""
+        return not {part_name(shard) for shard in self._shards()} <= names
+
     def _take(self, shard: int, turns: dict[str, int], show: Callable[[], None]) -> bool:
         """Score a shard unless another worker has it."""
-        with self.explaining(part_name(shard)):
-            claim = self.claims.take(part_name(shard), turns)
+        claim = self.claim(shard, turns)
         if claim is None:
             return False
         self.done = 0
         with self.claims.renewing(claim, lambda: self.done):
-            if not self.is_whole(shard, self.folder.names()):  # it may have been finished since we looked
-                batches = []
-                for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
-                    batches.append(self.stage(batch))
-                    self.done += len(next(iter(batch.values())))
-                    show()
-                self.write(shard, self.stage.output_features(), batches)
+            if not self.is_whole(shard, self.names()):  # it may have been finished since we looked
+                if self.folder.local is not None or isinstance(self.read(shard), str):  # else it was not yet put there
+                    batches = []
+                    for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
+                        batches.append(self.stage(batch))
+                        self.done += len(next(iter(batch.values())))
+                        show()
+                    self.write(shard, self.stage.output_features(), batches)
+                self.put(shard)
         self.done = 0
         return True

@@ -21,7 +21,8 @@ from car_datasets.claims import last_turns
 from car_datasets.columns import batch_rows, read_columns
 from car_datasets.manifest import describe_run
 from car_datasets.rows import refuse_overwrite
-from car_datasets.shard_files import PART, SharedRun, part_name
+from car_datasets.shard_files import SharedRun
+from car_datasets.shard_parts import PART, part_name
 from car_datasets.stream_reader import Piece, State, StreamReader
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ class StreamedRun(SharedRun):
             raise ValueError(self._foreign(f"{part_name(shard)} holds other rows than were read here"))
         return int(rows)
 
+    def may_write(self, names: set[str]) -> bool:
+        """Always: nobody knows where the stream ends."""
+        return True
+
     def finish(self, description: str) -> Dataset:
         """Bind the folder, read the stream to its end, wait for what others are at, and open all shards.
 
@@ -80,15 +85,15 @@ class StreamedRun(SharedRun):
 
         self.bind()
         with self.progress(description, None, lambda shard: self.shard_rows) as show:
-            self._skip_finished(self.folder.names())
+            self._skip_finished(self.names())
             while (piece := self.reader.read()) is not None:
                 self._check(piece)
                 if not self._take(piece.shard, piece, show):
                     self.waiting[piece.shard] = piece.state
             shards = range(self.reader.shard)
             while self._wait(show):
-                time.sleep(min(0.5, self.claims.expiry / 6))
-            names = self.folder.names()
+                time.sleep(min(self.folder.patience, self.claims.expiry / 6))
+            names = self.names()
             show(names)
         self._refuse_more_than(len(shards), names)
         self.sweep(names)
@@ -130,7 +135,7 @@ class StreamedRun(SharedRun):
 
     def _wait(self, show: Callable[..., None]) -> bool:
         """Whether other workers are still at shards that this one has read past; those of dead workers are done here."""
-        names = self.folder.names()
+        names = self.names()
         show(names)
         for shard in list(self.waiting):
             if self.is_whole(shard, names) or self._take(shard, None, show):
@@ -139,20 +144,20 @@ class StreamedRun(SharedRun):
 
     def _take(self, shard: int, piece: Piece | None, show: Callable[..., None]) -> bool:
         """Score a shard, which may have to be read again, unless it is finished or another worker has it."""
-        names = self.folder.names()
+        names = self.names()
         if self.is_whole(shard, names):
             return True
-        with self.explaining(part_name(shard)):
-            claim = self.claims.take(part_name(shard), last_turns(names))
+        claim = self.claim(shard, last_turns(names))
         if claim is None:
             return False
         with self.claims.renewing(claim, lambda: self.done):
-            if not self.is_whole(shard, self.folder.names()):  # it may have been finished since we looked
+            if not self.is_whole(shard, self.names()):  # it may have been finished since we looked
                 piece = piece or self._read_again(shard, self.waiting[shard])
                 self._save_state(piece)
                 batches = list(self._scored(piece, show))
                 features = type(self.reader.features)({**self.reader.features, **self.stage.output_features()})
                 self.write(shard, features, batches, f"-{len(piece.rows)}-{piece.digest}")
+                self.put(shard)
         self.done = 0
         return True
 
@@ -181,11 +186,11 @@ class StreamedRun(SharedRun):
             content = json.dumps(piece.state)
             if json.loads(content) == piece.state:
                 with self.explaining(_state_name(piece.shard)):
-                    self.folder.write(_state_name(piece.shard), content.encode())
+                    self.claims.folder.write(_state_name(piece.shard), content.encode())
 
     def _saved_state(self, shard: int) -> State | None:
         try:
-            found = json.loads(self.folder.read(_state_name(shard)) or b"")
+            found = json.loads(self.claims.folder.read(_state_name(shard)) or b"")
         except ValueError:
             return None
         return found if isinstance(found, dict) else None
@@ -199,10 +204,10 @@ class StreamedRun(SharedRun):
     def sweep(self, names: set[str]) -> None:
         """Remove what killed workers have left, and the states before all shards but the last, where rows may be added."""
         super().sweep(names)
-        for name in names - {_state_name(max(self.whole))}:
+        for name in self.claims.folder.names() - {_state_name(max(self.whole))}:
             if STATE.fullmatch(name):
                 with suppress(OSError):
-                    self.folder.remove(name)
+                    self.claims.folder.remove(name)
 
 
 def _state_name(shard: int) -> str:

@@ -1,10 +1,13 @@
-"""What tests share: no network, throw-away caches, tiny random models, and the project's data folder where there is one."""
+"""What tests share: no network but a Hub on this machine, throw-away caches, tiny random models, and the project's data
+folder where there is one."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,44 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="car-datasets-tests-")
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("HF_TOKEN", None)
+os.environ["CAR_DATASETS_LOOKUPS"] = os.path.join(os.environ["HF_HOME"], "lookups")
 
 import pytest
 from datasets import Dataset
 
+from tests.hub_server import Hub
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+LOOKUPS = Path(os.environ["CAR_DATASETS_LOOKUPS"])
+GUARD = ROOT / "tests" / "hub_server" / "guard"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")]))
+runpy.run_path(str(GUARD / "sitecustomize.py"))  # child processes find it on PYTHONPATH
 WORDS = ["instruction", "input", "response", ":", ".", ",", "write", "list", "name", "three", "colours", "the", "a"]
 WORDS += ["of", "and", "to", "is", "sum", "short", "poem", "about", "sea", "good", "bad"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real-hub", metavar="NAMESPACE", help="also push to the public Hub, as NAMESPACE (tests/test_real_hub.py)"
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_other_host() -> Iterator[None]:
+    """Fails a test that looked up another machine, itself or in a child process, even where the error was swallowed."""
+    LOOKUPS.write_text("")
+    yield
+    if seen := LOOKUPS.read_text():
+        pytest.fail(f"the test looked up another host: {seen}")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub of this test's own; `tests/hub_server/__init__.py` tells how to use it."""
+    found = Hub(tmp_path / "hf-home")
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

@@ -67,10 +67,12 @@ def test_the_commands_are_the_promised_ones() -> None:
         "estimate",
         "evaluate",
         "prepare",
+        "push",
         "quantise",
         "score",
         "select",
         "train",
+        "verify",
     ]
 
 

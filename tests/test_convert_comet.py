@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertModel, XLMRobertaConfig, XLMRobertaModel
 
-from car_datasets import IQSConfig, IQSModel, QualityScorer, hub
+from car_datasets import IQSConfig, IQSModel, QualityScorer, digests, hub
 from car_datasets.convert_comet import load_tokenizer, read_checkpoint
 from car_datasets.modeling_iqs import convert_checkpoint
 from tests.conftest import save_tokenizer, tiny_encoder_config
@@ -93,6 +93,10 @@ def test_every_way_to_name_it_gives_the_same_scores(layout: Path, name: str) -> 
 def test_converted_folder_is_an_ordinary_model(layout: Path, tmp_path: Path) -> None:
     convert_checkpoint(layout, tmp_path / "out")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    checkpoint = next(layout.glob("checkpoints/*.ckpt"))
+    assert digests.file_digest(checkpoint) in card and checkpoint.name in card
+    assert "license" not in card.split("---")[1] and str(tmp_path) not in card
     shutil.rmtree(tmp_path / "tiny-bert")  # nothing of the original is needed any more
     expected = QualityScorer(str(tmp_path / "out"))(ROWS)["iqs_score"]
     shutil.rmtree(layout)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from car_datasets import QualityScorer, hub
+from car_datasets import QualityScorer, digests, hub
 from car_datasets.cli import app
 from car_datasets.evaluation import evaluate_scorer
 from car_datasets.head_fitting import Copies, Voters, fit_integrity, fit_quality, fit_words, principal_axes
@@ -46,7 +46,7 @@ def test_training_learns_and_is_deterministic(settings: HeadTraining, tmp_path: 
     train_head(settings.changed(output=str(tmp_path / "three"), seed=2))
     pairs = figures["accuracy"]["cleaned"]["pairs"]["value"]
     assert pairs == 1.0
-    digests = [hub.file_digest(tmp_path / name / "model.safetensors") for name in ("one", "two", "three")]
+    digests = [digests.file_digest(tmp_path / name / "model.safetensors") for name in ("one", "two", "three")]
     assert digests[0] == digests[1] != digests[2]
     again = evaluate_scorer(QualityScorer(str(tmp_path / "one")), read_pairs(settings.valid))
     assert again.accuracy == figures["accuracy"]  # what is written is what was measured

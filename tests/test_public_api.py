@@ -14,7 +14,9 @@ PACKAGE = Path(car_datasets.__file__).parent
 
 # A room may import from rooms further up only; design.md calls this "imports run one way".
 ORDER = [
-    {"version"},
+    {"version", "digests", "retrying"},
+    {"asking", "tokens"},
+    {"downloads"},
     {"templates", "hub", "settings", "metrics", "probe"},
     {"formatting", "publishing", "corruptions", "checkpoints", "collectives"},
     {"configuration_iqs", "convert_comet", "openvino_encoder", "selection", "vectors", "pairs"},
@@ -25,7 +27,7 @@ ORDER = [
     {"files", "parallel", "reporting", "rows"},
     {"cluster_fitting", "results"},
     {"loading", "embedding", "clustering", "recipe"},
-    {"scoring", "filtering", "streaming", "claims", "manifest"},
+    {"scoring", "filtering", "streaming", "claims", "manifest", "hub_folder", "shard_parts"},
     {
         "columns",
         "estimation",
@@ -39,9 +41,12 @@ ORDER = [
     {"training", "head_training", "shard_files", "stream_reader", "ray"},
     {"stream_shards"},
     {"shards"},
-    {"curation"},
+    {"receipt", "splits"},
+    {"curation", "dataset_card"},
+    {"pushing"},
+    {"verification"},
     {"cli_options", "cli_app"},
-    {"cli_stages", "cli_scorers"},
+    {"cli_stages", "cli_scorers", "cli_hub"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,4 +1,4 @@
-"""recipe.py: the whole road, its five files, and that everything which can be wrong is found before the first model call."""
+"""recipe.py: the whole road, its six files, and that everything which can be wrong is found before the first model call."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def result(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tu
     return curate(short_rows(), folder, **tiny), folder
 
 
-def test_result_is_five_whole_files_and_nothing_else(result: tuple[Curated, Path]) -> None:
+def test_result_is_six_whole_files_and_nothing_else(result: tuple[Curated, Path]) -> None:
     _, folder = result
     assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES)
 

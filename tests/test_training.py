@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from car_datasets import IQSModel, QualityScorer, hub
+from car_datasets import IQSModel, QualityScorer, digests, hub
 from car_datasets.checkpoints import last_whole_checkpoint
 from car_datasets.metrics import pair_metrics
 from car_datasets.pairs import read_pairs
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_weights(settings: ScorerTraining, tmp_path
     found = []
     for name, seed in (("one", 1), ("two", 1), ("three", 2)):
         train_scorer(settings.changed(output=str(tmp_path / name), seed=seed))
-        found.append(hub.file_digest(tmp_path / name / "model.safetensors"))
+        found.append(digests.file_digest(tmp_path / name / "model.safetensors"))
     assert found[0] == found[1] != found[2]
 
 
@@ -224,11 +224,11 @@ def test_what_was_written_but_not_pushed_is_not_trained_again(
     pushing = settings.changed(epochs=1, push_to="me/scorer")
     with pytest.raises(ValueError, match="the line is dead"):
         train_scorer(pushing)
-    before = hub.file_digest(Path(settings.output) / "model.safetensors")
+    before = digests.file_digest(Path(settings.output) / "model.safetensors")
     figures = train_scorer(pushing)
     assert figures["pairs"] == 8
     assert pushed == [(Path(settings.output), "me/scorer")] * 2
-    assert hub.file_digest(Path(settings.output) / "model.safetensors") == before
+    assert digests.file_digest(Path(settings.output) / "model.safetensors") == before
     assert str(Path(settings.train).parent) not in (Path(settings.output) / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="is there already"):
         train_scorer(pushing)

@@ -1,0 +1,268 @@
+"""PUSH: `push_selection`, a selection on its way to the Hub, with its card and its receipt, in one commit.
+
+Does: check token, owner and visibility before anything is written; write Parquet; commit splits, card, receipt, report and
+plots at once, again after what passes; read back and compare.
+Does not: talk to the Hub itself (hub.py), lay out splits (splits.py), or write the card's text (dataset_card.py).
+
+`datasets`' own push_to_hub commits 50 files at a time and does not come through a conflict with another push, and a card
+and a receipt would need commits of their own. Here a reader sees all of a push or nothing of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard
+
+from car_datasets import hub
+from car_datasets.dataset_card import (
+    END,
+    SplitFiles,
+    data_folder_of,
+    describe,
+    render_section,
+    stale_files,
+    with_header,
+    with_section,
+)
+from car_datasets.hub import Pushed, Repository
+from car_datasets.receipt import RECEIPT_FILE, Receipt
+from car_datasets.reporting import SelectionReport
+from car_datasets.results import UNFINISHED
+from car_datasets.retrying import reason
+from car_datasets.splits import SCORED, selection_splits
+from car_datasets.tokens import clean_token
+
+SHARD_BYTES = 500_000_000
+MOST_SHARDS = 50  # of a split
+REPORT_FILE = "report.json"
+PLOTS = "plots"
+
+
+def push_selection(
+    dataset: Dataset | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    scored: Dataset | None = None,
+    report: SelectionReport | None = None,
+    receipt: Receipt | None = None,
+    split: str = "selected",
+    also: Sequence[str] | None = None,
+    private: bool = True,
+    config_name: str = "default",
+    embeddings: bool = False,
+    check: bool = False,
+    token: str | None = None,
+) -> Pushed:
+    """Push a selection with its card and its receipt, in one commit; the same call again goes on, or changes nothing.
+
+    Example:
+
+    ```python
+    >>> curate("alpaca_data.json", "out", n1=1000)
+    >>> url, sha = push_selection("out", "me/alpaca-car")
+    ```
+
+    Args:
+        dataset (`Dataset` or `str`): the selected rows, or the folder that [`curate`] wrote, which brings the next three.
+        repo_id (`str`): `"owner/name"` of a dataset repository; made if it is not there.
+        scored (`Dataset`, *optional*), report ([`SelectionReport`], *optional*), receipt ([`Receipt`], *optional*): of the
+            same selection, for more splits and for the card.
+        split (`str`): the name of the split that holds `dataset`.
+        also (`Sequence[str]`, *optional*): more splits, out of `"scored"` (the whole pool), `"random_control"` and
+            `"length_matched_control"`. By default the first, where there is a pool: [`verify`] selects from it again.
+        private (`bool`): visibility of the repository; one that is there must have it already.
+        config_name (`str`): all splits of a configuration have the same columns; other columns need another one.
+        embeddings (`bool`): push the embeddings of the pool as well.
+        check (`bool`): read everything back by commit and compare it, row for row.
+        token (`str`, *optional*): else that of `HF_TOKEN` or `hf auth login`; never stored.
+
+    Returns:
+        [`Pushed`]: `(url, sha)`, the repository's page and the commit.
+
+    Raises:
+        ValueError: the token, the owner or the visibility does not allow it, or other splits could not be loaded afterwards;
+            nothing was uploaded then. Or the Hub refuses the upload.
+        ConnectionError: the Hub does not answer. Nothing is visible there, and the same call goes on.
+    """
+    _refuse_bad_names(split, config_name)
+    result = Result(dataset, scored, report, receipt) if isinstance(dataset, Dataset) else read_result(Path(dataset))
+    if also is None:
+        also = () if result.scored is None else (SCORED,)
+    hub.open_repository(repo_id, private, token, "dataset", "repo_id")
+    tables = _tables(result, split, also, embeddings)
+    with tempfile.TemporaryDirectory(prefix="car-datasets-push-") as place:
+        written = {name: _write_shards(table, Path(place), config_name, name) for name, table in tables.items()}
+        files = {name: Path(place, name) for each in written.values() for name in each.names}
+        files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
+        contents = _Contents(repo_id, config_name, split, tables[split], written, result, _source_card(result, token))
+        try:
+            done = hub.commit_dataset(repo_id, files, contents.beside, f"Upload {', '.join(tables)}", token)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}. Nothing is visible in {repo_id}; the same command goes on.") from error
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"repo_id={repo_id!r}: the Hub refuses the upload ({reason(error)}).") from error
+    if check:
+        compare_pushed(repo_id, done.sha, tables, config_name, token)
+    return done
+
+
+class Result(NamedTuple):
+    """A selection and what is known about it; as [`curate`] returns and writes it."""
+
+    selected: Dataset
+    scored: Dataset | None = None
+    report: SelectionReport | None = None
+    receipt: Receipt | None = None
+    plots: Sequence[Path] = ()
+
+
+def read_result(folder: Path) -> Result:
+    """The files that [`curate`] wrote into a folder.
+
+    Raises:
+        ValueError: one of them is missing, or a run was cut off writing them.
+    """
+    names = ("selected.parquet", "scored.parquet", REPORT_FILE, RECEIPT_FILE)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or (folder / UNFINISHED).exists():
+        state = f"has no {', '.join(missing)}" if missing else "was not written to the end"
+        raise ValueError(f"{folder} {state}: pass a folder that `car-datasets curate` wrote, or run it again.")
+    selected, scored = (Dataset.from_parquet(str(folder / name)) for name in names[:2])
+    report = SelectionReport.from_dict(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+    return Result(selected, scored, report, Receipt.read(folder), sorted(folder.rglob("*.png")))
+
+
+def compare_pushed(
+    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = "default", token: str | None = None
+) -> None:
+    """Load splits from a commit, past every cache, and compare them with `tables`, row for row.
+
+    Raises:
+        ValueError: they differ; the first row and column are named.
+    """
+    with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
+        for name, table in tables.items():
+            where = {"split": name, "revision": sha, "token": clean_token(token), "cache_dir": place}
+            difference = first_difference(table, load_dataset(repo_id, config_name, **where))
+            if difference:
+                raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")
+
+
+def first_difference(expected: Dataset, seen: Dataset) -> str | None:
+    """The first difference of two datasets in words, `None` if there is none; NaN equals NaN."""
+    if expected.features != seen.features:
+        return f"the columns are {seen.features}, expected {expected.features}"
+    if len(expected) != len(seen):
+        return f"it has {len(seen)} rows, expected {len(expected)}"
+    pair = [each.with_format("arrow").iter(1000) for each in (expected, seen)]
+    for number, (one, other) in enumerate(zip(*pair, strict=True)):
+        if one.equals(other):
+            continue
+        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), 1000 * number):
+            for column in wanted:
+                if repr(wanted[column]) != repr(found[column]):
+                    return f"row {row}, column {column!r}: {_short(found[column])}, expected {_short(wanted[column])}"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _refuse_bad_names(split: str, config_name: str) -> None:
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(f"split={split!r}: a split's name has letters, digits, underscores, and points between them.")
+    if not re.fullmatch(r"\w[\w.-]*", config_name) or config_name in ("data", PLOTS):
+        raise ValueError(f"config_name={config_name!r} cannot be the name of a configuration and of its folder.")
+
+
+def _tables(result: Result, split: str, also: Sequence[str], embeddings: bool) -> dict[str, Dataset]:
+    recipe = {} if result.receipt is None else result.receipt.recipe
+    return selection_splits(
+        result.selected,
+        result.scored,
+        also,
+        split=split,
+        score_column=recipe.get("score_column", "iqs_score"),
+        index_column=recipe.get("index_column", "source_index"),
+        left_out=None if embeddings else recipe.get("embedding_column", "embedding"),
+        seed=42 if result.report is None else result.report.seed,
+    )
+
+
+def _write_shards(table: Dataset, place: Path, config_name: str, split: str) -> SplitFiles:
+    """Write a split as Parquet: equal rows give equal bytes, so that what the Hub has already is not sent again."""
+    size = int(
+        table.data.nbytes * len(table) / max(1, len(table.data))
+    )  # where rows were chosen, data holds all of them
+    count = max(1, min(MOST_SHARDS, len(table), math.ceil(size / SHARD_BYTES)))
+    names = [f"{data_folder_of(config_name)}/{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
+    for i, name in enumerate(names):
+        (place / name).parent.mkdir(exist_ok=True)
+        table.shard(count, i, contiguous=True).to_parquet(str(place / name))
+    return SplitFiles(names, len(table), size, sum((place / name).stat().st_size for name in names))
+
+
+def _source_card(result: Result, token: str | None) -> str | None:
+    """The card of the dataset that the rows come from, for its licence; `None` where it cannot be had."""
+    source = {} if result.receipt is None else result.receipt.source
+    if source.get("kind") != "hub":
+        return None
+    try:
+        return hub.read_repository(source["id"], source["revision"], token).card
+    except (ValueError, OSError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a commit holds beside the data, which depends on what the repository holds by then."""
+
+    repo_id: str
+    config_name: str
+    split: str
+    table: Dataset
+    written: Mapping[str, SplitFiles]
+    result: Result
+    source_card: str | None
+
+    def beside(self, seen: Repository) -> tuple[dict[str, bytes], list[str]]:
+        """Card, receipt and report, and the names of what they and the data replace."""
+        report, receipt = self.result.report, self.result.receipt
+        features = self.table.features
+        card, rows = with_header(seen.card, seen.files, self.config_name, features, self.written, self.repo_id)
+        files: dict[str, bytes] = {}
+        gone = stale_files(seen.files, self.config_name, self.written)
+        about = [name for name in seen.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
+        taken = f"{data_folder_of(self.config_name)}/{self.split}-"
+        replaces = any(name.startswith(taken) for name in seen.files)
+        if report is not None or receipt is not None or replaces or not about or END not in seen.card:
+            self._describe(card, rows)
+            if receipt is not None:
+                files[RECEIPT_FILE] = receipt.to_json().encode()
+            if report is not None:
+                files[REPORT_FILE] = report.to_json().encode()
+            new = {*files, *(f"{PLOTS}/{plot.name}" for plot in self.result.plots)}
+            gone += [name for name in about if name not in new]  # of the selection that was there
+        files["README.md"] = str(card).encode()
+        return files, gone
+
+    def _describe(self, card: DatasetCard, rows: Mapping[str, int]) -> None:
+        receipt, report = self.result.receipt, self.result.report
+        carried = describe(card, receipt, self.source_card, sum(rows.values()))
+        plots = [f"{PLOTS}/{plot.name}" for plot in self.result.plots]
+        section = render_section(
+            self.repo_id, self.config_name, self.split, rows, self.table.column_names, report, receipt, carried, plots
+        )
+        card.text = with_section(card.text, section, self.repo_id.split("/")[-1])

@@ -1,0 +1,92 @@
+"""The splits of a pushed selection: one table of rows in several views, all with the same columns.
+
+Does: bring `selected`, `scored` and the report's two controls to one set of columns, as one configuration of a Hub dataset
+demands.
+Does not: push (pushing.py), or choose rows (selection.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from datasets import Dataset, Features
+
+from car_datasets.reporting import draw_controls, positions_in_pool, row_lengths
+from car_datasets.selection import read_numbers
+from car_datasets.vectors import beside
+
+SCORED = "scored"
+CONTROLS = ("random_control", "length_matched_control")
+
+
+def selection_splits(
+    selected: Dataset,
+    scored: Dataset | None,
+    also: Sequence[str] = (),
+    *,
+    split: str = "selected",
+    score_column: str = "iqs_score",
+    index_column: str = "source_index",
+    left_out: str | None = "embedding",
+    seed: int = 42,
+) -> dict[str, Dataset]:
+    """A selection as a split, and further ones, all with the same columns and types.
+
+    In `scored` and the controls, columns that only the selection has (`selected_by`, ...) are null for rows that were not
+    selected; `selected` gets the columns that only the pool has.
+
+    Args:
+        selected (`Dataset`), scored (`Dataset`, *optional*): as [`curate`] returns them.
+        also (`Sequence[str]`): `"scored"`, `"random_control"`, `"length_matched_control"`; the controls are the report's, of
+            the same `seed`.
+        split (`str`): name of the split of `selected`.
+        score_column, index_column (`str`): as in [`select_car`].
+        left_out (`str`, *optional*): a column of `scored` to leave out if `selected` does not have it.
+
+    Raises:
+        ValueError: a split is not known or needs `scored`, or a selected row is not in the pool.
+    """
+    known = (SCORED, *CONTROLS)
+    if not set(also) <= set(known) or split in also:
+        raise ValueError(f"also={tuple(also)}: choose out of {known}, beside split={split!r}.")
+    selected = selected.with_format(None)
+    if scored is None:
+        if also:
+            raise ValueError(f"also={tuple(also)} need the scored pool: pass scored=...")
+        return {split: selected}
+    scored = scored.with_format(None)
+    if left_out in scored.column_names and left_out not in selected.column_names:
+        scored = scored.remove_columns(left_out)
+    if index_column not in scored.column_names:
+        scored = scored.add_column(index_column, np.arange(len(scored), dtype=np.int64))
+    positions = positions_in_pool(scored, selected, index_column)
+    added = [name for name in selected.column_names if name not in scored.column_names]
+    pool = _with_columns_of(scored, selected, positions, added)
+    order = [*selected.column_names, *(name for name in scored.column_names if name not in selected.column_names)]
+    features = Features({name: pool.features[name] for name in order})
+    rest = [name for name in order if name not in selected.column_names]
+    whole = selected if not rest else beside(selected, pool.select(positions.tolist()).select_columns(rest))
+    found = {split: whole, SCORED: pool}
+    if set(also) & set(CONTROLS):
+        scores = read_numbers(pool, score_column, np.nan)
+        lengths = row_lengths(scored, score_column)[0]
+        drawn = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
+        found |= {name: pool.select(rows.tolist()) for name, rows in zip(CONTROLS, drawn, strict=True)}
+    return {name: found[name].select_columns(order).cast(features) for name in (split, *also)}
+
+
+def _with_columns_of(pool: Dataset, selected: Dataset, positions: npt.NDArray[np.int64], names: list[str]) -> Dataset:
+    """The pool with columns of its selected rows, null for the others."""
+    if not names:
+        return pool
+    places = np.full(len(pool), -1, dtype=np.int64)
+    places[positions] = np.arange(len(positions))
+    taken = pa.array(places, mask=places < 0)
+    table = selected.select_columns(names).with_format("arrow")[:]
+    columns: dict[str, Any] = {name: table[name].combine_chunks().take(taken) for name in names}
+    features = Features({name: selected.features[name] for name in names})
+    return beside(pool, Dataset(pa.table(columns, schema=features.arrow_schema)))

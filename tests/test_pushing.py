@@ -1,0 +1,412 @@
+"""pushing.py: real pushes from real processes to a Hub on this machine, the ones that fail included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from car_datasets import curate
+from car_datasets.receipt import Receipt
+from tests.hub_server import Hub
+from tests.test_recipe import short_rows
+
+# Waits are noted instead of waited for. A small SHARD_BYTES gives every push several files.
+START = """
+import json, sys, time
+import car_datasets.pushing as pushing
+from datasets import Dataset, load_dataset
+slept = []
+time.sleep = slept.append
+pushing.SHARD_BYTES = 200
+"""
+COMMAND = START + "from car_datasets.cli import app\napp()"
+
+
+@pytest.fixture(scope="module")
+def result(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `curate` writes for 24 rows of a file."""
+    folder = tmp_path_factory.mktemp("result")
+    short_rows().to_json(folder / "rows.jsonl")
+    curate(folder / "rows.jsonl", folder / "out", scorer=tiny_iqs, embedder=tiny_embedder, n1=5, k=3)
+    return folder / "out"
+
+
+def push(hub: Hub, folder: Path, repo: str, *options: object, **run: Any) -> subprocess.CompletedProcess[str]:
+    return hub.run(COMMAND, "push", folder, repo, *options, **run)
+
+
+def splits_of(hub: Hub, repo: str, *, config: str = "default") -> dict[str, list[dict[str, Any]]]:
+    """What a plain `load_dataset` reads, in a process that has seen nothing of it before."""
+    code = "import datasets, json, sys; datasets.config.USE_PARQUET_EXPORT = False\n"
+    code += "print(json.dumps({n: d.to_list() for n, d in datasets.load_dataset(*sys.argv[1:]).items()}))"
+    fresh = {"HF_HOME": str(hub.folder.parent / f"fresh-{time.monotonic_ns()}")}
+    return json.loads(hub.run(code, repo, config, check=True, env=fresh).stdout.splitlines()[-1])
+
+
+def commits(hub: Hub, repo: str) -> int:
+    stored = hub.repo(repo)
+    return 0 if stored is None else len(stored.titles) - 1  # without the one that made it
+
+
+def waiting_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# --- what lands
+
+
+def test_a_result_lands_in_one_commit_with_card_and_receipt(hub: Hub, result: Path) -> None:
+    also = "scored,random_control,length_matched_control"
+    done = push(hub, result, "me/car", "--also", also, "--check", env={"HF_DEBUG": "1"}, check=True)
+    stored = hub.repo("me/car")
+    assert stored is not None and stored.private and commits(hub, "me/car") == 1
+    assert f"Pushed to {hub.url}/datasets/me/car, commit {stored.sha}." in done.stdout
+    found = splits_of(hub, "me/car")
+    assert list(found) == ["selected", *also.split(",")]
+    selected = Dataset.from_parquet(str(result / "selected.parquet")).to_list()
+    assert found["selected"] == selected
+    chosen = {row["source_index"]: row for row in selected}
+    scored = Dataset.from_parquet(str(result / "scored.parquet")).remove_columns("embedding").to_list()
+    nothing = {"selected_by": None, "score_rank": None, "cluster_rank": None}
+    assert found["scored"] == [{**row, **nothing, **chosen.get(row["source_index"], {})} for row in scored]
+    figures = json.loads((result / "report.json").read_text())
+    for name in ("random_control", "length_matched_control"):  # the rows that the report measured
+        assert len(found[name]) == len(selected)
+        mean = sum(row["iqs_score"] for row in found[name]) / len(selected)
+        assert mean == pytest.approx(figures[name]["mean_score"], abs=1e-6)
+    files = stored.files()
+    for name in ("receipt.json", "report.json"):
+        assert files[name] == (result / name).read_bytes()
+    uploads = hub.count("PUT", "/large/")
+    again = push(hub, result, "me/car", "--also", also, check=True)
+    assert stored.sha in again.stdout
+    assert (commits(hub, "me/car"), hub.count("PUT", "/large/")) == (1, uploads)
+    sent = [row for row in hub.log() if row["path"].startswith("/large/")]
+    assert sent and not any(row["token"] for row in sent)
+
+
+def test_public_only_when_asked_for(hub: Hub, result: Path) -> None:
+    push(hub, result, "team/open", "--public", "--also", "none", check=True)
+    stored = hub.repo("team/open")
+    assert stored is not None and not stored.private
+    assert list(splits_of(hub, "team/open")) == ["selected"]
+
+
+@pytest.mark.slow
+def test_plots_and_embeddings_travel_and_old_plots_go(hub: Hub, result: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(result, folder)
+    (folder / "figures").mkdir()
+    for name in ("score length.png", "old.png"):
+        (folder / "figures" / name).write_bytes(b"\x89PNG\r\n" + name.encode())
+    push(hub, folder, "me/car", "--embeddings", "--check", check=True)
+    card = hub.repo("me/car").files()["README.md"].decode()
+    assert "![plots/score length.png](plots/score%20length.png)" in card and "plots/old.png" in card
+    embeddings = Dataset.from_parquet(str(result / "scored.parquet"))["embedding"][:]
+    found = splits_of(hub, "me/car")
+    assert [row["embedding"] for row in found["scored"]] == embeddings
+    assert [row["embedding"] for row in found["selected"]] == [embeddings[r["source_index"]] for r in found["selected"]]
+    (folder / "figures" / "old.png").unlink()
+    push(hub, folder, "me/car", check=True)
+    files = hub.repo("me/car").files()
+    assert [name for name in files if name.startswith("plots/")] == ["plots/score length.png"]
+    assert "old.png" not in files["README.md"].decode()
+    assert "embedding" not in splits_of(hub, "me/car")["scored"][0]
+
+
+@pytest.mark.slow
+def test_a_dataset_is_pushed_from_a_script(hub: Hub, result: Path) -> None:
+    code = """
+from car_datasets import push_selection
+rows = Dataset.from_dict({"text": ["a", None, "c"], "x": [float("nan"), 1.0, 2.0]})
+print(json.dumps(push_selection(rows, "me/rows", check=True)))
+print(json.dumps(push_selection(rows.select([2, 0]), "me/rows", split="test", check=True)))
+"""
+    _, second = hub.run(START + code, check=True).stdout.splitlines()[-2:]
+    assert json.loads(second) == [f"{hub.url}/datasets/me/rows", hub.repo("me/rows").sha]
+    found = splits_of(hub, "me/rows")
+    assert [row["text"] for row in found["selected"]] == ["a", None, "c"]
+    assert [row["text"] for row in found["test"]] == ["c", "a"]
+    card = hub.repo("me/rows").files()["README.md"].decode()
+    assert "| `selected` | 3 |" in card and "| `test` | 2 |" in card
+
+
+# --- what is there already
+
+
+@pytest.mark.slow
+def test_other_columns_leave_a_repository_that_loads(hub: Hub) -> None:
+    code = """
+from car_datasets import push_selection
+old = Dataset.from_dict({"text": ["a", "b"] * 300, "n": range(600)})
+new = Dataset.from_dict({"words": [["a"], ["b"]]})
+push_selection(old, "me/rows", private=True)
+push_selection(new, "me/rows", check=True)  # the only split: it may change, and has fewer files now
+push_selection(new, "me/rows", split="second")
+try:
+    push_selection(old, "me/rows", check=True)
+except ValueError as error:
+    print(error)
+push_selection(old, "me/rows", config_name="old", check=True)
+"""
+    done = hub.run(START + code, check=True)
+    message = done.stdout.splitlines()[-1]
+    assert "holds the split(s) ['second'] with other columns or types (['n', 'text', 'words'])" in message
+    assert "--config-name another" in message
+    assert commits(hub, "me/rows") == 4
+    assert splits_of(hub, "me/rows") == {name: [{"words": ["a"]}, {"words": ["b"]}] for name in ("selected", "second")}
+    assert len(splits_of(hub, "me/rows", config="old")["selected"]) == 600
+    parts = [name for name in hub.repo("me/rows").files() if name.startswith("data/selected")]
+    assert parts == ["data/selected-00000-of-00001.parquet"]
+
+
+CARD = """---
+license: mit
+tags:
+- mine
+pretty_name: Mine
+---
+# My rows
+
+Read this first.
+"""
+
+
+@pytest.mark.slow
+def test_a_card_that_is_there_keeps_what_is_not_ours(hub: Hub, result: Path) -> None:
+    hub.commit("me/car", {"README.md": CARD.encode(), "notes.txt": b"kept"}, private=True)
+    push(hub, result, "me/car", check=True)
+    first = hub.repo("me/car").files()["README.md"].decode()
+    hub.commit("me/car", {"README.md": (first + "\nThe end.\n").replace("5 of 24", "5 of many").encode()}, private=True)
+    push(hub, result, "me/car", "--also", "none", check=True)
+    files = hub.repo("me/car").files()
+    card = files["README.md"].decode()
+    assert files["notes.txt"] == b"kept"
+    assert "license: mit" in card and "- mine\n" in card and "pretty_name: Mine" in card
+    assert card.index("Read this first.") < card.index("<!-- car_datasets: begin -->") < card.index("The end.")
+    assert card.count("car_datasets: begin") == 1 and "5 of 24 instruction rows" in card
+    assert list(splits_of(hub, "me/car")) == ["selected", "scored"]
+
+
+def test_data_that_no_header_names_are_not_hidden(hub: Hub, result: Path) -> None:
+    hub.commit("me/car", {"train.csv": b"a\n1\n"}, private=True)
+    done = push(hub, result, "me/car")
+    assert done.returncode == 2 and "'train.csv'" in done.stderr
+    assert commits(hub, "me/car") == 1 and hub.count("PUT", "/large/") == 0
+
+
+@pytest.mark.slow
+def test_a_selection_without_a_receipt_does_not_keep_the_old_one(hub: Hub, result: Path) -> None:
+    push(hub, result, "me/car", check=True)
+    code = START + "pushing.push_selection(Dataset.from_parquet(sys.argv[1]), 'me/car', split=sys.argv[2])"
+    hub.run(code, result / "selected.parquet", "test", check=True)
+    assert "receipt.json" in hub.repo("me/car").files()  # another split takes nothing away
+    hub.run(code, result / "selected.parquet", "selected", check=True)
+    files = hub.repo("me/car").files()
+    assert not {"receipt.json", "report.json"} & set(files)
+    assert "What was selected, and why" not in files["README.md"].decode()
+
+
+# --- what must not leave
+
+
+REFUSED: list[tuple[str, list[str], str | None, str]] = [
+    ("me/car", [], None, "no token to push with. Log in with `hf auth login`, or set HF_TOKEN"),
+    ("me/car", [], "hf_wrong", "does not know this token (401)"),
+    ("me/car", [], Hub.read_token, "the token may only read"),
+    ("you/car", [], Hub.token, "may not write to what belongs to 'you'. Push to one of ['me', 'team', 'company']"),
+    ("company/car", [], Hub.token, "may not write to what belongs to 'company'"),
+    ("car", [], Hub.token, "names no owner; say 'me/car'"),
+    ("me/a b", [], Hub.token, "no Hub id of the form 'owner/name'"),
+    ("me/public", [], Hub.token, "is there and public, but private=True was asked for"),
+    ("me/private", ["--public"], Hub.token, "is there and private, but private=False was asked for"),
+    ("me/car", ["--also", "everything"], Hub.token, "choose out of ('scored',"),
+    ("me/car", ["--split", "a-b"], Hub.token, "split='a-b'"),
+    ("me/car", ["--config-name", "../x"], Hub.token, "config_name='../x'"),
+]
+
+
+def test_nothing_leaves_where_it_was_not_meant_to_go(hub: Hub, result: Path) -> None:
+    hub.commit("me/public", {"a": b"1"})
+    hub.commit("me/private", {"a": b"1"}, private=True)
+    code = """
+import json, sys
+from typer.testing import CliRunner
+from car_datasets.cli import app
+for repo, options, token in json.loads(sys.argv[2]):
+    done = CliRunner().invoke(app, ["push", sys.argv[1], repo, *options], env={"HF_TOKEN": token})
+    print(json.dumps([done.exit_code, done.output]))
+"""
+    cases = [(repo, options, token) for repo, options, token, _ in REFUSED]
+    lines = hub.run(code, result, json.dumps(cases), check=True).stdout.splitlines()
+    for (code, output), (repo, options, _, message) in zip(map(json.loads, lines), REFUSED, strict=True):
+        assert (code, len(output.splitlines())) == (2, 1), (repo, options, output)
+        assert message in output
+        assert "hf_" not in output
+    assert not [row for row in hub.log() if row["method"] == "PUT" or "/commit/" in row["path"]]
+    assert hub.repo("you/car") is None and hub.repo("company/car") is None
+
+
+def test_a_folder_without_a_whole_result_is_refused_before_the_hub_is_asked(
+    hub: Hub, result: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(result, folder)
+    (folder / ".unfinished").touch()
+    code = (
+        START
+        + """
+for folder in sys.argv[1:]:
+    try:
+        pushing.push_selection(folder, "me/car")
+    except ValueError as error:
+        print(error)
+"""
+    )
+    (folder2 := tmp_path / "empty").mkdir()
+    lines = hub.run(code, folder, folder2, check=True).stdout.splitlines()
+    assert "was not written to the end" in lines[0] and "has no selected.parquet" in lines[1]
+    assert hub.log() == []
+
+
+def test_a_token_with_a_line_end_is_still_one_and_a_broken_one_is_not_shown(hub: Hub, result: Path) -> None:
+    push(hub, result, "me/car", "--token", Hub.token + "\r\n", token=None, check=True)
+    done = push(hub, result, "me/other", "--token", "hf_top secret", token=None)
+    assert done.returncode == 2 and "secret" not in done.stdout + done.stderr
+    code = START + "pushing.push_selection(Dataset.from_dict({'a': [1]}), 'me/other', token='hf_top\\nsecret')"
+    done = hub.run(code)
+    assert "ValueError: The token holds white space" in done.stderr and "secret" not in done.stderr.split("Error:")[-1]
+    assert hub.repo("me/other") is None
+
+
+# --- what fails on the way
+
+
+@pytest.mark.slow
+def test_what_passes_is_tried_again(hub: Hub) -> None:
+    faults: dict[str, dict[str, Any]] = {
+        "a": {"method": "POST", "path": "/me/a/commit/", "times": 2, "status": 503},
+        "b": {"method": "POST", "path": "/me/b/commit/", "status": 412},
+        "c": {"method": "POST", "path": "/me/c/commit/", "status": 409},
+        "d": {"method": "POST", "path": "/me/d/commit/", "status": 429, "headers": {"Retry-After": "77"}},
+        "e": {"method": "POST", "path": "/me/e/commit/", "kind": "drop"},
+        "f": {"method": "POST", "path": "/me/f/commit/", "kind": "lost"},
+        "g": {"method": "GET", "path": "/api/datasets/me/g$", "times": 2, "status": 500},
+        "h": {"method": "PUT", "path": "/large/datasets/me/h", "times": 2, "status": 502},
+        "i": {"method": "POST", "path": "/me/i/preupload/", "kind": "drop"},
+    }
+    for fault in faults.values():
+        hub.fault(**fault)
+    hub.fault("POST", "/api/repos/create", status=502)
+    hub.fault("GET", "/api/whoami-v2", status=500)
+    code = (
+        START
+        + """
+rows = Dataset.from_dict({"a": range(100)})
+for name in sys.argv[1:]:
+    pushing.push_selection(rows, f"me/{name}", check=True)
+print(max(slept))
+"""
+    )
+    done = hub.run(code, *faults, check=True)
+    assert float(done.stdout.splitlines()[-1]) == 77
+    assert {row["fault"] for row in hub.log()} == {None, "status", "drop", "lost"}
+    assert [commits(hub, f"me/{name}") for name in faults] == [1] * len(faults)
+
+
+def test_what_stays_is_said_in_one_line_and_the_same_command_goes_on(hub: Hub, result: Path) -> None:
+    hub.fault("POST", "/commit/", times=1000, status=503)
+    done = push(hub, result, "me/car")
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "the Hub failed 8 times" in last and "503" in last and "the same command goes on" in last
+    assert commits(hub, "me/car") == 0 and set(hub.repo("me/car").files()) == {".gitattributes"}
+    uploads = hub.count("PUT", "/large/")
+    hub.mend()
+    push(hub, result, "me/car", check=True)
+    assert commits(hub, "me/car") == 1 and hub.count("PUT", "/large/") == uploads
+    hub.fault("POST", "/commit/", times=1000, status=403)
+    done = push(hub, result, "me/car", "--embeddings")
+    assert done.returncode == 2 and "the Hub refuses the upload (403" in done.stderr.splitlines()[-1]
+
+
+def test_the_server_goes_down_in_the_middle(hub: Hub, result: Path) -> None:
+    hub.fault("PUT", "/large/", times=1000, kind="delay", seconds=600, skip=2)
+    command = [sys.executable, "-c", COMMAND, "push", str(result), "me/car"]
+    with subprocess.Popen(command, env=hub.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        waiting_for(lambda: hub.count("PUT", "/large/") == 2)
+        hub.kill()
+        printed, _ = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert "the same command goes on" in printed and "Traceback" not in printed, printed
+    assert hub.token not in printed
+
+
+def test_killed_in_the_middle_the_same_command_goes_on(hub: Hub, result: Path) -> None:
+    hub.fault("PUT", "/large/", times=1000, kind="delay", seconds=600, skip=3)
+    command = [sys.executable, "-c", COMMAND, "push", str(result), "me/car"]
+    with subprocess.Popen(command, env=hub.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        waiting_for(lambda: hub.count("PUT", "/large/") == 3)
+        child.kill()
+    assert set(hub.repo("me/car").files()) == {".gitattributes"}
+    hub.mend()
+    push(hub, result, "me/car", "--check", check=True)
+    stored = hub.repo("me/car")
+    parts = [name for name in stored.files() if name.endswith(".parquet")]
+    assert len(parts) > 5 and hub.count("PUT", "/large/") == len(parts)  # three of them before the kill
+    assert commits(hub, "me/car") == 1
+    assert len(splits_of(hub, "me/car")["scored"]) == 24
+
+
+@pytest.mark.slow
+def test_four_pushes_at_once_all_land(hub: Hub) -> None:
+    code = """
+import sys
+from datasets import Dataset
+from car_datasets import push_selection
+push_selection(Dataset.from_dict({"split": [sys.argv[1]] * 7}), "me/rows", split=sys.argv[1], check=True)
+"""
+    names = ["one", "two", "three", "four"]
+    hub.fault("POST", "/commit/", times=4, kind="delay", seconds=0.5)  # so that they do meet
+    children = [subprocess.Popen([sys.executable, "-c", code, name], env=hub.env) for name in names]
+    assert [child.wait(120) for child in children] == [0] * 4
+    assert splits_of(hub, "me/rows").keys() == set(names)
+    assert 412 in {row["status"] for row in hub.log()}
+    assert commits(hub, "me/rows") == 4
+
+
+# --- curate --push
+
+
+@pytest.mark.slow
+def test_curate_asks_before_it_works_and_goes_on_after_a_kill(
+    hub: Hub, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    short_rows().to_json(tmp_path / "rows.jsonl")
+    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "5", "--k", "3"]
+    line = ["curate", tmp_path / "rows.jsonl", "--output", tmp_path / "out", *models]
+    refused = hub.run(COMMAND, *line, "--push", "you/car")
+    assert refused.returncode == 2 and "belongs to 'you'" in refused.stderr and not (tmp_path / "out").exists()
+    assert hub.run(COMMAND, *line, "--check").returncode == 2
+    hub.fault("POST", "/commit/", times=1000, status=503)
+    failed = hub.run(COMMAND, *line, "--push", "me/car")
+    assert failed.returncode == 2 and "the same command goes on" in failed.stderr
+    before = (tmp_path / "out" / "scored.parquet").stat().st_mtime_ns
+    hub.mend()
+    done = hub.run(COMMAND, *line, "--push", "me/car", "--check", check=True)
+    assert "holds this result already" in done.stdout and hub.repo("me/car").sha in done.stdout
+    assert (tmp_path / "out" / "scored.parquet").stat().st_mtime_ns == before
+    assert hub.run(COMMAND, *line, "--n2", "2", "--push", "me/car").returncode == 2  # another result is not overwritten
+    assert Receipt.read(tmp_path / "out").source["name"] == "rows.jsonl"

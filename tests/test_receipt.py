@@ -1,0 +1,106 @@
+"""receipt.py: what a receipt says and what it must not say."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from car_datasets import QualityScorer, Recipe, curate, digests
+from car_datasets.receipt import Receipt, indices_digest, made_by, rows_digest
+from car_datasets.version import __version__
+from tests.test_recipe import short_rows
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_iqs: str, tiny_embedder: str) -> dict[str, Any]:
+    return {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 5, "k": 3}
+
+
+@pytest.fixture(scope="module")
+def run(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Dataset]:
+    """Source, folder and selected rows of one run."""
+    folder = tmp_path_factory.mktemp("run")
+    source = folder / "my rows.jsonl"
+    short_rows().to_json(source)
+    return source, folder / "out", curate(str(source), folder / "out", **tiny).selected
+
+
+def test_it_says_what_was_used(run: tuple[Path, Path, Dataset], tiny: dict[str, Any]) -> None:
+    source, folder, selected = run
+    receipt = Receipt.read(folder)
+    assert receipt.source == {"kind": "file", "name": "my rows.jsonl", "sha256": digests.file_digest(source)}
+    assert (receipt.schema, receipt.template) == ("alpaca", "clean-1")
+    scorer = QualityScorer(tiny["scorer"])
+    assert receipt.scorer["revision"] == receipt.recipe["scorer_revision"] == scorer.revision
+    assert receipt.scorer["weights"] == digests.weights_digest(Path(tiny["scorer"]))
+    assert receipt.embedder["model_id"] == Path(tiny["embedder"]).name
+    assert receipt.embedder["weights"] == digests.weights_digest(Path(tiny["embedder"]))
+    assert {name: receipt.recipe[name] for name in ("seed", "k", "n1", "n2")} == {"seed": 42, "k": 3, "n1": 5, "n2": 1}
+    counts = {name: receipt.counts[name] for name in ("rows", "scored", "clusters", "selected")}
+    assert counts == {"rows": 24, "scored": 24, "clusters": 3, "selected": len(selected)}
+    assert receipt.selected_sha256 == indices_digest(selected["source_index"][:])
+    assert receipt.versions["car-datasets"] == __version__ and "torch" in receipt.versions
+    assert Receipt.from_json(receipt.to_json()) == receipt
+    assert Recipe().changed(**receipt.recipe).k == 3
+
+
+def test_equal_runs_give_equal_receipts_wherever_they_run(
+    run: tuple[Path, Path, Dataset], tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder, _ = run
+    elsewhere = tmp_path / "another place"
+    for name in ("scorer", "embedder"):
+        shutil.copytree(tiny[name], elsewhere / Path(tiny[name]).name)
+    shutil.copy(source, elsewhere)
+    monkeypatch.chdir(elsewhere)
+    models = {name: str(Path(tiny[name]).name) for name in ("scorer", "embedder")}
+    curate(source.name, "out", **{**tiny, **models})
+    text = (elsewhere / "out" / "receipt.json").read_bytes()
+    assert text == (folder / "receipt.json").read_bytes()
+    for word in (str(source.parent), str(elsewhere), os.path.expanduser("~"), tiny["scorer"], "hf_"):
+        assert word.encode() not in text
+
+
+def test_sources_in_memory_and_in_folders_have_digests(tiny: dict[str, Any], tmp_path: Path) -> None:
+    curate(short_rows(), tmp_path / "memory", **tiny)
+    source = Receipt.read(tmp_path / "memory").source
+    assert source == {"kind": "memory", "sha256": rows_digest(short_rows())}
+    reordered = short_rows().select_columns(["output", "instruction", "input"])
+    assert rows_digest(reordered) == source["sha256"] != rows_digest(short_rows().select(range(23)))
+    short_rows().save_to_disk(tmp_path / "saved")
+    curate(tmp_path / "saved", tmp_path / "folder", **tiny)
+    source = Receipt.read(tmp_path / "folder").source
+    assert (source["kind"], source["name"], len(source["sha256"])) == ("folder", "saved", len("sha256:") + 64)
+
+
+def test_the_same_command_is_recognised(run: tuple[Path, Path, Dataset], tiny: dict[str, Any], tmp_path: Path) -> None:
+    source, folder, _ = run
+    receipt, settings = Receipt.read(folder), Recipe(**tiny)
+    assert made_by(receipt, str(source), settings)
+    assert not made_by(receipt, str(source), settings.changed(n2=2))
+    assert not made_by(receipt, str(source), settings.changed(scorer_revision="sha256:another"))
+    assert not made_by(receipt, "you/rows", settings)
+    other = tmp_path / source.name
+    other.write_text(source.read_text().replace("red", "blue"))
+    assert not made_by(receipt, str(other), settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "not a receipt"), ('{"format": 99}', r"has the keys \['format'\]")],
+)
+def test_what_is_no_receipt_is_said_to_be_none(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Receipt.from_json(text)
+    with pytest.raises(ValueError, match=r"has no receipt\.json"):
+        Receipt.read(tmp_path)
+
+
+def test_digest_of_indices_is_of_their_order_and_kind() -> None:
+    digests_seen = [indices_digest(x) for x in ([1, 2], [2, 1], ["1", "2"], [12])]
+    assert len(set(digests_seen)) == 4

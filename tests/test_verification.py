@@ -1,0 +1,174 @@
+"""verification.py: a selection that is what its receipt says, and every way in which one is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from car_datasets import curate, verify
+from car_datasets.cli import app
+from tests.hub_server import Hub
+from tests.test_recipe import as_chats, short_rows
+
+
+@pytest.fixture(scope="module")
+def run(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A file of 24 rows, and what `curate` made of it."""
+    folder = tmp_path_factory.mktemp("run")
+    short_rows().to_json(folder / "rows.jsonl")
+    curate(folder / "rows.jsonl", folder / "out", scorer=tiny_iqs, embedder=tiny_embedder, n1=5, k=3, n2=2)
+    return folder / "rows.jsonl", folder / "out"
+
+
+def test_a_true_selection_matches(run: tuple[Path, Path], tiny_iqs: str) -> None:
+    source, folder = run
+    found = verify(folder, source=source, rescore=100, scorer=tiny_iqs)
+    assert found.matches and found.skipped == ()
+    assert found.checked[-1] == "24 rows, scored again, have their scores within 1e-05"
+    assert len(found.checked) == 6
+
+
+def change(folder: Path, name: str, **columns: Callable[[list[Any]], list[Any]]) -> None:
+    table = Dataset.from_parquet(str(folder / f"{name}.parquet"), keep_in_memory=True)
+    changed = {**table.to_dict(), **{column: mend(table[column][:]) for column, mend in columns.items()}}
+    Dataset.from_dict(changed, features=table.features).to_parquet(folder / f"{name}.parquet")
+
+
+def first(value: Any) -> Callable[[list[Any]], list[Any]]:
+    return lambda values: [value, *values[1:]]
+
+
+def swapped(values: list[Any]) -> list[Any]:
+    return [values[1], values[0], *values[2:]]
+
+
+def in_receipt(**changes: Any) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / "receipt.json").read_text())
+        for path, value in changes.items():
+            at, *keys = path.split("__")
+            content[at] = {**content[at], keys[0]: value} if keys else value
+        (folder / "receipt.json").write_text(json.dumps(content))
+
+    return apply
+
+
+def rows_of(name: str, **columns: Callable[[list[Any]], list[Any]]) -> Callable[[Path], None]:
+    return lambda folder: change(folder, name, **columns)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "difference"),
+    [
+        (rows_of("selected", output=first("better")), "selected is not what the source holds: row 0, column 'output': 'better'"),
+        (rows_of("scored", output=first("better")), "scored is not what the source holds: row 0, column 'output': 'better'"),
+        (rows_of("scored", iqs_score=lambda v: [min(v), *v[1:]]), "source row"),
+        (rows_of("scored", iqs_score=lambda v: [9.0 if x == min(v) else x for x in v]), "selected, row 0, is source row"),
+        (rows_of("scored", cluster=lambda v: [0] * len(v)), "selected"),
+        (rows_of("selected", source_index=swapped), "do not have the receipt's sha256"),
+        (rows_of("selected", selected_by=first("cluster")), "column 'selected_by': 'cluster', expected"),
+        (rows_of("selected", score_rank=first(17)), "column 'score_rank': 17, expected 1"),
+        (in_receipt(selected_sha256="0" * 64), "do not have the receipt's sha256"),
+        (in_receipt(recipe__n2=1), "selected"),
+        (in_receipt(recipe__n1=6), "selected"),
+        (in_receipt(counts__selected=3), "by the receipt 3"),
+        (in_receipt(counts__rows=25), "scored has 24 rows, by the receipt 25"),
+        (in_receipt(source__sha256="0" * 64), "the source has the sha256"),
+    ],
+)  # fmt: skip
+def test_every_change_is_found(
+    run: tuple[Path, Path], tiny_iqs: str, tmp_path: Path, spoil: Callable[[Path], None], difference: str
+) -> None:
+    source, out = run
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    spoil(folder)
+    done = CliRunner().invoke(
+        app, ["verify", str(folder), "--source", str(source), "--rescore", "24", "--scorer", tiny_iqs]
+    )
+    assert done.exit_code == 1, done.output
+    last = done.output.splitlines()[-1]
+    assert last.startswith("mismatch: ") and difference in last, last
+
+
+def test_a_changed_source_and_a_missing_one(run: tuple[Path, Path], tmp_path: Path) -> None:
+    source, folder = run
+    other = tmp_path / "rows.jsonl"
+    other.write_text(source.read_text().replace("sea", "see"))
+    assert "the source has the sha256" in str(verify(folder, source=other).difference)
+    with pytest.raises(ValueError, match=r"source was a file 'rows.jsonl'; say where it is: .*--source FILE"):
+        verify(folder)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        verify(folder, source=tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match=r"these were folders.*scorer=\.\.\. \(--scorer\)"):
+        verify(folder, source=source, rescore=1)
+    with pytest.raises(ValueError, match=r"rescore=-1"):
+        verify(folder, source=source, rescore=-1)
+    with pytest.raises(ValueError, match=r"has no selected\.parquet"):
+        verify(tmp_path)
+
+
+def test_another_scorer_is_not_taken_for_the_receipts(run: tuple[Path, Path], make_tiny_iqs: Any) -> None:
+    source, folder = run
+    with pytest.raises(ValueError, match="has the digest"):
+        verify(folder, source=source, rescore=1, scorer=make_tiny_iqs(seed=5))
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder", "chats", "marked", "own index", "paper"])
+def test_other_sources_and_recipes_match(kind: str, tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 5, "k": 3}
+    rows = as_chats(short_rows()) if kind == "chats" else short_rows()
+    given: Any = tmp_path / "rows.jsonl"
+    if kind == "marked":
+        rows = Dataset.from_list([*rows.to_list(), {"instruction": None, "input": "", "output": "x"}])
+        settings["on_invalid"] = "mark"
+    if kind == "own index":
+        rows = rows.add_column("key", [f"k{i}" for i in range(24)])
+        settings |= {"index_column": "key", "n2": 3, "seed": 7}
+    if kind == "paper":
+        settings["procedure"] = "paper"
+    rows.to_json(given)
+    if kind == "folder":
+        given = tmp_path / "rows"
+        rows.save_to_disk(given)
+    curate(rows if kind == "memory" else given, tmp_path / "out", **settings)
+    found = verify(tmp_path / "out", source=given, rescore=5, scorer=tiny_iqs)
+    assert found.matches, found.difference
+    assert len(found.checked) == 6
+
+
+@pytest.mark.slow
+def test_a_pushed_selection_is_verified_from_the_hub(
+    hub: Hub, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.parquet"
+    short_rows().to_parquet(rows)
+    header = b"---\nlicense: cc-by-4.0\nlicense_link: somewhere\nlanguage:\n- de\n---\n# Rows\n"
+    source = hub.commit("you/rows", {"data/train-00000-of-00001.parquet": rows.read_bytes(), "README.md": header})
+    command = "from car_datasets.cli import app\napp()"
+    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "5", "--k", "3"]
+    hub.run(command, "curate", "you/rows", "--output", tmp_path / "out", *models, "--push", "me/car", check=True)
+    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert receipt["source"] == {"kind": "hub", "id": "you/rows", "revision": source}
+    card = hub.repo("me/car").files()["README.md"].decode()
+    for line in ("license: cc-by-4.0", "license_link: somewhere", "- de", "source_datasets:\n- you/rows", "n<1K"):
+        assert line in card
+    hub.commit("you/rows", {"data/train-00000-of-00001.parquet": b"no longer what it was"})
+    done = hub.run(command, "verify", "me/car", "--rescore", "9", "--scorer", tiny_iqs, check=True)
+    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 7
+    hub.run(command, "push", tmp_path / "out", "me/small", "--also", "none", check=True)
+    done = hub.run(command, "verify", "me/small", check=True)
+    assert "not checked: the choice: there is no split 'scored'" in done.stdout
+    change(tmp_path / "out", "scored", iqs_score=lambda v: [9.0 if x == min(v) else x for x in v])
+    hub.run(command, "push", tmp_path / "out", "me/car", check=True)
+    done = hub.run(command, "verify", "me/car")
+    assert done.returncode == 1 and "mismatch: selected, row 0, is source row" in done.stdout
+    assert hub.run(command, "verify", "you/rows").returncode == 2
+    assert hub.run(command, "verify", "you/nothing").returncode == 2
