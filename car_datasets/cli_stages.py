@@ -52,11 +52,11 @@ def score(
         fresh_file(output)
     elif shards is None:
         raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
-    from car_datasets.curation import fill_shards_of, score_and_embed
     from car_datasets.hub import DEFAULT_SCORER
     from car_datasets.loading import load_instructions, open_dataset
     from car_datasets.original import rank_rows
     from car_datasets.recipe import Recipe
+    from car_datasets.recipe_stages import fill_shards_of, score_and_embed
 
     reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": on_invalid}
     opened = open_dataset(source, name, split, revision=revision, token=token, columns=reading["columns"])
@@ -100,11 +100,11 @@ def estimate(
 ) -> None:
     """Time some rows on this machine, and say how long the whole dataset would take to score."""
     quiet_models()
-    from car_datasets.curation import scorer_of
     from car_datasets.estimation import estimate_scoring
     from car_datasets.hub import DEFAULT_SCORER
     from car_datasets.loading import load_instructions
     from car_datasets.recipe import Recipe
+    from car_datasets.recipe_stages import scorer_of
 
     reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": on_invalid}
     speed: dict[str, Any] = {"dtype": dtype or "float32", "batch_tokens": batch_tokens, "compile": compile}
@@ -141,7 +141,7 @@ def cluster(
     if save_model is not None:
         fresh_folder(save_model, ("cluster_model.json", "cluster_model.safetensors"), "--save-model")
     from car_datasets.clustering import ClusterModel
-    from car_datasets.curation import embed_where_missing
+    from car_datasets.recipe_stages import embed_where_missing
     from car_datasets.rows import refuse_overwrite
 
     dataset, column, vectors = _open(source), cluster_column or "cluster", embedding_column or "embedding"

@@ -6,28 +6,22 @@ Does not: hold logic of a stage; each is a call that a user can make alone.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
-from tqdm.auto import tqdm
 
 from car_datasets import hub
 from car_datasets.cluster_fitting import checked_fit, number_of_clusters
 from car_datasets.clustering import ClusterModel
-from car_datasets.columns import add_columns
-from car_datasets.embedding import TextEmbedder
-from car_datasets.estimation import LARGE, estimate_scoring
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
-from car_datasets.parallel import from_main, is_main_process, process_rank
+from car_datasets.parallel import from_main, is_main_process
 from car_datasets.receipt import describe_source, make_receipt
 from car_datasets.recipe import Recipe
+from car_datasets.recipe_stages import score_and_embed, scorer_of
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import (
     ORIGINAL_FILES,
@@ -37,11 +31,8 @@ from car_datasets.results import (
     write_original_files,
     write_result,
 )
-from car_datasets.rows import refuse_overwrite
 from car_datasets.scoring import QualityScorer
-from car_datasets.selection import SELECTION_COLUMNS, check_columns, refuse_impossible, select_car
-from car_datasets.shards import fill_shards, score_in_shards
-from car_datasets.templates import CLEAN_TEMPLATE
+from car_datasets.selection import refuse_impossible, select_car
 
 
 class Curated(NamedTuple):
@@ -189,129 +180,6 @@ def _refuse_unpublished(settings: Recipe) -> None:
             f"procedure='paper' takes whole numbers n1={settings.n1} and n2={settings.n2} that are not negative, and no "
             f"budget={settings.budget}."
         )
-
-
-def embed_where_missing(
-    dataset: Dataset, column: str, embedder: str | None = None, template: str = CLEAN_TEMPLATE
-) -> Dataset:
-    """EMBED for a dataset that was scored elsewhere; one that has `column` comes back as it is."""
-    if column in dataset.column_names:
-        return dataset
-    stage = TextEmbedder(embedder or hub.DEFAULT_ENCODER, template=template, output_column=column)
-    return _add(dataset, stage, "Embedding")
-
-
-def scorer_of(settings: Recipe, token: str | None = None, embed: bool = True) -> QualityScorer:
-    """The scorer of a recipe, which also embeds where scorer and embedder share an encoder and `embed` is asked for."""
-    scorer = QualityScorer(
-        settings.scorer,
-        settings.scorer_revision,
-        token,
-        template=settings.template,
-        turns=settings.turns,
-        uncertainty=settings.uncertainty,
-        tokenizer=settings.tokenizer,
-        engine=settings.engine,
-        output_column=settings.score_column,
-        diagnostics=True,
-        compile=settings.compile,
-        **_reading(settings),
-    )
-    if embed and settings.embedder is None and scorer.shares_encoder:
-        return replace(scorer, embedding_column=settings.embedding_column)
-    return scorer
-
-
-def _reading(settings: Recipe) -> dict[str, Any]:
-    """What scorer and embedder have in common."""
-    names = ("schema", "columns", "on_invalid", "dtype", "batch_tokens", "embedding_dtype")
-    return {name: getattr(settings, name) for name in names}
-
-
-def score_and_embed(
-    dataset: Dataset,
-    settings: Recipe,
-    token: str | None = None,
-    embed: bool = True,
-    shard_dir: str | os.PathLike[str] | None = None,
-) -> Dataset:
-    """SCORE and EMBED of a recipe: in one pass where scorer and embedder share an encoder, else in two.
-
-    With a `shard_dir`, or in one of several processes, in shards: see [`curate`].
-
-    Raises:
-        ValueError: a model does not exist, or a column of this or a later stage is taken.
-    """
-    stages = _stages(dataset, settings, token, embed)
-    begun = shard_dir is not None and any(Path(shard_dir).glob("*/part-*"))
-    if len(dataset) >= LARGE and is_main_process() and not begun:
-        with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
-            tqdm.write(str(estimate_scoring(dataset, stages[0][1])), file=sys.stderr)
-    for description, stage in stages:
-        dataset = _add(dataset, stage, description, shard_dir)
-    return dataset
-
-
-def fill_shards_of(
-    dataset: Dataset, settings: Recipe, shard_dir: str | os.PathLike[str], token: str | None = None, embed: bool = True
-) -> dict[str, int]:
-    """SCORE and EMBED of a recipe as one of many workers, see [`fill_shards`]: the rows left to others, by folder."""
-    folders = [(_shards_of(stage, shard_dir), note, stage) for note, stage in _stages(dataset, settings, token, embed)]
-    return {folder: fill_shards(dataset, stage, folder, description=note) for folder, note, stage in folders}
-
-
-def _stages(dataset: Dataset, settings: Recipe, token: str | None, embed: bool) -> list[tuple[str, Any]]:
-    """The scorer, and the embedder where the scorer does not embed, each with what a progress bar says of it."""
-    scorer = scorer_of(settings, token, embed)
-    if embed:
-        _refuse_taken_columns(dataset, scorer, settings)
-    else:
-        refuse_overwrite(dataset.column_names, scorer.output_columns, "score_column= (--score-column)")
-    if not embed or scorer.embedding_column is not None:
-        return [("Scoring and embedding" if embed else "Scoring", scorer)]
-    embedder = TextEmbedder(
-        settings.embedder or hub.DEFAULT_ENCODER,
-        settings.embedder_revision,
-        token,
-        template=str(scorer.template),
-        output_column=settings.embedding_column,
-        **_reading(settings),
-    )
-    return [("Scoring", scorer), ("Embedding", embedder)]
-
-
-def _add(
-    dataset: Dataset,
-    stage: QualityScorer | TextEmbedder,
-    description: str,
-    shard_dir: str | os.PathLike[str] | None = None,
-) -> Dataset:
-    """The columns of a stage, computed here, or by all processes in shards."""
-    if shard_dir is None and process_rank()[1] == 1:
-        return add_columns(dataset, stage, description)
-    folder = None if shard_dir is None else _shards_of(stage, shard_dir)
-    return score_in_shards(dataset, stage, folder, description=description)
-
-
-def _shards_of(stage: QualityScorer | TextEmbedder, shard_dir: str | os.PathLike[str]) -> str:
-    """Each stage has a folder of its own there."""
-    return f"{os.fspath(shard_dir).rstrip('/')}/{'scores' if isinstance(stage, QualityScorer) else 'embeddings'}"
-
-
-def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Recipe) -> None:
-    """Every column that any stage will add, checked before the first one runs."""
-    new = [
-        *(name for name in scorer.output_columns if name != scorer.embedding_column),
-        settings.embedding_column,
-        settings.cluster_column,
-        f"{settings.cluster_column}_distance",
-    ]
-    twice = sorted({name for name in [*new, *SELECTION_COLUMNS] if [*new, *SELECTION_COLUMNS].count(name) > 1})
-    if twice:
-        raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
-    option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
-    refuse_overwrite(dataset.column_names, new, option)
-    check_columns(dataset.column_names, (), SELECTION_COLUMNS)
 
 
 def _add_clusters(pool: Dataset, settings: Recipe) -> Dataset:

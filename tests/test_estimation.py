@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from car_datasets import QualityScorer, Recipe, curation, estimation
+from car_datasets import QualityScorer, Recipe, estimation, recipe_stages
 from car_datasets.cli import app
 from car_datasets.estimation import Estimate, estimate_scoring
 
@@ -73,7 +73,7 @@ def test_the_command_times_the_engine_that_it_is_given(
 def test_a_large_dataset_is_announced(
     large: int, tiny_iqs: str, pairs: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(curation, "LARGE", large)
-    curation.score_and_embed(pairs, Recipe(scorer=tiny_iqs), embed=False)
+    monkeypatch.setattr(recipe_stages, "LARGE", large)
+    recipe_stages.score_and_embed(pairs, Recipe(scorer=tiny_iqs), embed=False)
     assert ("to score 6 rows" in capsys.readouterr().err) == (large == 6)
     assert estimation.LARGE >= 1000

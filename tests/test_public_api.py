@@ -41,7 +41,7 @@ ORDER = [
     {"training", "head_training", "shard_files", "stream_reader", "ray"},
     {"stream_shards"},
     {"shards"},
-    {"receipt", "splits"},
+    {"receipt", "splits", "recipe_stages"},
     {"curation", "dataset_card"},
     {"pushing"},
     {"verification"},

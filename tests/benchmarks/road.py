@@ -18,10 +18,10 @@ import torch
 from datasets import Dataset, disable_progress_bars
 
 from car_datasets import ClusterModel, IQSConfig, IQSModel, Recipe, SelectionReport, TextEmbedder, hub, select_car
-from car_datasets.curation import score_and_embed
 from car_datasets.embedding import load_sentence_transformer
 from car_datasets.loading import load_instructions
 from car_datasets.parallel import device_for
+from car_datasets.recipe_stages import score_and_embed
 from tests.benchmarks.table import Line, best_of
 from tests.benchmarks.texts import rows, texts
 
