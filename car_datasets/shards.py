@@ -116,7 +116,8 @@ class ShardedRun:
         self.manifest = describe_run(texts, stage, read_columns(texts, stage, with_index=False), shard_rows)
         self.id = run_id(self.manifest)
         cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
-        self.folder = _open(_on_one_machine(cache) if shard_dir is None else os.fspath(shard_dir))
+        location = str(_on_one_machine(cache)) if shard_dir is None else os.fspath(shard_dir)
+        self.folder = HubFolder(location) if location.startswith(START) else Folder(location)
         # Where parts are read from: a URL's are fetched once, into a folder of its own.
         place = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         self.copies = self.folder.local or cache.with_name(f"{self.id}-{place}")
@@ -183,7 +184,7 @@ class ShardedRun:
                 self.folder.make()
                 self.folder.write(MANIFEST, json.dumps(self.manifest, indent=2).encode())
                 earlier = self.folder.read(MANIFEST)
-        elif not self.folder.claimable and self._any_missing():
+        elif not self.folder.claimable and not {*map(part_name, range(self.shard_count))} <= self.folder.names():
             self.folder.make()  # before an hour of work that may not be put there
         try:
             found = json.loads(earlier or b"")
@@ -194,9 +195,6 @@ class ShardedRun:
                 f"shard_dir={str(self.folder)!r} belongs to another run: {differences(found, self.manifest)}. Name another "
                 "folder (--shards DIR), or delete this one."
             )
-
-    def _any_missing(self) -> bool:
-        return not {part_name(shard) for shard in range(self.shard_count)} <= self.folder.names()
 
     def _take(self, shard: int, turns: dict[str, int], show: Callable[[], None]) -> bool:
         """Score a shard unless another worker has it."""
@@ -241,7 +239,6 @@ class ShardedRun:
         """Whether a shard is finished; one that is torn is not, and is scored again."""
         name = part_name(shard)
         if shard not in self._whole and name in names:
-            found: Dataset | str | None = None
             if self.folder.local is None and not (self.copies / name).exists():
                 with self._explaining(name):
                     self.copies.mkdir(parents=True, exist_ok=True)
@@ -290,10 +287,6 @@ class ShardedRun:
                 f"shard_dir={str(self.folder)!r}: {name} cannot be written: {error}. Shards that are finished stay: make room "
                 "or mend the folder, and run the same again."
             ) from error
-
-
-def _open(location: str | Path) -> Folder | HubFolder:
-    return HubFolder(str(location)) if str(location).startswith(START) else Folder(location)
 
 
 def _on_one_machine(cache: Path) -> Path:
