@@ -7,6 +7,7 @@ Does not: know what is asked; what is given here must do no harm when it is done
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -53,7 +54,8 @@ def seconds_to_wait(error: BaseException | None) -> float | None:
             if response is None or not (response.status_code in PASSING or response.status_code >= 500):
                 return None
             after = response.headers.get("Retry-After", "")
-            return float(after) if after.isdecimal() else 0.0
+            window = re.search(r";r=0;t=(\d+)", response.headers.get("ratelimit", ""))  # the public Hub's own header
+            return float(after) if after.isdecimal() else float(window[1]) if window else 0.0
         if isinstance(error, HTTPError):
             return None if type(error).__name__ in ("LocalProtocolError", "UnsupportedProtocol") else 0.0
         if isinstance(error, RuntimeError) and "client has been closed" in str(error):

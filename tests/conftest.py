@@ -15,7 +15,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="car-datasets-tests-")
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-os.environ.pop("HF_TOKEN", None)
+os.environ["CAR_DATASETS_TOKEN"] = os.environ.pop("HF_TOKEN", "")  # for --real-hub alone
 os.environ["CAR_DATASETS_LOOKUPS"] = os.path.join(os.environ["HF_HOME"], "lookups")
 
 import pytest
@@ -25,6 +25,7 @@ from tests.hub_server import Hub
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+REAL_TOKEN = os.environ.pop("CAR_DATASETS_TOKEN")
 LOOKUPS = Path(os.environ["CAR_DATASETS_LOOKUPS"])
 GUARD = ROOT / "tests" / "hub_server" / "guard"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")]))
@@ -35,7 +36,7 @@ WORDS += ["of", "and", "to", "is", "sum", "short", "poem", "about", "sea", "good
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--real-hub", metavar="NAMESPACE", help="also push to the public Hub, as NAMESPACE (tests/test_real_hub.py)"
+        "--real-hub", action="store_true", help="also push to the public Hub, with HF_TOKEN, and delete it"
     )
 
 

@@ -53,12 +53,12 @@ def test_every_revision_is_the_one_that_was_asked_for(hub: Hub) -> None:
     "fault",
     [
         {"status": 401, "code": "RepoNotFound"},
-        {"status": 403},
-        {"status": 404},
-        {"status": 429},
-        {"status": 500},
         {"status": 503},
-        {"kind": "drop"},
+        pytest.param({"status": 403}, marks=pytest.mark.slow),
+        pytest.param({"status": 404}, marks=pytest.mark.slow),
+        pytest.param({"status": 429}, marks=pytest.mark.slow),
+        pytest.param({"status": 500}, marks=pytest.mark.slow),
+        pytest.param({"kind": "drop"}, marks=pytest.mark.slow),
     ],
     ids=lambda fault: "-".join(map(str, fault.values())),
 )

@@ -92,7 +92,7 @@ def test_two_machines_at_once(hub: Hub, tiny_iqs: str, expected: list[float]) ->
         pytest.param({"status": 412}, id="412"),
         pytest.param({"kind": "lost"}, id="lost"),
         pytest.param({"status": 409}, id="409", marks=pytest.mark.slow),
-        pytest.param({"status": 429, "headers": {"Retry-After": "1"}}, id="429", marks=pytest.mark.slow),
+        pytest.param({"status": 429, "headers": {"ratelimit": '"api";r=0;t=1'}}, id="429", marks=pytest.mark.slow),
         pytest.param({"status": 503}, id="503", marks=pytest.mark.slow),
         pytest.param({"kind": "drop"}, id="drop", marks=pytest.mark.slow),
     ],

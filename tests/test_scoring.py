@@ -161,7 +161,6 @@ def test_an_existing_column_is_not_overwritten(tiny_iqs: str, pairs: Dataset) ->
     ("options", "message"),
     [
         ({"model_id": "./no/such/folder"}, "no such folder"),
-        ({"model_id": "no-such-owner/no-such-model"}, "no-such-owner/no-such-model"),
         ({"model_id": "not a model id!"}, "not a model id!"),
         ({"turns": "median"}, "turns='median'"),
         ({"template": "fancy"}, "template='fancy'"),
@@ -177,6 +176,13 @@ def test_an_existing_column_is_not_overwritten(tiny_iqs: str, pairs: Dataset) ->
 def test_mistakes_are_named_when_the_scorer_is_made(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QualityScorer(**options)
+
+
+def test_a_hub_that_may_not_be_asked_is_named() -> None:
+    with pytest.raises(
+        ConnectionError, match=r"no-such-owner/no-such-model.*HF_HUB_OFFLINE=1 keeps the Hub from being asked"
+    ):
+        QualityScorer("no-such-owner/no-such-model")
 
 
 def test_a_folder_that_is_no_iqs_model_is_refused(tiny_embedder: str, tmp_path: Any) -> None:
