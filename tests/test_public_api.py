@@ -22,6 +22,7 @@ ORDER = [
     {"packing"},
     {"modeling_iqs"},
     {"loaded_scorer"},
+    {"overview"},
     {"files", "parallel", "reporting", "rows"},
     {"cluster_fitting"},
     {"loading", "embedding", "clustering", "results", "recipe"},
