@@ -62,6 +62,7 @@ def curate(
     kmeans_sample: o.KMeansSample = None,
     turns: Annotated[str | None, typer.Option(help="Score of a chat: mean, min, last or sum.  [default: mean]")] = None,
     seed: o.Seed = None,
+    projection: o.Projection = None,
     dtype: o.Dtype = None,
     embedding_dtype: o.EmbeddingDtype = None,
     batch_tokens: o.BatchTokens = None,
@@ -98,6 +99,7 @@ def curate(
         "kmeans_sample": kmeans_sample,
         "turns": turns,
         "seed": seed,
+        "projection": projection,
         "dtype": dtype,
         "embedding_dtype": embedding_dtype,
         "batch_tokens": batch_tokens,
@@ -136,6 +138,5 @@ def demo(
 
 def _say_where(folder: Path) -> None:
     typer.echo(f"The selection is in {folder / 'selected.parquet'} and {folder / 'selected.json'},")
-    typer.echo(
-        f"the figures are in {folder / 'report.md'}, and the whole pool with its scores is in {folder / 'scored.parquet'}."
-    )
+    typer.echo(f"the figures are in {folder / 'report.html'} (open it in a browser) and {folder / 'report.md'},")
+    typer.echo(f"and the whole pool with its scores is in {folder / 'scored.parquet'}.")

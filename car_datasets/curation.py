@@ -7,6 +7,7 @@ Does not: hold logic of a stage; each is a call that a user can make alone.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from dataclasses import replace
@@ -26,7 +27,10 @@ from car_datasets.estimation import LARGE, estimate_scoring
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
+from car_datasets.overview import Overview
 from car_datasets.parallel import from_main, is_main_process, process_rank
+from car_datasets.plots import can_draw
+from car_datasets.projection import check_projection
 from car_datasets.recipe import Recipe
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import (
@@ -43,6 +47,8 @@ from car_datasets.selection import SELECTION_COLUMNS, check_columns, refuse_impo
 from car_datasets.shards import score_in_shards
 from car_datasets.templates import CLEAN_TEMPLATE
 from car_datasets.vectors import beside
+
+logger = logging.getLogger(__name__)
 
 
 class Curated(NamedTuple):
@@ -76,7 +82,8 @@ def curate(
     Args:
         source: see [`load_instructions`].
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list of
-            rows), `scored.parquet`, `report.json` and `report.md`. It must not hold a result.
+            rows), `scored.parquet`, `report.json`, `report.md`, `report.html` and, with matplotlib, four `plot_*.png`. It must
+            not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
         token (`str`, *optional*): for private sources and models; never stored.
         shard_dir (`str`, *optional*): score in shards and keep them there, so that a second run, or more processes, go on
@@ -114,7 +121,7 @@ def curate(
     curated = Curated(selected, pool if settings.keep_embeddings else without_vectors, report)
     if folder is not None:
         own_index = settings.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, without_vectors, settings, token, own_index))
+        from_main(lambda: _write_files(folder, curated, pool, settings, token, own_index))
     return curated
 
 
@@ -122,21 +129,28 @@ def _write_files(
     folder: Path, curated: Curated, pool: Dataset, settings: Recipe, token: str | None, own_index: bool
 ) -> None:
     selected, scored, report = curated
+    if not can_draw():
+        logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
     with unfinished(folder):
-        write_result(folder, selected, scored, report, settings.score_column, settings.cluster_column)
+        seen = Overview.of(pool, selected, **settings.names, seed=settings.seed)
+        names = {**settings.names, "embedding_column": settings.embedding_column}
+        pictures = report.pictures(pool, seen, settings.projection, **names)
+        write_result(folder, selected, scored, report, pictures, settings.score_column, settings.cluster_column)
         if settings.procedure == "paper":
             scorer = QualityScorer(settings.scorer, settings.scorer_revision, token, tokenizer=settings.tokenizer)
             names = {
                 **settings.names,
                 "index_column": "" if own_index else settings.index_column,
             }  # the user's own stays
-            write_original_files(folder, selected, pool, scorer.objective, **names)
+            without_vectors = pool.remove_columns(settings.embedding_column)
+            write_original_files(folder, selected, without_vectors, scorer.objective, **names)
 
 
 def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
     """What k, n1, n2, budget and the procedure can be wrong about before there are scores."""
     if settings.procedure not in PROCEDURES:
         raise ValueError(f"procedure={settings.procedure!r} is not known; choose one of {PROCEDURES}.")
+    check_projection(settings.projection)
     rows = len(dataset)
     if settings.on_invalid == "mark":
         rows -= len(unscorable_rows(dataset, find_schema(dataset.column_names, settings.schema, settings.columns)))

@@ -7,6 +7,7 @@ Does not: read text or embeddings, or compute a figure.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,38 +89,55 @@ class Overview:
             seed=seed,
         )
 
-    @property
+    @cached_property
     def scored(self) -> Indices:
         """The positions of the rows that have a score."""
         return np.flatnonzero(~np.isnan(self.scores))
 
-    @property
+    @cached_property
+    def cluster_count(self) -> int:
+        """The clusters of the pool."""
+        return len(np.unique(self.clusters[self.clusters >= 0]))
+
+    @cached_property
     def by_score(self) -> int:
         """How many rows were taken by score: the n1 of the selection."""
         return int(np.count_nonzero(self.selected_by != BY_CLUSTER))
 
-    @property
+    @cached_property
     def by_cluster(self) -> int:
         """How many rows were taken from each cluster at most: the n2 of the selection."""
         picks = self.positions[self.selected_by != BY_SCORE]
-        return int(self.cluster_ranks()[picks].max()) if len(picks) else 0
+        return int(self.cluster_ranks[picks].max()) if len(picks) else 0
 
+    @cached_property
     def score_ranks(self) -> Indices:
         """The rank of every row in the pool, 1 for the best; ties by row order, rows without a score last."""
         return ranks_of(self.scores)
 
+    @cached_property
     def cluster_ranks(self) -> Indices:
         """The rank of every scored row in its cluster, 1 for the best; 0 without a cluster or a score."""
         ranks = np.zeros(len(self.scores), dtype=np.int64)
-        order = np.argsort(self.score_ranks())[: len(self.scored)]
+        order = np.argsort(self.score_ranks)[: len(self.scored)]
         ranks[order] = ranks_within(self.clusters[order])
         return ranks
 
+    @cached_property
     def reasons(self) -> npt.NDArray[np.str_]:
         """`selected_by` of every row of the pool, empty where it was not taken."""
         found = np.full(len(self.scores), "", dtype="<U7")
         found[self.positions] = self.selected_by
         return found
+
+    def score_length_correlation(self) -> dict[str, float]:
+        """`pearson` and `spearman` of scores and lengths over the scored rows; 0 where one of them does not vary."""
+        from scipy.stats import pearsonr, spearmanr
+
+        scores, lengths = self.scores[self.scored], self.lengths[self.scored]
+        if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        return {"pearson": float(pearsonr(scores, lengths)[0]), "spearman": float(spearmanr(scores, lengths)[0])}
 
     def name_of(self, row: int) -> str | int:
         """What names the row at a position: its value in the index column, or the position."""

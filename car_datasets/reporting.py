@@ -1,7 +1,7 @@
 """REPORT: `SelectionReport`, the figures of a selection beside those of two controls of the same size.
 
-Does: count, measure and print, as a dataclass, JSON, Markdown and a table in the terminal.
-Does not: draw, write files, or choose rows.
+Does: count, measure and print, as a dataclass, JSON, Markdown, a table in the terminal, plots and a page.
+Does not: choose rows, or draw (plots.py, report_page.py).
 
 The controls are there because self-scoring methods hardly beat random choice on large pools (arXiv 2410.09335), and
 because scores go with length: `random_control` is a plain draw from the scored rows, `length_matched_control` a draw with
@@ -11,13 +11,18 @@ the selection's distribution of lengths.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from car_datasets.overview import Floats, Overview
+from car_datasets.overview import Overview
+from car_datasets.plots import can_draw, draw, refuse_no_matplotlib
+from car_datasets.projection import check_projection, map_of
+from car_datasets.report_page import PAGE_FILE, render_page
 from car_datasets.selection import BY_CLUSTER, Indices
 
 if TYPE_CHECKING:
@@ -119,7 +124,7 @@ class SelectionReport:
             selected_by={name: reasons.get(name, 0) for name in ("score", "cluster", "both")},
             clusters=_touched(clusters),
             clusters_by_score=_touched(clusters[seen.positions[seen.selected_by != BY_CLUSTER]]),
-            score_length_correlation=_correlations(seen.scores[scored], seen.lengths[scored]),
+            score_length_correlation=seen.score_length_correlation(),
             length_unit=seen.length_unit,
             pool=groups[0],
             selected=groups[1],
@@ -155,6 +160,78 @@ class SelectionReport:
         for row in rows:
             table.add_row(*row)
         return table
+
+    def plot(
+        self,
+        folder: str | os.PathLike[str],
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        projection: str = "pca",
+        score_column: str = "iqs_score",
+        cluster_column: str = "cluster",
+        index_column: str = "source_index",
+        embedding_column: str = "embedding",
+    ) -> list[Path]:
+        """Draw the selection: scores, map, clusters, lengths. Files of an earlier call in the same folder are replaced.
+
+        Args:
+            folder (`str`): for `plot_scores.png`, `plot_map.png`, `plot_clusters.png` and `plot_lengths.png`.
+            pool, selected (`Dataset`): what this report was made from; without embeddings there is no map.
+            projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+            score_column, cluster_column, index_column, embedding_column (`str`): as in [`select_car`].
+
+        Returns:
+            `list[Path]`: the files.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: the datasets do not fit, or the projection, or it needs umap-learn.
+        """
+        check_projection(projection)
+        refuse_no_matplotlib()
+        names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
+        seen = Overview.of(pool, selected, **names, seed=self.seed)
+        files = draw(seen, map_of(pool, seen, embedding_column, projection))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return [Path(folder) / name for name in files]
+
+    def to_html(
+        self,
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        projection: str = "pca",
+        score_column: str = "iqs_score",
+        cluster_column: str = "cluster",
+        index_column: str = "source_index",
+        embedding_column: str = "embedding",
+    ) -> str:
+        """The selection as one HTML page that needs no network, with its figures where matplotlib is installed.
+
+        Args:
+            pool, selected, projection, score_column, cluster_column, index_column, embedding_column: as in
+                [`~SelectionReport.plot`].
+
+        Raises:
+            ValueError: the datasets do not fit, or the projection, or it needs umap-learn.
+        """
+        check_projection(projection)
+        names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
+        seen = Overview.of(pool, selected, **names, seed=self.seed)
+        return self.pictures(pool, seen, projection, **names, embedding_column=embedding_column)[PAGE_FILE].decode()
+
+    def pictures(
+        self, pool: Dataset, seen: Overview, projection: str, *, embedding_column: str, **names: str
+    ) -> dict[str, bytes]:
+        """The page, and the plots where matplotlib is installed, as files by their names."""
+        pool_map = map_of(pool, seen, embedding_column, projection)
+        plots = draw(seen, pool_map) if can_draw() else {}
+        told = (self.sentences(), self.comparison())
+        page = render_page(pool, seen, pool_map, plots, *told, embedding_column=embedding_column, **names)
+        return {**plots, PAGE_FILE: page.encode()}
 
     def sentences(self) -> list[str]:
         """The counts in words."""
@@ -215,11 +292,3 @@ def _figures(rows: Indices, seen: Overview) -> GroupFigures:
         mean_length=float(seen.lengths[rows].mean()),
         clusters=_touched(seen.clusters[rows]),
     )
-
-
-def _correlations(scores: Floats, lengths: Floats) -> dict[str, float]:
-    from scipy.stats import pearsonr, spearmanr
-
-    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
-        return {"pearson": 0.0, "spearman": 0.0}
-    return {"pearson": float(pearsonr(scores, lengths)[0]), "spearman": float(spearmanr(scores, lengths)[0])}
