@@ -216,12 +216,12 @@ class _Nearest:
         known = asked.any(axis=1)
         for matrix, positions in embedding_batches(pool, column):
             similar = asked @ _unit(matrix).T
-            other = known[:, None] & (positions != self.rows[:, None])
+            other = known[:, None] & np.not_equal(positions[None], self.rows[:, None])
             clusters = self.seen.clusters[self.rows][:, None]
-            same = other & (clusters >= 0) & (clusters == self.seen.clusters[positions])
+            same = np.logical_and(clusters >= 0, clusters == self.seen.clusters[positions])
             if self.count:
-                self._keep("cluster", similar, positions, same, self.count)
-            self._keep("selection", similar, positions, other & self.taken[positions][None], 1)
+                self._keep("cluster", similar, positions, other & same, self.count)
+            self._keep("selection", similar, positions, other & self.taken[None, positions], 1)
 
     def _keep(self, kind: str, similar: Matrix, positions: Indices, allowed: npt.NDArray[np.bool_], count: int) -> None:
         values, rows = self.best[kind]

@@ -18,7 +18,6 @@ from car_datasets.projection import MAP_ROWS, PoolMap
 from car_datasets.selection import BY_CLUSTER, Indices
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SCORES, MAP, CLUSTERS, LENGTHS = "plot_scores.png", "plot_map.png", "plot_clusters.png", "plot_lengths.png"
@@ -71,7 +70,8 @@ def draw(seen: Overview, pool_map: PoolMap | None) -> dict[str, bytes]:
     refuse_no_matplotlib()
     import matplotlib
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+    settings: Any = {**matplotlib.rcParamsDefault, **STYLE}
+    with matplotlib.rc_context(settings):
         figures = {SCORES: draw_scores(seen), CLUSTERS: draw_clusters(seen), LENGTHS: draw_lengths(seen)}
         if pool_map is not None:
             figures[MAP] = draw_map(seen, pool_map)
@@ -84,7 +84,7 @@ def _png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def _axes(title: str, height: float = HEIGHT) -> tuple[Figure, Axes]:
+def _axes(title: str, height: float = HEIGHT) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -194,7 +194,7 @@ def draw_clusters(seen: Overview) -> Figure:
     for which, colour, marker, label in (*looks, (taken == 0, GREY, "x", "nothing taken")):
         if which.any():
             edge = {} if marker == "x" else {"edgecolors": "white", "linewidths": 0.6}
-            name = f"{label}: {int(which.sum()):,} clusters"
+            name = f"{label}: {int(which.sum()):,} {'cluster' if which.sum() == 1 else 'clusters'}"
             axes.scatter(sizes[which], taken[which], s=46, color=colour, marker=marker, alpha=0.85, label=name, **edge)
     _name_the_most(axes, names, sizes, taken)
     axes.set_xlabel("scored rows in the cluster")
@@ -204,7 +204,7 @@ def draw_clusters(seen: Overview) -> Figure:
     return figure
 
 
-def _name_the_most(axes: Axes, names: Indices, sizes: Indices, taken: Indices, count: int = 4) -> None:
+def _name_the_most(axes: Any, names: Indices, sizes: Indices, taken: Indices, count: int = 4) -> None:
     """The numbers of the clusters from which most rows were taken, where they stand apart."""
     shown: list[tuple[float, float]] = []
     for i in np.argsort(-taken, kind="stable")[:count]:

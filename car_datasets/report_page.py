@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from car_datasets.alternatives import HEADER, WhatIf, try_out
 from car_datasets.overview import Overview
 from car_datasets.page_rows import audit, page_data, text_columns
 from car_datasets.plots import PALETTE_NAMES
 from car_datasets.projection import PoolMap
-from car_datasets.what_if import HEADER, WhatIf, try_out
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -23,7 +23,7 @@ ORDER = [
     {"modeling_iqs"},
     {"loaded_scorer"},
     {"overview"},
-    {"projection", "explaining", "what_if"},
+    {"alternatives", "projection", "explaining"},
     {"plots"},
     {"page_rows"},
     {"report_page"},

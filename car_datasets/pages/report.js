@@ -92,31 +92,35 @@ function explain(row) {
 // the map ---------------------------------------------------------------------------------------------------------
 
 const canvas = byId("map");
+let spots = []; // the rows shown, and where
 if (canvas) {
   const placed = rows.filter((row) => row.x !== null).sort((a, b) => Boolean(a.by) - Boolean(b.by));
   const scores = placed.map((row) => row.score).sort((a, b) => a - b);
-  const low = scores[Math.floor(0.02 * (scores.length - 1))], high = scores[Math.ceil(0.98 * (scores.length - 1))];
+  const lowest = scores[Math.floor(0.02 * (scores.length - 1))], highest = scores[Math.ceil(0.98 * (scores.length - 1))];
   const context = canvas.getContext("2d");
-  const height = 1.04 * 2 * Math.max(0.25, ...placed.map((row) => Math.abs(row.y)));
-  let spots = [];
+  const widest = 1.04 * Math.max(0.1, ...placed.map((row) => Math.abs(row.x)));
+  const tallest = 1.04 * Math.max(0.1, ...placed.map((row) => Math.abs(row.y)));
+  const HIGHEST = 620; // pixels: the map and the words above it fit a screen
 
   function colourOf(row, by) {
     if (by === "cluster") return data.palette[row.colour];
     if (by === "taken") return row.by ? "#0072B2" : "#B8B8B8";
-    const share = Math.min(1, Math.max(0, (row.score - low) / (high - low || 1)));
+    const share = Math.min(1, Math.max(0, (row.score - lowest) / (highest - lowest || 1)));
     return "hsl(" + (45 + 175 * share) + " 75% " + (88 - 55 * share) + "%)"; // light to dark as well as yellow to blue
   }
 
   function drawMap() {
     const scale = window.devicePixelRatio || 1;
-    const wide = canvas.clientWidth, high = Math.round((wide * height) / 2.08);
+    const wide = canvas.clientWidth;
+    const unit = Math.min(wide / (2 * widest), HIGHEST / (2 * tallest));
+    const high = Math.round(2 * tallest * unit);
     canvas.width = wide * scale;
     canvas.height = high * scale;
     canvas.style.height = high + "px";
     context.setTransform(scale, 0, 0, scale, 0, 0);
     const size = Math.min(6, Math.max(2.5, 130 / Math.sqrt(placed.length)));
     spots = placed.filter((row) => visible(row, byId("shown").value)).map((row) => {
-      return { row, x: wide * (0.5 + row.x / 2.08), y: high / 2 - (row.y * wide) / 2.08 };
+      return { row, x: wide / 2 + row.x * unit, y: high / 2 - row.y * unit };
     });
     for (const spot of spots) {
       context.beginPath();
