@@ -19,7 +19,7 @@ from car_datasets.covariance import Covariance
 from car_datasets.kmeans import lloyd, nearest
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices, choose
-from car_datasets.vectors import Matrix, embedding_batches
+from car_datasets.vectors import Matrix, embedding_batches, has_vectors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,7 +107,7 @@ def try_out(
     """As [`what_if`], of columns that have been read."""
     present = (seen.by_score, seen.by_cluster, seen.cluster_count)
     if n1 is n2 is k is None:
-        grid = _around(present, len(seen.scored), embedding_column in pool.column_names)
+        grid = _around(present, len(seen.scored), has_vectors(pool, embedding_column))
     else:
         given = zip((n1, n2, k), present, strict=True)
         n1s, n2s, ks = (list(values) if values is not None else [value] for values, value in given)

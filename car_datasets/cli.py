@@ -15,7 +15,7 @@ from car_datasets import cli_options as o
 from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
 from car_datasets.cli_options import parse_clusters, parse_columns, parse_count
 from car_datasets.cli_scorers import convert, evaluate, prepare, quantise, train
-from car_datasets.cli_stages import cluster, estimate, score, select
+from car_datasets.cli_stages import cluster, estimate, explore, score, select
 
 __all__ = [
     "app",
@@ -25,6 +25,7 @@ __all__ = [
     "demo",
     "estimate",
     "evaluate",
+    "explore",
     "prepare",
     "quantise",
     "score",

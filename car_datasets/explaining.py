@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices
-from car_datasets.vectors import Matrix, embedding_batches
+from car_datasets.vectors import Matrix, embedding_batches, has_vectors, unit_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -147,7 +147,7 @@ def explain_rows(
     ranks, within, reasons = seen.score_ranks, seen.cluster_ranks, seen.reasons
     sizes = dict(zip(*np.unique(seen.clusters[seen.scored], return_counts=True), strict=True))
     near = _Nearest(seen, np.asarray(rows, dtype=np.int64), neighbours)
-    if embedding_column in pool.column_names:
+    if has_vectors(pool, embedding_column):
         near.read(pool.with_format(None), embedding_column)
     found = []
     for i, row in enumerate(rows):
@@ -212,10 +212,10 @@ class _Nearest:
         asked = np.zeros((len(self.rows), 0), dtype=np.float32)
         for matrix, present in embedding_batches(own, column):
             asked = asked if asked.shape[1] else np.zeros((len(self.rows), matrix.shape[1]), dtype=np.float32)
-            asked[present] = _unit(matrix)
+            asked[present] = unit_rows(matrix)
         known = asked.any(axis=1)
         for matrix, positions in embedding_batches(pool, column):
-            similar = asked @ _unit(matrix).T
+            similar = asked @ unit_rows(matrix).T
             other = known[:, None] & np.not_equal(positions[None], self.rows[:, None])
             clusters = self.seen.clusters[self.rows][:, None]
             same = np.logical_and(clusters >= 0, clusters == self.seen.clusters[positions])
@@ -248,7 +248,3 @@ class _Nearest:
                 score = None if np.isnan(score) else float(score)
                 found.append(Neighbour(self.seen.name_of(int(row)), float(value), score, bool(self.taken[row])))
         return found
-
-
-def _unit(matrix: Matrix) -> Matrix:
-    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(1e-12))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from car_datasets.covariance import Covariance
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices
-from car_datasets.vectors import Matrix, read_embeddings
+from car_datasets.vectors import Matrix, has_vectors, read_embeddings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,15 +60,10 @@ def map_of(
     """
     check_projection(method)
     rows = seen.sample(limit)
-    if embedding_column not in pool.column_names or not _embedded(pool, embedding_column):
+    if not has_vectors(pool, embedding_column):
         return None
     matrix, present = read_embeddings(pool.with_format(None).select(rows.tolist()), embedding_column)
     return PoolMap(rows[present], _within_bounds(_project(matrix, method, seen.seed)), PROJECTIONS[method])
-
-
-def _embedded(pool: Dataset, column: str) -> bool:
-    values = pool.select_columns([column]).with_format("arrow")[:][column]
-    return bool(values.null_count < len(values))
 
 
 def _project(matrix: Matrix, method: str, seed: int) -> Matrix:

@@ -50,9 +50,7 @@ def render_page(
 
     folder = Path(__file__).parent / "pages"
     environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
-    stem = score_column.removesuffix("_score")
-    scorer_columns = (score_column, *(f"{stem}_{name}" for name in ("score_std", "tokens", "truncated", "status")))
-    ours = (*scorer_columns, cluster_column, f"{cluster_column}_distance", index_column, embedding_column)
+    ours = columns_of_ours(score_column, cluster_column, index_column, embedding_column)
     data = page_data(pool, seen, pool_map, text_columns(pool, ours), embedding_column)
     return environment.get_template("report.html.jinja").render(
         style=Markup((folder / "report.css").read_text(encoding="utf-8")),
@@ -69,6 +67,18 @@ def render_page(
         what_if_header=HEADER,
         what_if=[_what_if_line(choice, seen) for choice in try_out(pool, seen, embedding_column=embedding_column)],
     )
+
+
+def columns_of_ours(
+    score_column: str = "iqs_score",
+    cluster_column: str = "cluster",
+    index_column: str = "source_index",
+    embedding_column: str = "embedding",
+) -> tuple[str, ...]:
+    """The columns that the stages add: the others are the user's."""
+    stem = score_column.removesuffix("_score")
+    scorer_columns = (score_column, *(f"{stem}_{name}" for name in ("score_std", "tokens", "truncated", "status")))
+    return (*scorer_columns, cluster_column, f"{cluster_column}_distance", index_column, embedding_column)
 
 
 def json_in_html(content: Any) -> str:

@@ -51,6 +51,14 @@ def embedding_batches(dataset: Dataset, column: str) -> Iterator[tuple[Matrix, P
         raise ValueError(f"The column {column!r} holds no embeddings, only nulls.")
 
 
+def has_vectors(dataset: Dataset, column: str) -> bool:
+    """Whether there is such a column with something other than nulls."""
+    if column not in dataset.column_names:
+        return False
+    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    return bool(values.null_count < len(values))
+
+
 def read_embeddings(dataset: Dataset, column: str) -> tuple[Matrix, Positions]:
     """The whole column as one float32 array, and the positions of the rows that have an embedding.
 
@@ -75,6 +83,11 @@ def matrix_of(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, 
     matrix, present = _joined(values, column)
     _refuse_not_finite(present[~_finite(matrix)].tolist(), column)
     return matrix, present
+
+
+def unit_rows(matrix: Matrix) -> Matrix:
+    """The rows at length 1, as cosines are computed of; rows of zeros stay."""
+    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def _joined(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, Positions]:

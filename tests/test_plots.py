@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import struct
 from pathlib import Path
 from typing import Any
@@ -181,18 +180,6 @@ def test_the_users_settings_are_neither_used_nor_changed(pool: Dataset, selected
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
         assert draw(seen, None)[SCORES] == before
         assert matplotlib.rcParams["font.size"] == 30
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    ordinary = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return ordinary(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
 
 
 def test_without_matplotlib_the_error_says_what_to_install(

@@ -27,6 +27,7 @@ ORDER = [
     {"plots"},
     {"page_rows"},
     {"report_page"},
+    {"exploring"},
     {"files", "parallel", "reporting", "rows"},
     {"cluster_fitting"},
     {"loading", "embedding", "clustering", "results", "recipe"},
