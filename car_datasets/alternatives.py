@@ -19,7 +19,7 @@ from car_datasets.covariance import Covariance
 from car_datasets.kmeans import lloyd, nearest
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices, choose
-from car_datasets.vectors import Matrix, embedding_batches, has_vectors
+from car_datasets.vectors import Matrix, count_vectors, embedding_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,7 +107,7 @@ def try_out(
     """As [`what_if`], of columns that have been read."""
     present = (seen.by_score, seen.by_cluster, seen.cluster_count)
     if n1 is n2 is k is None:
-        grid = _around(present, len(seen.scored), has_vectors(pool, embedding_column))
+        grid = _around(present, len(seen.scored), count_vectors(pool, embedding_column))
     else:
         given = zip((n1, n2, k), present, strict=True)
         n1s, n2s, ks = (list(values) if values is not None else [value] for values, value in given)
@@ -117,13 +117,13 @@ def try_out(
     return [_try(seen, a, b, c, labels[c]) for a, b, c in grid]
 
 
-def _around(present: tuple[int, int, int], rows: int, embedded: bool) -> list[tuple[int, int, int]]:
+def _around(present: tuple[int, int, int], rows: int, embedded: int) -> list[tuple[int, int, int]]:
     n1, n2, k = present
     n1s = sorted({min(max(1, int(n1 * f)), rows) for f in (0.25, 0.5, 1, 2)} | {n1})
     grid = [
         (a, b, k) for a, b in itertools.product(n1s, sorted({0, 1, 2, 5, 10, n2} - {b for b in (2, 5, 10) if b > rows}))
     ]
-    others = sorted({c for c in (k // 2, 2 * k) if 1 < c <= rows // 2} - {k}) if embedded else []
+    others = sorted({c for c in (k // 2, 2 * k) if 1 < c <= embedded // 2} - {k})
     return [(a, b, c) for a, b, c in grid if a or b] + [(n1, n2, c) for c in others]
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices
-from car_datasets.vectors import Matrix, embedding_batches, has_vectors, unit_rows
+from car_datasets.vectors import Matrix, count_vectors, embedding_batches, unit_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -147,7 +147,7 @@ def explain_rows(
     ranks, within, reasons = seen.score_ranks, seen.cluster_ranks, seen.reasons
     sizes = dict(zip(*np.unique(seen.clusters[seen.scored], return_counts=True), strict=True))
     near = _Nearest(seen, np.asarray(rows, dtype=np.int64), neighbours)
-    if has_vectors(pool, embedding_column):
+    if count_vectors(pool, embedding_column):
         near.read(pool.with_format(None), embedding_column)
     found = []
     for i, row in enumerate(rows):
@@ -213,7 +213,7 @@ class _Nearest:
         for matrix, present in embedding_batches(own, column):
             asked = asked if asked.shape[1] else np.zeros((len(self.rows), matrix.shape[1]), dtype=np.float32)
             asked[present] = unit_rows(matrix)
-        known = asked.any(axis=1)
+        known = np.asarray(asked.any(axis=1))
         for matrix, positions in embedding_batches(pool, column):
             similar = asked @ unit_rows(matrix).T
             other = known[:, None] & np.not_equal(positions[None], self.rows[:, None])

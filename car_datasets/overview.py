@@ -144,16 +144,16 @@ class Overview:
         found: str | int = row if self.ids is None else self.ids[row].as_py()
         return found
 
-    def sample(self, limit: int) -> Indices:
-        """At most `limit` scored rows, ascending: the selected ones first, up to half of it, then any others."""
-        scored = self.scored
-        if len(scored) <= limit:
-            return scored
+    def sample(self, limit: int, among: Indices | None = None) -> Indices:
+        """At most `limit` of some rows (default: of the scored ones), ascending: selected ones up to half of it, then others."""
+        rows = self.scored if among is None else among
+        if len(rows) <= limit:
+            return rows
         rng = np.random.default_rng(self.seed)
-        kept = rng.choice(self.positions, min(len(self.positions), limit // 2), replace=False)
-        others = np.setdiff1d(scored, self.positions)
-        drawn = rng.choice(others, min(len(others), limit - len(kept)), replace=False)
-        return np.sort(np.concatenate([kept, drawn]))
+        taken = np.isin(rows, self.positions)
+        kept = rng.choice(rows[taken], min(int(taken.sum()), limit // 2), replace=False)
+        others = rng.choice(rows[~taken], min(int((~taken).sum()), limit - len(kept)), replace=False)
+        return np.sort(np.concatenate([kept, others]))
 
 
 def _column(dataset: Dataset, name: str) -> pa.Array | None:

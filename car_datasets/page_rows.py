@@ -79,7 +79,7 @@ def _on_the_map(seen: Overview, pool_map: PoolMap | None) -> dict[int, dict[str,
     if pool_map is None:
         return {}
     colours = colours_of(pool_map.points, seen.clusters[pool_map.rows])
-    shown = np.flatnonzero(np.isin(pool_map.rows, seen.sample(PAGE_ROWS)))
+    shown = np.flatnonzero(np.isin(pool_map.rows, seen.sample(PAGE_ROWS, pool_map.rows)))
     return {
         int(pool_map.rows[i]): {
             "x": float(pool_map.points[i, 0]),

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from car_datasets.covariance import Covariance
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices
-from car_datasets.vectors import Matrix, has_vectors, read_embeddings
+from car_datasets.vectors import Matrix, count_vectors, read_embeddings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,9 +60,10 @@ def map_of(
     """
     check_projection(method)
     rows = seen.sample(limit)
-    if not has_vectors(pool, embedding_column):
+    shown = pool.with_format(None).select(rows.tolist())
+    if count_vectors(shown, embedding_column) == 0:
         return None
-    matrix, present = read_embeddings(pool.with_format(None).select(rows.tolist()), embedding_column)
+    matrix, present = read_embeddings(shown, embedding_column)
     return PoolMap(rows[present], _within_bounds(_project(matrix, method, seen.seed)), PROJECTIONS[method])
 
 

@@ -51,12 +51,12 @@ def embedding_batches(dataset: Dataset, column: str) -> Iterator[tuple[Matrix, P
         raise ValueError(f"The column {column!r} holds no embeddings, only nulls.")
 
 
-def has_vectors(dataset: Dataset, column: str) -> bool:
-    """Whether there is such a column with something other than nulls."""
+def count_vectors(dataset: Dataset, column: str) -> int:
+    """How many rows have something other than a null in this column; 0 without the column."""
     if column not in dataset.column_names:
-        return False
+        return 0
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
-    return bool(values.null_count < len(values))
+    return len(values) - int(values.null_count)
 
 
 def read_embeddings(dataset: Dataset, column: str) -> tuple[Matrix, Positions]:
