@@ -141,12 +141,11 @@ def quick_clusters(pool: Dataset, column: str, ks: set[int], seed: int) -> dict[
     """Labels of all rows for every k of `ks`, -1 without an embedding, by k-means on few components and a sample."""
     if not ks:
         return {}
-    parts = list(embedding_batches(pool.with_format(None), column))
-    present = np.concatenate([rows for _, rows in parts])
+    matrix, present = _few_components(pool.with_format(None), column)
     wrong = sorted(k for k in ks if not 1 <= k <= len(present))
     if wrong:
         raise ValueError(f"k={wrong[0]} must be between 1 and the {len(present)} rows that have an embedding.")
-    points = torch.from_numpy(_few_components([matrix for matrix, _ in parts]))
+    points = torch.from_numpy(matrix)
     found = {}
     for k in sorted(ks):
         rng = np.random.default_rng(seed)
@@ -159,10 +158,13 @@ def quick_clusters(pool: Dataset, column: str, ks: set[int], seed: int) -> dict[
     return found
 
 
-def _few_components(parts: list[Matrix]) -> Matrix:
-    covariance = Covariance.of(parts[0])
-    for part in parts[1:]:
-        covariance.merge(Covariance.of(part))
+def _few_components(pool: Dataset, column: str) -> tuple[Matrix, Indices]:
+    """The first components of all embeddings, in two passes over the column, and the rows that have one."""
+    covariances = (Covariance.of(part) for part, _ in embedding_batches(pool, column))
+    covariance = next(covariances)
+    for other in covariances:
+        covariance.merge(other)
     components = covariance.principal_components(1.0)[0][:QUICK_COMPONENTS].astype(np.float32)
     mean = covariance.mean.astype(np.float32)
-    return np.concatenate([(part - mean) @ components.T for part in parts])
+    parts = [((part - mean) @ components.T, rows) for part, rows in embedding_batches(pool, column)]
+    return np.concatenate([points for points, _ in parts]), np.concatenate([rows for _, rows in parts])
