@@ -171,11 +171,13 @@ def quantise(
     opened = open_dataset(source, name, split, revision=revision, token=token, columns=reading["columns"])
     dataset = load_instructions(opened, **reading)
     whole = QualityScorer(scorer or DEFAULT_SCORER, token=token, tokenizer=tokenizer, **reading)
-    texts = sample_texts(dataset, whole, 2 * rows, seed)
-    quantise_encoder(whole, texts[:rows], output)
-    typer.echo(f"The int8 encoder, calibrated on {len(texts[:rows]):,} texts, is in {output}.")
-    if len(texts) - rows >= FEWEST_TEXTS:
-        print_table(compare_engines(whole, replace(whole, engine=str(output)), texts[rows:]).to_table())
+    texts, others = sample_texts(dataset, whole, rows, seed=seed)
+    quantise_encoder(whole, texts, output)
+    typer.echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
+    if len(others) >= FEWEST_TEXTS:
+        print_table(compare_engines(whole, replace(whole, engine=str(output)), others).to_table())
+    else:
+        typer.echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
 
 
 @app.command(epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large")

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @one_line_errors
 def score(
     source: o.Source,
-    output: o.OutputFile,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A new .parquet file, or .json. Without it, fill --shards and no more."),
+    ] = None,
     scorer: o.ScorerModel = None,
     tokenizer: o.Tokenizer = None,
     engine: o.Engine = None,
@@ -45,8 +48,11 @@ def score(
     quiet_models()
     from car_datasets.results import fresh_file
 
-    fresh_file(output)
-    from car_datasets.curation import score_and_embed
+    if output is not None:
+        fresh_file(output)
+    elif shards is None:
+        raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
+    from car_datasets.curation import fill_shards_of, score_and_embed
     from car_datasets.hub import DEFAULT_SCORER
     from car_datasets.loading import load_instructions, open_dataset
     from car_datasets.original import rank_rows
@@ -63,6 +69,9 @@ def score(
         "compile": compile,
     }
     recipe = Recipe(**model, engine=engine, batch_tokens=batch_tokens, **speed, **names, **reading)
+    if output is None:
+        _say_what_is_left(len(dataset), fill_shards_of(dataset, recipe, str(shards), token, embeddings), str(shards))
+        return
     as_original = output.suffix == ".json"
     scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original, shard_dir=shards)
     added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays
@@ -76,6 +85,7 @@ def estimate(
     rows: Annotated[int, typer.Option(help="Rows to time.")] = 256,
     scorer: o.ScorerModel = None,
     tokenizer: o.Tokenizer = None,
+    engine: o.Engine = None,
     embeddings: Annotated[bool, typer.Option(help="With the embedding, where it comes from the same pass.")] = True,
     dtype: o.Dtype = None,
     batch_tokens: o.BatchTokens = None,
@@ -98,7 +108,7 @@ def estimate(
 
     reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": on_invalid}
     speed: dict[str, Any] = {"dtype": dtype or "float32", "batch_tokens": batch_tokens, "compile": compile}
-    recipe = Recipe(scorer=scorer or DEFAULT_SCORER, tokenizer=tokenizer, **speed, **reading)
+    recipe = Recipe(scorer=scorer or DEFAULT_SCORER, tokenizer=tokenizer, engine=engine, **speed, **reading)
     dataset = load_instructions(source, name, split, revision=revision, token=token, **reading)
     typer.echo(str(estimate_scoring(dataset, scorer_of(recipe, token, embeddings), rows)))
 
@@ -149,7 +159,7 @@ def cluster(
         output_column=column,
         distance_column=f"{column}_distance",
     )
-    _write(model.label(dataset), output, cluster_column=column, embedding_column=vectors)
+    _write(model.label(dataset, across_processes=True), output, cluster_column=column, embedding_column=vectors)
     if save_model is not None:
         from car_datasets.parallel import from_main
 
@@ -215,6 +225,12 @@ def explore(
     }
     given = {name: column for name, column in names.items() if column is not None}
     exploring.explore(folder, host, port, projection or "pca", **given)
+
+
+def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
+    done = ", ".join(f"{folder} holds {rows - others:,} of {rows:,} rows" for folder, others in left.items())
+    rest = "the others are with other workers" if any(left.values()) else "none is left"
+    typer.echo(f"{done}; {rest}. car-datasets curate SOURCE --shards {shards} goes on from there.")
 
 
 def _open(source: str) -> Dataset:

@@ -1,27 +1,42 @@
 """How the numbers of a `ClusterModel` are found: components by covariance.py and centres by kmeans.py, or both by scikit-learn.
 
-Does: read the embeddings as often as a fit needs them; check the settings of a fit.
+Does: read the embeddings as often as a fit needs them, each process of a launcher its own part; check the settings of a fit.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from car_datasets import vectors
+from car_datasets.collectives import Processes
 from car_datasets.covariance import Covariance
-from car_datasets.kmeans import fit_kmeans
-from car_datasets.parallel import device_for, note_that_torch_runs
-from car_datasets.vectors import Matrix, embedding_batches, read_embeddings
+from car_datasets.kmeans import Chunks, fit_kmeans
+from car_datasets.parallel import all_processes, device_for, from_main, note_that_torch_runs
+from car_datasets.vectors import Matrix, Positions, embedding_batches, read_embeddings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ENGINES = ("torch", "sklearn")
+
+
+class FitSettings(NamedTuple):
+    """What [`ClusterModel.fit`] is told, as Python's own numbers: see there."""
+
+    k: int | str
+    explained_variance: float
+    seed: int
+    n_init: int
+    kmeans: str
+    kmeans_sample: int
 
 
 class Numbers(NamedTuple):
@@ -34,6 +49,13 @@ class Numbers(NamedTuple):
     inertia: float
 
 
+class Identity(NamedTuple):
+    """By which a process sees that another does the same: the settings and the number of rows, and the first row."""
+
+    asked: tuple[Any, ...]
+    row: Matrix
+
+
 @dataclass(frozen=True)
 class Projection:
     """From embeddings `(rows, dimension)` to points `(rows, kept)` on a device."""
@@ -42,9 +64,13 @@ class Projection:
     components: Matrix
     device: torch.device
 
+    @cached_property
+    def _components(self) -> torch.Tensor:
+        return torch.from_numpy(self.components).to(self.device)
+
     def __call__(self, embeddings: Matrix) -> torch.Tensor:
         centred = torch.from_numpy(embeddings - self.mean).to(self.device)
-        return centred @ torch.from_numpy(self.components).to(self.device).T
+        return centred @ self._components.T
 
 
 def clustering_device(rank: int | None = None) -> torch.device:
@@ -52,72 +78,159 @@ def clustering_device(rank: int | None = None) -> torch.device:
     return device_for(rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def fit_torch(
-    dataset: Dataset, column: str, k: int | str, explained_variance: float, seed: int, n_init: int, sample: int
-) -> Numbers:
-    """One pass over the column for the components, one for the rows to fit on, and, after a sample, three more."""
+def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
+    """One pass over the column for the components, one for the rows to fit on, and, after a sample, three more.
 
-    note_that_torch_runs()
-
-    def read() -> Iterator[Matrix]:
-        return (matrix for matrix, _ in embedding_batches(dataset, column))
-
-    rows, project, share = fit_components(read(), explained_variance, clustering_device())
-    clusters = number_of_clusters(k, rows)
-    fitted = fit_kmeans(read, project, rows, clusters, seed=seed, n_init=n_init, sample=sample)
-    return Numbers(project.mean, project.components, fitted.centers.cpu().numpy(), share, fitted.inertia)
-
-
-def fit_components(
-    chunks: Iterator[Matrix], explained_variance: float, device: torch.device
-) -> tuple[int, Projection, float]:
-    """PCA in one pass over the rows.
-
-    Returns:
-        The number of rows, the projection on the components, for points on `device`, and the share of variance they hold.
+    The processes of a launcher share every pass, and get the same numbers.
     """
-    covariance = Covariance.of(next(chunks))
-    for chunk in chunks:
-        covariance.merge(Covariance.of(chunk))
+    note_that_torch_runs()
+    with all_processes() as processes:
+        lengths, mean, components, share = _components_of_all(dataset, column, settings, processes)
+
+        def read(batches: range) -> Iterator[Matrix]:
+            return (matrix for matrix, _ in _read(dataset, column, batches))
+
+        device = clustering_device()
+        fitted = fit_kmeans(
+            Chunks(lengths, read),
+            Projection(mean, components, device),
+            number_of_clusters(settings.k, sum(lengths)),
+            seed=settings.seed,
+            n_init=settings.n_init,
+            sample=settings.kmeans_sample,
+            device=device,
+            processes=processes,
+        )
+        numbers = Numbers(mean, components, fitted.centers.cpu().numpy(), share, fitted.inertia)
+        return processes.joined(
+            lambda: numbers, lambda found: found[0]
+        )  # not even another kind of GPU rounds otherwise
+
+
+def _components_of_all(
+    dataset: Dataset, column: str, settings: FitSettings, processes: Processes
+) -> tuple[list[int], Matrix, Matrix, float]:
+    """How many rows of each batch have an embedding; mean, components, and the share of variance that they hold."""
+    batches = processes.share(-(-len(dataset) // vectors.BATCH), 1)
+    lengths = [0] * len(batches)
+
+    def own() -> tuple[Identity | None, Covariance | None, list[int]]:
+        def counted() -> Iterator[Matrix]:
+            for matrix, places in _read(dataset, column, batches):
+                lengths[int(places[0]) // vectors.BATCH - batches.start] = len(matrix)
+                yield matrix
+
+        found = Covariance.of_all(counted())
+        return _identity(dataset, column, settings, processes), found, lengths
+
+    def join(parts: list[tuple[Identity | None, Covariance | None, list[int]]]) -> tuple[Any, ...]:
+        _refuse_others([identity for identity, _, _ in parts])
+        first, *others = [covariance for _, covariance, _ in parts if covariance is not None]
+        for other in others:
+            first.merge(other)
+        return [n for _, _, lengths in parts for n in lengths], *fit_components(first, settings.explained_variance)
+
+    try:
+        found: Any = processes.joined(own, join)
+    except ValueError:
+        if processes.count > 1:  # said of a part of the rows: the main process reads them all and says it of all
+            processes.joined(lambda: None, lambda _: deque(embedding_batches(dataset, column), maxlen=0))
+        raise
+    return found
+
+
+def _read(dataset: Dataset, column: str, batches: range) -> Iterator[tuple[Matrix, Positions]]:
+    """Some of the batches in which [`embedding_batches`] gives the column."""
+    if len(batches) * vectors.BATCH >= len(dataset):
+        return embedding_batches(dataset, column)
+    rows = range(batches.start * vectors.BATCH, min(batches.stop * vectors.BATCH, len(dataset)))
+    return embedding_batches(dataset, column, rows) if batches else iter(())
+
+
+def _identity(dataset: Dataset, column: str, settings: FitSettings, processes: Processes) -> Identity | None:
+    """What must be the same on all processes."""
+    if processes.count == 1:
+        return None
+    first = dataset.select_columns([column]).with_format(None)[:1][column]
+    row = np.asarray(first[0] if first and first[0] is not None else [], dtype=np.float32)
+    return Identity((len(dataset), column, *settings), row)
+
+
+def _refuse_others(identities: list[Identity | None]) -> None:
+    main = identities[0]
+    for rank, other in enumerate(identities):
+        if main is None or other is None:
+            return
+        same_row = main.row.shape == other.row.shape and np.allclose(main.row, other.row, atol=1e-3, equal_nan=True)
+        if main.asked != other.asked or not same_row:
+            raise ValueError(
+                f"dataset: process {rank} of {len(identities)} fits clusters to other rows or in another way than the main "
+                f"one: {other.asked}, not {main.asked}. Pass the same rows and settings in all processes, or let each fit its "
+                "own: `with car_datasets.parallel.alone(): ...`."
+            )
+
+
+def fit_components(covariance: Covariance, explained_variance: float) -> tuple[Matrix, Matrix, float]:
+    """Mean and components in float32, and the share of the variance that the components hold."""
     components, share = covariance.principal_components(explained_variance)
-    mean, kept = covariance.mean.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32)
-    return covariance.rows, Projection(mean, kept, device), share
+    return covariance.mean.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32), share
 
 
-def fit_sklearn(
-    dataset: Dataset, column: str, k: int | str, explained_variance: float, seed: int, n_init: int
-) -> Numbers:
-    """The reference: scikit-learn's PCA and k-means, with the whole column in memory."""
+def fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
+    """The reference: scikit-learn's PCA and k-means, with the whole column in memory, of the main process alone."""
+    return from_main(lambda: _fit_sklearn(dataset, column, settings))
+
+
+def _fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
 
     note_that_torch_runs()
     matrix, _ = read_embeddings(dataset, column)
-    clusters = number_of_clusters(k, len(matrix))
+    clusters = number_of_clusters(settings.k, len(matrix))
     if (matrix == matrix[0]).all():  # one row, or equal ones: no variance to explain
         mean, components, share = matrix[0], np.eye(1, matrix.shape[1], dtype=np.float32), 1.0
     else:
-        kept = None if explained_variance == 1.0 else explained_variance
+        kept = None if settings.explained_variance == 1.0 else settings.explained_variance
         # covariance_eigh is exact, and 15 times faster than the SVD that "auto" takes for wide embeddings.
-        pca = PCA(kept, svd_solver="covariance_eigh", random_state=seed).fit(matrix)
+        pca = PCA(kept, svd_solver="covariance_eigh", random_state=settings.seed).fit(matrix)
         mean, components = pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
         share = float(pca.explained_variance_ratio_.sum())
-    found = KMeans(clusters, n_init=n_init, random_state=seed).fit((matrix - mean) @ components.T)
+    found = KMeans(clusters, n_init=settings.n_init, random_state=settings.seed).fit((matrix - mean) @ components.T)
     return Numbers(mean, components, found.cluster_centers_, share, float(found.inertia_))
 
 
-def refuse_bad_fit(explained_variance: float, n_init: int, seed: int, kmeans: str, kmeans_sample: int) -> None:
-    """Raise a ValueError for settings that no fit can have."""
-    if not isinstance(explained_variance, (int, float)) or not 0 < explained_variance <= 1:
+def checked_fit(
+    k: int | str, explained_variance: float, seed: int, n_init: int, kmeans: str, kmeans_sample: int
+) -> FitSettings:
+    """The settings, with numpy's numbers as Python's own.
+
+    Raises:
+        ValueError: no fit can have them. Whether k is above the rows is known when they have been counted.
+    """
+    k, seed, n_init, kmeans_sample = (_plain(value) for value in (k, seed, n_init, kmeans_sample))
+    if k != "sqrt" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        raise ValueError(f"k={k!r} must be 'sqrt' or a whole number of clusters, at least 1.")
+    real = isinstance(explained_variance, (int, float, np.floating)) and not isinstance(explained_variance, bool)
+    if not real or not 0 < explained_variance <= 1:
         raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
-    if not isinstance(n_init, int) or n_init < 1:
-        raise ValueError(f"n_init={n_init!r} must be at least 1.")
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not _is_whole(n_init) or n_init < 1:
+        raise ValueError(f"n_init={n_init!r} must be at least 1, a whole number of runs.")
+    if not _is_whole(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
     if kmeans not in ENGINES:
         raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {ENGINES}.")
-    if not isinstance(kmeans_sample, int) or isinstance(kmeans_sample, bool) or kmeans_sample < 0:
+    if not _is_whole(kmeans_sample) or kmeans_sample < 0:
         raise ValueError(f"kmeans_sample={kmeans_sample!r} must be a number of rows per cluster, or 0 for all rows.")
+    return FitSettings(k, float(explained_variance), seed, n_init, kmeans, kmeans_sample)
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def number_of_clusters(k: int | str, rows: int) -> int:
@@ -126,8 +239,7 @@ def number_of_clusters(k: int | str, rows: int) -> int:
     Raises:
         ValueError: it is not positive, or larger than the number of rows.
     """
-    if isinstance(k, np.integer):
-        k = int(k)
+    k = _plain(k)
     if k == "sqrt":
         k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= rows:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from car_datasets.cluster_fitting import Projection, clustering_device, fit_sklearn, fit_torch, refuse_bad_fit
+from car_datasets.cluster_fitting import Projection, checked_fit, clustering_device, fit_sklearn, fit_torch
+from car_datasets.collectives import Processes
 from car_datasets.kmeans import nearest
-from car_datasets.parallel import mend_threads_after_fork
+from car_datasets.parallel import all_processes, mend_threads_after_fork
+from car_datasets.results import write_whole
 from car_datasets.rows import refuse_overwrite, refuse_tables
 from car_datasets.vectors import BATCH, Matrix, as_arrow, beside, matrix_of
 
@@ -96,6 +99,10 @@ class ClusterModel:
     ) -> ClusterModel:
         """Fit PCA and k-means on the embeddings of a dataset; rows without an embedding are left out.
 
+        Under `accelerate launch` or `torchrun` all processes call this with the same rows, share the passes over them, and
+        get one model: that of a single process, but for the last digits (some 1e-7 of a number, so that a row may change its
+        cluster only where two centres are equally near). `"sklearn"` leaves the work to the main process.
+
         Args:
             dataset (`Dataset`): with a column of embeddings of equal length.
             embedding_column (`str`): that column.
@@ -109,16 +116,14 @@ class ClusterModel:
             output_column, distance_column (`str`): the columns that the model adds.
 
         Raises:
-            ValueError: no such column, embeddings of unequal length or not finite, more clusters than rows.
+            ValueError: no such column, embeddings of unequal length or not finite, more clusters than rows, a setting that
+                is no number of its kind; processes that pass different rows.
         """
-        refuse_bad_fit(explained_variance, n_init, seed, kmeans, kmeans_sample)
-        if kmeans == "sklearn":
-            numbers = fit_sklearn(dataset, embedding_column, k, explained_variance, seed, n_init)
-        else:
-            numbers = fit_torch(dataset, embedding_column, k, explained_variance, seed, n_init, kmeans_sample)
+        settings = checked_fit(k, explained_variance, seed, n_init, kmeans, kmeans_sample)
+        fit = fit_sklearn if kmeans == "sklearn" else fit_torch
         return cls(
-            *numbers,
-            seed=seed,
+            *fit(dataset, embedding_column, settings),
+            seed=settings.seed,
             embedding_column=embedding_column,
             output_column=output_column,
             distance_column=distance_column,
@@ -158,28 +163,50 @@ class ClusterModel:
 
     def label_arrow(self, rows: pa.Array | pa.ChunkedArray) -> pa.Table:
         """A column of embeddings to a table of the two columns that this callable adds; null where there is no embedding."""
-        *arrays, missing = self._label(rows)
-        return pa.table(
-            [pa.array(array, mask=missing) for array in arrays], names=(self.output_column, self.distance_column)
-        )
+        return self._table(*self._label(rows))
 
-    def label(self, dataset: Dataset) -> Dataset:
-        """What `dataset.map(self)` gives, read from Arrow's buffers, with the other columns left where they are."""
+    def _table(self, labels: Any, distances: Any, missing: Any) -> pa.Table:
+        columns = [pa.array(array, mask=missing) for array in (labels, distances)]
+        return pa.table(columns, names=(self.output_column, self.distance_column))
+
+    def label(self, dataset: Dataset, *, across_processes: bool = False) -> Dataset:
+        """What `dataset.map(self)` gives, read from Arrow's buffers, with the other columns left where they are.
+
+        Args:
+            dataset (`Dataset`): with a column of embeddings.
+            across_processes (`bool`): the processes of `accelerate launch` or `torchrun`, which all call this with the same
+                rows, label a part each and get the whole. Without it each labels all the rows that it passes.
+        """
         from datasets import Dataset
         from datasets.table import InMemoryTable
-        from tqdm.auto import tqdm
+        from datasets.utils import tqdm
 
         new = (self.output_column, self.distance_column)
         refuse_overwrite(dataset.column_names, new, "output_column=... to ClusterModel.fit")
         if self.embedding_column not in dataset.column_names:
             raise ValueError(f"There is no column {self.embedding_column!r}; the dataset has {dataset.column_names}.")
         vectors = dataset.select_columns([self.embedding_column]).with_format("arrow")
-        parts = [self.output_features().arrow_schema.empty_table()]
-        with tqdm(total=len(dataset), desc="Clustering", unit=" examples") as progress:
-            for batch in vectors.iter(batch_size=BATCH):
-                parts.append(self.label_arrow(batch[self.embedding_column]))
-                progress.update(len(batch))
-        table = pa.concat_tables([part.cast(parts[0].schema) for part in parts])
+        with all_processes() if across_processes else nullcontext(Processes()) as processes:
+            share = processes.share(len(dataset), BATCH)
+
+            def own() -> pa.Table:
+                # Filled in place: small results kept from every batch would lie between the large ones that are freed, and
+                # leave a process with holes as large as all embeddings.
+                labels, distances, missing = (np.empty(len(share), dtype=t) for t in (np.int32, np.float32, np.bool_))
+                at = 0
+                mine = vectors if len(share) == len(vectors) else vectors.select(share)
+                with tqdm(
+                    total=len(dataset), desc="Clustering", unit=" examples", disable=processes.rank > 0
+                ) as progress:
+                    for batch in mine.iter(batch_size=BATCH):
+                        rows = slice(at, at := at + len(batch))
+                        labels[rows], distances[rows], missing[rows] = self._label(batch[self.embedding_column])
+                        progress.update(
+                            min(len(batch) * processes.count, progress.total - progress.n)
+                        )  # others do as much
+                return self._table(labels, distances, missing)
+
+            table = processes.joined(own, pa.concat_tables)
         return beside(dataset, Dataset(InMemoryTable(table)))
 
     def assign(self, embeddings: Matrix, rank: int | None = None) -> tuple[npt.NDArray[np.int32], Matrix]:
@@ -209,15 +236,21 @@ class ClusterModel:
         return labels, distances
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `cluster_model.safetensors` and `cluster_model.json` into `folder`."""
+        """Write `cluster_model.safetensors` and `cluster_model.json` into `folder`.
+
+        The latter is written last, and one that is there goes first: cut off meanwhile, the folder holds no model, never a
+        mixture of two.
+        """
         from safetensors.numpy import save_file
 
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         arrays = {"mean": self.mean, "components": self.components, "centers": self.centers}
-        save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path / "cluster_model.safetensors")
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
-        (path / "cluster_model.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(plain, indent=2) + "\n"
+        (path / "cluster_model.json").unlink(missing_ok=True)
+        write_whole(path / "cluster_model.safetensors", lambda name: save_file(arrays, name))
+        write_whole(path / "cluster_model.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> ClusterModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from car_datasets.embedding import TextEmbedder
     from car_datasets.scoring import QualityScorer
 
-# A GPU is through a thousand rows before the next thousand are tokenised; on a CPU more would only delay the progress bar.
-CPU_ROWS, ACCELERATOR_ROWS = 1_000, 16_384
+# A GPU is through a thousand rows before the next thousand are tokenised; on a CPU more would delay the progress bar, and fewer
+# leave more padding (3.5 % at 1,000 rows of Alpaca, 2.0 % at 2,000, 1.2 % at 4,000).
+CPU_ROWS, ACCELERATOR_ROWS = 2_000, 16_384
 
 
 def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str) -> Dataset:
@@ -31,7 +33,7 @@ def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, descripti
     """
     features = stage.output_features()
     refuse_overwrite(dataset.column_names, features, "output_column=... (and embedding_column=...)")
-    read = read_columns(dataset, stage)
+    read = read_columns(dataset.column_names, stage)
     found = dataset.select_columns(read).map(
         stage,
         batched=True,
@@ -44,15 +46,17 @@ def add_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, descripti
     return beside(dataset, found)
 
 
-def read_columns(dataset: Dataset, stage: QualityScorer | TextEmbedder, with_index: bool = True) -> list[str]:
+def read_columns(
+    column_names: Sequence[str], stage: QualityScorer | TextEmbedder, with_index: bool = True
+) -> list[str]:
     """The columns that a stage reads: those of the text, and `source_index` where it is there, by which a message names a row.
 
     Raises:
         ValueError: no schema fits.
     """
-    schema = find_schema(dataset.column_names, stage.schema, stage.columns)
+    schema = find_schema(column_names, stage.schema, stage.columns)
     read = [name for name in (*schema.required, schema.input) if name is not None]
-    if with_index and "source_index" in dataset.column_names and "source_index" not in read:
+    if with_index and "source_index" in column_names and "source_index" not in read:
         read.append("source_index")
     return read
 

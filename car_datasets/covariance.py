@@ -6,6 +6,7 @@ Does not: hold rows. What it holds does not grow with them: (dimension + 1) x di
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,17 @@ class Covariance:
         rest = centred.mean(axis=0).astype(np.float64)  # what the mean's rounding to float32 has left
         products = (centred.T @ centred).astype(np.float64)  # numpy sees the transpose, and halves the work (syrk)
         return cls(len(chunk), center + rest, products - len(chunk) * np.outer(rest, rest))
+
+    @classmethod
+    def of_all(cls, chunks: Iterable[Matrix]) -> Covariance | None:
+        """Of the rows of all chunks; `None` where there are none."""
+        found: Covariance | None = None
+        for chunk in chunks:
+            if found is None:
+                found = cls.of(chunk)
+            else:
+                found.merge(cls.of(chunk))
+        return found
 
     def merge(self, other: Covariance) -> None:
         """Take in the rows that `other` has seen."""

@@ -7,19 +7,17 @@ Does not: hold logic of a stage; each is a call that a user can make alone.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
 from car_datasets import hub
-from car_datasets.cluster_fitting import number_of_clusters, refuse_bad_fit
+from car_datasets.cluster_fitting import checked_fit, number_of_clusters
 from car_datasets.clustering import ClusterModel
 from car_datasets.columns import add_columns
 from car_datasets.embedding import TextEmbedder
@@ -27,9 +25,7 @@ from car_datasets.estimation import LARGE, estimate_scoring
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
-from car_datasets.overview import Overview
 from car_datasets.parallel import from_main, is_main_process, process_rank
-from car_datasets.plots import can_draw
 from car_datasets.projection import check_projection
 from car_datasets.recipe import Recipe
 from car_datasets.reporting import SelectionReport
@@ -44,11 +40,8 @@ from car_datasets.results import (
 from car_datasets.rows import refuse_overwrite
 from car_datasets.scoring import QualityScorer
 from car_datasets.selection import SELECTION_COLUMNS, check_columns, refuse_impossible, select_car
-from car_datasets.shards import score_in_shards
+from car_datasets.shards import fill_shards, score_in_shards
 from car_datasets.templates import CLEAN_TEMPLATE
-from car_datasets.vectors import beside
-
-logger = logging.getLogger(__name__)
 
 
 class Curated(NamedTuple):
@@ -70,8 +63,8 @@ def curate(
 ) -> Curated:
     """Load, score and embed, cluster, select and report; everything that can be wrong is checked before the first stage.
 
-    Under `accelerate launch` or `torchrun` every process calls this and returns the same; they share the scoring, the main
-    one clusters and writes. With `shard_dir`, or in several processes, the same call goes on after a kill.
+    Under `accelerate launch` or `torchrun` every process calls this and returns the same; they share the scoring and
+    the clustering, the main one writes. With `shard_dir`, or in several processes, the same call goes on after a kill.
 
     Example:
 
@@ -129,21 +122,16 @@ def _write_files(
     folder: Path, curated: Curated, pool: Dataset, settings: Recipe, token: str | None, own_index: bool
 ) -> None:
     selected, scored, report = curated
-    if not can_draw():
-        logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
     with unfinished(folder):
-        seen = Overview.of(pool, selected, **settings.names, seed=settings.seed)
         names = {**settings.names, "embedding_column": settings.embedding_column}
-        pictures = report.pictures(pool, seen, settings.projection, **names)
+        pictures = report.pictures(pool, selected, settings.projection, **names)
         write_result(folder, selected, scored, report, pictures, settings.score_column, settings.cluster_column)
         if settings.procedure == "paper":
             scorer = QualityScorer(settings.scorer, settings.scorer_revision, token, tokenizer=settings.tokenizer)
-            names = {
-                **settings.names,
-                "index_column": "" if own_index else settings.index_column,
-            }  # the user's own stays
-            without_vectors = pool.remove_columns(settings.embedding_column)
-            write_original_files(folder, selected, without_vectors, scorer.objective, **names)
+            index_column = "" if own_index else settings.index_column  # the user's own stays
+            ranked = pool.remove_columns(settings.embedding_column)
+            names = {**settings.names, "index_column": index_column}
+            write_original_files(folder, selected, ranked, scorer.objective, **names)
 
 
 def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
@@ -159,8 +147,13 @@ def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
                 f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
             )
     clusters = number_of_clusters(settings.k, rows)
-    refuse_bad_fit(
-        settings.explained_variance, settings.n_init, settings.seed, settings.kmeans_engine, settings.kmeans_sample
+    checked_fit(
+        settings.k,
+        settings.explained_variance,
+        settings.seed,
+        settings.n_init,
+        settings.kmeans_engine,
+        settings.kmeans_sample,
     )
     if settings.procedure == "default":
         refuse_impossible(rows, clusters, settings.n1, settings.n2, settings.budget)
@@ -194,7 +187,7 @@ def embed_where_missing(
     if column in dataset.column_names:
         return dataset
     stage = TextEmbedder(embedder or hub.DEFAULT_ENCODER, template=template, output_column=column)
-    return add_columns(dataset, stage, "Embedding")
+    return _add(dataset, stage, "Embedding")
 
 
 def scorer_of(settings: Recipe, token: str | None = None, embed: bool = True) -> QualityScorer:
@@ -238,17 +231,33 @@ def score_and_embed(
     Raises:
         ValueError: a model does not exist, or a column of this or a later stage is taken.
     """
+    stages = _stages(dataset, settings, token, embed)
+    begun = shard_dir is not None and any(Path(shard_dir).glob("*/part-*"))
+    if len(dataset) >= LARGE and is_main_process() and not begun:
+        with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
+            tqdm.write(str(estimate_scoring(dataset, stages[0][1])), file=sys.stderr)
+    for description, stage in stages:
+        dataset = _add(dataset, stage, description, shard_dir)
+    return dataset
+
+
+def fill_shards_of(
+    dataset: Dataset, settings: Recipe, shard_dir: str | os.PathLike[str], token: str | None = None, embed: bool = True
+) -> dict[str, int]:
+    """SCORE and EMBED of a recipe as one of many workers, see [`fill_shards`]: the rows left to others, by folder."""
+    folders = [(_shards_of(stage, shard_dir), note, stage) for note, stage in _stages(dataset, settings, token, embed)]
+    return {folder: fill_shards(dataset, stage, folder, description=note) for folder, note, stage in folders}
+
+
+def _stages(dataset: Dataset, settings: Recipe, token: str | None, embed: bool) -> list[tuple[str, Any]]:
+    """The scorer, and the embedder where the scorer does not embed, each with what a progress bar says of it."""
     scorer = scorer_of(settings, token, embed)
     if embed:
         _refuse_taken_columns(dataset, scorer, settings)
     else:
         refuse_overwrite(dataset.column_names, scorer.output_columns, "score_column= (--score-column)")
-    begun = shard_dir is not None and any(Path(shard_dir).glob("*/part-*"))
-    if len(dataset) >= LARGE and is_main_process() and not begun:
-        with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
-            tqdm.write(str(estimate_scoring(dataset, scorer)), file=sys.stderr)
     if not embed or scorer.embedding_column is not None:
-        return _add(dataset, scorer, "Scoring and embedding" if embed else "Scoring", shard_dir)
+        return [("Scoring and embedding" if embed else "Scoring", scorer)]
     embedder = TextEmbedder(
         settings.embedder or hub.DEFAULT_ENCODER,
         settings.embedder_revision,
@@ -257,18 +266,25 @@ def score_and_embed(
         output_column=settings.embedding_column,
         **_reading(settings),
     )
-    return _add(_add(dataset, scorer, "Scoring", shard_dir), embedder, "Embedding", shard_dir)
+    return [("Scoring", scorer), ("Embedding", embedder)]
 
 
 def _add(
-    dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str, shard_dir: str | os.PathLike[str] | None
+    dataset: Dataset,
+    stage: QualityScorer | TextEmbedder,
+    description: str,
+    shard_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """The columns of a stage, computed here, or by all processes in shards; each stage has a folder of its own there."""
+    """The columns of a stage, computed here, or by all processes in shards."""
     if shard_dir is None and process_rank()[1] == 1:
         return add_columns(dataset, stage, description)
-    name = "scores" if isinstance(stage, QualityScorer) else "embeddings"
-    folder = None if shard_dir is None else f"{os.fspath(shard_dir).rstrip('/')}/{name}"
+    folder = None if shard_dir is None else _shards_of(stage, shard_dir)
     return score_in_shards(dataset, stage, folder, description=description)
+
+
+def _shards_of(stage: QualityScorer | TextEmbedder, shard_dir: str | os.PathLike[str]) -> str:
+    """Each stage has a folder of its own there."""
+    return f"{os.fspath(shard_dir).rstrip('/')}/{'scores' if isinstance(stage, QualityScorer) else 'embeddings'}"
 
 
 def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Recipe) -> None:
@@ -288,19 +304,8 @@ def _refuse_taken_columns(dataset: Dataset, scorer: QualityScorer, settings: Rec
 
 
 def _add_clusters(pool: Dataset, settings: Recipe) -> Dataset:
-    """CLUSTER on the main process, whose labels the others take: none fits again, and no rounding can tell them apart."""
-
-    def label() -> pa.Table:
-        labelled = _fit_clusters(pool, settings).label(pool.select_columns(settings.embedding_column))
-        new = [name for name in labelled.column_names if name != settings.embedding_column]
-        table: pa.Table = labelled.select_columns(new).with_format("arrow")[:]
-        return table
-
-    return beside(pool, Dataset(from_main(label)))
-
-
-def _fit_clusters(pool: Dataset, settings: Recipe) -> ClusterModel:
-    return ClusterModel.fit(
+    """CLUSTER of a recipe; several processes share it and get the same labels."""
+    model = ClusterModel.fit(
         pool,
         settings.embedding_column,
         k=settings.k,
@@ -312,3 +317,4 @@ def _fit_clusters(pool: Dataset, settings: Recipe) -> ClusterModel:
         output_column=settings.cluster_column,
         distance_column=f"{settings.cluster_column}_distance",
     )
+    return model.label(pool, across_processes=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from car_datasets import hub
-from car_datasets.batching import in_order, run_batches, token_budget, tokenise
+from car_datasets.batching import in_order, pad, run_batches, token_budget, tokenise
 from car_datasets.formatting import as_column_names, check_schema, find_schema
 from car_datasets.parallel import device_for
 from car_datasets.rows import Rows, check_embedding_dtype, refuse_overwrite, refuse_tables
@@ -107,14 +107,21 @@ class TextEmbedder:
         if not texts:
             return np.zeros((0, dimension(model)), dtype=np.float32)
         longest = model.max_seq_length or 512
-        if hasattr(model.tokenizer, "backend_tokenizer"):  # encode() tokenises anew, which is 1 % of the time on a CPU
-            lengths = [min(longest, n) for n in tokenise(model.tokenizer, texts, longest).lengths]
+        if reads_plain_tokens(model):
+            ids = tokenise(model.tokenizer, texts, longest).ids
+            lengths = [len(row) for row in ids]
+
+            def encode(places: list[int]) -> Tensor:
+                input_ids, mask = pad([ids[i] for i in places], model.tokenizer.pad_token_id, model.device)
+                with torch.inference_mode():
+                    return model({"input_ids": input_ids, "attention_mask": mask})["sentence_embedding"]
+
         else:
             lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]
 
-        def encode(places: list[int]) -> Tensor:
-            part = [texts[i] for i in places]
-            return model.encode(part, batch_size=len(part), convert_to_tensor=True, show_progress_bar=False)
+            def encode(places: list[int]) -> Tensor:
+                part = [texts[i] for i in places]
+                return model.encode(part, batch_size=len(part), convert_to_tensor=True, show_progress_bar=False)
 
         config = getattr(getattr(model[0], "auto_model", None), "config", None)
         units = getattr(config, "hidden_size", dimension(model))  # a Dense module on top may give fewer
@@ -132,6 +139,25 @@ def dimension(model: SentenceTransformer) -> int:
         "get_embedding_dimension" if hasattr(model, "get_embedding_dimension") else "get_sentence_embedding_dimension"
     )
     return int(getattr(model, name)())
+
+
+def reads_plain_tokens(model: SentenceTransformer) -> bool:
+    """Whether `encode` gives the model a text's tokens and nothing else, so that they need not be made again per batch.
+
+    Not so with a prompt before every text, embeddings that are cut, or a first module of another make.
+    """
+    first = model[0]
+    tokenizer = model.tokenizer
+    return (
+        type(first).__name__ == "Transformer"
+        and type(first).__module__.startswith("sentence_transformers.")  # a model may bring code of its own
+        and not getattr(first, "do_lower_case", False)
+        and hasattr(tokenizer, "backend_tokenizer")
+        and tokenizer.pad_token_id is not None
+        and tokenizer.padding_side == "right"
+        and model.default_prompt_name is None
+        and model.truncate_dim is None
+    )
 
 
 def pool_tokens(model: SentenceTransformer, last_hidden_state: Tensor, mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from car_datasets.clustering import ClusterModel
+from car_datasets.parallel import alone
 from car_datasets.rows import refuse_overwrite
 from car_datasets.selection import (
     SELECTION_COLUMNS,
@@ -85,7 +86,12 @@ def cluster_filter(
         refuse_impossible(scored, 1, n1, n2, budget)
         model = ClusterModel.fit(dataset, embedding_column, **fitting)
         return select_car(
-            model.label(dataset), n1, n2, budget=budget, score_column=score_column, allow_worse=allow_worse
+            model.label(dataset, across_processes=True),
+            n1,
+            n2,
+            budget=budget,
+            score_column=score_column,
+            allow_worse=allow_worse,
         )
     batch = {score_column: dataset[score_column], embedding_column: dataset[embedding_column]}
     if num_rows != len(batch[score_column]):
@@ -95,7 +101,8 @@ def cluster_filter(
             "fn_kwargs={'num_rows': len(dataset), ...}), without num_proc."
         )
     whole = Dataset.from_dict(batch)
-    labelled = ClusterModel.fit(whole, embedding_column, **fitting).label(whole)
+    with alone():  # of several processes `.filter` may call one, and have the others read its cache
+        labelled = ClusterModel.fit(whole, embedding_column, **fitting).label(whole)
     clusters = np.asarray(read_numbers(labelled, "cluster", -1), dtype=np.int64)
     scores = read_numbers(whole, score_column, np.nan)
     positions = choose(scores, clusters, n1, n2, budget).positions

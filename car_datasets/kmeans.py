@@ -1,13 +1,14 @@
 """k-means in torch, on the CPU or a GPU: Lloyd's algorithm by matrix products, over points that come chunk by chunk.
 
 Does: fit on all points, or on a sample of them followed by full passes; give points their nearest centre. Everything is
-deterministic for a seed: what is added in parallel is added by sorting, never by float atomics.
+deterministic for a seed: what is added in parallel is added by sorting, never by float atomics. Several processes read,
+project and hold a part of the points each; what they add is cut where one process cuts it, and joined in float64.
 Does not: hold more than the points it fits on and one block of distances; read data or project it (cluster_fitting.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from car_datasets.collectives import Processes
 from car_datasets.vectors import Matrix
 
+CPU, ALONE = torch.device("cpu"), Processes()
 CHUNK, GPU_CHUNK = 16_384, 2**18  # points whose sums are added up in float32 before they join the float64 totals
 CPU_BLOCK, GPU_BLOCK = 2**18, 2**26  # distances in memory at a time: what the second-level cache holds; 256 MB
 MAX_ITERATIONS = 100
@@ -33,95 +36,139 @@ class Fitted(NamedTuple):
     inertia: float
 
 
+class Chunks(NamedTuple):
+    """Rows that come in chunks: how many lie in each, and what reads a range of the chunks, without those that are empty."""
+
+    lengths: Sequence[int]
+    read: Callable[[range], Iterable[Matrix]]
+
+
 class Pass(NamedTuple):
     """What one pass over the points leaves: per cluster the sum (float64) and the number of its points, the inertia of
-    the centres that the pass was made with, and the points farthest from theirs, with the clusters they came from."""
+    the centres that the pass was made with, and the points farthest from theirs, with the clusters they came from and their
+    squared distances."""
 
     sums: Tensor
     counts: Tensor
     inertia: float
     far_points: Tensor
     far_labels: Tensor
+    far_distances: Tensor
 
 
 def fit_kmeans(
-    read: Callable[[], Iterable[Matrix]],
+    chunks: Chunks,
     project: Callable[[Matrix], Tensor],
-    rows: int,
     k: int,
     *,
     seed: int,
     n_init: int = 1,
     sample: int = 0,
+    device: torch.device = CPU,
+    processes: Processes = ALONE,
 ) -> Fitted:
     """Fit k centres.
 
     Args:
-        read (`callable`): gives all rows, chunk by chunk; called once for each pass over them.
-        project (`callable`): from a chunk of rows to its points, `(rows, dimension)` float32, on the device to compute on.
-        rows (`int`): in all.
-        k (`int`): centres, at most `rows`.
+        chunks ([`Chunks`]): all rows; read once for each pass over them.
+        project (`callable`): from a chunk of rows to its points, `(rows, dimension)` float32, on `device`.
+        k (`int`): centres, at most as many as rows.
         seed (`int`): of whatever is drawn; n_init (`int`): the best of so many first centres is kept.
         sample (`int`): where there are more than `sample * k` rows, fit on so many drawn ones, then correct the centres by
             two passes over all, and count the inertia by a third; 0 fits on all.
+        device (`torch.device`): to compute on.
+        processes ([`Processes`]): that share the reading and the passes; all must call this with the same rows.
 
     Returns:
-        [`Fitted`]: centres (float32, on the points' device) and their inertia over all points.
+        [`Fitted`]: centres (float32, on `device`) and their inertia over all points.
     """
     rng = np.random.default_rng(seed)
+    rows = sum(chunks.lengths)
     drawn = sample * k if 0 < sample * k < rows else rows
-    held = take(read(), project, np.sort(rng.choice(rows, drawn, replace=False, shuffle=False)))
-    runs = [lloyd(held, first_centers(held, k, rng)) for _ in range(n_init)]
-    best = min(runs, key=lambda fitted: fitted.inertia)
+    places = np.sort(rng.choice(rows, drawn, replace=False, shuffle=False))
+    share = processes.share(drawn, CHUNK if device.type == "cpu" else GPU_CHUNK)
+    held = processes.each(lambda: take(chunks, project, places, share))
+    first = (first_centers(held, k, rng, share, drawn, processes).to(device) for _ in range(n_init))
+    best = min((lloyd(held, centers, processes) for centers in first), key=lambda fitted: fitted.inertia)
     if drawn == rows:
         return best
+    own = processes.share(len(chunks.lengths), 1)
     centers = best.centers
     for _ in range(FULL_PASSES):
-        centers = next_centers(one_pass(map(project, read()), centers), centers)
-    return Fitted(centers, sum(float(nearest(points, centers)[1].double().sum()) for points in map(project, read())))
+        centers = next_centers(pass_of_all(map(project, chunks.read(own)), centers, processes), centers)
+
+    def inertia() -> float:
+        return sum(float(nearest(points, centers)[1].double().sum()) for points in map(project, chunks.read(own)))
+
+    return Fitted(centers, processes.joined(inertia, lambda parts: float(sum(parts))))
 
 
-def take(chunks: Iterable[Matrix], project: Callable[[Matrix], Tensor], places: npt.NDArray[np.int64]) -> Tensor:
-    """The points of the rows at `places` (ascending, counted over all chunks), filled into one tensor chunk by chunk."""
+def take(chunks: Chunks, project: Callable[[Matrix], Tensor], places: npt.NDArray[np.int64], share: range) -> Tensor:
+    """The points of the rows at `places[share]`; `places` ascend and are counted over all chunks. None have the shape `(0, 0)`.
+
+    Only chunks that hold some are read, and what is drawn from one is projected at once, whoever's share it is: the last
+    digits of a product of matrices depend on the number of rows.
+    """
+    if len(share) == 0:
+        return torch.empty(0, 0)
+    ends = np.cumsum(chunks.lengths)
+    first, last = np.searchsorted(ends, places[[share.start, share.stop - 1]], side="right")
+    start = int(ends[first]) - chunks.lengths[first]
     held: Tensor | None = None
-    start = filled = 0
-    for chunk in chunks:
-        first, last = np.searchsorted(places, (start, start + len(chunk)))
-        wanted = chunk if last - first == len(chunk) else chunk[places[first:last] - start]
-        points = project(wanted)
+    lowest, stop = np.searchsorted(places, (start, ends[last]))
+    filled = int(lowest)
+    for chunk in chunks.read(range(int(first), int(last) + 1)):
+        here = places[filled : np.searchsorted(places, start + len(chunk))]
+        points = project(chunk if len(here) == len(chunk) else chunk[here - start])
         if held is None:
-            held = points.new_empty((len(places), points.shape[1]))
-        held[filled : filled + len(points)] = points
+            held = points.new_empty((int(stop - lowest), points.shape[1]))
+        held[filled - int(lowest) : filled - int(lowest) + len(points)] = points
         start, filled = start + len(chunk), filled + len(points)
     if held is None:
         raise ValueError("There are no rows to fit on.")
-    return held
+    return held[share.start - int(lowest) : share.stop - int(lowest)]
 
 
-def first_centers(points: Tensor, k: int, rng: np.random.Generator) -> Tensor:
+def first_centers(
+    points: Tensor, k: int, rng: np.random.Generator, share: range, rows: int, processes: Processes = ALONE
+) -> Tensor:
     """k different points, far apart: scikit-learn's greedy k-means++ among `CANDIDATES * k` points drawn by `rng`.
 
     On embeddings points drawn at random do as well; on rows in tight groups they miss some.
+
+    Args:
+        points (`(len(share), dimension)`): this process's share of the `rows` to draw from.
+        k (`int`), rng (`Generator`), processes ([`Processes`]): see [`fit_kmeans`].
     """
-    from sklearn.cluster import kmeans_plusplus
+    drawn = np.sort(rng.choice(rows, min(rows, CANDIDATES * k), replace=False))
+    seed = int(rng.integers(2**32))
 
-    drawn = np.sort(rng.choice(len(points), min(len(points), CANDIDATES * k), replace=False))
-    candidates = points[torch.from_numpy(drawn).to(points.device)].cpu().numpy()
-    _, chosen = kmeans_plusplus(candidates.astype(np.float64), k, random_state=int(rng.integers(2**32)))
-    return points[torch.from_numpy(drawn[chosen]).to(points.device)]
+    def own() -> Matrix:
+        mine = drawn[(drawn >= share.start) & (drawn < share.stop)] - share.start
+        found: Matrix = points[torch.from_numpy(mine).to(points.device)].cpu().numpy()
+        return found
+
+    def choose(parts: list[Matrix]) -> Tensor:
+        from sklearn.cluster import kmeans_plusplus
+
+        candidates = np.concatenate([part for part in parts if len(part) > 0])
+        _, chosen = kmeans_plusplus(candidates.astype(np.float64), k, random_state=seed)
+        return torch.from_numpy(candidates[chosen])
+
+    return processes.joined(own, choose)
 
 
-def lloyd(points: Tensor, centers: Tensor) -> Fitted:
+def lloyd(points: Tensor, centers: Tensor, processes: Processes = ALONE) -> Fitted:
     """Lloyd's algorithm on points in memory, until a pass lowers the inertia by less than `TOLERANCE` of it.
 
     Centres first go beyond the mean of their points: on embeddings of 9,229 real rows 12 passes then reach what takes 22
     without. Once that no longer helps they go to the mean, so that what is found is a solution of Lloyd's.
     """
-    found = one_pass([points], centers)
+    found = pass_of_all([points], centers, processes)
     beyond = BEYOND
     for _ in range(MAX_ITERATIONS):
         centers = next_centers(found, centers, beyond)
-        before, found = found.inertia, one_pass([points], centers)
+        before, found = found.inertia, pass_of_all([points], centers, processes)
         if before - found.inertia <= TOLERANCE * before:
             if beyond == 0:
                 break
@@ -129,24 +176,45 @@ def lloyd(points: Tensor, centers: Tensor) -> Fitted:
     return Fitted(centers, found.inertia)
 
 
+def pass_of_all(points: Iterable[Tensor], centers: Tensor, processes: Processes) -> Pass:
+    """[`one_pass`] over the points of all processes, of which `points` are this one's: the same on all."""
+    if processes.count == 1:
+        return one_pass(points, centers)
+    own: list[Pass] = []
+
+    def totals() -> Tensor:
+        own.append(one_pass(points, centers))
+        inertia = torch.tensor([own[0].inertia], dtype=torch.float64, device=centers.device)
+        return torch.cat([own[0].sums.flatten(), own[0].counts.double(), inertia])
+
+    sums, counts, inertia = processes.added(totals).split([centers.numel(), len(centers), 1])
+    far = own[0][3:]
+    if (counts == 0).any():  # an empty cluster takes one of the farthest points of all
+        far = processes.joined(lambda: tuple(t.cpu() for t in own[0][3:]), lambda parts: _farthest(parts, len(centers)))
+    return Pass(sums.view_as(centers), counts.long(), float(inertia), *(t.to(centers.device) for t in far))
+
+
 def one_pass(points: Iterable[Tensor], centers: Tensor) -> Pass:
     """Give every point to its nearest centre, and add up what the next centres are made of."""
     sums = torch.zeros(centers.shape, dtype=torch.float64, device=centers.device)
     counts = torch.zeros(len(centers), dtype=torch.int64, device=centers.device)
     inertia = torch.zeros((), dtype=torch.float64, device=centers.device)
-    far_distances, far_points, far_labels = centers.new_empty(0), centers[:0], counts[:0]
+    far = centers[:0], counts[:0], centers.new_empty(0)
     for chunk in _chunks(points):
         labels, distances = nearest(chunk, centers)
         sums += sums_by_label(chunk, labels, len(centers))
         counts += torch.bincount(labels, minlength=len(centers))
         inertia += distances.double().sum()
         farthest = distances.topk(min(len(centers), len(chunk)))
-        far_distances = torch.cat([far_distances, farthest.values])
-        kept = far_distances.topk(min(len(centers), len(far_distances)))
-        far_distances = kept.values
-        far_points = torch.cat([far_points, chunk[farthest.indices]])[kept.indices]
-        far_labels = torch.cat([far_labels, labels[farthest.indices]])[kept.indices]
-    return Pass(sums, counts, float(inertia), far_points, far_labels)
+        far = _farthest([far, (chunk[farthest.indices], labels[farthest.indices], farthest.values)], len(centers))
+    return Pass(sums, counts, float(inertia), *far)
+
+
+def _farthest(parts: Sequence[tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
+    """Of points, their labels and their squared distances in several parts, the `count` that lie farthest."""
+    points, labels, distances = map(torch.cat, zip(*parts, strict=True))
+    kept = distances.topk(min(count, len(distances)))
+    return points[kept.indices], labels[kept.indices], kept.values
 
 
 def nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,4 +268,6 @@ def next_centers(found: Pass, centers: Tensor, beyond: float = 0.0) -> Tensor:
 
 def _chunks(points: Iterable[Tensor]) -> Iterator[Tensor]:
     for tensor in points:
+        if len(tensor) == 0:
+            continue
         yield from tensor.split(CHUNK if tensor.device.type == "cpu" else GPU_CHUNK)

@@ -133,32 +133,42 @@ class LoadedScorer(NamedTuple):
         return batch
 
 
+class Weights(NamedTuple):
+    """What a model is loaded from; scorers that differ in other things share it.
+
+    Args:
+        model_id, revision, dtype (`str`), compiled (`bool`): see [`~car_datasets.QualityScorer`].
+        tokenizer (`str`, *optional*), tokenizer_pin (`str`, *optional*): of an original checkpoint, and its digest.
+        engine (`str`, *optional*), engine_pin (`str`, *optional*): a folder in int8, and its digest.
+    """
+
+    model_id: str
+    revision: str
+    tokenizer: str | None = None
+    tokenizer_pin: str | None = None
+    dtype: str = "float32"
+    compiled: bool = False
+    engine: str | None = None
+    engine_pin: str | None = None
+
+
 @functools.lru_cache(maxsize=2)
-def load_scorer(
-    model_id: str,
-    revision: str,
-    tokenizer: str | None,
-    tokenizer_pin: str | None,
-    dtype: str,
-    device: torch.device,
-    compiled: bool = False,
-    engine: str | None = None,
-    engine_pin: str | None = None,
-) -> LoadedScorer:
+def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     """Model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled.
 
     Raises:
-        ValueError: `engine` is given, and the device is not the CPU.
+        ValueError: an engine is given, and the device is not the CPU.
     """
     from transformers import AutoTokenizer
 
+    model_id, tokenizer, dtype, engine = weights.model_id, weights.tokenizer, weights.dtype, weights.engine
     if engine is not None and device.type != "cpu":
         raise ValueError(
             f"engine={engine!r} runs on the CPU only, and this process is to use {device}. Leave it out, or hide the GPU: set "
             "CUDA_VISIBLE_DEVICES to nothing."
         )
 
-    folder = hub.model_folder(model_id, revision)
+    folder = hub.model_folder(model_id, weights.revision)
     model = IQSModel.from_pretrained(folder, tokenizer=tokenizer)
     model.encoder.to(getattr(torch, dtype))  # not the head: in half precision it gives many texts the same score
     if engine is not None:
@@ -173,7 +183,7 @@ def load_scorer(
     packed = can_pack(model.config.encoder_config, dtype, device)
     if packed:
         use_packing(model.encoder)
-    if compiled:
+    if weights.compiled:
         model.encoder.compile(dynamic=True)
     return LoadedScorer(model.eval().to(device), reader, device, packed)
 

@@ -133,7 +133,10 @@ def _number_rows(dataset: Dataset, index_column: str) -> Dataset:
 
 def _one_split(opened: Any, split: str | None) -> Dataset:
     if isinstance(opened, (IterableDataset, IterableDatasetDict)):
-        raise ValueError("source is a streaming dataset; pass a Dataset, or load it without streaming=True.")
+        raise ValueError(
+            "source is a streaming dataset; load it without streaming=True, or pass the Dataset that "
+            "score_in_shards(stream, QualityScorer(), shard_dir) writes."
+        )
     if isinstance(opened, DatasetDict):
         if split is not None and split not in opened:
             raise ValueError(f"split={split!r} is not in the source; it has {sorted(opened)}.")

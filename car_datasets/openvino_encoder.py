@@ -20,6 +20,8 @@ from car_datasets import hub
 
 MODEL_FILE, WEIGHTS_FILE, RECORD_FILE = ENGINE_FILES = ("encoder.xml", "encoder.bin", "engine.json")
 
+DAMAGED = "is damaged. Make the folder anew: `car-datasets quantise SOURCE --output FOLDER`."
+
 # Texts are padded to a multiple of this. A sum over a remainder of a vector register is added up in another order, and float
 # noise that tips the rounding of one integer moved scores by up to 0.05 with the length of the longest text in the batch.
 LANES = 16
@@ -54,8 +56,8 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
         model_id, revision, dtype (`str`): the scorer's, pinned.
 
     Raises:
-        ValueError: there is no such folder, it was made for other weights, the extra is not installed, or another precision
-            is asked for as well.
+        ValueError: there is no such folder, its record is damaged, it was made for other weights, the extra is not
+            installed, or another precision is asked for as well.
     """
     if dtype != "float32":
         raise ValueError(f"engine={engine!r} is int8; leave out dtype={dtype!r}.")
@@ -66,10 +68,14 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
             f"engine={engine!r} is no engine's folder: it has no {', '.join(missing)}. Make one with "
             "`car-datasets quantise SOURCE --output FOLDER`."
         )
-    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    if record.get("revision") != revision:
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        made_for = record["revision"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"engine={engine!r}: {RECORD_FILE} {DAMAGED}") from error
+    if made_for != revision:
         raise ValueError(
-            f"engine={engine!r} was made for {record.get('model')} at revision {record.get('revision')}, not for {model_id} at "
+            f"engine={engine!r} was made for {record.get('model')} at revision {made_for}, not for {model_id} at "
             f"{revision}. Make one for it: `car-datasets quantise SOURCE --output FOLDER --scorer {model_id}`."
         )
     import_openvino()
@@ -81,6 +87,9 @@ class OpenVINOEncoder(nn.Module):
 
     Args:
         folder (`str`): an engine's, see [`pin_engine`].
+
+    Raises:
+        ValueError: its files are damaged.
     """
 
     def __init__(self, folder: str) -> None:
@@ -92,7 +101,10 @@ class OpenVINOEncoder(nn.Module):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         path = Path(folder).expanduser() / MODEL_FILE
-        self.compiled = openvino.Core().compile_model(str(path), "CPU", options)
+        try:
+            self.compiled = openvino.Core().compile_model(str(path), "CPU", options)
+        except RuntimeError as error:  # all that openvino raises for a file cut short or overwritten
+            raise ValueError(f"engine={folder!r}: {MODEL_FILE} or {WEIGHTS_FILE} {DAMAGED}") from error
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Token ids and mask, int64 of shape `(batch, tokens)`, to `hidden_states`: n + 1 of `(batch, tokens, units)`."""

@@ -1,13 +1,15 @@
 """Several processes: `.map` workers (rank to device, spawn) and those of `accelerate launch` or `torchrun`.
 
-Does: say which device and which process this is, run a `.map` on every GPU, give all processes what the main one computed.
-Does not: deal out rows; processes take shards by themselves (shards.py).
+Does: say which device and which process this is, run a `.map` on every GPU, have the main process compute for all.
+Does not: join sums (collectives.py); deal out texts to score; processes take shards of them by themselves (shards.py).
 """
 
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
+import contextvars
 import datetime
 import functools
 import inspect
@@ -19,11 +21,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from car_datasets.collectives import Processes
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # for the main process to come back; if it dies, the others end at once
+# What launchers set, as accelerate reads it: where none is above 1, it need not be imported.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_alone = contextvars.ContextVar("alone", default=False)
 _IMPORTED_IN = os.getpid()
 
 
@@ -44,7 +51,7 @@ def device_for(rank: int | None = None) -> torch.device:
     if _forks["after torch ran"]:
         raise ValueError(
             "This worker was forked from a process that had run a model already, in which torch hangs. Start workers with "
-            "map_across_gpus(dataset, fn, num_proc=...), which spawns them."
+            "map_across_gpus(dataset, fn, num_proc=...), which spawns them; a DataLoader's with multiprocessing_context='spawn'."
         )
     note_that_torch_runs()
     if rank is not None and torch.cuda.is_available():
@@ -72,12 +79,47 @@ def process_rank() -> tuple[int, int]:
         distributed.init_process_group("gloo")  # after a plain Accelerator() on the CPU accelerate sees one process
     if not distributed.is_available() or not distributed.is_initialized():
         return 0, 1
+    atexit.unregister(_leave_gloo)
+    atexit.register(_leave_gloo)
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def _leave_gloo() -> None:
+    """Else a process that is through may end by SIGABRT (pytorch issue 190489): gloo's threads are still there."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes, prints and pushes."""
     return process_rank()[0] == 0
+
+
+@contextlib.contextmanager
+def all_processes() -> Iterator[Processes]:
+    """Those that one launcher started; all must come here. Only this one inside [`from_main`], [`alone`], or a plain script."""
+    distributed = torch.distributed
+    begun = distributed.is_available() and distributed.is_initialized()
+    launched = begun or any(int(os.environ.get(name, "1")) > 1 for name in SIZES)
+    rank, count = process_rank() if launched and not _alone.get() else (0, 1)
+    if count == 1:
+        yield Processes()
+        return
+    group = distributed.new_group(backend="gloo", timeout=PATIENCE)  # NCCL's own would give up after ten minutes
+    try:
+        yield Processes(rank, count, group)
+    finally:
+        distributed.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Whatever is called in here is this process's own business: it waits for no other."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
 
 
 def from_main(compute: Callable[[], T]) -> T:
@@ -89,24 +131,13 @@ def from_main(compute: Callable[[], T]) -> T:
     Raises:
         Exception: what `compute()` raised, on every process, so that none waits for one that has failed.
     """
-    rank, count = process_rank()
-    if count == 1:
-        return compute()
-    from torch import distributed
 
-    group = distributed.new_group(backend="gloo", timeout=PATIENCE)  # NCCL's own would give up after ten minutes
-    found: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            found[0] = compute()
-        except Exception as error:
-            found[1] = error
-    distributed.broadcast_object_list(found, src=0, group=group)
-    distributed.destroy_process_group(group)
-    if found[1] is not None:
-        raise found[1]
-    result: T = found[0]
-    return result
+    def join(_: list[None]) -> T:
+        with alone():
+            return compute()
+
+    with all_processes() as processes:
+        return processes.joined(lambda: None, join)
 
 
 def map_across_gpus(

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from car_datasets.batching import pad, tokenise
 from car_datasets.formatting import find_schema
-from car_datasets.loaded_scorer import load_scorer
 from car_datasets.openvino_encoder import MODEL_FILE, RECORD_FILE, import_openvino
 from car_datasets.results import fresh_folder, write_whole
 from car_datasets.rows import Rows
@@ -70,14 +69,7 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
     openvino = import_openvino("nncf")
     import nncf
 
-    loaded = load_scorer(
-        scorer.model_id,
-        str(scorer.revision),
-        scorer.tokenizer,
-        scorer.tokenizer_revision,
-        "float32",
-        torch.device("cpu"),
-    )
+    loaded = scorer.load(torch.device("cpu"))
     read = (
         [part for text in texts for part in text] if scorer.objective == "ranking" else [text.whole for text in texts]
     )
@@ -112,12 +104,26 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
     return path
 
 
-def sample_texts(dataset: Dataset, scorer: QualityScorer, count: int, seed: int = 42) -> list[Text]:
-    """At most `count` texts of randomly drawn rows, as the scorer reads them; rows that cannot be scored are passed over."""
-    drawn = np.random.default_rng(seed).permutation(len(dataset))[:count]
-    rows = dataset.select(drawn)[:]
-    schema = find_schema(rows, scorer.schema, scorer.columns)
-    return Rows.from_batch(rows, schema, str(scorer.template), "mark").texts[:count]
+def sample_texts(
+    dataset: Dataset, scorer: QualityScorer, rows: int, others: int | None = None, seed: int = 42
+) -> tuple[list[Text], list[Text]]:
+    """Texts of randomly drawn rows, as the scorer reads them; rows that cannot be scored are passed over.
+
+    Args:
+        rows (`int`): how many to calibrate on, at most.
+        others (`int`, *optional*): how many others to compare on, at most; as many by default.
+
+    Returns:
+        Texts of the first and of the others. A chat has one per exchange, all of them on one side.
+    """
+    drawn = np.random.default_rng(seed).permutation(len(dataset))
+
+    def texts(places: npt.NDArray[np.int64]) -> list[Text]:
+        batch = dataset.with_format(None).select(places)[:]
+        schema = find_schema(dataset.column_names, scorer.schema, scorer.columns)
+        return Rows.from_batch(batch, schema, str(scorer.template), "mark").texts
+
+    return texts(drawn[:rows]), texts(drawn[rows : rows + (rows if others is None else others)])
 
 
 @dataclass(frozen=True)

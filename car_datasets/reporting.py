@@ -11,6 +11,7 @@ the selection's distribution of lengths.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ from car_datasets.selection import BY_CLUSTER, Indices
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
+
+logger = logging.getLogger(__name__)
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -220,13 +223,15 @@ class SelectionReport:
         """
         check_projection(projection)
         names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
-        seen = Overview.of(pool, selected, **names, seed=self.seed)
-        return self.pictures(pool, seen, projection, **names, embedding_column=embedding_column)[PAGE_FILE].decode()
+        return self.pictures(pool, selected, projection, embedding_column, **names)[PAGE_FILE].decode()
 
     def pictures(
-        self, pool: Dataset, seen: Overview, projection: str, *, embedding_column: str, **names: str
+        self, pool: Dataset, selected: Dataset, projection: str, embedding_column: str, **names: str
     ) -> dict[str, bytes]:
         """The page, and the plots where matplotlib is installed, as files by their names."""
+        if not can_draw():
+            logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
+        seen = Overview.of(pool, selected, **names, seed=self.seed)  # type: ignore[arg-type]
         pool_map = map_of(pool, seen, embedding_column, projection)
         plots = draw(seen, pool_map) if can_draw() else {}
         told = (self.sentences(), self.comparison())

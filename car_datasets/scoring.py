@@ -13,13 +13,14 @@ from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from car_datasets import hub
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, tokenizer_revision
 from car_datasets.embedding import TextEmbedder, load_sentence_transformer, pool_tokens
 from car_datasets.formatting import OK, TRUNCATED, as_column_names, check_schema, find_schema
-from car_datasets.loaded_scorer import TextScores, load_scorer, read_scorer_config
+from car_datasets.loaded_scorer import LoadedScorer, TextScores, Weights, load_scorer, read_scorer_config
 from car_datasets.openvino_encoder import pin_engine
 from car_datasets.parallel import device_for
 from car_datasets.rows import Rows, check_embedding_dtype, refuse_overwrite, refuse_tables, row_names
@@ -200,17 +201,7 @@ class QualityScorer:
             none = np.zeros(0, np.float32)
             vectors = None if self.embedding_column is None else none.reshape(0, 0)
             return TextScores(none, none.astype(np.int32), none.astype(bool), vectors, none.reshape(0, 1))
-        loaded = load_scorer(
-            self.model_id,
-            str(self.revision),
-            self.tokenizer,
-            self.tokenizer_revision,
-            self.dtype,
-            device_for(rank),
-            self.compile,
-            self.engine,
-            self.engine_revision,
-        )
+        loaded = self.load(device_for(rank))
         if self.embedding_column is None:
             return loaded.score_texts(texts, self.batch_tokens)
         embedder = self.embedder()
@@ -223,6 +214,20 @@ class QualityScorer:
             whole = [text if isinstance(text, str) else text.whole for text in (texts[i] for i in long)]
             embeddings[long] = embedder.embed_texts(whole, rank)
         return found
+
+    def load(self, device: torch.device | None = None) -> LoadedScorer:
+        """Model and tokenizer on a device, by default this process's; loaded once, whatever the columns."""
+        weights = Weights(
+            self.model_id,
+            str(self.revision),
+            self.tokenizer,
+            self.tokenizer_revision,
+            self.dtype,
+            self.compile,
+            self.engine,
+            self.engine_revision,
+        )
+        return load_scorer(weights, device or device_for())
 
     def embedder(self) -> TextEmbedder:
         """The [`TextEmbedder`] whose column `embedding_column` equals.

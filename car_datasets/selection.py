@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SELECTION_COLUMNS = ("selected_by", "score_rank", "cluster_rank")
 BY_SCORE, BY_CLUSTER, BY_BOTH = "score", "cluster", "both"
 Indices = npt.NDArray[np.int64]
+LOOK = 2**20  # rows that are searched at a time for what clusters still lack
 
 
 class Choice(NamedTuple):
@@ -59,9 +60,10 @@ def choose(
     scored = int(np.count_nonzero(~np.isnan(score)))
     _check_counts(scored, n2, budget)
     order = _best_first(score)[:scored]
-    within = ranks_within(cluster[order])
+    most = _rows_by_score(n1, scored) if budget is None else min(budget, scored)
+    within = _needed_ranks(cluster[order], most, n2)
     from_clusters = (within >= 1) & (within <= n2)
-    count = _rows_by_score(n1, scored) if budget is None else _rows_for_budget(budget, from_clusters)
+    count = most if budget is None else _rows_for_budget(budget, from_clusters)
     places = np.flatnonzero((np.arange(scored) < count) | from_clusters)
     by_score, by_cluster = places < count, from_clusters[places]
     reasons = np.where(by_score & by_cluster, BY_BOTH, np.where(by_score, BY_SCORE, BY_CLUSTER))
@@ -96,6 +98,31 @@ def ranks_within(labels: Indices) -> Indices:
     starts = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(grouped) else np.zeros(0, dtype=np.int64)
     sizes = np.diff(np.r_[starts, len(grouped)])
     ranks[places] = np.arange(len(grouped)) - np.repeat(starts, sizes) + 1
+    return ranks
+
+
+def _needed_ranks(labels: Indices, most: int, n2: int) -> Indices:
+    """As [`ranks_within`], for the first `most` rows and, further down, the best `n2` of every cluster; 0 for the others.
+
+    Most clusters have theirs near the top, so the rows below are looked through but not sorted.
+    """
+    ranks = np.zeros(len(labels), dtype=np.int64)
+    if labels.max(initial=0) > len(labels):  # numbers of the user's own, with gaps
+        _, codes = np.unique(labels, return_inverse=True)
+        labels = np.where(labels < 0, -1, codes)
+    sizes = np.bincount(labels[labels >= 0], minlength=1)
+    seen = np.zeros_like(sizes)
+    start, end = 0, max(most, LOOK)
+    while start < len(labels):
+        part = labels[start:end]
+        rows = np.arange(len(part)) if start == 0 else np.flatnonzero((part >= 0) & (seen[part] < n2))
+        found = ranks_within(part[rows])
+        members = found > 0
+        ranks[start + rows] = np.where(members, found + seen[part[rows]], 0)
+        seen += np.bincount(part[rows][members], minlength=len(seen))
+        if np.all((seen >= n2) | (seen == sizes)):
+            break
+        start, end = end, end + LOOK
     return ranks
 
 

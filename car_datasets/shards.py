@@ -1,47 +1,38 @@
 """Scoring in shards: `score_in_shards`, which many processes and machines share, and which goes on where it was cut off.
 
-Does: cut a dataset into shards, take them one by one (claims.py), write each as an Arrow file that is moved into place
-when it is whole, refuse what belongs to another run (manifest.py), and put the columns beside the dataset's own.
+Does: cut a dataset into shards, take them one by one (claims.py), score what is missing of them (their files:
+shard_files.py), and put the columns beside the dataset's own. A stream goes to stream_shards.py.
 Does not: start processes, or speak to them: what they share is a folder.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from car_datasets.claims import Claims, Folder, last_turns
+from car_datasets.claims import last_turns
 from car_datasets.columns import batch_rows, read_columns
-from car_datasets.manifest import describe_run, differences, run_id
-from car_datasets.parallel import is_main_process
-from car_datasets.results import write_whole
+from car_datasets.manifest import describe_run
 from car_datasets.rows import refuse_overwrite
+from car_datasets.shard_files import SharedRun, part_name
+from car_datasets.stream_shards import StreamedRun
 from car_datasets.vectors import beside
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
     from car_datasets.embedding import TextEmbedder
     from car_datasets.scoring import QualityScorer
 
-MANIFEST = "manifest.json"
 SMALLEST, LARGEST, WANTED = 128, 65_536, 64  # rows in a shard, and shards where the rows allow
-PART = re.compile(r"part-(\d+)\.arrow")
-logger = logging.getLogger(__name__)
+STREAMED = 16_384  # rows in a shard of a stream: they are in memory at once
 
 
 def score_in_shards(
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     fn: QualityScorer | TextEmbedder,
     shard_dir: str | os.PathLike[str] | None = None,
     *,
@@ -55,13 +46,21 @@ def score_in_shards(
     result, its rows in order. Start them as you like: `accelerate launch`, `torchrun`, a SLURM array, or the same command
     typed twice. A shard that is finished is never scored again.
 
+    A stream (`IterableDataset`) is cut into shards in its own order, and its rows are written with the new columns: the result
+    is on disk, and may be larger than the memory, which holds one shard. Every process reads the whole stream, and scores
+    only the shards that it has claimed; so pass the same stream to all, not one that is split by node. (Where reading is dear,
+    split it, and give every node a folder of its own.) A run that was cut off goes on from the `state_dict` of the stream that
+    was saved with its shards: it reads the last finished shard again, to see that these are the same rows, and where they are
+    not (a shuffle buffer is in no state) reads from the start, and compares all. The order must be the same every time.
+
     Args:
-        dataset (`Dataset`): the same rows in every process.
+        dataset (`Dataset` or `IterableDataset`): the same rows in every process.
         fn ([`QualityScorer`] or [`TextEmbedder`]): what adds the columns.
         shard_dir (`str`, *optional*): a folder that all processes see, or an fsspec URL such as `s3://...`. It belongs to
             these texts and this stage; what it holds is kept. By default a folder in the cache of `datasets`, named after
-            them: one machine only.
-        shard_rows (`int`, *optional*): rows in a shard; by default 65,536, and fewer where that would make fewer than 64.
+            them: one machine only. A stream needs one, as it has no name before it is read.
+        shard_rows (`int`, *optional*): rows in a shard; by default 65,536, and fewer where that would make fewer than 64; of a
+            stream, 16,384.
         expiry (`float`): seconds without a sign of life after which a worker on another machine is taken for dead.
         description (`str`): of the progress bar, which the main process shows, for all.
 
@@ -70,27 +69,75 @@ def score_in_shards(
 
     Raises:
         ValueError: the folder belongs to another run (what differs is named) or to something else; `fn` is no stage; a
-            column is taken; or see the stage.
+            column is taken; a stream has other rows than before, or none, or types that change; or see the stage, which names a
+            stream's rows by their place in it. Finished shards stay.
         OSError: the folder cannot be written. Finished shards stay.
     """
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
+    _check(fn, shard_rows, expiry)
+    if isinstance(dataset, IterableDataset):
+        return StreamedRun(dataset, fn, shard_dir, shard_rows or STREAMED, expiry).finish(description)
+    run = _run_of(dataset, fn, shard_dir, shard_rows, expiry)
+    if len(dataset) == 0:
+        types = fn.output_features()
+        return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
+    return beside(dataset, run.finish(description))
+
+
+def fill_shards(
+    dataset: Dataset,
+    fn: QualityScorer | TextEmbedder,
+    shard_dir: str | os.PathLike[str],
+    *,
+    shard_rows: int | None = None,
+    expiry: float = 60.0,
+    description: str = "Scoring",
+) -> int:
+    """One worker's part in [`score_in_shards`]: take shards until none is free, and wait for nobody.
+
+    For a worker that is paid by the hour, such as a task of a SLURM array: a last call of [`score_in_shards`] finishes what
+    is left, if a worker died, and returns the rows.
+
+    Args:
+        dataset (`Dataset`): no stream.
+        fn, shard_dir, shard_rows, expiry, description: see [`score_in_shards`].
+
+    Returns:
+        `int`: rows that are left, because other workers have claimed them.
+
+    Raises:
+        ValueError, OSError: see [`score_in_shards`].
+    """
+    _check(fn, shard_rows, expiry)
+    return _run_of(dataset, fn, shard_dir, shard_rows, expiry).work(description, wait=False)
+
+
+def _check(fn: Any, shard_rows: int | None, expiry: float) -> None:
     if not is_dataclass(fn) or not hasattr(fn, "schema") or not hasattr(fn, "output_features"):
         name = getattr(fn, "__qualname__", type(fn).__qualname__)
         raise ValueError(
             f"fn={name} is no QualityScorer and no TextEmbedder, whose fields a shard is bound to. Call "
             f"map_across_gpus(dataset, {name}) for a function of a batch; one of the whole dataset, on the result."
         )
-    rows_each = default_rows(len(dataset)) if shard_rows is None else shard_rows
-    if rows_each < 1 or not expiry > 0:
+    if (shard_rows is not None and shard_rows < 1) or not expiry > 0:
         raise ValueError(f"shard_rows={shard_rows} must be at least 1 and expiry={expiry} above 0.")
+
+
+def _run_of(
+    dataset: Dataset,
+    fn: QualityScorer | TextEmbedder,
+    shard_dir: str | os.PathLike[str] | None,
+    shard_rows: int | None,
+    expiry: float,
+) -> ShardedRun:
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"dataset is a {type(dataset).__name__}; pass a Dataset or an IterableDataset, of one split.")
     refuse_overwrite(dataset.column_names, fn.output_features(), "output_column=... (and embedding_column=...)")
-    texts = dataset.with_format(None).select_columns(read_columns(dataset, fn))
-    if len(dataset) == 0:
-        types = fn.output_features()
-        return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
-    run = ShardedRun(texts, fn, shard_dir, rows_each, expiry)
-    return beside(dataset, run.finish(description))
+    texts = dataset.with_format(None).select_columns(read_columns(dataset.column_names, fn))
+    return ShardedRun(texts, fn, shard_dir, shard_rows or default_rows(len(dataset)), expiry)
 
 
 def default_rows(rows: int) -> int:
@@ -98,8 +145,8 @@ def default_rows(rows: int) -> int:
     return min(max(rows // WANTED, SMALLEST), LARGEST)
 
 
-class ShardedRun:
-    """One process's part in a run over shards; see [`score_in_shards`].
+class ShardedRun(SharedRun):
+    """One process's part in a run over the shards of a dataset; see [`score_in_shards`].
 
     Args:
         texts (`Dataset`): the columns that the stage reads, and those that name a row in a message.
@@ -110,211 +157,72 @@ class ShardedRun:
     def __init__(
         self, texts: Dataset, stage: Any, shard_dir: str | os.PathLike[str] | None, shard_rows: int, expiry: float
     ) -> None:
-        from datasets import config
-
         self.texts, self.stage, self.shard_rows = texts, stage, shard_rows
-        self.manifest = describe_run(texts, stage, read_columns(texts, stage, with_index=False), shard_rows)
-        self.id = run_id(self.manifest)
-        cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
-        self.folder = Folder(_on_one_machine(cache) if shard_dir is None else shard_dir)
-        self.copies = self.folder.local or cache  # where parts are read from: a URL's are fetched once
-        self.claims = Claims(self.folder, expiry)
-        self.done = 0  # rows of the shard at hand
-        self._whole: dict[int, Dataset] = {}
-        self._torn: set[int] = set()
+        reads = read_columns(texts.column_names, stage, with_index=False)
+        super().__init__(describe_run(texts, stage, reads, shard_rows), shard_dir, expiry)
+
+    def expected_rows(self, shard: int, fingerprint: str) -> int:
+        """Rows of a shard."""
+        return len(self.rows_in(shard))
 
     def finish(self, description: str) -> Dataset:
-        """Bind the folder, work until every shard is there, and read them all.
+        """Work until every shard is there, and read them all.
 
         Raises:
             ValueError, OSError: see [`score_in_shards`].
         """
         from datasets import concatenate_datasets
 
-        self._bind()
-        shards = range(-(-len(self.texts) // self.shard_rows))
-        with _progress(self, description) as show:
+        self.work(description, wait=True)
+        return concatenate_datasets([self.whole[shard] for shard in self._shards()])
+
+    def work(self, description: str, wait: bool) -> int:
+        """Bind the folder and take shards until every one is there, or, unless told to `wait`, claimed by another worker.
+
+        Returns:
+            `int`: rows that others have claimed.
+
+        Raises:
+            ValueError, OSError: see [`score_in_shards`].
+        """
+        self.bind()
+        with self.progress(description, len(self.texts), lambda shard: len(self.rows_in(shard))) as show:
             while True:
                 names = self.folder.names()
-                missing = [shard for shard in shards if not self._is_whole(shard, names)]
+                missing = [shard for shard in self._shards() if not self.is_whole(shard, names)]
                 show(names)
                 if not missing:
                     break
                 turns = last_turns(names)
                 if not any(self._take(shard, turns, show) for shard in missing):
+                    if not wait:
+                        return sum(len(self.rows_in(shard)) for shard in missing)
                     time.sleep(min(0.5, self.claims.expiry / 6))  # the others are at them
-        self._sweep(names)
-        return concatenate_datasets([self._whole[shard] for shard in shards])
+        self.sweep(names)
+        return 0
+
+    def _shards(self) -> range:
+        return range(-(-len(self.texts) // self.shard_rows))
 
     def rows_in(self, shard: int) -> range:
         """The rows of a shard."""
         start = shard * self.shard_rows
         return range(start, min(start + self.shard_rows, len(self.texts)))
 
-    def _bind(self) -> None:
-        """Write the manifest, or find an equal one. Two runs that write theirs at once are told apart by their shards."""
-        with self._explaining(MANIFEST):
-            earlier = self.folder.read(MANIFEST)
-        if earlier is None:
-            there = [name for name in self.folder.names() if not name.startswith(".")]
-            if there and MANIFEST not in there:
-                raise ValueError(
-                    f"shard_dir={str(self.folder)!r} holds {sorted(there)[:3]} and no {MANIFEST}: it is no folder of shards. "
-                    "Name a new or an empty one (--shards DIR)."
-                )
-            with self._explaining(MANIFEST):
-                self.folder.make()
-                self.folder.write(MANIFEST, json.dumps(self.manifest, indent=2).encode())
-            return
-        try:
-            found = json.loads(earlier)
-        except ValueError:
-            found = {}
-        if found != self.manifest:
-            raise ValueError(
-                f"shard_dir={str(self.folder)!r} belongs to another run: {differences(found, self.manifest)}. Name another "
-                "folder (--shards DIR), or delete this one."
-            )
-
     def _take(self, shard: int, turns: dict[str, int], show: Callable[[], None]) -> bool:
         """Score a shard unless another worker has it."""
-        with self._explaining(_part(shard)):
-            claim = self.claims.take(_part(shard), turns)
+        with self.explaining(part_name(shard)):
+            claim = self.claims.take(part_name(shard), turns)
         if claim is None:
             return False
         self.done = 0
         with self.claims.renewing(claim, lambda: self.done):
-            if not self._is_whole(shard, self.folder.names()):  # it may have been finished since we looked
+            if not self.is_whole(shard, self.folder.names()):  # it may have been finished since we looked
                 batches = []
                 for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
                     batches.append(self.stage(batch))
                     self.done += len(next(iter(batch.values())))
                     show()
-                self._write(shard, batches)
+                self.write(shard, self.stage.output_features(), batches)
         self.done = 0
         return True
-
-    def _write(self, shard: int, batches: list[dict[str, Any]]) -> None:
-        from datasets.arrow_writer import ArrowWriter
-
-        def write(path: str) -> None:
-            with (
-                pa.OSFile(path, "wb") as file,
-                ArrowWriter(
-                    features=self.stage.output_features(), stream=file, fingerprint=self._fingerprint(shard)
-                ) as writer,
-            ):
-                for batch in batches:
-                    writer.write_batch(batch)
-                writer.finalize()
-
-        name = _part(shard)
-        with self._explaining(name):
-            self.copies.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another worker took over, finished, and swept our file away
-                write_whole(self.copies / name, write)
-                if self.folder.local is None:
-                    self.folder.upload(self.copies / name, name)
-        if not self._is_whole(shard, {name}):
-            raise OSError(f"shard_dir={str(self.folder)!r}: {name} was written and does not read back whole.")
-
-    def _is_whole(self, shard: int, names: set[str]) -> bool:
-        """Whether a shard is finished; one that is torn is not, and is scored again."""
-        if shard not in self._whole and _part(shard) in names:
-            found = self._open(shard)
-            if isinstance(found, str) and shard not in self._torn:
-                logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, _part(shard), found)
-                self._torn.add(shard)
-            elif not isinstance(found, str):
-                self._whole[shard] = found
-        return shard in self._whole
-
-    def _open(self, shard: int) -> Dataset | str:
-        """A finished shard, memory-mapped, or what is wrong with it.
-
-        Raises:
-            ValueError: it belongs to another run.
-        """
-        from datasets import Dataset
-
-        path = self.copies / _part(shard)
-        try:
-            if not path.exists():
-                self.copies.mkdir(parents=True, exist_ok=True)
-                self.folder.download(path.name, path)
-            with pa.memory_map(str(path)) as file:
-                metadata = pa.ipc.open_stream(file).schema.metadata or {}
-            part = Dataset.from_file(str(path))
-        except (pa.ArrowInvalid, OSError) as error:
-            self._forget_copy(path)
-            return str(error)
-        if json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint") != self._fingerprint(shard):
-            raise ValueError(
-                f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or name another folder "
-                "(--shards DIR)."
-            )
-        if len(part) != len(self.rows_in(shard)):
-            self._forget_copy(path)
-            return f"{len(part)} of {len(self.rows_in(shard))} rows"
-        return part
-
-    def _forget_copy(self, path: Path) -> None:
-        if self.folder.local is None:
-            path.unlink(missing_ok=True)
-
-    def _fingerprint(self, shard: int) -> str:
-        """What binds a part to its run and its place; `datasets` takes it for the fingerprint of the part."""
-        return f"{self.id}-{shard:05d}"
-
-    def _sweep(self, names: set[str]) -> None:
-        """Remove what killed workers have left, now that every shard is there."""
-        for name in names:
-            ours = PART.match(name.lstrip(".")) or name.startswith(f".{MANIFEST}.")
-            if ours and not PART.fullmatch(name):
-                with contextlib.suppress(OSError):
-                    self.folder.remove(name)
-
-    @contextlib.contextmanager
-    def _explaining(self, name: str) -> Iterator[None]:
-        """A disk that is full or a folder that is read-only as an error that says what to do."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                f"shard_dir={str(self.folder)!r}: {name} cannot be written: {error}. Shards that are finished stay: make room "
-                "or mend the folder, and run the same again."
-            ) from error
-
-
-def _part(shard: int) -> str:
-    return f"part-{shard:05d}.arrow"
-
-
-def _on_one_machine(cache: Path) -> Path:
-    """The default folder, which processes on several machines may not have in common."""
-    here, everywhere = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    if here != everywhere:
-        raise ValueError(
-            f"{everywhere} processes run on several machines: pass shard_dir=... (--shards DIR), a folder that all see, or a "
-            "URL such as s3://..."
-        )
-    return cache
-
-
-@contextlib.contextmanager
-def _progress(run: ShardedRun, description: str) -> Iterator[Callable[..., None]]:
-    """One bar for all workers, on the main process: what is finished, and what claims say of the rest."""
-    from datasets.utils import tqdm
-
-    with tqdm(total=len(run.texts), desc=description, unit=" examples", disable=not is_main_process()) as bar:
-        looked = [0.0]
-
-        def show(names: set[str] | None = None) -> None:
-            if bar.disable or (names is None and time.monotonic() - looked[0] < 1):
-                return
-            names = run.folder.names() if names is None else names
-            looked[0] = time.monotonic()
-            finished = sum(len(run.rows_in(int(part[1]))) for part in map(PART.fullmatch, names) if part)
-            bar.update(max(0, finished + run.claims.rows_elsewhere(names) + run.done - bar.n))
-
-        yield show

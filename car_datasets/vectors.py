@@ -18,11 +18,15 @@ Positions = npt.NDArray[np.int64]
 BATCH = 16_384  # rows in memory at a time: 25 MB of 384 numbers each
 
 
-def embedding_batches(dataset: Dataset, column: str) -> Iterator[tuple[Matrix, Positions]]:
+def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) -> Iterator[tuple[Matrix, Positions]]:
     """A column of embeddings as float32 matrices of 1 to `BATCH` rows, and the positions of the rows that have one.
 
     Read from Arrow's own buffers, memory-mapped or not: where a batch lies in one piece as float32 it is a view of them,
     else one batch is copied. No more than that is ever held, so the column may be larger than the memory.
+
+    Args:
+        dataset (`Dataset`), column (`str`): what is read.
+        rows (`range`, *optional*): read these alone, of which none need have an embedding.
 
     Raises:
         ValueError: no such column, not lists of numbers, unequal lengths, or values that are not finite (these are counted to
@@ -33,9 +37,10 @@ def embedding_batches(dataset: Dataset, column: str) -> Iterator[tuple[Matrix, P
             f"The dataset has no column {column!r}; it has {dataset.column_names}. "
             "Map TextEmbedder() over it first, or name your embeddings: embedding_column=..."
         )
-    start, width = 0, 0
+    start, width = 0 if rows is None else rows.start, 0
+    part = dataset.select_columns([column])
     bad: list[int] = []
-    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=BATCH):
+    for batch in (part if rows is None else part.select(rows)).with_format("arrow").iter(batch_size=BATCH):
         matrix, present = _joined(batch[column], column)
         present += start
         start += len(batch)
@@ -47,7 +52,7 @@ def embedding_batches(dataset: Dataset, column: str) -> Iterator[tuple[Matrix, P
         if not bad:
             yield matrix, present
     _refuse_not_finite(bad, column)
-    if width == 0:
+    if width == 0 and rows is None:
         raise ValueError(f"The column {column!r} holds no embeddings, only nulls.")
 
 

@@ -2,7 +2,8 @@
 
 The rows that the package ships are scored and embedded by 1, 2 and 3 processes, with other batch budgets and in other
 orders. Printed is how far any number is from that of one process, and whether the order of the rows and the selection are
-the same; it exits with 1 where one is not. Some two minutes on two cores.
+the same. Then 2 and 3 processes cluster them together, and other rows (tests/together.py): the labels must be those of one,
+and the centres within 1e-6. It exits with 1 where something differs. Some three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -54,22 +55,47 @@ def score(run: Run, folder: Path) -> Dataset:
     folder.mkdir()
     content = [{**rows[i], "id": i} for i in places(run.order, len(rows))]
     (folder / "rows.json").write_text(json.dumps(content), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run.processes)]
     command = ["-m", "car_datasets", "score", str(folder / "rows.json"), "--output", str(folder / "scored.parquet")]
     budget = [] if run.batch_tokens is None else ["--batch-tokens", str(run.batch_tokens)]
     line = [
         sys.executable,
-        *(launcher if run.processes > 1 else []),
+        *(launcher(run.processes) if run.processes > 1 else []),
         *command,
         "--shards",
         str(folder / "shards"),
         *budget,
     ]
+    finish(str(run), line)
+    return Dataset.from_parquet(str(folder / "scored.parquet"), cache_dir=str(folder / "cache"))
+
+
+def launcher(processes: int) -> list[str]:
+    """What starts so many of them, after python."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def finish(what: str, line: list[str]) -> str:
+    """What a command prints; it must end well."""
     environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
-        sys.exit(f"{run}: {done.stderr[-3000:]}")
-    return Dataset.from_parquet(str(folder / "scored.parquet"), cache_dir=str(folder / "cache"))
+        sys.exit(f"{what}: {done.stderr[-3000:]}")
+    return done.stdout
+
+
+def certify_clusters(source: Path) -> bool:
+    """Cluster by 2 and 3 processes what tests/together.py has, and the embeddings of `source`; print a line for each case."""
+    fine = True
+    print("processes | case | share of rows with another label | largest difference of a centre | of a distance")
+    for processes in (2, 3):
+        what = f"{processes} processes cluster"
+        found = json.loads(finish(what, [sys.executable, *launcher(processes), "-m", "tests.together", str(source)]))
+        del found["errors"]
+        for case, (others, centers, distances) in found.items():
+            fine = fine and others == 0 and max(centers, distances) <= 1e-6
+            print(f"{processes} | {case} | {others:.1e} | {centers:.1e} | {distances:.1e}", flush=True)
+    print(f"clusters: {'certified' if fine else 'NOT certified'}")
+    return fine
 
 
 def select(scored: Dataset) -> list[int]:
@@ -102,4 +128,6 @@ def certify(folder: Path, runs: tuple[Run, ...] = RUNS) -> bool:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="car-datasets-certify-") as temporary:
-        sys.exit(0 if certify(Path(temporary)) else 1)
+        scores_agree = certify(Path(temporary))
+        clusters_agree = certify_clusters(Path(temporary) / "0" / "scored.parquet")
+        sys.exit(0 if scores_agree and clusters_agree else 1)

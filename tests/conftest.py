@@ -153,7 +153,7 @@ def tiny_engine(
     from car_datasets.quantisation import quantise_encoder, sample_texts
 
     scorer = QualityScorer(tiny_iqs)
-    texts = sample_texts(Dataset.from_list(sample_rows[:32]), scorer, 32)
+    texts, _ = sample_texts(Dataset.from_list(sample_rows[:32]), scorer, 32)
     return str(quantise_encoder(scorer, texts, tmp_path_factory.mktemp("engine")))
 
 

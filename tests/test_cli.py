@@ -17,7 +17,7 @@ from click.testing import Result
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from car_datasets import ClusterModel, __version__
+from car_datasets import ClusterModel, QualityScorer, TextEmbedder, __version__
 from car_datasets.cli import app
 from car_datasets.results import RESULT_FILES
 
@@ -162,6 +162,23 @@ def test_stages_one_by_one_give_what_curate_gives(rows: Path, tmp_path: Path) ->
     assert ClusterModel.from_pretrained(tmp_path / "model").k == 3
 
 
+def test_score_without_an_output_fills_shards_that_curate_takes(
+    rows: Path, tiny_iqs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, models = tmp_path / "shards", ("--scorer", tiny_iqs, "--on-invalid", "mark")
+    result = run("score", rows, "--shards", shards, *models)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (
+        f"{shards}/scores holds 24 of 24 rows, {shards}/embeddings holds 24 of 24 rows; none is left. "
+        f"car-datasets curate SOURCE --shards {shards} goes on from there.\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "shards"]
+    for stage in (QualityScorer, TextEmbedder):
+        monkeypatch.setattr(stage, "__call__", lambda *_: pytest.fail("was scored already"))
+    result = run("curate", rows, "-o", tmp_path / "out", "--shards", shards, *models, "--n1", 4, "--k", 2)
+    assert result.exit_code == 0, result.output
+
+
 def test_score_alone_needs_no_room_for_later_columns(rows: Path, tiny_iqs: str, tmp_path: Path) -> None:
     """Who brings embeddings and clusters of their own wants the score only."""
     own = Dataset.from_json(str(rows)).add_column("embedding", [[1.0]] * 24).add_column("cluster", [0] * 24)
@@ -296,6 +313,7 @@ def test_source_that_cannot_be_read_is_one_line(name: str, content: bytes, messa
     ("arguments", "message"),
     [
         (("score", "rows.json", "-o", "scored.csv"), "scored.csv: name a .parquet file"),
+        (("score", "rows.json"), "--output FILE, or --shards DIR"),
         (("score", "nope.json", "-o", "scored.parquet"), "no such file or folder"),
         (("score", "someone/no-such-dataset", "-o", "scored.parquet"), "someone/no-such-dataset"),
         (("score", "rows.json", "-o", "rows.json/scored.parquet"), "rows.json.* is a file"),

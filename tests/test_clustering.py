@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
+from datasets.table import InMemoryTable
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from car_datasets import ClusterModel, cluster_filter, select_car
 from car_datasets.cluster_fitting import number_of_clusters
 from car_datasets.vectors import BATCH, read_embeddings
+from tests.workers import WORKERS
 
 NEW = {"cluster": Value("int32"), "cluster_distance": Value("float32")}
 
@@ -96,8 +101,14 @@ def test_as_many_clusters_as_rows() -> None:
     np.testing.assert_allclose(labelled["cluster_distance"], 0, atol=1e-5)
 
 
-def test_k_may_be_a_numpy_number(data: Dataset) -> None:
-    assert ClusterModel.fit(data, k=np.int64(3)).k == 3
+def test_numbers_may_be_numpys(data: Dataset, tmp_path: Path) -> None:
+    numbers = {"k": 3, "n_init": 2, "seed": 7, "kmeans_sample": 50}
+    model = ClusterModel.fit(
+        data, explained_variance=np.float32(0.5), **{name: np.int64(n) for name, n in numbers.items()}
+    )
+    assert model.digest == ClusterModel.fit(data, explained_variance=0.5, **numbers).digest
+    model.save_pretrained(tmp_path)
+    assert ClusterModel.from_pretrained(tmp_path).seed == 7
 
 
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
@@ -254,6 +265,53 @@ def test_a_saved_model_comes_back_equal(model: ClusterModel, saved: Path) -> Non
         assert np.array_equal(got, wanted)
 
 
+def save_and_die(model: ClusterModel, folder: Path, nth: int) -> None:
+    """In a child: save, and be killed before the n-th file is moved into place."""
+    from car_datasets import results
+
+    ordinary, left = os.replace, [nth]
+
+    def deadly(*given: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ordinary(*given)
+
+    results.os.replace = deadly  # type: ignore[assignment]
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize("before", ["nothing", "another model"])
+def test_killed_while_saving_it_leaves_no_model_that_loads(
+    model: ClusterModel, tmp_path: Path, nth: int, before: str
+) -> None:
+    if before == "another model":
+        replace(model, centers=model.centers + 1, seed=9).save_pretrained(tmp_path)
+    worker = WORKERS.Process(target=save_and_die, args=(model, tmp_path, nth))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL
+    with pytest.raises(ValueError, match="holds no cluster model"):
+        ClusterModel.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert ClusterModel.from_pretrained(tmp_path).digest == model.digest
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_bar_is_that_of_datasets(
+    model: ClusterModel, data: Dataset, wanted: bool, capfd: Any, monkeypatch: Any
+) -> None:
+    # Under conftest's setting of the environment neither call would do anything.
+    monkeypatch.setattr(sys.modules["datasets.utils.tqdm"], "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    (datasets.enable_progress_bars if wanted else datasets.disable_progress_bars)()
+    try:
+        model.label(data)
+    finally:
+        datasets.disable_progress_bars()
+    assert ("Clustering: 100%" in capfd.readouterr().err) is wanted
+
+
 def test_a_saved_model_keeps_its_fingerprint(model: ClusterModel, saved: Path) -> None:
     assert Hasher.hash(ClusterModel.from_pretrained(saved)) == Hasher.hash(model)
 
@@ -336,7 +394,17 @@ BAD_FITS: dict[str, tuple[dict[str, Any], str]] = {
     "k a bool": ({"k": True}, "k=True must be"),
     "variance 0": ({"explained_variance": 0.0}, r"explained_variance=0\.0 must lie in \(0, 1\]"),
     "variance above 1": ({"explained_variance": 1.5}, "explained_variance=1.5 must lie"),
+    "k a number as text": ({"k": "12"}, "k='12' must be 'sqrt' or a whole number"),
+    "k of numpy, a fraction": ({"k": np.float64(3)}, "k=.*3.0.* must be"),
+    "variance a bool": ({"explained_variance": True}, "explained_variance=True must lie"),
+    "variance a word": ({"explained_variance": "0.9"}, "explained_variance='0.9' must lie"),
     "no runs": ({"n_init": 0}, "n_init=0 must be at least 1"),
+    "runs a fraction": ({"n_init": 1.5}, "n_init=1.5 must be at least 1"),
+    "runs a bool": ({"n_init": True}, "n_init=True must be"),
+    "seed a fraction": ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+    "seed a bool": ({"seed": False}, "seed=False must be"),
+    "seed negative": ({"seed": -1}, "seed=-1 must be"),
+    "sample a fraction": ({"kmeans_sample": 2.5}, "kmeans_sample=2.5 must be a number of rows"),
     "no column": ({"embedding_column": "vector"}, r"no column 'vector'; it has \['embedding'\]"),
 }
 
@@ -511,3 +579,30 @@ def test_labels_of_the_fit_are_those_of_the_saved_embeddings(scored: Dataset, tm
     assert (len(matrix), len(present)) == (195, 195)
     labelled = ClusterModel.from_pretrained(tmp_path / "clusters").label(again)
     assert select_car(labelled, 20)[:] == cluster_filter(scored, n1=20)[:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
+def test_labelling_leaves_no_memory_behind(tmp_path: Path) -> None:
+    """Not even as holes between small results: they once came to as much as the embeddings, here 460 MB."""
+    matrix = np.random.default_rng(0).normal(size=(300_000, 384)).astype(np.float32)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), 384)
+    Dataset(InMemoryTable(pa.table({"embedding": lists}))).save_to_disk(tmp_path / "pool")
+    code = """
+import sys
+from datasets import Dataset
+from car_datasets import ClusterModel
+
+def megabytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) // 1024
+
+pool = Dataset.load_from_disk(sys.argv[1])
+model = ClusterModel.fit(pool.select(range(2000)), k=20)
+before = megabytes()
+labelled = model.label(pool)
+print(megabytes() - before)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "pool")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 200

@@ -1,11 +1,15 @@
 """TextEmbedder equals sentence-transformers."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features
 from sentence_transformers import SentenceTransformer
 
 from car_datasets import TextEmbedder, hub
+from car_datasets.embedding import reads_plain_tokens
 from car_datasets.templates import Exchange, render
 
 
@@ -20,10 +24,31 @@ def test_equal_to_encode(tiny_embedder: str, pairs: Dataset) -> None:
     assert embedded.features["embedding"].feature.dtype == "float32"
 
 
+def test_map_gives_lists_of_fixed_size_when_told_the_features(tiny_embedder: str, pairs: Dataset) -> None:
+    embedder = TextEmbedder(tiny_embedder)
+    features = Features({**pairs.features, **embedder.output_features()})
+    embedded = pairs.map(embedder, batched=True, with_rank=True, features=features)
+    assert embedded.data.schema.field("embedding").type == pa.list_(pa.float32(), 32)
+    inferred = pairs.map(embedder, batched=True, with_rank=True)
+    assert inferred["embedding"][:] == embedded["embedding"][:]
+
+
 def test_the_default_equals_encode_on_shipped_rows_long_ones_too(sample_rows: list[dict]) -> None:
     texts = [r["output"] for r in sample_rows[:20]] + [" ".join(r["output"] for r in sample_rows[:15]), ""]
     found = TextEmbedder().embed_texts(texts)
     assert np.abs(found - encode(str(hub.default_encoder_folder()), texts)).max() < 1e-5
+
+
+def test_a_model_with_a_prompt_of_its_own_is_left_to_encode(tiny_embedder: str, tmp_path: Path) -> None:
+    texts = ["the sea", "", "a list of good and bad " * 30]
+    plain = SentenceTransformer(tiny_embedder, device="cpu")
+    assert reads_plain_tokens(plain)
+    prompted = SentenceTransformer(tiny_embedder, device="cpu", prompts={"q": "write a poem "}, default_prompt_name="q")
+    assert not reads_plain_tokens(prompted)
+    prompted.save(str(tmp_path))
+    found = TextEmbedder(str(tmp_path)).embed_texts(texts)
+    assert np.abs(found - prompted.encode(texts)).max() < 1e-5
+    assert np.abs(found - plain.encode(texts)).max() > 1e-3
 
 
 def test_a_chat_is_the_mean_of_its_exchanges_at_their_length(tiny_embedder: str) -> None:

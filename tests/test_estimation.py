@@ -55,6 +55,20 @@ def test_the_command_prints_one_line(tiny_iqs: str, pairs: Dataset, tmp_path: An
     assert "to score 6 rows" in done.output
 
 
+def test_the_command_times_the_engine_that_it_is_given(
+    tiny_iqs: str, tiny_engine: str, pairs: Dataset, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+    monkeypatch.setattr(
+        estimation, "estimate_scoring", lambda dataset, scorer, rows: timed.append(scorer.engine) or "a line"
+    )
+    pairs.to_json(str(tmp_path / "rows.jsonl"))
+    options = ["--scorer", tiny_iqs, "--engine", tiny_engine, "--no-embeddings"]
+    done = CliRunner().invoke(app, ["estimate", str(tmp_path / "rows.jsonl"), *options])
+    assert done.exit_code == 0, done.output
+    assert timed == [tiny_engine]
+
+
 @pytest.mark.parametrize("large", [6, 7])
 def test_a_large_dataset_is_announced(
     large: int, tiny_iqs: str, pairs: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,17 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from car_datasets import kmeans
-from car_datasets.kmeans import Fitted, fit_kmeans, lloyd, nearest, next_centers, one_pass, segment_sums, sums_by_label
+from car_datasets.kmeans import (
+    Chunks,
+    Fitted,
+    fit_kmeans,
+    lloyd,
+    nearest,
+    next_centers,
+    one_pass,
+    segment_sums,
+    sums_by_label,
+)
 from car_datasets.vectors import Matrix
 
 
@@ -22,12 +30,13 @@ def groups(rows: int, width: int = 8, of: int = 12, seed: int = 0) -> Matrix:
     return (places[rng.integers(0, of, rows)] + rng.normal(size=(rows, width))).astype(np.float32)
 
 
-def read_in(points: Matrix, chunks: int = 3) -> Callable[[], Iterator[Matrix]]:
-    return lambda: iter(np.array_split(points, chunks))
+def read_in(points: Matrix, chunks: int = 3) -> Chunks:
+    parts = np.array_split(points, chunks)
+    return Chunks([len(part) for part in parts], lambda chosen: parts[chosen.start : chosen.stop])
 
 
 def fit(points: Matrix, k: int, chunks: int = 3, **options: int) -> Fitted:
-    return fit_kmeans(read_in(points, chunks), torch.from_numpy, len(points), k, **{"seed": 0, **options})
+    return fit_kmeans(read_in(points, chunks), torch.from_numpy, k, **{"seed": 0, **options})
 
 
 def squared_distances(points: Matrix, centers: Tensor) -> np.ndarray:
@@ -177,7 +186,7 @@ def test_a_sample_is_all_that_is_held() -> None:
         seen.append(len(chunk))
         return torch.from_numpy(chunk)
 
-    fit_kmeans(read_in(points, 10), project, 1_000, 4, seed=0, sample=5)
+    fit_kmeans(read_in(points, 10), project, 4, seed=0, sample=5)
     assert (sum(seen[:10]), seen[10:]) == (20, [100] * 30)
 
 
@@ -186,16 +195,19 @@ def test_full_passes_mend_what_a_sample_missed() -> None:
     exact, sampled = fit(points, 30).inertia, fit(points, 30, sample=8)
     rng = np.random.default_rng(0)  # what the sampled fit draws
     places = np.sort(rng.choice(3_000, 240, replace=False, shuffle=False))
-    held = kmeans.take(read_in(points)(), torch.from_numpy, places)
-    alone = lloyd(held, kmeans.first_centers(held, 30, rng)).centers
+    held = kmeans.take(read_in(points), torch.from_numpy, places, range(240))
+    alone = lloyd(held, kmeans.first_centers(held, 30, rng, range(240), 240)).centers
     assert exact <= sampled.inertia < squared_distances(points, alone).min(axis=1).sum()
 
 
 @pytest.mark.parametrize("places", [[], [0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 3, 9], [4, 5]])
 def test_take_finds_rows_over_chunks(places: list[int]) -> None:
     rows = np.arange(20, dtype=np.float32).reshape(10, 2)
-    held = kmeans.take(read_in(rows, 4)(), torch.from_numpy, np.array(places, dtype=np.int64))
-    assert held.tolist() == rows[places].tolist()
+    found = [
+        kmeans.take(read_in(rows, 4), torch.from_numpy, np.array(places, dtype=np.int64), share).tolist()
+        for share in (range(len(places)), range(len(places) // 2), range(len(places) // 2, len(places)))
+    ]
+    assert found[0] == found[1] + found[2] == rows[places].tolist()
 
 
 # what data can be like ------------------------------------------------------------------------------------------------
@@ -246,7 +258,9 @@ def test_on_a_gpu_the_seed_decides_too(sample: int) -> None:
     def on_gpu(chunk: Matrix) -> Tensor:
         return torch.from_numpy(chunk).cuda()
 
-    first, again = (fit_kmeans(read_in(points), on_gpu, len(points), 64, seed=0, sample=sample) for _ in range(2))
+    first, again = (
+        fit_kmeans(read_in(points), on_gpu, 64, seed=0, sample=sample, device=torch.device("cuda")) for _ in range(2)
+    )
     assert torch.equal(first.centers, again.centers)
     assert first.inertia == again.inertia
     assert first.inertia <= 1.01 * fit(points, 64, sample=sample).inertia

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ import psutil
 import pytest
 from datasets import Dataset
 
-from car_datasets import QualityScorer, curate
+from car_datasets import ClusterModel, QualityScorer, TextEmbedder, curate, load_instructions
+from car_datasets.columns import add_columns
 from car_datasets.results import RESULT_FILES
 from tests.conftest import ROOT, WORDS
 
@@ -67,18 +69,110 @@ def test_curate_gives_what_one_process_gives(
     for bar in ("Scoring", "Embedding", "Clustering"):
         assert len(re.findall(rf"{bar}: 100%\S* 600/600", done.stderr)) in (1, 2)  # the last line is drawn twice
         assert len(re.findall(rf"{bar}: +0%", done.stderr)) == 1
-    one, many = (read(tmp_path / name / "scored.parquet", tmp_path) for name in ("one", "many"))
-    assert one.column_names == many.column_names
-    assert np.allclose(one["iqs_score"][:], many["iqs_score"][:], atol=1e-5)
-    assert np.allclose(one["embedding"][:], many["embedding"][:], atol=1e-5)
-    for name in ("source_index", "instruction", "iqs_tokens", "cluster"):
-        assert one[name][:] == many[name][:], name
-    chosen = [read(tmp_path / name / "selected.parquet", tmp_path)["source_index"][:] for name in ("one", "many")]
-    assert chosen[0] == chosen[1]
+    assert_same(tmp_path / "one", tmp_path / "many", tmp_path)
     assert sorted(path.name for path in (tmp_path / "shards" / "scores").iterdir()) == [
         "manifest.json",
         *(f"part-{i:05d}.arrow" for i in range(5)),
     ]
+
+
+def assert_same(one: Path, many: Path, cache: Path) -> None:
+    """Two results of `curate`: the same rows in the same order, and their scores and embeddings within 1e-5."""
+    scored = [read(folder / "scored.parquet", cache) for folder in (one, many)]
+    assert scored[0].column_names == scored[1].column_names
+    assert np.allclose(scored[0]["iqs_score"][:], scored[1]["iqs_score"][:], atol=1e-5)
+    assert np.allclose(scored[0]["embedding"][:], scored[1]["embedding"][:], atol=1e-5)
+    for name in ("source_index", "instruction", "iqs_tokens", "cluster"):
+        assert scored[0][name][:] == scored[1][name][:], name
+    chosen = [read(folder / "selected.parquet", cache)["source_index"][:] for folder in (one, many)]
+    assert chosen[0] == chosen[1]
+
+
+def on_machine(how: str, number: int, port: int) -> list[str]:
+    """A launcher's line on one of two machines of one process each, which meet at a port of this one."""
+    if how == "torchrun":
+        meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
+        return ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meet]
+    meet = ["--machine_rank", str(number), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    return ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "2", "--num_processes", "2", *meet]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torchrun", "accelerate"])
+def test_two_machines_give_what_one_process_gives(
+    tiny_iqs: str, tiny_embedder: str, rows: Path, tmp_path: Path, how: str
+) -> None:
+    curate(str(rows), tmp_path / "one", scorer=tiny_iqs, embedder=tiny_embedder, n1=50, n2=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "50", "--n2", "2"]
+    places = ["--output", str(tmp_path / "two"), "--shards", str(tmp_path / "shards")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "car_datasets", "curate", str(rows), *places, *models]
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", *on_machine(how, i, port), *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    ends = [launcher.communicate(timeout=240) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], ends
+    assert sum(output.count("The selection is in") for output, _ in ends) == 1
+    assert_same(tmp_path / "one", tmp_path / "two", tmp_path)
+
+
+SBATCH = ROOT / "configs" / "slurm_array.sbatch"
+
+
+@pytest.mark.slow
+def test_the_slurm_array_runs_without_slurm(sample_file: Path, tmp_path: Path) -> None:
+    """Two tasks at once that score, and the last one, which merges; on the sample and models that are shipped."""
+    curate(str(sample_file), tmp_path / "one", n1=0.05, n2=1)
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "car-datasets"  # as an installed package has it
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m car_datasets "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{command.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_MAX": "2"}
+
+    def task(number: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(SBATCH), str(sample_file), str(tmp_path / "run"), "--batch-tokens", "2048"],
+            env={**environment, "SLURM_ARRAY_TASK_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def parts() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "shards" / "scores").iterdir()}
+
+    scoring = [task(0), task(1)]
+    said = [worker.communicate(timeout=240) for worker in scoring]
+    assert [worker.returncode for worker in scoring] == [0, 0], said
+    for output, _ in said:
+        assert re.fullmatch(r"\S+/shards/scores holds \d+ of 384 rows; .* goes on from there\.\n", output), output
+    assert any("holds 384 of 384 rows; none is left" in output for output, _ in said)
+    assert not (tmp_path / "run" / "result").exists()
+    before = parts()
+    assert len([name for name in before if name.startswith("part-")]) == 3
+    last = task(2)
+    output, errors = last.communicate(timeout=240)
+    assert last.returncode == 0, errors
+    assert "The selection is in" in output
+    assert parts() == before  # nothing was scored again
+    assert_same(tmp_path / "one", tmp_path / "run" / "result", tmp_path)
+
+
+def test_the_slurm_array_says_its_command_and_parses() -> None:
+    text = SBATCH.read_text(encoding="utf-8")
+    assert "#   sbatch configs/slurm_array.sbatch " in text.split("#SBATCH")[0]
+    assert subprocess.run(["bash", "-n", str(SBATCH)], check=False).returncode == 0
 
 
 SCRIPT = """
@@ -195,6 +289,70 @@ def test_a_killed_launcher_or_rank_ends_the_others_and_the_same_command_goes_on(
     assert done.returncode == 0, done.stderr[-3000:]
     for name in RESULT_FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def sample_embeddings(sample_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings of the rows that the package ships."""
+    found = add_columns(load_instructions(str(sample_file)), TextEmbedder(), "Embedding")
+    path = tmp_path_factory.mktemp("embeddings") / "sample.parquet"
+    found.select_columns(["embedding"]).to_parquet(path)
+    return path
+
+
+TOLD = [  # on every rank, of what is wrong with all or with one
+    r"ValueError: .* not finite in 3 rows, the first \[70, 200, 399\]\.",
+    r"ValueError: .* embeddings of the lengths \[8, 12\]",
+    r"ValueError: .* holds no embeddings, only nulls\.",
+    r"ValueError: k=401 must be .* the 400 rows",
+    r"ValueError: .* no column 'vector'",
+    r"RuntimeError: rank 1 has lost its disk",
+    *[r"ValueError: dataset: process 1 of \d fits clusters to other rows or in another way"] * 3,
+    r"ValueError: .* not finite in 1 rows",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_clusters_are_those_of_one_process(sample_embeddings: Path, count: int) -> None:
+    done = launch(TORCHRUN, count, "-m", "tests.together", str(sample_embeddings))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    told = found.pop("errors")
+    assert len(found) == 16
+    for name, (other_labels, centers, distances) in found.items():
+        assert other_labels == 0, name
+        assert max(centers, distances) <= 1e-6, name
+    assert len(told) == count
+    for messages in told:
+        assert len(messages) == len(TOLD)
+        for message, pattern in zip(messages, TOLD, strict=True):
+            assert re.match(pattern, message), message
+
+
+@pytest.mark.slow
+def test_the_command_cluster_shares_and_says_it_once(tiny_embedder: str, rows: Path, tmp_path: Path) -> None:
+    """From rows without embeddings, as in the original's scored files; the model is saved once."""
+    found = {}
+    for count in (1, 2):
+        output, saved = tmp_path / f"{count}.parquet", tmp_path / f"model-{count}"
+        arguments = ["cluster", str(rows), "--output", str(output), "--save-model", str(saved), "--k", "9"]
+        done = launch(TORCHRUN, count, "-m", "car_datasets", *arguments, "--embedder", tiny_embedder, bars=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("600 rows are in") == 1
+        assert len(re.findall(r"Embedding: +0%", done.stderr)) == len(re.findall(r"Clustering: +0%", done.stderr)) == 1
+        found[count] = read(output, tmp_path / f"cache-{count}"), ClusterModel.from_pretrained(saved)
+    assert found[1][0]["cluster"][:] == found[2][0]["cluster"][:]
+    np.testing.assert_allclose(found[1][1].centers, found[2][1].centers, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", range(5))
+def test_a_short_script_ends_well(tmp_path: Path, run: int) -> None:
+    """Left to itself, gloo ended every other such process by SIGABRT."""
+    (tmp_path / "short.py").write_text("from car_datasets.parallel import from_main\nfrom_main(lambda: None)\n")
+    done = launch(TORCHRUN, 2, str(tmp_path / "short.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from datasets.fingerprint import Hasher
 
 from car_datasets import IQSModel, QualityScorer, openvino_encoder
-from car_datasets.loaded_scorer import load_scorer
+from car_datasets.loaded_scorer import Weights, load_scorer
 from car_datasets.openvino_encoder import OpenVINOEncoder, pin_engine
 from car_datasets.scoring import TextScores
 
@@ -90,6 +90,23 @@ def test_a_folder_that_holds_no_engine_is_refused(tiny_iqs: str, tmp_path: Path)
         QualityScorer(tiny_iqs, engine=str(tmp_path))
 
 
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"model": "x"', "\x00"])
+def test_a_damaged_record_is_refused(record: str, tiny_iqs: str, tiny_engine: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_engine, tmp_path / "engine")
+    (tmp_path / "engine" / "engine.json").write_text(record)
+    with pytest.raises(ValueError, match=r"engine\.json is damaged\. Make the folder anew"):
+        QualityScorer(tiny_iqs, engine=str(tmp_path / "engine"))
+
+
+@pytest.mark.parametrize("name", ["encoder.xml", "encoder.bin"])
+def test_a_damaged_encoder_is_refused(name: str, tiny_iqs: str, tiny_engine: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny_engine, tmp_path / "engine")
+    file = tmp_path / "engine" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"encoder\.xml or encoder\.bin is damaged"):
+        score(tiny_iqs, ["Instruction: a Response: b"], engine=str(tmp_path / "engine"))
+
+
 def test_half_precision_beside_an_engine_is_refused(tiny_iqs: str, tiny_engine: str) -> None:
     with pytest.raises(ValueError, match="leave out dtype='bfloat16'"):
         QualityScorer(tiny_iqs, engine=tiny_engine, dtype="bfloat16")
@@ -102,7 +119,7 @@ def test_compiling_beside_an_engine_is_refused(tiny_iqs: str, tiny_engine: str) 
 
 def test_a_gpu_is_refused_before_weights_are_read() -> None:
     with pytest.raises(ValueError, match=r"engine='int8' runs on the CPU only.*cuda:1"):
-        load_scorer("no/such-model", "", None, None, "float32", torch.device("cuda", 1), False, "int8", "")
+        load_scorer(Weights("no/such-model", "", engine="int8", engine_pin=""), torch.device("cuda", 1))
 
 
 def test_without_the_extra_the_way_to_it_is_named(

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 FIND = """
 from car_datasets import hub
-print(sorted(p.name for p in hub.data_folder("configs").glob("*.yaml")))
+print(sorted(p.name for p in hub.data_folder("configs").iterdir() if p.suffix in (".yaml", ".sbatch")))
 print(sorted(p.name for p in hub.data_folder("hub_cards").glob("*.jinja")))
 from car_datasets import report_page
 from pathlib import Path
@@ -25,7 +25,7 @@ print(hub.sample_file().is_file(), (hub.default_scorer_folder() / "model.safeten
 
 
 def expected(where: str) -> list[str]:
-    return sorted(p.name for p in (ROOT / where).iterdir() if p.suffix in (".yaml", ".jinja"))
+    return sorted(p.name for p in (ROOT / where).iterdir() if p.suffix in (".yaml", ".sbatch", ".jinja"))
 
 
 def run(code: str, folder: Path, path: str) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import BertConfig
 
 from car_datasets import IQSConfig, IQSModel, QualityScorer, loaded_scorer
 from car_datasets.batching import pad
@@ -96,7 +97,7 @@ def test_a_packed_scorer_scores_as_a_padded_one(
     monkeypatch.setattr(loaded_scorer, "can_pack", lambda *_: True)
     scorer = QualityScorer(folder)
     found = scorer(pairs[:])["iqs_score"]
-    assert loaded_scorer.load_scorer(folder, str(scorer.revision), None, None, "float32", CPU, False).packed
+    assert scorer.load().packed
     assert np.allclose(found, expected, atol=TOLERANCE)
     assert len(np.unique(np.round(expected, 3))) > 3
     loaded_scorer.load_scorer.cache_clear()
@@ -105,6 +106,30 @@ def test_a_packed_scorer_scores_as_a_padded_one(
 def test_a_gpu_and_half_precision_are_needed() -> None:
     assert not can_pack(tiny_encoder_config(), "bfloat16", CPU)
     assert not can_pack(tiny_encoder_config(), "float32", torch.device("cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch's variable-length attention runs on")
+def test_on_a_gpu_packed_scores_equal_padded_ones() -> None:
+    """Half precision rounds in another order: the tolerance is bfloat16's, of scores that spread far wider."""
+    device = torch.device("cuda")
+    config = BertConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
+    )
+    ids = [[2, *(4 + (i * j) % 60 for j in range(1 + 3 * i)), 3] for i in range(40)]
+    model = build(config, max_tokens=512).to(device)
+    model.encoder.to(torch.bfloat16)
+    assert can_pack(config, "bfloat16", device)
+    input_ids, mask = pad(ids, 0, device)
+    with torch.inference_mode():
+        expected = model.member_scores(input_ids, mask)[0]
+        use_packing(model.encoder)
+        found = model.member_scores(input_ids, mask, packed=pack(ids, 0, 0, 512, device))[0]
+        alone = [
+            model.member_scores(*pad([row], 0, device), packed=pack([row], 0, 0, 512, device))[0] for row in ids[:8]
+        ]
+    spread = float(expected.std())
+    assert (found - expected).abs().max() < 0.05 * spread
+    assert (torch.cat(alone) - found[:8]).abs().max() < 0.05 * spread
 
 
 def test_texts_that_are_not_packed_are_refused() -> None:

@@ -75,11 +75,26 @@ def test_a_ranking_model_is_calibrated_on_questions_and_answers(
 def test_sampled_texts_are_drawn_by_seed_and_leave_out_what_has_no_score(tiny_iqs: str) -> None:
     rows = [{"instruction": f"name {i}", "output": None if i == 3 else "red"} for i in range(40)]
     scorer = QualityScorer(tiny_iqs)
-    drawn = sample_texts(Dataset.from_list(rows), scorer, 20, seed=1)
-    assert drawn == sample_texts(Dataset.from_list(rows), scorer, 20, seed=1)
-    assert drawn != sample_texts(Dataset.from_list(rows), scorer, 20, seed=2)
-    everything = sample_texts(Dataset.from_list(rows), scorer, 100)
-    assert len(set(everything)) == len(everything) == 39
+    drawn, others = sample_texts(Dataset.from_list(rows), scorer, 20, seed=1)
+    assert (drawn, others) == sample_texts(Dataset.from_list(rows), scorer, 20, seed=1)
+    assert drawn != sample_texts(Dataset.from_list(rows), scorer, 20, seed=2)[0]
+    assert len(set(drawn + others)) == len(drawn + others) == 39
+    assert sample_texts(Dataset.from_list(rows), scorer, 100) == (
+        sample_texts(Dataset.from_list(rows), scorer, 40)[0],
+        [],
+    )
+    assert len(sample_texts(Dataset.from_list(rows), scorer, 20, 5, seed=1)[1]) <= 5
+
+
+def test_the_exchanges_of_a_chat_stay_on_one_side(tiny_iqs: str) -> None:
+    chats = [
+        [{"role": role, "content": f"{i} {turn}"} for turn in range(3) for role in ("user", "assistant")]
+        for i in range(9)
+    ]
+    sides = sample_texts(Dataset.from_dict({"messages": chats}), QualityScorer(tiny_iqs), 4, 5)
+    assert [len(side) for side in sides] == [12, 15]
+    first, second = ({text.answer.split()[1] for text in side} for side in sides)
+    assert not first & second
 
 
 def test_mistakes_are_named_before_anything_is_converted(
@@ -114,6 +129,8 @@ def test_quantise_then_score_and_evaluate(
     assert done.exit_code == 0, done.output
     assert "calibrated on 24 texts" in done.stdout
     assert "rows per second" in done.stdout
+    done = run("quantise", rows, "--output", tmp_path / "all", "--scorer", tiny_iqs, "--rows", 60)
+    assert done.stdout.endswith("Not compared with float32: 0 texts are left, and it takes 20.\n"), done.output
     assert sorted(path.name for path in int8.iterdir()) == ["encoder.bin", "encoder.xml", "engine.json"]
     again = run("quantise", rows, "--output", int8, "--scorer", tiny_iqs)
     assert again.exit_code == 2

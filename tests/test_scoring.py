@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
 from car_datasets import IQSModel, QualityScorer, TextEmbedder
@@ -17,6 +18,7 @@ from car_datasets.templates import Exchange, render
 
 TOLERANCE = 1e-5  # in float32, whatever the company of a row
 HALF_TOLERANCE = 0.05  # in bfloat16, 8 bits of mantissa
+HALF_COMPANY = {"bfloat16": 0.03, "float16": 0.005}  # the embedded scorer's; its scores' standard deviation is 0.46
 
 
 def texts(rows: Dataset) -> list[str]:
@@ -82,6 +84,25 @@ def test_bfloat16_stays_close_and_keeps_scores_apart(tiny_iqs: str, sample_rows:
     half = np.array(QualityScorer(tiny_iqs, dtype="bfloat16")(rows)["iqs_score"])
     assert np.abs(full - half).max() < HALF_TOLERANCE
     assert len(np.unique(half)) == len(np.unique(full))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(HALF_COMPANY))
+def test_in_half_precision_company_moves_a_score_within_its_tolerance(
+    dtype: str, sample_rows: list[dict[str, Any]]
+) -> None:
+    """The embedded scorer on real rows: alone, in small and large batches, backwards; and the ranking of float32."""
+    rows = [Exchange(row["instruction"], row["input"], row["output"]) for row in sample_rows[:160]]
+    texts = [render(row, "clean-1") for row in rows]
+    full = QualityScorer().score_texts(texts).scores
+    alone = QualityScorer(dtype=dtype, batch_tokens=1).score_texts(texts).scores
+    company = []
+    for budget in (512, 4096):
+        scorer = QualityScorer(dtype=dtype, batch_tokens=budget)
+        company += [scorer.score_texts(texts).scores, scorer.score_texts(texts[::-1]).scores[::-1]]
+    assert max(np.abs(scores - alone).max() for scores in company) < HALF_COMPANY[dtype]
+    assert full.std() > 10 * HALF_COMPANY[dtype]
+    assert all(spearmanr(full, scores).statistic > 0.999 for scores in company)
 
 
 @pytest.mark.parametrize(("turns", "fold"), [("mean", np.mean), ("min", min), ("sum", sum), ("last", lambda s: s[-1])])

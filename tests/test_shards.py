@@ -17,7 +17,9 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import QualityScorer, TextEmbedder, cluster_filter, score_in_shards, select_car, shards
+from car_datasets.claims import Claims, Folder
 from car_datasets.columns import add_columns
+from car_datasets.shards import fill_shards
 from tests.workers import WORKERS
 
 ANSWERS = ["Red, green and blue.", "The sea is wide.", "6", "a, b, c", "Bad."]
@@ -152,6 +154,28 @@ def test_urls(tiny_iqs: str, rows: Dataset, tmp_path: Path, calls: list[int]) ->
     assert len(memory.cat_file(torn)) > 200
 
 
+def test_a_shard_that_cannot_be_fetched_is_an_error_and_not_scored_again(
+    tiny_iqs: str, rows: Dataset, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, scorer, download = f"memory://{tmp_path.name}/shards", QualityScorer(tiny_iqs), Folder.download
+    first = score_in_shards(rows, scorer, url, shard_rows=4)
+    for file in first.cache_files:
+        Path(file["filename"]).unlink(missing_ok=True)
+
+    def fail(self: Folder, name: str, path: Path) -> None:
+        if name == "part-00002.arrow":
+            raise OSError("connection reset")  # without a number, as the clients of object stores raise it
+        download(self, name, path)
+
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "download", fail)
+        with pytest.raises(OSError, match=r"part-00002\.arrow cannot be read: connection reset.*run the same again"):
+            score_in_shards(rows, scorer, url, shard_rows=4)
+    assert score_in_shards(rows, scorer, url, shard_rows=4).to_dict() == first.to_dict()
+    assert calls == []
+
+
 def test_without_a_folder_the_cache_keeps_them(
     tiny_iqs: str, rows: Dataset, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +204,26 @@ def test_stages_follow_one_another_and_empty_datasets_pass(
 def test_the_size_of_a_shard_follows_the_rows_alone() -> None:
     # a run may go on with another number of processes, so that must not decide
     assert [shards.default_rows(n) for n in (1, 384, 52_002, 1_000_000, 10**8)] == [128, 128, 812, 15_625, 65_536]
+
+
+def test_who_does_not_wait_takes_what_is_free_and_says_what_is_left(
+    tiny_iqs: str, rows: Dataset, tmp_path: Path, calls: list[int]
+) -> None:
+    scorer = QualityScorer(tiny_iqs)
+    whole = score_in_shards(rows, scorer, tmp_path, shard_rows=4).to_dict()
+    for shard in (1, 3, 5):
+        (tmp_path / f"part-{shard:05d}.arrow").unlink()
+    other = Claims(Folder(tmp_path))
+    claims = [other.take(f"part-{shard:05d}.arrow", {}) for shard in (1, 5)]
+    calls.clear()
+    assert fill_shards(rows, scorer, tmp_path, shard_rows=4) == 7  # four rows of one, three of the other
+    assert calls == [4]
+    for claim in claims:
+        other.release(str(claim))
+    assert fill_shards(rows, scorer, tmp_path, shard_rows=4) == 0
+    assert calls == [4, 4, 3]
+    assert score_in_shards(rows, scorer, tmp_path, shard_rows=4).to_dict() == whole
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("wrong", [cluster_filter, select_car, len, lambda batch: batch])
@@ -331,6 +375,11 @@ def test_a_read_only_folder_is_a_clear_error_and_serves_what_is_finished(
         folder.chmod(0o755)
         score_in_shards(rows, scorer, folder, shard_rows=4)
         assert calls == [4]
+        (folder / "part-00003.arrow").chmod(0)
+        (folder / "part-00001.arrow").unlink()
+        message = in_child(score_where_nothing_may_be_written, scorer, rows, str(folder))
+        assert "part-00003.arrow cannot be read" in message  # an error, not a shard that is torn and to be scored again
+        assert "Permission denied" in message
     finally:
         folder.chmod(0o755)
         shutil.rmtree(folder)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.decomposition import PCA
 
-from car_datasets.cluster_fitting import fit_components
-from car_datasets.kmeans import first_centers, fit_kmeans, nearest
+from car_datasets.cluster_fitting import Projection, fit_components
+from car_datasets.covariance import Covariance
+from car_datasets.kmeans import Chunks, first_centers, fit_kmeans, nearest
 from car_datasets.vectors import BATCH, Matrix
 from tests.benchmarks.synthetic import embeddings
 from tests.benchmarks.table import Line, best_of
@@ -38,23 +39,31 @@ def measure() -> Iterator[Line]:
     yield from large(passes)
 
 
-def pieces(matrix: Matrix) -> Callable[[], Iterator[Matrix]]:
+def pieces(matrix: Matrix) -> Chunks:
     """A matrix in the pieces in which a column is read."""
-    return lambda: (matrix[start : start + BATCH] for start in range(0, len(matrix), BATCH))
+    parts = [matrix[start : start + BATCH] for start in range(0, len(matrix), BATCH)]
+    return Chunks([len(part) for part in parts], lambda chosen: parts[chosen.start : chosen.stop])
+
+
+def projection(matrix: Matrix) -> Projection:
+    """On the components of 95 %, found piece by piece."""
+    covariance = Covariance.of_all(matrix[start : start + BATCH] for start in range(0, len(matrix), BATCH))
+    mean, components, _ = fit_components(covariance, 0.95)  # type: ignore[arg-type]
+    return Projection(mean, components, torch.device("cpu"))
 
 
 def projected(rows: int) -> Matrix:
     """Synthetic embeddings after PCA that keeps 95 %."""
     matrix = embeddings(rows)
-    _, project, _ = fit_components(pieces(matrix)(), 0.95, torch.device("cpu"))
-    return np.concatenate([project(piece).numpy() for piece in pieces(matrix)()])
+    project = projection(matrix)
+    return np.concatenate([project(matrix[start : start + BATCH]).numpy() for start in range(0, rows, BATCH)])
 
 
 def components() -> Iterator[Line]:
     """The components of 95 %, from the rows."""
     for width, solver, wanted in ((384, "covariance_eigh", 2.0), (1024, "auto", 1 / 8)):
         matrix = embeddings(SMALL[0], width)
-        ours, (_, project, _) = best_of(3, lambda m=matrix: fit_components(pieces(m)(), 0.95, torch.device("cpu")))
+        ours, project = best_of(3, lambda m=matrix: projection(m))
         theirs, pca = best_of(3 if width == 384 else 1, lambda m=matrix, s=solver: PCA(0.95, svd_solver=s).fit(m))
         if project.components.shape != pca.components_.shape:
             raise AssertionError(f"{len(project.components)} components, scikit-learn has {len(pca.components_)}")
@@ -64,9 +73,7 @@ def components() -> Iterator[Line]:
 
 def fit(points: Matrix, k: int, seed: int, sample: int = 256) -> tuple[float, float]:
     """Seconds of our fit, and its inertia."""
-    seconds, found = best_of(
-        1, lambda: fit_kmeans(pieces(points), torch.from_numpy, len(points), k, seed=seed, sample=sample)
-    )
+    seconds, found = best_of(1, lambda: fit_kmeans(pieces(points), torch.from_numpy, k, seed=seed, sample=sample))
     return seconds, found.inertia
 
 
@@ -125,7 +132,9 @@ def large(passes: float) -> Iterator[Line]:
     of = f"k-means, {rows:,} x {points.shape[1]}, k={k}"
     ours, inertia = fit(points, k, 0)
     tenth, _ = best_of(1, lambda: kmeans_plusplus(points, k // 10, random_state=0))
-    centers = first_centers(torch.from_numpy(points), k, np.random.default_rng(0)).numpy()
+    centers = first_centers(
+        torch.from_numpy(points), k, np.random.default_rng(0), range(len(points)), len(points)
+    ).numpy()
     some, started = best_of(1, lambda: KMeans(k, init=centers, n_init=1, max_iter=FINISHED, tol=0).fit(points))
     theirs = 10 * tenth + some * passes / (FINISHED + 1)  # one more gives its labels
     what = f"{of}; beside scikit-learn, counted on to all of k-means++ and the {passes:.0f} passes that it took above"

@@ -10,7 +10,6 @@ import torch
 from car_datasets import QualityScorer, TextEmbedder
 from car_datasets.batching import tokenise
 from car_datasets.embedding import load_sentence_transformer
-from car_datasets.loaded_scorer import load_scorer
 from car_datasets.parallel import device_for
 from tests.benchmarks.table import Line, best_of
 from tests.benchmarks.texts import texts
@@ -24,7 +23,7 @@ def measure() -> Iterator[Line]:
     scorer, embedder = QualityScorer(), TextEmbedder()
     both = QualityScorer(embedding_column="embedding")
     sentences = load_sentence_transformer(embedder.model_id, str(embedder.revision), "float32", device_for())
-    loaded = load_scorer(scorer.model_id, str(scorer.revision), None, None, "float32", device_for(), False)
+    loaded = scorer.load()
     for warm in (embedder.embed_texts, scorer.score_texts, both.score_texts, sentences.encode):
         warm(found[:64])
 

@@ -111,8 +111,7 @@ def save_large(folder: Path, shape: dict[str, int]) -> None:
 
 
 def _load(folder: str, dtype: str, compiled: bool = False) -> LoadedScorer:
-    scorer = QualityScorer(folder, dtype=dtype)
-    return load_scorer(folder, str(scorer.revision), None, None, dtype, DEVICE, compiled)
+    return QualityScorer(folder, dtype=dtype, compile=compiled).load(DEVICE)
 
 
 def large(folder: str, kind: str, found: Sequence[str], limit: float) -> Iterator[Line]:
@@ -220,7 +219,7 @@ def minilm(kind: str) -> Iterator[Line]:
         ">= 0.9995",
         agreement >= 0.9995,
     )
-    loaded = load_scorer(exact.model_id, str(exact.revision), None, None, "bfloat16", DEVICE, False)
+    loaded = fast.load(DEVICE)
     tokenising, tokens = timed(lambda: tokenise(loaded.tokenizer, found, 512))
     what = f"G5: MiniLM, text to score; beside the tokenizer alone ({sum(tokens.lengths) / tokenising:,.0f} tokens/s)"
     yield Line(what, seconds, tokenising, target="<= 1/0.8", met=seconds <= tokenising / 0.8)

@@ -57,7 +57,7 @@ def stages(rows: int) -> dict[str, float]:
 
     points = torch.from_numpy(matrix)
     read = pieces(matrix)
-    timed("k-means on all rows, k = sqrt(n / 2)", lambda: fit_kmeans(read, torch.from_numpy, rows, k, seed=0))
+    timed("k-means on all rows, k = sqrt(n / 2)", lambda: fit_kmeans(read, torch.from_numpy, k, seed=0))
     timed(f"a full pass, k = {CLUSTERS}", lambda: one_pass([points], points[:CLUSTERS]))
     model = timed(f"fit, sampled, k = {CLUSTERS}", lambda: ClusterModel.fit(dataset, k=CLUSTERS))
     labelled = timed(f"label, k = {CLUSTERS}", lambda: model.label(dataset))  # type: ignore[attr-defined]

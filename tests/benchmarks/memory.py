@@ -7,6 +7,7 @@ on MiniLM itself, on 2,000 and on all rows at hand.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -76,11 +77,30 @@ def _in_a_process(*arguments: str) -> dict[str, float]:
     return found
 
 
-def _resident() -> dict[str, float]:
+def resident() -> dict[str, float]:
     """GB of this process: resident, and the part of it without a file behind it."""
     lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     found = {words[0]: int(words[1]) / 2**20 for words in lines if words[0] in ("VmRSS:", "RssAnon:")}
     return {"peak": found["VmRSS:"], "anonymous": found["RssAnon:"]}
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[dict[str, float]]:
+    """The highest of [`resident`] meanwhile, looked at 20 times a second."""
+    highest, done = resident(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            for name, value in resident().items():
+                highest[name] = max(highest[name], value)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield highest
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _score(model: str, folder: str) -> None:
@@ -92,20 +112,9 @@ def _score(model: str, folder: str) -> None:
 
     scorer = QualityScorer(model, diagnostics=True)
     scorer.score_texts(["Instruction: a Response: b"])
-    before = _resident()["anonymous"]  # libraries, weights, tokenizer
-    highest = _resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            for name, value in _resident().items():
-                highest[name] = max(highest[name], value)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    add_columns(load_instructions(Dataset.load_from_disk(folder)), scorer, "Scoring")
-    done.set()
-    watcher.join()
+    before = resident()["anonymous"]  # libraries, weights, tokenizer
+    with watching() as highest:
+        add_columns(load_instructions(Dataset.load_from_disk(folder)), scorer, "Scoring")
     print(json.dumps({**highest, "model": before}))
 
 

@@ -25,10 +25,9 @@ def measure() -> Iterator[Line]:
     rows = json.loads(file.read_text(encoding="utf-8"))
     calibration = min(CALIBRATION, len(rows) // 2)
     scorer = QualityScorer()
-    texts = sample_texts(Dataset.from_list(rows), scorer, calibration + COMPARED)
+    texts, rest = sample_texts(Dataset.from_list(rows), scorer, calibration, COMPARED)
     with tempfile.TemporaryDirectory() as folder:
-        engine = quantise_encoder(scorer, texts[:calibration], folder)
-        quick, rest = replace(scorer, engine=str(engine)), texts[calibration:]
+        quick = replace(scorer, engine=str(quantise_encoder(scorer, texts, folder)))
         found = compare_engines(scorer, quick, rest)
         vectors = [replace(s, embedding_column="embedding").score_texts(rest).embeddings for s in (scorer, quick)]
         alone = replace(quick, batch_tokens=1).score_texts(rest[:200]).scores
