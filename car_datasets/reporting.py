@@ -231,7 +231,7 @@ class SelectionReport:
         """The page, and the plots where matplotlib is installed, as files by their names."""
         if not can_draw():
             logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
-        seen = Overview.of(pool, selected, **names, seed=self.seed)  # type: ignore[arg-type]
+        seen = Overview.of(pool, selected, **names, seed=self.seed)
         pool_map = map_of(pool, seen, embedding_column, projection)
         plots = draw(seen, pool_map) if can_draw() else {}
         told = (self.sentences(), self.comparison())
