@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from car_datasets.version import __version__
 
 if TYPE_CHECKING:
+    from car_datasets.alternatives import what_if
     from car_datasets.clustering import ClusterModel
     from car_datasets.configuration_iqs import IQSConfig
     from car_datasets.curation import curate
     from car_datasets.embedding import TextEmbedder
+    from car_datasets.explaining import explain
     from car_datasets.filtering import cluster_filter
     from car_datasets.loading import load_instructions
     from car_datasets.modeling_iqs import IQSModel
@@ -41,6 +43,7 @@ _HOME = {
     "TextEmbedder": "embedding",
     "cluster_filter": "filtering",
     "curate": "curation",
+    "explain": "explaining",
     "load_instructions": "loading",
     "map_across_gpus": "parallel",
     "push_selection": "pushing",
@@ -48,6 +51,7 @@ _HOME = {
     "select_car": "selection",
     "select_car_streaming": "streaming",
     "verify": "verification",
+    "what_if": "alternatives",
 }
 
 __all__ = [
@@ -62,6 +66,7 @@ __all__ = [
     "__version__",
     "cluster_filter",
     "curate",
+    "explain",
     "load_instructions",
     "map_across_gpus",
     "push_selection",
@@ -69,6 +74,7 @@ __all__ = [
     "select_car",
     "select_car_streaming",
     "verify",
+    "what_if",
 ]
 
 

@@ -16,7 +16,7 @@ from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
 from car_datasets.cli_hub import print_pushed, push, verify
 from car_datasets.cli_options import parse_clusters, parse_columns, parse_count
 from car_datasets.cli_scorers import convert, evaluate, prepare, quantise, train
-from car_datasets.cli_stages import cluster, estimate, score, select
+from car_datasets.cli_stages import cluster, estimate, explore, score, select
 
 if TYPE_CHECKING:
     from car_datasets.recipe import Recipe
@@ -29,6 +29,7 @@ __all__ = [
     "demo",
     "estimate",
     "evaluate",
+    "explore",
     "prepare",
     "push",
     "quantise",
@@ -68,6 +69,7 @@ def curate(
     kmeans_sample: o.KMeansSample = None,
     turns: Annotated[str | None, typer.Option(help="Score of a chat: mean, min, last or sum.  [default: mean]")] = None,
     seed: o.Seed = None,
+    projection: o.Projection = None,
     dtype: o.Dtype = None,
     embedding_dtype: o.EmbeddingDtype = None,
     batch_tokens: o.BatchTokens = None,
@@ -111,6 +113,7 @@ def curate(
         "kmeans_sample": kmeans_sample,
         "turns": turns,
         "seed": seed,
+        "projection": projection,
         "dtype": dtype,
         "embedding_dtype": embedding_dtype,
         "batch_tokens": batch_tokens,
@@ -183,6 +186,5 @@ def demo(
 
 def _say_where(folder: Path) -> None:
     typer.echo(f"The selection is in {folder / 'selected.parquet'} and {folder / 'selected.json'},")
-    typer.echo(
-        f"the figures are in {folder / 'report.md'}, and the whole pool with its scores is in {folder / 'scored.parquet'}."
-    )
+    typer.echo(f"the figures are in {folder / 'report.html'} (open it in a browser) and {folder / 'report.md'},")
+    typer.echo(f"and the whole pool with its scores is in {folder / 'scored.parquet'}.")

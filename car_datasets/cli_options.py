@@ -66,6 +66,7 @@ N1 = Annotated[str | None, typer.Option(help="Rows by score: a number, or a shar
 N2 = Annotated[int | None, typer.Option(help="Rows from every cluster.  [default: 1]")]
 Budget = Annotated[int | None, typer.Option(help="Rows in all; n1 then follows.")]
 Clusters = Annotated[str | None, typer.Option("--k", help="Clusters: a number, or sqrt for int(sqrt(rows / 2)).")]
+Projection = Annotated[str | None, typer.Option(help="Of the map: pca, tsne, or umap (an extra).  [default: pca]")]
 Seed = Annotated[int | None, typer.Option(help="Of clustering and controls.  [default: 42]")]
 AllowWorse = Annotated[bool, typer.Option("--allow-worse", help="Do not refuse a selection below the pool's mean.")]
 IndexColumn = Annotated[str | None, typer.Option(help="Your row id.  [default: source_index]")]

@@ -1,4 +1,4 @@
-"""The commands of single stages: score, estimate, cluster, select."""
+"""The commands of single stages: score, estimate, cluster, select, explore."""
 
 from __future__ import annotations
 
@@ -200,6 +200,31 @@ def select(
     report = SelectionReport.from_selection(pool, chosen, **names)
     _write(chosen, output, **names)
     print_table(report.to_table())
+
+
+@app.command(epilog="Example: car-datasets explore out")
+@one_line_errors
+def explore(
+    folder: Annotated[Path, typer.Argument(help="A folder that curate wrote.")],
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "localhost",
+    port: Annotated[int, typer.Option(help="The next free one is taken.")] = 5055,
+    projection: o.Projection = None,
+    score_column: o.ScoreColumn = None,
+    cluster_column: o.ClusterColumn = None,
+    index_column: o.IndexColumn = None,
+    embedding_column: o.EmbeddingColumn = None,
+) -> None:
+    """Open a curated pool in embedding-atlas, an extra, with our map and neighbours."""
+    from car_datasets import exploring
+
+    names = {
+        "score_column": score_column,
+        "cluster_column": cluster_column,
+        "index_column": index_column,
+        "embedding_column": embedding_column,
+    }
+    given = {name: column for name, column in names.items() if column is not None}
+    exploring.explore(folder, host, port, projection or "pca", **given)
 
 
 def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:

@@ -19,6 +19,7 @@ from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
 from car_datasets.parallel import from_main, is_main_process
+from car_datasets.projection import check_projection
 from car_datasets.receipt import describe_source, make_receipt
 from car_datasets.recipe import Recipe
 from car_datasets.recipe_stages import score_and_embed, scorer_of
@@ -66,7 +67,8 @@ def curate(
     Args:
         source: see [`load_instructions`].
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list of
-            rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json` and `report.md`. It must not hold a result.
+            rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html` and, with
+            matplotlib, four `plot_*.png`. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
         token (`str`, *optional*): for private sources and models; never stored.
         shard_dir (`str`, *optional*): score in shards and keep them there, so that a second run, or more processes, go on
@@ -110,7 +112,7 @@ def curate(
     curated = Curated(selected, pool if settings.keep_embeddings else without_vectors, report)
     if folder is not None:
         own_index = settings.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, without_vectors, settings, scorer, origin, own_index))
+        from_main(lambda: _write_files(folder, curated, pool, settings, scorer, origin, own_index))
     return curated
 
 
@@ -124,23 +126,24 @@ def _write_files(
     own_index: bool,
 ) -> None:
     selected, scored, report = curated
-    receipt = make_receipt(origin, settings, scorer, pool, selected, report)
+    without_vectors = pool.remove_columns(settings.embedding_column)
+    receipt = make_receipt(origin, settings, scorer, without_vectors, selected, report)
     with unfinished(folder):
-        write_result(
-            folder, selected, scored, report, receipt.to_json(), settings.score_column, settings.cluster_column
-        )
+        names = {**settings.names, "embedding_column": settings.embedding_column}
+        pictures = report.pictures(pool, selected, settings.projection, **names)
+        files = {"receipt.json": receipt.to_json().encode(), **pictures}
+        write_result(folder, selected, scored, report, files, settings.score_column, settings.cluster_column)
         if settings.procedure == "paper":
-            names = {
-                **settings.names,
-                "index_column": "" if own_index else settings.index_column,
-            }  # the user's own stays
-            write_original_files(folder, selected, pool, scorer.objective, **names)
+            index_column = "" if own_index else settings.index_column  # the user's own stays
+            names = {**settings.names, "index_column": index_column}
+            write_original_files(folder, selected, without_vectors, scorer.objective, **names)
 
 
 def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
     """What k, n1, n2, budget and the procedure can be wrong about before there are scores."""
     if settings.procedure not in PROCEDURES:
         raise ValueError(f"procedure={settings.procedure!r} is not known; choose one of {PROCEDURES}.")
+    check_projection(settings.projection)
     rows = len(dataset)
     if settings.on_invalid == "mark":
         rows -= len(unscorable_rows(dataset, find_schema(dataset.column_names, settings.schema, settings.columns)))

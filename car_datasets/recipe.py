@@ -30,6 +30,7 @@ class Recipe(Settings):
             selection, see original.py; the result then holds the original's three files as well.
         tokenizer (`str`, *optional*): for a scorer in the original's layout, see [`QualityScorer`].
         keep_embeddings (`bool`): write the embeddings into `scored.parquet`, for clustering it again.
+        projection (`str`): of the map in plots and page: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
     """
 
     name: str | None = None
@@ -67,6 +68,7 @@ class Recipe(Settings):
     compile: bool = False
     engine: str | None = None
     keep_embeddings: bool = True
+    projection: str = "pca"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """REPORT: `SelectionReport`, the figures of a selection beside those of two controls of the same size.
 
-Does: count, measure and print, as a dataclass, JSON, Markdown and a table in the terminal.
-Does not: draw, write files, or choose rows.
+Does: count, measure and print, as a dataclass, JSON, Markdown, a table in the terminal, plots and a page.
+Does not: choose rows, or draw (plots.py, report_page.py).
 
 The controls are there because self-scoring methods hardly beat random choice on large pools (arXiv 2410.09335), and
 because scores go with length: `random_control` is a plain draw from the scored rows, `length_matched_control` a draw with
@@ -11,23 +11,28 @@ the selection's distribution of lengths.
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
-from car_datasets.selection import check_columns, read_numbers
+from car_datasets.overview import Overview
+from car_datasets.plots import can_draw, draw, refuse_no_matplotlib
+from car_datasets.projection import check_projection, map_of
+from car_datasets.report_page import PAGE_FILE, render_page
+from car_datasets.selection import BY_CLUSTER, Indices
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
 
+logger = logging.getLogger(__name__)
+
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-LENGTH_BINS = 20
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -102,36 +107,33 @@ class SelectionReport:
         Raises:
             ValueError: a selected row is not in the pool, or a column is missing.
         """
-        check_columns(pool.column_names, (score_column, cluster_column), ())
-        check_columns(selected.column_names, (index_column, "selected_by"), ())
-        pool, selected = pool.with_format(None), selected.with_format(None)
-        scores = read_numbers(pool, score_column, np.nan)
-        clusters = read_numbers(pool, cluster_column, -1)
-        lengths, unit = row_lengths(pool, score_column)
-        positions = positions_in_pool(pool, selected, index_column)
-        scored = np.flatnonzero(~np.isnan(scores))
-        reasons = Counter(selected.select_columns(["selected_by"])["selected_by"])
-        by_score = positions[np.array([r != "cluster" for r in selected["selected_by"]], dtype=bool)]
-        statuses = _statuses(pool, score_column, scores)
+        names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
+        return cls.from_overview(Overview.of(pool, selected, **names, seed=seed))
+
+    @classmethod
+    def from_overview(cls, seen: Overview) -> SelectionReport:
+        """As [`~SelectionReport.from_selection`], of columns that have been read."""
+        scored, clusters = seen.scored, seen.clusters
+        reasons = Counter(seen.selected_by.tolist())
+        statuses = _statuses(seen)
         groups = [
-            _figures(rows, scores, clusters, lengths)
-            for rows in (scored, positions, *draw_controls(lengths, positions, scored, seed))
+            _figures(rows, seen) for rows in (scored, seen.positions, seen.random_control, seen.length_matched_control)
         ]
         return cls(
-            rows_in=len(pool),
+            rows_in=len(seen.scores),
             rows_scored=len(scored),
             rejected={k: n for k, n in statuses.items() if k not in ("ok", "empty_response", "truncated")},
             marked={k: n for k, n in statuses.items() if k in ("empty_response", "truncated")},
             selected_by={name: reasons.get(name, 0) for name in ("score", "cluster", "both")},
             clusters=_touched(clusters),
-            clusters_by_score=_touched(clusters[by_score]),
-            score_length_correlation=_correlations(scores[scored], lengths[scored]),
-            length_unit=unit,
+            clusters_by_score=_touched(clusters[seen.positions[seen.selected_by != BY_CLUSTER]]),
+            score_length_correlation=seen.score_length_correlation(),
+            length_unit=seen.length_unit,
             pool=groups[0],
             selected=groups[1],
             random_control=groups[2],
             length_matched_control=groups[3],
-            seed=seed,
+            seed=seen.seed,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,6 +169,80 @@ class SelectionReport:
         for row in rows:
             table.add_row(*row)
         return table
+
+    def plot(
+        self,
+        folder: str | os.PathLike[str],
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        projection: str = "pca",
+        score_column: str = "iqs_score",
+        cluster_column: str = "cluster",
+        index_column: str = "source_index",
+        embedding_column: str = "embedding",
+    ) -> list[Path]:
+        """Draw the selection: scores, map, clusters, lengths. Files of an earlier call in the same folder are replaced.
+
+        Args:
+            folder (`str`): for `plot_scores.png`, `plot_map.png`, `plot_clusters.png` and `plot_lengths.png`.
+            pool, selected (`Dataset`): what this report was made from; without embeddings there is no map.
+            projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+            score_column, cluster_column, index_column, embedding_column (`str`): as in [`select_car`].
+
+        Returns:
+            `list[Path]`: the files.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: the datasets do not fit, or the projection, or it needs umap-learn.
+        """
+        check_projection(projection)
+        refuse_no_matplotlib()
+        names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
+        seen = Overview.of(pool, selected, **names, seed=self.seed)
+        files = draw(seen, map_of(pool, seen, embedding_column, projection))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return [Path(folder) / name for name in files]
+
+    def to_html(
+        self,
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        projection: str = "pca",
+        score_column: str = "iqs_score",
+        cluster_column: str = "cluster",
+        index_column: str = "source_index",
+        embedding_column: str = "embedding",
+    ) -> str:
+        """The selection as one HTML page that needs no network, with its figures where matplotlib is installed.
+
+        Args:
+            pool, selected, projection, score_column, cluster_column, index_column, embedding_column: as in
+                [`~SelectionReport.plot`].
+
+        Raises:
+            ValueError: the datasets do not fit, or the projection, or it needs umap-learn.
+        """
+        check_projection(projection)
+        names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
+        return self.pictures(pool, selected, projection, embedding_column, **names)[PAGE_FILE].decode()
+
+    def pictures(
+        self, pool: Dataset, selected: Dataset, projection: str, embedding_column: str, **names: str
+    ) -> dict[str, bytes]:
+        """The page, and the plots where matplotlib is installed, as files by their names."""
+        if not can_draw():
+            logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
+        seen = Overview.of(pool, selected, **names, seed=self.seed)
+        pool_map = map_of(pool, seen, embedding_column, projection)
+        plots = draw(seen, pool_map) if can_draw() else {}
+        told = (self.sentences(), self.comparison())
+        page = render_page(pool, seen, pool_map, plots, *told, embedding_column=embedding_column, **names)
+        return {**plots, PAGE_FILE: page.encode()}
 
     def sentences(self) -> list[str]:
         """The counts in words."""
@@ -206,101 +282,24 @@ def _listed(counts: dict[str, int]) -> str:
     return f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())})" if counts else ""
 
 
-def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> npt.NDArray[np.int64]:
-    """Where the selected rows stand in the pool, by `index_column` (without it in the pool, by row position)."""
-    import pandas as pd
-
-    wanted = selected.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas()
-    if index_column not in pool.column_names:
-        known = pd.RangeIndex(len(pool))
-    else:
-        known = pd.Index(pool.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas())
-    if not known.is_unique:
-        raise ValueError(f"The pool's column {index_column!r} names some rows twice; name another: index_column=...")
-    places = known.get_indexer(wanted)
-    if (places < 0).any():
-        missing = wanted[places < 0]
-        raise ValueError(
-            f"{len(missing)} selected rows are not in the pool by {index_column!r}, the first {missing[:5].tolist()}."
-        )
-    return np.asarray(places, dtype=np.int64)
+def _statuses(seen: Overview) -> dict[str, int]:
+    if seen.statuses is not None:
+        return dict(Counter(seen.statuses.to_pylist()).most_common())
+    missing = int(np.isnan(seen.scores).sum())
+    return {"ok": len(seen.scores) - missing} | ({"no_score": missing} if missing else {})
 
 
-def row_lengths(dataset: Dataset, score_column: str = "iqs_score") -> tuple[Floats, str]:
-    """The length of every row, and its unit: the scorer's token counts where they were kept, else characters."""
-    tokens = score_column.removesuffix("_score") + "_tokens"
-    if tokens in dataset.column_names:
-        return np.asarray(read_numbers(dataset, tokens, 0), dtype=np.float64), "tokens"
-    status = score_column.removesuffix("_score") + "_status"
-    table = dataset.select_columns([c for c in dataset.column_names if c != status]).with_format("arrow")[:]
-    lengths = np.zeros(len(dataset), dtype=np.float64)
-    for column in table.columns:
-        lengths += _characters(column.combine_chunks())
-    return lengths, "characters"
-
-
-def _characters(values: pa.Array) -> Floats:
-    """How many characters the strings of every value hold, those in lists and structs included (a chat's turns)."""
-    import pyarrow.compute as pc
-
-    kind = values.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return np.asarray(pc.utf8_length(values).fill_null(0), dtype=np.float64)
-    if pa.types.is_struct(kind):
-        return sum((_characters(part) for part in values.flatten()), np.zeros(len(values)))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        parents = np.asarray(pc.list_parent_indices(values))
-        return np.bincount(parents, _characters(pc.list_flatten(values)), minlength=len(values)).astype(np.float64)
-    return np.zeros(len(values))
-
-
-def _statuses(pool: Dataset, score_column: str, scores: Floats) -> dict[str, int]:
-    column = score_column.removesuffix("_score") + "_status"
-    if column in pool.column_names:
-        return dict(Counter(pool.select_columns([column])[column][:]).most_common())
-    missing = int(np.isnan(scores).sum())
-    return {"ok": len(pool) - missing} | ({"no_score": missing} if missing else {})
-
-
-def _touched(clusters: npt.NDArray[np.int64]) -> int:
+def _touched(clusters: Indices) -> int:
     return len(np.unique(clusters[clusters >= 0]))
 
 
-def _figures(
-    rows: npt.NDArray[np.int64], scores: Floats, clusters: npt.NDArray[np.int64], lengths: Floats
-) -> GroupFigures:
+def _figures(rows: Indices, seen: Overview) -> GroupFigures:
+    scores = seen.scores
     quantiles = np.quantile(scores[rows], QUANTILES)
     return GroupFigures(
         rows=len(rows),
         mean_score=float(scores[rows].mean()),
         score_quantiles={str(q): float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
-        mean_length=float(lengths[rows].mean()),
-        clusters=_touched(clusters[rows]),
+        mean_length=float(seen.lengths[rows].mean()),
+        clusters=_touched(seen.clusters[rows]),
     )
-
-
-def _correlations(scores: Floats, lengths: Floats) -> dict[str, float]:
-    from scipy.stats import pearsonr, spearmanr
-
-    if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
-        return {"pearson": 0.0, "spearman": 0.0}
-    return {"pearson": float(pearsonr(scores, lengths)[0]), "spearman": float(spearmanr(scores, lengths)[0])}
-
-
-def draw_controls(
-    lengths: Floats, positions: npt.NDArray[np.int64], scored: npt.NDArray[np.int64], seed: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The rows of the random and of the length-matched control: as many scored rows as were selected."""
-    rng = np.random.default_rng(seed)
-    return rng.choice(scored, size=len(positions), replace=False), length_matched(lengths, positions, scored, rng)
-
-
-def length_matched(
-    lengths: Floats, positions: npt.NDArray[np.int64], scored: npt.NDArray[np.int64], rng: np.random.Generator
-) -> npt.NDArray[np.int64]:
-    """Draw as many scored rows as were selected, bin by bin of length, so that both have the same distribution of it."""
-    edges = np.unique(np.quantile(lengths[scored], np.linspace(0, 1, LENGTH_BINS + 1)))[1:]
-    bin_of = np.digitize(lengths, edges)
-    wanted = np.bincount(bin_of[positions], minlength=len(edges) + 1)
-    drawn = [rng.choice(scored[bin_of[scored] == b], size=n, replace=False) for b, n in enumerate(wanted) if n]
-    return np.concatenate(drawn)

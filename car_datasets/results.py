@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from car_datasets.original import CLUSTERING_FILE, RANKING_FILES, SELECTED_FILE, original_columns, write_original
+from car_datasets.plots import PLOT_FILES
+from car_datasets.report_page import PAGE_FILE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,7 +19,16 @@ if TYPE_CHECKING:
     from car_datasets.reporting import SelectionReport
 
 ORIGINAL_FILES = (*RANKING_FILES.values(), CLUSTERING_FILE, SELECTED_FILE)
-RESULT_FILES = ("selected.parquet", "selected.json", "scored.parquet", "receipt.json", "report.json", "report.md")
+RESULT_FILES = (
+    "selected.parquet",
+    "selected.json",
+    "scored.parquet",
+    "receipt.json",
+    *PLOT_FILES,
+    PAGE_FILE,
+    "report.json",
+    "report.md",
+)
 
 
 UNFINISHED = ".unfinished"
@@ -85,17 +96,19 @@ def write_result(
     selected: Dataset,
     scored: Dataset,
     report: SelectionReport,
-    receipt: str,
+    files: Mapping[str, bytes],
     score_column: str,
     cluster_column: str,
 ) -> None:
-    """Write the six files of [`curate`]; the reports come last, so a folder that has them is complete."""
+    """Write the files of [`curate`], receipt, plots and page (`files`) among them; the reports come last, so a folder that has
+    them is complete."""
     names = {"score_column": score_column, "cluster_column": cluster_column}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "scored.parquet", scored.to_parquet)
     write_whole(folder / "selected.parquet", selected.to_parquet)
     write_whole(folder / "selected.json", lambda path: write_original(selected, path, **names))
-    write_whole(folder / "receipt.json", lambda path: Path(path).write_text(receipt, encoding="utf-8"))
+    for name, content in files.items():
+        write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
     write_whole(folder / "report.md", lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
     write_whole(folder / "report.json", lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from datasets import Dataset, Features
 
-from car_datasets.reporting import draw_controls, positions_in_pool, row_lengths
+from car_datasets.overview import draw_controls, positions_in_pool, row_lengths
 from car_datasets.selection import read_numbers
 from car_datasets.vectors import beside
 

@@ -56,6 +56,14 @@ def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) 
         raise ValueError(f"The column {column!r} holds no embeddings, only nulls.")
 
 
+def count_vectors(dataset: Dataset, column: str) -> int:
+    """How many rows have something other than a null in this column; 0 without the column."""
+    if column not in dataset.column_names:
+        return 0
+    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    return len(values) - int(values.null_count)
+
+
 def read_embeddings(dataset: Dataset, column: str) -> tuple[Matrix, Positions]:
     """The whole column as one float32 array, and the positions of the rows that have an embedding.
 
@@ -80,6 +88,11 @@ def matrix_of(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, 
     matrix, present = _joined(values, column)
     _refuse_not_finite(present[~_finite(matrix)].tolist(), column)
     return matrix, present
+
+
+def unit_rows(matrix: Matrix) -> Matrix:
+    """The rows at length 1, as cosines are computed of; rows of zeros stay."""
+    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def _joined(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, Positions]:

@@ -21,11 +21,11 @@ from car_datasets import hub
 from car_datasets.curation import select_by
 from car_datasets.dataset_card import data_folder_of
 from car_datasets.loading import open_dataset
+from car_datasets.overview import positions_in_pool
 from car_datasets.pushing import first_difference, read_result
 from car_datasets.receipt import RECEIPT_FILE, Receipt, describe_source, indices_digest
 from car_datasets.recipe import Recipe
 from car_datasets.recipe_stages import scorer_of
-from car_datasets.reporting import positions_in_pool
 from car_datasets.selection import SELECTION_COLUMNS, read_numbers
 from car_datasets.splits import SCORED
 from car_datasets.tokens import clean_token

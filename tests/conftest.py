@@ -3,6 +3,7 @@ folder where there is one."""
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import runpy
@@ -76,6 +77,19 @@ def sample_file() -> Path:
 @pytest.fixture(scope="session")
 def sample_rows(sample_file: Path) -> list[dict[str, Any]]:
     return json.loads(sample_file.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extra `plots` is not installed."""
+    ordinary = builtins.__import__
+
+    def refuse(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return ordinary(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
 
 
 @pytest.fixture

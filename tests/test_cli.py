@@ -66,6 +66,7 @@ def test_the_commands_are_the_promised_ones() -> None:
         "demo",
         "estimate",
         "evaluate",
+        "explore",
         "prepare",
         "push",
         "quantise",

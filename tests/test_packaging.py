@@ -17,6 +17,9 @@ FIND = """
 from car_datasets import hub
 print(sorted(p.name for p in hub.data_folder("configs").iterdir() if p.suffix in (".yaml", ".sbatch")))
 print(sorted(p.name for p in hub.data_folder("hub_cards").glob("*.jinja")))
+from car_datasets import report_page
+from pathlib import Path
+print(sorted(p.name for p in (Path(report_page.__file__).parent / "pages").iterdir()))
 print(hub.sample_file().is_file(), (hub.default_scorer_folder() / "model.safetensors").is_file(), hub.__file__)
 """
 
@@ -52,8 +55,9 @@ def test_found_in_a_wheel(tmp_path: Path) -> None:
     assert (unpacked / "car_datasets" / "py.typed").is_file()
     lines = run(FIND, tmp_path, str(unpacked))
     assert lines[:2] == [str(expected("configs")), str(expected("hub_cards"))]
-    assert lines[2].startswith("True True")
-    assert str(unpacked) in lines[2]
+    assert lines[2] == str(["report.css", "report.html.jinja", "report.js"])
+    assert lines[3].startswith("True True")
+    assert str(unpacked) in lines[3]
 
 
 def test_every_card_template_parses() -> None:

@@ -1,4 +1,4 @@
-"""recipe.py: the whole road, its six files, and that everything which can be wrong is found before the first model call."""
+"""recipe.py: the whole road, its files, and that everything which can be wrong is found before the first model call."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from car_datasets import QualityScorer, Recipe, TextEmbedder, curate
 from car_datasets.curation import Curated
+from car_datasets.plots import PLOT_FILES
 from car_datasets.results import RESULT_FILES
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def result(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tu
     return curate(short_rows(), folder, **tiny), folder
 
 
-def test_result_is_six_whole_files_and_nothing_else(result: tuple[Curated, Path]) -> None:
+def test_result_is_whole_files_and_nothing_else(result: tuple[Curated, Path]) -> None:
     _, folder = result
     assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES)
 
@@ -106,6 +107,22 @@ def test_report_files_are_the_report(result: tuple[Curated, Path]) -> None:
     assert (folder / "report.md").read_text(encoding="utf-8") == report.to_markdown()
     assert (report.rows_in, report.rows_scored, report.selected.rows) == (24, 24, len(selected))
     assert report.marked == {"empty_response": 4}
+
+
+def test_plots_and_page_are_those_of_the_report(result: tuple[Curated, Path], tmp_path: Path) -> None:
+    (selected, scored, report), folder = result
+    for path in report.plot(tmp_path, scored, selected):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    assert (folder / "report.html").read_text(encoding="utf-8") == report.to_html(scored, selected)
+
+
+def test_without_matplotlib_all_but_the_plots_is_written(
+    tiny: dict[str, Any], tmp_path: Path, no_matplotlib: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    curate(short_rows(), tmp_path, **tiny)
+    assert sorted(files_of(tmp_path)) == sorted(set(RESULT_FILES) - set(PLOT_FILES))
+    [said] = [record.getMessage() for record in caplog.records if record.name.startswith("car_datasets")]
+    assert said == "No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'."
 
 
 def test_equal_input_gives_an_equal_selection(result: tuple[Curated, Path], tiny: dict[str, Any]) -> None:
@@ -317,6 +334,7 @@ def test_scorer_without_weights_fails_only_when_it_is_called(weightless: dict[st
         ({"k": "many"}, "k='many' must be 'sqrt' or a number"),
         ({"explained_variance": 1.5}, r"explained_variance=1\.5 must lie in"),
         ({"n_init": 0}, "n_init=0 must be at least 1"),
+        ({"projection": "lda"}, "projection='lda' is not known; choose one of"),
         ({"turns": "max"}, "turns='max' is not known; choose one of"),
         ({"template": "old"}, "template='old' is not known; choose one of"),
         ({"dtype": "int8"}, "dtype='int8' is not known; choose one of"),

@@ -15,7 +15,8 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from car_datasets import SelectionReport, select_car
-from car_datasets.reporting import LENGTH_BINS, QUANTILES, GroupFigures, length_matched, row_lengths
+from car_datasets.overview import LENGTH_BINS, length_matched, row_lengths
+from car_datasets.reporting import QUANTILES, GroupFigures
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,161 @@
+"use strict";
+// All that comes from rows is set as text, never as HTML.
+const data = JSON.parse(document.getElementById("data").textContent);
+const rows = data.rows;
+const byId = (id) => document.getElementById(id);
+const PAGE = 50;
+
+function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+
+const number = (value, digits) => (value === null ? "none" : value.toFixed(digits));
+const kept = (row) => (row.by ? "kept by " + row.by : "not kept");
+const visible = (row, which) => which === "all" || (which === "kept") === Boolean(row.by);
+
+// tables ------------------------------------------------------------------------------------------------------------
+
+function tableOf(shown) {
+  const table = element("table");
+  const head = table.createTHead().insertRow();
+  for (const name of ["row", "score", "rank in cluster", data.unit, "kept", "text"]) head.append(element("th", name));
+  const body = table.createTBody();
+  for (const row of shown) {
+    const line = body.insertRow();
+    line.className = "row";
+    line.tabIndex = 0;
+    const place = row.cluster === null ? "" : row.crank + " in " + row.cluster;
+    line.append(element("td", String(row.id)), element("td", number(row.score, 3), "number"), element("td", place, "number"));
+    line.append(element("td", row.length.toLocaleString("en"), "number"), element("td", row.by || "no"));
+    line.append(element("td", row.text, "text"));
+    line.addEventListener("click", () => explain(row));
+    line.addEventListener("keydown", (event) => { if (event.key === "Enter") explain(row); });
+  }
+  return table;
+}
+
+function chooser(select, options, show) {
+  for (const [value, label] of options) select.add(new Option(label, value));
+  select.addEventListener("change", () => show(select.value));
+  if (options.length) show(select.value);
+}
+
+chooser(byId("decile"), data.deciles.map((d, i) => [i, d.name]), (i) => {
+  byId("deciles").replaceChildren(tableOf(data.deciles[i].rows.map((r) => rows[r])));
+});
+
+chooser(byId("cluster"), data.clusters.map((c, i) => [i, c.label]), (i) => {
+  const chosen = data.clusters[i];
+  const parts = [["Best", chosen.best], ["Worst", chosen.worst]];
+  byId("ends").replaceChildren(...parts.flatMap(([name, list]) => [element("h3", name), tableOf(list.map((r) => rows[r]))]));
+});
+
+let limit = PAGE;
+const haystacks = rows.map((row) => (row.id + " cluster " + row.cluster + " " + row.text).toLowerCase());
+
+function search() {
+  const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const which = byId("which").value;
+  const found = rows.filter((row, i) => visible(row, which) && words.every((word) => haystacks[i].includes(word)));
+  byId("found").textContent = found.length.toLocaleString("en") + " of " + rows.length.toLocaleString("en") + " rows on this page";
+  byId("rows").replaceChildren(tableOf(found.slice(0, limit)));
+  byId("more").hidden = found.length <= limit;
+}
+
+for (const id of ["search", "which"]) byId(id).addEventListener("input", () => { limit = PAGE; search(); });
+byId("more").addEventListener("click", () => { limit += PAGE; search(); });
+search();
+
+// why a row was kept --------------------------------------------------------------------------------------------------
+
+function explain(row) {
+  const box = byId("why");
+  const told = row.told;
+  const head = "Row " + row.id + ", score " + number(row.score, 3) + ", percentile " + number(row.percentile, 1);
+  box.replaceChildren(element("p", head + ", " + row.length.toLocaleString("en") + " " + data.unit + (row.cut ? ", cut before its end" : "") + "."));
+  if (!told) {
+    box.append(element("p", kept(row) + ". " + row.text));
+    box.append(element("p", "The whole story is on this page for a sample only; in Python: explain(scored, selected, " + JSON.stringify(row.id) + ").", "note"));
+  } else {
+    box.append(element("p", told.why));
+    for (const [name, text] of told.texts) box.append(element("strong", name), element("pre", text));
+    const near = (n) => "row " + n.row + " (similarity " + n.similarity.toFixed(3) + ", score " + number(n.score, 3) + ", " + (n.selected ? "kept" : "not kept") + ")";
+    if (told.neighbours.length) box.append(element("p", "Nearest in its cluster: " + told.neighbours.map(near).join("; ")));
+    if (told.nearest) box.append(element("p", "Nearest kept row: " + near(told.nearest)));
+  }
+  box.scrollIntoView({ block: "nearest" });
+}
+
+// the map ---------------------------------------------------------------------------------------------------------
+
+const canvas = byId("map");
+let spots = []; // the rows shown, and where
+if (canvas) {
+  const placed = rows.filter((row) => row.x !== null).sort((a, b) => Boolean(a.by) - Boolean(b.by));
+  const scores = placed.map((row) => row.score).sort((a, b) => a - b);
+  const lowest = scores[Math.floor(0.02 * (scores.length - 1))], highest = scores[Math.ceil(0.98 * (scores.length - 1))];
+  const context = canvas.getContext("2d");
+  const widest = 1.04 * Math.max(0.1, ...placed.map((row) => Math.abs(row.x)));
+  const tallest = 1.04 * Math.max(0.1, ...placed.map((row) => Math.abs(row.y)));
+  const HIGHEST = 620; // pixels: the map and the words above it fit a screen
+
+  function colourOf(row, by) {
+    if (by === "cluster") return data.palette[row.colour];
+    if (by === "taken") return row.by ? "#0072B2" : "#B8B8B8";
+    const share = Math.min(1, Math.max(0, (row.score - lowest) / (highest - lowest || 1)));
+    return "hsl(" + (45 + 175 * share) + " 75% " + (88 - 55 * share) + "%)"; // light to dark as well as yellow to blue
+  }
+
+  function drawMap() {
+    const scale = window.devicePixelRatio || 1;
+    const wide = canvas.clientWidth;
+    const unit = Math.min(wide / (2 * widest), HIGHEST / (2 * tallest));
+    const high = Math.round(2 * tallest * unit);
+    canvas.width = wide * scale;
+    canvas.height = high * scale;
+    canvas.style.height = high + "px";
+    context.setTransform(scale, 0, 0, scale, 0, 0);
+    const size = Math.min(6, Math.max(2.5, 130 / Math.sqrt(placed.length)));
+    spots = placed.filter((row) => visible(row, byId("shown").value)).map((row) => {
+      return { row, x: wide / 2 + row.x * unit, y: high / 2 - row.y * unit };
+    });
+    for (const spot of spots) {
+      context.beginPath();
+      context.arc(spot.x, spot.y, spot.row.by ? 1.2 * size : size, 0, 2 * Math.PI);
+      context.globalAlpha = spot.row.by ? 1 : 0.55;
+      context.fillStyle = colourOf(spot.row, byId("colour").value);
+      context.fill();
+      if (spot.row.by) { context.lineWidth = 0.8; context.strokeStyle = "#222"; context.stroke(); }
+    }
+  }
+
+  function nearest(event) {
+    const box = canvas.getBoundingClientRect();
+    const x = event.clientX - box.left, y = event.clientY - box.top;
+    let best = null, least = 144; // twelve pixels
+    for (const spot of spots) {
+      const apart = (spot.x - x) ** 2 + (spot.y - y) ** 2;
+      if (apart <= least) { best = spot; least = apart; }
+    }
+    return best;
+  }
+
+  canvas.addEventListener("mousemove", (event) => {
+    const spot = nearest(event), hover = byId("hover");
+    hover.hidden = !spot;
+    if (!spot) return;
+    const row = spot.row;
+    hover.replaceChildren(element("strong", "Row " + row.id + ", score " + number(row.score, 3) + ", " + kept(row)));
+    hover.append(element("div", (row.cluster === null ? "" : "Cluster " + row.cluster + ". ") + row.text));
+    hover.style.left = Math.min(spot.x + 12, Math.max(0, canvas.clientWidth - hover.offsetWidth - 4)) + "px";
+    hover.style.top = spot.y + 12 + "px";
+  });
+  canvas.addEventListener("mouseleave", () => { byId("hover").hidden = true; });
+  canvas.addEventListener("click", (event) => { const spot = nearest(event); if (spot) explain(spot.row); });
+  for (const id of ["colour", "shown"]) byId(id).addEventListener("change", drawMap);
+  window.addEventListener("resize", drawMap);
+  drawMap();
+}

@@ -1,0 +1,109 @@
+"""explore: what embedding-atlas is given is what we have, and its real server answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from car_datasets import select_car
+from car_datasets.cli import app
+from car_datasets.exploring import NEAREST, write_atlas
+from tests.test_plots import make_pool
+
+INSTALLED = importlib.util.find_spec("embedding_atlas") is not None
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("curated")
+    pool = make_pool(200)
+    pool.to_parquet(folder / "scored.parquet")
+    select_car(pool.remove_columns("embedding"), 30, 1).to_parquet(folder / "selected.parquet")
+    return folder
+
+
+def test_the_file_has_our_columns_places_and_neighbours(curated: Path, tmp_path: Path) -> None:
+    options = write_atlas(curated, tmp_path / "pool.parquet")
+    assert options[0] == str(tmp_path / "pool.parquet")
+    assert "--disable-projection" in options
+    found, pool = Dataset.from_parquet(options[0]), make_pool(200)
+    assert set(options[2:-1:2]) <= set(found.column_names)
+    assert "embedding" not in found.column_names
+    assert found["iqs_score"][:] == pool["iqs_score"][:]
+    assert found["map_text"][:] == pool["text"][:]
+    kept = Dataset.from_parquet(str(curated / "selected.parquet"))
+    by = dict(zip(kept["source_index"][:], kept["selected_by"][:], strict=True))
+    assert found["selected_by"][:] == [by.get(i, "not kept") for i in range(200)]
+    vectors = np.array(pool["embedding"][:])
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    similar = units @ units.T
+    for i, near in enumerate(found["map_neighbours"][:]):
+        assert near["ids"][0] == i
+        assert near["ids"] == np.argsort(-similar[i], kind="stable")[: NEAREST + 1].tolist()
+        assert near["distances"] == pytest.approx((1 - similar[i][near["ids"]]).tolist(), abs=1e-5)
+
+
+def test_folders_that_cannot_be_explored_are_named(curated: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no scored\.parquet"):
+        write_atlas(tmp_path, tmp_path / "pool.parquet")
+    for name in ("scored", "selected"):
+        part = Dataset.from_parquet(str(curated / f"{name}.parquet"))
+        part.remove_columns([c for c in part.column_names if c == "embedding"]).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"no column 'embedding'.*--no-embeddings"):
+        write_atlas(tmp_path, tmp_path / "pool.parquet")
+
+
+@pytest.mark.skipif(INSTALLED, reason="embedding-atlas is installed")
+def test_without_embedding_atlas_the_extra_is_named(curated: Path) -> None:
+    done = CliRunner().invoke(app, ["explore", str(curated)])
+    assert done.exit_code == 2
+    assert "pip install 'car-datasets[explore]'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="needs embedding-atlas: pip install 'car-datasets[explore]'")
+def test_a_real_server_answers(curated: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "car_datasets",
+        "explore",
+        str(curated),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(command, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                    assert answer.status == 200
+                    assert b"<html" in answer.read().lower()
+                    break
+            except OSError:
+                time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/metadata.json", timeout=5) as answer:
+            assert b"map_neighbours" in answer.read()
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        server.wait(30)

@@ -1,0 +1,87 @@
+"""Maps: where rows land, which rows are on them, and that all is the same for a seed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from car_datasets import select_car
+from car_datasets.overview import Overview
+from car_datasets.projection import map_of
+from tests.test_plots import make_pool
+
+
+@pytest.fixture(scope="module")
+def pool() -> Dataset:
+    return make_pool(clusters=3)
+
+
+@pytest.fixture(scope="module")
+def seen(pool: Dataset) -> Overview:
+    return Overview.of(pool, select_car(pool, 40, 1))
+
+
+def test_pca_is_that_of_scikit_learn(pool: Dataset, seen: Overview) -> None:
+    from sklearn.decomposition import PCA
+
+    found = map_of(pool, seen)
+    assert found is not None
+    assert found.method == "PCA"
+    assert found.rows.tolist() == list(range(300))
+    expected = PCA(2).fit_transform(np.array(pool["embedding"][:]))
+    for axis in (0, 1):
+        assert abs(np.corrcoef(found.points[:, axis], expected[:, axis])[0, 1]) > 0.9999
+    assert np.abs(found.points).max() == 1
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_clusters_lie_apart_and_a_seed_gives_one_map(pool: Dataset, seen: Overview, method: str) -> None:
+    found, again = (map_of(pool, seen, method=method) for _ in range(2))
+    assert found is not None
+    assert again is not None
+    assert np.array_equal(found.points, again.points)
+    centers = np.array([found.points[seen.clusters == c].mean(axis=0) for c in range(3)])
+    apart = np.linalg.norm(found.points[:, None] - centers, axis=2).argmin(axis=1)
+    assert (apart == seen.clusters).mean() > 0.9
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("umap") is None, reason="needs umap-learn: pip install 'car-datasets[umap]'"
+)
+def test_umap(pool: Dataset, seen: Overview) -> None:
+    found = map_of(pool, seen, method="umap")
+    assert found is not None
+    assert (found.method, found.points.shape) == ("UMAP", (300, 2))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap-learn is installed")
+def test_without_umap_the_error_says_what_to_install(pool: Dataset, seen: Overview) -> None:
+    with pytest.raises(ValueError, match=r"pip install 'car-datasets\[umap\]'"):
+        map_of(pool, seen, method="umap")
+
+
+def test_an_unknown_projection_is_named(pool: Dataset, seen: Overview) -> None:
+    with pytest.raises(ValueError, match=r"projection='lda' is not known; choose one of \('pca', 'tsne', 'umap'\)"):
+        map_of(pool, seen, method="lda")
+
+
+def test_a_sample_holds_the_selected_rows_first(pool: Dataset, seen: Overview) -> None:
+    found = map_of(pool, seen, limit=120)
+    assert found is not None
+    assert len(found.rows) == 120
+    assert set(seen.positions.tolist()) <= set(found.rows.tolist())
+    assert np.array_equal(found.rows, np.sort(found.rows))
+    few = map_of(pool, seen, limit=20)
+    assert few is not None
+    assert np.isin(few.rows, seen.positions).sum() == 10
+
+
+def test_rows_without_an_embedding_are_not_on_the_map() -> None:
+    vectors = [None if i % 3 == 0 else [float(i), float(i % 7)] for i in range(300)]
+    gappy = make_pool(embedding=vectors)
+    found = map_of(gappy, Overview.of(gappy, select_car(gappy, 40, 1)))
+    assert found is not None
+    assert found.rows.tolist() == [i for i in range(300) if i % 3]
