@@ -26,7 +26,7 @@ CLAIM = re.compile(r"(?P<piece>.+)\.claim-(?P<turn>\d+)")
 
 
 class Folder:
-    """A flat folder of whole files, local or behind any fsspec URL (`s3://...`, `hf://...`, `memory://...`).
+    """A flat folder of whole files, local or behind any fsspec URL (`s3://...`, `memory://...`).
 
     Args:
         location (`str` or `PathLike`): made when something is written.
@@ -156,7 +156,7 @@ class Claims:
 
         def renew() -> None:
             while not ended.wait(min(5.0, self.expiry / 6)):
-                with contextlib.suppress(OSError):  # a full disk is the worker's to report
+                with contextlib.suppress(Exception):  # a full disk, or an object store's: for the worker to report
                     self.folder.write(claim, self._sign(done()))
 
         beat = threading.Thread(target=renew, daemon=True)

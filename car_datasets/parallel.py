@@ -72,7 +72,10 @@ os.register_at_fork(after_in_child=lambda: _forks.update({"after torch ran": _fo
 
 
 def process_rank() -> tuple[int, int]:
-    """The number of this process and the count of all that one `accelerate launch` or `torchrun` started: `(0, 1)` alone."""
+    """The number of this process and the count of all that one `accelerate launch` or `torchrun` started: `(0, 1)` without, and
+    inside [`alone`]."""
+    if _alone.get():
+        return 0, 1
     _accelerate_state()
     distributed = torch.distributed
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():

@@ -82,7 +82,7 @@ def score_and_embed(
         ValueError: a model does not exist, or a column of this or a later stage is taken.
     """
     stages = _stages(dataset, settings, token, embed)
-    begun = shard_dir is not None and any(Path(shard_dir).glob("*/part-*"))
+    begun = shard_dir is not None and ("://" in str(shard_dir) or any(Path(shard_dir).glob("*/part-*")))
     if len(dataset) >= LARGE and is_main_process() and not begun:
         with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
             tqdm.write(str(estimate_scoring(dataset, stages[0][1])), file=sys.stderr)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -262,10 +263,14 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
     """As [`read_numbers`], for a column that has been read."""
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         raise ValueError(f"The column {column!r} holds {values.type}, not numbers.")
+    kind = "float64" if missing != missing else "int64"
     try:
-        return np.asarray(values.cast("float64" if missing != missing else "int64").fill_null(missing).to_numpy())
+        if kind == "int64" and pa.types.is_floating(values.type):  # as pandas keeps whole numbers beside missing ones
+            values = pc.if_else(pc.is_nan(values), None, values)
+        return np.asarray(values.cast(kind).fill_null(missing).to_numpy())
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
-        raise ValueError(f"The column {column!r} holds {values.type}, not numbers.") from error
+        wanted = "whole numbers" if kind == "int64" else "numbers"
+        raise ValueError(f"The column {column!r} holds {values.type}, not {wanted} throughout: {error}.") from error
 
 
 def check_columns(seen: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:

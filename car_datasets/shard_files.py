@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from car_datasets.claims import CLAIM, Claims, Folder
-from car_datasets.hub_folder import START, HubFolder
+from car_datasets.hub_folder import HubFolder
 from car_datasets.manifest import differences, run_id
 from car_datasets.parallel import is_main_process
 from car_datasets.shard_parts import PART, part_name, read_part, write_part
@@ -113,7 +113,7 @@ class SharedRun:
             return self.claims.take(part_name(shard), turns)
 
     def write(self, shard: int, features: Features, batches: Iterable[dict[str, Any]], suffix: str = "") -> None:
-        """Write a shard here, whole or not at all.
+        """Write a shard here, whole or not at all; in place where the folder is here, else where it waits for `put`.
 
         Args:
             features (`Features`): of its columns.
@@ -123,7 +123,7 @@ class SharedRun:
         Raises:
             OSError: it cannot be written.
         """
-        path = self.copies / part_name(shard)
+        path = self._own(shard)
         with self.explaining(path.name):
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another worker took over, finished, and swept our file away
@@ -135,12 +135,29 @@ class SharedRun:
         Raises:
             OSError: it cannot be put there, or does not read back.
         """
-        path = self.copies / part_name(shard)
-        with self.explaining(path.name), contextlib.suppress(FileNotFoundError):  # as above
-            if self.folder.local is None and not self.folder.upload(path, path.name, replace=shard in self._torn):
-                path.unlink()  # another machine was first: its numbers are everyone's
+        path, own = self.copies / part_name(shard), self._own(shard)
+        if self.folder.local is None:
+            with self.explaining(path.name), contextlib.suppress(FileNotFoundError):  # as above
+                path.unlink(missing_ok=True)
+                if self.folder.upload(own, path.name, replace=shard in self._torn):
+                    os.replace(own, path)
+                else:
+                    own.unlink()  # another machine was first: its numbers are everyone's, and are fetched
         if not self.is_whole(shard, {path.name}):
             raise OSError(f"shard_dir={str(self.folder)!r}: {path.name} was written and does not read back whole.")
+
+    def waits(self, shard: int) -> bool:
+        """Whether this shard was scored here before, by a run that could not put it where all see it."""
+        if self.folder.local is not None:
+            return False
+        with contextlib.suppress(ValueError):  # another run's
+            return not isinstance(self._read(shard, self._own(shard)), str)
+        return False
+
+    def _own(self, shard: int) -> Path:
+        """Where a shard is written: under a name of its own where others may bring the same one."""
+        name = part_name(shard)
+        return self.copies / (name if self.folder.local is not None else f"unput-{name}")
 
     def is_whole(self, shard: int, names: set[str]) -> bool:
         """Whether a shard is finished; one that is torn is not, and is scored again.
@@ -155,7 +172,7 @@ class SharedRun:
                 if self.folder.local is None and not (self.copies / name).exists():
                     self.copies.mkdir(parents=True, exist_ok=True)
                     self.folder.download(name, self.copies / name)
-            found = self.read(shard)
+            found = self._read(shard, self.copies / name)
             if not isinstance(found, str):
                 self.whole[shard] = found
             else:
@@ -166,13 +183,8 @@ class SharedRun:
                     (self.copies / name).unlink(missing_ok=True)
         return shard in self.whole
 
-    def read(self, shard: int) -> Dataset | str:
-        """The part of a shard that lies here, memory-mapped, or what is wrong with it.
-
-        Raises:
-            OSError, ValueError: see `is_whole`.
-        """
-        path = self.copies / part_name(shard)
+    def _read(self, shard: int, path: Path) -> Dataset | str:
+        """The part of a shard that lies here, memory-mapped, or what is wrong with it."""
         with self.explaining(path.name, "read"):
             found = read_part(path)
         if isinstance(found, str):
@@ -227,16 +239,19 @@ class SharedRun:
             def show(names: set[str] | None = None) -> None:
                 if bar.disable or (names is None and time.monotonic() - looked[0] < 2 * self.folder.patience):
                     return
-                names = self.names() if names is None else names
                 looked[0] = time.monotonic()
-                finished = sum(rows_in(int(part[1])) for part in map(PART.fullmatch, names) if part)
-                bar.update(max(0, finished + self.claims.rows_elsewhere(names) + self.done - bar.n))
+                # A look that fails in the middle of a shard is not worth its rows.
+                with contextlib.suppress(*([Exception] if names is None else [])):
+                    names = self.names() if names is None else names
+                    finished = sum(rows_in(int(part[1])) for part in map(PART.fullmatch, names) if part)
+                    bar.update(max(0, finished + self.claims.rows_elsewhere(names) + self.done - bar.n))
 
             yield show
 
 
 def _open(location: str | Path) -> Folder | HubFolder:
-    return HubFolder(str(location)) if str(location).startswith(START) else Folder(location)
+    on_the_hub = str(location).startswith("hf://") and not str(location).startswith("hf://buckets/")
+    return HubFolder(str(location)) if on_the_hub else Folder(location)
 
 
 def _on_one_machine(cache: Path) -> Path:

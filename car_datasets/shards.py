@@ -62,7 +62,7 @@ def score_in_shards(
             dataset repository, `hf://datasets/you/work/run-1`, made private if it is not there: one commit per shard, and
             two machines may both score a shard, of which the first counts. It belongs to these texts and this stage; what
             it holds is kept. By default a folder in the cache of `datasets`, named after them: one machine only. A stream
-            needs one, as it has no name before it is read.
+            needs one, as it has no name before it is read; on the Hub it can go on, but two machines do the same work.
         shard_rows (`int`, *optional*): rows in a shard; by default 65,536, and fewer where that would make fewer than 64; of a
             stream, 16,384.
         expiry (`float`): seconds without a sign of life after which a worker on another machine is taken for dead.
@@ -113,7 +113,13 @@ def fill_shards(
     Raises:
         ValueError, OSError: see [`score_in_shards`].
     """
+    from datasets import IterableDataset
+
     _check(fn, shard_rows, expiry)
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "dataset is a stream, of which nobody knows what is left; call score_in_shards(dataset, fn, shard_dir)."
+        )
     return _run_of(dataset, fn, shard_dir, shard_rows, expiry).work(description, wait=False)
 
 
@@ -227,7 +233,7 @@ class ShardedRun(SharedRun):
         self.done = 0
         with self.claims.renewing(claim, lambda: self.done):
             if not self.is_whole(shard, self.names()):  # it may have been finished since we looked
-                if self.folder.local is not None or isinstance(self.read(shard), str):  # else it was not yet put there
+                if not self.waits(shard):
                     batches = []
                     for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
                         batches.append(self.stage(batch))

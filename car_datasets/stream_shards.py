@@ -154,9 +154,10 @@ class StreamedRun(SharedRun):
             if not self.is_whole(shard, self.names()):  # it may have been finished since we looked
                 piece = piece or self._read_again(shard, self.waiting[shard])
                 self._save_state(piece)
-                batches = list(self._scored(piece, show))
-                features = type(self.reader.features)({**self.reader.features, **self.stage.output_features()})
-                self.write(shard, features, batches, f"-{len(piece.rows)}-{piece.digest}")
+                if not self.waits(shard):
+                    batches = list(self._scored(piece, show))
+                    features = type(self.reader.features)({**self.reader.features, **self.stage.output_features()})
+                    self.write(shard, features, batches, f"-{len(piece.rows)}-{piece.digest}")
                 self.put(shard)
         self.done = 0
         return True
@@ -185,7 +186,7 @@ class StreamedRun(SharedRun):
         with suppress(TypeError):
             content = json.dumps(piece.state)
             if json.loads(content) == piece.state:
-                with self.explaining(_state_name(piece.shard)):
+                with self.explaining(_state_name(piece.shard)), suppress(FileNotFoundError):  # swept by who took over
                     self.claims.folder.write(_state_name(piece.shard), content.encode())
 
     def _saved_state(self, shard: int) -> State | None:

@@ -64,6 +64,37 @@ def test_another_machine_goes_on_where_one_was_killed(hub: Hub, tiny_iqs: str, e
     assert score(hub, tiny_iqs, machine="three", token=hub.read_token) == [0, expected]  # finished: to be read
 
 
+STREAM = SCORE.replace("score_in_shards(rows,", "score_in_shards(rows.to_iterable_dataset(),")
+
+
+def test_a_stream_goes_on_on_another_machine(hub: Hub, tiny_iqs: str, expected: list[float]) -> None:
+    environment = {"HF_HOME": str(hub.folder.parent / "one")}
+    assert hub.run(STREAM, tiny_iqs, WORK, 4, env=environment).returncode == -9
+    again = hub.run(STREAM, tiny_iqs, WORK, 0, env={"HF_HOME": str(hub.folder.parent / "two")})
+    assert json.loads(again.stdout) == [3, expected]
+    stored = hub.repo("me/work")
+    assert stored is not None and stored.files().keys() == PARTS | {".gitattributes", "run-1/manifest.json"}
+
+
+OTHER = SCORE.replace(
+    "    return ordinary(self, batch, rank)",
+    """    found = ordinary(self, batch, rank)
+    return {**found, "iqs_score": [score + 1 for score in found["iqs_score"]]}""",
+)
+
+
+def test_the_numbers_of_the_machine_that_came_first_are_everyones(
+    hub: Hub, tiny_iqs: str, expected: list[float]
+) -> None:
+    """One machine cannot put its first shard there, and dies; another, whose numbers differ, finishes; the first comes back."""
+    hub.fault("POST", "/commit/", times=-1, status=403, skip=2)
+    assert score(hub, tiny_iqs)[0] == 1
+    hub.mend()
+    other = hub.run(OTHER, tiny_iqs, WORK, 0, env={"HF_HOME": str(hub.folder.parent / "two")})
+    assert json.loads(other.stdout)[1] == pytest.approx([s + 1 for s in expected])
+    assert score(hub, tiny_iqs) == [0, json.loads(other.stdout)[1]]
+
+
 def test_two_machines_at_once(hub: Hub, tiny_iqs: str, expected: list[float]) -> None:
     runs = [
         subprocess.Popen(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from datasets.table import InMemoryTable
 
 from car_datasets import ClusterModel, select_car
@@ -30,6 +30,7 @@ IN_MEMORY = 1_000_000
 
 def measure() -> Iterator[Line]:
     """Every stage at three sizes, and the slope of its time on doubly logarithmic paper."""
+    disable_progress_bars()
     seconds: dict[str, list[float]] = {}
     for rows in ROWS:
         for stage, time in stages(rows).items():
