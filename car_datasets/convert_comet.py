@@ -298,7 +298,7 @@ def tokenizer_revision(base: str, token: str | None = None) -> str | None:
         return " ".join(digests.file_digest(file) for file in files if file.is_file())
     try:
         return hub.pin_revision(base, None, token) if base else None
-    except ValueError:  # not asked for: a Hub that is out of reach; loading says what is missing
+    except (ValueError, ConnectionError):  # not asked for: a Hub that is out of reach; loading says what is missing
         return None
 
 

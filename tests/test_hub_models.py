@@ -70,25 +70,23 @@ def test_a_scorer_is_pinned_to_the_commit_that_it_found(hub: Hub, make_tiny_iqs:
     code = """
 from datasets import Dataset
 rows = Dataset.from_dict({"instruction": ["Name a colour."] * 3, "output": ["Red.", "the sea", "a list"]})
-scorer = QualityScorer("team/iqs", *sys.argv[1:2])
-pinned = QualityScorer("team/iqs", scorer.revision)
-scores = rows.map(scorer, batched=True)["iqs_score"][:]
-print(json.dumps([scorer.revision, pinned == scorer, scores]))
+def score(revision):
+    scorer = QualityScorer("team/iqs", revision)
+    assert QualityScorer("team/iqs", scorer.revision) == scorer
+    return [scorer.revision, rows.map(scorer, batched=True)["iqs_score"][:]]
+print(json.dumps([caught(score, revision or None) for revision in sys.argv[1:]]))
 """
-    revision, equal, scores = said(hub, code)
-    assert (revision, equal) == (first, True)
+    [[revision, scores]] = said(hub, code, "")
+    assert revision == first
     second = hub.commit("team/iqs", files_of(make_tiny_iqs(seed=12)), kind="models")
-    hub.commit("team/iqs", files_of(make_tiny_iqs(seed=11)), kind="models", branch="v1")
-    newer, _, others = said(hub, code)
-    assert newer == second and others != scores  # not what the cache held
-    assert said(hub, code, first) == [first, True, scores]
-    branch, _, from_branch = said(hub, code, "v1")
-    assert branch not in (first, second) and from_branch == scores
+    third = hub.commit("team/iqs", files_of(make_tiny_iqs(seed=11)), kind="models", branch="v1")
+    newest, pinned, branch = said(hub, code, "", first, "v1")
+    assert newest[0] == second and newest[1] != scores  # not what the cache held
+    assert pinned == [first, scores] and branch == [third, scores]
     # Without the Hub a commit that is here already is enough; a name is not.
     hub.fault("GET|HEAD", "/", times=-1, kind="drop")
-    assert said(hub, code, first) == [first, True, scores]
-    refused = "print(json.dumps(caught(QualityScorer, 'team/iqs', 'main')))"
-    message = said(hub, refused)
+    pinned, message = said(hub, code, first, "main")
+    assert pinned == [first, scores]
     assert message.startswith("ConnectionError: model_id='team/iqs': the Hub could not be asked")
     assert "revision=<its 40-digit commit>" in message
 
