@@ -96,7 +96,7 @@ def with_header(
         )
         raise ValueError(
             f"repo_id={repo_id!r} holds the split(s) {sorted(old)} with other columns or types ({differing}), and all splits of "
-            "one configuration must have the same. Push them all again together (splits=..., --splits), or beside them: "
+            "one configuration must have the same. Push them all again together (also=..., --also), or beside them: "
             "config_name='another' (--config-name another)."
         )
     total = SplitDict({name: SplitInfo(name, split.num_bytes, split.num_examples) for name, split in old.items()})
