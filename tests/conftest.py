@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import os
 import runpy
 import tempfile
@@ -39,6 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--real-hub", action="store_true", help="also push to the public Hub, with HF_TOKEN, and delete it"
     )
+
+
+@pytest.fixture(autouse=True)
+def own_loggers_speak() -> None:
+    """Libraries that set logging up for a whole process may have silenced ours in a test before."""
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "car_datasets" and isinstance(logger, logging.Logger):
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

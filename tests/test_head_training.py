@@ -46,8 +46,8 @@ def test_training_learns_and_is_deterministic(settings: HeadTraining, tmp_path: 
     train_head(settings.changed(output=str(tmp_path / "three"), seed=2))
     pairs = figures["accuracy"]["cleaned"]["pairs"]["value"]
     assert pairs == 1.0
-    digests = [digests.file_digest(tmp_path / name / "model.safetensors") for name in ("one", "two", "three")]
-    assert digests[0] == digests[1] != digests[2]
+    found = [digests.file_digest(tmp_path / name / "model.safetensors") for name in ("one", "two", "three")]
+    assert found[0] == found[1] != found[2]
     again = evaluate_scorer(QualityScorer(str(tmp_path / "one")), read_pairs(settings.valid))
     assert again.accuracy == figures["accuracy"]  # what is written is what was measured
     assert set(figures["seeds"]["pairs"]) == {"mean", "deviation"}
