@@ -218,5 +218,5 @@ def _by_column(pool: Dataset, ours: Sequence[str]) -> Iterator[tuple[str, str, n
         values = table.select_columns([name])[:][name]
         if 2 <= pc.count_distinct(values).as_py() <= LEVELS:
             used += 1
-            for level in sorted(pc.unique(values).to_pylist()):
+            for level in sorted(pc.unique(values.drop_null()).to_pylist()):
                 yield name, _cut(str(level), 40), np.asarray(pc.equal(values, level).fill_null(False))

@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def own_loggers_speak() -> None:
     """Libraries that set logging up for a whole process may have silenced ours in a test before."""
     logging.disable(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == "car_datasets" and isinstance(logger, logging.Logger):
             logger.disabled, logger.propagate = False, True
