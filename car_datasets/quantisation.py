@@ -76,7 +76,9 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
     ids = tokenise(loaded.tokenizer, read, loaded.model.config.max_tokens).ids
     # One text at a time: padding would take part in the ranges.
     samples = [[tensor.numpy() for tensor in pad([row], 0, torch.device("cpu"))] for row in ids]
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(
+        logging.ERROR
+    )  # its own set_log_level also turns down handlers that others have added
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of branches; test_openvino_encoder.py holds what they come to
         example = pad([ids[0], ids[0][:-1]], loaded.tokenizer.pad_token_id, torch.device("cpu"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import builtins
 import json
-import logging
 import os
 import runpy
 import tempfile
@@ -40,17 +39,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--real-hub", action="store_true", help="also push to the public Hub, with HF_TOKEN, and delete it"
     )
-
-
-@pytest.fixture(autouse=True)
-def own_loggers_speak() -> None:
-    """Libraries that set logging up for a whole process may have silenced ours in a test before."""
-    logging.disable(logging.NOTSET)
-    logging.root.setLevel(logging.WARNING)
-    for name, logger in logging.root.manager.loggerDict.items():
-        if name.split(".")[0] == "car_datasets" and isinstance(logger, logging.Logger):
-            logger.disabled, logger.propagate = False, True
-            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +212,19 @@ def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("embedder")
     SentenceTransformer(modules=[transformer, pooling, modules.Normalize()]).save(str(folder))
     return str(folder)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every batch that a scorer was given."""
+    from car_datasets import QualityScorer
+
+    seen: list[int] = []
+    ordinary = QualityScorer.__call__
+
+    def watched(self: QualityScorer, batch: Any, rank: int | None = None) -> Any:
+        seen.append(len(batch["output"]))
+        return ordinary(self, batch, rank)
+
+    monkeypatch.setattr(QualityScorer, "__call__", watched)
+    return seen

@@ -1,6 +1,7 @@
 """An engine is made from the user's own texts, says whose it is, and is measured beside float32."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def test_a_ranking_model_is_calibrated_on_questions_and_answers(
     both = [one.score_texts(texts[24:]).scores for one in (scorer, quick)]
     assert np.corrcoef(*both)[0, 1] > 0.95
     assert not np.array_equal(*both)
+
+
+def test_the_users_logging_stays_as_it_was(
+    needs_openvino: None,
+    tiny_iqs: str,
+    sample_rows: list[dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root = logging.getLogger()
+    caplog.set_level(logging.INFO)
+    before = (root.level, root.filters[:], [(handler, handler.level) for handler in root.handlers])
+    quantise_encoder(QualityScorer(tiny_iqs), texts_of(sample_rows[:20]), tmp_path / "int8")
+    assert (root.level, root.filters, [(handler, handler.level) for handler in root.handlers]) == before
 
 
 def test_sampled_texts_are_drawn_by_seed_and_leave_out_what_has_no_score(tiny_iqs: str) -> None:

@@ -49,20 +49,6 @@ def one_after_another(files: list[Path]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every batch that a scorer was given."""
-    seen: list[int] = []
-    ordinary = QualityScorer.__call__
-
-    def watched(self: QualityScorer, batch: Any, rank: int | None = None) -> Any:
-        seen.append(len(batch["output"]))
-        return ordinary(self, batch, rank)
-
-    monkeypatch.setattr(QualityScorer, "__call__", watched)
-    return seen
-
-
 def parts(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
