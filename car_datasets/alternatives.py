@@ -160,10 +160,8 @@ def quick_clusters(pool: Dataset, column: str, ks: set[int], seed: int) -> dict[
 
 def _few_components(pool: Dataset, column: str) -> tuple[Matrix, Indices]:
     """The first components of all embeddings, in two passes over the column, and the rows that have one."""
-    covariances = (Covariance.of(part) for part, _ in embedding_batches(pool, column))
-    covariance = next(covariances)
-    for other in covariances:
-        covariance.merge(other)
+    covariance = Covariance.of_all(part for part, _ in embedding_batches(pool, column))
+    assert covariance is not None  # a column without embeddings was refused by embedding_batches
     components = covariance.principal_components(1.0)[0][:QUICK_COMPONENTS].astype(np.float32)
     mean = covariance.mean.astype(np.float32)
     parts = [((part - mean) @ components.T, rows) for part, rows in embedding_batches(pool, column)]

@@ -18,6 +18,7 @@ from car_datasets.clustering import ClusterModel
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, select_as_published
+from car_datasets.overview import Overview
 from car_datasets.parallel import from_main, is_main_process
 from car_datasets.projection import check_projection
 from car_datasets.receipt import describe_source, make_receipt
@@ -108,11 +109,12 @@ def curate(
     pool = _add_clusters(pool, settings)
     without_vectors = pool.remove_columns(settings.embedding_column)
     selected = select_by(settings, without_vectors)
-    report = SelectionReport.from_selection(without_vectors, selected, seed=settings.seed, **settings.names)
+    seen = Overview.of(without_vectors, selected, seed=settings.seed, **settings.names)
+    report = SelectionReport.from_overview(seen)
     curated = Curated(selected, pool if settings.keep_embeddings else without_vectors, report)
     if folder is not None:
         own_index = settings.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, pool, settings, scorer, origin, own_index))
+        from_main(lambda: _write_files(folder, curated, pool, seen, settings, scorer, origin, own_index))
     return curated
 
 
@@ -120,6 +122,7 @@ def _write_files(
     folder: Path,
     curated: Curated,
     pool: Dataset,
+    seen: Overview,
     settings: Recipe,
     scorer: QualityScorer,
     origin: dict[str, Any],
@@ -130,7 +133,7 @@ def _write_files(
     receipt = make_receipt(origin, settings, scorer, without_vectors, selected, report)
     with unfinished(folder):
         names = {**settings.names, "embedding_column": settings.embedding_column}
-        pictures = report.pictures(pool, selected, settings.projection, **names)
+        pictures = report.pictures(pool, seen, settings.projection, **names)
         files = {"receipt.json": receipt.to_json().encode(), **pictures}
         write_result(folder, selected, scored, report, files, settings.score_column, settings.cluster_column)
         if settings.procedure == "paper":

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from car_datasets.explaining import Explanation, explain_rows
-from car_datasets.overview import Overview
+from car_datasets.overview import Floats, Overview
 from car_datasets.plots import colours_of
 from car_datasets.projection import PoolMap
 from car_datasets.selection import SELECTION_COLUMNS, Indices
@@ -35,7 +35,8 @@ def page_data(
     pool: Dataset, seen: Overview, pool_map: PoolMap | None, text_columns: Sequence[str], embedding_column: str
 ) -> dict[str, Any]:
     """What the page's script reads: `rows`, and positions in them as `deciles` and `clusters`."""
-    deciles, ends = _decile_rows(seen), _cluster_ends(seen)
+    tenths, ends = _tenths(seen), _cluster_ends(seen)
+    deciles = _draw(tenths, seen.seed)
     told = sorted({row for rows in deciles for row in rows} | {row for _, *two in ends for rows in two for row in rows})
     placed = _on_the_map(seen, pool_map)
     rows = sorted({*told, *placed, *(seen.sample(PAGE_ROWS).tolist() if not placed else ())})
@@ -62,7 +63,8 @@ def page_data(
             for row, text, count in zip(rows, texts, below.tolist(), strict=True)
         ],
         "deciles": [
-            {"name": _decile_name(seen, i), "rows": [place_of[row] for row in found]} for i, found in enumerate(deciles)
+            {"name": _decile_name(i, seen.scores[tenth]), "rows": [place_of[row] for row in drawn]}
+            for i, (tenth, drawn) in enumerate(zip(tenths, deciles, strict=True))
         ],
         "clusters": [
             {"label": label, "best": [place_of[r] for r in best], "worst": [place_of[r] for r in worst]}
@@ -107,14 +109,14 @@ def _tenths(seen: Overview) -> list[Indices]:
     return [part for part in np.array_split(np.argsort(seen.score_ranks)[: len(seen.scored)], 10) if len(part)]
 
 
-def _decile_rows(seen: Overview) -> list[list[int]]:
-    rng = np.random.default_rng(seen.seed)
-    drawn = [np.sort(rng.choice(len(part), min(PER_DECILE, len(part)), replace=False)) for part in _tenths(seen)]
-    return [part[places].tolist() for part, places in zip(_tenths(seen), drawn, strict=True)]
+def _draw(tenths: Sequence[Indices], seed: int) -> list[list[int]]:
+    """Some rows of each, in its order."""
+    rng = np.random.default_rng(seed)
+    places = [np.sort(rng.choice(len(part), min(PER_DECILE, len(part)), replace=False)) for part in tenths]
+    return [part[drawn].tolist() for part, drawn in zip(tenths, places, strict=True)]
 
 
-def _decile_name(seen: Overview, i: int) -> str:
-    scores = seen.scores[_tenths(seen)[i]]
+def _decile_name(i: int, scores: Floats) -> str:
     name = {0: ", the best", 9: ", the worst"}.get(i, "")
     return f"{i + 1}{name}: scores {scores[0]:.3f} to {scores[-1]:.3f}"
 

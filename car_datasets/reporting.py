@@ -229,15 +229,15 @@ class SelectionReport:
         """
         check_projection(projection)
         names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
-        return self.pictures(pool, selected, projection, embedding_column, **names)[PAGE_FILE].decode()
+        seen = Overview.of(pool, selected, **names, seed=self.seed)
+        return self.pictures(pool, seen, projection, embedding_column, **names)[PAGE_FILE].decode()
 
     def pictures(
-        self, pool: Dataset, selected: Dataset, projection: str, embedding_column: str, **names: str
+        self, pool: Dataset, seen: Overview, projection: str, embedding_column: str, **names: str
     ) -> dict[str, bytes]:
-        """The page, and the plots where matplotlib is installed, as files by their names."""
+        """The page, and the plots where matplotlib is installed, as files by their names; of columns that have been read."""
         if not can_draw():
             logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
-        seen = Overview.of(pool, selected, **names, seed=self.seed)
         pool_map = map_of(pool, seen, embedding_column, projection)
         plots = draw(seen, pool_map) if can_draw() else {}
         told = (self.sentences(), self.comparison())

@@ -236,15 +236,20 @@ class SharedRun:
         with tqdm(total=total, desc=description, unit=" examples", disable=not is_main_process()) as bar:
             looked = [0.0]
 
-            def show(names: set[str] | None = None) -> None:
-                if bar.disable or (names is None and time.monotonic() - looked[0] < 2 * self.folder.patience):
-                    return
+            def draw(names: set[str]) -> None:
                 looked[0] = time.monotonic()
-                # A look that fails in the middle of a shard is not worth its rows.
-                with contextlib.suppress(*([Exception] if names is None else [])):
-                    names = self.names() if names is None else names
-                    finished = sum(rows_in(int(part[1])) for part in map(PART.fullmatch, names) if part)
-                    bar.update(max(0, finished + self.claims.rows_elsewhere(names) + self.done - bar.n))
+                finished = sum(rows_in(int(part[1])) for part in map(PART.fullmatch, names) if part)
+                bar.update(max(0, finished + self.claims.rows_elsewhere(names) + self.done - bar.n))
+
+            def show(names: set[str] | None = None) -> None:
+                if bar.disable:
+                    return
+                if names is not None:
+                    draw(names)
+                elif time.monotonic() - looked[0] >= 2 * self.folder.patience:
+                    looked[0] = time.monotonic()
+                    with contextlib.suppress(Exception):  # in the middle of a shard, whose rows are worth more
+                        draw(self.names())
 
             yield show
 
