@@ -67,7 +67,7 @@ def curate(
     n_init: o.Runs = None,
     kmeans: o.KMeans = None,
     kmeans_sample: o.KMeansSample = None,
-    turns: Annotated[str | None, typer.Option(help="Score of a chat: mean, min, last or sum.  [default: mean]")] = None,
+    turns: o.Turns = None,
     seed: o.Seed = None,
     projection: o.Projection = None,
     dtype: o.Dtype = None,

@@ -37,6 +37,7 @@ Tokenizer = Annotated[
     typer.Option(help="For a scorer in the original's layout: folder or Hub id of its base model's tokenizer."),
 ]
 Embedder = Annotated[str | None, typer.Option(help="A sentence-transformers model.  [default: the scorer's own]")]
+Turns = Annotated[str | None, typer.Option(help="Score of a chat: mean, min, last or sum.  [default: mean]")]
 Engine = Annotated[str | None, typer.Option(help="Score by the int8 encoder in this folder, see quantise.")]
 Procedure = Annotated[str | None, typer.Option(help="default, or paper: the published rules, oddities included.")]
 Runs = Annotated[int | None, typer.Option(help="k-means runs, of which the best is kept.  [default: 1]")]

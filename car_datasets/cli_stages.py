@@ -25,7 +25,9 @@ def score(
     ] = None,
     scorer: o.ScorerModel = None,
     tokenizer: o.Tokenizer = None,
+    embedder: o.Embedder = None,
     engine: o.Engine = None,
+    turns: o.Turns = None,
     embeddings: Annotated[bool, typer.Option(help="Also add the embedding, from the same pass, for `cluster`.")] = True,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Also add iqs_score_std: how far the members of the head disagree.")
@@ -63,6 +65,7 @@ def score(
     dataset = load_instructions(opened, **reading)
     names: dict[str, Any] = {"score_column": score_column or "iqs_score"}
     model: dict[str, Any] = {"scorer": scorer or DEFAULT_SCORER, "tokenizer": tokenizer, "uncertainty": uncertainty}
+    model |= {"embedder": embedder, "turns": turns or "mean"}
     speed: dict[str, Any] = {
         "dtype": dtype or "float32",
         "embedding_dtype": embedding_dtype or "float32",

@@ -21,13 +21,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from car_datasets.cluster_fitting import Projection, checked_fit, clustering_device, fit_sklearn, fit_torch
+from car_datasets.cluster_fitting import (
+    Identity,
+    Projection,
+    checked_fit,
+    clustering_device,
+    fit_sklearn,
+    fit_torch,
+    refuse_others,
+)
 from car_datasets.collectives import Processes
 from car_datasets.kmeans import nearest
 from car_datasets.parallel import all_processes, mend_threads_after_fork
 from car_datasets.results import write_whole
 from car_datasets.rows import refuse_overwrite, refuse_tables
-from car_datasets.vectors import BATCH, Matrix, as_arrow, beside, matrix_of
+from car_datasets.vectors import BATCH, Matrix, as_arrow, beside, column_batches, matrix_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -176,6 +184,9 @@ class ClusterModel:
             dataset (`Dataset`): with a column of embeddings.
             across_processes (`bool`): the processes of `accelerate launch` or `torchrun`, which all call this with the same
                 rows, label a part each and get the whole. Without it each labels all the rows that it passes.
+
+        Raises:
+            ValueError: a column is missing or taken; processes that pass different rows, or label by different models.
         """
         from datasets import Dataset
         from datasets.table import InMemoryTable
@@ -185,28 +196,31 @@ class ClusterModel:
         refuse_overwrite(dataset.column_names, new, "output_column=... to ClusterModel.fit")
         if self.embedding_column not in dataset.column_names:
             raise ValueError(f"There is no column {self.embedding_column!r}; the dataset has {dataset.column_names}.")
-        vectors = dataset.select_columns([self.embedding_column]).with_format("arrow")
         with all_processes() if across_processes else nullcontext(Processes()) as processes:
             share = processes.share(len(dataset), BATCH)
 
-            def own() -> pa.Table:
+            def own() -> tuple[Identity | None, pa.Table]:
                 # Filled in place: small results kept from every batch would lie between the large ones that are freed, and
                 # leave a process with holes as large as all embeddings.
                 labels, distances, missing = (np.empty(len(share), dtype=t) for t in (np.int32, np.float32, np.bool_))
                 at = 0
-                mine = vectors if len(share) == len(vectors) else vectors.select(share)
                 with tqdm(
                     total=len(dataset), desc="Clustering", unit=" examples", disable=processes.rank > 0
                 ) as progress:
-                    for batch in mine.iter(batch_size=BATCH):
+                    for batch in column_batches(dataset, self.embedding_column, share):
                         rows = slice(at, at := at + len(batch))
-                        labels[rows], distances[rows], missing[rows] = self._label(batch[self.embedding_column])
+                        labels[rows], distances[rows], missing[rows] = self._label(batch)
                         progress.update(
                             min(len(batch) * processes.count, progress.total - progress.n)
                         )  # others do as much
-                return self._table(labels, distances, missing)
+                same = Identity.of(dataset, self.embedding_column, (self.digest,), processes)
+                return same, self._table(labels, distances, missing)
 
-            table = processes.joined(own, pa.concat_tables)
+            def join(parts: list[tuple[Identity | None, pa.Table]]) -> pa.Table:
+                refuse_others("labels", [identity for identity, _ in parts])
+                return pa.concat_tables([labelled for _, labelled in parts])
+
+            table = processes.joined(own, join)
         return beside(dataset, Dataset(InMemoryTable(table)))
 
     def assign(self, embeddings: Matrix, rank: int | None = None) -> tuple[npt.NDArray[np.int32], Matrix]:

@@ -26,6 +26,7 @@ from car_datasets.recipe import Recipe
 from car_datasets.rows import refuse_overwrite
 from car_datasets.scoring import QualityScorer
 from car_datasets.selection import SELECTION_COLUMNS, check_columns
+from car_datasets.shard_files import refuse_blank
 from car_datasets.shards import fill_shards, score_in_shards
 from car_datasets.templates import CLEAN_TEMPLATE
 
@@ -82,12 +83,13 @@ def score_and_embed(
         ValueError: a model does not exist, or a column of this or a later stage is taken.
     """
     stages = _stages(dataset, settings, token, embed)
+    folders = [None if shard_dir is None else _shards_of(stage, shard_dir) for _, stage in stages]
     begun = shard_dir is not None and ("://" in str(shard_dir) or any(Path(shard_dir).glob("*/part-*")))
     if len(dataset) >= LARGE and is_main_process() and not begun:
         with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
             tqdm.write(str(estimate_scoring(dataset, stages[0][1])), file=sys.stderr)
-    for description, stage in stages:
-        dataset = _add(dataset, stage, description, shard_dir)
+    for (description, stage), folder in zip(stages, folders, strict=True):
+        dataset = _add(dataset, stage, description, folder)
     return dataset
 
 
@@ -119,21 +121,16 @@ def _stages(dataset: Dataset, settings: Recipe, token: str | None, embed: bool) 
     return [("Scoring", scorer), ("Embedding", embedder)]
 
 
-def _add(
-    dataset: Dataset,
-    stage: QualityScorer | TextEmbedder,
-    description: str,
-    shard_dir: str | os.PathLike[str] | None = None,
-) -> Dataset:
+def _add(dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str, folder: str | None = None) -> Dataset:
     """The columns of a stage, computed here, or by all processes in shards."""
-    if shard_dir is None and process_rank()[1] == 1:
+    if folder is None and process_rank()[1] == 1:
         return add_columns(dataset, stage, description)
-    folder = None if shard_dir is None else _shards_of(stage, shard_dir)
     return score_in_shards(dataset, stage, folder, description=description)
 
 
 def _shards_of(stage: QualityScorer | TextEmbedder, shard_dir: str | os.PathLike[str]) -> str:
     """Each stage has a folder of its own there."""
+    refuse_blank(shard_dir)
     return f"{os.fspath(shard_dir).rstrip('/')}/{'scores' if isinstance(stage, QualityScorer) else 'embeddings'}"
 
 

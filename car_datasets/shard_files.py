@@ -254,7 +254,18 @@ class SharedRun:
             yield show
 
 
+def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
+    """A name that is empty would be the working directory, or the root: often a variable that is not set.
+
+    Raises:
+        ValueError: it is.
+    """
+    if not os.fspath(shard_dir).strip():
+        raise ValueError("shard_dir='' names no folder; pass one (--shards DIR), or leave it out.")
+
+
 def _open(location: str | Path) -> Folder | HubFolder:
+    refuse_blank(location)
     on_the_hub = str(location).startswith("hf://") and not str(location).startswith("hf://buckets/")
     return HubFolder(str(location)) if on_the_hub else Folder(location)
 

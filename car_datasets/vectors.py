@@ -38,10 +38,9 @@ def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) 
             "Map TextEmbedder() over it first, or name your embeddings: embedding_column=..."
         )
     start, width = 0 if rows is None else rows.start, 0
-    part = dataset.select_columns([column])
     bad: list[int] = []
-    for batch in (part if rows is None else part.select(rows)).with_format("arrow").iter(batch_size=BATCH):
-        matrix, present = _joined(batch[column], column)
+    for batch in column_batches(dataset, column, rows):
+        matrix, present = _joined(batch, column)
         present += start
         start += len(batch)
         if len(present) == 0:
@@ -54,6 +53,36 @@ def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) 
     _refuse_not_finite(bad, column)
     if width == 0 and rows is None:
         raise ValueError(f"The column {column!r} holds no embeddings, only nulls.")
+
+
+def column_batches(dataset: Dataset, column: str, rows: range | None = None) -> Iterator[pa.ChunkedArray]:
+    """A column in pieces of `BATCH` rows: where the rows lie in order, without a copy.
+
+    `dataset.iter` takes the rows of a shuffled or filtered dataset one by one, 35 times as long as reading them in order.
+    """
+    values, rows = dataset.data.column(column), range(len(dataset)) if rows is None else rows
+    order = dataset._indices  # of a shuffled or filtered dataset; it has no public name
+    for start in range(rows.start, rows.stop, BATCH):
+        count = min(BATCH, rows.stop - start)
+        if order is None:
+            yield values.slice(start, count)
+        else:
+            yield _taken(values, order.column(0).slice(start, count).to_numpy().astype(np.int64))
+
+
+def _taken(values: pa.ChunkedArray, places: Positions) -> pa.ChunkedArray:
+    """The rows at these places, taken chunk by chunk: `values.take(places)` would copy all chunks into one for it."""
+    ends = np.cumsum([len(chunk) for chunk in values.chunks])
+    chunk_of = np.searchsorted(ends, places, side="right")
+    by_chunk = np.argsort(chunk_of, kind="stable")
+    touched, first = np.unique(chunk_of[by_chunk], return_index=True)
+    parts = []
+    for number, own in zip(touched.tolist(), np.split(by_chunk, first[1:]), strict=True):
+        chunk = values.chunk(number)
+        parts.append(chunk.take(pa.array(places[own] - (ends[number] - len(chunk)))))
+    back = np.empty_like(by_chunk)
+    back[by_chunk] = np.arange(len(by_chunk))
+    return pa.chunked_array([pa.concat_arrays(parts).take(pa.array(back))], values.type)
 
 
 def count_vectors(dataset: Dataset, column: str) -> int:

@@ -165,9 +165,10 @@ def test_stages_one_by_one_give_what_curate_gives(rows: Path, tmp_path: Path) ->
 
 
 def test_score_without_an_output_fills_shards_that_curate_takes(
-    rows: Path, tiny_iqs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards, models = tmp_path / "shards", ("--scorer", tiny_iqs, "--on-invalid", "mark")
+    shards = tmp_path / "shards"
+    models = ("--scorer", tiny_iqs, "--embedder", tiny_embedder, "--turns", "min", "--on-invalid", "mark")
     result = run("score", rows, "--shards", shards, *models)
     assert result.exit_code == 0, result.output
     assert result.stdout == (
@@ -316,6 +317,7 @@ def test_source_that_cannot_be_read_is_one_line(name: str, content: bytes, messa
     [
         (("score", "rows.json", "-o", "scored.csv"), "scored.csv: name a .parquet file"),
         (("score", "rows.json"), "--output FILE, or --shards DIR"),
+        (("score", "rows.json", "--shards", ""), "shard_dir='' names no folder"),
         (("score", "nope.json", "-o", "scored.parquet"), "no such file or folder"),
         (("score", "someone/no-such-dataset", "-o", "scored.parquet"), "someone/no-such-dataset"),
         (("score", "rows.json", "-o", "rows.json/scored.parquet"), "rows.json.* is a file"),

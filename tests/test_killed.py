@@ -169,7 +169,7 @@ OWNERS = {
         KillAt("os", "replace", nth=3, target="part-", after=True),
         KillAt("datasets", "concatenate_datasets"),
         KillAt("clusters", "fit"),
-        KillAt("report", "from_selection"),
+        KillAt("report", "from_overview"),
         KillAt("os", "replace", target="scored.parquet"),
         KillAt("os", "replace", target="selected.json"),
         KillAt("report", "pictures"),

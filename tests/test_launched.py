@@ -307,8 +307,9 @@ TOLD = [  # on every rank, of what is wrong with all or with one
     r"ValueError: k=401 must be .* the 400 rows",
     r"ValueError: .* no column 'vector'",
     r"RuntimeError: rank 1 has lost its disk",
-    *[r"ValueError: dataset: process 1 of \d fits clusters to other rows or in another way"] * 3,
+    *[r"ValueError: dataset: process 1 of \d fits clusters to other rows or in another way"] * 5,
     r"ValueError: .* not finite in 1 rows",
+    *[r"ValueError: dataset: process 1 of \d labels other rows or in another way"] * 2,
 ]
 
 

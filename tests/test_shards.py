@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from car_datasets import QualityScorer, TextEmbedder, cluster_filter, score_in_shards, select_car, shards
+from car_datasets import QualityScorer, TextEmbedder, cluster_filter, curate, score_in_shards, select_car, shards
 from car_datasets.claims import Claims, Folder
 from car_datasets.columns import add_columns
 from car_datasets.shards import fill_shards
@@ -114,6 +114,18 @@ def test_a_folder_of_something_else_is_left_alone(tiny_iqs: str, rows: Dataset, 
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="run the same again"):
         score_in_shards(rows, QualityScorer(tiny_iqs), tmp_path / "file" / "shards")
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_name_that_is_empty_is_no_folder(
+    tiny_iqs: str, tiny_embedder: str, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"shard_dir='' names no folder"):
+        score_in_shards(rows, QualityScorer(tiny_iqs), blank)
+    with pytest.raises(ValueError, match=r"shard_dir='' names no folder"):
+        curate(rows, n1=2, k=2, scorer=tiny_iqs, embedder=tiny_embedder, shard_dir=blank)
+    assert parts(tmp_path) == []
 
 
 def test_urls(tiny_iqs: str, rows: Dataset, tmp_path: Path, calls: list[int]) -> None:

@@ -59,6 +59,10 @@ def test_parts_of_a_dataset_give_their_own_rows(kind: Any, nulls: tuple[int, ...
         "slice": (whole.select(range(3, 8)), range(3, 8)),
         "selected": (whole.select([8, 1, 4, 1]), [8, 1, 4, 1]),
         "reversed": (whole.select(range(9, -1, -1)), range(9, -1, -1)),
+        "taken from pieces": (
+            concatenate_datasets([whole.select(range(n, n + 2)) for n in (0, 2, 4, 6, 8)]).select([9, 0, 4, 5, 3, 9]),
+            [9, 0, 4, 5, 3, 9],
+        ),
         "joined": (concatenate_datasets([whole.select(range(5, 10)), whole.select([2, 0])]), [5, 6, 7, 8, 9, 2, 0]),
         "formatted": (whole.with_format("numpy"), range(10)),
     }

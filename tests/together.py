@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,8 @@ def errors(rank: int) -> list[str]:
         (dataset_of(more[rank:]), ordinary, {}),
         (dataset_of(more[::-1] if rank else more), ordinary, {}),
         (dataset_of(more), ordinary, {"seed": rank}),
+        (dataset_of([more[0], *more[:0:-1]] if rank else more), ordinary, {}),
+        (dataset_of([more[0], *more[:0:-1]] if rank else more), ordinary, {"kmeans": "sklearn"}),
     ):
         cluster_fitting.embedding_batches = breaking
         try:
@@ -126,10 +129,13 @@ def errors(rank: int) -> list[str]:
             told.append(f"{type(error).__name__}: {error}")
     cluster_fitting.embedding_batches = ordinary
     model = from_main(lambda: ClusterModel.fit(dataset_of(more)))  # by one process, for which no other must wait
-    try:
-        model.label(dataset_of(rows), across_processes=True)
-    except ValueError as error:
-        told.append(f"ValueError: {error}")
+    other = replace(model, centers=model.centers + rank)
+    turned = [more[0], *more[:0:-1]] if rank else more
+    for labeller, labelled in ((model, rows), (model, turned), (other, more)):
+        try:
+            labeller.label(dataset_of(labelled), across_processes=True)
+        except ValueError as error:
+            told.append(f"ValueError: {error}")
     return told
 
 
