@@ -145,6 +145,7 @@ def test_curate_reads_a_recipe_and_options_win_over_it(
     assert "embedding" not in columns
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_give_what_curate_gives(rows: Path, tmp_path: Path) -> None:
     """On the embedded default, whose one pass gives the score and the embedding."""
     scored, clustered, selected = (tmp_path / f"{name}.parquet" for name in ("scored", "clustered", "selected"))
@@ -200,6 +201,7 @@ def test_columns_named_on_the_command_line(tiny_iqs: str, tmp_path: Path) -> Non
     assert Dataset.from_parquet(str(tmp_path / "scored.parquet"))["iqs_status"][:] == ["ok", "empty_response"]
 
 
+@pytest.mark.slow
 def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = run_process("demo", "--output", "demo", "--budget", 30, cwd=tmp_path, bars=True)
     assert done.returncode == 0, done.stderr

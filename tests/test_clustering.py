@@ -281,6 +281,7 @@ def save_and_die(model: ClusterModel, folder: Path, nth: int) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nth", [1, 2])
 @pytest.mark.parametrize("before", ["nothing", "another model"])
 def test_killed_while_saving_it_leaves_no_model_that_loads(

@@ -177,6 +177,7 @@ def test_outranked_and_shift_by_hand(evaluation: Evaluation, scorer: QualityScor
     assert evaluation.styles["opening"]["shift"]["value"] == pytest.approx(shift, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures(scorer: QualityScorer) -> None:
     first, same, other = (evaluate_scorer(scorer, PAIRS[:4], samples=9, seed=seed) for seed in (0, 0, 1))
     assert same == first
@@ -190,6 +191,7 @@ def test_escapes_change_nothing_for_a_scorer_that_cleans(evaluation: Evaluation)
     assert evaluation.escapes == {"changed": 0, "largest": 0.0, "rows": 4}
 
 
+@pytest.mark.slow
 def test_escapes_change_the_score_of_the_paper_template() -> None:
     found = evaluate_scorer(QualityScorer(template="paper"), PAIRS[:5], samples=2)
     assert found.escapes["rows"] == 3
@@ -197,6 +199,7 @@ def test_escapes_change_the_score_of_the_paper_template() -> None:
     assert found.escapes["largest"] > 1e-3
 
 
+@pytest.mark.slow
 def test_kinds_that_no_row_can_have_are_null(scorer: QualityScorer) -> None:
     found = evaluate_scorer(scorer, MUTE, samples=5)
     assert found.corruptions["truncated"]["rows"] == found.corruptions["shuffled_sentences"]["rows"] == 0
@@ -205,6 +208,7 @@ def test_kinds_that_no_row_can_have_are_null(scorer: QualityScorer) -> None:
     assert content["corruptions"]["truncated"] == {"outranked": dict.fromkeys(("value", "low", "high")), "rows": 0}
 
 
+@pytest.mark.slow
 def test_intervals_draw_only_pairs_that_have_a_copy(scorer: QualityScorer) -> None:
     """A sample without a single copy has no share at all, least of all 0 %."""
     long = Exchange("Name three seas.", "", "The North Sea is the one in the north.")

@@ -35,6 +35,7 @@ def hashes_in_new_process(tiny_iqs: str, tiny_embedder: str, seed: str) -> list[
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_same_hash_in_every_process_and_after_a_call(tiny_iqs: str, tiny_embedder: str, pairs: Dataset) -> None:
     scorer, embedder = QualityScorer(tiny_iqs), TextEmbedder(tiny_embedder)
     fresh = [Hasher.hash(scorer), Hasher.hash(embedder), Hasher.hash(QualityScorer())]

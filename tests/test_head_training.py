@@ -40,6 +40,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> HeadTraining:
     return HeadTraining(train=str(train), valid=str(valid), **SMALL)
 
 
+@pytest.mark.slow
 def test_training_learns_and_is_deterministic(settings: HeadTraining, tmp_path: Path) -> None:
     figures = train_head(settings.changed(output=str(tmp_path / "one"), seeds=2))
     train_head(settings.changed(output=str(tmp_path / "two")))

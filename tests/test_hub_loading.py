@@ -37,6 +37,7 @@ def load(hub: Hub, source: str, run: dict[str, Any] | None = None, **options: An
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_revision_is_the_one_that_was_asked_for(hub: Hub) -> None:
     first = hub.commit("me/rows", data("red"), private=True)
     assert load(hub, "me/rows") == ["red"]
@@ -80,6 +81,7 @@ def test_a_cached_revision_is_never_taken_for_a_newer_one(hub: Hub, fault: dict[
     assert load(hub, "me/rows") == ["blue", "green"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_gone_is_said_and_the_cache_is_there_for_those_who_ask(hub: Hub) -> None:
     commit = hub.commit("me/rows", data("red"))
     assert load(hub, "me/rows") == ["red"]
@@ -121,6 +123,7 @@ def test_what_cannot_be_loaded_says_what_to_do(
     assert message in load(hub, source, {"token": token}, **options)
 
 
+@pytest.mark.slow
 def test_on_the_command_line_it_is_one_line_without_a_token(hub: Hub) -> None:
     hub.commit("you/hidden", data("red"), private=True)
     code = "import sys; from car_datasets.cli import app; app(sys.argv[1:])"

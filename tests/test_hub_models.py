@@ -32,6 +32,7 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+@pytest.mark.slow
 def test_a_model_comes_back_as_it_went(hub: Hub, tiny_iqs: str) -> None:
     code = """
 import torch
@@ -52,6 +53,7 @@ print(json.dumps([equal, type(AutoModel.from_pretrained("me/iqs")).__name__]))
     assert stored.files()["model.safetensors"] == (Path(tiny_iqs) / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_embedded_head_alone_can_be_pushed(hub: Hub) -> None:
     from car_datasets.hub import default_scorer_folder
 
@@ -65,6 +67,7 @@ print(json.dumps([float(s(row)["iqs_score"][0]) for s in (QualityScorer("me/head
     assert pushed == pytest.approx(embedded, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_scorer_is_pinned_to_the_commit_that_it_found(hub: Hub, make_tiny_iqs: Any) -> None:
     first = hub.commit("team/iqs", files_of(make_tiny_iqs(seed=11)), kind="models", private=True)
     code = """
@@ -91,6 +94,7 @@ print(json.dumps([caught(score, revision or None) for revision in sys.argv[1:]])
     assert "revision=<its 40-digit commit>" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "revision", "token", "message"),
     [
@@ -119,6 +123,7 @@ print(json.dumps([caught(QualityScorer, name, revision), caught(IQSModel.from_pr
         assert message in seen
 
 
+@pytest.mark.slow
 def test_a_hub_that_goes_down_in_the_middle(hub: Hub, tiny_iqs: str) -> None:
     commit = hub.commit("you/open", files_of(tiny_iqs), kind="models")
     hub.fault("GET", f"/api/models/you/open/revision/{commit}", times=-1, status=503)
@@ -136,6 +141,7 @@ print(json.dumps(caught(QualityScorer, "you/open")))
     assert said(hub, "print(json.dumps(QualityScorer('you/open').revision))") == commit
 
 
+@pytest.mark.slow
 def test_a_token_that_is_passed_is_used_and_kept_nowhere(hub: Hub, tiny_iqs: str, tmp_path: Path) -> None:
     hub.commit("you/hidden", files_of(tiny_iqs), kind="models", private=True)
     shutil.copytree(tiny_iqs, tmp_path / "copy")

@@ -141,6 +141,7 @@ print(json.dumps([
     assert stored is not None and stored.private
 
 
+@pytest.mark.slow
 def test_transformers_push_and_load(hub: Hub) -> None:
     code = """
 import torch

@@ -52,6 +52,7 @@ def expected(tiny_iqs: str, tmp_path_factory: pytest.TempPathFactory) -> list[fl
     return json.loads(done.stdout)[1]
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_where_one_was_killed(hub: Hub, tiny_iqs: str, expected: list[float]) -> None:
     assert score(hub, tiny_iqs, kill_at=4)[0] == -9
     stored = hub.repo("me/work")
@@ -67,6 +68,7 @@ def test_another_machine_goes_on_where_one_was_killed(hub: Hub, tiny_iqs: str, e
 STREAM = SCORE.replace("score_in_shards(rows,", "score_in_shards(rows.to_iterable_dataset(),")
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_on_another_machine(hub: Hub, tiny_iqs: str, expected: list[float]) -> None:
     environment = {"HF_HOME": str(hub.folder.parent / "one")}
     assert hub.run(STREAM, tiny_iqs, WORK, 4, env=environment).returncode == -9
@@ -83,6 +85,7 @@ OTHER = SCORE.replace(
 )
 
 
+@pytest.mark.slow
 def test_the_numbers_of_the_machine_that_came_first_are_everyones(
     hub: Hub, tiny_iqs: str, expected: list[float]
 ) -> None:
@@ -95,6 +98,7 @@ def test_the_numbers_of_the_machine_that_came_first_are_everyones(
     assert score(hub, tiny_iqs) == [0, json.loads(other.stdout)[1]]
 
 
+@pytest.mark.slow
 def test_two_machines_at_once(hub: Hub, tiny_iqs: str, expected: list[float]) -> None:
     runs = [
         subprocess.Popen(
@@ -151,6 +155,7 @@ def test_what_was_scored_when_the_hub_went_away_is_not_scored_again(
     assert score(hub, tiny_iqs) == [6 - calls, expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "token", "message"),
     [
@@ -187,6 +192,7 @@ def test_shards_of_another_run_and_other_content_are_refused(hub: Hub, tiny_iqs:
     assert calls == 0 and "holds ['thesis.tex'] and no manifest.json" in said
 
 
+@pytest.mark.slow
 def test_curate_on_the_command_line(hub: Hub, tiny_iqs: str, tiny_embedder: str) -> None:
     code = "import sys; from car_datasets.cli import app; app(sys.argv[1:])"
     rows = [{"instruction": f"Write a list of {i} colours.", "output": f"a, b, c{i}"} for i in range(30)]

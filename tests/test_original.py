@@ -70,6 +70,7 @@ def test_from_text_to_selection(n1: int, n2: int, oracle: Path, tmp_path: Path) 
         assert [score for _, score, _ in found] == pytest.approx([score for _, score, _ in wanted], abs=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.parametrize(
     ("folder", "key"), [("instruction_score", "ranking_iqs"), ("instruction_comet", "ranking_comet")]

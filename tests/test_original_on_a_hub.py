@@ -27,6 +27,7 @@ def files_of(folder: Path, start: Path) -> dict[str, bytes]:
     return {p.relative_to(start).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_hub_id_in_the_originals_layout(hub: Hub, shared: Path) -> None:
     oracle = shared / "oracle"

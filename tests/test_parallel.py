@@ -42,6 +42,7 @@ def score_and_tell(batch: Any, rank: int, scorer: QualityScorer) -> dict[str, An
     return {**found, "loads": [loads] * count, "rank": [rank] * count, "process": [os.getpid()] * count}
 
 
+@pytest.mark.slow
 def test_each_spawned_worker_loads_once_and_the_order_stays(
     tiny_iqs: str, pairs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def run(*command: str, text: str | None = None) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_a_guarded_script_runs_and_an_unguarded_one_is_told(tmp_path: Path) -> None:
     (tmp_path / "good.py").write_text(SCRIPT + GUARD)
     done = run(str(tmp_path / "good.py"))
@@ -148,6 +150,7 @@ rows.map(QualityScorer(MODEL), batched=True, num_proc=2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "sklearn"])
 def test_a_worker_forked_after_clustering_says_so_instead_of_hanging(tiny_iqs: str, engine: str) -> None:
     if multiprocess.get_start_method() != "fork":

@@ -68,6 +68,7 @@ def waiting_for(condition: Callable[[], bool]) -> None:
 # --- what lands
 
 
+@pytest.mark.slow
 def test_a_result_lands_in_one_commit_with_card_and_receipt(hub: Hub, result: Path) -> None:
     also = "scored,random_control,length_matched_control"
     done = push(hub, result, "me/car", "--also", also, "--check", env={"HF_DEBUG": "1"}, check=True)
@@ -240,6 +241,7 @@ REFUSED: list[tuple[str, list[str], str | None, str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_nothing_leaves_where_it_was_not_meant_to_go(hub: Hub, result: Path) -> None:
     hub.commit("me/public", {"a": b"1"})
     hub.commit("me/private", {"a": b"1"}, private=True)
@@ -283,6 +285,7 @@ for folder in sys.argv[1:]:
     assert hub.log() == []
 
 
+@pytest.mark.slow
 def test_a_token_with_a_line_end_is_still_one_and_a_broken_one_is_not_shown(hub: Hub, result: Path) -> None:
     push(hub, result, "me/car", "--token", Hub.token + "\r\n", token=None, check=True)
     done = push(hub, result, "me/other", "--token", "hf_top secret", token=None)
@@ -328,6 +331,7 @@ print(max(slept))
     assert [commits(hub, f"me/{name}") for name in faults] == [1] * len(faults)
 
 
+@pytest.mark.slow
 def test_what_stays_is_said_in_one_line_and_the_same_command_goes_on(hub: Hub, result: Path) -> None:
     hub.fault("POST", "/commit/", times=1000, status=503)
     done = push(hub, result, "me/car")
@@ -356,6 +360,7 @@ def test_the_server_goes_down_in_the_middle(hub: Hub, result: Path) -> None:
     assert hub.token not in printed
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_the_same_command_goes_on(hub: Hub, result: Path) -> None:
     hub.fault("PUT", "/large/", times=1000, kind="delay", seconds=600, skip=3)
     command = [sys.executable, "-c", COMMAND, "push", str(result), "me/car"]

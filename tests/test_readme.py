@@ -28,6 +28,7 @@ def folder(tmp_path: Path, sample_file: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path
 
 
+@pytest.mark.slow
 def test_python_snippets_run(folder: Path) -> None:
     snippets = blocks("python")
     assert len(snippets) >= 3
@@ -38,6 +39,7 @@ def test_python_snippets_run(folder: Path) -> None:
     assert (folder / "out" / "selected.json").is_file()
 
 
+@pytest.mark.slow
 def test_commands_run(folder: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("car-datasets ")]
     assert len(lines) >= 6

@@ -49,6 +49,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_the_loop_on_a_hub_on_this_machine(hub: Hub, tiny_iqs: str, sample_file: Path, tmp_path: Path) -> None:
     done = hub.run(LOOP, tiny_iqs, sample_file, tmp_path / "out", "local", check=True, timeout=300)
     assert json.loads(done.stdout.splitlines()[-1])[0] >= 10

@@ -161,6 +161,7 @@ def test_equal_input_gives_equal_bytes(page: str, pool: Dataset, selected: Datas
     assert SelectionReport.from_selection(pool, selected).to_html(pool, selected) == page
 
 
+@pytest.mark.slow
 def test_a_large_pool_gives_a_small_page_that_says_so() -> None:
     large = make_pool(30_000, 100, text=["word " * 2_000] * 30_000)
     chosen = select_car(large.remove_columns("embedding"), 5_000, 1)

@@ -61,6 +61,7 @@ def test_a_truncated_text_scores_as_its_beginning(make_tiny_iqs: Any) -> None:
     assert found.scores[0] == pytest.approx(found.scores[1], abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(order=st.permutations(range(12)), batch_size=st.integers(1, 12), budget=st.sampled_from([1, 30, 100, 5000]))
 def test_a_score_does_not_depend_on_its_company(tiny_iqs: str, order: list[int], batch_size: int, budget: int) -> None:
@@ -197,6 +198,7 @@ def test_a_model_with_its_own_encoder_gives_no_embedding(tiny_iqs: str) -> None:
         QualityScorer(tiny_iqs, embedding_column="embedding")
 
 
+@pytest.mark.slow
 def test_one_pass_gives_what_the_two_stages_give(sample_rows: list[dict]) -> None:
     rows = sample_rows[:24]
     rows = [
