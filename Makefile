@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt
 
-.PHONY: help demo test test-all lint bench certify default-scorer clean
+.PHONY: help demo test test-all lint docs bench certify default-scorer clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  -/'
@@ -13,14 +13,17 @@ demo: $(VENV)/.installed  ## curate the sample that comes with the package
 	$(if $(OUTPUT),,rm -rf demo-result)
 	$(BIN)/car-datasets demo --output $(or $(OUTPUT),demo-result)
 
-test: $(VENV)/.installed-test  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/.installed-test  ## the tests, without the slow ones; ARGS="-k name -x" for pytest
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-test  ## all tests, and how much of the package they run
 	$(BIN)/python -m pytest -m "" --cov=car_datasets --cov-report=term
 
 lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(VENV)/.installed-test  ## pages of the public API, in build/docs
+	$(BIN)/python .ci/docs.py build/docs
 
 bench: $(VENV)/.installed-test  ## the benchmarks; run nothing else meanwhile
 	$(BIN)/python -m tests.benchmarks
