@@ -122,6 +122,8 @@ def _legend_below(figure: Figure) -> None:
 
 def draw_map(seen: Overview, pool_map: PoolMap) -> Figure:
     """The pool in two dimensions, coloured by cluster, with the selected rows marked."""
+    from matplotlib.patheffects import withStroke
+
     rows, points, method = pool_map
     figure, axes = _axes(f"Map of the pool ({method} of the embeddings)", height=6.4)
     clusters, taken = seen.clusters[rows], np.isin(rows, seen.positions)
@@ -130,8 +132,8 @@ def draw_map(seen: Overview, pool_map: PoolMap) -> Figure:
     axes.scatter(*points[~taken].T, s=size, c=colours[~taken], alpha=0.5, linewidths=0)
     axes.scatter(*points[taken].T, s=1.8 * size, c=colours[taken], edgecolors=DARK, linewidths=0.15 * size**0.5)
     for cluster, place in _places(points, clusters):
-        outline = {"boxstyle": "round,pad=0.15", "facecolor": "white", "alpha": 0.85, "linewidth": 0}
-        axes.text(*place, str(cluster), ha="center", va="center", fontsize=10, fontweight="bold", bbox=outline)
+        number = axes.text(*place, str(cluster), ha="center", va="center", fontsize=10, fontweight="bold")
+        number.set_path_effects([withStroke(linewidth=3, foreground="white")])  # a box would hide rows
     shown = "all scored rows" if len(rows) == len(seen.scored) else f"a sample of {len(seen.scored):,} scored rows"
     axes.set_xlabel(
         f"{len(rows):,} rows, {shown}. Colours part neighbouring clusters (there are fewer colours than clusters);\n"

@@ -205,6 +205,10 @@ class SharedRun:
             if ours and not PART.fullmatch(name):
                 with contextlib.suppress(OSError):
                     self.claims.folder.remove(name)
+        if self.folder.local is None:  # and what waited here to be put there
+            for path in self.copies.glob("*part-*"):
+                if not PART.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def explaining(self, name: str, doing: str = "written") -> Iterator[None]:

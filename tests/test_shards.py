@@ -144,12 +144,16 @@ def test_urls(tiny_iqs: str, rows: Dataset, tmp_path: Path, calls: list[int]) ->
     for file in remote.cache_files:  # as on another machine, which has no copies yet
         if file["filename"].endswith(".arrow"):
             Path(file["filename"]).unlink()
+    copies = Path(remote.cache_files[0]["filename"]).parent
+    for left in (".part-00001.arrow.0a1b2c3d", "unput-part-00002.arrow", ".unput-part-00003.arrow.0a1b2c3d"):
+        (copies / left).write_bytes(b"by a worker that was killed")
     torn = f"/{tmp_path.name}/shards/part-00004.arrow"
     memory.pipe_file(torn, memory.cat_file(torn)[:200])
     again = score_in_shards(rows, scorer, url, shard_rows=4)
     assert calls == [4]
     assert again.to_dict() == local.to_dict()
     assert len(memory.cat_file(torn)) > 200
+    assert parts(copies) == [f"part-{i:05d}.arrow" for i in range(6)]
 
 
 def test_a_shard_that_cannot_be_fetched_is_an_error_and_not_scored_again(
