@@ -6,6 +6,7 @@ Does not: make such a folder (quantisation.py), or decide whether its scores are
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import sys
@@ -82,6 +83,17 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
     return digests.files_digest(folder, [folder / name for name in ENGINE_FILES])
 
 
+@functools.lru_cache(maxsize=1)
+def _core() -> Any:
+    """The one `Core` of this process, for as long as it lives.
+
+    Each sets the thread that makes it a stack for signal handlers (on CPUs with AVX-512 at least), and frees that stack with
+    itself: let go in another thread, as Python's garbage collector may, it leaves the first thread with a stack that is no
+    more, and the next signal with a Python handler, Ctrl-C too, is a segmentation fault (seen with OpenVINO 2026.4).
+    """
+    return import_openvino().Core()
+
+
 class OpenVINOEncoder(nn.Module):
     """Stands where an encoder of transformers stood: the same arguments, and the hidden states of its int8 copy.
 
@@ -94,7 +106,6 @@ class OpenVINOEncoder(nn.Module):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        openvino = import_openvino()
         options = {
             "INFERENCE_PRECISION_HINT": "f32",  # what is not int8; by itself OpenVINO takes bfloat16 where the CPU has it
             "PERFORMANCE_HINT": "LATENCY",  # all cores on one batch
@@ -102,7 +113,7 @@ class OpenVINOEncoder(nn.Module):
         }
         path = Path(folder).expanduser() / MODEL_FILE
         try:
-            self.compiled = openvino.Core().compile_model(str(path), "CPU", options)
+            self.compiled = _core().compile_model(str(path), "CPU", options)
         except RuntimeError as error:  # all that openvino raises for a file cut short or overwritten
             raise ValueError(f"engine={folder!r}: {MODEL_FILE} or {WEIGHTS_FILE} {DAMAGED}") from error
 

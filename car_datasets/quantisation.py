@@ -6,6 +6,7 @@ Does not: run an engine (openvino_encoder.py), or measure a scorer against label
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -89,6 +90,7 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
         subset_size=len(samples),
         model_type=nncf.ModelType.TRANSFORMER,
     )
+    gc.collect()  # nncf's `Core`s must go in the thread that made them, see `_core` in openvino_encoder.py
     record = {
         "model": scorer.model_id,
         "revision": scorer.revision,

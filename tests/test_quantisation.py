@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,29 @@ def test_a_mistake_is_one_line(
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "int8").exists()
+
+
+LET_GO_IN_A_THREAD = """
+import gc, os, signal, sys, threading
+from car_datasets import QualityScorer
+from car_datasets.loaded_scorer import load_scorer
+from car_datasets.quantisation import quantise_encoder
+from car_datasets.templates import Exchange, render
+
+model, folder = sys.argv[1:]
+texts = [render(Exchange(f"Name {i} things.", "", "One, two, three. " * i)) for i in range(1, 25)]
+engine = str(quantise_encoder(QualityScorer(model), texts, folder))
+QualityScorer(model, engine=engine).score_texts(texts)
+elsewhere = threading.Thread(target=lambda: (load_scorer.cache_clear(), gc.collect()))
+elsewhere.start()
+elsewhere.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_after_an_engine_went_in_another_thread(needs_openvino: None, tiny_iqs: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LET_GO_IN_A_THREAD, tiny_iqs, str(tmp_path / "int8")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["handled"]), done.stderr[-2000:]
