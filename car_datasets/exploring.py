@@ -1,17 +1,19 @@
 """EXPLORE: a curated folder as a map in embedding-atlas (the extra `explore`), with coordinates and neighbours given.
 
-Does: write one Parquet file of our columns, places and nearest rows, and start embedding-atlas on it, which computes nothing.
+Does: make one table of our columns, places and nearest rows; give it to embedding-atlas's widget in a notebook, or write it and
+start embedding-atlas on the file; either way it computes nothing.
 Does not: embed, or change the folder.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +28,19 @@ from car_datasets.vectors import Matrix, read_embeddings, unit_rows
 NEAREST = 10
 NEIGHBOUR_ROWS = 20_000  # all pairs of more take minutes; then there are places, and no neighbours
 BLOCK = 1_024
-X, Y, NEIGHBOURS, TEXT, KEPT = "map_x", "map_y", "map_neighbours", "map_text", "selected_by"
+ROW, X, Y, NEIGHBOURS, TEXT, KEPT = "map_row", "map_x", "map_y", "map_neighbours", "map_text", "selected_by"
+
+
+class AtlasTable(NamedTuple):
+    """What embedding-atlas is given.
+
+    Args:
+        table (`pyarrow.Table`): the rows that have an embedding, without it, and what we know of them.
+        columns (`dict[str, str]`): which of its columns is what, by the names of the arguments of embedding-atlas's widget.
+    """
+
+    table: pa.Table
+    columns: dict[str, str]
 
 
 def explore(folder: Path, host: str = "localhost", port: int = 5055, projection: str = "pca", **names: str) -> None:
@@ -63,6 +77,36 @@ def write_atlas(folder: Path, path: Path, projection: str = "pca", **names: str)
     """
     from datasets import Dataset
 
+    table, columns = atlas_table(folder, projection, **names)
+    Dataset(table.drop_columns(columns.pop("row_id"))).to_parquet(str(path))  # the command counts rows by itself
+    given = [part for option, column in columns.items() for part in (f"--{option}", column)]
+    return [str(path), *given, "--disable-projection"]
+
+
+def atlas_table(folder: str | os.PathLike[str], projection: str = "pca", **names: str) -> AtlasTable:
+    """A curated folder as the table that embedding-atlas shows, with places and neighbours, so that it computes nothing.
+
+    Example, in a notebook:
+
+    ```python
+    >>> table, columns = atlas_table("out")
+    >>> EmbeddingAtlasWidget(table, **columns)
+    ```
+
+    Args:
+        folder (`str`): what `curate` wrote, with embeddings.
+        projection (`str`): `"pca"`, `"tsne"` or `"umap"`.
+        names (`str`): score_column, cluster_column, index_column, embedding_column, where they are not the usual ones.
+
+    Returns:
+        [`AtlasTable`]: `(table, columns)`.
+
+    Raises:
+        ValueError: the folder holds no result, or one without embeddings.
+    """
+    from datasets import Dataset
+
+    folder = Path(folder)
     for name in ("scored.parquet", "selected.parquet"):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
@@ -81,19 +125,20 @@ def write_atlas(folder: Path, path: Path, projection: str = "pca", **names: str)
     chosen = pool.select(pool_map.rows.tolist())
     texts = texts_of(pool, pool_map.rows.tolist(), text_columns(pool, ours))
     table: pa.Table = chosen.remove_columns(vectors).with_format("arrow")[:]
+    columns = {"row_id": ROW, "text": TEXT, "x": X, "y": Y}
     new: dict[str, Any] = {
         KEPT: [reason or "not kept" for reason in seen.reasons[pool_map.rows].tolist()],
+        ROW: np.arange(len(chosen)),  # the neighbours' ids; the widget's own count may begin at 1
         X: pool_map.points[:, 0],
         Y: pool_map.points[:, 1],
         TEXT: ["\n\n".join(text for _, text in row if text) for row in texts],
     }
     if len(pool_map.rows) <= NEIGHBOUR_ROWS:
         new[NEIGHBOURS] = _nearest(read_embeddings(chosen, vectors)[0])
+        columns["neighbors"] = NEIGHBOURS
     for name, values in new.items():
         table = table.append_column(name, pa.array(values))
-    Dataset(table).to_parquet(str(path))
-    neighbours = ["--neighbors", NEIGHBOURS] if NEIGHBOURS in new else []
-    return [str(path), "--text", TEXT, "--x", X, "--y", Y, *neighbours, "--disable-projection"]
+    return AtlasTable(table, columns)
 
 
 def _nearest(matrix: Matrix) -> list[dict[str, list[Any]]]:

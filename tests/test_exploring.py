@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from car_datasets import select_car
 from car_datasets.cli import app
-from car_datasets.exploring import NEAREST, write_atlas
+from car_datasets.exploring import NEAREST, atlas_table, write_atlas
 from tests.test_plots import make_pool
 
 INSTALLED = importlib.util.find_spec("embedding_atlas") is not None
@@ -53,6 +54,40 @@ def test_the_file_has_our_columns_places_and_neighbours(curated: Path, tmp_path:
         assert near["ids"][0] == i
         assert near["ids"] == np.argsort(-similar[i], kind="stable")[: NEAREST + 1].tolist()
         assert near["distances"] == pytest.approx((1 - similar[i][near["ids"]]).tolist(), abs=1e-5)
+
+
+def test_the_table_for_a_notebook_is_the_file_and_says_what_its_columns_are(curated: Path, tmp_path: Path) -> None:
+    table, columns = atlas_table(str(curated))
+    assert columns == {
+        "row_id": "map_row",
+        "text": "map_text",
+        "x": "map_x",
+        "y": "map_y",
+        "neighbors": "map_neighbours",
+    }
+    rows = table["map_row"].to_pylist()
+    assert rows == list(range(200))
+    assert {i for near in table["map_neighbours"].to_pylist() for i in near["ids"]} <= set(rows)
+    written = Dataset.from_parquet(write_atlas(curated, tmp_path / "pool.parquet")[0])
+    assert written.to_dict() == table.drop_columns("map_row").to_pydict()
+
+
+@pytest.mark.skipif(
+    not (INSTALLED and importlib.util.find_spec("anywidget")), reason="needs pip install 'car-datasets[explore]'"
+)
+def test_the_widget_takes_the_table(curated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedding_atlas.widget import EmbeddingAtlasWidget
+
+    table, columns = atlas_table(curated)
+    widget = EmbeddingAtlasWidget(table, **columns)
+    data = widget._props["data"]
+    assert data["id"] == "map_row" and data["neighbors"] == "map_neighbours"
+    assert data["projection"] == {"x": "map_x", "y": "map_y"}
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(widget, "send", sent.append)
+    asked = {"uuid": "1", "type": "json", "sql": f"SELECT * FROM {widget._table_name}"}
+    widget._handle_custom_msg(asked, [])  # as a browser asks
+    assert [row["map_row"] for row in sent[0]["result"]] == list(range(200))
 
 
 def test_folders_that_cannot_be_explored_are_named(curated: Path, tmp_path: Path) -> None:
