@@ -50,16 +50,17 @@ def test_every_revision_is_the_one_that_was_asked_for(hub: Hub) -> None:
     assert f"source='me/rows': commit {second} is loaded." in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
         {"status": 401, "code": "RepoNotFound"},
         {"status": 503},
-        pytest.param({"status": 403}, marks=pytest.mark.slow),
-        pytest.param({"status": 404}, marks=pytest.mark.slow),
-        pytest.param({"status": 429}, marks=pytest.mark.slow),
-        pytest.param({"status": 500}, marks=pytest.mark.slow),
-        pytest.param({"kind": "drop"}, marks=pytest.mark.slow),
+        {"status": 403},
+        {"status": 404},
+        {"status": 429},
+        {"status": 500},
+        {"kind": "drop"},
     ],
     ids=lambda fault: "-".join(map(str, fault.values())),
 )

@@ -121,15 +121,16 @@ def test_two_machines_at_once(hub: Hub, tiny_iqs: str, expected: list[float]) ->
     assert sorted(title for title in stored.titles if "part" in title) == sorted(f"Add {part}" for part in PARTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
         pytest.param({"status": 412}, id="412"),
         pytest.param({"kind": "lost"}, id="lost"),
-        pytest.param({"status": 409}, id="409", marks=pytest.mark.slow),
-        pytest.param({"status": 429, "headers": {"ratelimit": '"api";r=0;t=1'}}, id="429", marks=pytest.mark.slow),
-        pytest.param({"status": 503}, id="503", marks=pytest.mark.slow),
-        pytest.param({"kind": "drop"}, id="drop", marks=pytest.mark.slow),
+        pytest.param({"status": 409}, id="409"),
+        pytest.param({"status": 429, "headers": {"ratelimit": '"api";r=0;t=1'}}, id="429"),
+        pytest.param({"status": 503}, id="503"),
+        pytest.param({"kind": "drop"}, id="drop"),
     ],
 )
 def test_commits_that_fail_are_made_again_and_once(

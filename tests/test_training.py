@@ -351,6 +351,7 @@ def test_the_last_whole_checkpoint_is_the_one_with_most_steps(tmp_path: Path) ->
     assert last_whole_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_a_tiny_model_learns_from_real_expert_pairs(encoder: Path, shared: Path, tmp_path: Path) -> None:
     settings = ScorerTraining(
