@@ -127,7 +127,7 @@ def execute(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterat
         notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
         specs = KernelSpecManager(kernel_dirs=[])  # none but that of sys.executable
         manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
-        client = NotebookClient(notebook, km=manager, timeout=240, resources={"metadata": {"path": str(work)}})
+        client = NotebookClient(notebook, km=manager, timeout=600, resources={"metadata": {"path": str(work)}})
         kernel = client.setup_kernel(env={**hub.env, **own})
         kernel.__enter__()
         open_kernels.append(kernel)
@@ -184,7 +184,7 @@ def test_your_own_scorer(execute: Callable[[Any], Ran], tmp_path: Path) -> None:
     work = tmp_path / "work"
     figures = json.loads((work / "toy-scorer" / "figures.json").read_text(encoding="utf-8"))
     train, valid = ((work / f"{side}.jsonl").read_text(encoding="utf-8").splitlines() for side in ("train", "valid"))
-    assert figures["pairs"] == len(valid) == 20
+    assert figures["pairs"] == len(valid) == 16
     assert not {json.loads(line)["prompt"] for line in train} & {json.loads(line)["prompt"] for line in valid}
     assert figures["corruptions"]["truncated"]["outranked"]["value"] > 0.6  # it learned what it was shown
     assert 0 < ask("scores.corr(method='spearman').loc['toy_score', 'iqs_score']") < 1
@@ -197,19 +197,18 @@ def test_your_own_scorer(execute: Callable[[Any], Ran], tmp_path: Path) -> None:
 def test_many_gpus_and_resume(execute: Callable[[Any], Ran], hub: Hub, tmp_path: Path) -> None:
     ask = execute(read("04_many_gpus_and_resume"))
     before, after = ask("[before, after]")
-    assert 3 <= len(before) < len(after) == 12
-    assert after == before | after and min(time for name, time in after.items() if name not in before) > max(
-        before.values()
-    )
+    assert 3 <= len(before) < len(after) == 16
+    assert before.items() <= after.items()
+    assert min(written for name, written in after.items() if name not in before) > max(before.values())
     folder = tmp_path / "work" / "killed"
     assert {name: (folder / name).stat().st_mtime_ns for name in after} == after
-    assert ask("[resumed['source_index'][:], len(together), len(mapped)]") == [list(range(96)), 96, 96]
+    assert ask("[resumed['source_index'][:], len(together), len(mapped)]") == [[*range(0, 384, 6)], 64, 64]
     stored = hub.repo("me/car-notebook-work")
     assert stored is not None and stored.private
     parts = sorted(path for path in stored.files() if path.endswith(".arrow"))
-    assert parts == sorted(ask("complete")) and len(parts) == 6
-    assert 2 <= len(ask("kept")) < 6
-    assert sum("part-" in title for title in stored.titles) == 6  # each was brought once
+    assert parts == sorted(ask("complete")) and len(parts) == 4
+    assert 1 <= len(ask("kept")) < 4
+    assert sum("part-" in title for title in stored.titles) == 4  # each was brought once
     assert ask("worker.returncode") == -9
 
 

@@ -50,6 +50,7 @@ def test_found_in_a_wheel(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.stat().st_size < 5_000_000
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".ipynb")]
     unpacked = tmp_path / "unpacked"
     zipfile.ZipFile(wheel).extractall(unpacked)
     assert (unpacked / "car_datasets" / "py.typed").is_file()
