@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 QUICK_COMPONENTS, QUICK_ROWS = 16, 32  # components, and rows per cluster to fit on
+QUICK_COVARIANCE = 8_192  # rows, or up to twice as many, to find the components on
 HEADER = ("n1", "n2", "k", "rows", "mean score", "clusters covered", "in common", "overlap")
 
 
@@ -159,8 +160,9 @@ def quick_clusters(pool: Dataset, column: str, ks: set[int], seed: int) -> dict[
 
 
 def _few_components(pool: Dataset, column: str) -> tuple[Matrix, Indices]:
-    """The first components of all embeddings, in two passes over the column, and the rows that have one."""
-    covariance = Covariance.of_all(part for part, _ in embedding_batches(pool, column))
+    """The first components of all embeddings, found on rows from all over the column, and the rows that have one."""
+    every = max(1, len(pool) // QUICK_COVARIANCE)
+    covariance = Covariance.of_all(part[::every] for part, _ in embedding_batches(pool, column))
     assert covariance is not None  # a column without embeddings was refused by embedding_batches
     components = covariance.principal_components(1.0)[0][:QUICK_COMPONENTS].astype(np.float32)
     mean = covariance.mean.astype(np.float32)
