@@ -131,7 +131,7 @@ def curate(
     changes = {key: value for key, value in given.items() if value is not None}
     if push is not None:
         _refuse_push(push, not public, token)
-    if push is not None and _is_there(output, source, recipe.changed(**changes)):
+    if push is not None and _is_there(output, source, recipe.changed(**changes), token):
         typer.echo(f"{output} holds this result already.")
     else:
         report = curate(source, output, recipe, token=token, shard_dir=shards, **changes).report
@@ -149,7 +149,7 @@ def _refuse_push(repo: str, private: bool, token: str | None) -> None:
     from_main(lambda: open_repository(repo, private, token, "dataset", "--push"))
 
 
-def _is_there(folder: Path, source: str, settings: Recipe) -> bool:
+def _is_there(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
     """Whether the same command was killed, or failed, when it had the result and was pushing it."""
     from car_datasets.pushing import read_result
     from car_datasets.receipt import made_by
@@ -158,7 +158,7 @@ def _is_there(folder: Path, source: str, settings: Recipe) -> bool:
         receipt = read_result(folder).receipt
     except ValueError:
         return False
-    return receipt is not None and made_by(receipt, source, settings)
+    return receipt is not None and made_by(receipt, source, settings, token)
 
 
 def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None) -> None:

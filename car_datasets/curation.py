@@ -21,7 +21,7 @@ from car_datasets.original import PROCEDURES, rank_rows, select_as_published
 from car_datasets.overview import Overview
 from car_datasets.parallel import from_main, is_main_process
 from car_datasets.projection import check_projection
-from car_datasets.receipt import describe_source, make_receipt
+from car_datasets.receipt import describe_source, make_receipt, pinned_source
 from car_datasets.recipe import Recipe
 from car_datasets.recipe_stages import score_and_embed, scorer_of
 from car_datasets.reporting import SelectionReport
@@ -98,6 +98,7 @@ def curate(
     )
     _check_numbers(dataset, settings)
     origin = describe_source(source, opened, settings) if folder is not None and is_main_process() else {}
+    settings = pinned_source(settings, source, opened)
     scorer = scorer_of(settings, token)
     settings = settings.changed(scorer_revision=scorer.revision)  # branches may move while this runs
     if settings.embedder is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from car_datasets import digests, hub
 from car_datasets.formatting import find_schema
+from car_datasets.recipe_stages import scorer_of
 from car_datasets.version import __version__
 
 if TYPE_CHECKING:
@@ -159,6 +160,13 @@ def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> di
     return {"kind": "hub", "id": str(source), "revision": loaded_revision(opened) or settings.revision, **part}
 
 
+def pinned_source(settings: Recipe, source: Any, opened: Dataset) -> Recipe:
+    """The settings with the commit that a source on the Hub was read at: with them it gives the same rows later."""
+    if not isinstance(source, (str, Path)) or Path(source).expanduser().exists():
+        return settings
+    return settings.changed(revision=loaded_revision(opened) or settings.revision)
+
+
 def loaded_revision(opened: Dataset | None) -> str | None:
     """The commit that the rows of a Hub dataset were read from: `datasets` keeps them in a folder of that name."""
     for file in [] if opened is None else opened.cache_files:
@@ -192,19 +200,39 @@ def portable_settings(settings: Recipe) -> dict[str, Any]:
     return plain | {name: portable(plain[name]) for name in MODELS if plain[name] is not None}
 
 
-def made_by(receipt: Receipt, source: str, settings: Recipe) -> bool:
-    """Whether this is the receipt of `curate(source, ..., settings)`, so far as can be told without running it again."""
+def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None = None) -> bool:
+    """Whether `curate(source, ..., settings)` would read the same rows by the same models now, so that this is its receipt.
+
+    Args:
+        receipt ([`Receipt`]): of a result that is there.
+        source (`str`), settings ([`Recipe`]), token (`str`, *optional*): see [`curate`]. The Hub is asked for the source's
+            present commit, and files are read for their digests.
+    """
     wanted = portable_settings(settings)
-    if any(receipt.recipe.get(name) != value for name, value in wanted.items() if value or name not in PINS):
+    if any(
+        receipt.recipe.get(name) != value
+        for name, value in wanted.items()
+        if name != "revision" and (value or name not in PINS)
+    ):
         return False
-    known = receipt.source
+    if not _is_source(receipt.source, source, settings, token):
+        return False
+    scorer = scorer_of(settings, token)
+    now = {"revision": str(scorer.revision), **_pins(scorer)}
+    if any(receipt.scorer.get(name) != pin for name, pin in now.items()):
+        return False
+    if settings.embedder is None:
+        return True
+    return receipt.embedder["revision"] == hub.pin_revision(settings.embedder, settings.embedder_revision, token)
+
+
+def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
     if Path(source).expanduser().exists():
         return known == describe_source(source, None, settings)
-    return known["kind"] == "hub" and [known.get(name) for name in ("id", "name", "split")] == [
-        source,
-        settings.name,
-        settings.split,
-    ]
+    names = ("kind", "id", "name", "split")
+    if [known.get(name) for name in names] != ["hub", source, settings.name, settings.split]:
+        return False
+    return bool(known["revision"] == hub.pin_dataset(source, settings.revision, token, FileNotFoundError))
 
 
 def _embedder(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from car_datasets import QualityScorer, Recipe, curate, digests
 from car_datasets.receipt import Receipt, indices_digest, made_by, rows_digest
 from car_datasets.version import __version__
+from tests.hub_server import Hub
 from tests.test_recipe import short_rows
 
 
@@ -88,6 +89,42 @@ def test_the_same_command_is_recognised(run: tuple[Path, Path, Dataset], tiny: d
     other = tmp_path / source.name
     other.write_text(source.read_text().replace("red", "blue"))
     assert not made_by(receipt, str(other), settings)
+
+
+def test_another_model_in_a_folder_of_the_same_name_is_another(
+    run: tuple[Path, Path, Dataset], tiny: dict[str, Any], make_tiny_iqs: Any, tmp_path: Path
+) -> None:
+    source, folder, _ = run
+    receipt, settings = Receipt.read(folder), Recipe(**tiny)
+    for model, trained in (("scorer", make_tiny_iqs(seed=5)), ("embedder", tiny["embedder"])):
+        place = tmp_path / Path(tiny[model]).name
+        shutil.copytree(trained, place)
+        if model == "embedder":
+            (place / "notes.json").write_text("{}")
+        assert not made_by(receipt, str(source), settings.changed(**{model: str(place)})), model
+
+
+CURATE = """
+from car_datasets.cli import app
+app()
+"""
+
+
+@pytest.mark.slow
+def test_a_source_on_the_hub_is_pinned_and_known_when_it_moves(hub: Hub, tiny: dict[str, Any], tmp_path: Path) -> None:
+    rows = short_rows().to_json(tmp_path / "rows.jsonl") and (tmp_path / "rows.jsonl").read_bytes()
+    first = hub.commit("me/rows", {"rows.jsonl": rows})
+    options = [f"--{name}={value}" for name, value in tiny.items()]
+    line = ["curate", "me/rows", "--output", tmp_path / "out", *options, "--push", "me/car"]
+    hub.run(CURATE, *line, check=True)
+    receipt = Receipt.read(tmp_path / "out")
+    assert receipt.recipe["revision"] == receipt.source["revision"] == first
+    assert f"revision: {first}" in hub.repo("me/car").files()["README.md"].decode()
+    assert "holds this result already" in hub.run(CURATE, *line, check=True).stdout
+    hub.commit("me/rows", {"rows.jsonl": rows.replace(b"red", b"blue")})
+    moved = hub.run(CURATE, *line)
+    assert moved.returncode == 2 and "holds" in moved.stderr
+    hub.run(CURATE, *line, "--revision", first, check=True)  # what was asked for is what is there
 
 
 @pytest.mark.parametrize(
