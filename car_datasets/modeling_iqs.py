@@ -113,6 +113,13 @@ class IQSModel(PreTrainedModel):
         finally:
             self.config.encoder_source = source
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = True, **kwargs: Any) -> str:
+        """As in transformers, but a new repository is private unless `private=False` (transformers: public).
+
+        The card is transformers' own; `car-datasets train ... --set push_to=you/name` pushes the one with the figures.
+        """
+        return str(super().push_to_hub(repo_id, private=private, **kwargs))
+
     def forward(
         self,
         input_ids: Tensor,

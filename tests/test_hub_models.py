@@ -37,7 +37,7 @@ def test_a_model_comes_back_as_it_went(hub: Hub, tiny_iqs: str) -> None:
     code = """
 import torch
 model = IQSModel.from_pretrained(sys.argv[1])
-model.push_to_hub("me/iqs", private=True)
+model.push_to_hub("me/iqs")
 again = IQSModel.from_pretrained("me/iqs")
 pairs = zip(model.state_dict().items(), again.state_dict().items(), strict=True)
 from transformers import AutoModel
