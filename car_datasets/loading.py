@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import yaml
 from datasets import (
     Dataset,
     DatasetDict,
@@ -212,6 +213,11 @@ def _open_hub(
             return builder.as_dataset(split)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"source={source!r} is no file or folder here, and as a Hub id: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"source={source!r}: the header of its README.md is no YAML ({' '.join(str(error).split())}). Mend it, or download "
+            "the data files and name them."
+        ) from error
 
 
 def _open_file(path: Path, columns: Mapping[str, str], cache_dir: str | None) -> DatasetDict:

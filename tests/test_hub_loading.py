@@ -114,12 +114,14 @@ def test_an_answer_that_breaks_off_is_asked_for_again(hub: Hub) -> None:
         ("you/open", {}, "hf_wrong", "ValueError: source='you/open': the Hub does not know your token (401). HF_TOKEN wins"),
         ("you/open", {"split": "test"}, "hf_me_writes", 'Unknown split "test"'),
         ("you/x y", {}, "hf_me_writes", "nor a Hub id of the form 'owner/name'"),
+        ("you/header", {}, "hf_me_writes", "ValueError: source='you/header': the header of its README.md is no YAML"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_says_what_to_do(
     hub: Hub, source: str, options: dict[str, str], token: str | None, message: str
 ) -> None:
     hub.commit("you/hidden", data("red"), private=True)
+    hub.commit("you/header", {**data("red"), "README.md": b"---\nconfigs: [\n---\n"})
     hub.commit("you/open", data("red"))
     assert message in load(hub, source, {"token": token}, **options)
 
