@@ -138,8 +138,16 @@ def read_result(folder: Path) -> Result:
         state = f"has no {', '.join(missing)}" if missing else "was not written to the end"
         raise ValueError(f"{folder} {state}: pass a folder that `car-datasets curate` wrote, or run it again.")
     selected, scored = (Dataset.from_parquet(str(folder / name)) for name in names[:2])
-    report = SelectionReport.from_dict(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+    report = read_report((folder / REPORT_FILE).read_bytes(), str(folder / REPORT_FILE))
     return Result(selected, scored, report, Receipt.read(folder), sorted(folder.rglob("*.png")))
+
+
+def read_report(text: bytes, shown: str) -> SelectionReport:
+    """The content of a `report.json`; a ValueError, which calls it `shown`, where it is none."""
+    try:
+        return SelectionReport.from_dict(json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{shown} is no report that `car-datasets curate` wrote ({error!r}); curate again.") from error
 
 
 def compare_pushed(

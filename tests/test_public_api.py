@@ -50,6 +50,7 @@ ORDER = [
     {"receipt", "splits", "recipe_stages"},
     {"curation", "dataset_card"},
     {"pushing"},
+    {"rescoring"},
     {"verification"},
     {"cli_options", "cli_app"},
     {"cli_stages", "cli_scorers", "cli_hub"},
