@@ -11,26 +11,27 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from car_datasets import hub
+from car_datasets.asking import asking
 from car_datasets.cluster_fitting import number_of_clusters
 from car_datasets.curation import select_by
 from car_datasets.dataset_card import data_folder_of
 from car_datasets.formatting import find_schema
 from car_datasets.loading import open_dataset
 from car_datasets.overview import positions_in_pool
-from car_datasets.pushing import REPORT_FILE, first_difference, read_report, read_result
+from car_datasets.pushing import REPORT_FILE, first_difference, load_split, read_report, read_result
 from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, indices_digest, pool_digest
 from car_datasets.recipe import Recipe
 from car_datasets.reporting import SelectionReport
 from car_datasets.rescoring import Difference, score_again
+from car_datasets.retrying import READING_WAITS
 from car_datasets.selection import SELECTION_COLUMNS
 from car_datasets.splits import SCORED
-from car_datasets.tokens import clean_token
 
 
 class Verification(NamedTuple):
@@ -85,6 +86,7 @@ def verify(
     Raises:
         ValueError: there is nothing to verify: no receipt, no source, or bad arguments.
         FileNotFoundError: there is no such file.
+        ConnectionError: the Hub does not answer, which says nothing about the selection.
     """
     if rescore < 0:
         raise ValueError(f"rescore={rescore}: a number of rows.")
@@ -123,26 +125,22 @@ def _open(
         return _Found(Receipt.read(folder), result.selected, result.scored, result.report)
     if folder.exists():
         raise ValueError(f"{str(where)!r} is a file; pass the folder that `car-datasets curate` wrote, or a Hub id.")
-    seen = hub.read_repository(str(where), revision, token)
+    repo_id = str(where)
+    seen = hub.read_repository(repo_id, revision, token, READING_WAITS)
     if RECEIPT_FILE not in seen.files:
         raise ValueError(
             f"{where} has no {RECEIPT_FILE}; `car-datasets push` of a folder by `car-datasets curate` writes one."
         )
-    texts = {
-        name: hub.read_dataset_file(str(where), name, seen.sha, token)
-        for name in (RECEIPT_FILE, REPORT_FILE)
-        if name in seen.files
-    }
+    with asking(repr(repo_id), "dataset", seen.sha):
+        names = [name for name in (RECEIPT_FILE, REPORT_FILE) if name in seen.files]
+        texts = {name: hub.read_dataset_file(repo_id, name, seen.sha, token) for name in names}
     receipt = Receipt.from_json(texts[RECEIPT_FILE], f"{where}/{RECEIPT_FILE}")
     report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
     start = f"{data_folder_of(config_name)}/{SCORED}-"
-    options: dict[str, Any] = {
-        "revision": seen.sha,
-        "token": clean_token(token),
-    }  # by commit: no older copy will do
-    names = [split, *([SCORED] if any(name.startswith(start) for name in seen.files) else [])]
-    tables = [load_dataset(str(where), config_name, split=name, **options) for name in names]
-    return _Found(receipt, tables[0], tables[1] if len(tables) > 1 else None, report)
+    has_pool = any(name.startswith(start) for name in seen.files)
+    selected = load_split(repo_id, config_name, split, seen.sha, token)  # by commit: no older copy will do
+    scored = load_split(repo_id, config_name, SCORED, seen.sha, token) if has_pool else None
+    return _Found(receipt, selected, scored, report)
 
 
 @dataclass(frozen=True)

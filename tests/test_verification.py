@@ -278,3 +278,34 @@ def test_a_pushed_selection_is_verified_from_the_hub(
     assert done.returncode == 1 and "mismatch: selected, row 0, is source row" in done.stdout
     assert hub.run(command, "verify", "you/rows").returncode == 2
     assert hub.run(command, "verify", "you/nothing").returncode == 2
+
+
+@pytest.mark.slow
+def test_a_hub_that_fails_is_no_mismatch(hub: Hub, run: tuple[Path, Path]) -> None:
+    source, folder = run
+    command = "import time\ntime.sleep = lambda _: None\nfrom car_datasets.cli import app\napp()"
+    hub.run(command, "push", folder, "me/car", check=True)
+    arguments = ("verify", "me/car", "--source", source)
+
+    def failing(place: str, **options: Any) -> str:
+        hub.fault("GET|HEAD", place, times=1000, **options)
+        done = hub.run(command, *arguments, env={"HF_HOME": str(hub.folder / f"home-{hub.count('GET', '')}")})
+        hub.mend()
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        return done.stderr.strip().splitlines()[-1]
+
+    for place in ("/large/", "/resolve/", "/api/datasets/me/car"):
+        for fault in ({"kind": "drop"}, {"status": 503}):
+            assert "the Hub could not be asked" in failing(place, **fault), (place, fault)
+    assert "'me/car', split 'selected': the Hub refuses (403" in failing("/large/", status=403)
+    hub.fault("GET|HEAD", "/large/", kind="drop")  # once
+    done = hub.run(command, *arguments, check=True)
+    assert done.stdout.splitlines()[-1] == "match"
+    for wrong, message in (
+        ({"token": "hf_wrong"}, "the Hub does not know your token (401)"),
+        ({"token": hub.other_token}, "Check the spelling"),
+    ):
+        done = hub.run(command, *arguments, **wrong)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    done = hub.run(command, *arguments, "--revision", "nope")
+    assert done.returncode == 2 and "'me/car' has no revision 'nope'" in done.stderr.splitlines()[-1]
