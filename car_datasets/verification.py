@@ -90,6 +90,8 @@ def verify(
     """
     if rescore < 0:
         raise ValueError(f"rescore={rescore}: a number of rows.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: a number that is not negative.")
     found = _open(where, revision, config_name, split, token)
     models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer}
     try:
@@ -105,7 +107,7 @@ def verify(
     except Difference as error:
         difference = str(error)
     if found.scored is None and difference is None:
-        checks.skipped.append(f"the choice: there is no split {SCORED!r} with the pool's scores")
+        checks.skipped.append(f"the choice, the counts and the pool: there is no split {SCORED!r}")
     return Verification(tuple(checked), tuple(checks.skipped), difference)
 
 

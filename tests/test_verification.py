@@ -217,6 +217,8 @@ def test_a_changed_source_and_a_missing_one(run: tuple[Path, Path], tmp_path: Pa
         verify(folder, source=source, rescore=1)
     with pytest.raises(ValueError, match=r"rescore=-1"):
         verify(folder, source=source, rescore=-1)
+    with pytest.raises(ValueError, match=r"seed=-1: a number that is not negative"):
+        verify(folder, source=source, rescore=1, seed=-1, scorer=str(source))
     with pytest.raises(ValueError, match=r"has no selected\.parquet"):
         verify(tmp_path)
 
@@ -271,7 +273,7 @@ def test_a_pushed_selection_is_verified_from_the_hub(
     assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 9
     hub.run(command, "push", tmp_path / "out", "me/small", "--also", "none", check=True)
     done = hub.run(command, "verify", "me/small", check=True)
-    assert "not checked: the choice: there is no split 'scored'" in done.stdout
+    assert "not checked: the choice, the counts and the pool: there is no split 'scored'" in done.stdout
     change(tmp_path / "out", "scored", iqs_score=lambda v: [9.0 if x == min(v) else x for x in v])
     hub.run(command, "push", tmp_path / "out", "me/car", check=True)
     done = hub.run(command, "verify", "me/car")
