@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,21 +222,25 @@ def push_folder(folder: Path, repo_id: str, token: str | None = None) -> None:
     retry(lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
 
 
-def read_repository(repo_id: str, revision: str | None = None, token: str | None = None) -> Repository:
-    """What a dataset repository holds; a ValueError if it is none, or not there. Nothing is taken from the cache by name."""
+def read_repository(
+    repo_id: str, revision: str | None = None, token: str | None = None, waits: Sequence[float] | None = None
+) -> Repository:
+    """What a dataset repository holds. Nothing is taken from the cache by name.
+
+    Args:
+        waits (`Sequence[float]`, *optional*): before further attempts, see [`~car_datasets.retrying.retry`].
+
+    Raises:
+        ValueError: the Hub refuses: there is no such dataset or revision that you may see, or it does not know the token.
+        ConnectionError: the Hub does not answer.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi(token=clean_token(token))
-    try:
-        info = retry(lambda: api.dataset_info(repo_id, revision=revision))
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(
-            f"{repo_id!r}{'' if revision is None else f' at {revision!r}'} is no dataset on the Hub that you may see. Check "
-            "the spelling; for a private one pass token=... or log in with `hf auth login`."
-        ) from error
-    names = tuple(sorted(file.rfilename for file in info.siblings or ()))
-    card = read_dataset_file(repo_id, "README.md", str(info.sha), token) if "README.md" in names else b""
+    with asking(repr(repo_id), "dataset", revision):
+        info = retry(lambda: api.dataset_info(repo_id, revision=revision), waits)
+        names = tuple(sorted(file.rfilename for file in info.siblings or ()))
+        card = read_dataset_file(repo_id, "README.md", str(info.sha), token) if "README.md" in names else b""
     return Repository(str(info.sha), names, card.decode())
 
 

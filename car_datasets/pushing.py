@@ -18,12 +18,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset_builder
+from datasets.exceptions import DatasetsError
 from huggingface_hub import DatasetCard
 
 from car_datasets import hub
+from car_datasets.asking import asking
 from car_datasets.dataset_card import (
     END,
     SplitFiles,
@@ -38,7 +40,7 @@ from car_datasets.hub import Pushed, Repository
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import UNFINISHED
-from car_datasets.retrying import reason
+from car_datasets.retrying import READING_WAITS, reason, retry
 from car_datasets.splits import SCORED, selection_splits
 from car_datasets.tokens import clean_token
 
@@ -92,7 +94,8 @@ def push_selection(
     Raises:
         ValueError: the token, the owner or the visibility does not allow it, or other splits could not be loaded afterwards;
             nothing was uploaded then. Or the Hub refuses the upload.
-        ConnectionError: the Hub does not answer. Nothing is visible there, and the same call goes on.
+        ConnectionError: the Hub does not answer. Nothing is visible there, and the same call goes on; or, with `check`, it
+            was pushed and cannot be read back, and the message has URL and commit.
     """
     _refuse_bad_names(split, config_name)
     result = Result(dataset, scored, report, receipt) if isinstance(dataset, Dataset) else read_result(Path(dataset))
@@ -108,11 +111,16 @@ def push_selection(
         try:
             done = hub.commit_dataset(repo_id, files, contents.beside, f"Upload {', '.join(tables)}", token)
         except ConnectionError as error:
-            raise ConnectionError(f"{error}. Nothing is visible in {repo_id}; the same command goes on.") from error
+            raise ConnectionError(
+                f"{str(error).rstrip('.')}. Nothing is visible in {repo_id}; the same command goes on."
+            ) from error
         except (OSError, RuntimeError) as error:
             raise ValueError(f"repo_id={repo_id!r}: the Hub refuses the upload ({reason(error)}).") from error
     if check:
-        compare_pushed(repo_id, done.sha, tables, config_name, token)
+        try:
+            compare_pushed(repo_id, done.sha, tables, config_name, token)
+        except ConnectionError as error:
+            raise ConnectionError(f"Pushed to {done.url}, commit {done.sha}, but {error}.") from error
     return done
 
 
@@ -138,8 +146,16 @@ def read_result(folder: Path) -> Result:
         state = f"has no {', '.join(missing)}" if missing else "was not written to the end"
         raise ValueError(f"{folder} {state}: pass a folder that `car-datasets curate` wrote, or run it again.")
     selected, scored = (Dataset.from_parquet(str(folder / name)) for name in names[:2])
-    report = SelectionReport.from_dict(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+    report = read_report((folder / REPORT_FILE).read_bytes(), str(folder / REPORT_FILE))
     return Result(selected, scored, report, Receipt.read(folder), sorted(folder.rglob("*.png")))
+
+
+def read_report(text: bytes, shown: str) -> SelectionReport:
+    """The content of a `report.json`; a ValueError, which calls it `shown`, where it is none."""
+    try:
+        return SelectionReport.from_dict(json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{shown} is no report that `car-datasets curate` wrote ({error!r}); curate again.") from error
 
 
 def compare_pushed(
@@ -149,13 +165,42 @@ def compare_pushed(
 
     Raises:
         ValueError: they differ; the first row and column are named.
+        ConnectionError: they could not be read back, which says nothing about them.
     """
     with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
         for name, table in tables.items():
-            where = {"split": name, "revision": sha, "token": clean_token(token), "cache_dir": place}
-            difference = first_difference(table, load_dataset(repo_id, config_name, **where))
-            if difference:
+            try:
+                seen = load_split(repo_id, config_name, name, sha, token, place)
+            except (ConnectionError, ValueError) as error:
+                raise ConnectionError(f"it could not be read back ({error})") from error
+            if difference := first_difference(table, seen):
                 raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")
+
+
+def load_split(
+    repo_id: str, config_name: str, split: str, sha: str, token: str | None = None, cache_dir: str | None = None
+) -> Dataset:
+    """A split of a dataset repository at a commit; a Hub that fails for a moment is asked again.
+
+    Raises:
+        ValueError: there is no such configuration or split, the Hub refuses it, or its files cannot be read.
+        ConnectionError: the Hub does not answer.
+    """
+    where: dict[str, Any] = {"revision": sha, "token": clean_token(token), "cache_dir": cache_dir}
+    shown = f"{repo_id!r}, split {split!r}"
+
+    def load() -> Dataset:
+        builder = load_dataset_builder(repo_id, config_name, **where)
+        if str(builder.hash) != sha:  # where the Hub fails, `datasets` takes what is in its cache, of any commit
+            raise ConnectionError(f"the Hub fails, and the cache holds {builder.hash}, not {sha}")
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+
+    try:
+        with asking(shown, "dataset", sha):
+            return retry(load, READING_WAITS)
+    except DatasetsError as error:
+        raise ValueError(f"{shown}: its files cannot be read ({reason(error)}).") from error
 
 
 def first_difference(expected: Dataset, seen: Dataset) -> str | None:

@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from car_datasets import digests, hub
 from car_datasets.formatting import find_schema
 from car_datasets.recipe_stages import scorer_of
+from car_datasets.selection import numbers_of
 from car_datasets.version import __version__
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ PACKAGES = (
 )
 PINS = ("scorer_revision", "embedder_revision")  # filled in by a run
 MODELS = ("scorer", "embedder", "tokenizer", "engine")  # settings that may be paths
+SOURCES = {"hub": ("id",), "file": ("name", "sha256"), "folder": ("name", "sha256"), "memory": ("sha256",)}
+KINDS = {str: "text", dict: "a record", int: "a whole number"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Receipt:
         counts (`dict`): rows after each stage.
         selected_sha256 (`str`): over the source indices of the selected rows, in order, see [`indices_digest`].
         versions (`dict[str, str]`): of this package and those whose numbers it depends on.
+        scored_sha256 (`str`): over indices, scores and clusters of the pool, in order, see [`pool_digest`].
         format (`int`): of this record.
     """
 
@@ -69,6 +75,7 @@ class Receipt:
     counts: dict[str, Any]
     selected_sha256: str
     versions: dict[str, str]
+    scored_sha256: str = ""
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -76,22 +83,29 @@ class Receipt:
         return json.dumps({"format": self.format, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Receipt:
+    def from_json(cls, text: str | bytes, shown: str = RECEIPT_FILE) -> Receipt:
         """Read [`~Receipt.to_json`].
 
+        Args:
+            text (`str`): the content of the file.
+            shown (`str`): what messages call it.
+
         Raises:
-            ValueError: it is not a receipt, or one of a later version.
+            ValueError: it is not a receipt, or one of another version, or something in it is not what it should be.
         """
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{RECEIPT_FILE} is not JSON: {error}") from error
+            raise ValueError(f"{shown} is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{shown} is not a receipt: it holds a {type(content).__name__}, not a record.")
         names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != names:
+        if content.get("format") != FORMAT or set(content) != names:
             raise ValueError(
-                f"{RECEIPT_FILE} is not a receipt of format {FORMAT}: it has the keys {sorted(content)}. It may be one of a "
-                "later version: pip install --upgrade car-datasets."
+                f"{shown} is not a receipt of format {FORMAT}: it has the keys {sorted(content)}; missing are "
+                f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or curate again."
             )
+        _refuse_malformed(content, shown)
         return cls(**content)
 
     @classmethod
@@ -100,7 +114,37 @@ class Receipt:
         path = folder / RECEIPT_FILE
         if not path.is_file():
             raise ValueError(f"{folder} has no {RECEIPT_FILE}; folders that `car-datasets curate` writes have one.")
-        return cls.from_json(path.read_bytes())
+        return cls.from_json(path.read_bytes(), str(path))
+
+
+def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
+    """Raise a ValueError for a value of a kind that no receipt has there, of which JSON's and Python's errors say nothing."""
+    wanted: dict[str, type] = dict.fromkeys(("schema", "template", "selected_sha256", "scored_sha256"), str)
+    wanted |= dict.fromkeys(("source", "scorer", "embedder", "recipe", "counts", "versions"), dict)
+    _refuse_others(content, wanted, f"{shown}: ")
+    source = content["source"]
+    if source.get("kind") not in SOURCES:
+        raise ValueError(
+            f"{shown}: source.kind is {source.get('kind')!r}; a receipt has one of {sorted(SOURCES)} there."
+        )
+    _refuse_others(source, dict.fromkeys(SOURCES[source["kind"]], str), f"{shown}: source.")
+    for model in ("scorer", "embedder"):
+        _refuse_others(content[model], dict.fromkeys(("model_id", "revision", "weights"), str), f"{shown}: {model}.")
+        _refuse_others(content[model], dict.fromkeys(content[model], str), f"{shown}: {model}.")
+    _refuse_others(
+        content["counts"], dict.fromkeys(("rows", "scored", "clusters", "selected"), int), f"{shown}: counts."
+    )
+    _refuse_others(content["counts"], dict.fromkeys(("rejected", "marked", "selected_by"), dict), f"{shown}: counts.")
+
+
+def _refuse_others(record: Mapping[str, Any], wanted: Mapping[str, type], shown: str) -> None:
+    for name, kind in wanted.items():
+        value = record.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            seen = f"is {value!r:.80}" if name in record else "is missing"
+            raise ValueError(
+                f"{shown}{name} {seen}; a receipt has {KINDS[kind]} there. Take the file that was written."
+            )
 
 
 def make_receipt(
@@ -122,21 +166,27 @@ def make_receipt(
         source=dict(source),
         schema=find_schema(pool.column_names, settings.schema, settings.columns).name,
         template=str(scorer.template),
-        scorer=_model(scorer.model_id, str(scorer.revision)) | _pins(scorer),
-        embedder=_embedder(settings, scorer),
+        scorer=scorer_record(scorer),
+        embedder=embedder_record(settings, scorer),
         recipe=portable_settings(settings),
-        counts={
-            "rows": report.rows_in,
-            "scored": report.rows_scored,
-            "rejected": report.rejected,
-            "marked": report.marked,
-            "clusters": report.clusters,
-            "selected": report.selected.rows,
-            "selected_by": report.selected_by,
-        },
+        counts=counts_of(report),
         selected_sha256=indices_digest(selected[settings.index_column][:]),
         versions={"car-datasets": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        scored_sha256=pool_digest(pool, **settings.names),
     )
+
+
+def counts_of(report: SelectionReport) -> dict[str, Any]:
+    """The counts of a receipt, as a report has them."""
+    return {
+        "rows": report.rows_in,
+        "scored": report.rows_scored,
+        "rejected": report.rejected,
+        "marked": report.marked,
+        "clusters": report.clusters,
+        "selected": report.selected.rows,
+        "selected_by": report.selected_by,
+    }
 
 
 def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> dict[str, Any]:
@@ -188,6 +238,18 @@ def indices_digest(indices: list[Any]) -> str:
     return hashlib.sha256(json.dumps(indices, separators=(",", ":")).encode()).hexdigest()
 
 
+def pool_digest(pool: Dataset, score_column: str, cluster_column: str, index_column: str) -> str:
+    """sha256 over a scored pool, in order: its indices as [`indices_digest`] takes them, then one byte per row for "has a
+    score", the scores as little-endian float64 (NaN without one) and the clusters as int64 (-1 without one)."""
+    names = list(dict.fromkeys((index_column, score_column, cluster_column)))
+    table = pool.with_format(None).select_columns(names).with_format("arrow")[:]
+    digest = hashlib.sha256(json.dumps(table[index_column].to_pylist(), separators=(",", ":"), default=str).encode())
+    digest.update(np.asarray(table[score_column].is_valid().to_numpy(), dtype=np.uint8).tobytes())
+    digest.update(numbers_of(table[score_column], score_column, np.nan).astype("<f8").tobytes())
+    digest.update(numbers_of(table[cluster_column], cluster_column, -1).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 def portable(name: str) -> str:
     """A model's Hub id; of a folder or file its name alone."""
     path = Path(name).expanduser()
@@ -208,12 +270,9 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
         source (`str`), settings ([`Recipe`]), token (`str`, *optional*): see [`curate`]. The Hub is asked for the source's
             present commit, and files are read for their digests.
     """
-    wanted = portable_settings(settings)
-    if any(
-        receipt.recipe.get(name) != value
-        for name, value in wanted.items()
-        if name != "revision" and (value or name not in PINS)
-    ):
+    wanted = portable_settings(settings).items()
+    given = {name: value for name, value in wanted if name != "revision" and (value or name not in PINS)}
+    if any(receipt.recipe.get(name) != value for name, value in given.items()):
         return False
     if not _is_source(receipt.source, source, settings, token):
         return False
@@ -235,7 +294,13 @@ def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: s
     return bool(known["revision"] == hub.pin_dataset(source, settings.revision, token, FileNotFoundError))
 
 
-def _embedder(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:
+def scorer_record(scorer: QualityScorer) -> dict[str, str]:
+    """What a receipt says of the scorer."""
+    return _model(scorer.model_id, str(scorer.revision)) | _pins(scorer)
+
+
+def embedder_record(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:
+    """What a receipt says of the embedder, which may be the scorer's own encoder."""
     if settings.embedder is None and scorer.shares_encoder:
         shared = scorer.embedder()
         return _model(shared.model_id, str(shared.revision))

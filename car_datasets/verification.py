@@ -8,29 +8,30 @@ Does not: fit clusters again, whose last digits differ from one machine to the n
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from car_datasets import hub
+from car_datasets.asking import asking
+from car_datasets.cluster_fitting import number_of_clusters
 from car_datasets.curation import select_by
 from car_datasets.dataset_card import data_folder_of
+from car_datasets.formatting import find_schema
 from car_datasets.loading import open_dataset
 from car_datasets.overview import positions_in_pool
-from car_datasets.pushing import first_difference, read_result
-from car_datasets.receipt import RECEIPT_FILE, Receipt, describe_source, indices_digest
+from car_datasets.pushing import REPORT_FILE, first_difference, load_split, read_report, read_result
+from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, indices_digest, pool_digest
 from car_datasets.recipe import Recipe
-from car_datasets.recipe_stages import scorer_of
-from car_datasets.selection import SELECTION_COLUMNS, read_numbers
+from car_datasets.reporting import SelectionReport
+from car_datasets.rescoring import Difference, score_again
+from car_datasets.retrying import READING_WAITS
+from car_datasets.selection import SELECTION_COLUMNS
 from car_datasets.splits import SCORED
-from car_datasets.tokens import clean_token
-
-TOLERANCE = 1e-5  # of a score, in float32, on another machine
 
 
 class Verification(NamedTuple):
@@ -50,10 +51,6 @@ class Verification(NamedTuple):
     def matches(self) -> bool:
         """Whether no difference was found."""
         return self.difference is None
-
-
-class _Difference(Exception):
-    """A check that failed, in words."""
 
 
 def verify(
@@ -76,7 +73,8 @@ def verify(
         where (`str`): a folder that [`curate`] wrote, or a dataset repository that [`push_selection`] wrote.
         source (`str`, *optional*): the file or folder that was curated, where that was no Hub dataset: the receipt has its
             name and digest, not its place.
-        rescore (`int`): so many rows, drawn at random, are scored again, to within 1e-5.
+        rescore (`int`): so many rows, drawn at random, are scored again, to within what the recipe's dtype
+            allows (1e-5 in float32 and int8, 0.03 in bfloat16, 0.005 in float16).
         seed (`int`): of that draw.
         scorer, engine, tokenizer (`str`, *optional*): for `rescore`, where these were folders; compared by digest.
         revision (`str`, *optional*), config_name, split (`str`): of the repository.
@@ -88,26 +86,36 @@ def verify(
     Raises:
         ValueError: there is nothing to verify: no receipt, no source, or bad arguments.
         FileNotFoundError: there is no such file.
+        ConnectionError: the Hub does not answer, which says nothing about the selection.
     """
     if rescore < 0:
         raise ValueError(f"rescore={rescore}: a number of rows.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}: a number that is not negative.")
     found = _open(where, revision, config_name, split, token)
     models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer}
-    checks = _Checks(found, Recipe().changed(**found.receipt.recipe), token)
+    try:
+        recipe = Recipe().changed(**found.receipt.recipe)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}, {RECEIPT_FILE}: its recipe cannot be read: {error}") from error
+    checks = _Checks(found, recipe, token)
     checked: list[str] = []
+    difference = None
     try:
         for words in checks.run(source, rescore, seed, models):
             checked.append(words)
-    except _Difference as error:
-        return Verification(tuple(checked), (), str(error))
-    skipped = () if found.scored is not None else (f"the choice: there is no split {SCORED!r} with the pool's scores",)
-    return Verification(tuple(checked), skipped, None)
+    except Difference as error:
+        difference = str(error)
+    if found.scored is None and difference is None:
+        checks.skipped.append(f"the choice, the counts and the pool: there is no split {SCORED!r}")
+    return Verification(tuple(checked), tuple(checks.skipped), difference)
 
 
 class _Found(NamedTuple):
     receipt: Receipt
     selected: Dataset
     scored: Dataset | None
+    report: SelectionReport | None
 
 
 def _open(
@@ -116,39 +124,43 @@ def _open(
     folder = Path(where).expanduser()
     if folder.is_dir():
         result = read_result(folder)
-        return _Found(Receipt.read(folder), result.selected, result.scored)
+        return _Found(Receipt.read(folder), result.selected, result.scored, result.report)
     if folder.exists():
         raise ValueError(f"{str(where)!r} is a file; pass the folder that `car-datasets curate` wrote, or a Hub id.")
-    seen = hub.read_repository(str(where), revision, token)
+    repo_id = str(where)
+    seen = hub.read_repository(repo_id, revision, token, READING_WAITS)
     if RECEIPT_FILE not in seen.files:
         raise ValueError(
             f"{where} has no {RECEIPT_FILE}; `car-datasets push` of a folder by `car-datasets curate` writes one."
         )
-    receipt = Receipt.from_json(hub.read_dataset_file(str(where), RECEIPT_FILE, seen.sha, token))
+    with asking(repr(repo_id), "dataset", seen.sha):
+        names = [name for name in (RECEIPT_FILE, REPORT_FILE) if name in seen.files]
+        texts = {name: hub.read_dataset_file(repo_id, name, seen.sha, token) for name in names}
+    receipt = Receipt.from_json(texts[RECEIPT_FILE], f"{where}/{RECEIPT_FILE}")
+    report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
     start = f"{data_folder_of(config_name)}/{SCORED}-"
-    options: dict[str, Any] = {
-        "revision": seen.sha,
-        "token": clean_token(token),
-    }  # by commit: no older copy will do
-    names = [split, *([SCORED] if any(name.startswith(start) for name in seen.files) else [])]
-    tables = [load_dataset(str(where), config_name, split=name, **options) for name in names]
-    return _Found(receipt, tables[0], tables[1] if len(tables) > 1 else None)
+    has_pool = any(name.startswith(start) for name in seen.files)
+    selected = load_split(repo_id, config_name, split, seen.sha, token)  # by commit: no older copy will do
+    scored = load_split(repo_id, config_name, SCORED, seen.sha, token) if has_pool else None
+    return _Found(receipt, selected, scored, report)
 
 
 @dataclass(frozen=True)
 class _Checks:
-    """The checks, in order; each gives words for what is as it should be, or raises a _Difference."""
+    """The checks, in order; each gives words for what is as it should be, or raises a [`Difference`]."""
 
     found: _Found
     recipe: Recipe
     token: str | None
+    skipped: list[str] = field(default_factory=list)
 
     def run(
         self, source: str | os.PathLike[str] | None, rescore: int, seed: int, models: dict[str, str | None]
     ) -> Iterator[str]:
         """The words, one check after the other."""
-        receipt, selected, scored = self.found
+        receipt, selected, scored, _ = self.found
         yield self._indices()
+        self._settings()
         rows = self._open_source(source)
         yield f"the source is the receipt's ({receipt.source['kind']})"
         for name, table in {"selected": selected, SCORED: scored}.items():
@@ -157,18 +169,38 @@ class _Checks:
         if scored is not None:
             yield self._choice(scored)
         if rescore:
-            yield self._scores(selected if scored is None else scored, rescore, seed, models)
+            table = selected if scored is None else scored
+            yield score_again(table, receipt, self.recipe, rescore, seed, models, self.token)
+        if scored is not None:  # last: these name no row
+            yield self._counts(scored)
+            yield self._digest(scored)
 
     def _indices(self) -> str:
-        receipt, selected, _ = self.found
+        receipt, selected = self.found.receipt, self.found.selected
         name = self.recipe.index_column
         if name not in selected.column_names:
-            raise _Difference(f"the selected rows have no column {name!r}")
+            raise Difference(f"the selected rows have no column {name!r}")
         if len(selected) != receipt.counts["selected"]:
-            raise _Difference(f"{len(selected)} rows are selected, by the receipt {receipt.counts['selected']}")
+            raise Difference(f"{len(selected)} rows are selected, by the receipt {receipt.counts['selected']}")
         if indices_digest(selected[name][:]) != receipt.selected_sha256:
-            raise _Difference("the source indices of the selected rows do not have the receipt's sha256")
+            raise Difference("the source indices of the selected rows do not have the receipt's sha256")
         return f"{len(selected)} selected rows have the receipt's indices"
+
+    def _settings(self) -> None:
+        """What the receipt says twice; a recipe by itself would be believed."""
+        receipt, recipe = self.found.receipt, self.recipe
+        pairs = {"scorer.revision": (receipt.scorer["revision"], recipe.scorer_revision)}
+        if recipe.embedder is not None:
+            pairs["embedder.revision"] = (receipt.embedder["revision"], recipe.embedder_revision)
+        for name, (seen, wanted) in pairs.items():
+            if seen != wanted:
+                raise Difference(f"by the receipt's {name} it is {seen!r}, by its recipe {wanted!r}")
+        try:
+            schema = find_schema(self.found.selected.column_names, recipe.schema, recipe.columns).name
+        except ValueError as error:
+            raise Difference(f"the selected rows have no text: {error}") from error
+        if schema != receipt.schema:
+            raise Difference(f"the rows have the schema {schema!r}, by the receipt {receipt.schema!r}")
 
     def _open_source(self, source: str | os.PathLike[str] | None) -> Dataset:
         known = self.found.receipt.source
@@ -184,22 +216,24 @@ class _Checks:
         opened = open_dataset(path, split=known.get("split"), columns=dict(self.recipe.columns))
         seen = describe_source(opened if known["kind"] == "memory" else path, opened, self.recipe)
         if known["kind"] != "hub" and seen["sha256"] != known["sha256"]:
-            raise _Difference(f"the source has the sha256 {seen['sha256']}, by the receipt {known['sha256']}")
+            raise Difference(f"the source has the sha256 {seen['sha256']}, by the receipt {known['sha256']}")
         return opened
 
     def _same_rows(self, source: Dataset, table: Dataset, name: str) -> str:
         if name == SCORED and len(table) != self.found.receipt.counts["rows"]:
-            raise _Difference(f"{SCORED} has {len(table)} rows, by the receipt {self.found.receipt.counts['rows']}")
+            raise Difference(f"{SCORED} has {len(table)} rows, by the receipt {self.found.receipt.counts['rows']}")
         missing = [column for column in source.column_names if column not in table.column_names]
         if missing:
-            raise _Difference(f"{name} has no column {missing} of the source")
+            raise Difference(f"{name} has no column {missing} of the source")
         try:
             places = positions_in_pool(source, table, self.recipe.index_column)
+            if len(twice := np.flatnonzero(np.bincount(places) > 1)):
+                raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
             same = table.select_columns(source.column_names).cast(source.features)
         except ValueError as error:  # Arrow's errors are some as well
-            raise _Difference(f"{name} does not fit the source: {error}") from error
+            raise Difference(f"{name} does not fit the source: {error}") from error
         if difference := first_difference(source.select(places.tolist()), same):
-            raise _Difference(f"{name} is not what the source holds: {difference}")
+            raise Difference(f"{name} is not what the source holds: {difference}")
         return f"{len(table)} rows of {name} are the source's"
 
     def _choice(self, scored: Dataset) -> str:
@@ -208,42 +242,40 @@ class _Checks:
         try:
             expected = select_by(self.recipe, pool)
         except ValueError as error:
-            raise _Difference(f"nothing can be selected from the scores: {error}") from error
+            raise Difference(f"nothing can be selected from the scores: {error}") from error
         pairs = zip(selected[name][:], expected[name][:], strict=False)
         for row, (seen, wanted) in enumerate(pairs):
             if seen != wanted:
-                raise _Difference(f"selected, row {row}, is source row {seen}; by scores and clusters it is {wanted}")
+                raise Difference(f"selected, row {row}, is source row {seen}; by scores and clusters it is {wanted}")
         shared = [column for column in expected.column_names if column in selected.column_names]
         parts = [each.select_columns(shared) for each in (expected, selected)]
         if difference := first_difference(*parts):
-            raise _Difference(f"selected is not what scores and clusters give: {difference}")
+            raise Difference(f"selected is not what scores and clusters give: {difference}")
         return f"scores and clusters of {len(scored)} rows give the same {len(selected)}, for the same reasons"
 
-    def _scores(self, table: Dataset, count: int, seed: int, models: dict[str, str | None]) -> str:
-        column, recipe = self.recipe.score_column, self.recipe
-        missing = [name for name in models if models[name] is None and self._was_folder(name)]
-        if missing:
-            options = ", ".join(f"{name}=... (--{name})" for name in missing)
-            raise ValueError(f"rescore={count}: these were folders, and the receipt does not say where: {options}.")
-        given = {name: value or getattr(recipe, name) for name, value in models.items()}
-        scorer = scorer_of(recipe.changed(**given, scorer_revision=recipe.scorer_revision), self.token, embed=False)
-        if (scorer.engine_revision or "") != self.found.receipt.scorer.get("engine_revision", ""):
-            raise ValueError(f"engine={scorer.engine!r} is not the int8 encoder of the receipt.")
-        scores = read_numbers(table, column, np.nan)
-        known = np.flatnonzero(~np.isnan(scores))
-        drawn = np.sort(np.random.default_rng(seed).choice(known, min(count, len(known)), replace=False))
-        batch = table.select(drawn.tolist())
-        batch = batch.remove_columns([name for name in scorer.output_columns if name in batch.column_names])
-        for row, again in zip(drawn.tolist(), scorer(batch[:])[column], strict=True):
-            if abs(float(again) - scores[row]) > TOLERANCE:
-                at = table[row][recipe.index_column]
-                raise _Difference(f"source row {at} has the score {scores[row]:.6f}; scored again, {float(again):.6f}")
-        return f"{len(drawn)} rows, scored again, have their scores within {TOLERANCE:g}"
+    def _counts(self, scored: Dataset) -> str:
+        receipt, recipe = self.found.receipt, self.recipe
+        try:
+            report = SelectionReport.from_selection(scored, self.found.selected, seed=recipe.seed, **recipe.names)
+            k = number_of_clusters(recipe.k, report.rows_scored)
+        except ValueError as error:
+            raise Difference(f"nothing can be counted: {error}") from error
+        for name, count in counts_of(report).items():
+            if count != receipt.counts[name]:
+                raise Difference(f"counts.{name} is {count!r}, by the receipt {receipt.counts[name]!r}")
+        if report.clusters > k:
+            raise Difference(f"the pool has {report.clusters} clusters, by the recipe k={k}")
+        if report.clusters < k:  # as where texts are equal
+            self.skipped.append(
+                f"k: the pool has {report.clusters} clusters of k={k}; only fitting again could tell why"
+            )
+        if self.found.report is None:
+            self.skipped.append(f"the seed: there is no {REPORT_FILE}")
+        elif self.found.report.seed != recipe.seed:
+            raise Difference(f"{REPORT_FILE} has the seed {self.found.report.seed}, by the recipe it is {recipe.seed}")
+        return f"the receipt's counts are those of {len(scored)} rows"
 
-    def _was_folder(self, name: str) -> bool:
-        if name == "scorer":
-            return self.recipe.scorer != hub.DEFAULT_SCORER and str(self.recipe.scorer_revision).startswith("sha256:")
-        if name == "tokenizer":
-            pin = self.found.receipt.scorer.get("tokenizer_revision", "")
-            return self.recipe.tokenizer is not None and not re.fullmatch("[0-9a-f]{40}", pin)
-        return self.recipe.engine is not None
+    def _digest(self, scored: Dataset) -> str:
+        if pool_digest(scored, **self.recipe.names) != self.found.receipt.scored_sha256:
+            raise Difference(f"indices, scores and clusters of {SCORED} do not have the receipt's sha256")
+        return f"indices, scores and clusters of {len(scored)} rows have the receipt's sha256"

@@ -51,6 +51,7 @@ ORDER = [
     {"receipt"},
     {"curation", "dataset_card"},
     {"pushing"},
+    {"rescoring"},
     {"verification"},
     {"cli_options", "cli_app"},
     {"cli_stages", "cli_scorers", "cli_hub"},

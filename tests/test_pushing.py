@@ -361,6 +361,42 @@ def test_the_server_goes_down_in_the_middle(hub: Hub, result: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", [{"kind": "drop"}, {"status": 503}, {"status": 403}])
+def test_what_was_pushed_and_cannot_be_read_back_is_said_with_its_commit(
+    hub: Hub, result: Path, fault: dict[str, Any]
+) -> None:
+    hub.fault("GET|HEAD", "/large/", times=1, **{**fault, "status": 503})
+    done = push(hub, result, "me/passes", "--check")
+    assert done.returncode == 0, done.stderr[-2000:]  # what passes is asked again
+    hub.fault("GET|HEAD", "/large/", times=1000, **fault)
+    done = push(hub, result, "me/car", "--check")
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    where = f"Pushed to {hub.url}/datasets/me/car, commit {hub.repo('me/car').sha}, but it could not be read back ("
+    assert where in last and "Traceback" not in done.stderr
+
+
+def test_a_split_is_not_taken_from_an_older_copy(hub: Hub, result: Path) -> None:
+    shas = []
+    code = """
+print(pushing.load_split("me/rows", "default", "train", sys.argv[1]).num_rows)
+for sha in sys.argv[2:]:
+    try:
+        print(pushing.load_split("me/rows", "default", "train", sha).num_rows)
+    except ConnectionError as error:
+        print(error)
+"""
+    for count in (2, 3):
+        rows = result.parent / f"{count}.parquet"
+        Dataset.from_dict({"a": list(range(count))}).to_parquet(rows)
+        shas.append(hub.commit("me/rows", {"data/train-00000-of-00001.parquet": rows.read_bytes()}))
+    hub.fault("GET|HEAD", f"/revision/{shas[1]}", times=1000, status=503)
+    lines = hub.run(START + code, *shas, check=True).stdout.splitlines()
+    assert lines[0] == "2"
+    assert "the Hub could not be asked" in lines[1] and shas[1] in lines[1]
+
+
+@pytest.mark.slow
 def test_killed_in_the_middle_the_same_command_goes_on(hub: Hub, result: Path) -> None:
     hub.fault("PUT", "/large/", times=1000, kind="delay", seconds=600, skip=3)
     command = [sys.executable, "-c", COMMAND, "push", str(result), "me/car"]

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import QualityScorer, Recipe, curate, digests
-from car_datasets.receipt import Receipt, indices_digest, made_by, rows_digest
+from car_datasets.receipt import Receipt, indices_digest, made_by, pool_digest, rows_digest
 from car_datasets.version import __version__
 from tests.hub_server import Hub
 from tests.test_recipe import short_rows
@@ -45,6 +45,8 @@ def test_it_says_what_was_used(run: tuple[Path, Path, Dataset], tiny: dict[str, 
     counts = {name: receipt.counts[name] for name in ("rows", "scored", "clusters", "selected")}
     assert counts == {"rows": 24, "scored": 24, "clusters": 3, "selected": len(selected)}
     assert receipt.selected_sha256 == indices_digest(selected["source_index"][:])
+    pool = Dataset.from_parquet(str(folder / "scored.parquet"))
+    assert receipt.scored_sha256 == pool_digest(pool, "iqs_score", "cluster", "source_index")
     assert receipt.versions["car-datasets"] == __version__ and "torch" in receipt.versions
     assert Receipt.from_json(receipt.to_json()) == receipt
     assert Recipe().changed(**receipt.recipe).k == 3
@@ -129,7 +131,12 @@ def test_a_source_on_the_hub_is_pinned_and_known_when_it_moves(hub: Hub, tiny: d
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "not a receipt"), ('{"format": 99}', r"has the keys \['format'\]")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "not a receipt"),
+        ("3", "not a receipt: it holds a int"),
+        ('{"format": 99}', r"has the keys \['format'\]; missing are \['counts'"),
+    ],
 )
 def test_what_is_no_receipt_is_said_to_be_none(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
@@ -141,3 +148,17 @@ def test_what_is_no_receipt_is_said_to_be_none(text: str, message: str, tmp_path
 def test_digest_of_indices_is_of_their_order_and_kind() -> None:
     digests_seen = [indices_digest(x) for x in ([1, 2], [2, 1], ["1", "2"], [12])]
     assert len(set(digests_seen)) == 4
+
+
+def test_digest_of_a_pool_is_of_its_order_scores_and_clusters() -> None:
+    pools: list[dict[str, list[Any]]] = [
+        {"i": [1, 2], "s": [0.5, 1.5], "c": [0, 1]},
+        {"i": [2, 1], "s": [0.5, 1.5], "c": [0, 1]},
+        {"i": [1, 2], "s": [1.5, 0.5], "c": [0, 1]},
+        {"i": [1, 2], "s": [0.5, 1.5], "c": [1, 0]},
+        {"i": [1, 2], "s": [0.5, None], "c": [0, 1]},
+        {"i": [1, 2], "s": [0.5, float("nan")], "c": [0, 1]},
+        {"i": [1, 2], "s": [0.5, 1.5], "c": [0, None]},
+    ]
+    seen = {pool_digest(Dataset.from_dict(pool), "s", "c", "i") for pool in pools}
+    assert len(seen) == len(pools)

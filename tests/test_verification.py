@@ -31,8 +31,8 @@ def test_a_true_selection_matches(run: tuple[Path, Path], tiny_iqs: str) -> None
     source, folder = run
     found = verify(folder, source=source, rescore=100, scorer=tiny_iqs)
     assert found.matches and found.skipped == ()
-    assert found.checked[-1] == "24 rows, scored again, have their scores within 1e-05"
-    assert len(found.checked) == 6
+    assert found.checked[-3] == "24 rows, scored again, have their scores within 1e-05"
+    assert len(found.checked) == 8
 
 
 def change(folder: Path, name: str, **columns: Callable[[list[Any]], list[Any]]) -> None:
@@ -81,6 +81,10 @@ def rows_of(name: str, **columns: Callable[[list[Any]], list[Any]]) -> Callable[
         (in_receipt(counts__selected=3), "by the receipt 3"),
         (in_receipt(counts__rows=25), "scored has 24 rows, by the receipt 25"),
         (in_receipt(source__sha256="0" * 64), "the source has the sha256"),
+        (rows_of("scored", iqs_score=lambda v: [None if x == min(v) else x for x in v]), "has no score; scored again, the score"),
+        (in_receipt(scored_sha256="0" * 64), "do not have the receipt's sha256"),
+        (in_receipt(template="paper"), "the scorer's template is 'clean-1', by the receipt 'paper'"),
+        (in_receipt(scorer__weights="0" * 64), "the scorer's weights is"),
     ],
 )  # fmt: skip
 def test_every_change_is_found(
@@ -98,6 +102,108 @@ def test_every_change_is_found(
     assert last.startswith("mismatch: ") and difference in last, last
 
 
+def lowest(value: Any) -> Callable[[list[Any]], list[Any]]:
+    """The worst score, of a row that was not selected, as another one."""
+    return lambda values: [value if x == min(values) else x for x in values]
+
+
+def taken(order: Callable[[list[int]], list[int]]) -> Callable[[Path], None]:
+    """The pool with its rows in another order, or some of them twice."""
+
+    def apply(folder: Path) -> None:
+        table = Dataset.from_parquet(str(folder / "scored.parquet"), keep_in_memory=True)
+        table.select(order(list(range(len(table))))).to_parquet(folder / "scored.parquet")
+
+    return apply
+
+
+def labels_swapped(folder: Path) -> None:
+    """Of two rows that were not selected, without any count that tells."""
+    table = Dataset.from_parquet(str(folder / "scored.parquet"), keep_in_memory=True)
+    chosen = Dataset.from_parquet(str(folder / "selected.parquet"), keep_in_memory=True)["source_index"][:]
+    labels = table["cluster"][:]
+    scores = table["iqs_score"][:]
+    rest = sorted(set(range(len(labels))) - set(chosen), key=scores.__getitem__)
+    one = rest[0]
+    other = next(row for row in rest if labels[row] != labels[one])
+    labels[one], labels[other] = labels[other], labels[one]
+    change(folder, "scored", cluster=lambda _: labels)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "difference"),
+    [
+        (rows_of("scored", iqs_score=lowest(-9.0)), "indices, scores and clusters of scored do not have"),
+        (rows_of("scored", iqs_score=lowest(None)), "counts.scored is 23, by the receipt 24"),
+        (rows_of("scored", iqs_score=lowest(float("nan"))), "counts.scored is 23, by the receipt 24"),
+        (taken(lambda rows: [rows[1], rows[0], *rows[2:]]), "indices, scores and clusters of scored do not have"),
+        (taken(lambda rows: [rows[1], *rows[1:]]), "scored holds the source's row at position 1 twice"),
+        (labels_swapped, "indices, scores and clusters of scored do not have"),
+        (in_receipt(recipe__seed=7), "report.json has the seed 42, by the recipe it is 7"),
+        (in_receipt(recipe__k=2), "the pool has 3 clusters, by the recipe k=2"),
+        (in_receipt(counts__scored=23), "counts.scored is 24, by the receipt 23"),
+        (in_receipt(counts__clusters=4), "counts.clusters is 3, by the receipt 4"),
+        (in_receipt(counts__selected_by={"score": 1}), "counts.selected_by is {'score':"),
+        (in_receipt(schema="messages"), "the rows have the schema 'alpaca', by the receipt 'messages'"),
+        (in_receipt(scorer__revision="sha256:0"), "by the receipt's scorer.revision it is 'sha256:0', by its recipe"),
+        (in_receipt(embedder__revision="sha256:0"), "by the receipt's embedder.revision it is 'sha256:0', by its recipe"),
+    ],
+)  # fmt: skip
+def test_changes_are_found_without_scoring_again(
+    run: tuple[Path, Path], tmp_path: Path, spoil: Callable[[Path], None], difference: str
+) -> None:
+    source, out = run
+    shutil.copytree(out, tmp_path / "out")
+    spoil(tmp_path / "out")
+    seen = verify(tmp_path / "out", source=source).difference
+    assert seen is not None and difference in seen
+
+
+def test_more_clusters_asked_for_than_seen_is_said(run: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = run
+    shutil.copytree(out, tmp_path / "out")
+    in_receipt(recipe__k=5)(tmp_path / "out")
+    found = verify(tmp_path / "out", source=source)
+    assert found.matches and "3 clusters of k=5" in found.skipped[0]
+
+
+def broken(name: str, text: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name", "message"),
+    [
+        (in_receipt(counts={}), "receipt.json", "counts.rows is missing; a receipt has a whole number there"),
+        (in_receipt(counts__rows="many"), "receipt.json", "counts.rows is 'many'"),
+        (in_receipt(recipe=None), "receipt.json", "recipe is None; a receipt has a record there"),
+        (in_receipt(recipe__n1="many"), "receipt.json", "its recipe cannot be read: n1='many'"),
+        (in_receipt(recipe__columns=3), "receipt.json", "its recipe cannot be read"),
+        (in_receipt(source=None), "receipt.json", "source is None; a receipt has a record there"),
+        (in_receipt(source={"kind": "file"}), "receipt.json", "source.name is missing"),
+        (in_receipt(source={"kind": "air"}), "receipt.json", "source.kind is 'air'"),
+        (in_receipt(scorer={}), "receipt.json", "scorer.model_id is missing"),
+        (broken("receipt.json", "3"), "receipt.json", "holds a int, not a record"),
+        (broken("receipt.json", "{"), "receipt.json", "is not JSON"),
+        (broken("report.json", "{}"), "report.json", "is no report"),
+        (broken("report.json", "3"), "report.json", "is no report"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_read_are_named(
+    run: tuple[Path, Path], tmp_path: Path, spoil: Callable[[Path], None], name: str, message: str
+) -> None:
+    source, out = run
+    folder = tmp_path / "out"
+    shutil.copytree(out, folder)
+    spoil(folder)
+    done = CliRunner().invoke(app, ["verify", str(folder), "--source", str(source)])
+    assert done.exit_code == 2, done.output  # 1 is a mismatch
+    assert str(folder) in done.output and name in done.output and message in done.output
+
+
 def test_a_changed_source_and_a_missing_one(run: tuple[Path, Path], tmp_path: Path) -> None:
     source, folder = run
     other = tmp_path / "rows.jsonl"
@@ -111,6 +217,8 @@ def test_a_changed_source_and_a_missing_one(run: tuple[Path, Path], tmp_path: Pa
         verify(folder, source=source, rescore=1)
     with pytest.raises(ValueError, match=r"rescore=-1"):
         verify(folder, source=source, rescore=-1)
+    with pytest.raises(ValueError, match=r"seed=-1: a number that is not negative"):
+        verify(folder, source=source, rescore=1, seed=-1, scorer=str(source))
     with pytest.raises(ValueError, match=r"has no selected\.parquet"):
         verify(tmp_path)
 
@@ -141,7 +249,7 @@ def test_other_sources_and_recipes_match(kind: str, tiny_iqs: str, tiny_embedder
     curate(rows if kind == "memory" else given, tmp_path / "out", **settings)
     found = verify(tmp_path / "out", source=given, rescore=5, scorer=tiny_iqs)
     assert found.matches, found.difference
-    assert len(found.checked) == 6
+    assert len(found.checked) == 8
 
 
 @pytest.mark.slow
@@ -162,13 +270,44 @@ def test_a_pushed_selection_is_verified_from_the_hub(
         assert line in card
     hub.commit("you/rows", {"data/train-00000-of-00001.parquet": b"no longer what it was"})
     done = hub.run(command, "verify", "me/car", "--rescore", "9", "--scorer", tiny_iqs, check=True)
-    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 7
+    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 9
     hub.run(command, "push", tmp_path / "out", "me/small", "--also", "none", check=True)
     done = hub.run(command, "verify", "me/small", check=True)
-    assert "not checked: the choice: there is no split 'scored'" in done.stdout
+    assert "not checked: the choice, the counts and the pool: there is no split 'scored'" in done.stdout
     change(tmp_path / "out", "scored", iqs_score=lambda v: [9.0 if x == min(v) else x for x in v])
     hub.run(command, "push", tmp_path / "out", "me/car", check=True)
     done = hub.run(command, "verify", "me/car")
     assert done.returncode == 1 and "mismatch: selected, row 0, is source row" in done.stdout
     assert hub.run(command, "verify", "you/rows").returncode == 2
     assert hub.run(command, "verify", "you/nothing").returncode == 2
+
+
+@pytest.mark.slow
+def test_a_hub_that_fails_is_no_mismatch(hub: Hub, run: tuple[Path, Path]) -> None:
+    source, folder = run
+    command = "import time\ntime.sleep = lambda _: None\nfrom car_datasets.cli import app\napp()"
+    hub.run(command, "push", folder, "me/car", check=True)
+    arguments = ("verify", "me/car", "--source", source)
+
+    def failing(place: str, **options: Any) -> str:
+        hub.fault("GET|HEAD", place, times=1000, **options)
+        done = hub.run(command, *arguments, env={"HF_HOME": str(hub.folder / f"home-{hub.count('GET', '')}")})
+        hub.mend()
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+        return done.stderr.strip().splitlines()[-1]
+
+    for place in ("/large/", "/resolve/", "/api/datasets/me/car"):
+        for fault in ({"kind": "drop"}, {"status": 503}):
+            assert "the Hub could not be asked" in failing(place, **fault), (place, fault)
+    assert "'me/car', split 'selected': the Hub refuses (403" in failing("/large/", status=403)
+    hub.fault("GET|HEAD", "/large/", kind="drop")  # once
+    done = hub.run(command, *arguments, check=True)
+    assert done.stdout.splitlines()[-1] == "match"
+    for wrong, message in (
+        ({"token": "hf_wrong"}, "the Hub does not know your token (401)"),
+        ({"token": hub.other_token}, "Check the spelling"),
+    ):
+        done = hub.run(command, *arguments, **wrong)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    done = hub.run(command, *arguments, "--revision", "nope")
+    assert done.returncode == 2 and "'me/car' has no revision 'nope'" in done.stderr.splitlines()[-1]
