@@ -39,7 +39,7 @@ from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import UNFINISHED
 from car_datasets.retrying import reason
-from car_datasets.splits import SCORED, selection_splits
+from car_datasets.splits import SCORED, refuse_split_names, selection_splits
 from car_datasets.tokens import clean_token
 
 SHARD_BYTES = 500_000_000
@@ -90,12 +90,12 @@ def push_selection(
         [`Pushed`]: `(url, sha)`, the repository's page and the commit.
 
     Raises:
-        ValueError: the token, the owner or the visibility does not allow it, or other splits could not be loaded afterwards;
-            nothing was uploaded then. Or the Hub refuses the upload.
+        ValueError: there are no rows, a name cannot be, the token, the owner or the visibility does not allow it, or what the
+            repository holds could not be loaded or checked afterwards; nothing was uploaded then. Or the Hub refuses the upload.
         ConnectionError: the Hub does not answer. Nothing is visible there, and the same call goes on.
     """
-    _refuse_bad_names(split, config_name)
-    result = Result(dataset, scored, report, receipt) if isinstance(dataset, Dataset) else read_result(Path(dataset))
+    _refuse_bad_names(split, config_name, also or ())
+    result = _result(dataset, scored, report, receipt)
     if also is None:
         also = () if result.scored is None else (SCORED,)
     hub.open_repository(repo_id, private, token, "dataset", "repo_id")
@@ -124,6 +124,24 @@ class Result(NamedTuple):
     report: SelectionReport | None = None
     receipt: Receipt | None = None
     plots: Sequence[Path] = ()
+
+
+def _result(dataset: object, scored: Dataset | None, report: SelectionReport | None, receipt: Receipt | None) -> Result:
+    if isinstance(dataset, (str, os.PathLike)):
+        result = read_result(Path(dataset))
+    elif isinstance(dataset, Dataset):
+        result = Result(dataset, scored, report, receipt)
+    else:
+        raise ValueError(
+            f"dataset is {type(dataset).__name__}; pass one Dataset of the selected rows (dataset['train'] of a DatasetDict, "
+            "Dataset.from_list(list(dataset)) of an IterableDataset), or the folder that `car-datasets curate` wrote."
+        )
+    if not len(result.selected) or not result.selected.column_names:
+        lacking = "columns" if not result.selected.column_names else "rows"
+        raise ValueError(
+            f"dataset has no {lacking}, and a split without {lacking} cannot be loaded. Select some first."
+        )
+    return result
 
 
 def read_result(folder: Path) -> Result:
@@ -180,9 +198,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _refuse_bad_names(split: str, config_name: str) -> None:
+def _refuse_bad_names(split: str, config_name: str, also: Sequence[str]) -> None:
     if not re.fullmatch(r"\w+(\.\w+)*", split):
         raise ValueError(f"split={split!r}: a split's name has letters, digits, underscores, and points between them.")
+    if split == "all":
+        raise ValueError("split='all': `datasets` keeps that name for all splits together; choose another.")
+    refuse_split_names(split, also)
     if not re.fullmatch(r"\w[\w.-]*", config_name) or config_name in ("data", PLOTS):
         raise ValueError(f"config_name={config_name!r} cannot be the name of a configuration and of its folder.")
 

@@ -237,6 +237,14 @@ REFUSED: list[tuple[str, list[str], str | None, str]] = [
     ("me/private", ["--public"], Hub.token, "is there and private, but private=False was asked for"),
     ("me/car", ["--also", "everything"], Hub.token, "choose out of ('scored',"),
     ("me/car", ["--split", "a-b"], Hub.token, "split='a-b'"),
+    (
+        "me/car",
+        ["--split", "random_control", "--also", "length_matched_control"],
+        Hub.token,
+        "split='random_control' is",
+    ),
+    ("me/car", ["--split", "scored", "--also", "none"], Hub.token, "split='scored' is the name of the pool"),
+    ("me/car", ["--split", "all"], Hub.token, "split='all'"),
     ("me/car", ["--config-name", "../x"], Hub.token, "config_name='../x'"),
 ]
 
@@ -282,6 +290,28 @@ for folder in sys.argv[1:]:
     (folder2 := tmp_path / "empty").mkdir()
     lines = hub.run(code, folder, folder2, check=True).stdout.splitlines()
     assert "was not written to the end" in lines[0] and "has no selected.parquet" in lines[1]
+    assert hub.log() == []
+
+
+def test_what_is_no_selection_is_refused_before_the_hub_is_asked(hub: Hub) -> None:
+    code = """
+from datasets import DatasetDict
+rows = Dataset.from_dict({"a": [1, 2], "source_index": [0, 1]})
+cases = [
+    (rows.select([]), {}), (Dataset.from_dict({}), {}), (DatasetDict({"train": rows}), {}),
+    (rows.to_iterable_dataset(), {}), (rows, {"scored": rows, "also": "scored"}),
+    (rows, {"scored": rows, "split": "scored", "also": ()}), (rows, {"split": "all"}),
+]
+for dataset, options in cases:
+    try:
+        pushing.push_selection(dataset, "me/car", **options)
+    except ValueError as error:
+        print(error)
+"""
+    lines = hub.run(START + code, check=True).stdout.splitlines()
+    words = ["has no rows", "has no columns", "is DatasetDict; pass", "is IterableDataset; pass", "also=['scored']"]
+    for line, word in zip(lines, [*words, "split='scored' is the name", "split='all'"], strict=True):
+        assert word in line
     assert hub.log() == []
 
 
