@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from car_datasets.conflicts import refuse_hidden_data, refuse_unloadable
 from car_datasets.publishing import card_templates
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- car_datasets: begin -->", "<!-- car_datasets: end -->"
 TAGS = ("car", "data-selection", "instruction-tuning")
 CARRIED = ("license", "license_name", "license_link", "language")  # from the source's card
-DATA_FILES = (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".arrow", ".zip")
 
 
 class SplitFiles(NamedTuple):
@@ -68,8 +68,8 @@ def with_header(
         repo_id (`str`): for messages.
 
     Raises:
-        ValueError: another split of this configuration has other columns, or there are data files that no header names: one
-            would not be loaded any more.
+        ValueError: another split of this configuration has other columns, or what is there, or what is pushed, could not be
+            loaded afterwards, see [`~car_datasets.conflicts.refuse_unloadable`].
     """
     from datasets import DatasetInfo, SplitDict, SplitInfo
     from datasets.info import DatasetInfosDict
@@ -85,8 +85,12 @@ def with_header(
             f"repo_id={repo_id!r}: its card's header cannot be read ({_line(error)}). Mend README.md there."
         ) from error
     config = configs.get(config_name, {})
-    if not configs or not all(isinstance(each, dict) for each in config.get("data_files", [])):
-        _refuse_unnamed_data(files, config_name, splits, repo_id)
+    files = list(files)
+    refuse_unloadable(configs, config_name, splits, files, repo_id)
+    named = config.get("data_files") or []
+    if not configs or (config_name in configs and (not named or not all(isinstance(each, dict) for each in named))):
+        new = [name for split in splits.values() for name in split.names]
+        refuse_hidden_data(files, {*new, *stale_files(files, config_name, splits)}, repo_id)
         config.pop("data_files", None)
     info = infos.get(config_name, DatasetInfo())
     old = {name: split for name, split in (info.splits or {}).items() if name not in splits}
@@ -110,21 +114,6 @@ def with_header(
     config["data_files"] = [{"split": name, "path": path} for name, path in paths.items()]
     MetadataConfigs({config_name: config}).to_dataset_card_data(found.data)
     return found, {name: each.num_examples for name, each in total.items()}
-
-
-def _refuse_unnamed_data(
-    files: Iterable[str], config_name: str, splits: Mapping[str, SplitFiles], repo_id: str
-) -> None:
-    """A header with `configs` hides every data file that it does not name."""
-    files = list(files)
-    ours = {*stale_files(files, config_name, splits), *(name for split in splits.values() for name in split.names)}
-    names = {"receipt.json", "report.json", "dataset_infos.json"}
-    others = [name for name in files if name.endswith(DATA_FILES) and name not in {*ours, *names}]
-    if others:
-        raise ValueError(
-            f"repo_id={repo_id!r} holds {len(others)} data file(s), such as {others[0]!r}, in splits that its card does not "
-            "name; they would not be loaded any more. Push to another repository, or name them in the card's `configs`."
-        )
 
 
 def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None, rows: int) -> dict[str, Any]:

@@ -101,10 +101,12 @@ def test_what_could_not_be_loaded_any_more_is_refused() -> None:
         with_header(str(card), [], "default", other, files(), "me/x")
     with_header(str(card), [], "default", other, files("old"), "me/x")
     with_header(str(card), [], "other", other, files(), "me/x")
-    named = "---\nconfigs:\n- config_name: default\n  data_files: '*.csv'\n---\n"
-    for text, held in (("", ["a.csv"]), (named, ["a.csv"]), ("", ["data/train-00000-of-00001.parquet"])):
+    named = "---\nconfigs:\n- config_name: default\n  data_files: '*.parquet'\n---\n"
+    empty = "---\nconfigs:\n- config_name: default\n---\n"
+    hidden = [("", "a.csv"), (named, "a.parquet"), (empty, "a.csv"), ("", "data/train-00000-of-00001.parquet")]
+    for text, held in hidden:
         with pytest.raises(ValueError, match=r"splits that its card does not name"):
-            with_header(text, held, "default", FEATURES, files(), "me/x")
+            with_header(text, [held], "default", FEATURES, files(), "me/x")
     with_header(
         "", ["data/selected-00000-of-00003.parquet", "receipt.json", "x.txt"], "default", FEATURES, files(), "me/x"
     )

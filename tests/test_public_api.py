@@ -47,7 +47,7 @@ ORDER = [
     {"training", "head_training", "shard_files", "stream_reader", "ray"},
     {"stream_shards"},
     {"shards"},
-    {"receipt", "splits", "recipe_stages"},
+    {"receipt", "splits", "recipe_stages", "conflicts"},
     {"curation", "dataset_card"},
     {"pushing"},
     {"verification"},
