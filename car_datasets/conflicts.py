@@ -1,4 +1,4 @@
-"""What a dataset repository holds that a push would hide or leave unloadable, by its card's header and its files' names.
+"""What a dataset repository holds that a push would hide, or leave such that it cannot be loaded or checked.
 
 Does: refuse such a push, in words that say what was seen and where else to go.
 Does not: ask a Hub, or change a card (dataset_card.py).
@@ -10,7 +10,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
+
+from car_datasets.receipt import Receipt
 
 TABLES = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".xml", ".h5", ".hdf5")
 DATA_FILES = (*TABLES, ".zip", ".tar")
@@ -38,6 +40,42 @@ def refuse_hidden_data(files: Iterable[str], ours: Collection[str], repo_id: str
             f"repo_id={repo_id!r} holds {len(others)} data file(s), such as {others[0]!r}, in splits that its card does not "
             f"name; they would not be loaded any more. {ELSEWHERE}, or name them in the card's `configs`."
         )
+
+
+class Standing(NamedTuple):
+    """The selection whose receipt a repository holds: its source and its rows, and where its card says that it is."""
+
+    source: dict[str, Any]
+    selected_sha256: str
+    place: tuple[str, str] | None
+
+    @classmethod
+    def read(cls, receipt: bytes, place: tuple[str, str] | None) -> Standing:
+        """From a `receipt.json`; one that this version cannot read is of another selection than any."""
+        try:
+            known = Receipt.from_json(receipt)
+        except ValueError:
+            return cls({}, "", place)
+        return cls(known.source, known.selected_sha256, place)
+
+    def is_of(self, receipt: Receipt | None) -> bool:
+        """Whether this is the selection of a receipt."""
+        return receipt is not None and (self.source, self.selected_sha256) == (receipt.source, receipt.selected_sha256)
+
+
+def refuse_second_selection(standing: Standing, config_name: str, split: str, repo_id: str) -> None:
+    """A repository has one receipt, one report and one section of a card, and so one selection that can be checked.
+
+    Raises:
+        ValueError: always; call it where another selection would go beside the one that stands there.
+    """
+    where = "" if standing.place is None else " in configuration {!r}, split {!r}".format(*standing.place)
+    name = standing.source.get("id") or standing.source.get("name")
+    raise ValueError(
+        f"repo_id={repo_id!r} holds the receipt of another selection{f' from {name!r}' if name else ''}{where}. Beside it, as "
+        f"config_name={config_name!r}, split={split!r}, this one would take its place in receipt, report and card, and the "
+        f"other could not be verified any more. {ELSEWHERE}, one for each selection."
+    )
 
 
 def refuse_unloadable(

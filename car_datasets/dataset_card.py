@@ -7,7 +7,7 @@ Does not: invent a licence or a language; render templates (publishing.py); ask 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from car_datasets.conflicts import refuse_hidden_data, refuse_unloadable
@@ -43,10 +43,19 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def stale_files(files: Iterable[str], config_name: str, splits: Mapping[str, SplitFiles]) -> list[str]:
-    """Files of an earlier push of these splits, which the new ones do not replace."""
+def place_of(text: str) -> tuple[str, str] | None:
+    """Configuration and split of the selection that our section of a card is about; `None` where there is no section."""
+    section = re.search(f"{BEGIN}(.*?){END}", text, flags=re.DOTALL)
+    call = section and re.search(r'load_dataset\("[^"]*", (?:"([^"]*)", )?split="([^"]*)"\)', section[1])
+    return (call[1] or "default", call[2]) if call else None
+
+
+def stale_files(
+    files: Iterable[str], config_name: str, splits: Mapping[str, SplitFiles], dropped: Iterable[str] = ()
+) -> list[str]:
+    """Files of an earlier push of these splits, which the new ones do not replace, and those of splits that go."""
     new = {name for split in splits.values() for name in split.names}
-    pattern = "|".join(map(re.escape, splits))
+    pattern = "|".join(map(re.escape, [*splits, *dropped]))
     ours = re.compile(rf"{re.escape(data_folder_of(config_name))}/({pattern})-\d{{5}}-of-\d{{5}}\.parquet")
     return [name for name in files if ours.fullmatch(name) and name not in new]
 
@@ -58,6 +67,7 @@ def with_header(
     features: Features,
     splits: Mapping[str, SplitFiles],
     repo_id: str,
+    dropped: Collection[str] = (),
 ) -> tuple[DatasetCard, dict[str, int]]:
     """The card with `configs` and `dataset_info` that hold these splits beside the others, and the rows of each of them.
 
@@ -66,6 +76,7 @@ def with_header(
         files (`Iterable`): all names in the repository.
         config_name (`str`), features (`Features`), splits (`Mapping`): what is pushed.
         repo_id (`str`): for messages.
+        dropped (`Collection[str]`): splits of this configuration that go.
 
     Raises:
         ValueError: another split of this configuration has other columns, or what is there, or what is pushed, could not be
@@ -86,14 +97,14 @@ def with_header(
         ) from error
     config = configs.get(config_name, {})
     files = list(files)
-    refuse_unloadable(configs, config_name, splits, files, repo_id)
+    refuse_unloadable(configs, config_name, (*splits, *dropped), files, repo_id)
     named = config.get("data_files") or []
     if not configs or (config_name in configs and (not named or not all(isinstance(each, dict) for each in named))):
         new = [name for split in splits.values() for name in split.names]
         refuse_hidden_data(files, {*new, *stale_files(files, config_name, splits)}, repo_id)
         config.pop("data_files", None)
     info = infos.get(config_name, DatasetInfo())
-    old = {name: split for name, split in (info.splits or {}).items() if name not in splits}
+    old = {name: split for name, split in (info.splits or {}).items() if name not in (*splits, *dropped)}
     if old and info.features is not None and info.features != features:
         differing = sorted(
             name for name in {*info.features, *features} if info.features.get(name) != features.get(name)
@@ -109,7 +120,7 @@ def with_header(
     merged.dataset_size = sum(split.num_bytes for split in total.values())
     merged.download_size = None if old else sum(split.size for split in splits.values())  # of old ones not known
     DatasetInfosDict({config_name: merged}).to_dataset_card_data(found.data)
-    paths = {each["split"]: each["path"] for each in config.get("data_files", [])}
+    paths = {each["split"]: each["path"] for each in config.get("data_files", []) if each["split"] not in dropped}
     paths |= {name: f"{data_folder_of(config_name)}/{name}-*" for name in splits}
     config["data_files"] = [{"split": name, "path": path} for name, path in paths.items()]
     MetadataConfigs({config_name: config}).to_dataset_card_data(found.data)

@@ -18,17 +18,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
 from huggingface_hub import DatasetCard
 
 from car_datasets import hub
+from car_datasets.conflicts import Standing, refuse_second_selection
 from car_datasets.dataset_card import (
     END,
     SplitFiles,
     data_folder_of,
     describe,
+    place_of,
     render_section,
     stale_files,
     with_header,
@@ -39,7 +41,7 @@ from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import UNFINISHED
 from car_datasets.retrying import reason
-from car_datasets.splits import SCORED, refuse_split_names, selection_splits
+from car_datasets.splits import CONTROLS, SCORED, refuse_split_names, selection_splits
 from car_datasets.tokens import clean_token
 
 SHARD_BYTES = 500_000_000
@@ -104,7 +106,7 @@ def push_selection(
         written = {name: _write_shards(table, Path(place), config_name, name) for name, table in tables.items()}
         files = {name: Path(place, name) for each in written.values() for name in each.names}
         files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
-        contents = _Contents(repo_id, config_name, split, tables[split], written, result, _source_card(result, token))
+        contents = _Contents(repo_id, config_name, split, tables[split], written, result, token)
         try:
             done = hub.commit_dataset(repo_id, files, contents.beside, f"Upload {', '.join(tables)}", token)
         except ConnectionError as error:
@@ -235,9 +237,8 @@ def _write_shards(table: Dataset, place: Path, config_name: str, split: str) -> 
     return SplitFiles(names, len(table), size, sum((place / name).stat().st_size for name in names))
 
 
-def _source_card(result: Result, token: str | None) -> str | None:
-    """The card of the dataset that the rows come from, for its licence; `None` where it cannot be had."""
-    source = {} if result.receipt is None else result.receipt.source
+def _source_card(source: Mapping[str, Any], token: str | None) -> str | None:
+    """The card of the dataset that rows come from, for its licence; `None` where it cannot be had."""
     if source.get("kind") != "hub":
         return None
     try:
@@ -256,19 +257,29 @@ class _Contents:
     table: Dataset
     written: Mapping[str, SplitFiles]
     result: Result
-    source_card: str | None
+    token: str | None
 
     def beside(self, seen: Repository) -> tuple[dict[str, bytes], list[str]]:
         """Card, receipt and report, and the names of what they and the data replace."""
         report, receipt = self.result.report, self.result.receipt
         features = self.table.features
-        card, rows = with_header(seen.card, seen.files, self.config_name, features, self.written, self.repo_id)
-        files: dict[str, bytes] = {}
-        gone = stale_files(seen.files, self.config_name, self.written)
-        about = [name for name in seen.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
+        place = place_of(seen.card)
+        standing = self._standing(seen)
         taken = f"{data_folder_of(self.config_name)}/{self.split}-"
-        replaces = any(name.startswith(taken) for name in seen.files)
-        if report is not None or receipt is not None or replaces or not about or END not in seen.card:
+        here = (self.config_name, self.split)
+        replaces = place == here if place else any(name.startswith(taken) for name in seen.files)
+        another = standing is not None and not standing.is_of(receipt)
+        if standing is not None and another and not replaces and (report is not None or receipt is not None):
+            refuse_second_selection(standing, *here, self.repo_id)
+        # pool and controls of a selection that goes do not stay beside the next one
+        dropped = {SCORED, *CONTROLS} - set(self.written) if another and replaces else set()
+        where = (seen.card, seen.files, self.config_name)
+        card, rows = with_header(*where, features, self.written, self.repo_id, dropped)
+        files: dict[str, bytes] = {}
+        gone = stale_files(seen.files, self.config_name, self.written, dropped)
+        about = [name for name in seen.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
+        unmarked = standing is None and END not in seen.card
+        if report is not None or receipt is not None or replaces or not about or unmarked:
             self._describe(card, rows)
             if receipt is not None:
                 files[RECEIPT_FILE] = receipt.to_json().encode()
@@ -279,9 +290,17 @@ class _Contents:
         files["README.md"] = str(card).encode()
         return files, gone
 
+    def _standing(self, seen: Repository) -> Standing | None:
+        if RECEIPT_FILE not in seen.files:
+            return None
+        return Standing.read(
+            hub.read_dataset_file(self.repo_id, RECEIPT_FILE, seen.sha, self.token), place_of(seen.card)
+        )
+
     def _describe(self, card: DatasetCard, rows: Mapping[str, int]) -> None:
         receipt, report = self.result.receipt, self.result.report
-        carried = describe(card, receipt, self.source_card, sum(rows.values()))
+        source_card = None if receipt is None else _source_card(receipt.source, self.token)
+        carried = describe(card, receipt, source_card, sum(rows.values()))
         plots = [f"{PLOTS}/{plot.name}" for plot in self.result.plots]
         section = render_section(
             self.repo_id, self.config_name, self.split, rows, self.table.column_names, report, receipt, carried, plots

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from car_datasets import curate
 from car_datasets.plots import PLOT_FILES
-from car_datasets.receipt import Receipt
+from car_datasets.receipt import Receipt, indices_digest
 from tests.hub_server import Hub
 from tests.test_recipe import short_rows
 
@@ -220,6 +220,50 @@ def test_a_selection_without_a_receipt_does_not_keep_the_old_one(hub: Hub, resul
     files = hub.repo("me/car").files()
     assert not {"receipt.json", "report.json"} & set(files)
     assert "What was selected, and why" not in files["README.md"].decode()
+
+
+def another_result(folder: Path, to: Path, **source: str) -> Path:
+    """The result with fewer selected rows, as another run of `curate` might have left it."""
+    shutil.copytree(folder, to)
+    selected = Dataset.from_parquet(str(folder / "selected.parquet")).select([0, 1])
+    selected.to_parquet(str(to / "selected.parquet"))
+    receipt = json.loads((folder / "receipt.json").read_text())
+    receipt["selected_sha256"] = indices_digest(selected["source_index"][:])
+    receipt["source"] = source or receipt["source"]
+    (to / "receipt.json").write_text(json.dumps(receipt))
+    return to
+
+
+@pytest.mark.slow
+def test_a_second_selection_does_not_take_the_receipt_of_the_first(hub: Hub, result: Path, tmp_path: Path) -> None:
+    other = another_result(result, tmp_path / "other")
+    push(hub, result, "me/car", check=True)
+    before = hub.repo("me/car")
+    uploads = hub.count("PUT", "/large/")
+    for options in (["--config-name", "b"], ["--split", "second", "--also", "none"]):
+        done = push(hub, other, "me/car", *options)
+        assert done.returncode == 2 and "in configuration 'default', split 'selected'" in done.stderr
+        assert "Push to another repository, one for each selection" in done.stderr
+    assert (hub.repo("me/car").sha, hub.count("PUT", "/large/")) == (before.sha, uploads)
+    code = START + "pushing.push_selection(Dataset.from_dict({'a': [sys.argv[1]]}), 'me/car', config_name='plain')"
+    for word in ("x", "y"):  # rows without a receipt may stand beside it, and be pushed again
+        hub.run(code, word, check=True)
+        files = hub.repo("me/car").files()
+        assert files["receipt.json"] == (result / "receipt.json").read_bytes() and "report.json" in files
+    push(hub, result, "me/car", "--config-name", "again", check=True)  # the same selection may have two names
+
+
+@pytest.mark.slow
+def test_the_pool_of_an_older_selection_goes_with_it(hub: Hub, result: Path, tmp_path: Path) -> None:
+    push(hub, result, "me/car", "--also", "scored,random_control", check=True)
+    push(hub, result, "me/car", "--also", "none", check=True)
+    assert list(splits_of(hub, "me/car")) == ["selected", "scored", "random_control"]  # they are its own
+    push(hub, another_result(result, tmp_path / "other"), "me/car", "--also", "none", check=True)
+    found = splits_of(hub, "me/car")
+    assert list(found) == ["selected"] and len(found["selected"]) == 2
+    files = hub.repo("me/car").files()
+    assert not [name for name in files if "scored-" in name or "random_control" in name]
+    assert "`scored`" not in files["README.md"].decode()
 
 
 # --- what must not leave
