@@ -136,24 +136,59 @@ def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None
         source_card (`str`, *optional*): the text of its card; `None` or `""` if there is none to be had.
         rows (`int`): of all splits.
     """
-    from huggingface_hub import DatasetCard
-
-    try:
-        known = DatasetCard(source_card or "---\n{}\n---\n").data.to_dict()
-    except Exception:  # as above; then nothing is known about it
-        known = {}
-    carried = {name: known[name] for name in CARRIED if known.get(name)}
+    source = {} if receipt is None else receipt.source
+    carried = _carried_from(source_card, source)
     if not card.data.get("license"):
         for name in CARRIED[:3]:
             if name in carried:
                 card.data[name] = carried[name]
     if not card.data.get("language") and "language" in carried:
         card.data["language"] = carried["language"]
-    if receipt is not None and receipt.source["kind"] == "hub":
-        card.data["source_datasets"] = sorted({*(card.data.get("source_datasets") or ()), receipt.source["id"]})
-    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *TAGS})
+    if source.get("kind") == "hub":
+        card.data["source_datasets"] = sorted({*_items(card.data.get("source_datasets")), source["id"]})
+    card.data["tags"] = sorted({*_items(card.data.get("tags")), *TAGS})
     card.data["size_categories"] = [size_category(rows)]
+    stated = _items(card.data.get("license"))
+    return carried if stated == _items(carried.get("license")) else {**carried, "stated": stated}
+
+
+def forget(card: DatasetCard, source: Mapping[str, Any], source_card: str | None) -> None:
+    """Take out of the header what an earlier push carried over from a source that the rows no longer come from.
+
+    Args:
+        card (`DatasetCard`): its header is changed.
+        source (`Mapping`), source_card (`str`, *optional*): of the earlier receipt. Where its card cannot be had, nobody can
+            tell what came from there, and no licence or language stays.
+    """
+    if source.get("kind") != "hub":
+        return
+    known = _carried_from(source_card, source)
+    for names in (CARRIED[:3], CARRIED[3:]):
+        if source_card is None or (names[0] in known and card.data.get(names[0]) == known[names[0]]):
+            for name in names:
+                card.data[name] = None
+    card.data["source_datasets"] = [e for e in _items(card.data.get("source_datasets")) if e != source["id"]] or None
+
+
+def _carried_from(source_card: str | None, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Licence and language of a source's card; the link to the licence's text leads there from anywhere."""
+    from huggingface_hub import DatasetCard
+
+    try:
+        known = DatasetCard(source_card or "---\n{}\n---\n").data.to_dict()
+    except Exception:  # as above; then nothing is known about it
+        return {}
+    carried = {name: known[name] for name in CARRIED if known.get(name)}
+    link = carried.get("license_link")
+    if link is not None and not re.match(r"\w+:", str(link)):
+        place = f"https://huggingface.co/datasets/{source.get('id')}/blob/{source.get('revision') or 'main'}"
+        carried["license_link"] = f"{place}/{str(link).removeprefix('./').lstrip('/')}"
     return carried
+
+
+def _items(value: Any) -> list[Any]:
+    """A header's entry that may be one value or a list of them."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def size_category(rows: int) -> str:
@@ -163,12 +198,21 @@ def size_category(rows: int) -> str:
     return "n<1K" if over == 0 else "n>1T" if over == 10 else f"{names[over - 1]}<n<{names[over]}"
 
 
-def with_section(text: str, section: str, title: str) -> str:
-    """A card's text with our section: in the place of the one that is there, or after what others wrote."""
+def with_section(text: str, section: str, repo_id: str) -> str:
+    """A card's text with our section: in the place of the one that is there, or after what others wrote.
+
+    Raises:
+        ValueError: our section begins there and does not end: what follows may be ours or not.
+    """
     marked = f"{BEGIN}\n{section.strip()}\n{END}"
     if re.search(f"{BEGIN}.*?{END}", text, flags=re.DOTALL):
         return re.sub(f"{BEGIN}.*?{END}", lambda _: marked, text, count=1, flags=re.DOTALL)
-    before = text.strip() or f"# {title}"
+    if BEGIN in text:
+        raise ValueError(
+            f"repo_id={repo_id!r}: its card has {BEGIN!r} and no {END!r} after it. Delete the first in README.md there, with "
+            "what belongs to it, or put the second where our section ends."
+        )
+    before = text.strip() or f"# {repo_id.split('/')[-1]}"
     return f"{before}\n\n{marked}\n"
 
 
@@ -200,6 +244,7 @@ def render_section(
             receipt=receipt,
             recipe=recipe,
             carried=carried,
+            licences=_items(carried.get("license")),
             plots=plots,
         )
     )

@@ -30,6 +30,7 @@ from car_datasets.dataset_card import (
     SplitFiles,
     data_folder_of,
     describe,
+    forget,
     place_of,
     render_section,
     stale_files,
@@ -280,6 +281,8 @@ class _Contents:
         about = [name for name in seen.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
         unmarked = standing is None and END not in seen.card
         if report is not None or receipt is not None or replaces or not about or unmarked:
+            if standing is not None and another and standing.source != (receipt and receipt.source):
+                forget(card, standing.source, _source_card(standing.source, self.token))
             self._describe(card, rows)
             if receipt is not None:
                 files[RECEIPT_FILE] = receipt.to_json().encode()
@@ -305,4 +308,4 @@ class _Contents:
         section = render_section(
             self.repo_id, self.config_name, self.split, rows, self.table.column_names, report, receipt, carried, plots
         )
-        card.text = with_section(card.text, section, self.repo_id.split("/")[-1])
+        card.text = with_section(card.text, section, self.repo_id)

@@ -254,6 +254,29 @@ def test_a_second_selection_does_not_take_the_receipt_of_the_first(hub: Hub, res
 
 
 @pytest.mark.slow
+def test_a_licence_goes_with_its_source(hub: Hub, result: Path, tmp_path: Path) -> None:
+    header = b"---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\nlanguage: de\n---\n"
+    commit = hub.commit("you/rows", {"README.md": header, "LICENSE": b"x"})
+    first = another_result(result, tmp_path / "first", kind="hub", id="you/rows", revision=commit)
+    push(hub, first, "me/car", check=True)
+    card = hub.repo("me/car").files()["README.md"].decode()
+    assert "license_name: theirs" in card and f"blob/{commit}/LICENSE" in card and "language: de" in card
+    push(hub, result, "me/car", check=True)  # from a file, which has no licence to tell
+    card = hub.repo("me/car").files()["README.md"].decode()
+    assert not [word for word in ("license:", "theirs", "LICENSE", "language", "you/rows") if word in card]
+
+
+def test_cards_in_other_encodings(hub: Hub) -> None:
+    hub.commit("me/bom", {"README.md": b"\xef\xbb\xbf---\nlicense: mit\n---\n# Mine\n"}, private=True)
+    hub.commit("me/latin", {"README.md": b"---\nlicense: mit\n---\n\xe9"}, private=True)
+    code = "rows = Dataset.from_dict({'a': [1]})\npushing.push_selection(rows, 'me/bom')\n"
+    done = hub.run(START + code + "pushing.push_selection(rows, 'me/latin')")
+    card = hub.repo("me/bom").files()["README.md"].decode()
+    assert card.startswith("---\nlicense: mit\n") and card.count("---\n") == 2
+    assert "ValueError: 'me/latin': README.md there is not UTF-8" in done.stderr and commits(hub, "me/latin") == 1
+
+
+@pytest.mark.slow
 def test_the_pool_of_an_older_selection_goes_with_it(hub: Hub, result: Path, tmp_path: Path) -> None:
     push(hub, result, "me/car", "--also", "scored,random_control", check=True)
     push(hub, result, "me/car", "--also", "none", check=True)
