@@ -38,7 +38,8 @@ def refuse_hidden_data(files: Iterable[str], ours: Collection[str], repo_id: str
     if others:
         raise ValueError(
             f"repo_id={repo_id!r} holds {len(others)} data file(s), such as {others[0]!r}, in splits that its card does not "
-            f"name; they would not be loaded any more. {ELSEWHERE}, or name them in the card's `configs`."
+            f"name; they would not be loaded any more. {ELSEWHERE}, or name them in the card's `configs`, as Parquet and in a "
+            "configuration of their own."
         )
 
 
@@ -117,6 +118,26 @@ def refuse_unloadable(
             f"repo_id={repo_id!r}: its card's header has `default: true` at the configuration {marked[0]!r}, and "
             "config_name='default' would be a second default: none could be loaded. Give ours another name: "
             "config_name='car' (--config-name car)."
+        )
+
+
+def refuse_unknown_splits(config: Mapping[str, Any], config_name: str, known: Collection[str], repo_id: str) -> None:
+    """Where a header tells the rows of some splits, `datasets` loads nothing if there are others.
+
+    Args:
+        config (`Mapping`), config_name (`str`): what the header says of the configuration that is pushed to, and its name.
+        known (`Collection`): the splits whose rows the header will tell, and those that go.
+        repo_id (`str`): for the message.
+
+    Raises:
+        ValueError: the header names files of another split and does not tell its rows.
+    """
+    others = [split for split, _ in _paths(config) if split not in known]
+    if others:
+        raise ValueError(
+            f"repo_id={repo_id!r}: its card's header names files of the split {others[0]!r} in the configuration "
+            f"{config_name!r}, and not its rows (`dataset_info`); with ours beside it neither could be loaded. {ELSEWHERE}, or "
+            "give ours a name of its own: config_name='car' (--config-name car)."
         )
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from car_datasets.conflicts import refuse_hidden_data, refuse_unloadable
+from car_datasets.conflicts import refuse_hidden_data, refuse_unknown_splits, refuse_unloadable
 from car_datasets.publishing import card_templates
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def with_header(
             "one configuration must have the same. Push them all again together (also=..., --also), or beside them: "
             "config_name='another' (--config-name another)."
         )
+    refuse_unknown_splits(config, config_name, (*splits, *dropped, *old), repo_id)
     total = SplitDict({name: SplitInfo(name, split.num_bytes, split.num_examples) for name, split in old.items()})
     total |= {name: SplitInfo(name, split.num_bytes, split.rows) for name, split in splits.items()}
     merged = DatasetInfo(features=features, splits=total)
@@ -145,8 +146,8 @@ def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None
     if not card.data.get("language") and "language" in carried:
         card.data["language"] = carried["language"]
     if source.get("kind") == "hub":
-        card.data["source_datasets"] = sorted({*_items(card.data.get("source_datasets")), source["id"]})
-    card.data["tags"] = sorted({*_items(card.data.get("tags")), *TAGS})
+        card.data["source_datasets"] = sorted({*map(str, _items(card.data.get("source_datasets"))), source["id"]})
+    card.data["tags"] = sorted({*map(str, _items(card.data.get("tags"))), *TAGS})
     card.data["size_categories"] = [size_category(rows)]
     stated = _items(card.data.get("license"))
     return carried if stated == _items(carried.get("license")) else {**carried, "stated": stated}

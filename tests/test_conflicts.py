@@ -47,6 +47,10 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     "folder": {"README.md": header(data_dir="d"), "d/train.jsonl": LINES},
     "gz": {"train.jsonl.gz": b"1"},
     "text": {"train.txt": b"a\nb\n"},
+    "untold": {
+        "README.md": header(data_files=[{"split": "train", "path": "train.parquet"}]),
+        "train.parquet": parquet(),
+    },
     "default": {
         "README.md": header(name="other", default=True, data_files=[{"split": "train", "path": "o/t-*"}]),
         "o/t-0.parquet": parquet(),
@@ -58,6 +62,7 @@ SEEN = {
     "folder": "'default' with data_dir='d'",
     "gz": "'train.jsonl.gz', in splits that its card does not name",
     "text": "'train.txt', in splits that its card does not name",
+    "untold": "names files of the split 'train' in the configuration 'default', and not its rows",
     "default": "`default: true` at the configuration 'other'",
 }
 
@@ -67,13 +72,14 @@ def test_a_push_leaves_only_what_loads(hub: Hub) -> None:
     for name, files in REPOSITORIES.items():
         hub.commit(f"me/{name}", files, private=True)
     cases = [[f"me/{name}", "default"] for name in REPOSITORIES] + [["me/lines", "ours"], ["me/folder", "ours"]]
-    cases += [["me/default", "car"]]
+    cases += [["me/default", "car"], ["me/untold", "car"]]
     found = [json.loads(line) for line in hub.run(PUSH, json.dumps(cases), check=True).stdout.splitlines()]
     for name, message in zip(REPOSITORIES, found, strict=False):
         assert SEEN[name] in message
-        assert len(hub.repo(f"me/{name}").titles) == (3 if name == "default" else 2)
-    assert SEEN["lines"] in found[-3] and SEEN["folder"] in found[-2]
-    assert found[-1] == {"car": {"selected": 1}, "other": {"train": 2}}  # the way out that was named
+        assert len(hub.repo(f"me/{name}").titles) == (3 if name in ("default", "untold") else 2)
+    assert SEEN["lines"] in found[-4] and SEEN["folder"] in found[-3]
+    ours = {"car": {"selected": 1}}  # by the way out that was named
+    assert found[-2:] == [{**ours, "other": {"train": 2}}, {**ours, "default": {"train": 2}}]
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,9 @@ def test_one_value_is_a_list_of_one() -> None:
     describe(card, receipt(**HUB), None, 3)
     assert card.data["tags"] == ["car", "data-selection", "instruction-tuning", "mine"]
     assert card.data["source_datasets"] == ["foo/bar", "you/rows"]
+    card, _ = with_header("---\ntags: 2026\n---\n", [], "default", FEATURES, files(), "me/x")
+    describe(card, None, None, 3)
+    assert "2026" in card.data["tags"]
 
 
 def test_licences_of_header_and_section_agree() -> None:
