@@ -49,6 +49,7 @@ class Standing(NamedTuple):
     source: dict[str, Any]
     selected_sha256: str
     place: tuple[str, str] | None
+    made: tuple[Mapping[str, Any], ...] = ()  # scorer, embedder and settings
 
     @classmethod
     def read(cls, receipt: bytes, place: tuple[str, str] | None) -> Standing:
@@ -57,11 +58,16 @@ class Standing(NamedTuple):
             known = Receipt.from_json(receipt)
         except ValueError:
             return cls({}, "", place)
-        return cls(known.source, known.selected_sha256, place)
+        return cls(known.source, known.selected_sha256, place, (known.scorer, known.embedder, known.recipe))
 
     def is_of(self, receipt: Receipt | None) -> bool:
         """Whether this is the selection of a receipt."""
         return receipt is not None and (self.source, self.selected_sha256) == (receipt.source, receipt.selected_sha256)
+
+    def has_scores_of(self, receipt: Receipt | None) -> bool:
+        """Whether the scores and clusters of its pool are those of a receipt, so that both choose the same from it."""
+        made = None if receipt is None else (receipt.scorer, receipt.embedder, receipt.recipe)
+        return self.is_of(receipt) and made == self.made
 
 
 def refuse_second_selection(standing: Standing, config_name: str, split: str, repo_id: str) -> None:

@@ -273,7 +273,8 @@ class _Contents:
         if standing is not None and another and not replaces and (report is not None or receipt is not None):
             refuse_second_selection(standing, *here, self.repo_id)
         # pool and controls of a selection that goes do not stay beside the next one
-        dropped = {SCORED, *CONTROLS} - set(self.written) if another and replaces else set()
+        goes = standing is not None and replaces and not standing.has_scores_of(receipt)
+        dropped = {SCORED, *CONTROLS} - set(self.written) if goes else set()
         where = (seen.card, seen.files, self.config_name)
         card, rows = with_header(*where, features, self.written, self.repo_id, dropped)
         files: dict[str, bytes] = {}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
-from car_datasets.conflicts import refuse_hidden_data, refuse_unloadable
+from car_datasets.conflicts import Standing, refuse_hidden_data, refuse_unloadable
+from car_datasets.receipt import Receipt
 from tests.hub_server import Hub
 
 
@@ -80,6 +82,20 @@ def test_a_push_leaves_only_what_loads(hub: Hub) -> None:
     assert SEEN["lines"] in found[-4] and SEEN["folder"] in found[-3]
     ours = {"car": {"selected": 1}}  # by the way out that was named
     assert found[-2:] == [{**ours, "other": {"train": 2}}, {**ours, "default": {"train": 2}}]
+
+
+def test_which_selection_stands_there() -> None:
+    model = {"model_id": "me/iqs", "revision": "a" * 40, "weights": "sha256:0"}
+    first = Receipt(
+        {"kind": "memory", "sha256": "c"}, "alpaca", "clean-1", model, model, {"n1": 1}, {}, "0", {"torch": "2"}
+    )
+    standing = Standing.read(first.to_json().encode(), None)
+    assert standing.is_of(first) and standing.has_scores_of(replace(first, versions={"torch": "3"}))
+    for other in (replace(first, source={"kind": "memory", "sha256": "d"}), replace(first, selected_sha256="1"), None):
+        assert not standing.is_of(other) and not standing.has_scores_of(other)
+    again = replace(first, scorer={**model, "revision": "b" * 40})  # the same rows, by other scores
+    assert standing.is_of(again) and not standing.has_scores_of(again)
+    assert not Standing.read(b'{"shop": 1}', None).is_of(first)
 
 
 @pytest.mark.parametrize(
