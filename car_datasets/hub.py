@@ -241,7 +241,12 @@ def read_repository(
         info = retry(lambda: api.dataset_info(repo_id, revision=revision), waits)
         names = tuple(sorted(file.rfilename for file in info.siblings or ()))
         card = read_dataset_file(repo_id, "README.md", str(info.sha), token) if "README.md" in names else b""
-    return Repository(str(info.sha), names, card.decode())
+    try:
+        return Repository(str(info.sha), names, card.decode("utf-8-sig"))  # with a BOM before it, `---` is no header
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{repo_id!r}: README.md there is not UTF-8 ({error}). Save it as UTF-8 and push it again."
+        ) from error
 
 
 def read_dataset_file(repo_id: str, name: str, sha: str, token: str | None = None) -> bytes:

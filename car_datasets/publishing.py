@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def card_templates() -> Environment:
-    """The templates of `hub_cards/`; the filters `percent` and `number` write a figure with its 95 % interval, `code` a name."""
+    """The templates of `hub_cards/`; the filters `percent` and `number` write a figure with its 95 % interval, `code` a
+    name for between backticks, and `span` any name whole, with the backticks that it takes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     found = Environment(
@@ -25,8 +27,17 @@ def card_templates() -> Environment:
         **{name: 100 * value for name, value in figure.items()}
     )
     found.filters["code"] = lambda text: "".join(c for c in str(text) if c not in "`'<>[]|" and c.isprintable())
+    found.filters["span"] = code_span
     found.filters["number"] = lambda figure: "{value:.3f} ({low:.3f} to {high:.3f})".format(**figure)
     return found
+
+
+def code_span(text: str) -> str:
+    """Any text as code in Markdown, shown as it is; what cannot be printed is shown as in Python."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or '""'
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    around = " " if shown[0] in "` " or shown[-1] in "` " else ""  # Markdown takes one off each side
+    return f"{fence}{around}{shown}{around}{fence}"
 
 
 def write_card(folder: Path, template: str, **values: Any) -> None:

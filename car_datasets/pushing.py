@@ -26,11 +26,14 @@ from huggingface_hub import DatasetCard
 
 from car_datasets import hub
 from car_datasets.asking import asking
+from car_datasets.conflicts import Standing, refuse_second_selection
 from car_datasets.dataset_card import (
     END,
     SplitFiles,
     data_folder_of,
     describe,
+    forget,
+    place_of,
     render_section,
     stale_files,
     with_header,
@@ -41,7 +44,7 @@ from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import UNFINISHED
 from car_datasets.retrying import READING_WAITS, reason, retry
-from car_datasets.splits import SCORED, selection_splits
+from car_datasets.splits import CONTROLS, SCORED, refuse_split_names, selection_splits
 from car_datasets.tokens import clean_token
 
 SHARD_BYTES = 500_000_000
@@ -92,13 +95,13 @@ def push_selection(
         [`Pushed`]: `(url, sha)`, the repository's page and the commit.
 
     Raises:
-        ValueError: the token, the owner or the visibility does not allow it, or other splits could not be loaded afterwards;
-            nothing was uploaded then. Or the Hub refuses the upload.
+        ValueError: there are no rows, a name cannot be, the token, the owner or the visibility does not allow it, or what the
+            repository holds could not be loaded or checked afterwards; nothing was uploaded then. Or the Hub refuses the upload.
         ConnectionError: the Hub does not answer. Nothing is visible there, and the same call goes on; or, with `check`, it
             was pushed and cannot be read back, and the message has URL and commit.
     """
-    _refuse_bad_names(split, config_name)
-    result = Result(dataset, scored, report, receipt) if isinstance(dataset, Dataset) else read_result(Path(dataset))
+    _refuse_bad_names(split, config_name, also or ())
+    result = _result(dataset, scored, report, receipt)
     if also is None:
         also = () if result.scored is None else (SCORED,)
     hub.open_repository(repo_id, private, token, "dataset", "repo_id")
@@ -107,7 +110,7 @@ def push_selection(
         written = {name: _write_shards(table, Path(place), config_name, name) for name, table in tables.items()}
         files = {name: Path(place, name) for each in written.values() for name in each.names}
         files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
-        contents = _Contents(repo_id, config_name, split, tables[split], written, result, _source_card(result, token))
+        contents = _Contents(repo_id, config_name, split, tables[split], written, result, token)
         try:
             done = hub.commit_dataset(repo_id, files, contents.beside, f"Upload {', '.join(tables)}", token)
         except ConnectionError as error:
@@ -132,6 +135,24 @@ class Result(NamedTuple):
     report: SelectionReport | None = None
     receipt: Receipt | None = None
     plots: Sequence[Path] = ()
+
+
+def _result(dataset: object, scored: Dataset | None, report: SelectionReport | None, receipt: Receipt | None) -> Result:
+    if isinstance(dataset, (str, os.PathLike)):
+        result = read_result(Path(dataset))
+    elif isinstance(dataset, Dataset):
+        result = Result(dataset, scored, report, receipt)
+    else:
+        raise ValueError(
+            f"dataset is {type(dataset).__name__}; pass one Dataset of the selected rows (dataset['train'] of a DatasetDict, "
+            "Dataset.from_list(list(dataset)) of an IterableDataset), or the folder that `car-datasets curate` wrote."
+        )
+    if not len(result.selected) or not result.selected.column_names:
+        lacking = "columns" if not result.selected.column_names else "rows"
+        raise ValueError(
+            f"dataset has no {lacking}, and a split without {lacking} cannot be loaded. Select some first."
+        )
+    return result
 
 
 def read_result(folder: Path) -> Result:
@@ -225,9 +246,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _refuse_bad_names(split: str, config_name: str) -> None:
+def _refuse_bad_names(split: str, config_name: str, also: Sequence[str]) -> None:
     if not re.fullmatch(r"\w+(\.\w+)*", split):
         raise ValueError(f"split={split!r}: a split's name has letters, digits, underscores, and points between them.")
+    if split == "all":
+        raise ValueError("split='all': `datasets` keeps that name for all splits together; choose another.")
+    refuse_split_names(split, also)
     if not re.fullmatch(r"\w[\w.-]*", config_name) or config_name in ("data", PLOTS):
         raise ValueError(f"config_name={config_name!r} cannot be the name of a configuration and of its folder.")
 
@@ -259,9 +283,8 @@ def _write_shards(table: Dataset, place: Path, config_name: str, split: str) -> 
     return SplitFiles(names, len(table), size, sum((place / name).stat().st_size for name in names))
 
 
-def _source_card(result: Result, token: str | None) -> str | None:
-    """The card of the dataset that the rows come from, for its licence; `None` where it cannot be had."""
-    source = {} if result.receipt is None else result.receipt.source
+def _source_card(source: Mapping[str, Any], token: str | None) -> str | None:
+    """The card of the dataset that rows come from, for its licence; `None` where it cannot be had."""
     if source.get("kind") != "hub":
         return None
     try:
@@ -280,19 +303,32 @@ class _Contents:
     table: Dataset
     written: Mapping[str, SplitFiles]
     result: Result
-    source_card: str | None
+    token: str | None
 
     def beside(self, seen: Repository) -> tuple[dict[str, bytes], list[str]]:
         """Card, receipt and report, and the names of what they and the data replace."""
         report, receipt = self.result.report, self.result.receipt
         features = self.table.features
-        card, rows = with_header(seen.card, seen.files, self.config_name, features, self.written, self.repo_id)
-        files: dict[str, bytes] = {}
-        gone = stale_files(seen.files, self.config_name, self.written)
-        about = [name for name in seen.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
+        place = place_of(seen.card)
+        standing = self._standing(seen)
         taken = f"{data_folder_of(self.config_name)}/{self.split}-"
-        replaces = any(name.startswith(taken) for name in seen.files)
-        if report is not None or receipt is not None or replaces or not about or END not in seen.card:
+        here = (self.config_name, self.split)
+        replaces = place == here if place else any(name.startswith(taken) for name in seen.files)
+        another = standing is not None and not standing.is_of(receipt)
+        if standing is not None and another and not replaces and (report is not None or receipt is not None):
+            refuse_second_selection(standing, *here, self.repo_id)
+        # pool and controls of a selection that goes do not stay beside the next one
+        goes = standing is not None and replaces and not standing.has_scores_of(receipt)
+        dropped = {SCORED, *CONTROLS} - set(self.written) if goes else set()
+        where = (seen.card, seen.files, self.config_name)
+        card, rows = with_header(*where, features, self.written, self.repo_id, dropped)
+        files: dict[str, bytes] = {}
+        gone = stale_files(seen.files, self.config_name, self.written, dropped)
+        about = [name for name in seen.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
+        unmarked = standing is None and END not in seen.card
+        if report is not None or receipt is not None or replaces or not about or unmarked:
+            if standing is not None and another and standing.source != (receipt and receipt.source):
+                forget(card, standing.source, _source_card(standing.source, self.token))
             self._describe(card, rows)
             if receipt is not None:
                 files[RECEIPT_FILE] = receipt.to_json().encode()
@@ -303,11 +339,19 @@ class _Contents:
         files["README.md"] = str(card).encode()
         return files, gone
 
+    def _standing(self, seen: Repository) -> Standing | None:
+        if RECEIPT_FILE not in seen.files:
+            return None
+        return Standing.read(
+            hub.read_dataset_file(self.repo_id, RECEIPT_FILE, seen.sha, self.token), place_of(seen.card)
+        )
+
     def _describe(self, card: DatasetCard, rows: Mapping[str, int]) -> None:
         receipt, report = self.result.receipt, self.result.report
-        carried = describe(card, receipt, self.source_card, sum(rows.values()))
+        source_card = None if receipt is None else _source_card(receipt.source, self.token)
+        carried = describe(card, receipt, source_card, sum(rows.values()))
         plots = [f"{PLOTS}/{plot.name}" for plot in self.result.plots]
         section = render_section(
             self.repo_id, self.config_name, self.split, rows, self.table.column_names, report, receipt, carried, plots
         )
-        card.text = with_section(card.text, section, self.repo_id.split("/")[-1])
+        card.text = with_section(card.text, section, self.repo_id)

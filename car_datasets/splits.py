@@ -48,11 +48,9 @@ def selection_splits(
         left_out (`str`, *optional*): a column of `scored` to leave out if `selected` does not have it.
 
     Raises:
-        ValueError: a split is not known or needs `scored`, or a selected row is not in the pool.
+        ValueError: a split is not known, has another's name or needs `scored`, or a selected row is not in the pool.
     """
-    known = (SCORED, *CONTROLS)
-    if not set(also) <= set(known) or split in also:
-        raise ValueError(f"also={tuple(also)}: choose out of {known}, beside split={split!r}.")
+    refuse_split_names(split, also)
     selected = selected.with_format(None)
     if scored is None:
         if also:
@@ -77,6 +75,25 @@ def selection_splits(
         drawn = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
         found |= {name: pool.select(rows.tolist()) for name, rows in zip(CONTROLS, drawn, strict=True)}
     return {name: found[name].select_columns(order).cast(features) for name in (split, *also)}
+
+
+def refuse_split_names(split: str, also: Sequence[str]) -> None:
+    """Refuse names that no layout of splits has, before anything is read or asked.
+
+    Raises:
+        ValueError: `also` is one text or holds an unknown name, or `split` is the name of another split: the pool or a
+            control would stand where the selection is looked for.
+    """
+    known = (SCORED, *CONTROLS)
+    if isinstance(also, str):
+        raise ValueError(f"also={also!r} is one text, and a list of names is needed: also=[{also!r}].")
+    if not set(also) <= set(known):
+        raise ValueError(f"also={tuple(also)}: choose out of {known}.")
+    if split in known:
+        raise ValueError(
+            f"split={split!r} is the name of the pool or of a control, which also= adds. Give the selected rows another name, "
+            "such as split='selected' (--split selected)."
+        )
 
 
 def _with_columns_of(pool: Dataset, selected: Dataset, positions: npt.NDArray[np.int64], names: list[str]) -> Dataset:

@@ -15,6 +15,8 @@ from car_datasets.dataset_card import (
     END,
     SplitFiles,
     describe,
+    forget,
+    place_of,
     render_section,
     size_category,
     with_header,
@@ -101,10 +103,12 @@ def test_what_could_not_be_loaded_any_more_is_refused() -> None:
         with_header(str(card), [], "default", other, files(), "me/x")
     with_header(str(card), [], "default", other, files("old"), "me/x")
     with_header(str(card), [], "other", other, files(), "me/x")
-    named = "---\nconfigs:\n- config_name: default\n  data_files: '*.csv'\n---\n"
-    for text, held in (("", ["a.csv"]), (named, ["a.csv"]), ("", ["data/train-00000-of-00001.parquet"])):
+    named = "---\nconfigs:\n- config_name: default\n  data_files: '*.parquet'\n---\n"
+    empty = "---\nconfigs:\n- config_name: default\n---\n"
+    hidden = [("", "a.csv"), (named, "a.parquet"), (empty, "a.csv"), ("", "data/train-00000-of-00001.parquet")]
+    for text, held in hidden:
         with pytest.raises(ValueError, match=r"splits that its card does not name"):
-            with_header(text, held, "default", FEATURES, files(), "me/x")
+            with_header(text, [held], "default", FEATURES, files(), "me/x")
     with_header(
         "", ["data/selected-00000-of-00003.parquet", "receipt.json", "x.txt"], "default", FEATURES, files(), "me/x"
     )
@@ -122,13 +126,87 @@ def test_nothing_is_invented_and_nothing_of_the_users_is_replaced() -> None:
         data = header("", source)
         assert "license" not in data and "language" not in data
         assert data["source_datasets"] == ["you/rows"] and data["size_categories"] == ["1K<n<10K"]
-    theirs = "---\nlicense: other\nlicense_name: l\nlicense_link: k\nlanguage: [de]\n---\n"
+    theirs = "---\nlicense: other\nlicense_name: l\nlicense_link: ./k\nlanguage: [de]\n---\n"
     data = header("", theirs)
-    assert [data[name] for name in ("license", "license_name", "license_link")] == ["other", "l", "k"]
+    link = f"https://huggingface.co/datasets/you/rows/blob/{HUB['revision']}/k"  # ./k is no file here
+    assert [data[name] for name in ("license", "license_name", "license_link")] == ["other", "l", link]
+    assert header("", theirs.replace("./k", "https://x.org/k"))["license_link"] == "https://x.org/k"
     assert data["language"] == ["de"]
     data = header("---\nlicense: mit\ntags: [b]\nsource_datasets: [x]\n---\n", theirs)
     assert data["license"] == "mit" and "license_name" not in data
     assert "b" in data["tags"] and data["source_datasets"] == ["x", "you/rows"]
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    card, _ = with_header("---\ntags: mine\nsource_datasets: foo/bar\n---\n", [], "default", FEATURES, files(), "me/x")
+    describe(card, receipt(**HUB), None, 3)
+    assert card.data["tags"] == ["car", "data-selection", "instruction-tuning", "mine"]
+    assert card.data["source_datasets"] == ["foo/bar", "you/rows"]
+    card, _ = with_header("---\ntags: 2026\n---\n", [], "default", FEATURES, files(), "me/x")
+    describe(card, None, None, 3)
+    assert "2026" in card.data["tags"]
+
+
+def test_licences_of_header_and_section_agree() -> None:
+    def section(card: str, source: str) -> str:
+        found, rows = with_header(card, [], "default", FEATURES, files(), "me/x")
+        carried = describe(found, receipt(**HUB), source, 3)
+        return render_section("me/x", "default", "selected", rows, ["text"], None, None, carried, [])
+
+    two = "---\nlicense: [mit, cc-by-4.0]\n---\n"
+    assert "its card says: `mit`, `cc-by-4.0`.\n" in section("", two)
+    assert "The header of this card" not in section(two, two)
+    other = "The header of this card says `mit`, `cc-by-4.0`."
+    assert f"its card says: `mit`. {other}" in section(two, "---\nlicense: mit\n---\n")
+    assert f"before you pass these rows on. {other}" in section(two, "")
+
+
+def test_what_an_earlier_source_left_goes_and_the_users_words_stay() -> None:
+    theirs = "---\nlicense: other\nlicense_name: l\nlicense_link: k\nlanguage: de\n---\n"
+
+    def left(card: str, source: dict[str, Any], source_card: str | None) -> dict[str, Any]:
+        found, _ = with_header(card, [], "default", FEATURES, files(), "me/x")
+        describe(found, receipt(**HUB), theirs, 3)
+        forget(found, source, source_card)
+        names = ("license", "license_name", "license_link", "language", "source_datasets")
+        return {name: value for name, value in found.data.to_dict().items() if name in names}
+
+    assert left("", HUB, theirs) == {}
+    assert left("---\nsource_datasets: foo/bar\n---\n", HUB, theirs) == {"source_datasets": ["foo/bar"]}
+    mine = "---\nlicense: mit\nlanguage: fr\n---\n"
+    assert left(mine, HUB, theirs) == {"license": "mit", "language": "fr"}
+    assert left(mine, HUB, None) == {}  # nobody can tell whose they are
+    assert left(mine, FILE, None) == {"license": "mit", "language": "fr", "source_datasets": ["you/rows"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("text", "`text`"),
+        ("a|b <c> [d]", "`a|b <c> [d]`"),
+        ("the `out`", "`` the `out` ``"),
+        ("a``b`c", "```a``b`c```"),
+        ("two\nlines", "`two\\nlines`"),
+        (" edge ", "`  edge  `"),
+        ("", '`""`'),
+    ],
+)
+def test_column_names_are_shown_as_they_are(name: str, shown: str) -> None:
+    text = render_section("me/x", "default", "selected", {"selected": 1}, ["a", name], None, None, {}, [])
+    assert f"Columns: `a`, {shown}.\n" in text
+
+
+def test_a_section_that_does_not_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"repo_id='me/x': its card has .*begin.* and no .*end"):
+        with_section(f"Mine.\n{BEGIN}\nold", "new", "me/x")
+
+
+def test_where_a_section_is_about() -> None:
+    assert place_of("# x") is None
+    for config in ("default", "b"):
+        section = render_section("me/x", config, "top", {"top": 1}, ["a"], None, None, {}, [])
+        text = 'load_dataset("me/x", split="other")\n' + with_section("", section, "me/x")
+        assert place_of(text) == (config, "top")
 
 
 def test_section_takes_its_place() -> None:

@@ -49,6 +49,7 @@ ORDER = [
     {"shards"},
     {"splits", "recipe_stages"},
     {"receipt"},
+    {"conflicts"},
     {"curation", "dataset_card"},
     {"pushing"},
     {"rescoring"},

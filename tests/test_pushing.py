@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from car_datasets import curate
 from car_datasets.plots import PLOT_FILES
-from car_datasets.receipt import Receipt
+from car_datasets.receipt import Receipt, indices_digest
 from tests.hub_server import Hub
 from tests.test_recipe import short_rows
 
@@ -222,6 +222,73 @@ def test_a_selection_without_a_receipt_does_not_keep_the_old_one(hub: Hub, resul
     assert "What was selected, and why" not in files["README.md"].decode()
 
 
+def another_result(folder: Path, to: Path, **source: str) -> Path:
+    """The result with fewer selected rows, as another run of `curate` might have left it."""
+    shutil.copytree(folder, to)
+    selected = Dataset.from_parquet(str(folder / "selected.parquet")).select([0, 1])
+    selected.to_parquet(str(to / "selected.parquet"))
+    receipt = json.loads((folder / "receipt.json").read_text())
+    receipt["selected_sha256"] = indices_digest(selected["source_index"][:])
+    receipt["source"] = source or receipt["source"]
+    (to / "receipt.json").write_text(json.dumps(receipt))
+    return to
+
+
+@pytest.mark.slow
+def test_a_second_selection_does_not_take_the_receipt_of_the_first(hub: Hub, result: Path, tmp_path: Path) -> None:
+    other = another_result(result, tmp_path / "other")
+    push(hub, result, "me/car", check=True)
+    before = hub.repo("me/car")
+    uploads = hub.count("PUT", "/large/")
+    for options in (["--config-name", "b"], ["--split", "second", "--also", "none"]):
+        done = push(hub, other, "me/car", *options)
+        assert done.returncode == 2 and "in configuration 'default', split 'selected'" in done.stderr
+        assert "Push to another repository, one for each selection" in done.stderr
+    assert (hub.repo("me/car").sha, hub.count("PUT", "/large/")) == (before.sha, uploads)
+    code = START + "pushing.push_selection(Dataset.from_dict({'a': [sys.argv[1]]}), 'me/car', config_name='plain')"
+    for word in ("x", "y"):  # rows without a receipt may stand beside it, and be pushed again
+        hub.run(code, word, check=True)
+        files = hub.repo("me/car").files()
+        assert files["receipt.json"] == (result / "receipt.json").read_bytes() and "report.json" in files
+    push(hub, result, "me/car", "--config-name", "again", check=True)  # the same selection may have two names
+
+
+@pytest.mark.slow
+def test_a_licence_goes_with_its_source(hub: Hub, result: Path, tmp_path: Path) -> None:
+    header = b"---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\nlanguage: de\n---\n"
+    commit = hub.commit("you/rows", {"README.md": header, "LICENSE": b"x"})
+    first = another_result(result, tmp_path / "first", kind="hub", id="you/rows", revision=commit)
+    push(hub, first, "me/car", check=True)
+    card = hub.repo("me/car").files()["README.md"].decode()
+    assert "license_name: theirs" in card and f"blob/{commit}/LICENSE" in card and "language: de" in card
+    push(hub, result, "me/car", check=True)  # from a file, which has no licence to tell
+    card = hub.repo("me/car").files()["README.md"].decode()
+    assert not [word for word in ("license:", "theirs", "LICENSE", "language", "you/rows") if word in card]
+
+
+def test_cards_in_other_encodings(hub: Hub) -> None:
+    hub.commit("me/bom", {"README.md": b"\xef\xbb\xbf---\nlicense: mit\n---\n# Mine\n"}, private=True)
+    hub.commit("me/latin", {"README.md": b"---\nlicense: mit\n---\n\xe9"}, private=True)
+    code = "rows = Dataset.from_dict({'a': [1]})\npushing.push_selection(rows, 'me/bom')\n"
+    done = hub.run(START + code + "pushing.push_selection(rows, 'me/latin')")
+    card = hub.repo("me/bom").files()["README.md"].decode()
+    assert card.startswith("---\nlicense: mit\n") and card.count("---\n") == 2
+    assert "ValueError: 'me/latin': README.md there is not UTF-8" in done.stderr and commits(hub, "me/latin") == 1
+
+
+@pytest.mark.slow
+def test_the_pool_of_an_older_selection_goes_with_it(hub: Hub, result: Path, tmp_path: Path) -> None:
+    push(hub, result, "me/car", "--also", "scored,random_control", check=True)
+    push(hub, result, "me/car", "--also", "none", check=True)
+    assert list(splits_of(hub, "me/car")) == ["selected", "scored", "random_control"]  # they are its own
+    push(hub, another_result(result, tmp_path / "other"), "me/car", "--also", "none", check=True)
+    found = splits_of(hub, "me/car")
+    assert list(found) == ["selected"] and len(found["selected"]) == 2
+    files = hub.repo("me/car").files()
+    assert not [name for name in files if "scored-" in name or "random_control" in name]
+    assert "`scored`" not in files["README.md"].decode()
+
+
 # --- what must not leave
 
 
@@ -237,6 +304,14 @@ REFUSED: list[tuple[str, list[str], str | None, str]] = [
     ("me/private", ["--public"], Hub.token, "is there and private, but private=False was asked for"),
     ("me/car", ["--also", "everything"], Hub.token, "choose out of ('scored',"),
     ("me/car", ["--split", "a-b"], Hub.token, "split='a-b'"),
+    (
+        "me/car",
+        ["--split", "random_control", "--also", "length_matched_control"],
+        Hub.token,
+        "split='random_control' is",
+    ),
+    ("me/car", ["--split", "scored", "--also", "none"], Hub.token, "split='scored' is the name of the pool"),
+    ("me/car", ["--split", "all"], Hub.token, "split='all'"),
     ("me/car", ["--config-name", "../x"], Hub.token, "config_name='../x'"),
 ]
 
@@ -282,6 +357,28 @@ for folder in sys.argv[1:]:
     (folder2 := tmp_path / "empty").mkdir()
     lines = hub.run(code, folder, folder2, check=True).stdout.splitlines()
     assert "was not written to the end" in lines[0] and "has no selected.parquet" in lines[1]
+    assert hub.log() == []
+
+
+def test_what_is_no_selection_is_refused_before_the_hub_is_asked(hub: Hub) -> None:
+    code = """
+from datasets import DatasetDict
+rows = Dataset.from_dict({"a": [1, 2], "source_index": [0, 1]})
+cases = [
+    (rows.select([]), {}), (Dataset.from_dict({}), {}), (DatasetDict({"train": rows}), {}),
+    (rows.to_iterable_dataset(), {}), (rows, {"scored": rows, "also": "scored"}),
+    (rows, {"scored": rows, "split": "scored", "also": ()}), (rows, {"split": "all"}),
+]
+for dataset, options in cases:
+    try:
+        pushing.push_selection(dataset, "me/car", **options)
+    except ValueError as error:
+        print(error)
+"""
+    lines = hub.run(START + code, check=True).stdout.splitlines()
+    words = ["has no rows", "has no columns", "is DatasetDict; pass", "is IterableDataset; pass", "also=['scored']"]
+    for line, word in zip(lines, [*words, "split='scored' is the name", "split='all'"], strict=True):
+        assert word in line
     assert hub.log() == []
 
 

@@ -52,8 +52,11 @@ def test_what_cannot_be_is_refused() -> None:
         selection_splits(selected, None, ["scored"])
     with pytest.raises(ValueError, match="choose out of"):
         selection_splits(selected, pool(), ["everything"])
-    with pytest.raises(ValueError, match="beside split='scored'"):
-        selection_splits(selected, pool(), ["scored"], split="scored")
+    for split, also in (("scored", ["scored"]), ("random_control", ["length_matched_control"]), ("scored", [])):
+        with pytest.raises(ValueError, match=f"split='{split}' is the name of the pool or of a control"):
+            selection_splits(selected, pool(), also, split=split)
+    with pytest.raises(ValueError, match=r"also='scored' is one text.*also=\['scored'\]"):
+        selection_splits(selected, pool(), "scored")
     other = Dataset.from_dict({**selected.to_dict(), "source_index": [99] * len(selected)})
     with pytest.raises(ValueError, match="not in the pool"):
         selection_splits(other, pool(), ["scored"])

@@ -266,7 +266,8 @@ def test_a_pushed_selection_is_verified_from_the_hub(
     receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
     assert receipt["source"] == {"kind": "hub", "id": "you/rows", "revision": source}
     card = hub.repo("me/car").files()["README.md"].decode()
-    for line in ("license: cc-by-4.0", "license_link: somewhere", "- de", "source_datasets:\n- you/rows", "n<1K"):
+    link = f"license_link: https://huggingface.co/datasets/you/rows/blob/{source}/somewhere"
+    for line in ("license: cc-by-4.0", link, "- de", "source_datasets:\n- you/rows", "n<1K"):
         assert line in card
     hub.commit("you/rows", {"data/train-00000-of-00001.parquet": b"no longer what it was"})
     done = hub.run(command, "verify", "me/car", "--rescore", "9", "--scorer", tiny_iqs, check=True)
