@@ -473,6 +473,7 @@ def test_what_was_pushed_and_cannot_be_read_back_is_said_with_its_commit(
     assert where in last and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_split_is_not_taken_from_an_older_copy(hub: Hub, result: Path) -> None:
     shas = []
     code = """
