@@ -1,8 +1,9 @@
 """PUSH: `push_selection`, a selection on its way to the Hub, with its card and its receipt, in one commit.
 
 Does: check token, owner and visibility before anything is written; write Parquet; commit splits, card, receipt, report and
-plots at once, again after what passes; read back and compare.
-Does not: talk to the Hub itself (hub.py), lay out splits (splits.py), or write the card's text (dataset_card.py).
+plots at once, again after what passes.
+Does not: talk to the Hub itself (hub.py), read back what was pushed (reading_back.py), lay out splits (splits.py), or write the
+card's text (dataset_card.py).
 
 `datasets`' own push_to_hub commits 50 files at a time and does not come through a conflict with another push, and a card
 and a receipt would need commits of their own. Here a reader sees all of a push or nothing of it.
@@ -20,12 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset_builder
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 from huggingface_hub import DatasetCard
 
 from car_datasets import hub
-from car_datasets.asking import asking
 from car_datasets.conflicts import Standing, refuse_second_selection
 from car_datasets.dataset_card import (
     END,
@@ -40,12 +39,12 @@ from car_datasets.dataset_card import (
     with_section,
 )
 from car_datasets.hub import Pushed, Repository
+from car_datasets.reading_back import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import UNFINISHED
-from car_datasets.retrying import READING_WAITS, reason, retry
+from car_datasets.retrying import reason
 from car_datasets.splits import CONTROLS, SCORED, refuse_split_names, selection_splits
-from car_datasets.tokens import clean_token
 
 SHARD_BYTES = 500_000_000
 MOST_SHARDS = 50  # of a split
@@ -177,73 +176,6 @@ def read_report(text: bytes, shown: str) -> SelectionReport:
         return SelectionReport.from_dict(json.loads(text))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{shown} is no report that `car-datasets curate` wrote ({error!r}); curate again.") from error
-
-
-def compare_pushed(
-    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = "default", token: str | None = None
-) -> None:
-    """Load splits from a commit, past every cache, and compare them with `tables`, row for row.
-
-    Raises:
-        ValueError: they differ; the first row and column are named.
-        ConnectionError: they could not be read back, which says nothing about them.
-    """
-    with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
-        for name, table in tables.items():
-            try:
-                seen = load_split(repo_id, config_name, name, sha, token, place)
-            except (ConnectionError, ValueError) as error:
-                raise ConnectionError(f"it could not be read back ({error})") from error
-            if difference := first_difference(table, seen):
-                raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")
-
-
-def load_split(
-    repo_id: str, config_name: str, split: str, sha: str, token: str | None = None, cache_dir: str | None = None
-) -> Dataset:
-    """A split of a dataset repository at a commit; a Hub that fails for a moment is asked again.
-
-    Raises:
-        ValueError: there is no such configuration or split, the Hub refuses it, or its files cannot be read.
-        ConnectionError: the Hub does not answer.
-    """
-    where: dict[str, Any] = {"revision": sha, "token": clean_token(token), "cache_dir": cache_dir}
-    shown = f"{repo_id!r}, split {split!r}"
-
-    def load() -> Dataset:
-        builder = load_dataset_builder(repo_id, config_name, **where)
-        if str(builder.hash) != sha:  # where the Hub fails, `datasets` takes what is in its cache, of any commit
-            raise ConnectionError(f"the Hub fails, and the cache holds {builder.hash}, not {sha}")
-        builder.download_and_prepare()
-        return builder.as_dataset(split)
-
-    try:
-        with asking(shown, "dataset", sha):
-            return retry(load, READING_WAITS)
-    except DatasetsError as error:
-        raise ValueError(f"{shown}: its files cannot be read ({reason(error)}).") from error
-
-
-def first_difference(expected: Dataset, seen: Dataset) -> str | None:
-    """The first difference of two datasets in words, `None` if there is none; NaN equals NaN."""
-    if expected.features != seen.features:
-        return f"the columns are {seen.features}, expected {expected.features}"
-    if len(expected) != len(seen):
-        return f"it has {len(seen)} rows, expected {len(expected)}"
-    pair = [each.with_format("arrow").iter(1000) for each in (expected, seen)]
-    for number, (one, other) in enumerate(zip(*pair, strict=True)):
-        if one.equals(other):
-            continue
-        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), 1000 * number):
-            for column in wanted:
-                if repr(wanted[column]) != repr(found[column]):
-                    return f"row {row}, column {column!r}: {_short(found[column])}, expected {_short(wanted[column])}"
-    return None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _refuse_bad_names(split: str, config_name: str, also: Sequence[str]) -> None:

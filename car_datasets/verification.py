@@ -24,7 +24,8 @@ from car_datasets.dataset_card import data_folder_of
 from car_datasets.formatting import find_schema
 from car_datasets.loading import open_dataset
 from car_datasets.overview import positions_in_pool
-from car_datasets.pushing import REPORT_FILE, first_difference, load_split, read_report, read_result
+from car_datasets.pushing import REPORT_FILE, read_report, read_result
+from car_datasets.reading_back import first_difference, load_split
 from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, indices_digest, pool_digest
 from car_datasets.recipe import Recipe
 from car_datasets.reporting import SelectionReport

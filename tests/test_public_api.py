@@ -49,7 +49,7 @@ ORDER = [
     {"shards"},
     {"splits", "recipe_stages"},
     {"receipt"},
-    {"conflicts"},
+    {"conflicts", "reading_back"},
     {"curation", "dataset_card"},
     {"pushing"},
     {"rescoring"},

@@ -24,6 +24,7 @@ from tests.test_recipe import short_rows
 START = """
 import json, sys, time
 import car_datasets.pushing as pushing
+import car_datasets.reading_back as reading_back
 from datasets import Dataset, load_dataset
 slept = []
 time.sleep = slept.append
@@ -477,10 +478,10 @@ def test_what_was_pushed_and_cannot_be_read_back_is_said_with_its_commit(
 def test_a_split_is_not_taken_from_an_older_copy(hub: Hub, result: Path) -> None:
     shas = []
     code = """
-print(pushing.load_split("me/rows", "default", "train", sys.argv[1]).num_rows)
+print(reading_back.load_split("me/rows", "default", "train", sys.argv[1]).num_rows)
 for sha in sys.argv[2:]:
     try:
-        print(pushing.load_split("me/rows", "default", "train", sha).num_rows)
+        print(reading_back.load_split("me/rows", "default", "train", sha).num_rows)
     except ConnectionError as error:
         print(error)
 """

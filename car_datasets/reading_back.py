@@ -1,0 +1,85 @@
+"""What was pushed, read back: a split at a commit, past every cache, and compared with what it should be, row for row.
+
+Does: load a split of a dataset repository, again where the Hub fails for a moment; name the first difference of two datasets.
+Does not: push (pushing.py), or know a receipt (verification.py).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, load_dataset_builder
+from datasets.exceptions import DatasetsError
+
+from car_datasets.asking import asking
+from car_datasets.retrying import READING_WAITS, reason, retry
+from car_datasets.tokens import clean_token
+
+
+def compare_pushed(
+    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = "default", token: str | None = None
+) -> None:
+    """Load splits from a commit, past every cache, and compare them with `tables`, row for row.
+
+    Raises:
+        ValueError: they differ; the first row and column are named.
+        ConnectionError: they could not be read back, which says nothing about them.
+    """
+    with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
+        for name, table in tables.items():
+            try:
+                seen = load_split(repo_id, config_name, name, sha, token, place)
+            except (ConnectionError, ValueError) as error:
+                raise ConnectionError(f"it could not be read back ({error})") from error
+            if difference := first_difference(table, seen):
+                raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")
+
+
+def load_split(
+    repo_id: str, config_name: str, split: str, sha: str, token: str | None = None, cache_dir: str | None = None
+) -> Dataset:
+    """A split of a dataset repository at a commit; a Hub that fails for a moment is asked again.
+
+    Raises:
+        ValueError: there is no such configuration or split, the Hub refuses it, or its files cannot be read.
+        ConnectionError: the Hub does not answer.
+    """
+    where: dict[str, Any] = {"revision": sha, "token": clean_token(token), "cache_dir": cache_dir}
+    shown = f"{repo_id!r}, split {split!r}"
+
+    def load() -> Dataset:
+        builder = load_dataset_builder(repo_id, config_name, **where)
+        if str(builder.hash) != sha:  # where the Hub fails, `datasets` takes what is in its cache, of any commit
+            raise ConnectionError(f"the Hub fails, and the cache holds {builder.hash}, not {sha}")
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+
+    try:
+        with asking(shown, "dataset", sha):
+            return retry(load, READING_WAITS)
+    except DatasetsError as error:
+        raise ValueError(f"{shown}: its files cannot be read ({reason(error)}).") from error
+
+
+def first_difference(expected: Dataset, seen: Dataset) -> str | None:
+    """The first difference of two datasets in words, `None` if there is none; NaN equals NaN."""
+    if expected.features != seen.features:
+        return f"the columns are {seen.features}, expected {expected.features}"
+    if len(expected) != len(seen):
+        return f"it has {len(seen)} rows, expected {len(expected)}"
+    pair = [each.with_format("arrow").iter(1000) for each in (expected, seen)]
+    for number, (one, other) in enumerate(zip(*pair, strict=True)):
+        if one.equals(other):
+            continue
+        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), 1000 * number):
+            for column in wanted:
+                if repr(wanted[column]) != repr(found[column]):
+                    return f"row {row}, column {column!r}: {_short(found[column])}, expected {_short(wanted[column])}"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
