@@ -86,9 +86,9 @@ def test_a_push_leaves_only_what_loads(hub: Hub) -> None:
 
 def test_which_selection_stands_there() -> None:
     model = {"model_id": "me/iqs", "revision": "a" * 40, "weights": "sha256:0"}
-    first = Receipt(
-        {"kind": "memory", "sha256": "c"}, "alpaca", "clean-1", model, model, {"n1": 1}, {}, "0", {"torch": "2"}
-    )
+    counts = {"rows": 2, "scored": 2, "clusters": 1, "selected": 1, "rejected": {}, "marked": {}, "selected_by": {}}
+    source = {"kind": "memory", "sha256": "c"}
+    first = Receipt(source, "alpaca", "clean-1", model, model, {"n1": 1}, counts, "0", {"torch": "2"})
     standing = Standing.read(first.to_json().encode(), None)
     assert standing.is_of(first) and standing.has_scores_of(replace(first, versions={"torch": "3"}))
     for other in (replace(first, source={"kind": "memory", "sha256": "d"}), replace(first, selected_sha256="1"), None):
