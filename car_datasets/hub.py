@@ -197,7 +197,7 @@ def open_repository(
     except HFValidationError as error:
         raise ValueError(f"{shown} is no Hub id of the form 'owner/name'.") from error
     api = HfApi(token=clean_token(token))
-    refuse_unwritable(who_am_i(api.whoami), repo_id, shown)
+    refuse_unwritable(who_am_i(api.whoami), repo_id, shown, repo_type)
     try:
         retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type))
         seen = bool(retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private)

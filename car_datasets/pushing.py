@@ -47,7 +47,7 @@ from car_datasets.retrying import reason
 from car_datasets.splits import CONTROLS, SCORED, refuse_split_names, selection_splits
 
 SHARD_BYTES = 500_000_000
-MOST_SHARDS = 50  # of a split
+MOST_SHARDS = 50  # of a commit, for all its splits together
 REPORT_FILE = "report.json"
 PLOTS = "plots"
 
@@ -106,7 +106,8 @@ def push_selection(
     hub.open_repository(repo_id, private, token, "dataset", "repo_id")
     tables = _tables(result, split, also, embeddings)
     with tempfile.TemporaryDirectory(prefix="car-datasets-push-") as place:
-        written = {name: _write_shards(table, Path(place), config_name, name) for name, table in tables.items()}
+        most = MOST_SHARDS // len(tables)
+        written = {name: _write_shards(table, Path(place), config_name, name, most) for name, table in tables.items()}
         files = {name: Path(place, name) for each in written.values() for name in each.names}
         files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
         contents = _Contents(repo_id, config_name, split, tables[split], written, result, token)
@@ -202,12 +203,12 @@ def _tables(result: Result, split: str, also: Sequence[str], embeddings: bool) -
     )
 
 
-def _write_shards(table: Dataset, place: Path, config_name: str, split: str) -> SplitFiles:
-    """Write a split as Parquet: equal rows give equal bytes, so that what the Hub has already is not sent again."""
+def _write_shards(table: Dataset, place: Path, config_name: str, split: str, most: int) -> SplitFiles:
+    """Write a split as at most so many Parquet files. Equal rows give equal bytes: what the Hub has already is not sent again."""
     size = int(
         table.data.nbytes * len(table) / max(1, len(table.data))
     )  # where rows were chosen, data holds all of them
-    count = max(1, min(MOST_SHARDS, len(table), math.ceil(size / SHARD_BYTES)))
+    count = max(1, min(most, len(table), math.ceil(size / SHARD_BYTES)))
     names = [f"{data_folder_of(config_name)}/{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
     for i, name in enumerate(names):
         (place / name).parent.mkdir(exist_ok=True)

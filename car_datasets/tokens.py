@@ -35,12 +35,12 @@ def who_am_i(ask: Callable[[], Any]) -> dict[str, Any]:
         ) from error
 
 
-def refuse_unwritable(user: dict[str, Any], repo_id: str, shown: str) -> None:
+def refuse_unwritable(user: dict[str, Any], repo_id: str, shown: str, repo_type: str = "dataset") -> None:
     """Raise a ValueError where the Hub's answer to `whoami` tells that a push must fail.
 
     Args:
         user (`dict`): the answer.
-        repo_id (`str`): where to.
+        repo_id (`str`), repo_type (`str`): where to; a model and a dataset may have one name.
         shown (`str`): what the message calls it.
     """
     owner, own = repo_id.split("/")[0], str(user.get("name"))
@@ -57,9 +57,13 @@ def refuse_unwritable(user: dict[str, Any], repo_id: str, shown: str) -> None:
             f"{[own, *organisations]}."
         )
     scopes = (access.get("fineGrained") or {}).get("scoped")
-    wanted = {owner.lower(), repo_id.lower()}
-    if scopes is not None and not any(
-        str(scope.get("entity", {}).get("name")).lower() in wanted and "repo.write" in scope.get("permissions", ())
-        for scope in scopes
-    ):
+    if scopes is not None and not any(_may_write(scope, repo_id, repo_type) for scope in scopes):
         raise ValueError(f"{shown}: the fine-grained token may not write there. Give it `repo.write` for {owner!r}.")
+
+
+def _may_write(scope: dict[str, Any], repo_id: str, repo_type: str) -> bool:
+    """Whether a scope of a fine-grained token covers a repository: by itself, or by its owner."""
+    entity = scope.get("entity") or {}
+    name, kind = str(entity.get("name")).lower(), entity.get("type", repo_type)
+    covers = name == repo_id.split("/")[0].lower() or (name == repo_id.lower() and kind == repo_type)
+    return covers and "repo.write" in (scope.get("permissions") or ())

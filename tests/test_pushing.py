@@ -529,6 +529,17 @@ push_selection(Dataset.from_dict({"split": [sys.argv[1]] * 7}), "me/rows", split
     assert commits(hub, "me/rows") == 4
 
 
+@pytest.mark.slow
+def test_a_commit_has_at_most_fifty_files_of_data(hub: Hub, result: Path) -> None:
+    code = """
+pushing.SHARD_BYTES = 1
+print(pushing.push_selection(sys.argv[1], "me/car", also=["scored", "random_control", "length_matched_control"], check=True))
+"""
+    hub.run(START + code, result, check=True)
+    data = [name for name in hub.repo("me/car").files() if name.endswith(".parquet")]
+    assert len(data) <= 50 and sum("/scored-" in name for name in data) == 12  # a quarter of 50
+
+
 # --- curate --push
 
 
