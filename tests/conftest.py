@@ -50,6 +50,14 @@ def no_other_host() -> Iterator[None]:
         pytest.fail(f"the test looked up another host: {seen}")
 
 
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """`Dataset.map(num_proc=...)` leaves a copy in the place of `os.environ`, in which nothing is undone after the test."""
+    before = os.environ
+    yield
+    os.environ = before  # noqa: B003 (it is the very object)
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """A Hub of this test's own; `tests/hub_server/__init__.py` tells how to use it."""

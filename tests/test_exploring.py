@@ -23,7 +23,9 @@ from car_datasets.cli import app
 from car_datasets.exploring import NEAREST, atlas_table, write_atlas
 from tests.test_plots import make_pool
 
-INSTALLED = importlib.util.find_spec("embedding_atlas") is not None
+needs_atlas = pytest.mark.skipif(
+    importlib.util.find_spec("embedding_atlas") is None, reason="needs pip install 'car-datasets[explore]'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +74,7 @@ def test_the_table_for_a_notebook_is_the_file_and_says_what_its_columns_are(cura
     assert written.to_dict() == table.drop_columns("map_row").to_pydict()
 
 
-@pytest.mark.skipif(
-    not (INSTALLED and importlib.util.find_spec("anywidget")), reason="needs pip install 'car-datasets[explore]'"
-)
+@needs_atlas
 def test_the_widget_takes_the_table(curated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from embedding_atlas.widget import EmbeddingAtlasWidget
 
@@ -100,15 +100,15 @@ def test_folders_that_cannot_be_explored_are_named(curated: Path, tmp_path: Path
         write_atlas(tmp_path, tmp_path / "pool.parquet")
 
 
-@pytest.mark.skipif(INSTALLED, reason="embedding-atlas is installed")
-def test_without_embedding_atlas_the_extra_is_named(curated: Path) -> None:
+def test_without_embedding_atlas_the_extra_is_named(curated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "embedding_atlas", None)  # as where it is not installed
     done = CliRunner().invoke(app, ["explore", str(curated)])
     assert done.exit_code == 2
     assert "pip install 'car-datasets[explore]'" in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not INSTALLED, reason="needs embedding-atlas: pip install 'car-datasets[explore]'")
+@needs_atlas
 def test_a_real_server_answers(curated: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def test_clusters_lie_apart_and_a_seed_gives_one_map(pool: Dataset, seen: Overvi
     assert (apart == seen.clusters).mean() > 0.9
 
 
+@pytest.mark.slow  # numba compiles it first
 @pytest.mark.skipif(
     importlib.util.find_spec("umap") is None, reason="needs umap-learn: pip install 'car-datasets[umap]'"
 )
@@ -57,8 +59,10 @@ def test_umap(pool: Dataset, seen: Overview) -> None:
     assert (found.method, found.points.shape) == ("UMAP", (300, 2))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("umap") is not None, reason="umap-learn is installed")
-def test_without_umap_the_error_says_what_to_install(pool: Dataset, seen: Overview) -> None:
+def test_without_umap_the_error_says_what_to_install(
+    pool: Dataset, seen: Overview, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)  # as where it is not installed
     with pytest.raises(ValueError, match=r"pip install 'car-datasets\[umap\]'"):
         map_of(pool, seen, method="umap")
 
