@@ -33,7 +33,14 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         log.setLevel(logging.CRITICAL + 1)
     try:
         yield
-    except (DatasetGenerationError, ValueError, StopIteration) as error:  # Arrow's and Unicode's errors are ValueErrors
+    except (
+        DatasetGenerationError,
+        ValueError,
+        StopIteration,
+        OSError,
+    ) as error:  # Arrow's are ValueErrors, or OSErrors
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the content's
+            raise
         if "corresponds to no data" in str(error):
             raise ValueError(f"source={str(path)!r} has no rows.") from error
         cause = error.__cause__ or error

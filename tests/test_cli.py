@@ -300,6 +300,7 @@ def test_mistake_in_a_recipe_is_one_line(text: str, message: str, rows: Path, tm
     [
         ("rows.txt", b"text", r"the ending '\.txt' is not known"),
         ("rows.parquet", b"PAR1", r"rows\.parquet.*cannot be read as parquet"),
+        ("rows.parquet", b"PAR1" + b"\xff" * 99 + b"\x10\0\0\0PAR1", r"rows\.parquet.*cannot be read as parquet"),
         ("rows.csv", b"instruction,output\ncaf\xe9,b\n", r"rows\.csv.*cannot be read as csv"),
         ("rows.csv", b"instruction,output\n", r"rows\.csv.*has no rows"),
         ("rows/part.jsonl", f"{GOOD}\n{GOOD[:20]}".encode(), "cannot be read"),
