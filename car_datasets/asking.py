@@ -1,7 +1,7 @@
 """What the Hub refuses, or does not answer, in one line that says what to do.
 
 Does: turn what the Hub's clients raise into the errors of this package. A token is never part of a message.
-Does not: ask (hub.py), or ask again (retrying.py).
+Does not: ask (hub.py, repositories.py), or ask again (retrying.py).
 """
 
 from __future__ import annotations

@@ -143,10 +143,10 @@ def curate(
 
 def _refuse_push(repo: str, private: bool, token: str | None) -> None:
     """What a push could fail by, found before hours of work; by the main process of several."""
-    from car_datasets.hub import open_repository
     from car_datasets.parallel import from_main
+    from car_datasets.repositories import check_repository
 
-    from_main(lambda: open_repository(repo, private, token, "dataset", "--push"))
+    from_main(lambda: check_repository(repo, private, token, "dataset", "--push"))
 
 
 def _is_there(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:

@@ -24,7 +24,10 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Token = Annotated[
     str | None,
     typer.Option(
-        envvar="HF_TOKEN", show_envvar=True, callback=_parse_token, help="For private sources and models, and to push."
+        envvar="HF_TOKEN",
+        show_envvar=True,
+        callback=_parse_token,
+        help="For private sources and models, --shards on the Hub, and to push.",
     ),
 ]
 Public = Annotated[bool, typer.Option("--public", help="The repository is a public one.  [default: private]")]

@@ -1,24 +1,22 @@
-"""Which weights are these, and what is in a repository. With downloads.py and hub_folder.py, what touches `HfApi`.
+"""Which weights are these, and which rows.
 
 Does: turn a model id into a revision that never moves (a commit for a Hub id, a digest for a folder) and into a local
-folder; find the encoder that a Python package brings along, without importing that package's code; open, read and commit to
-repositories.
-Does not: build a model (scoring.py, embedding.py), know what is pushed (pushing.py), or keep a token.
+folder, and a dataset's into its commit; find the encoder that a Python package brings along, without importing that package's
+code.
+Does not: build a model (scoring.py, embedding.py), write to the Hub (repositories.py), or keep a token.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from car_datasets.asking import CACHE_ADVICE, asking
 from car_datasets.digests import file_digest, folder_digest
 from car_datasets.downloads import download_model, is_cached
-from car_datasets.retrying import READING_WAITS, reason, retry
-from car_datasets.tokens import clean_token, refuse_unwritable, who_am_i
+from car_datasets.retrying import READING_WAITS, retry
+from car_datasets.tokens import clean_token
 
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -153,144 +151,3 @@ def _is_folder(model_id: str) -> bool:
     if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 2:
         raise ValueError(f"model_id={model_id!r}: there is no such folder.")
     return False
-
-
-class Repository(NamedTuple):
-    """A dataset repository at one moment: commit, names of files, and the text of its card, `""` without one."""
-
-    sha: str
-    files: tuple[str, ...]
-    card: str
-
-
-class Pushed(NamedTuple):
-    """Where data went: the repository's page, and the commit that holds them."""
-
-    url: str
-    sha: str
-
-
-def open_repository(
-    repo_id: str, private: bool, token: str | None = None, repo_type: str = "model", argument: str = "push_to"
-) -> None:
-    """Make sure that a repository is there, may be written to, and is as private as was asked; nothing is uploaded.
-
-    Args:
-        repo_id (`str`): `"owner/name"`; made if it is not there.
-        private (`bool`): its visibility.
-        token (`str`, *optional*): one that may write; else that of `HF_TOKEN` or `hf auth login`.
-        repo_type (`str`): `"model"` or `"dataset"`.
-        argument (`str`): what the caller's argument is called, for messages.
-
-    Raises:
-        ValueError: there is no token or one that may not write there, the repository cannot be made, or it is there with the
-            other visibility (the Hub ignores `private` then).
-        ConnectionError: the Hub does not answer.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    shown = f"{argument}={repo_id!r}"
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{shown} is no Hub id of the form 'owner/name'.") from error
-    api = HfApi(token=clean_token(token))
-    refuse_unwritable(who_am_i(api.whoami), repo_id, shown, repo_type)
-    try:
-        retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type))
-        seen = bool(retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private)
-    except HfHubHTTPError as error:
-        raise ValueError(
-            f"{shown} cannot be written to ({reason(error)}). Log in with `hf auth login`, or pass a token that may."
-        ) from error
-    if seen != private:
-        option = f"{'' if repo_type == 'model' else f'--repo-type {repo_type} '}--{'private' if private else 'public'}"
-        raise ValueError(
-            f"{shown} is there and {'private' if seen else 'public'}, but private={private} was asked for. Change one of the "
-            f"two: `hf repos settings {repo_id} {option}`."
-        )
-
-
-def push_folder(folder: Path, repo_id: str, token: str | None = None) -> None:
-    """Upload a model folder to a repository of [`open_repository`], in one commit."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=clean_token(token))
-    message = "Upload a scorer trained with car_datasets"
-    retry(lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
-
-
-def read_repository(
-    repo_id: str, revision: str | None = None, token: str | None = None, waits: Sequence[float] | None = None
-) -> Repository:
-    """What a dataset repository holds. Nothing is taken from the cache by name.
-
-    Args:
-        waits (`Sequence[float]`, *optional*): before further attempts, see [`~car_datasets.retrying.retry`].
-
-    Raises:
-        ValueError: the Hub refuses: there is no such dataset or revision that you may see, or it does not know the token.
-        ConnectionError: the Hub does not answer.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=clean_token(token))
-    with asking(repr(repo_id), "dataset", revision):
-        info = retry(lambda: api.dataset_info(repo_id, revision=revision), waits)
-        names = tuple(sorted(file.rfilename for file in info.siblings or ()))
-        card = read_dataset_file(repo_id, "README.md", str(info.sha), token) if "README.md" in names else b""
-    try:
-        return Repository(str(info.sha), names, card.decode("utf-8-sig"))  # with a BOM before it, `---` is no header
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{repo_id!r}: README.md there is not UTF-8 ({error}). Save it as UTF-8 and push it again."
-        ) from error
-
-
-def read_dataset_file(repo_id: str, name: str, sha: str, token: str | None = None) -> bytes:
-    """A file of a dataset repository at a commit."""
-    from huggingface_hub import hf_hub_download
-
-    place: dict[str, Any] = {"repo_type": "dataset", "revision": sha, "token": clean_token(token)}
-    return Path(retry(lambda: hf_hub_download(repo_id, name, **place))).read_bytes()
-
-
-def commit_dataset(
-    repo_id: str,
-    files: Mapping[str, Path],
-    finish: Callable[[Repository], tuple[Mapping[str, bytes], Iterable[str]]],
-    message: str,
-    token: str | None = None,
-) -> Pushed:
-    """Upload files and commit them at once, with what depends on the repository as it is at that moment.
-
-    Args:
-        files (`Mapping`): name in the repository to file here.
-        finish (`Callable`): called with the repository before each attempt; gives more files, and the names of those to
-            delete. Others may commit at the same time: the attempt that loses is made again, on what they left.
-
-    Returns:
-        [`Pushed`]: where it is now; for data that were there already, the commit that had them.
-
-    Raises:
-        ValueError: the Hub refuses it.
-        ConnectionError: the Hub does not answer; nothing is visible there, and the same call goes on.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    api = HfApi(token=clean_token(token))
-
-    def attempt() -> Pushed:
-        seen = read_repository(repo_id, token=token)
-        more, gone = finish(seen)
-        content: dict[str, Any] = {**{name: str(path) for name, path in files.items()}, **more}
-        operations = [CommitOperationAdd(name, each) for name, each in content.items()]
-        deletions = [CommitOperationDelete(name) for name in gone]
-        done = api.create_commit(
-            repo_id, [*operations, *deletions], commit_message=message, repo_type="dataset", parent_commit=seen.sha
-        )
-        return Pushed(f"{api.endpoint}/datasets/{repo_id}", str(done.oid))
-
-    return retry(attempt)

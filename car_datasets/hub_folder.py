@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from car_datasets import hub
 from car_datasets.asking import asking
 from car_datasets.digests import file_digest
+from car_datasets.repositories import open_repository
 from car_datasets.results import write_whole
 from car_datasets.retrying import retry
-from car_datasets.tokens import refuse_unwritable, who_am_i
+from car_datasets.tokens import clean_token, refuse_unwritable, who_am_i
 
 T = TypeVar("T")
 START = "hf://datasets/"
@@ -32,7 +32,8 @@ class HubFolder:
 
     Args:
         location (`str`): `hf://datasets/owner/name[@branch][/folder]`. The repository is made, private, when something is
-            written; the token is that of `HF_TOKEN` or `hf auth login`.
+            written.
+        token (`str`, *optional*): else that of `HF_TOKEN` or `hf auth login`.
 
     Raises:
         ValueError: the location names no dataset repository.
@@ -42,7 +43,7 @@ class HubFolder:
     claimable = False
     patience = 5.0  # seconds between two looks: each is two requests, and the Hub counts them
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, token: str | None = None) -> None:
         from huggingface_hub import HfApi
 
         match = ADDRESS.fullmatch(location.rstrip("/"))
@@ -53,7 +54,8 @@ class HubFolder:
             )
         self.location = location
         self.repo_id, self.revision, self.path = match["repo"], match["revision"], match["path"] or ""
-        self._api = HfApi()
+        self._token = clean_token(token)
+        self._api = HfApi(token=self._token)
         self._head: str | None = None  # the commit that was read last
 
     def __str__(self) -> str:
@@ -68,7 +70,7 @@ class HubFolder:
         shown = f"shard_dir={self.location!r}"
         refuse_unwritable(who_am_i(self._api.whoami), self.repo_id, shown)
         if not self._ask(lambda: self._api.repo_exists(self.repo_id, repo_type="dataset")):
-            hub.open_repository(self.repo_id, private=True, repo_type="dataset", argument="shard_dir")
+            open_repository(self.repo_id, True, self._token, repo_type="dataset", argument="shard_dir")
         elif not self._ask(lambda: self._api.dataset_info(self.repo_id)).private:
             logger.warning("%s is public: anyone can read the scores that are kept there.", self)
         if self.revision is not None:
@@ -144,7 +146,9 @@ class HubFolder:
     def _remote(self) -> Any:
         from huggingface_hub import HfFileSystem
 
-        return HfFileSystem(skip_instance_cache=True)  # it keeps listings, by commit; ours must not grow
+        return HfFileSystem(
+            token=self._token, skip_instance_cache=True
+        )  # it keeps listings, by commit; ours must not grow
 
     def _at_head(self, name: str) -> str:
         return "/".join(filter(None, (f"datasets/{self.repo_id}@{self._head}", self.path, name)))

@@ -2,8 +2,8 @@
 
 Does: check token, owner and visibility before anything is written; write Parquet; commit splits, card, receipt, report and
 plots at once, again after what passes.
-Does not: talk to the Hub itself (hub.py), read back what was pushed (reading_back.py), lay out splits (splits.py), or write the
-card's text (dataset_card.py).
+Does not: talk to the Hub itself (repositories.py), read back what was pushed (reading_back.py), lay out splits (splits.py),
+or write the card's text (dataset_card.py).
 
 `datasets`' own push_to_hub commits 50 files at a time and does not come through a conflict with another push, and a card
 and a receipt would need commits of their own. Here a reader sees all of a push or nothing of it.
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from huggingface_hub import DatasetCard
 
-from car_datasets import hub
+from car_datasets import repositories
 from car_datasets.conflicts import Standing, refuse_second_selection
 from car_datasets.dataset_card import (
     END,
@@ -38,10 +38,10 @@ from car_datasets.dataset_card import (
     with_header,
     with_section,
 )
-from car_datasets.hub import Pushed, Repository
 from car_datasets.reading_back import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting import SelectionReport
+from car_datasets.repositories import Pushed, Repository
 from car_datasets.results import UNFINISHED
 from car_datasets.retrying import reason
 from car_datasets.splits import CONTROLS, SCORED, refuse_split_names, selection_splits
@@ -103,7 +103,7 @@ def push_selection(
     result = _result(dataset, scored, report, receipt)
     if also is None:
         also = () if result.scored is None else (SCORED,)
-    hub.open_repository(repo_id, private, token, "dataset", "repo_id")
+    repositories.open_repository(repo_id, private, token, "dataset", "repo_id")
     tables = _tables(result, split, also, embeddings)
     with tempfile.TemporaryDirectory(prefix="car-datasets-push-") as place:
         most = MOST_SHARDS // len(tables)
@@ -112,7 +112,7 @@ def push_selection(
         files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
         contents = _Contents(repo_id, config_name, split, tables[split], written, result, token)
         try:
-            done = hub.commit_dataset(repo_id, files, contents.beside, f"Upload {', '.join(tables)}", token)
+            done = repositories.commit_dataset(repo_id, files, contents.beside, f"Upload {', '.join(tables)}", token)
         except ConnectionError as error:
             raise ConnectionError(
                 f"{str(error).rstrip('.')}. Nothing is visible in {repo_id}; the same command goes on."
@@ -221,7 +221,7 @@ def _source_card(source: Mapping[str, Any], token: str | None) -> str | None:
     if source.get("kind") != "hub":
         return None
     try:
-        return hub.read_repository(source["id"], source["revision"], token).card
+        return repositories.read_repository(source["id"], source["revision"], token).card
     except (ValueError, OSError):
         return None
 
@@ -276,7 +276,7 @@ class _Contents:
         if RECEIPT_FILE not in seen.files:
             return None
         return Standing.read(
-            hub.read_dataset_file(self.repo_id, RECEIPT_FILE, seen.sha, self.token), place_of(seen.card)
+            repositories.read_dataset_file(self.repo_id, RECEIPT_FILE, seen.sha, self.token), place_of(seen.card)
         )
 
     def _describe(self, card: DatasetCard, rows: Mapping[str, int]) -> None:

@@ -89,7 +89,7 @@ def score_and_embed(
         with contextlib.suppress(ValueError):  # rows that cannot be scored are the stage's matter
             tqdm.write(str(estimate_scoring(dataset, stages[0][1])), file=sys.stderr)
     for (description, stage), folder in zip(stages, folders, strict=True):
-        dataset = _add(dataset, stage, description, folder)
+        dataset = _add(dataset, stage, description, folder, token)
     return dataset
 
 
@@ -98,7 +98,9 @@ def fill_shards_of(
 ) -> dict[str, int]:
     """SCORE and EMBED of a recipe as one of many workers, see [`fill_shards`]: the rows left to others, by folder."""
     folders = [(_shards_of(stage, shard_dir), note, stage) for note, stage in _stages(dataset, settings, token, embed)]
-    return {folder: fill_shards(dataset, stage, folder, description=note) for folder, note, stage in folders}
+    return {
+        folder: fill_shards(dataset, stage, folder, description=note, token=token) for folder, note, stage in folders
+    }
 
 
 def _stages(dataset: Dataset, settings: Recipe, token: str | None, embed: bool) -> list[tuple[str, Any]]:
@@ -121,11 +123,17 @@ def _stages(dataset: Dataset, settings: Recipe, token: str | None, embed: bool) 
     return [("Scoring", scorer), ("Embedding", embedder)]
 
 
-def _add(dataset: Dataset, stage: QualityScorer | TextEmbedder, description: str, folder: str | None = None) -> Dataset:
+def _add(
+    dataset: Dataset,
+    stage: QualityScorer | TextEmbedder,
+    description: str,
+    folder: str | None = None,
+    token: str | None = None,
+) -> Dataset:
     """The columns of a stage, computed here, or by all processes in shards."""
     if folder is None and process_rank()[1] == 1:
         return add_columns(dataset, stage, description)
-    return score_in_shards(dataset, stage, folder, description=description)
+    return score_in_shards(dataset, stage, folder, description=description, token=token)
 
 
 def _shards_of(stage: QualityScorer | TextEmbedder, shard_dir: str | os.PathLike[str]) -> str:

@@ -35,16 +35,22 @@ class SharedRun:
 
     Args:
         manifest (`dict`): see [`describe_run`].
-        shard_dir, expiry: see [`score_in_shards`].
+        shard_dir, expiry, token: see [`score_in_shards`].
     """
 
-    def __init__(self, manifest: dict[str, Any], shard_dir: str | os.PathLike[str] | None, expiry: float) -> None:
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        shard_dir: str | os.PathLike[str] | None,
+        expiry: float,
+        token: str | None = None,
+    ) -> None:
         from datasets import config
 
         self.manifest = manifest
         self.id = run_id(manifest)
         cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
-        self.folder = _open(_on_one_machine(cache) if shard_dir is None else os.fspath(shard_dir))
+        self.folder = _open(_on_one_machine(cache) if shard_dir is None else os.fspath(shard_dir), token)
         # Where parts are read from: a URL's are fetched once. Two streams may begin alike, and so have one id.
         place = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         self.copies = self.folder.local or cache / place
@@ -268,10 +274,10 @@ def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
         raise ValueError("shard_dir='' names no folder; pass one (--shards DIR), or leave it out.")
 
 
-def _open(location: str | Path) -> Folder | HubFolder:
+def _open(location: str | Path, token: str | None) -> Folder | HubFolder:
     refuse_blank(location)
     on_the_hub = str(location).startswith("hf://") and not str(location).startswith("hf://buckets/")
-    return HubFolder(str(location)) if on_the_hub else Folder(location)
+    return HubFolder(str(location), token) if on_the_hub else Folder(location)
 
 
 def _on_one_machine(cache: Path) -> Path:

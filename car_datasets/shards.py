@@ -41,6 +41,7 @@ def score_in_shards(
     shard_rows: int | None = None,
     expiry: float = 60.0,
     description: str = "Scoring",
+    token: str | None = None,
 ) -> Dataset:
     """`dataset.map(fn)` in shards: by one process or many, on one machine or several, and again after a kill.
 
@@ -67,6 +68,7 @@ def score_in_shards(
             stream, 16,384.
         expiry (`float`): seconds without a sign of life after which a worker on another machine is taken for dead.
         description (`str`): of the progress bar, which the main process shows, for all.
+        token (`str`, *optional*): for a folder on the Hub; else that of `HF_TOKEN` or `hf auth login`. Never stored.
 
     Returns:
         `Dataset`: the columns of `dataset` and the new ones, memory-mapped (from a local copy where `shard_dir` is a URL).
@@ -81,8 +83,8 @@ def score_in_shards(
 
     _check(fn, shard_rows, expiry)
     if isinstance(dataset, IterableDataset):
-        return StreamedRun(dataset, fn, shard_dir, shard_rows or STREAMED, expiry).finish(description)
-    run = _run_of(dataset, fn, shard_dir, shard_rows, expiry)
+        return StreamedRun(dataset, fn, shard_dir, shard_rows or STREAMED, expiry, token).finish(description)
+    run = _run_of(dataset, fn, shard_dir, shard_rows, expiry, token)
     if len(dataset) == 0:
         types = fn.output_features()
         return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
@@ -97,6 +99,7 @@ def fill_shards(
     shard_rows: int | None = None,
     expiry: float = 60.0,
     description: str = "Scoring",
+    token: str | None = None,
 ) -> int:
     """One worker's part in [`score_in_shards`]: take shards until none is free, and wait for nobody.
 
@@ -105,7 +108,7 @@ def fill_shards(
 
     Args:
         dataset (`Dataset`): no stream.
-        fn, shard_dir, shard_rows, expiry, description: see [`score_in_shards`].
+        fn, shard_dir, shard_rows, expiry, description, token: see [`score_in_shards`].
 
     Returns:
         `int`: rows that are left, because other workers have claimed them.
@@ -120,7 +123,7 @@ def fill_shards(
         raise ValueError(
             "dataset is a stream, of which nobody knows what is left; call score_in_shards(dataset, fn, shard_dir)."
         )
-    return _run_of(dataset, fn, shard_dir, shard_rows, expiry).work(description, wait=False)
+    return _run_of(dataset, fn, shard_dir, shard_rows, expiry, token).work(description, wait=False)
 
 
 def _check(fn: Any, shard_rows: int | None, expiry: float) -> None:
@@ -140,6 +143,7 @@ def _run_of(
     shard_dir: str | os.PathLike[str] | None,
     shard_rows: int | None,
     expiry: float,
+    token: str | None,
 ) -> ShardedRun:
     from datasets import Dataset
 
@@ -147,7 +151,7 @@ def _run_of(
         raise ValueError(f"dataset is a {type(dataset).__name__}; pass a Dataset or an IterableDataset, of one split.")
     refuse_overwrite(dataset.column_names, fn.output_features(), "output_column=... (and embedding_column=...)")
     texts = dataset.with_format(None).select_columns(read_columns(dataset.column_names, fn))
-    return ShardedRun(texts, fn, shard_dir, shard_rows or default_rows(len(dataset)), expiry)
+    return ShardedRun(texts, fn, shard_dir, shard_rows or default_rows(len(dataset)), expiry, token)
 
 
 def default_rows(rows: int) -> int:
@@ -161,15 +165,21 @@ class ShardedRun(SharedRun):
     Args:
         texts (`Dataset`): the columns that the stage reads, and those that name a row in a message.
         stage: [`QualityScorer`] or [`TextEmbedder`].
-        shard_dir, shard_rows, expiry: see [`score_in_shards`].
+        shard_dir, shard_rows, expiry, token: see [`score_in_shards`].
     """
 
     def __init__(
-        self, texts: Dataset, stage: Any, shard_dir: str | os.PathLike[str] | None, shard_rows: int, expiry: float
+        self,
+        texts: Dataset,
+        stage: Any,
+        shard_dir: str | os.PathLike[str] | None,
+        shard_rows: int,
+        expiry: float,
+        token: str | None = None,
     ) -> None:
         self.texts, self.stage, self.shard_rows = texts, stage, shard_rows
         reads = read_columns(texts.column_names, stage, with_index=False)
-        super().__init__(describe_run(texts, stage, reads, shard_rows), shard_dir, expiry)
+        super().__init__(describe_run(texts, stage, reads, shard_rows), shard_dir, expiry, token)
 
     def expected_rows(self, shard: int, fingerprint: str) -> int:
         """Rows of a shard."""

@@ -38,7 +38,7 @@ class StreamedRun(SharedRun):
     Args:
         stream (`IterableDataset`): the same rows in the same order in every process, every time.
         stage: [`QualityScorer`] or [`TextEmbedder`].
-        shard_dir, shard_rows, expiry: see [`score_in_shards`].
+        shard_dir, shard_rows, expiry, token: see [`score_in_shards`].
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class StreamedRun(SharedRun):
         shard_dir: str | os.PathLike[str] | None,
         shard_rows: int,
         expiry: float,
+        token: str | None = None,
     ) -> None:
         if shard_dir is None:
             raise ValueError(
@@ -60,7 +61,7 @@ class StreamedRun(SharedRun):
         self.reads = read_columns(names, stage, with_index=False)
         manifest = describe_run(self.reader.head, stage, self.reads, shard_rows)
         manifest |= {"rows": "a stream", "source": json.loads(json.dumps(self.reader.features.to_dict()))}
-        super().__init__(manifest, shard_dir, expiry)
+        super().__init__(manifest, shard_dir, expiry, token)
         self.digests: dict[int, str] = {}  # of shards that are finished, or have been read
         self.waiting: dict[int, State] = {}  # shards that other workers have, and where the stream was before them
 

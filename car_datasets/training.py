@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from car_datasets import hub
+from car_datasets import hub, repositories
 from car_datasets.checkpoints import claim, last_whole_checkpoint
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.modeling_iqs import IQSModel
@@ -136,7 +136,7 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
     with arguments.main_process_first(local=False):
         claim(checkpoints, settings, arguments.world_size)
         if settings.push_to and arguments.process_index == 0:
-            hub.open_repository(settings.push_to, settings.private, token)
+            repositories.open_repository(settings.push_to, settings.private, token)
     trainer = _trainer(settings, arguments, model, tokenizer, train, valid)
     if not output.exists():  # else an equal run wrote it and was cut off before it could push
         _train(trainer, last_whole_checkpoint(checkpoints))
@@ -145,7 +145,7 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
         if not output.exists():
             _write(settings, trainer.state.best_metric, model, tokenizer, valid, len(train))
         if settings.push_to:
-            hub.push_folder(output, settings.push_to, token)
+            repositories.push_folder(output, settings.push_to, token)
         shutil.rmtree(checkpoints)
         figures = json.loads((output / "figures.json").read_text(encoding="utf-8"))
     trainer.accelerator.wait_for_everyone()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from car_datasets import hub
+from car_datasets import repositories
 from car_datasets.asking import asking
 from car_datasets.cluster_fitting import number_of_clusters
 from car_datasets.curation import select_by
@@ -129,14 +129,14 @@ def _open(
     if folder.exists():
         raise ValueError(f"{str(where)!r} is a file; pass the folder that `car-datasets curate` wrote, or a Hub id.")
     repo_id = str(where)
-    seen = hub.read_repository(repo_id, revision, token, READING_WAITS)
+    seen = repositories.read_repository(repo_id, revision, token, READING_WAITS)
     if RECEIPT_FILE not in seen.files:
         raise ValueError(
             f"{where} has no {RECEIPT_FILE}; `car-datasets push` of a folder by `car-datasets curate` writes one."
         )
     with asking(repr(repo_id), "dataset", seen.sha):
         names = [name for name in (RECEIPT_FILE, REPORT_FILE) if name in seen.files]
-        texts = {name: hub.read_dataset_file(repo_id, name, seen.sha, token) for name in names}
+        texts = {name: repositories.read_dataset_file(repo_id, name, seen.sha, token) for name in names}
     receipt = Receipt.from_json(texts[RECEIPT_FILE], f"{where}/{RECEIPT_FILE}")
     report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
     start = f"{data_folder_of(config_name)}/{SCORED}-"

@@ -200,9 +200,9 @@ def test_curate_on_the_command_line(hub: Hub, tiny_iqs: str, tiny_embedder: str)
     source = hub.folder.parent / "rows.json"
     source.write_text(json.dumps(rows), encoding="utf-8")
     place = ("--scorer", tiny_iqs, "--embedder", tiny_embedder, "--shards", "hf://datasets/me/work@dev/run")
-    for number in range(2):
+    for number, (given, known) in enumerate([(("--token", hub.token), None), ((), hub.token)]):
         output = hub.folder.parent / f"out-{number}"
-        hub.run(code, "curate", source, "--output", output, "--n1", "5", *place, check=True)
+        hub.run(code, "curate", source, "--output", output, "--n1", "5", *place, *given, token=known, check=True)
     stored = hub.repo("me/work")
     assert stored is not None and stored.private and set(stored.files()) == {".gitattributes"}
     assert sorted(name for name in stored.files("dev") if "part" in name) == [

@@ -16,7 +16,7 @@ PACKAGE = Path(car_datasets.__file__).parent
 ORDER = [
     {"version", "digests", "retrying"},
     {"asking", "tokens"},
-    {"downloads"},
+    {"downloads", "repositories"},
     {"templates", "hub", "settings", "metrics", "probe"},
     {"formatting", "publishing", "corruptions", "checkpoints", "collectives"},
     {"configuration_iqs", "convert_comet", "openvino_encoder", "selection", "vectors", "pairs"},

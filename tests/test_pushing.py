@@ -561,5 +561,6 @@ def test_curate_asks_before_it_works_and_goes_on_after_a_kill(
     done = hub.run(COMMAND, *line, "--push", "me/car", "--check", check=True)
     assert "holds this result already" in done.stdout and hub.repo("me/car").sha in done.stdout
     assert (tmp_path / "out" / "scored.parquet").stat().st_mtime_ns == before
-    assert hub.run(COMMAND, *line, "--n2", "2", "--push", "me/car").returncode == 2  # another result is not overwritten
+    mistaken = hub.run(COMMAND, *line, "--n2", "2", "--push", "me/other")  # another result is not overwritten
+    assert mistaken.returncode == 2 and hub.repo("me/other") is None
     assert Receipt.read(tmp_path / "out").source["name"] == "rows.jsonl"

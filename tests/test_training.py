@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from car_datasets import IQSModel, QualityScorer, digests, hub
+from car_datasets import IQSModel, QualityScorer, digests, hub, repositories
 from car_datasets.checkpoints import last_whole_checkpoint
 from car_datasets.metrics import pair_metrics
 from car_datasets.pairs import read_pairs
@@ -220,8 +220,8 @@ def test_what_was_written_but_not_pushed_is_not_trained_again(
         if len(pushed) == 1:
             raise ValueError("the line is dead")
 
-    monkeypatch.setattr(hub, "open_repository", lambda repo_id, private, token: None)
-    monkeypatch.setattr(hub, "push_folder", refuse)
+    monkeypatch.setattr(repositories, "open_repository", lambda repo_id, private, token: None)
+    monkeypatch.setattr(repositories, "push_folder", refuse)
     pushing = settings.changed(epochs=1, push_to="me/scorer")
     with pytest.raises(ValueError, match="the line is dead"):
         train_scorer(pushing)

@@ -9,9 +9,9 @@ from tests.hub_server import Hub
 PUSH = """
 import sys
 from pathlib import Path
-from car_datasets import hub
-hub.open_repository(sys.argv[1], sys.argv[2] == "private")
-hub.push_folder(Path(sys.argv[3]), sys.argv[1])
+from car_datasets import repositories
+repositories.open_repository(sys.argv[1], sys.argv[2] == "private")
+repositories.push_folder(Path(sys.argv[3]), sys.argv[1])
 """
 
 
