@@ -105,12 +105,13 @@ def push_selection(
         also = () if result.scored is None else (SCORED,)
     repositories.open_repository(repo_id, private, token, "dataset", "repo_id")
     tables = _tables(result, split, also, embeddings)
+    source_card = None if result.receipt is None else _source_card(result.receipt.source, token)
     with tempfile.TemporaryDirectory(prefix="car-datasets-push-") as place:
         most = MOST_SHARDS // len(tables)
         written = {name: _write_shards(table, Path(place), config_name, name, most) for name, table in tables.items()}
         files = {name: Path(place, name) for each in written.values() for name in each.names}
         files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
-        contents = _Contents(repo_id, config_name, split, tables[split], written, result, token)
+        contents = _Contents(repo_id, config_name, split, tables[split], written, result, source_card, token)
         try:
             done = repositories.commit_dataset(repo_id, files, contents.beside, f"Upload {', '.join(tables)}", token)
         except ConnectionError as error:
@@ -236,6 +237,7 @@ class _Contents:
     table: Dataset
     written: Mapping[str, SplitFiles]
     result: Result
+    source_card: str | None
     token: str | None
 
     def beside(self, seen: Repository) -> tuple[dict[str, bytes], list[str]]:
@@ -281,8 +283,7 @@ class _Contents:
 
     def _describe(self, card: DatasetCard, rows: Mapping[str, int]) -> None:
         receipt, report = self.result.receipt, self.result.report
-        source_card = None if receipt is None else _source_card(receipt.source, self.token)
-        carried = describe(card, receipt, source_card, sum(rows.values()))
+        carried = describe(card, receipt, self.source_card, sum(rows.values()))
         plots = [f"{PLOTS}/{plot.name}" for plot in self.result.plots]
         section = render_section(
             self.repo_id, self.config_name, self.split, rows, self.table.column_names, report, receipt, carried, plots
