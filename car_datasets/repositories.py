@@ -136,7 +136,7 @@ def read_repository(
     with asking(repr(repo_id), "dataset", revision):
         info = retry(lambda: api.dataset_info(repo_id, revision=revision), waits)
         names = tuple(sorted(file.rfilename for file in info.siblings or ()))
-        card = read_dataset_file(repo_id, "README.md", str(info.sha), token) if "README.md" in names else b""
+        card = read_dataset_file(repo_id, "README.md", str(info.sha), token, waits) if "README.md" in names else b""
     try:
         return Repository(str(info.sha), names, card.decode("utf-8-sig"))  # with a BOM before it, `---` is no header
     except UnicodeDecodeError as error:
@@ -145,12 +145,14 @@ def read_repository(
         ) from error
 
 
-def read_dataset_file(repo_id: str, name: str, sha: str, token: str | None = None) -> bytes:
-    """A file of a dataset repository at a commit."""
+def read_dataset_file(
+    repo_id: str, name: str, sha: str, token: str | None = None, waits: Sequence[float] | None = None
+) -> bytes:
+    """A file of a dataset repository at a commit; for `waits` see [`read_repository`]."""
     from huggingface_hub import hf_hub_download
 
     place: dict[str, Any] = {"repo_type": "dataset", "revision": sha, "token": clean_token(token)}
-    return Path(retry(lambda: hf_hub_download(repo_id, name, **place))).read_bytes()
+    return Path(retry(lambda: hf_hub_download(repo_id, name, **place), waits)).read_bytes()
 
 
 def commit_dataset(

@@ -136,7 +136,7 @@ def _open(
         )
     with asking(repr(repo_id), "dataset", seen.sha):
         names = [name for name in (RECEIPT_FILE, REPORT_FILE) if name in seen.files]
-        texts = {name: repositories.read_dataset_file(repo_id, name, seen.sha, token) for name in names}
+        texts = {name: repositories.read_dataset_file(repo_id, name, seen.sha, token, READING_WAITS) for name in names}
     receipt = Receipt.from_json(texts[RECEIPT_FILE], f"{where}/{RECEIPT_FILE}")
     report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
     start = f"{data_folder_of(config_name)}/{SCORED}-"
