@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
@@ -139,6 +141,9 @@ def test_a_real_server_answers(curated: Path) -> None:
                 time.sleep(0.5)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/metadata.json", timeout=5) as answer:
             assert b"map_neighbours" in answer.read()
+        query = json.dumps({"type": "arrow", "sql": "SELECT count(*) AS n FROM dataset"}).encode()  # as the page asks
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/query", query, timeout=5) as answer:
+            assert pa.ipc.open_stream(answer.read()).read_all()["n"].to_pylist() == [200]
     finally:
         os.killpg(server.pid, signal.SIGINT)
         server.wait(30)
