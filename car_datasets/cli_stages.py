@@ -56,7 +56,7 @@ def score(
         raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
     from car_datasets.hub import DEFAULT_SCORER
     from car_datasets.loading import load_instructions, open_dataset
-    from car_datasets.original import rank_rows
+    from car_datasets.original import rank_rows, refuse_taken
     from car_datasets.recipe import Recipe
     from car_datasets.recipe_stages import fill_shards_of, score_and_embed
 
@@ -75,7 +75,8 @@ def score(
     if output is None:
         _say_what_is_left(len(dataset), fill_shards_of(dataset, recipe, str(shards), token, embeddings), str(shards))
         return
-    as_original = output.suffix == ".json"
+    if as_original := output.suffix == ".json":
+        refuse_taken(dataset.column_names, names["score_column"])
     scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original, shard_dir=shards)
     added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays
     _write(rank_rows(scored, **names) if as_original else scored, output, index_column=added, **names)

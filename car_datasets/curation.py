@@ -17,7 +17,7 @@ from car_datasets.cluster_fitting import checked_fit, number_of_clusters
 from car_datasets.clustering import ClusterModel
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
-from car_datasets.original import PROCEDURES, rank_rows, select_as_published
+from car_datasets.original import PROCEDURES, rank_rows, refuse_taken, select_as_published
 from car_datasets.overview import Overview
 from car_datasets.parallel import from_main, is_main_process
 from car_datasets.projection import check_projection
@@ -97,6 +97,8 @@ def curate(
         index_column=settings.index_column,
     )
     _check_numbers(dataset, settings)
+    if folder is not None and settings.procedure == "paper":
+        refuse_taken(dataset.column_names, settings.score_column, settings.cluster_column)
     origin = describe_source(source, opened, settings) if folder is not None and is_main_process() else {}
     settings = pinned_source(settings, source, opened)
     scorer = scorer_of(settings, token)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,7 +126,8 @@ def atlas_table(folder: str | os.PathLike[str], projection: str = "pca", **names
     chosen = pool.select(pool_map.rows.tolist())
     texts = texts_of(pool, pool_map.rows.tolist(), text_columns(pool, ours))
     table: pa.Table = chosen.remove_columns(vectors).with_format("arrow")[:]
-    columns = {"row_id": ROW, "text": TEXT, "x": X, "y": Y}
+    free = {name: _free(name, table.column_names) for name in (ROW, X, Y, NEIGHBOURS, TEXT, KEPT)}
+    columns = {"row_id": free[ROW], "text": free[TEXT], "x": free[X], "y": free[Y]}
     new: dict[str, Any] = {
         KEPT: [reason or "not kept" for reason in seen.reasons[pool_map.rows].tolist()],
         ROW: np.arange(len(chosen)),  # the neighbours' ids; the widget's own count may begin at 1
@@ -135,10 +137,15 @@ def atlas_table(folder: str | os.PathLike[str], projection: str = "pca", **names
     }
     if len(pool_map.rows) <= NEIGHBOUR_ROWS:
         new[NEIGHBOURS] = _nearest(read_embeddings(chosen, vectors)[0])
-        columns["neighbors"] = NEIGHBOURS
+        columns["neighbors"] = free[NEIGHBOURS]
     for name, values in new.items():
-        table = table.append_column(name, pa.array(values))
+        table = table.append_column(free[name], pa.array(values))
     return AtlasTable(table, columns)
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    """The name, with as many underscores behind it as it takes to be no column of the user's."""
+    return _free(f"{name}_", taken) if name in taken else name
 
 
 def _nearest(matrix: Matrix) -> list[dict[str, list[Any]]]:

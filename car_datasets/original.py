@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,20 +132,36 @@ def from_original(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def write_original(
-    dataset: Dataset, path: str | os.PathLike[str], *, score_column: str = "iqs_score", cluster_column: str = "cluster"
-) -> None:
-    """Write rows as the original does: a JSON list, indented, `score` a number, `label` a string."""
-    renamed = {score_column: "score", cluster_column: "label"}
-    taken = [new for old, new in renamed.items() if old != new and {old, new} <= set(dataset.column_names)]
-    if taken:
+def refuse_taken(columns: Collection[str], score_column: str | None = None, cluster_column: str | None = None) -> None:
+    """Raise a ValueError where the user's rows have a column `score` or `label`, as the original calls one of ours."""
+    names = {score_column: "score", cluster_column: "label"}
+    if taken := [new for old, new in names.items() if old not in (None, new) and new in columns]:
         raise ValueError(
             f"The rows have column(s) {taken} of their own, which the original's format uses: rename them first."
         )
 
+
+def write_original(
+    dataset: Dataset,
+    path: str | os.PathLike[str],
+    *,
+    score_column: str = "iqs_score",
+    cluster_column: str = "cluster",
+    where_free: bool = False,
+) -> None:
+    """Write rows as the original does: a JSON list, indented, `score` a number, `label` a string.
+
+    A column `score` or `label` of the user's is a ValueError, or with `where_free` stays, and ours keeps its name.
+    """
+    ours = {name: name if name in dataset.column_names else None for name in (score_column, cluster_column)}
+    if not where_free:
+        refuse_taken(dataset.column_names, ours[score_column], ours[cluster_column])
+    renamed = {score_column: "score", cluster_column: "label"}
+    renamed = {old: new for old, new in renamed.items() if old == new or new not in dataset.column_names}
+
     def original(row: dict[str, Any]) -> dict[str, Any]:
         values = {renamed.get(column, column): value for column, value in row.items()}
-        if row.get(cluster_column) is not None:
+        if cluster_column in renamed and row.get(cluster_column) is not None:
             values["label"] = str(row[cluster_column])
         return values
 

@@ -76,6 +76,16 @@ def test_the_table_for_a_notebook_is_the_file_and_says_what_its_columns_are(cura
     assert written.to_dict() == table.drop_columns("map_row").to_pydict()
 
 
+def test_columns_of_the_users_keep_their_names(curated: Path, tmp_path: Path) -> None:
+    for name in ("scored", "selected"):
+        part = Dataset.from_parquet(str(curated / f"{name}.parquet"))
+        part.add_column("map_x", ["mine"] * len(part)).to_parquet(tmp_path / f"{name}.parquet")
+    table, columns = atlas_table(tmp_path)
+    assert columns["x"] == "map_x_" and columns["y"] == "map_y"
+    assert table["map_x"].to_pylist() == ["mine"] * 200
+    assert table["map_x_"].to_pylist() == atlas_table(curated).table["map_x"].to_pylist()
+
+
 @needs_atlas
 def test_the_widget_takes_the_table(curated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from embedding_atlas.widget import EmbeddingAtlasWidget

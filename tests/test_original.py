@@ -202,6 +202,24 @@ def test_a_label_that_is_no_cluster_is_not_lost(tmp_path: Path) -> None:
     assert from_original(rows)["label"][:] == ["²"]
     with pytest.raises(ValueError, match=r"column\(s\) \['label'\] of their own"):
         write_original(rows, tmp_path / "out.json")
+    write_original(rows, tmp_path / "out.json", where_free=True)
+    written = [{"output": "a", "label": "²", "score": 1.0, "cluster": 0}]
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == written
+
+
+def test_a_score_of_the_users_stays_and_is_refused_before_scoring_where_the_format_wants_ours(
+    tiny_iqs: str, tiny_embedder: str, pairs: Dataset, tmp_path: Path
+) -> None:
+    rows = pairs.filter(lambda row: row["output"] != "").add_column("score", [7, 8, 9, 10, 11])
+    settings = {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 1, "k": 2, "allow_worse": True}
+    with pytest.raises(ValueError, match=r"column\(s\) \['score'\] of their own"):
+        curate(rows, tmp_path / "paper", **settings, procedure="paper")
+    assert not (tmp_path / "paper").exists()
+    selected, _, _ = curate(rows, tmp_path / "out", **settings)
+    written = json.loads((tmp_path / "out" / "selected.json").read_text(encoding="utf-8"))
+    assert [row["score"] for row in written] == selected["score"][:]
+    assert [row["iqs_score"] for row in written] == pytest.approx(selected["iqs_score"][:])
+    assert [row["label"] for row in written] == [str(cluster) for cluster in selected["cluster"][:]]
 
 
 @pytest.mark.shared
