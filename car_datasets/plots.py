@@ -42,6 +42,11 @@ PALETTE_NAMES = (*PALETTE, GREY)  # the last for rows without a cluster
 NAMED = 12  # clusters whose number stands on the map
 BINS = 40
 ROOM = 0.1  # between two numbers there, of a map 2 wide
+ASIDE = 0.075 * np.array(
+    [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+)  # of a cluster's middle
+NUMBER = np.array([0.055, 0.045])  # half the width and height that a number takes, with half a point
+TICKS = 9  # on the axis of lengths: more would touch
 
 
 def can_draw() -> bool:
@@ -129,14 +134,16 @@ def draw_map(seen: Overview, pool_map: PoolMap) -> Figure:
     clusters, taken = seen.clusters[rows], np.isin(rows, seen.positions)
     colours = np.array(PALETTE_NAMES)[colours_of(points, clusters)]
     size = float(np.clip(40_000 / len(rows), 8, 40))
-    axes.scatter(*points[~taken].T, s=size, c=colours[~taken], alpha=0.5, linewidths=0)
-    axes.scatter(*points[taken].T, s=1.8 * size, c=colours[taken], edgecolors=DARK, linewidths=0.15 * size**0.5)
-    for cluster, place in _places(points, clusters):
+    # no transparency: paler, the colours are no longer those that colour-blind readers tell apart
+    axes.scatter(*points[~taken].T, s=0.7 * size, c=colours[~taken], edgecolors="white", linewidths=0.2)
+    axes.scatter(*points[taken].T, s=1.8 * size, c=colours[taken], edgecolors=DARK, linewidths=0.2 * size**0.5)
+    for cluster, place in _places(points, clusters, taken):
         number = axes.text(*place, str(cluster), ha="center", va="center", fontsize=10, fontweight="bold")
         number.set_path_effects([withStroke(linewidth=3, foreground="white")])  # a box would hide rows
     shown = "all scored rows" if len(rows) == len(seen.scored) else f"a sample of {len(seen.scored):,} scored rows"
+    fewer = " (there are fewer colours than clusters)" if len(np.unique(clusters[clusters >= 0])) > len(PALETTE) else ""
     axes.set_xlabel(
-        f"{len(rows):,} rows, {shown}. Colours part neighbouring clusters (there are fewer colours than clusters);\n"
+        f"{len(rows):,} rows, {shown}. Colours part neighbouring clusters{fewer};\n"
         f"numbers name the largest. Ringed: {int(taken.sum()):,} of {len(seen.positions):,} selected rows.",
         fontsize=10,
     )
@@ -168,17 +175,24 @@ def colours_of(points: npt.NDArray[np.float64], clusters: Indices) -> Indices:
     return found
 
 
-def _places(points: npt.NDArray[np.float64], clusters: Indices) -> list[tuple[int, npt.NDArray[np.float64]]]:
-    """Where the numbers of the largest clusters can stand without touching."""
+def _places(
+    points: npt.NDArray[np.float64], clusters: Indices, taken: npt.NDArray[np.bool_]
+) -> list[tuple[int, npt.NDArray[np.float64]]]:
+    """Where the numbers of the largest clusters can stand without touching, and hide fewest selected rows, then rows."""
     found: list[tuple[int, npt.NDArray[np.float64]]] = []
     for name, center, _ in zip(*_centers(points, clusters), strict=True):
-        if len(found) < NAMED and all(np.linalg.norm(center - place) > ROOM for _, place in found):
-            found.append((int(name), center))
+        spots = [spot for spot in center + ASIDE if all(np.linalg.norm(spot - place) > ROOM for _, place in found)]
+        if len(found) < NAMED and spots:
+            hidden = [(np.abs(points - spot) < NUMBER).all(axis=1) for spot in spots]
+            best = min(range(len(spots)), key=lambda i: (int(hidden[i][taken].sum()), int(hidden[i].sum()), i))
+            found.append((int(name), spots[best]))
     return found
 
 
 def draw_clusters(seen: Overview) -> Figure:
     """Every cluster's size against the rows taken from it."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes("Where the selection comes from: one point per cluster")
     scored = seen.clusters[seen.scored]
     names, sizes = np.unique(scored[scored >= 0], return_counts=True)
@@ -199,6 +213,8 @@ def draw_clusters(seen: Overview) -> Figure:
             name = f"{label}: {int(which.sum()):,} {'cluster' if which.sum() == 1 else 'clusters'}"
             axes.scatter(sizes[which], taken[which], s=46, color=colour, marker=marker, alpha=0.85, label=name, **edge)
     _name_the_most(axes, names, sizes, taken)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("scored rows in the cluster")
     axes.set_ylabel("rows taken from it")
     axes.set_ylim(bottom=-0.03 * max(1, taken.max(initial=0)), top=1.12 * max(1, taken.max(initial=0)))
@@ -232,8 +248,7 @@ def draw_lengths(seen: Overview) -> Figure:
     )
     axes.set_xlabel(f"length in {seen.length_unit}")
     axes.set_ylabel("score")
-    ticks = np.outer(10.0 ** np.arange(7), (1, 2, 5)).ravel()
-    ticks = ticks[(ticks >= lengths[rows].min()) & (ticks <= lengths[rows].max())]
+    ticks = _ticks_between(float(lengths[rows].min()), float(lengths[rows].max()))
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     axes.set_xticks([], minor=True)
     correlation = seen.score_length_correlation()
@@ -241,3 +256,14 @@ def draw_lengths(seen: Overview) -> Figure:
     axes.set_title(f"Score and length: {words}")
     _legend_below(figure)
     return figure
+
+
+def _ticks_between(low: float, high: float) -> npt.NDArray[np.float64]:
+    """Round numbers for a logarithmic axis, as many as have room; where there is hardly one, the ends and the middle."""
+    ticks = np.zeros(0)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = np.outer(10.0 ** np.arange(10), steps).ravel()
+        ticks = ticks[(ticks >= low) & (ticks <= high)]
+        if len(ticks) <= TICKS:
+            break
+    return ticks if len(ticks) > 2 else np.unique(np.linspace(low, high, 3).round())

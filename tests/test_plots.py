@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,40 @@ def test_neighbouring_clusters_have_different_colours() -> None:
     for i in range(16):
         for j in range(i):
             assert found[i] != found[j] or np.abs(grid[i] - grid[j]).sum() > 1
+
+
+def test_numbers_on_the_map_hide_no_selected_row_that_they_need_not() -> None:
+    twelve = make_pool(12, cluster=np.arange(12) % 8)
+    seen = Overview.of(twelve, select_car(twelve.remove_columns("embedding"), 3, 1, allow_worse=True))
+    found = map_of(twelve, seen)
+    assert found is not None
+    figure = draw_map(seen, found)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    taken = axes.transData.transform(found.points[np.isin(found.rows, seen.positions)])
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 8
+    assert not any(box.contains(*point) for box in boxes for point in taken)
+
+
+def test_rows_are_counted_in_whole_numbers() -> None:
+    small = make_pool(12, cluster=np.arange(12) % 8)
+    seen = Overview.of(small, select_car(small.remove_columns("embedding"), 1, 0))
+    figure = draw_clusters(seen)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert all(float(tick).is_integer() for axis in (axes.get_xticks(), axes.get_yticks()) for tick in axis)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 1_000_000), (1, 50_000), (8, 20_006), (60, 95), (210, 490), (7, 7)])
+def test_lengths_have_marks_and_not_too_many(low: int, high: int) -> None:
+    rows = make_pool(iqs_tokens=np.linspace(low, high, 300).astype(int))
+    figure = draw_lengths(Overview.of(rows, select_car(rows.remove_columns("embedding"), 40, 1)))
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    marks = [mark.get_window_extent() for mark in axes.get_xticklabels() if mark.get_text()]
+    assert 1 + 2 * (low < high) <= len(marks) <= 9
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(marks))
 
 
 def test_the_users_settings_are_neither_used_nor_changed(pool: Dataset, selected: Dataset) -> None:
