@@ -8,7 +8,7 @@ Does not: select, or keep what it tries.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,10 +87,11 @@ def what_if(
         seed (`int`): of the k-means for another k.
 
     Returns:
-        `list[WhatIf]`: one entry per combination, the present k first.
+        `list[WhatIf]`: one entry per combination, in the order of k, n1, n2; without all three the present k first.
 
     Raises:
-        ValueError: a number does not fit, a column is missing, or another k was asked for without embeddings.
+        ValueError: n1, n2 or k is no list of numbers, one does not fit, a column is missing, or another k was asked for without
+            embeddings.
     """
     names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
     seen = Overview.of(pool, selected, **names, seed=seed)
@@ -110,6 +111,9 @@ def try_out(
     if n1 is n2 is k is None:
         grid = _around(present, len(seen.scored), count_vectors(pool, embedding_column))
     else:
+        for name, values in (("n1", n1), ("n2", n2), ("k", k)):
+            if values is not None and (not isinstance(values, Iterable) or isinstance(values, str) or not len(values)):
+                raise ValueError(f"{name}={values!r} must be the numbers to try, such as {name}=[1, 10].")
         given = zip((n1, n2, k), present, strict=True)
         n1s, n2s, ks = (list(values) if values is not None else [value] for values, value in given)
         grid = [(a, b, c) for c, a, b in itertools.product(ks, n1s, n2s)]

@@ -36,7 +36,7 @@ class IQSConfig(PreTrainedConfig):
         final_activation (`str`, *optional*): the same, after the last layer. `None`: scores are not bounded.
         dropout (`float`): in training only: in the head, and of whole layers in a weighted mix, as in COMET.
         max_tokens (`int`): tokens read of a text, special tokens included. The original's 510 is 514 positions - 4.
-        template (`str`): the name in formatting.py of the template that the weights were trained with.
+        template (`str`): the name in templates.py of the template that the weights were trained with.
         members (`int`), word_bits (`int`), penalty (`float`): with `"segments"`: networks that vote on quality; bits of
             the hash of words; what a broken answer loses.
         encoder_source (`dict`, *optional*): set where the encoder is untouched and not part of the weights file:

@@ -49,7 +49,7 @@ class Explanation:
         score (`float`, *optional*), score_rank (`int`), percentile (`float`): share of the scored rows, in %, that score no
             better; rank and percentile are 0 without a score.
         length (`float`), length_unit (`str`), truncated (`bool`): whether the scorer did not see the end.
-        status (`str`): `"ok"`, `"truncated"`, ..., or why there is no score.
+        status (`str`): `"ok"`, `"truncated"`, ..., or why there is no score (`"unknown"` where no column says it).
         cluster (`int`, *optional*), cluster_size (`int`), cluster_rank (`int`): among its scored rows.
         neighbours (`tuple[Neighbour, ...]`): rows of its cluster that are most like it, nearest first.
         nearest_selected ([`Neighbour`], *optional*): the selected row, other than itself, that is most like it.
@@ -77,7 +77,10 @@ class Explanation:
             lines.append(f"score {self.score:.3f}, rank {self.score_rank:,}, percentile {self.percentile:.1f}")
         lines.append(f"{self.length:,.0f} {self.length_unit}{', cut before its end' if self.truncated else ''}")
         if self.cluster is not None:
-            lines.append(f"cluster {self.cluster}: {self.cluster_rank:,} of {self.cluster_size:,} by score")
+            place = (
+                f"{self.cluster_rank:,} of {self.cluster_size:,} by score" if self.cluster_rank else "without a score"
+            )
+            lines.append(f"cluster {self.cluster}: {place}")
         near = [_in_words(n) for n in self.neighbours]
         lines += [f"nearest in its cluster: {'; '.join(near)}"] if near else []
         lines += [f"nearest selected row: {_in_words(self.nearest_selected)}"] if self.nearest_selected else []
@@ -115,6 +118,9 @@ def explain(
         score_column, cluster_column, index_column, embedding_column (`str`): as in [`select_car`]; without embeddings there
             are no neighbours.
 
+    Returns:
+        [`Explanation`]: printed, it says all of it in words.
+
     Raises:
         ValueError: there is no such row, or a column is missing.
     """
@@ -129,11 +135,11 @@ def explain(
 def _position(seen: Overview, row: int | str, index_column: str) -> int:
     rows = len(seen.scores)
     if seen.ids is None:
-        if isinstance(row, int) and 0 <= row < rows:
-            return row
+        if isinstance(row, (int, np.integer)) and not isinstance(row, bool) and 0 <= row < rows:
+            return int(row)
         raise ValueError(f"row={row!r} is no row: the pool has the rows 0 to {rows - 1}.")
     found = np.flatnonzero(np.asarray(seen.ids.to_pandas() == row))
-    if len(found) == 0:
+    if len(found) == 0 or isinstance(row, bool):
         raise ValueError(
             f"row={row!r} is not in the pool's column {index_column!r}, which starts with {seen.ids[:3].to_pylist()}."
         )
@@ -152,7 +158,7 @@ def explain_rows(
     found = []
     for i, row in enumerate(rows):
         scored, cluster = not np.isnan(seen.scores[row]), int(seen.clusters[row])
-        status = "ok" if seen.statuses is None else str(seen.statuses[row].as_py())
+        status = str(seen.statuses[row].as_py()) if seen.statuses is not None else "ok" if scored else "unknown"
         below = np.count_nonzero(seen.scores <= seen.scores[row]) if scored else 0
         found.append(
             Explanation(
@@ -187,7 +193,7 @@ def _why(seen: Overview, reason: str, scored: bool, status: str, rank: int, with
     if reason == "cluster":
         return f"kept by its cluster: {cluster}; it is {score}."
     if not scored:
-        return f"not kept: it has no score ({status})."
+        return f"not kept: it has no score{'' if status == 'unknown' else f' ({status})'}."
     if rank <= n1 or 0 < within <= n2:
         return f"not kept, though it is {score}, and {cluster}: the selection was made by another rule."
     return f"not kept: {score}, and it is {cluster}."

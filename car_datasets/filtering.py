@@ -62,6 +62,9 @@ def cluster_filter(
         k, explained_variance, seed, n_init, kmeans, kmeans_sample, embedding_column: see [`ClusterModel.fit`].
         num_rows (`int`): in `.filter` only, `len(dataset)`.
 
+    Returns:
+        `Dataset`: the selected rows with all columns, best first; of a batch, `list[bool]`.
+
     Raises:
         ValueError: as in the two stages; in `.filter`, the batch is not the whole dataset.
     """

@@ -27,6 +27,8 @@ PAGE_ROWS = 4_000  # on the page's map and in its search
 PER_DECILE = 10
 CLUSTERS_SHOWN, ENDS = 40, 3  # clusters whose best and worst rows are shown, and how many of each
 SNIPPET, WHOLE = 200, 1_500  # characters of a row in a table, and of each of its columns where it is explained
+SEARCHED = 2_000_000  # characters of all rows together that the search can look at
+TOLD = 200  # kept rows whose whole story is on the page
 LEVELS = 20  # a column of at most so many different values is one that rows can be grouped by
 GROUPINGS = 5
 
@@ -37,15 +39,22 @@ def page_data(
     """What the page's script reads: `rows`, and positions in them as `deciles` and `clusters`."""
     tenths, ends = _tenths(seen), _cluster_ends(seen)
     deciles = _draw(tenths, seen.seed)
-    told = sorted({row for rows in deciles for row in rows} | {row for _, *two in ends for rows in two for row in rows})
+    told = sorted(
+        {row for rows in deciles for row in rows}
+        | {row for _, *two in ends for rows in two for row in rows}
+        | set(seen.positions[:TOLD].tolist())
+    )
     placed = _on_the_map(seen, pool_map)
     rows = sorted({*told, *placed, *(seen.sample(PAGE_ROWS).tolist() if not placed else ())})
     place_of = {row: i for i, row in enumerate(rows)}
     texts = texts_of(pool, rows, text_columns)
     stories = dict(zip(told, explain_rows(pool, seen, told, embedding_column=embedding_column), strict=True))
+    most = max(SNIPPET, min(WHOLE, SEARCHED // max(1, len(rows))))
+    searched = [_snippet(text, most) for text in texts]
     below = np.searchsorted(np.sort(seen.scores[seen.scored]), seen.scores[rows], side="right")
     return {
         "unit": seen.length_unit,
+        "searched": most if any(text.endswith("…") for text in searched) else None,
         "rows": [
             {
                 "id": seen.name_of(row),
@@ -56,11 +65,12 @@ def page_data(
                 "crank": int(seen.cluster_ranks[row]),
                 "length": seen.lengths[row],
                 "cut": seen.statuses is not None and seen.statuses[row].as_py() == "truncated",
-                "text": _snippet(text),
+                "text": _snippet(text, SNIPPET),
+                **({"more": more} if len(more) > SNIPPET else {}),
                 **placed.get(row, {"x": None, "y": None, "colour": 0}),
                 **({"told": _story(stories[row], text)} if row in stories else {}),
             }
-            for row, text, count in zip(rows, texts, below.tolist(), strict=True)
+            for row, text, more, count in zip(rows, texts, searched, below.tolist(), strict=True)
         ],
         "deciles": [
             {"name": _decile_name(i, seen.scores[tenth]), "rows": [place_of[row] for row in drawn]}
@@ -170,9 +180,13 @@ def _plain(value: Any) -> str:
     return ""
 
 
-def _snippet(text: list[tuple[str, str]]) -> str:
-    each = SNIPPET // max(1, sum(1 for _, value in text if value))
-    return " | ".join(_cut(" ".join(value.split()), each) for _, value in text if value)
+def _snippet(text: list[tuple[str, str]], limit: int) -> str:
+    """The columns in one line, of so many characters, of which the longer ones share what the shorter ones leave."""
+    parts = [" ".join(value.split()) for _, value in text if value]
+    for left, i in enumerate(sorted(range(len(parts)), key=lambda i: len(parts[i]))):
+        parts[i] = _cut(parts[i], max(1, limit // (len(parts) - left)))
+        limit -= len(parts[i])
+    return " | ".join(parts)
 
 
 def _cut(text: str, limit: int) -> str:

@@ -163,6 +163,9 @@ def map_across_gpus(
         batched (`bool`): as in `.map`, but `True` unless told otherwise.
         options: of `.map`. `with_rank` is on where `fn` takes a `rank`.
 
+    Returns:
+        `Dataset`: what `dataset.map(fn)` gives, rows in order.
+
     Raises:
         ValueError: `fn` needs all rows at once, or no worker could load it; the calling script has no
             `if __name__ == "__main__":`; a launcher started several processes already.

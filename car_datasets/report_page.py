@@ -15,13 +15,19 @@ from typing import TYPE_CHECKING, Any
 from car_datasets.alternatives import HEADER, WhatIf, try_out
 from car_datasets.overview import Overview
 from car_datasets.page_rows import audit, page_data, text_columns
-from car_datasets.plots import PALETTE_NAMES
+from car_datasets.plots import CLUSTERS, LENGTHS, MAP, PALETTE_NAMES, SCORES
 from car_datasets.projection import PoolMap
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 PAGE_FILE = "report.html"
+SHOWN = {  # for readers who hear the page
+    SCORES: "Distributions of the scores of selection, pool and controls; the means are in the table above.",
+    MAP: "Map of the pool, coloured by cluster, the selected rows ringed.",
+    CLUSTERS: "Size of every cluster against the rows taken from it.",
+    LENGTHS: "Score against length of the rows; the title has both correlations.",
+}
 
 
 def render_page(
@@ -59,7 +65,7 @@ def render_page(
         sentences=sentences,
         comparison=comparison,
         ledger=_ledger(seen),
-        figures=[{"name": name, "content": base64.b64encode(png).decode()} for name, png in figures.items()],
+        figures=[{"shows": SHOWN[name], "content": base64.b64encode(png).decode()} for name, png in figures.items()],
         has_map=pool_map is not None,
         method=pool_map.method if pool_map is not None else "",
         sampled=_sampled(seen, len(data["rows"]), pool_map is not None),

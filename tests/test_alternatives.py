@@ -66,6 +66,8 @@ def test_without_embeddings_k_stays(pool: Dataset, selected: Dataset) -> None:
         ({"n1": [0], "n2": [0]}, "n1=0 and n2=0 select no rows"),
         ({"k": [0]}, "k=0 must be between 1 and the 300 rows"),
         ({"k": [301]}, "k=301 must be"),
+        ({"n1": 60}, r"n1=60 must be the numbers to try, such as n1=\[1, 10\]"),
+        ({"k": []}, r"k=\[\] must be the numbers to try"),
     ],
 )
 def test_numbers_that_do_not_fit(pool: Dataset, selected: Dataset, numbers: dict[str, list[int]], message: str) -> None:

@@ -89,7 +89,7 @@ def test_without_embeddings_there_are_no_neighbours(pool: Dataset, selected: Dat
 def test_without_an_index_column_rows_are_counted(pool: Dataset) -> None:
     plain = pool.remove_columns("source_index")
     chosen = select_car(plain, 40, 2)
-    assert explain(plain, chosen, 5).row == 5
+    assert explain(plain, chosen, 5).row == explain(plain, chosen, np.int64(5)).row == 5
     with pytest.raises(ValueError, match="the pool has the rows 0 to 299"):
         explain(plain, chosen, 300)
 
@@ -97,5 +97,7 @@ def test_without_an_index_column_rows_are_counted(pool: Dataset) -> None:
 def test_a_row_that_is_not_there_is_named(pool: Dataset, selected: Dataset) -> None:
     with pytest.raises(ValueError, match=r"row=5 is not in the pool's column 'source_index', which starts with \[1000"):
         explain(pool, selected, 5)
+    with pytest.raises(ValueError, match="row=True is not in the pool's column"):
+        explain(pool, selected, True)
     with pytest.raises(ValueError, match="neighbours=-1"):
         explain(pool, selected, 1005, neighbours=-1)

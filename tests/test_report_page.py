@@ -261,6 +261,33 @@ def test_the_table_filters(opened: Any) -> None:
     assert re.match(r"(4\d|5\d) of 300", kept), kept
 
 
+def test_the_search_finds_rows_clusters_and_words_behind_the_first_ones(browser: Any, tmp_path: Path) -> None:
+    texts = [f"text {i} " + "and so on " * 30 + ("finally" if i % 100 == 7 else "") for i in range(300)]
+    pool = make_pool(text=texts)
+    selected = select_car(pool.remove_columns("embedding"), 40, 1)
+    content = SelectionReport.from_selection(pool, selected).to_html(pool, selected)
+    (tmp_path / "report.html").write_text(content, encoding="utf-8")
+    tab = browser.new_page()
+    tab.goto((tmp_path / "report.html").as_uri())
+
+    def found(words: str) -> list[str]:
+        tab.locator("#search").fill(words)
+        return tab.locator("#rows td:first-child").all_inner_texts()
+
+    assert found("finally") == ["7", "107", "207"]
+    assert found("row 17") == ["17"]
+    members = [str(i) for i, cluster in enumerate(pool["cluster"][:]) if cluster == 3]
+    assert found("cluster 3") == members
+    assert found(f"cluster 3 row {members[1]}") == [members[1]]
+    assert found("cluster 99") == []
+    tab.locator("#search").fill("row 107")
+    tab.locator("#rows tr.row").press(" ")
+    assert "finally" in tab.locator("#why").inner_text()
+    tab.get_by_text("Back to where you were").click()
+    assert tab.evaluate("document.getElementById('search').getBoundingClientRect().top < window.innerHeight")
+    tab.close()
+
+
 def spot_of(opened: Any, row: dict[str, Any]) -> tuple[float, float]:
     """Where the script has drawn a row, in pixels of the window."""
     unit = opened.evaluate(

@@ -31,8 +31,12 @@ function tableOf(shown) {
     line.append(element("td", String(row.id)), element("td", number(row.score, 3), "number"), element("td", place, "number"));
     line.append(element("td", row.length.toLocaleString("en"), "number"), element("td", row.by || "no"));
     line.append(element("td", row.text, "text"));
-    line.addEventListener("click", () => explain(row));
-    line.addEventListener("keydown", (event) => { if (event.key === "Enter") explain(row); });
+    line.addEventListener("click", () => explain(row, line));
+    line.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault(); // the space bar would scroll
+      explain(row, line);
+    });
   }
   return table;
 }
@@ -54,13 +58,19 @@ chooser(byId("cluster"), data.clusters.map((c, i) => [i, c.label]), (i) => {
 });
 
 let limit = PAGE;
-const haystacks = rows.map((row) => (row.id + " cluster " + row.cluster + " " + row.text).toLowerCase());
+const textOf = (row) => row.more || row.text;
+const haystacks = rows.map((row) => ((typeof row.id === "string" ? row.id + " " : "") + textOf(row)).toLowerCase());
 
 function search() {
-  const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const named = []; // "row 17" and "cluster 3" are these and no others
+  const rest = byId("search").value.toLowerCase().replace(/\b(row|cluster)[\s:]+(\d+)(?!\S)/g, (_, what, name) => { named.push([what, name]); return " "; });
+  const words = rest.split(/\s+/).filter(Boolean);
   const which = byId("which").value;
-  const found = rows.filter((row, i) => visible(row, which) && words.every((word) => haystacks[i].includes(word)));
-  byId("found").textContent = found.length.toLocaleString("en") + " of " + rows.length.toLocaleString("en") + " rows on this page";
+  const found = rows.filter((row, i) => visible(row, which)
+    && named.every(([what, name]) => String(what === "row" ? row.id : row.cluster) === name)
+    && words.every((word) => haystacks[i].includes(word) || String(row.id) === word));
+  const part = data.searched ? "; of long rows " + data.searched.toLocaleString("en") + " characters are searched" : "";
+  byId("found").textContent = found.length.toLocaleString("en") + " of " + rows.length.toLocaleString("en") + " rows on this page" + part;
   byId("rows").replaceChildren(tableOf(found.slice(0, limit)));
   byId("more").hidden = found.length <= limit;
 }
@@ -71,14 +81,14 @@ search();
 
 // why a row was kept --------------------------------------------------------------------------------------------------
 
-function explain(row) {
-  const box = byId("why");
+function explain(row, origin) {
+  const box = byId("why"), from = window.scrollY;
   const told = row.told;
   const head = "Row " + row.id + ", score " + number(row.score, 3) + ", percentile " + number(row.percentile, 1);
   box.replaceChildren(element("p", head + ", " + row.length.toLocaleString("en") + " " + data.unit + (row.cut ? ", cut before its end" : "") + "."));
   if (!told) {
-    box.append(element("p", kept(row) + ". " + row.text));
-    box.append(element("p", "The whole story is on this page for a sample only; in Python: explain(scored, selected, " + JSON.stringify(row.id) + ").", "note"));
+    box.append(element("p", kept(row) + ". " + textOf(row)));
+    box.append(element("p", "The page has the whole story of some rows only; of this one, in Python: explain(scored, selected, " + JSON.stringify(row.id) + ").", "note"));
   } else {
     box.append(element("p", told.why));
     for (const [name, text] of told.texts) box.append(element("strong", name), element("pre", text));
@@ -86,7 +96,11 @@ function explain(row) {
     if (told.neighbours.length) box.append(element("p", "Nearest in its cluster: " + told.neighbours.map(near).join("; ")));
     if (told.nearest) box.append(element("p", "Nearest kept row: " + near(told.nearest)));
   }
-  box.scrollIntoView({ block: "nearest" });
+  const back = element("button", "Back to where you were");
+  back.addEventListener("click", () => origin.scrollIntoView({ block: "center" }));
+  box.prepend(back);
+  box.scrollIntoView({ block: box.offsetHeight < window.innerHeight ? "nearest" : "start" });
+  back.hidden = Math.abs(window.scrollY - from) < 100;
 }
 
 // the map ---------------------------------------------------------------------------------------------------------
@@ -119,16 +133,19 @@ if (canvas) {
     canvas.style.height = high + "px";
     context.setTransform(scale, 0, 0, scale, 0, 0);
     const size = Math.min(6, Math.max(2.5, 130 / Math.sqrt(placed.length)));
+    const by = byId("colour").value;
+    byId("legend").textContent = { cluster: "", score: "Dark: high scores; light: low.", taken: "Blue: kept; grey: not." }[by];
     spots = placed.filter((row) => visible(row, byId("shown").value)).map((row) => {
       return { row, x: wide / 2 + row.x * unit, y: high / 2 - row.y * unit };
     });
     for (const spot of spots) {
       context.beginPath();
-      context.arc(spot.x, spot.y, spot.row.by ? 1.2 * size : size, 0, 2 * Math.PI);
-      context.globalAlpha = spot.row.by ? 1 : 0.55;
-      context.fillStyle = colourOf(spot.row, byId("colour").value);
+      context.arc(spot.x, spot.y, spot.row.by ? 1.2 * size : 0.8 * size, 0, 2 * Math.PI);
+      context.fillStyle = colourOf(spot.row, by);
       context.fill();
-      if (spot.row.by) { context.lineWidth = 0.8; context.strokeStyle = "#222"; context.stroke(); }
+      context.lineWidth = spot.row.by ? 1.2 : 0.3;
+      context.strokeStyle = spot.row.by ? "#222" : "#fff";
+      context.stroke();
     }
   }
 
@@ -154,7 +171,7 @@ if (canvas) {
     hover.style.top = spot.y + 12 + "px";
   });
   canvas.addEventListener("mouseleave", () => { byId("hover").hidden = true; });
-  canvas.addEventListener("click", (event) => { const spot = nearest(event); if (spot) explain(spot.row); });
+  canvas.addEventListener("click", (event) => { const spot = nearest(event); if (spot) explain(spot.row, canvas); });
   for (const id of ["colour", "shown"]) byId(id).addEventListener("change", drawMap);
   window.addEventListener("resize", drawMap);
   drawMap();
