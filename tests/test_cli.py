@@ -367,6 +367,7 @@ def test_words_that_are_no_command_line_show_the_usage(arguments: tuple[str, ...
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_mistake_in_a_process_of_its_own_prints_nothing_else(tmp_path: Path) -> None:
     """Libraries log to the real stderr, where their lines would stand beside ours."""
     (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{GOOD[:20]}")

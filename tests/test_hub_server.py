@@ -34,6 +34,7 @@ def said(hub: Hub, code: str, *arguments: object, **options: Any) -> Any:
     return json.loads(hub.run(START + code, *arguments, check=True, **options).stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_datasets_push_and_load(hub: Hub) -> None:
     code = """
 import datasets, itertools

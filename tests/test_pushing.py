@@ -100,6 +100,7 @@ def test_a_result_lands_in_one_commit_with_card_and_receipt(hub: Hub, result: Pa
     assert sent and not any(row["token"] for row in sent)
 
 
+@pytest.mark.slow
 def test_public_only_when_asked_for(hub: Hub, result: Path) -> None:
     push(hub, result, "team/open", "--public", "--also", "none", check=True)
     stored = hub.repo("team/open")
@@ -204,6 +205,7 @@ def test_a_card_that_is_there_keeps_what_is_not_ours(hub: Hub, result: Path) -> 
     assert list(splits_of(hub, "me/car")) == ["selected", "scored"]
 
 
+@pytest.mark.slow
 def test_data_that_no_header_names_are_not_hidden(hub: Hub, result: Path) -> None:
     hub.commit("me/car", {"train.csv": b"a\n1\n"}, private=True)
     done = push(hub, result, "me/car")
@@ -267,6 +269,7 @@ def test_a_licence_goes_with_its_source(hub: Hub, result: Path, tmp_path: Path) 
     assert not [word for word in ("license:", "theirs", "LICENSE", "language", "you/rows") if word in card]
 
 
+@pytest.mark.slow
 def test_cards_in_other_encodings(hub: Hub) -> None:
     hub.commit("me/bom", {"README.md": b"\xef\xbb\xbf---\nlicense: mit\n---\n# Mine\n"}, private=True)
     hub.commit("me/latin", {"README.md": b"---\nlicense: mit\n---\n\xe9"}, private=True)
@@ -339,6 +342,7 @@ for repo, options, token in json.loads(sys.argv[2]):
     assert hub.repo("you/car") is None and hub.repo("company/car") is None
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_whole_result_is_refused_before_the_hub_is_asked(
     hub: Hub, result: Path, tmp_path: Path
 ) -> None:
@@ -361,6 +365,7 @@ for folder in sys.argv[1:]:
     assert hub.log() == []
 
 
+@pytest.mark.slow
 def test_what_is_no_selection_is_refused_before_the_hub_is_asked(hub: Hub) -> None:
     code = """
 from datasets import DatasetDict
@@ -446,6 +451,7 @@ def test_what_stays_is_said_in_one_line_and_the_same_command_goes_on(hub: Hub, r
     assert done.returncode == 2 and "the Hub refuses the upload (403" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_server_goes_down_in_the_middle(hub: Hub, result: Path) -> None:
     hub.fault("PUT", "/large/", times=1000, kind="delay", seconds=600, skip=2)
     command = [sys.executable, "-c", COMMAND, "push", str(result), "me/car"]

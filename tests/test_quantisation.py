@@ -64,6 +64,7 @@ def test_a_scorer_agrees_with_itself(tiny_iqs: str, sample_rows: list[dict[str, 
     assert (found.spearman, found.top_tenth, found.largest) == (pytest.approx(1), 1, 0)
 
 
+@pytest.mark.slow
 def test_a_ranking_model_is_calibrated_on_questions_and_answers(
     needs_openvino: None, make_tiny_iqs: Any, sample_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def run(*arguments: Any) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_quantise_then_score_and_evaluate(
     needs_openvino: None, tiny_iqs: str, sample_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

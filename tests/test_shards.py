@@ -266,6 +266,7 @@ def start(*arguments: Any) -> Any:
     return worker
 
 
+@pytest.mark.slow
 def test_processes_share_the_shards_and_see_the_same(tiny_iqs: str, rows: Dataset, tmp_path: Path) -> None:
     log = str(tmp_path / "log")
     workers = [start(QualityScorer(tiny_iqs), rows, str(tmp_path / "shards"), log) for _ in range(2)]

@@ -25,6 +25,7 @@ def pool(seed: int, ties: bool = False, missing: bool = False) -> Dataset:
     return Dataset.from_dict({"instruction": texts, "iqs_score": scores, "cluster": clusters})
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 99),

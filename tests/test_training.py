@@ -100,6 +100,7 @@ def test_a_trained_folder_is_a_scorer(settings: ScorerTraining, tmp_path: Path, 
     assert not Path(f"{settings.output}.checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_either_file_format_trains_either_kind(settings: ScorerTraining, tmp_path: Path) -> None:
     triples = settings.changed(
         train=str(write_triples(tmp_path / "t.csv", 8, 0)),
@@ -110,6 +111,7 @@ def test_either_file_format_trains_either_kind(settings: ScorerTraining, tmp_pat
     assert train_scorer(settings.changed(kind="ranking", epochs=1))["examples"] == 24
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(settings: ScorerTraining, tmp_path: Path) -> None:
     found = []
     for name, seed in (("one", 1), ("two", 1), ("three", 2)):
