@@ -8,7 +8,7 @@ Does not: select, or keep what it tries.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,7 +112,7 @@ def try_out(
         grid = _around(present, len(seen.scored), count_vectors(pool, embedding_column))
     else:
         for name, values in (("n1", n1), ("n2", n2), ("k", k)):
-            if values is not None and (not isinstance(values, Iterable) or isinstance(values, str) or not len(values)):
+            if values is not None and (not isinstance(values, (Sequence, np.ndarray)) or len(values) == 0):
                 raise ValueError(f"{name}={values!r} must be the numbers to try, such as {name}=[1, 10].")
         given = zip((n1, n2, k), present, strict=True)
         n1s, n2s, ks = (list(values) if values is not None else [value] for values, value in given)

@@ -33,13 +33,9 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         log.setLevel(logging.CRITICAL + 1)
     try:
         yield
-    except (
-        DatasetGenerationError,
-        ValueError,
-        StopIteration,
-        OSError,
-    ) as error:  # Arrow's are ValueErrors, or OSErrors
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the content's
+    except (DatasetGenerationError, ValueError, StopIteration, OSError) as error:
+        # Unicode's errors are ValueErrors, Arrow's as well, or OSErrors without a number; one with a number is the disk's.
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         if "corresponds to no data" in str(error):
             raise ValueError(f"source={str(path)!r} has no rows.") from error

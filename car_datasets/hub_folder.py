@@ -146,9 +146,8 @@ class HubFolder:
     def _remote(self) -> Any:
         from huggingface_hub import HfFileSystem
 
-        return HfFileSystem(
-            token=self._token, skip_instance_cache=True
-        )  # it keeps listings, by commit; ours must not grow
+        # An instance that is kept has all listings, by commit; ours must not grow.
+        return HfFileSystem(token=self._token, skip_instance_cache=True)
 
     def _at_head(self, name: str) -> str:
         return "/".join(filter(None, (f"datasets/{self.repo_id}@{self._head}", self.path, name)))

@@ -50,11 +50,12 @@ def page_data(
     texts = texts_of(pool, rows, text_columns)
     stories = dict(zip(told, explain_rows(pool, seen, told, embedding_column=embedding_column), strict=True))
     most = max(SNIPPET, min(WHOLE, SEARCHED // max(1, len(rows))))
+    plain = [_snippet(text) for text in texts]
     searched = [_snippet(text, most) for text in texts]
     below = np.searchsorted(np.sort(seen.scores[seen.scored]), seen.scores[rows], side="right")
     return {
         "unit": seen.length_unit,
-        "searched": most if any(text.endswith("…") for text in searched) else None,
+        "searched": most if any(len(part) < len(whole) for part, whole in zip(searched, plain, strict=True)) else None,
         "rows": [
             {
                 "id": seen.name_of(row),
@@ -180,9 +181,10 @@ def _plain(value: Any) -> str:
     return ""
 
 
-def _snippet(text: list[tuple[str, str]], limit: int) -> str:
-    """The columns in one line, of so many characters, of which the longer ones share what the shorter ones leave."""
+def _snippet(text: list[tuple[str, str]], limit: int | None = None) -> str:
+    """The columns in one line, or so many characters of them, of which the longer ones share what the shorter ones leave."""
     parts = [" ".join(value.split()) for _, value in text if value]
+    limit = sum(map(len, parts)) if limit is None else limit
     for left, i in enumerate(sorted(range(len(parts)), key=lambda i: len(parts[i]))):
         parts[i] = _cut(parts[i], max(1, limit // (len(parts) - left)))
         limit -= len(parts[i])
