@@ -42,9 +42,8 @@ PALETTE_NAMES = (*PALETTE, GREY)  # the last for rows without a cluster
 NAMED = 12  # clusters whose number stands on the map
 BINS = 40
 ROOM = 0.1  # between two numbers there, of a map 2 wide
-ASIDE = 0.075 * np.array(
-    [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-)  # of a cluster's middle
+# Where a number can stand, from its cluster's middle.
+ASIDE = 0.075 * np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1)])
 NUMBER = np.array([0.055, 0.045])  # half the width and height that a number takes, with half a point
 TICKS = 9  # on the axis of lengths: more would touch
 
