@@ -75,7 +75,6 @@ def test_the_shipped_settings_are_the_defaults() -> None:
     assert HeadTraining.from_yaml(hub.data_folder("configs") / "train_iqs_minilm.yaml") == HeadTraining()
 
 
-@pytest.mark.slow
 def test_the_command_trains_a_scorer_that_works(settings: HeadTraining, tmp_path: Path) -> None:
     config = str(hub.data_folder("configs") / "train_iqs_minilm.yaml")
     options = ["--train", settings.train, "--valid", settings.valid, "--output", str(tmp_path / "out")]
