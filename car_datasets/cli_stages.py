@@ -76,7 +76,7 @@ def score(
         _say_what_is_left(len(dataset), fill_shards_of(dataset, recipe, str(shards), token, embeddings), str(shards))
         return
     if as_original := output.suffix == ".json":
-        refuse_taken(dataset.column_names, names["score_column"])
+        refuse_taken(dataset.column_names, {names["score_column"]: "score"})
     scored = score_and_embed(dataset, recipe, token, embed=embeddings and not as_original, shard_dir=shards)
     added = "" if "source_index" in opened.column_names else "source_index"  # a row number of the user's own stays
     _write(rank_rows(scored, **names) if as_original else scored, output, index_column=added, **names)

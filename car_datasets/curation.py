@@ -98,7 +98,7 @@ def curate(
     )
     _check_numbers(dataset, settings)
     if folder is not None and settings.procedure == "paper":
-        refuse_taken(dataset.column_names, settings.score_column, settings.cluster_column)
+        refuse_taken(dataset.column_names, {settings.score_column: "score", settings.cluster_column: "label"})
     origin = describe_source(source, opened, settings) if folder is not None and is_main_process() else {}
     settings = pinned_source(settings, source, opened)
     scorer = scorer_of(settings, token)

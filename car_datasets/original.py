@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +132,9 @@ def from_original(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def refuse_taken(columns: Collection[str], score_column: str | None = None, cluster_column: str | None = None) -> None:
-    """Raise a ValueError where the user's rows have a column `score` or `label`, as the original calls one of ours."""
-    names = {score_column: "score", cluster_column: "label"}
-    if taken := [new for old, new in names.items() if old not in (None, new) and new in columns]:
+def refuse_taken(columns: Collection[str], renamed: Mapping[str, str]) -> None:
+    """Raise a ValueError where the user's rows have a column of a name that one of ours gets, such as `score`."""
+    if taken := [new for old, new in renamed.items() if old != new and new in columns]:
         raise ValueError(
             f"The rows have column(s) {taken} of their own, which the original's format uses: rename them first."
         )
@@ -153,11 +152,11 @@ def write_original(
 
     A column `score` or `label` of the user's is a ValueError, or with `where_free` stays, and ours keeps its name.
     """
-    ours = {name: name if name in dataset.column_names else None for name in (score_column, cluster_column)}
-    if not where_free:
-        refuse_taken(dataset.column_names, ours[score_column], ours[cluster_column])
-    renamed = {score_column: "score", cluster_column: "label"}
-    renamed = {old: new for old, new in renamed.items() if old == new or new not in dataset.column_names}
+    columns = dataset.column_names
+    renamed = {old: new for old, new in ((score_column, "score"), (cluster_column, "label")) if old in columns}
+    if where_free:
+        renamed = {old: new for old, new in renamed.items() if old == new or new not in columns}
+    refuse_taken(columns, renamed)
 
     def original(row: dict[str, Any]) -> dict[str, Any]:
         values = {renamed.get(column, column): value for column, value in row.items()}
