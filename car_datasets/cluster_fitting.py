@@ -218,8 +218,10 @@ def _fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Number
         pca = PCA(kept, svd_solver="covariance_eigh", random_state=settings.seed).fit(matrix)
         mean, components = pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
         share = float(pca.explained_variance_ratio_.sum())
-    found = KMeans(clusters, n_init=settings.n_init, random_state=settings.seed).fit((matrix - mean) @ components.T)
-    return Numbers(mean, components, found.cluster_centers_, share, float(found.inertia_))
+    # In float32, k-means++ draws other centres on some processors, whose sums differ in the last bit; in float64 all agree.
+    points = ((matrix - mean) @ components.T).astype(np.float64)
+    found = KMeans(clusters, n_init=settings.n_init, random_state=settings.seed).fit(points)
+    return Numbers(mean, components, found.cluster_centers_.astype(np.float32), share, float(found.inertia_))
 
 
 def checked_fit(
