@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.hub_server import Hub
+from tests.workers import at_home, run, start
 
 WORK = "hf://datasets/me/work/run-1"
 SCORE = """
@@ -47,8 +46,8 @@ def score(hub: Hub, model: str, place: str = WORK, kill_at: int = 0, machine: st
 @pytest.fixture(scope="module")
 def expected(tiny_iqs: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The scores, from shards in a folder of this machine."""
-    command = [sys.executable, "-c", SCORE, tiny_iqs, str(tmp_path_factory.mktemp("shards")), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run(["-c", SCORE, tiny_iqs, str(tmp_path_factory.mktemp("shards")), "0"], at_home())
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)[1]
 
 
@@ -101,19 +100,13 @@ def test_the_numbers_of_the_machine_that_came_first_are_everyones(
 @pytest.mark.slow
 def test_two_machines_at_once(hub: Hub, tiny_iqs: str, expected: list[float]) -> None:
     runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCORE, tiny_iqs, WORK, "0"],
-            env={**hub.env, "HF_HOME": str(hub.folder.parent / machine)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start(["-c", SCORE, tiny_iqs, WORK, "0"], {**hub.env, "HF_HOME": str(hub.folder.parent / machine)})
         for machine in ("one", "two")
     ]
     found = []
-    for run in runs:
-        output, errors = run.communicate(timeout=120)
-        assert run.returncode == 0, errors[-3000:]
+    for child in runs:
+        output, errors = child.communicate(timeout=120)
+        assert child.returncode == 0, errors[-3000:]
         found.append(json.loads(output))
     assert found[0][1] == found[1][1] == expected
     stored = hub.repo("me/work")

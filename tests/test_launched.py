@@ -20,6 +20,7 @@ from car_datasets import ClusterModel, QualityScorer, TextEmbedder, curate, load
 from car_datasets.columns import add_columns
 from car_datasets.results import RESULT_FILES
 from tests.conftest import ROOT, WORDS
+from tests.workers import run_ranks
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
 # Without a GPU `--cpu` would start one process whatever --num_processes says; `--multi_gpu` starts them all, on gloo.
@@ -201,12 +202,11 @@ if is_main_process():
 def test_a_script_sees_the_same_on_every_rank(
     tiny_iqs: str, tiny_embedder: str, rows: Path, tmp_path: Path, option: str
 ) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
     arguments = [str(rows), str(tmp_path / "out"), tiny_iqs, tiny_embedder, option]
-    done = launch(TORCHRUN, 3, str(tmp_path / "script.py"), *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(re.findall(r"rank \((\d), 3\) was told", done.stdout)) == ["0", "1", "2"]
-    assert done.stdout.count("main\n") == 1
+    ranks = run_ranks(3, ["-c", SCRIPT, *arguments])
+    assert [done.returncode for done in ranks] == [0] * 3, ranks
+    assert [re.findall(r"rank \((\d), 3\) was told", done.stdout) for done in ranks] == [["0"], ["1"], ["2"]]
+    assert ["main\n" in done.stdout for done in ranks] == [True, False, False]
     for name in ("", "-selected"):
         files = [(tmp_path / f"out{name}-{rank}.parquet").read_bytes() for rank in range(3)]
         assert files[0] == files[1] == files[2]
@@ -316,9 +316,9 @@ TOLD = [  # on every rank, of what is wrong with all or with one
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_clusters_are_those_of_one_process(sample_embeddings: Path, count: int) -> None:
-    done = launch(TORCHRUN, count, "-m", "tests.together", str(sample_embeddings))
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    ranks = run_ranks(count, ["-m", "tests.together", str(sample_embeddings)])
+    assert [done.returncode for done in ranks] == [0] * count, ranks
+    found = json.loads("".join(done.stdout for done in ranks))
     told = found.pop("errors")
     assert len(found) == 16
     for name, (other_labels, centers, distances) in found.items():

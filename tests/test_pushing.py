@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from car_datasets.plots import PLOT_FILES
 from car_datasets.receipt import Receipt, indices_digest
 from tests.hub_server import Hub
 from tests.test_recipe import short_rows
+from tests.workers import start
 
 # Waits are noted instead of waited for. A small SHARD_BYTES gives every push several files.
 START = """
@@ -454,11 +454,10 @@ def test_what_stays_is_said_in_one_line_and_the_same_command_goes_on(hub: Hub, r
 @pytest.mark.slow
 def test_the_server_goes_down_in_the_middle(hub: Hub, result: Path) -> None:
     hub.fault("PUT", "/large/", times=1000, kind="delay", seconds=600, skip=2)
-    command = [sys.executable, "-c", COMMAND, "push", str(result), "me/car"]
-    with subprocess.Popen(command, env=hub.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        waiting_for(lambda: hub.count("PUT", "/large/") == 2)
-        hub.kill()
-        printed, _ = child.communicate(timeout=60)
+    child = start(["-c", COMMAND, "push", str(result), "me/car"], hub.env)
+    waiting_for(lambda: hub.count("PUT", "/large/") == 2)
+    hub.kill()
+    printed = "".join(child.communicate(timeout=60))
     assert child.returncode == 2
     assert "the same command goes on" in printed and "Traceback" not in printed, printed
     assert hub.token not in printed
@@ -504,10 +503,10 @@ for sha in sys.argv[2:]:
 @pytest.mark.slow
 def test_killed_in_the_middle_the_same_command_goes_on(hub: Hub, result: Path) -> None:
     hub.fault("PUT", "/large/", times=1000, kind="delay", seconds=600, skip=3)
-    command = [sys.executable, "-c", COMMAND, "push", str(result), "me/car"]
-    with subprocess.Popen(command, env=hub.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
-        waiting_for(lambda: hub.count("PUT", "/large/") == 3)
-        child.kill()
+    child = start(["-c", COMMAND, "push", str(result), "me/car"], hub.env)
+    waiting_for(lambda: hub.count("PUT", "/large/") == 3)
+    child.kill()
+    child.wait(60)
     assert set(hub.repo("me/car").files()) == {".gitattributes"}
     hub.mend()
     push(hub, result, "me/car", "--check", check=True)
@@ -528,7 +527,7 @@ push_selection(Dataset.from_dict({"split": [sys.argv[1]] * 7}), "me/rows", split
 """
     names = ["one", "two", "three", "four"]
     hub.fault("POST", "/commit/", times=4, kind="delay", seconds=0.5)  # so that they do meet
-    children = [subprocess.Popen([sys.executable, "-c", code, name], env=hub.env) for name in names]
+    children = [start(["-c", code, name], hub.env) for name in names]
     assert [child.wait(120) for child in children] == [0] * 4
     assert splits_of(hub, "me/rows").keys() == set(names)
     assert 412 in {row["status"] for row in hub.log()}

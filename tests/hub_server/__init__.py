@@ -43,6 +43,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from tests.hub_server.faults import Fault
+from tests.workers import AT_IMPORT, HUB_PORT, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +86,7 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        command = [sys.executable, "-m", "tests.hub_server"]
+        command = [sys.executable, "-m", "tests.hub_server", str(HUB_PORT)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
         assert self._process.stdout is not None
         self.url = self._process.stdout.readline().strip()
@@ -96,14 +97,10 @@ class Hub:
         """The environment in which a child process finds this server, as `me`."""
         return {
             **os.environ,
+            **AT_IMPORT,
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token,
             "HF_HOME": str(self.folder),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "NO_PROXY": "127.0.0.1,localhost",
             "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)])),
         }
@@ -119,8 +116,7 @@ class Hub:
     ) -> subprocess.CompletedProcess[str]:
         """Run Python code in a child process; with `check` it must succeed."""
         environment = {**self.env, "HF_TOKEN": token or "", **(env or {})}
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+        done = run(["-c", code, *map(str, arguments)], environment, timeout=timeout)
         self._printed += [done.stdout, done.stderr]
         assert not check or done.returncode == 0, done.stderr[-4000:]
         return done

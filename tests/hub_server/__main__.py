@@ -26,8 +26,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.store, self.faults, self.lock = Store(), Faults(), threading.Lock()
         self.log: list[dict[str, Any]] = []
         self.origin, self.large_origin = (f"http://{host}:{self.server_port}" for host in ("127.0.0.1", "localhost"))
@@ -158,7 +158,7 @@ def _shown(repo: Repo) -> dict[str, Any]:
 
 
 def main() -> None:
-    server = Server()
+    server = Server(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     print(server.origin, flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     sys.stdin.read()  # ends with the process that started this one, however that ends
