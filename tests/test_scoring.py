@@ -273,7 +273,7 @@ def test_a_model_of_one_member_has_no_uncertainty(tiny_iqs: str) -> None:
 
 def test_a_text_whose_answer_cannot_be_found_is_refused(make_tiny_iqs: Any) -> None:
     scorer = QualityScorer(make_tiny_iqs(**SEGMENTS))
-    with pytest.raises(ValueError, match="has no ' Response:'; pass Text"):
+    with pytest.raises(ValueError, match="does not contain ' Response:'; pass Text"):
         scorer.score_texts(["no such mark"])
 
 
