@@ -167,7 +167,7 @@ def test_an_existing_column_is_not_overwritten(tiny_iqs: str, pairs: Dataset) ->
         ({"template": "fancy"}, "template='fancy'"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"on_invalid": "ignore"}, "on_invalid='ignore'"),
-        ({"revision": "main"}, "leave revision out"),
+        ({"revision": "main"}, "Leave revision out"),
         ({"schema": "alpacka"}, "schema='alpacka'"),
         ({"columns": {"question": "a"}}, "columns has the keys"),
         ({"batch_tokens": 0}, "batch_tokens=0"),
