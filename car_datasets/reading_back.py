@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from typing import Any
 
-from datasets import Dataset, load_dataset_builder
+from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from car_datasets.asking import asking
+from car_datasets.loading import builder_at_commit
 from car_datasets.retrying import READING_WAITS, reason, retry
 from car_datasets.tokens import clean_token
 
@@ -46,13 +46,10 @@ def load_split(
         ValueError: there is no such configuration or split, the Hub refuses it, or its files cannot be read.
         ConnectionError: the Hub does not answer.
     """
-    where: dict[str, Any] = {"revision": sha, "token": clean_token(token), "cache_dir": cache_dir}
     shown = f"{repo_id!r}, split {split!r}"
 
     def load() -> Dataset:
-        builder = load_dataset_builder(repo_id, config_name, **where)
-        if str(builder.hash) != sha:  # where the Hub fails, `datasets` takes what is in its cache, of any commit
-            raise ConnectionError(f"the Hub fails, and the cache holds {builder.hash}, not {sha}")
+        builder = builder_at_commit(repo_id, config_name, sha, clean_token(token), cache_dir)
         builder.download_and_prepare()
         return builder.as_dataset(split)
 

@@ -1,25 +1,23 @@
-"""Repositories on the Hub: may they be written to, what do they hold, and all of a change in one commit.
+"""Read and write repositories on the Hub, each change in one atomic commit.
 
-With hub.py, downloads.py and hub_folder.py, what touches `HfApi`.
-
-Does: check and open a repository, read a dataset's at a commit, commit to it on top of what was read, again after what passes.
-Does not: know what is pushed (pushing.py, training.py), or keep a token.
+Does: check permissions and visibility; create a repository; read a dataset's files at a commit; commit on top of the commit
+that was read, retrying on transient errors.
+Does not: know what is pushed, or store a token.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from car_datasets.asking import asking
-from car_datasets.retrying import reason, retry
+from car_datasets.retrying import retry
 from car_datasets.tokens import clean_token, refuse_unwritable, who_am_i
 
 
 class Repository(NamedTuple):
-    """A dataset repository at one moment: commit, names of files, and the text of its card, `""` without one."""
+    """The content of a dataset repository at a commit: file names, and the text of its card (`""` if it has no card)."""
 
     sha: str
     files: tuple[str, ...]
@@ -27,7 +25,7 @@ class Repository(NamedTuple):
 
 
 class Pushed(NamedTuple):
-    """Where data went: the repository's page, and the commit that holds them."""
+    """The result of a push: the page of the repository, and the commit that contains the data."""
 
     url: str
     sha: str
@@ -36,19 +34,19 @@ class Pushed(NamedTuple):
 def check_repository(
     repo_id: str, private: bool, token: str | None = None, repo_type: str = "model", argument: str = "push_to"
 ) -> None:
-    """Refuse a push that must fail, as far as can be told before hours of work, while nothing is made or uploaded.
+    """Refuse a push that would fail, before hours of work; nothing is created or uploaded.
 
     Args:
-        repo_id (`str`): `"owner/name"`, which need not be there.
-        private (`bool`): its visibility.
-        token (`str`, *optional*): one that may write; else that of `HF_TOKEN` or `hf auth login`.
+        repo_id (`str`): `"owner/name"`. The repository need not exist.
+        private (`bool`): the visibility that it should have.
+        token (`str`, *optional*): a token that may write. Defaults to `HF_TOKEN` or `hf auth login`.
         repo_type (`str`): `"model"` or `"dataset"`.
-        argument (`str`): what the caller's argument is called, for messages.
+        argument (`str`): the name of the caller's argument, for messages.
 
     Raises:
-        ValueError: there is no token or one that may not write there, or the repository is there with the other visibility
-            (the Hub ignores `private` then).
-        ConnectionError: the Hub does not answer.
+        ValueError: there is no token, or it may not write there, or the repository exists with the other visibility (the
+            Hub ignores `private` for an existing repository).
+        ConnectionError: the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -58,10 +56,10 @@ def check_repository(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{shown} is no Hub id of the form 'owner/name'.") from error
+        raise ValueError(f"{shown} is not a Hub id of the form 'owner/name'. Correct it.") from error
     api = HfApi(token=clean_token(token))
-    refuse_unwritable(who_am_i(api.whoami), repo_id, shown, repo_type)
-    with _explaining(shown):
+    refuse_unwritable(who_am_i(api.whoami, shown), repo_id, shown, repo_type)
+    with asking(shown, repo_type):
         if retry(lambda: api.repo_exists(repo_id, repo_type=repo_type)):
             _refuse_visibility(api, repo_id, private, repo_type, shown)
 
@@ -69,48 +67,42 @@ def check_repository(
 def open_repository(
     repo_id: str, private: bool, token: str | None = None, repo_type: str = "model", argument: str = "push_to"
 ) -> None:
-    """Make sure that a repository is there, may be written to, and is as private as was asked; nothing is uploaded.
+    """Create a repository unless it exists, and check that it may be written to; nothing is uploaded.
 
     Args:
-        repo_id, private, token, repo_type, argument: see [`check_repository`]; here it is made if it is not there.
+        repo_id (`str`): `"owner/name"`.
+        private (`bool`): the visibility that it must have.
+        token (`str`, *optional*): a token that may write. Defaults to `HF_TOKEN` or `hf auth login`.
+        repo_type (`str`): `"model"` or `"dataset"`.
+        argument (`str`): the name of the caller's argument, for messages.
 
     Raises:
-        ValueError: see [`check_repository`], or it cannot be made, or not with that visibility.
-        ConnectionError: the Hub does not answer.
+        ValueError: there is no token, or it may not write there, or the repository has, or was created with, the other
+            visibility.
+        ConnectionError: the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
 
     check_repository(repo_id, private, token, repo_type, argument)
     api, shown = HfApi(token=clean_token(token)), f"{argument}={repo_id!r}"
-    with _explaining(shown):
+    with asking(shown, repo_type):
         retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type))
-        _refuse_visibility(api, repo_id, private, repo_type, shown)  # an organisation may make all of its own private
-
-
-@contextlib.contextmanager
-def _explaining(shown: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise ValueError(
-            f"{shown} cannot be written to ({reason(error)}). Log in with `hf auth login`, or pass a token that may."
-        ) from error
+        # Once more: an organisation may force all its new repositories to be private.
+        _refuse_visibility(api, repo_id, private, repo_type, shown)
 
 
 def _refuse_visibility(api: Any, repo_id: str, private: bool, repo_type: str, shown: str) -> None:
-    seen = bool(retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private)
-    if seen != private:
+    is_private = bool(retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private)
+    if is_private != private:
         option = f"{'' if repo_type == 'model' else f'--repo-type {repo_type} '}--{'private' if private else 'public'}"
         raise ValueError(
-            f"{shown} is there and {'private' if seen else 'public'}, but private={private} was asked for. Change one of the "
-            f"two: `hf repos settings {repo_id} {option}`."
+            f"{shown} exists and is {'private' if is_private else 'public'}, but private={private} was requested. Change the "
+            f"argument or the repository: `hf repos settings {repo_id} {option}`."
         )
 
 
 def push_folder(folder: Path, repo_id: str, token: str | None = None) -> None:
-    """Upload a model folder to a repository of [`open_repository`], in one commit."""
+    """Upload a model folder in one commit to a repository that [`open_repository`] opened."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=clean_token(token))
@@ -121,14 +113,20 @@ def push_folder(folder: Path, repo_id: str, token: str | None = None) -> None:
 def read_repository(
     repo_id: str, revision: str | None = None, token: str | None = None, waits: Sequence[float] | None = None
 ) -> Repository:
-    """What a dataset repository holds. Nothing is taken from the cache by name.
+    """Return the file names and the card of a dataset repository, as they are on the Hub now.
+
+    The revision is resolved to a commit by a request, so that an outdated cache is never read.
 
     Args:
-        waits (`Sequence[float]`, *optional*): before further attempts, see [`~car_datasets.retrying.retry`].
+        repo_id (`str`): `"owner/name"`.
+        revision (`str`, *optional*): branch, tag or commit. Defaults to the main branch.
+        token (`str`, *optional*): a token for a private repository.
+        waits (`Sequence[float]`, *optional*): seconds before each further attempt. Defaults to those for writing, which
+            add up to two minutes.
 
     Raises:
-        ValueError: the Hub refuses: there is no such dataset or revision that you may see, or it does not know the token.
-        ConnectionError: the Hub does not answer.
+        ValueError: the Hub refuses: no such dataset or revision exists that you may see, or it does not know the token.
+        ConnectionError: the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -138,21 +136,21 @@ def read_repository(
         names = tuple(sorted(file.rfilename for file in info.siblings or ()))
         card = read_dataset_file(repo_id, "README.md", str(info.sha), token, waits) if "README.md" in names else b""
     try:
-        return Repository(str(info.sha), names, card.decode("utf-8-sig"))  # with a BOM before it, `---` is no header
+        return Repository(str(info.sha), names, card.decode("utf-8-sig"))  # a BOM would hide the `---` of the header
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{repo_id!r}: README.md there is not UTF-8 ({error}). Save it as UTF-8 and push it again."
+            f"{repo_id!r}: its README.md is not UTF-8 ({error}). Save it as UTF-8 and push it again."
         ) from error
 
 
 def read_dataset_file(
     repo_id: str, name: str, sha: str, token: str | None = None, waits: Sequence[float] | None = None
 ) -> bytes:
-    """A file of a dataset repository at a commit; for `waits` see [`read_repository`]."""
+    """Return the content of a file of a dataset repository at the commit `sha`, retrying after `waits` seconds."""
     from huggingface_hub import hf_hub_download
 
-    place: dict[str, Any] = {"repo_type": "dataset", "revision": sha, "token": clean_token(token)}
-    return Path(retry(lambda: hf_hub_download(repo_id, name, **place), waits)).read_bytes()
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": sha, "token": clean_token(token)}
+    return Path(retry(lambda: hf_hub_download(repo_id, name, **options), waits)).read_bytes()
 
 
 def commit_dataset(
@@ -162,33 +160,37 @@ def commit_dataset(
     message: str,
     token: str | None = None,
 ) -> Pushed:
-    """Upload files and commit them at once, with what depends on the repository as it is at that moment.
+    """Upload files in one atomic commit, together with files that depend on the repository's current content.
 
     Args:
-        files (`Mapping`): name in the repository to file here.
-        finish (`Callable`): called with the repository before each attempt; gives more files, and the names of those to
-            delete. Others may commit at the same time: the attempt that loses is made again, on what they left.
+        repo_id (`str`): `"owner/name"`.
+        files (`Mapping`): name in the repository to local path.
+        finish (`Callable`): called with the current content before each attempt. Returns more files, and the names of
+            files to delete. If someone else commits in the meantime, the next attempt builds on their commit.
+        message (`str`): the title of the commit.
+        token (`str`, *optional*): a token that may write. Defaults to `HF_TOKEN` or `hf auth login`.
 
     Returns:
-        [`Pushed`]: where it is now; for data that were there already, the commit that had them.
+        [`Pushed`]: the page and the commit; if the repository contained the data already, the existing commit.
 
     Raises:
-        ValueError: the Hub refuses it.
-        ConnectionError: the Hub does not answer; nothing is visible there, and the same call goes on.
+        ValueError: the Hub refuses the commit.
+        ConnectionError: the Hub cannot be reached. Nothing is visible there; the same call resumes the upload.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi(token=clean_token(token))
 
     def attempt() -> Pushed:
-        seen = read_repository(repo_id, token=token)
-        more, gone = finish(seen)
+        current = read_repository(repo_id, token=token)
+        more, obsolete = finish(current)
         content: dict[str, Any] = {**{name: str(path) for name, path in files.items()}, **more}
         operations = [CommitOperationAdd(name, each) for name, each in content.items()]
-        deletions = [CommitOperationDelete(name) for name in gone]
-        done = api.create_commit(
-            repo_id, [*operations, *deletions], commit_message=message, repo_type="dataset", parent_commit=seen.sha
+        deletions = [CommitOperationDelete(name) for name in obsolete]
+        # With its parent named, the commit fails with 412 if the repository has changed since it was read.
+        commit = api.create_commit(
+            repo_id, [*operations, *deletions], commit_message=message, repo_type="dataset", parent_commit=current.sha
         )
-        return Pushed(f"{api.endpoint}/datasets/{repo_id}", str(done.oid))
+        return Pushed(f"{api.endpoint}/datasets/{repo_id}", str(commit.oid))
 
     return retry(attempt)

@@ -1,4 +1,8 @@
-"""The text that models read: CaR's template as it is, and a cleaned one; versioned, because scores depend on it."""
+"""Render an exchange as the text that models read, with CaR's own template or a cleaned one.
+
+Does: keep templates under versioned names, because scores depend on them; clean up text.
+Does not: know a dataset's columns.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ CLEAN_TEMPLATE = "clean-1"
 
 
 class Exchange(NamedTuple):
-    """One user request and the answer to it."""
+    """A user's request and the answer to it."""
 
     instruction: str
     input: str
@@ -19,55 +23,56 @@ class Exchange(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A rendered exchange: what was asked and what was answered, apart, as the ranking variant reads them."""
+    """A rendered exchange, with question and answer apart for the ranking variant, which reads them separately."""
 
     question: str
     answer: str
 
     @property
     def whole(self) -> str:
-        """Both in one, as IQS and the embedder read them."""
+        """Return question and answer in one text, as IQS and the embedder read them."""
         return f"{self.question} {self.answer}"
 
     @classmethod
     def split(cls, whole: str) -> Text:
-        """Cut a rendered text at its first `" Response:"`.
+        """Split a rendered text at its first `" Response:"`.
 
         Raises:
-            ValueError: it has none.
+            ValueError: the text does not contain it.
         """
         question, mark, answer = whole.partition(" Response:")
         if not mark:
-            raise ValueError(f"{whole[:60]!r} has no ' Response:'; pass Text(question, answer).")
+            raise ValueError(f"text={whole[:60]!r} does not contain ' Response:'; pass Text(question, answer).")
         return cls(question, f"Response:{answer}")
 
 
 def render(exchange: Exchange, template: str = CLEAN_TEMPLATE) -> Text:
-    """The text that the quality model and the embedder read.
+    """Render an exchange as the text that the quality model and the embedder read.
 
-    `"paper"` is CaR's inference template byte for byte: an empty input leaves two spaces before `Response:`, nothing is
-    cleaned. `"clean-1"` passes each part through [`clean`] and leaves ` Input: ` out where there is no input, as CaR's
-    own *training* files do (its scoring script scores most rows in a form that was not seen in training).
+    `"paper"` is CaR's inference template byte for byte: an empty input leaves two spaces before `Response:`, and nothing is
+    cleaned. `"clean-1"` passes each part through [`clean`] and omits ` Input: ` if there is no input, as CaR's own
+    *training* files do (its scoring script renders most rows in a form that the model did not see in training).
 
     Raises:
-        ValueError: the template is not known.
+        ValueError: the template is unknown.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template={template!r} is not known; choose one of {sorted(TEMPLATES)}.")
     return TEMPLATES[template](exchange)
 
 
-def _paper(e: Exchange) -> Text:
-    return Text(f"Instruction: {e.instruction} Input: {e.input}", f"Response: {e.response}")
+def _paper(exchange: Exchange) -> Text:
+    instruction, context, response = exchange
+    return Text(f"Instruction: {instruction} Input: {context}", f"Response: {response}")
 
 
-def _clean(e: Exchange) -> Text:
-    instruction, context, response = clean(e.instruction), clean(e.input), clean(e.response)
+def _clean(exchange: Exchange) -> Text:
+    instruction, context, response = (clean(part) for part in exchange)
     asked = f"Instruction: {instruction} Input: {context}" if context else f"Instruction: {instruction}"
     return Text(asked, f"Response: {response}")
 
 
-# Versioned: scores depend on the template, so a change of wording or cleaning is a new name, never an edit.
+# Scores depend on the template, so a change of wording or of `clean` gets a new name; a published one is never edited.
 TEMPLATES: dict[str, Callable[[Exchange], Text]] = {PAPER_TEMPLATE: _paper, CLEAN_TEMPLATE: _clean}
 
 _ESCAPE = re.compile(r"""\\(?:u([0-9a-fA-F]{4})|([nrtbf"'\\/]))""")
@@ -77,12 +82,12 @@ _QUOTES = str.maketrans("‘’“”", "''\"\"")
 
 
 def clean(text: str) -> str:
-    r"""Undo typed-out JSON escapes, straighten quotes and fold white space.
+    r"""Decode literal JSON escapes, straighten quotes and collapse white space.
 
-    45 % of the worse halves of CaR's training pairs hold escapes typed out (`\n`, `\"`, `\u2019` as characters), against
+    45 % of the worse halves of CaR's training pairs contain escapes as characters (`\n`, `\"`, `\u2019`), compared with
     1 % of the better halves; a model that reads them learns to spot the escapes. Decoding is repeated until nothing
     changes, so that `clean(json.dumps(text)[1:-1]) == clean(text)` for every text, however often it was escaped. The
-    price: `\nabla` in LaTeX loses its `\n`. Only the scored text is touched, never the row.
+    price: `\nabla` in LaTeX loses its `\n`. Only the scored text is changed, never the row.
     """
     text = text.translate(_QUOTES)
     while (decoded := _ESCAPE.sub(_decode, text).translate(_QUOTES)) != text:  # a straightened quote can end an escape
@@ -91,7 +96,7 @@ def clean(text: str) -> str:
 
 
 def join_surrogates(text: str) -> str:
-    """Halves of a character that meet form one; a lone half is no text, and no file or tokenizer takes it."""
+    """Join surrogate pairs to characters, and replace lone surrogates, which no file or tokenizer accepts, by U+FFFD."""
     if _SURROGATE.search(text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

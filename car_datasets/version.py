@@ -1,3 +1,3 @@
-"""The version, in one place: setup.cfg reads it, and a result can name it."""
+"""Define the version of the package, for its metadata and for receipts."""
 
 __version__ = "0.1.0"

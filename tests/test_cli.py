@@ -218,9 +218,9 @@ def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
 MISTAKES: list[Any] = [
     # content of source.json or its replacement, arguments after `curate source.json -o out`, message
     pytest.param(None, (), "no such file or folder", id="missing file"),
-    pytest.param("", (), "is empty", id="empty file"),
+    pytest.param("", (), "is an empty file", id="empty file"),
     pytest.param("[]", (), "is an empty list", id="empty list"),
-    pytest.param('["a"]', (), "is no list of objects", id="strings"),
+    pytest.param('["a"]', (), "is neither a list of objects nor JSON Lines", id="strings"),
     pytest.param('{"data": [1]}', (), r"No known schema fits the columns \['data'\].*--columns", id="an object"),
     pytest.param(
         '[{"text": "a"}]', (), r"No known schema fits the columns \['text'\].*--columns", id="unknown columns"
@@ -255,10 +255,10 @@ MISTAKES: list[Any] = [
     pytest.param(
         GOOD, ("--n1", "1", "--on-invalid", "drop"), "on_invalid='drop' is not known", id="unknown on_invalid"
     ),
-    pytest.param(GOOD, ("--n1", "1", "--scorer", "/no/model"), "there is no such folder", id="missing scorer"),
+    pytest.param(GOOD, ("--n1", "1", "--scorer", "/no/model"), "no such folder", id="missing scorer"),
     pytest.param(GOOD, ("--n1", "1", "--scorer", "me/none"), "model_id='me/none'", id="scorer not on the Hub"),
     pytest.param(GOOD, ("--n1", "1", "--scorer", "."), "no config.json", id="folder without a model"),
-    pytest.param(GOOD, ("--n1", "1", "--embedder", "/no/model"), "there is no such folder", id="missing embedder"),
+    pytest.param(GOOD, ("--n1", "1", "--embedder", "/no/model"), "no such folder", id="missing embedder"),
     pytest.param(GOOD, ("--n1", "1", "--seed", "-1"), "seed=-1", id="negative seed"),
     pytest.param(GOOD, ("--config", "nope.yaml"), "nope.yaml", id="missing recipe"),
     pytest.param(GOOD, ("--config", "."), "[Dd]irectory|folder", id="recipe is a folder"),
@@ -298,7 +298,7 @@ def test_mistake_in_a_recipe_is_one_line(text: str, message: str, rows: Path, tm
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.txt", b"text", r"the ending '\.txt' is not known"),
+        ("rows.txt", b"text", r"the file extension '\.txt' is not known"),
         ("rows.parquet", b"PAR1", r"rows\.parquet.*cannot be read as parquet"),
         ("rows.parquet", b"PAR1" + b"\xff" * 99 + b"\x10\0\0\0PAR1", r"rows\.parquet.*cannot be read as parquet"),
         ("rows.csv", b"instruction,output\ncaf\xe9,b\n", r"rows\.csv.*cannot be read as csv"),

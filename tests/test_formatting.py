@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from car_datasets import load_instructions
 from car_datasets.formatting import (
     BAD_TURN,
     EMPTY_RESPONSE,
@@ -16,13 +19,16 @@ from car_datasets.formatting import (
     NOT_A_STRING,
     NULL,
     OK,
+    ROLES,
     SCHEMAS,
     Schema,
     exchanges_of,
     find_schema,
     format_batch,
+    schema_names,
 )
 from car_datasets.templates import Exchange, clean, render
+from tests.conftest import ROOT
 
 SHAREGPT = SCHEMAS["conversations"]
 
@@ -84,6 +90,39 @@ def test_renamed_columns_decide_between_schemas() -> None:
 def test_schema_that_does_not_fit_is_refused(seen: list[str], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_schema(seen, **options)
+
+
+def test_a_schema_is_added_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMAS, "exam", Schema("exam", "task", "hint", "solution"))
+    monkeypatch.setitem(SCHEMAS, "lesson", Schema("lesson", turns="lesson", role="who", content="said"))
+    monkeypatch.setitem(ROLES, "pupil", "user")
+    monkeypatch.setitem(ROLES, "teacher", "assistant")
+    assert schema_names() == ("auto", *SCHEMAS) and {"exam", "lesson"} < set(schema_names())
+
+    (tmp_path / "exam.csv").write_text("task,hint,solution\n6 x 7?,,042\nNA,None,1.50\n", encoding="utf-8")
+    exam = load_instructions(tmp_path / "exam.csv")
+    assert exam.to_dict() == {
+        "task": ["6 x 7?", "NA"],
+        "hint": ["", "None"],
+        "solution": ["042", "1.50"],  # text, like the columns of every schema
+        "source_index": [0, 1],
+    }
+    assert exam.to_dict() == load_instructions(tmp_path / "exam.csv", schema="exam").to_dict()
+    texts = [row.texts[0].whole for row in format_batch(exam[:], find_schema(exam.column_names), "clean-1")]
+    assert texts[0] == "Instruction: 6 x 7? Response: 042"
+    with pytest.raises(ValueError, match=r"1 of 2 rows cannot be scored: 1 null \(rows 1\)"):
+        load_instructions(Dataset.from_dict({"task": ["a", "b"], "solution": ["c", None]}))
+
+    turns = [{"who": "Pupil", "said": "6 x 7?"}, {"who": "Teacher", "said": "42"}]
+    lesson = load_instructions(Dataset.from_dict({"lesson": [turns]}))
+    [row] = exchanges_of(lesson[:], find_schema(lesson.column_names))
+    assert row == [Exchange("6 x 7?", "", "42")]
+
+
+def test_every_schema_bears_its_key_and_is_described_in_the_readme() -> None:
+    assert [schema.name for schema in SCHEMAS.values()] == list(SCHEMAS)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What goes in")[1].split("\n## ")[0]
+    assert [name for name in SCHEMAS if f"`{name}`" not in section] == []
 
 
 def test_required_columns_leave_the_input_out() -> None:

@@ -93,7 +93,10 @@ def test_a_hub_that_is_gone_is_said_and_the_cache_is_there_for_those_who_ask(hub
     assert load(hub, "me/rows", revision=commit) == ["red"]
     assert load(hub, "me/rows", {"env": {"HF_HUB_OFFLINE": "1"}}) == ["red"]
     other = load(hub, "me/rows", {"env": {"HF_HUB_OFFLINE": "1"}}, revision="0" * 40)
-    assert f"commit {'0' * 40} could not be loaded" in other and f"the cache holds {commit}, which is another" in other
+    assert (
+        f"commit {'0' * 40} could not be loaded" in other
+        and f"the cache holds {commit}, which is a different commit" in other
+    )
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again(hub: Hub) -> None:
@@ -114,7 +117,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(hub: Hub) -> None:
         ("you/open", {}, "hf_wrong", "ValueError: source='you/open': the Hub does not know your token (401). HF_TOKEN wins"),
         ("you/open", {"split": "test"}, "hf_me_writes", 'Unknown split "test"'),
         ("you/x y", {}, "hf_me_writes", "nor a Hub id of the form 'owner/name'"),
-        ("you/header", {}, "hf_me_writes", "ValueError: source='you/header': the header of its README.md is no YAML"),
+        ("you/header", {}, "hf_me_writes", "ValueError: source='you/header': the header of its README.md is not valid YAML"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_says_what_to_do(
@@ -139,4 +142,4 @@ def test_on_the_command_line_it_is_one_line_without_a_token(hub: Hub) -> None:
 @pytest.mark.parametrize("token", ["hf_me\nwrites", "with space"])
 def test_a_token_that_cannot_be_one_is_refused_unseen(hub: Hub, token: str) -> None:
     message = load(hub, "me/rows", {"token": None}, token=token)
-    assert "The token holds white space" in message and token not in message
+    assert "The token contains white space" in message and token not in message

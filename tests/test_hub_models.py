@@ -104,7 +104,7 @@ print(json.dumps([caught(score, revision or None) for revision in sys.argv[1:]])
         ("you/open", "v9", "hf_me_writes", "model_id='you/open' has no revision 'v9'. Name a branch, a tag or a commit"),
         ("you/open", "0" * 40, "hf_me_writes", "has no revision"),
         ("you/open", None, "hf_wrong", "ValueError: model_id='you/open': the Hub does not know your token (401). HF_TOKEN"),
-        ("you/pickled", None, "hf_me_writes", "holds no safetensors (it holds ['.gitattributes', 'config.json', 'pytorch"),
+        ("you/pickled", None, "hf_me_writes", "has no safetensors (it has ['.gitattributes', 'config.json', 'pytorch"),
         ("you/x y", None, "hf_me_writes", "nor a Hub id of the form 'owner/name'"),
     ],
 )  # fmt: skip

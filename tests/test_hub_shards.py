@@ -156,8 +156,8 @@ def test_what_was_scored_when_the_hub_went_away_is_not_scored_again(
         (WORK, "hf_me_reads", f"shard_dir={WORK!r}: the token may only read"),
         (WORK, None, "Log in with `hf auth login`, or set HF_TOKEN"),
         (WORK, "hf_wrong", "(401). HF_TOKEN wins over `hf auth login`"),
-        ("hf://datasets/you/work/run-1", "hf_me_writes", "may not write to what belongs to 'you'"),
-        ("hf://datasets/company/work", "hf_me_writes", "may not write to what belongs to 'company'"),
+        ("hf://datasets/you/work/run-1", "hf_me_writes", "may not write to repositories of 'you'"),
+        ("hf://datasets/company/work", "hf_me_writes", "may not write to repositories of 'company'"),
         ("hf://datasets/work", "hf_me_writes", "names no dataset repository; say hf://datasets/you/name"),
     ],
 )

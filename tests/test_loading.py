@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from car_datasets import load_instructions
-from car_datasets.loading import open_dataset
+from car_datasets import load_instructions, loading
+from car_datasets.loading import check_rows, open_dataset
 
 COLUMNS = ("instruction", "input", "output", "id")
 ROWS = [
@@ -194,7 +194,7 @@ def test_split_is_chosen_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (None, r"The source has the splits \['test', 'train'\]; say which: .*--split train"),
+        (None, r"The source has the splits \['test', 'train'\]; say which, .*--split train"),
         ("validation", r"split='validation' is not in the source; it has \['test', 'train'\]"),
     ],
 )
@@ -216,17 +216,17 @@ def test_missing_file_is_named(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("rows.json", "", "is empty"),
-        ("rows.csv", "", "is empty"),
+        ("rows.json", "", "is an empty file"),
+        ("rows.csv", "", "is an empty file"),
         ("rows.json", "[]", "is an empty list"),
         ("rows.json", "\ufeff [ ]\n", "is an empty list"),
-        ("rows.json", '["a", "b"]', "is no list of objects"),
-        ("rows.json", "[1, 2]", "is no list of objects"),
-        ("rows.json", "[[1], [2]]", "is no list of objects"),
-        ("rows.json", "null", "is no list of objects"),
-        ("rows.json", '"text"', "is no list of objects"),
-        ("rows.json", " \n ", "is no list of objects"),
-        ("rows.json", "instruction,output\na,b\n", "is no list of objects"),
+        ("rows.json", '["a", "b"]', "is neither a list of objects nor JSON Lines"),
+        ("rows.json", "[1, 2]", "is neither a list of objects nor JSON Lines"),
+        ("rows.json", "[[1], [2]]", "is neither a list of objects nor JSON Lines"),
+        ("rows.json", "null", "is neither a list of objects nor JSON Lines"),
+        ("rows.json", '"text"', "is neither a list of objects nor JSON Lines"),
+        ("rows.json", " \n ", "is neither a list of objects nor JSON Lines"),
+        ("rows.json", "instruction,output\na,b\n", "is neither a list of objects nor JSON Lines"),
         ("rows.jsonl", f"{GOOD}\n{GOOD[:20]}", "cannot be read as json"),
         ("rows.json", f"[{GOOD}, {GOOD[:20]}", "cannot be read as json"),
         ("rows.json", f"[{GOOD}, 3]", "cannot be read as json"),
@@ -239,7 +239,7 @@ def test_missing_file_is_named(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         ("rows.csv", "instruction,output\na,b,c\nd,e,f\n", "cannot be read as csv"),
         ("rows.csv", "instruction,output\na,b\nd,e,f\n", "cannot be read as csv"),
         ("rows.parquet", "PAR1 and no more", "cannot be read as parquet"),
-        ("rows.txt", "text", r"the ending '\.txt' is not known; known are .*'\.jsonl'"),
+        ("rows.txt", "text", r"the file extension '\.txt' is not known; use one of .*'\.jsonl'"),
     ],
 )
 def test_file_that_is_not_what_its_name_says_is_refused_by_name(
@@ -359,6 +359,24 @@ def test_null_or_missing_inputs_and_empty_answers_are_no_errors(pairs: Dataset) 
     assert len(load_instructions(pairs.remove_columns("input"))) == len(pairs)
 
 
+def test_opening_and_checking_are_the_two_halves_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    find_schema = loading.find_schema
+    monkeypatch.setattr(loading, "find_schema", lambda *args: calls.append(args) or find_schema(*args))
+    path = save("rows.csv", "task,solution,key\n12,007,a\nNA,,b\n")(tmp_path)
+    options: dict[str, Any] = {"columns": {"instruction": "task", "response": "solution"}}
+    opened = open_dataset(path, **options)
+    assert calls == [] and opened.column_names == ["task", "solution", "key"]
+    checked = check_rows(opened, index_column="row", **options)
+    assert len(calls) == 1  # the schema is found once per dataset
+    assert checked.to_dict() == load_instructions(path, index_column="row", **options).to_dict()
+    assert check_rows(opened, index_column="key", **options).to_dict() == opened.to_dict()
+    with pytest.raises(ValueError, match="No known schema fits"):
+        check_rows(opened)
+    with pytest.raises(ValueError, match="on_invalid='drop' is not known"):
+        check_rows(opened, on_invalid="drop", **options)
+
+
 def test_unknown_way_with_bad_rows_is_refused(pairs: Dataset) -> None:
     with pytest.raises(ValueError, match="on_invalid='drop' is not known"):
         load_instructions(pairs, on_invalid="drop")
@@ -372,7 +390,7 @@ def test_text_beside_numbers_is_not_changed_in_silence(tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": value} for value in ("42", '"q"', "null", 3, "plain")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     for mode in ("error", "mark"):
-        with pytest.raises(ValueError, match=r"'output' holds text and 1 other values \(rows 3\)"):
+        with pytest.raises(ValueError, match=r"'output' contains text and 1 other values \(rows 3\)"):
             load_instructions(tmp_path / "rows.json", on_invalid=mode)
 
 

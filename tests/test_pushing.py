@@ -298,14 +298,14 @@ def test_the_pool_of_an_older_selection_goes_with_it(hub: Hub, result: Path, tmp
 
 REFUSED: list[tuple[str, list[str], str | None, str]] = [
     ("me/car", [], None, "no token to push with. Log in with `hf auth login`, or set HF_TOKEN"),
-    ("me/car", [], "hf_wrong", "does not know this token (401)"),
+    ("me/car", [], "hf_wrong", "does not know your token (401)"),
     ("me/car", [], Hub.read_token, "the token may only read"),
-    ("you/car", [], Hub.token, "may not write to what belongs to 'you'. Push to one of ['me', 'team', 'company']"),
-    ("company/car", [], Hub.token, "may not write to what belongs to 'company'"),
-    ("car", [], Hub.token, "names no owner; say 'me/car'"),
-    ("me/a b", [], Hub.token, "no Hub id of the form 'owner/name'"),
-    ("me/public", [], Hub.token, "is there and public, but private=True was asked for"),
-    ("me/private", ["--public"], Hub.token, "is there and private, but private=False was asked for"),
+    ("you/car", [], Hub.token, "may not write to repositories of 'you'. Push to one of ['me', 'team', 'company']"),
+    ("company/car", [], Hub.token, "may not write to repositories of 'company'"),
+    ("car", [], Hub.token, "names no owner; pass 'me/car'"),
+    ("me/a b", [], Hub.token, "not a Hub id of the form 'owner/name'"),
+    ("me/public", [], Hub.token, "exists and is public, but private=True was requested"),
+    ("me/private", ["--public"], Hub.token, "exists and is private, but private=False was requested"),
     ("me/car", ["--also", "everything"], Hub.token, "choose out of ('scored',"),
     ("me/car", ["--split", "a-b"], Hub.token, "split='a-b'"),
     (
@@ -395,7 +395,9 @@ def test_a_token_with_a_line_end_is_still_one_and_a_broken_one_is_not_shown(hub:
     assert done.returncode == 2 and "secret" not in done.stdout + done.stderr
     code = START + "pushing.push_selection(Dataset.from_dict({'a': [1]}), 'me/other', token='hf_top\\nsecret')"
     done = hub.run(code)
-    assert "ValueError: The token holds white space" in done.stderr and "secret" not in done.stderr.split("Error:")[-1]
+    assert (
+        "ValueError: The token contains white space" in done.stderr and "secret" not in done.stderr.split("Error:")[-1]
+    )
     assert hub.repo("me/other") is None
 
 

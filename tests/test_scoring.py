@@ -167,7 +167,7 @@ def test_an_existing_column_is_not_overwritten(tiny_iqs: str, pairs: Dataset) ->
         ({"template": "fancy"}, "template='fancy'"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"on_invalid": "ignore"}, "on_invalid='ignore'"),
-        ({"revision": "main"}, "leave revision out"),
+        ({"revision": "main"}, "Leave revision out"),
         ({"schema": "alpacka"}, "schema='alpacka'"),
         ({"columns": {"question": "a"}}, "columns has the keys"),
         ({"batch_tokens": 0}, "batch_tokens=0"),
@@ -273,7 +273,7 @@ def test_a_model_of_one_member_has_no_uncertainty(tiny_iqs: str) -> None:
 
 def test_a_text_whose_answer_cannot_be_found_is_refused(make_tiny_iqs: Any) -> None:
     scorer = QualityScorer(make_tiny_iqs(**SEGMENTS))
-    with pytest.raises(ValueError, match="has no ' Response:'; pass Text"):
+    with pytest.raises(ValueError, match="does not contain ' Response:'; pass Text"):
         scorer.score_texts(["no such mark"])
 
 

@@ -26,8 +26,8 @@ def test_a_model_folder_is_pushed_whole_and_private(hub: Hub, tiny_iqs: str) -> 
 @pytest.mark.parametrize(
     ("name", "visibility", "message"),
     [
-        ("me/public", "private", "is there and public, but private=True was asked for"),
-        ("you/scorer", "private", "may not write to what belongs to 'you'"),
+        ("me/public", "private", "exists and is public, but private=True was requested"),
+        ("you/scorer", "private", "may not write to repositories of 'you'"),
     ],
 )
 def test_nothing_leaves_where_it_was_not_meant_to_go(
