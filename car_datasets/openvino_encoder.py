@@ -71,7 +71,7 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
     missing = [name for name in ENGINE_FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"engine={engine!r} is not the folder of an engine: it lacks {', '.join(missing)}. Make one with "
+            f"engine={engine!r} is not the folder of an engine: it has no {', '.join(missing)}. Make one with "
             "`car-datasets quantise SOURCE --output FOLDER`."
         )
     try:
