@@ -6,6 +6,7 @@ Does not: build a model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -136,6 +137,8 @@ def _as_config(encoder_config: dict[str, Any] | PreTrainedConfig | None) -> PreT
 
 
 # The name under which users import the class: pickles hold it, so the file can be moved.
+# Types are evaluated first: strings would be looked up in the package, which does not have this module's imports.
+IQSConfig.__annotations__ = inspect.get_annotations(IQSConfig, eval_str=True)
 IQSConfig.__module__ = "car_datasets"
 
 AutoConfig.register(IQSConfig.model_type, IQSConfig)

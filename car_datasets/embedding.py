@@ -8,6 +8,7 @@ Does not: reduce dimensions or cluster.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -212,4 +213,6 @@ def pool_tokens(model: SentenceTransformer, last_hidden_state: Tensor, mask: Ten
 
 
 # The name under which users import the class: pickles and `datasets` fingerprints hold it, so the file can be moved.
+# Types are evaluated first: strings would be looked up in the package, which does not have this module's imports.
+TextEmbedder.__annotations__ = inspect.get_annotations(TextEmbedder, eval_str=True)
 TextEmbedder.__module__ = "car_datasets"

@@ -8,6 +8,7 @@ Does not: load datasets, start processes, or give a score to a row that has no t
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -354,4 +355,6 @@ def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
 
 
 # The name under which users import the class: pickles and `datasets` fingerprints hold it, so the file can be moved.
+# Types are evaluated first: strings would be looked up in the package, which does not have this module's imports.
+QualityScorer.__annotations__ = inspect.get_annotations(QualityScorer, eval_str=True)
 QualityScorer.__module__ = "car_datasets"

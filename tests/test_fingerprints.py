@@ -163,6 +163,7 @@ def test_public_classes_are_pickled_by_the_name_that_users_import(tiny_iqs: str)
         assert b"car_datasets." not in content  # no module of ours, which may be moved
         assert f"car_datasets.{type(value).__name__}" == f"{type(value).__module__}.{type(value).__qualname__}"
         assert type(pickle.loads(content)) is type(value)
+        assert all(not isinstance(kind, str) for kind in type(value).__annotations__.values())  # for the docs' sake
 
 
 def test_the_second_map_calls_no_model(tiny_iqs: str, sample_file: Path) -> None:
