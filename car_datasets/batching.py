@@ -1,7 +1,7 @@
-"""Group texts into batches with little padding: tokenised ahead of the model, sorted by length, cut by a budget of tokens.
+"""Group texts into batches with little padding: sorted by length, cut by a budget of tokens, tokenised ahead.
 
-Does: make the batches of scoring, embedding, evaluation in training, and benchmarks; put results back in the order of the
-texts; make batches smaller when memory runs out.
+Does: make the batches of scoring, embedding, evaluation in training, and benchmarks; put results back in the order of
+the texts; make batches smaller when memory runs out.
 Does not: know a model, or a row.
 """
 
@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 # Measured on 2 cores: 1,024 to 2,048 tokens a batch beat larger ones by up to 2 times.
 CPU_BUDGET = 2048
-# Times the encoder's units: 32k tokens for 1,024 units, 87k for 384, whose layers are done sooner than they are launched.
+# Times the encoder's units: 32k tokens for 1,024 units, 87k for 384, whose layers are done sooner than they are
+# launched.
 ACCELERATOR_BUDGET = 32768 * 1024
 WINDOW_TEXTS = 4096  # texts that are tokenised at a time, while the model reads the ones before them
 
@@ -54,9 +55,9 @@ class Budget:
         logger.warning("Out of memory: batches of %d tokens from now on.", self.tokens)
 
 
-# The budgets of this process, by device, width of the encoder and the user's own number of tokens. All stages share them, so
-# that a batch size which did not fit the memory is not tried again: one that ran out of memory makes the batches of every
-# other with the same width smaller too.
+# The budgets of this process, by device, width of the encoder and the user's own number of tokens. All stages share
+# them, so that a batch size which did not fit the memory is not tried again: one that ran out of memory makes the
+# batches of every other with the same width smaller too.
 BUDGETS: dict[tuple[torch.device, int, int | None], Budget] = {}
 
 
@@ -103,8 +104,8 @@ def _ids_before_cut(
     tokenizer: Any, texts: list[str], answers_at: Sequence[int] | None
 ) -> tuple[list[list[int]], list[int | None]]:
     """Return the ids of entire texts, and if asked the token at which each answer begins (`None`: it has no token)."""
-    # The Rust backend is called directly: it releases the GIL, so that other threads run meanwhile, and its result is not
-    # copied into an attention mask and token types that nobody reads.
+    # The Rust backend is called directly: it releases the GIL, so that other threads run meanwhile, and its result is
+    # not copied into an attention mask and token types that nobody reads.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return tokenizer(texts, truncation=False, verbose=False)["input_ids"], []
@@ -125,7 +126,10 @@ def tokenised_ahead(
     Worthwhile on a GPU, which is given more texts at a time; on a CPU the tokenizer takes 1 % of the time.
 
     Args:
-        tokenizer, texts, limit, answers_at: the arguments of [`tokenise`].
+        tokenizer: of transformers; a fast one if `answers_at` is given.
+        texts (`Sequence[str]`): entire texts.
+        limit (`int`): tokens read of each, special tokens included.
+        answers_at (`Sequence[int]`, *optional*): the character at which each answer begins.
 
     Yields:
         [`Tokens`]: of one window after the other.

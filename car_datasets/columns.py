@@ -18,16 +18,16 @@ from car_datasets.vectors import beside
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# A GPU is through a thousand rows before the next thousand are tokenised; on a CPU more would delay the progress bar, and fewer
-# leave more padding (3.5 % at 1,000 rows of Alpaca, 2.0 % at 2,000, 1.2 % at 4,000).
+# A GPU is through a thousand rows before the next thousand are tokenised; on a CPU more would delay the progress bar,
+# and fewer leave more padding (3.5 % at 1,000 rows of Alpaca, 2.0 % at 2,000, 1.2 % at 4,000).
 CPU_ROWS, ACCELERATOR_ROWS = 2_000, 16_384
 
 
 def add_columns(dataset: Dataset, stage: Stage, description: str) -> Dataset:
     """Return what `dataset.map(stage, batched=True)` gives, computed from the columns that the stage reads alone.
 
-    The new columns have the stage's own types (`.map` would infer lists of any length for embeddings, and fail on a first
-    batch of nulls). Like those of `.map`, they are read from the cache the second time.
+    The new columns have the stage's own types (`.map` would infer lists of any length for embeddings, and fail on a
+    first batch of nulls). Like those of `.map`, they are read from the cache the second time.
 
     Args:
         dataset (`Dataset`): without the columns that the stage adds.
@@ -57,8 +57,8 @@ def read_columns(column_names: Sequence[str], stage: Stage, with_index: bool = T
     Args:
         column_names (`Sequence[str]`): columns of the dataset.
         stage (`Stage`): such as [`QualityScorer`].
-        with_index (`bool`): also `source_index` if the dataset has it. It names rows in messages and changes no result, so
-            the content that a run in shards is bound to leaves it out.
+        with_index (`bool`): also `source_index` if the dataset has it. It names rows in messages and changes no result,
+            so the content that a run in shards is bound to leaves it out.
 
     Raises:
         ValueError: the stage finds no column that it can read.

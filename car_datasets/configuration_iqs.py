@@ -23,12 +23,12 @@ class IQSConfig(PreTrainedConfig):
     """Configuration of [`IQSModel`]. The defaults are the original's (`configs/models/instruction_score.yaml` of CaR).
 
     Args:
-        encoder_config (`dict` or `PreTrainedConfig`, *optional*): the configuration of the encoder; defaults to the shape
-            of XLM-RoBERTa-large.
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*): the configuration of the encoder; defaults to the
+            shape of XLM-RoBERTa-large.
         objective (`str`): `"regression"`: a head scores the entire text. `"ranking"`, the original's "Comet" variant:
             question and answer are encoded apart and the score is `1 / (1 + distance)`.
-        head (`str`): `"feed_forward"`, the original's, reads the pooled combination of layers. `"segments"`, the default
-            scorer's, reads question and answer pooled apart and the words of the answer; `layer_mix`, `layer`,
+        head (`str`): `"feed_forward"`, the original's, reads the pooled combination of layers. `"segments"`, the
+            default scorer's, reads question and answer pooled apart and the words of the answer; `layer_mix`, `layer`,
             `layer_norm` and `pooling` do not apply to it.
         layer_mix (`str`): how the encoder's n + 1 hidden states (the embedding output counts as one) are combined:
             `"sparsemax"` or `"softmax"` weights times `gamma`.

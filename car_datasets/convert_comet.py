@@ -48,8 +48,8 @@ def convert(checkpoint: Path, tokenizer: str | None = None) -> Converted:
 
     Args:
         checkpoint (`Path`): a `.ckpt` file.
-        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer; a folder's `config.json` also tells
-            the number of attention heads, which no weight does. Default: the `pretrained_model` of the
+        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer; a folder's `config.json` also
+            tells the number of attention heads, which no weight does. Default: the `pretrained_model` of the
             hyper-parameters: a folder of that name next to the checkpoint's folders if there is one, else a Hub id.
 
     Raises:
@@ -111,8 +111,8 @@ def _read_mapped(checkpoint: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=2)
 def _mapped_checkpoint(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
-    # Kept for the hyper-parameters and the shapes, which are asked for several times. 2.2 GB of weights cost nothing here, as
-    # mapped pages are read when the model is loaded and can be dropped by the system afterwards.
+    # Kept for the hyper-parameters and the shapes, which are asked for several times. 2.2 GB of weights cost nothing
+    # here, as mapped pages are read when the model is loaded and can be dropped by the system afterwards.
     return read_checkpoint(path, mapped=True)
 
 
@@ -271,9 +271,9 @@ def _encoder_config(
     heads = known.get("num_attention_heads", ATTENTION_HEADS.get(width))
     if heads is None:
         raise ValueError(
-            f"{checkpoint}: the number of attention heads of an encoder of width {width} is not in the weights. Pass the "
-            f"folder or Hub id of its base model ({options.get('pretrained_model')!r}), which holds config.json and the "
-            "tokenizer: tokenizer=... (--tokenizer)."
+            f"{checkpoint}: the number of attention heads of an encoder of width {width} is not in the weights. Pass "
+            f"the folder or Hub id of its base model ({options.get('pretrained_model')!r}), which holds config.json "
+            "and the tokenizer: tokenizer=... (--tokenizer)."
         )
     # The vocabulary may differ: a tokenizer may have gained tokens after the base model's configuration was written.
     wrong = {n: (known[n], v) for n, v in shape.items() if n in known and known[n] != v and n != "vocab_size"}
@@ -290,7 +290,7 @@ def _encoder_config(
 
 
 def _base_config(base: str, ask_hub: bool) -> dict[str, Any]:
-    """Read the base model's own configuration from its folder, or with `ask_hub` from the Hub; empty if there is none."""
+    """Read the base model's configuration from its folder, or with `ask_hub` from the Hub; empty if there is none."""
     if base and Path(base).is_dir():
         path: Path | None = Path(base) / "config.json"
     else:
@@ -304,8 +304,8 @@ def _base_config(base: str, ask_hub: bool) -> dict[str, Any]:
 def load_tokenizer(base: str, token: str | None = None) -> Any:
     """Load the base model's tokenizer exactly as its `tokenizer.json` says, so that ids equal the original's.
 
-    transformers 5 builds XLM-RoBERTa's normaliser and pre-tokeniser itself and ignores the file's, which gives other ids
-    for files that older converters wrote. Reading the file as a plain fast tokenizer keeps the file's.
+    transformers 5 builds XLM-RoBERTa's normaliser and pre-tokeniser itself and ignores the file's, which gives other
+    ids for files that older converters wrote. Reading the file as a plain fast tokenizer keeps the file's.
 
     Args:
         base (`str`): a folder or a Hub id that holds `tokenizer.json`.
@@ -356,7 +356,8 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
     if tokenizer.pad_token_id != encoder.pad_token_id or len(tokenizer) > encoder.vocab_size:
         raise ValueError(
             f"The tokenizer ({len(tokenizer)} tokens, padding is {tokenizer.pad_token_id}) is not the encoder's "
-            f"({encoder.vocab_size} tokens, padding is {encoder.pad_token_id}). Name its own: tokenizer=... (--tokenizer)."
+            f"({encoder.vocab_size} tokens, padding is {encoder.pad_token_id}). Name its own: tokenizer=... "
+            "(--tokenizer)."
         )
 
 

@@ -34,7 +34,7 @@ CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise i
 
 @functools.lru_cache(maxsize=2)
 def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: torch.device) -> SentenceTransformer:
-    """Load a model, once per process and device; it never becomes part of a callable, so it is never hashed or pickled."""
+    """Load a model, once per process and device; never part of a callable, so never hashed or pickled."""
     from sentence_transformers import SentenceTransformer
 
     folder = hub.model_folder(model_id, revision)
@@ -45,13 +45,13 @@ def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: 
 class TextEmbedder:
     """A stage that adds the embedding of a row's text: `dataset.map(TextEmbedder(), batched=True, with_rank=True)`.
 
-    A frozen record of plain values: equal records have equal fingerprints in every process, so the second `.map` is read
-    from the cache. The embedding of a chat is the mean over its exchanges, rescaled to their mean length.
+    A frozen record of plain values: equal records have equal fingerprints in every process, so the second `.map` is
+    read from the cache. The embedding of a chat is the mean over its exchanges, rescaled to their mean length.
 
     Args:
         model_id (`str`): a sentence-transformers model, on the Hub or in a folder. The default needs no Hub.
-        revision (`str`, *optional*): branch, tag or commit. The field holds the immutable revision that it resolves to: a
-            commit SHA, or for a folder a content digest.
+        revision (`str`, *optional*): branch, tag or commit. The field holds the immutable revision that it resolves to:
+            a commit SHA, or for a folder a content digest.
         token (`str`, *optional*): for a private model; used to look it up and download it, never stored.
         schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
         columns (`Mapping[str, str]`): your names for the schema's columns, such as `{"response": "answer"}`.
@@ -177,9 +177,10 @@ def dimension(model: SentenceTransformer) -> int:
 
 
 def reads_plain_tokens(model: SentenceTransformer) -> bool:
-    """Return True if `encode` passes the tokens of a text to the model unchanged, so that all texts can be tokenised at once.
+    """Return True if `encode` passes a text's tokens to the model unchanged, so that all can be tokenised at once.
 
-    False for a model with a default prompt, with embeddings cut to fewer dimensions, or with another kind of first module.
+    False for a model with a default prompt, with embeddings cut to fewer dimensions, or with another kind of first
+    module.
     """
     first = model[0]
     tokenizer = model.tokenizer

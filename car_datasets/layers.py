@@ -32,7 +32,7 @@ class LayerCombination(nn.Module):
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """Combine tensors of one shape into one of the same shape."""
         scores = self.weight
-        if self.training and self.dropout:  # whole layers, as in COMET (and ELMo before it)
+        if self.training and self.dropout:  # entire layers, as in COMET (and ELMo before it)
             dropped = torch.rand_like(scores) < self.dropout
             scores = scores.masked_fill(dropped & ~dropped.all(), -1e20)
         weights = (sparsemax(scores) if self.mix == "sparsemax" else scores.softmax(0)).to(states[0].dtype)
@@ -68,9 +68,9 @@ def sparsemax(scores: Tensor) -> Tensor:
 class SegmentHead(nn.Module):
     """The head of the default scorer: quality of the answer, minus a penalty if it is broken.
 
-    It reads [`segment_features`] and [`hashed_words`]. Several small networks (`members`) each vote on quality, together with
-    the words of the answer. One more network votes on integrity: is the answer complete, in order and about its question?
-    If not, up to `penalty` is subtracted. Scores lie between `-penalty` and 1.
+    It reads [`segment_features`] and [`hashed_words`]. Several small networks (`members`) each vote on quality,
+    together with the words of the answer. One more network votes on integrity: is the answer complete, in order and
+    about its question? If not, up to `penalty` is subtracted. Scores lie between `-penalty` and 1.
     """
 
     def __init__(self, config: IQSConfig) -> None:
@@ -99,7 +99,8 @@ class SegmentHead(nn.Module):
 
         Args:
             features (`Tensor` of shape `(batch, width)`): from [`segment_features`].
-            numbers, weights (`Tensor` of shape `(batch, words)`): from [`hashed_words`].
+            numbers (`Tensor` of shape `(batch, words)`): from [`hashed_words`].
+            weights (`Tensor` of shape `(batch, words)`): likewise.
 
         Returns:
             `Tensor` of shape `(batch, members)`.
@@ -132,10 +133,12 @@ def closeness(question: Tensor, answer: Tensor) -> Tensor:
     """Return the original's ranking score, `1 / (1 + distance)`.
 
     Args:
-        question, answer (`Tensor` of shape `(batch, units)`): pooled vectors.
+        question (`Tensor` of shape `(batch, units)`): pooled vectors.
+        answer (`Tensor` of shape `(batch, units)`): likewise.
 
     Returns:
         `Tensor` of shape `(batch,)`, in (0, 1).
     """
-    # pairwise_distance adds 1e-6 to every difference, so equal texts do not give exactly 1; nor do they in the original.
+    # pairwise_distance adds 1e-6 to every difference, so equal texts do not give exactly 1; nor do they in the
+    # original.
     return 1 / (1 + nn.functional.pairwise_distance(answer.float(), question.float()))

@@ -68,7 +68,8 @@ class LoadedScorer(NamedTuple):
 
         Args:
             texts (`Sequence`): [`Text`]s, or strings that are already in the template.
-            batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
+            batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the
+                device.
             pooling (`Callable`, *optional*): a function of the last hidden state and its mask that returns embeddings.
 
         Raises:
@@ -119,7 +120,8 @@ class LoadedScorer(NamedTuple):
             answers_at (`Sequence[int]`, *optional*): the character at which the answer of each text begins.
 
         Returns:
-            The tensors of all batches as arrays of shape `(texts, ...)`, in the order of the texts, and the token counts.
+            The tensors of all batches as arrays of shape `(texts, ...)`, in the order of the texts, and the token
+            counts.
         """
         config = self.model.config
         budget = token_budget(self.device, config.encoder_config.hidden_size, batch_tokens)
@@ -188,8 +190,8 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     model_id, tokenizer, dtype, engine = weights.model_id, weights.tokenizer, weights.dtype, weights.engine
     if engine is not None and device.type != "cpu":
         raise ValueError(
-            f"engine={engine!r} runs on the CPU only, and this process is to use {device}. Leave it out, or hide the GPU: "
-            "set CUDA_VISIBLE_DEVICES to an empty string."
+            f"engine={engine!r} runs on the CPU only, and this process is to use {device}. Leave it out, or hide the "
+            "GPU: set CUDA_VISIBLE_DEVICES to an empty string."
         )
 
     folder = hub.model_folder(model_id, weights.revision)

@@ -1,8 +1,8 @@
 """IQS, the instruction quality model, as an ordinary transformers model.
 
 Does: encoder -> combination of its layers -> pooling over tokens -> head -> one score per text. `IQSConfig()` is the
-original's architecture (CaR sec. 3.1, COMET's regression metric); the default scorer and the ranking variant, which has a
-distance instead of a head, are other configurations of the same parts.
+original's architecture (CaR sec. 3.1, COMET's regression metric); the default scorer and the ranking variant, which has
+a distance instead of a head, are other configurations of the same parts.
 Does not: read text, make batches, or find weights.
 """
 
@@ -69,17 +69,18 @@ class IQSModel(PreTrainedModel):
         """Load a model; if its folder holds the head only, load the encoder from `config.encoder_source`.
 
         Args:
-            pretrained_model_name_or_path (`str`): a Hub id or a folder. A folder, file or Hub id in the original's layout is
-                converted on the way. `car_datasets.hub.default_scorer_folder()` holds the default scorer.
-            tokenizer (`str`, *optional*): for the original's layout only: folder or Hub id of the base model's tokenizer.
-            kwargs: as in `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `token`, `attn_implementation`, ...), and
-                fields of the configuration, which win over the file's. Weights on the Hub must be safetensors, or in the
-                original's layout; `revision` is resolved to a commit first.
+            pretrained_model_name_or_path (`str`): a Hub id or a folder. A folder, file or Hub id in the original's
+                layout is converted on the way. `car_datasets.hub.default_scorer_folder()` holds the default scorer.
+            tokenizer (`str`, *optional*): for the original's layout only: folder or Hub id of the base model's
+                tokenizer.
+            kwargs: as in `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `token`, `attn_implementation`, ...),
+                and fields of the configuration, which win over the file's. Weights on the Hub must be safetensors, or
+                in the original's layout; `revision` is resolved to a commit first.
 
         Raises:
             ConnectionError: the Hub does not answer.
-            ValueError: the model does not exist, or weights are missing, unknown, or of another shape (transformers itself
-                only warns and the original says nothing: either way random weights would give scores).
+            ValueError: the model does not exist, or weights are missing, unknown, or of another shape (transformers
+                itself only warns and the original says nothing: either way random weights would give scores).
         """
         kwargs.setdefault("dtype", torch.float32)  # else a half-precision file would run in half precision, on CPUs too
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
@@ -93,7 +94,8 @@ class IQSModel(PreTrainedModel):
             options = inspect.signature(IQSConfig).parameters
             changes = {name: kwargs.pop(name) for name in list(kwargs) if name in options}
             config = IQSConfig(**{**converted.config, **changes})
-            # Copies: the converted weights are views of the mapped file, which may be overwritten while the model lives.
+            # Copies: the converted weights are views of the mapped file, which may be overwritten while the model
+            # lives.
             state = {name: weight.clone() for name, weight in converted.state.items()}
             folder, kwargs["state_dict"] = None, _without_unused_mix(state, config)
         else:
@@ -138,23 +140,23 @@ class IQSModel(PreTrainedModel):
         """Score a batch of tokenised texts.
 
         Args:
-            input_ids (`Tensor` of shape `(batch, tokens)`): padded token ids, of the whole text; with the objective
+            input_ids (`Tensor` of shape `(batch, tokens)`): padded token ids, of the entire text; with the objective
                 `"ranking"`, of the answer.
             attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*): 1 for real tokens; defaults to all ones.
             labels (`Tensor` of shape `(batch,)`, *optional*): targets; gives the mean squared error as `loss`.
             question_ids (`Tensor`, *optional*): token ids of the question, with the objective `"ranking"` only.
             question_mask (`Tensor`, *optional*): 1 for real tokens of `question_ids`.
-            rejected_ids (`Tensor`, *optional*): token ids of a worse answer, with the objective `"ranking"` only; gives the
-                triplet margin loss of the original (margin 1, Euclidean) as `loss`, and `labels` are ignored.
+            rejected_ids (`Tensor`, *optional*): token ids of a worse answer, with the objective `"ranking"` only; gives
+                the triplet margin loss of the original (margin 1, Euclidean) as `loss`, and `labels` are ignored.
             rejected_mask (`Tensor`, *optional*): 1 for real tokens of `rejected_ids`.
             answer_start (`Tensor` of shape `(batch,)`): with the head `"segments"` only: the position of the answer's
                 first token, "response".
             kwargs: passed to the encoder.
 
         Returns:
-            `SequenceClassifierOutput`: `logits` of shape `(batch, 1)` in float32, the scores, not bounded (in (0, 1) with
-            the objective `"ranking"`; with a worse answer its score is a second column); `hidden_states` of `input_ids`,
-            the embedding output first.
+            `SequenceClassifierOutput`: `logits` of shape `(batch, 1)` in float32, the scores, not bounded (in (0, 1)
+            with the objective `"ranking"`; with a worse answer its score is a second column); `hidden_states` of
+            `input_ids`, the embedding output first.
         """
         if self.config.objective == "regression":
             members, hidden_states = self.member_scores(input_ids, attention_mask, answer_start, **kwargs)
@@ -185,12 +187,14 @@ class IQSModel(PreTrainedModel):
         Args:
             input_ids (`Tensor` of shape `(batch, tokens)`): padded token ids of the entire text.
             attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*): 1 for real tokens; defaults to all ones.
-            answer_start (`Tensor` of shape `(batch,)`): with the head `"segments"` only: position of the answer's first token.
+            answer_start (`Tensor` of shape `(batch,)`): with the head `"segments"` only: position of the answer's first
+                token.
             kwargs: passed to the encoder.
 
         Returns:
-            The scores, of shape `(batch, members)` in float32, and the encoder's hidden states. The mean over the members is
-            the score of the text, their standard deviation how far they disagree. The head `"feed_forward"` has one member.
+            The scores, of shape `(batch, members)` in float32, and the encoder's hidden states. The mean over the
+            members is the score of the text, their standard deviation how far they disagree. The head `"feed_forward"`
+            has one member.
         """
         kind = HEADS[self.config.head]
         if kind.reads_answer_start and answer_start is None:
@@ -253,8 +257,8 @@ class IQSModel(PreTrainedModel):
     def _pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
             return states[:, 0]
-        # As in the original, which looks for pad *ids*: a text that spells out "<pad>" has some too. Its sum leaves them
-        # out and its denominator counts them.
+        # As in the original, which looks for pad *ids*: a text that spells out "<pad>" has some too. Its sum leaves
+        # them out and its denominator counts them.
         real = (input_ids != self.config.encoder_config.pad_token_id).unsqueeze(-1)
         if self.config.pooling == "max":
             return states.masked_fill(~real, float("-inf")).max(dim=1).values
@@ -270,7 +274,8 @@ class EncodedTexts(NamedTuple):
     """A batch of texts after the encoder: all that a head can read.
 
     Args:
-        hidden_states (`tuple[Tensor, ...]`): n + 1 states of shape `(batch, tokens, units)`, the embedding output first.
+        hidden_states (`tuple[Tensor, ...]`): n + 1 states of shape `(batch, tokens, units)`, the embedding output
+            first.
         input_ids, mask (`Tensor` of shape `(batch, tokens)`): token ids, and 1 for real tokens.
         answer_start (`Tensor` of shape `(batch,)`, *optional*): position of the answer's first token.
     """
@@ -310,7 +315,8 @@ def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
     return scores
 
 
-# To add a head: a module, a function that scores with it, a line here, and its name in `HEAD_NAMES` of the configuration.
+# To add a head: a module, a function that scores with it, a line here, and its name in `HEAD_NAMES` of the
+# configuration.
 HEADS = {
     "feed_forward": HeadKind(feed_forward, _score_pooled, reads_pooled=True),
     "segments": HeadKind(SegmentHead, _score_segments, reads_answer_start=True),
@@ -355,8 +361,8 @@ def convert_checkpoint(
     Args:
         checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
         output (`str`): a new folder.
-        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer. Default: the `pretrained_model` of
-            the hyper-parameters.
+        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer. Default: the `pretrained_model`
+            of the hyper-parameters.
 
     Raises:
         ValueError: `output` exists already, `checkpoint` is not in the original's layout, or its options or weights are

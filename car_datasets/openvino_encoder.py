@@ -23,8 +23,8 @@ MODEL_FILE, WEIGHTS_FILE, RECORD_FILE = ENGINE_FILES = ("encoder.xml", "encoder.
 
 DAMAGED = "is damaged. Make the folder again: `car-datasets quantise SOURCE --output FOLDER`."
 
-# Texts are padded to a multiple of this. The remainder of a vector register is summed in another order, and float noise that
-# changes the rounding of one integer moved scores by up to 0.05 with the length of the longest text in the batch.
+# Texts are padded to a multiple of this. The remainder of a vector register is summed in another order, and float noise
+# that changes the rounding of one integer moved scores by up to 0.05 with the length of the longest text in the batch.
 LANES = 16
 
 
@@ -40,7 +40,8 @@ def import_openvino(*also: str) -> Any:
     missing = [name for name in ("openvino", *also) if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"engine: {' and '.join(missing)} cannot be imported. Install the extra: pip install 'car-datasets[openvino]'"
+            f"engine: {' and '.join(missing)} cannot be imported. Install the extra: "
+            "pip install 'car-datasets[openvino]'"
         )
     # Without this package both use a stub. With it, `import openvino` alone would send an event.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -91,14 +92,16 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
 @functools.lru_cache(maxsize=1)
 def _core() -> Any:
     """Return the one `Core` of this process, which is never freed."""
-    # A Core gives the thread that makes it a stack for signal handlers (on CPUs with AVX-512 at least), and frees that stack
-    # when it is freed itself. If that happens in another thread, as by Python's garbage collector, the first thread is left
-    # with a dangling stack, and its next signal with a Python handler, Ctrl-C too, is a segmentation fault (OpenVINO 2026.4).
+    # A Core gives the thread that makes it a stack for signal handlers (on CPUs with AVX-512 at least), and frees that
+    # stack when it is freed itself. If that happens in another thread, as by Python's garbage collector, the first
+    # thread is left with a dangling stack, and its next signal with a Python handler, Ctrl-C too, is a segmentation
+    # fault (OpenVINO 2026.4).
     return import_openvino().Core()
 
 
 class OpenVINOEncoder(nn.Module):
-    """A replacement for an encoder of transformers: takes the same arguments, returns the hidden states of the int8 copy.
+    """A replacement for an encoder of transformers: takes the same arguments, returns the hidden states of the int8
+    copy.
 
     Args:
         folder (`str`): of an engine, checked by [`pin_engine`].

@@ -1,7 +1,7 @@
 """Forward passes without padding: texts end to end in one row, each of which attends to itself alone.
 
-Does: register torch's variable-length attention (torch >= 2.10, GPUs from Ampere on) with transformers, lay texts end to
-end, put the encoder's states back into the padded grid that heads read. Needs no flash-attn.
+Does: register torch's variable-length attention (torch >= 2.10, GPUs from Ampere on) with transformers, lay texts end
+to end, put the encoder's states back into the padded grid that heads read. Needs no flash-attn.
 Does not: change a score beyond rounding; on the CPU each text is attended to in turn, with the same result as padded.
 """
 
@@ -48,7 +48,7 @@ def first_position(encoder_config: Any) -> int:
 
 
 def can_pack(encoder_config: Any, dtype: str, device: torch.device) -> bool:
-    """Return True if packing is faster than padding: in half precision on a GPU from Ampere on, as torch's kernel needs."""
+    """Return True if packing is faster than padding: in half precision, on a GPU from Ampere on."""
     if device.type != "cuda" or dtype == "float32" or encoder_config.model_type not in PACKABLE:
         return False
     size = encoder_config.hidden_size // encoder_config.num_attention_heads
@@ -137,7 +137,9 @@ def attend_packed(
 
     Args:
         module (`nn.Module`): the layer; not used.
-        query, key, value (`Tensor` of shape `(1, heads, tokens, size)`): of all texts, end to end.
+        query (`Tensor` of shape `(1, heads, tokens, size)`): of all texts, end to end.
+        key (`Tensor` of shape `(1, heads, tokens, size)`): likewise.
+        value (`Tensor` of shape `(1, heads, tokens, size)`): likewise.
         attention_mask (`Tensor`, *optional*): not used, as there is no padding.
         scaling (`float`, *optional*): factor of the scores, if given 1 / sqrt(size).
         kwargs: `cu_seq_lens_q` (`Tensor`) and `max_length_q` (`int`): [`Packed`]'s `bounds` and `longest`, by the names

@@ -33,8 +33,8 @@ class OnRay:
     scored.write_parquet("s3://scored/")
     ```
 
-    Ray returns all rows, in any order. Sort by `source_index` (or an id of your own, which the rows must have before they
-    are scored) before you select, as ties are broken by order. Ray restarts a worker that dies.
+    Ray returns all rows, in any order. Sort by `source_index` (or an id of your own, which the rows must have before
+    they are scored) before you select, as ties are broken by order. Ray restarts a worker that dies.
 
     Args:
         stage (`Stage`): its model must be on the Hub or at the same path on all machines.
@@ -47,8 +47,8 @@ class OnRay:
         """Append the columns of the stage to a batch of rows.
 
         Raises:
-            ValueError: the batch is not an Arrow table, it already has a column that the stage adds, or the stage refuses the
-                rows.
+            ValueError: the batch is not an Arrow table, it already has a column that the stage adds, or the stage
+                refuses the rows.
         """
         from datasets import Dataset
 

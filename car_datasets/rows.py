@@ -23,9 +23,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDING_DTYPES = ("float32", "float16")
 ON_INVALID = ("error", "mark")
 
-# Folders of the Hub models that this process has resolved, by model id and commit. A commit never changes, so asking again
-# would only cost time, and a private model would be asked for without its token. Local folders are not kept here: their files
-# may be overwritten, so their digest is compared every time.
+# Folders of the Hub models that this process has resolved, by model id and commit. A commit never changes, so asking
+# again would only cost time, and a private model would be asked for without its token. Local folders are not kept here:
+# their files may be overwritten, so their digest is compared every time.
 _HUB_FOLDERS: dict[tuple[str, str], Path] = {}
 
 
@@ -207,8 +207,8 @@ def refuse_tables(batch: Any, instead: str) -> None:
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"A dataset in Arrow, pandas or polars format loses its columns in .map. Map over dataset.with_format(None), or "
-            f"call {instead}."
+            "A dataset in Arrow, pandas or polars format loses its columns in .map. Map over "
+            f"dataset.with_format(None), or call {instead}."
         )
     if any(isinstance(value, (str, int, float)) for value in batch.values()):
         raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")

@@ -1,8 +1,9 @@
 """SCORE: `QualityScorer`, a `.map` callable that adds the IQS score of each row.
 
-Does: turn a batch of rows into texts, score them, put the numbers back in row order; on request also the embedding, from the
-same forward pass. A row's score does not depend on the rows around it (1e-5 in float32).
-Does not: load datasets, start processes, or give a score to a row that has no text.
+Does: turn a batch of rows into texts, score them, put the numbers back in row order; on request also the embedding,
+from the same forward pass. A row's score does not depend on the rows around it (1e-5 in float32).
+Does not: load
+datasets, start processes, or give a score to a row that has no text.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise i
 # How the score of a chat follows from the scores of its exchanges.
 TURNS: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "min": np.min, "sum": np.sum, "last": lambda s: s[-1]}
 
-# Revisions of tokenizers on the Hub, by the immutable revision of the checkpoint that they belong to and their id. A scorer
-# that is copied keeps its tokenizer's revision, and is made without asking the Hub.
+# Revisions of tokenizers on the Hub, by the immutable revision of the checkpoint that they belong to and their id. A
+# scorer that is copied keeps its tokenizer's revision, and is made without asking the Hub.
 _TOKENIZER_PINS: dict[tuple[str, str], str | None] = {}
 
 
@@ -56,28 +57,32 @@ _TOKENIZER_PINS: dict[tuple[str, str], str | None] = {}
 class QualityScorer:
     """A stage that adds the quality score of a row: `dataset.map(QualityScorer(), batched=True, with_rank=True)`.
 
-    A frozen record of plain values: equal records have equal fingerprints in every process, other weights, dtype or template
-    give another fingerprint, and the second `.map` is read from the cache. Higher is better; scores are not bounded.
+    A frozen record of plain values: equal records have equal fingerprints in every process, other weights, dtype or
+    template give another fingerprint, and the second `.map` is read from the cache. Higher is better; scores are not
+    bounded.
 
     `dataclasses.replace(scorer, ...)` keeps the resolved revision, and asks no Hub for a model that this process has
     resolved before.
 
     Args:
         model_id (`str`): an IQS model, on the Hub or in a folder. The default comes with the package and needs no Hub.
-        revision (`str`, *optional*): branch, tag or commit. The field holds the immutable revision that it resolves to: a
-            commit SHA, or for a folder a content digest.
+        revision (`str`, *optional*): branch, tag or commit. The field holds the immutable revision that it resolves to:
+            a commit SHA, or for a folder a content digest.
         token (`str`, *optional*): for a private model; used to look it up and download it, never stored.
         tokenizer (`str`, *optional*): for a checkpoint in the original's layout: folder or Hub id of its base model's
             tokenizer. Default: the base model that the checkpoint names.
         schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
         columns (`Mapping[str, str]`): your names for the schema's columns, such as `{"response": "answer"}`.
-        template (`str`, *optional*): defaults to the template the model was trained with; change it only for experiments.
+        template (`str`, *optional*): defaults to the template the model was trained with; change it only for
+            experiments.
         turns (`str`): how the score of a chat follows from its exchanges': `"mean"`, `"min"`, `"last"` or `"sum"`.
         output_column (`str`): the new column, float32. `diagnostics` columns are named after it.
         diagnostics (`bool`): also add `iqs_tokens` (int32: length of the entire text with special tokens, summed over
             exchanges), `iqs_truncated` (bool: the model did not read the end) and `iqs_status`.
-        uncertainty (`bool`): also add `iqs_score_std`, the standard deviation over the members of the head, from the same
-            pass: rank by `iqs_score - iqs_score_std` to prefer what they agree on. For models with several members, such
+        uncertainty (`bool`): also add `iqs_score_std`, the standard deviation over the members of the head, from the
+            same
+            pass: rank by `iqs_score - iqs_score_std` to prefer what they agree on. For models with several members,
+                such
             as the default.
         embedding_column (`str`, *optional*): also add the embedding, from the same forward pass, equal to what
             [`TextEmbedder`] gives. For models whose encoder is an unchanged sentence-transformers model, such as the
@@ -88,11 +93,11 @@ class QualityScorer:
         batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
             Halved when memory runs out.
         embedding_dtype (`str`): of the embedding column, `"float32"` or `"float16"`, which takes half the disk space.
-        compile (`bool`): `torch.compile` the encoder. Compilation takes about a minute; worthwhile only for large datasets
-            on a GPU.
+        compile (`bool`): `torch.compile` the encoder. Compilation takes about a minute; worthwhile only for large
+            datasets on a GPU.
         engine (`str`, *optional*): a folder with the encoder in int8 for OpenVINO, as written by
-            [`~car_datasets.quantisation.quantise_encoder`]; on the CPU only. Scores and embeddings then come from it, except
-            the embeddings of texts that take a second pass.
+            [`~car_datasets.quantisation.quantise_encoder`]; on the CPU only. Scores and embeddings then come from it,
+            except the embeddings of texts that take a second pass.
 
     In half precision on a GPU from Ampere on (torch >= 2.10), BERT and RoBERTa encoders read texts without padding.
 
@@ -158,7 +163,8 @@ class QualityScorer:
             raise ValueError(f"compile=True: engine={self.engine!r} is compiled already; leave one of them out.")
 
     def _pin_tokenizer(self, model: PinnedModel, token: str | None) -> str | None:
-        """Resolve the tokenizer of a checkpoint in the original's layout, which is not in its folder but changes scores.
+        """Resolve the tokenizer of a checkpoint in the original's layout, which is not in its folder but changes
+        scores.
 
         Returns:
             `str`: digests or a commit SHA; `None` for a model that has its tokenizer in its own folder.
@@ -179,8 +185,8 @@ class QualityScorer:
         """Raise ValueError for options that this model does not support."""
         if self.embedding_column is not None and config.encoder_source is None:
             raise ValueError(
-                f"embedding_column={self.embedding_column!r}: {self.model_id} has an encoder of its own, which is not a "
-                "sentence embedder. Leave it out and map TextEmbedder() over the dataset as well."
+                f"embedding_column={self.embedding_column!r}: {self.model_id} has an encoder of its own, which is not "
+                "a sentence embedder. Leave it out and map TextEmbedder() over the dataset as well."
             )
         if self.uncertainty and config.members < 2:
             raise ValueError(f"uncertainty=True: the head of {self.model_id} has one member, which cannot disagree.")

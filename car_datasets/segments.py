@@ -23,9 +23,10 @@ def segment_features(hidden_states: Sequence[Tensor], mask: Tensor, answer_start
         answer_start (`Tensor` of shape `(batch,)`): position of the answer's first token.
 
     Returns:
-        `Tensor` of shape `(batch, (3 * (n + 1) + 1) * units + 2)`, float32: for every state, the mean over the question's
-        tokens, the mean over the answer's and the standard deviation over the answer's; the product of the two means of
-        the last state, which tells if the answer is about the question; and the logarithms of both lengths.
+        `Tensor` of shape `(batch, (3 * (n + 1) + 1) * units + 2)`, float32: for every state, the mean over the
+        question's tokens, the mean over the answer's and the standard deviation over the answer's; the product of the
+        two means of the last state, which tells if the answer is about the question; and the logarithms of both
+        lengths.
     """
     positions = torch.arange(mask.shape[1], device=mask.device)
     in_answer = (positions >= answer_start.unsqueeze(1)) & mask.bool()
@@ -51,13 +52,14 @@ def hashed_words(input_ids: Tensor, mask: Tensor, answer_start: Tensor, bits: in
         bits (`int`): of the hash.
 
     Returns:
-        `(numbers, weights)`, both of shape `(batch, 2 * tokens - 1)`: the weight is 0 for padding and for repeated numbers,
-        and equal for all others of a text, so that each row of weights has length 1.
+        `(numbers, weights)`, both of shape `(batch, 2 * tokens - 1)`: the weight is 0 for padding and for repeated
+        numbers, and equal for all others of a text, so that each row of weights has length 1.
     """
     ends = mask.sum(1, keepdim=True) - 1
     positions = torch.arange(mask.shape[1], device=mask.device)
     word = (positions >= answer_start.unsqueeze(1) + MARK) & (positions < ends)
-    # Knuth's multiplicative hash in 32 bits. The constants are part of the trained weights: they decide each word's place.
+    # Knuth's multiplicative hash in 32 bits. The constants are part of the trained weights: they decide each word's
+    # place.
     low = (1 << 32) - 1
     single = (input_ids * 2654435761) & low
     second = ((input_ids[:, 1:] * 97 + 40503) * 2246822519) & low

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 class Stage(Protocol):
     """A callable for `dataset.map(stage, batched=True, with_rank=True)` that returns new columns only.
 
-    Implement it as a frozen dataclass of plain values, so that equal stages have equal fingerprints in every process. Model
-    weights belong in a module-level cache, never in a field. [`QualityScorer`] and [`TextEmbedder`] are stages.
+    Implement it as a frozen dataclass of plain values, so that equal stages have equal fingerprints in every process.
+    Model weights belong in a module-level cache, never in a field. [`QualityScorer`] and [`TextEmbedder`] are stages.
 
-    A stage may also have a method `read_columns(column_names) -> list[str]`: it is then given those columns alone, and a run
-    in shards is bound to their content. Without it, the stage is given all columns.
+    A stage may also have a method `read_columns(column_names) -> list[str]`: it is then given those columns alone, and
+    a run in shards is bound to their content. Without it, the stage is given all columns.
     """
 
     @property
