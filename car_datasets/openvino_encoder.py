@@ -100,8 +100,7 @@ def _core() -> Any:
 
 
 class OpenVINOEncoder(nn.Module):
-    """A replacement for an encoder of transformers: takes the same arguments, returns the hidden states of the int8
-    copy.
+    """A replacement for an encoder of transformers: the same arguments, the hidden states of its int8 copy.
 
     Args:
         folder (`str`): of an engine, checked by [`pin_engine`].

@@ -2,8 +2,7 @@
 
 Does: turn a batch of rows into texts, score them, put the numbers back in row order; on request also the embedding,
 from the same forward pass. A row's score does not depend on the rows around it (1e-5 in float32).
-Does not: load
-datasets, start processes, or give a score to a row that has no text.
+Does not: load datasets, start processes, or give a score to a row that has no text.
 """
 
 from __future__ import annotations
@@ -163,8 +162,7 @@ class QualityScorer:
             raise ValueError(f"compile=True: engine={self.engine!r} is compiled already; leave one of them out.")
 
     def _pin_tokenizer(self, model: PinnedModel, token: str | None) -> str | None:
-        """Resolve the tokenizer of a checkpoint in the original's layout, which is not in its folder but changes
-        scores.
+        """Resolve the tokenizer of a checkpoint in the original's layout, which is outside its folder.
 
         Returns:
             `str`: digests or a commit SHA; `None` for a model that has its tokenizer in its own folder.
