@@ -9,6 +9,8 @@ import pdoc
 import car_datasets
 
 warnings.simplefilter("error")
+# Classes are named after the package, from which users import them; pdoc looks there for the fields that have no docstring.
+warnings.filterwarnings("ignore", "Cannot determine where")
 for name in car_datasets.__all__:  # names are loaded on first use, and pdoc looks for those that are there
     setattr(car_datasets, name, getattr(car_datasets, name))
 pdoc.render.configure(

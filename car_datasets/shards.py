@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from car_datasets.claims import last_turns
 from car_datasets.columns import batch_rows, read_columns
 from car_datasets.manifest import describe_run
-from car_datasets.rows import refuse_overwrite
+from car_datasets.rows import refuse_taken
 from car_datasets.shard_files import SharedRun
 from car_datasets.shard_parts import part_name
 from car_datasets.stream_shards import StreamedRun
@@ -149,7 +149,7 @@ def _run_of(
 
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset is a {type(dataset).__name__}; pass a Dataset or an IterableDataset, of one split.")
-    refuse_overwrite(dataset.column_names, fn.output_features(), "output_column=... (and embedding_column=...)")
+    refuse_taken(dataset.column_names, fn)
     texts = dataset.with_format(None).select_columns(read_columns(dataset.column_names, fn))
     return ShardedRun(texts, fn, shard_dir, shard_rows or default_rows(len(dataset)), expiry, token)
 

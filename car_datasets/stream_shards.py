@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from car_datasets.claims import last_turns
 from car_datasets.columns import batch_rows, read_columns
 from car_datasets.manifest import describe_run
-from car_datasets.rows import refuse_overwrite
+from car_datasets.rows import refuse_taken
 from car_datasets.shard_files import SharedRun
 from car_datasets.shard_parts import PART, part_name
 from car_datasets.stream_reader import Piece, State, StreamReader
@@ -57,7 +57,7 @@ class StreamedRun(SharedRun):
         self.stage, self.shard_rows = stage, shard_rows
         self.reader = StreamReader(stream, shard_rows)
         names = list(self.reader.features)
-        refuse_overwrite(names, stage.output_features(), "output_column=... (and embedding_column=...)")
+        refuse_taken(names, stage)
         self.reads = read_columns(names, stage, with_index=False)
         manifest = describe_run(self.reader.head, stage, self.reads, shard_rows)
         manifest |= {"rows": "a stream", "source": json.loads(json.dumps(self.reader.features.to_dict()))}

@@ -1,8 +1,10 @@
 """Contract 1: a callable is a record of plain values, so `datasets` caches its work, and only its work."""
 
+import copy
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
 
-from car_datasets import IQSModel, QualityScorer, TextEmbedder, loaded_scorer, scoring
+from car_datasets import IQSConfig, IQSModel, QualityScorer, TextEmbedder, loaded_scorer, rows, scoring
 
 HASH = """
 import sys
@@ -73,8 +75,8 @@ def test_weights_replaced_in_place_change_the_hash(make_tiny_iqs: Any) -> None:
     after = QualityScorer(folder)
     assert before.revision != after.revision
     assert Hasher.hash(before) != Hasher.hash(after)
-    rows = {"instruction": ["a"], "output": ["b"]}
-    assert after(rows)["iqs_score"] == pytest.approx([score_alone(folder, "Instruction: a Response: b")], abs=1e-5)
+    batch = {"instruction": ["a"], "output": ["b"]}
+    assert after(batch)["iqs_score"] == pytest.approx([score_alone(folder, "Instruction: a Response: b")], abs=1e-5)
 
 
 def score_alone(folder: str, text: str) -> float:
@@ -113,11 +115,62 @@ def test_the_token_is_nowhere(tiny_iqs: str, tiny_embedder: str) -> None:
     assert Hasher.hash(QualityScorer(tiny_iqs, token=secret)) == Hasher.hash(QualityScorer(tiny_iqs))
 
 
+def test_a_copy_asks_no_hub_and_reads_no_configuration(
+    tiny_iqs: str, tiny_embedder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hub models, which are resolved with a token that a copy does not have."""
+    asked: list[tuple[str, str | None]] = []
+
+    def pin(model_id: str, revision: str | None = None, token: str | None = None) -> str:
+        asked.append((model_id, token))
+        return "c" * 40
+
+    folders = {"me/scorer": Path(tiny_iqs), "me/embedder": Path(tiny_embedder)}
+    ordinary = loaded_scorer.hub.model_folder
+    monkeypatch.setattr(loaded_scorer.hub, "pin_revision", pin)
+    monkeypatch.setattr(
+        loaded_scorer.hub, "model_folder", lambda name, *rest: folders.get(name) or ordinary(name, *rest)
+    )
+    monkeypatch.setattr(rows, "_HUB_FOLDERS", {})
+    scorer, embedder = QualityScorer("me/scorer", token="hf_a"), TextEmbedder("me/embedder", token="hf_a")
+    assert asked == [("me/scorer", "hf_a"), ("me/embedder", "hf_a")]
+    misses = loaded_scorer.read_scorer_config.cache_info().misses
+    assert replace(scorer, output_column="other_score").revision == "c" * 40
+    assert replace(embedder, output_column="other").revision == "c" * 40
+    assert replace(scorer) == scorer
+    assert Hasher.hash(replace(scorer)) == Hasher.hash(scorer)
+    assert copy.deepcopy(scorer) == pickle.loads(pickle.dumps(scorer)) == scorer
+    assert len(asked) == 2
+    assert loaded_scorer.read_scorer_config.cache_info().misses == misses
+    QualityScorer("me/scorer", token="hf_b")  # without a revision it is the latest that is meant
+    assert asked[2:] == [("me/scorer", "hf_b")]
+
+
+def test_a_copy_of_a_folder_whose_weights_changed_is_refused(make_tiny_iqs: Any) -> None:
+    folder = make_tiny_iqs(seed=2)
+    scorer = QualityScorer(folder)
+    model = IQSModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.head[0].bias.add_(0.5)
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="has the digest"):
+        replace(scorer, output_column="other_score")
+
+
+def test_public_classes_are_pickled_by_the_name_that_users_import(tiny_iqs: str) -> None:
+    for value in (QualityScorer(tiny_iqs), IQSConfig()):
+        content = pickle.dumps(value)
+        assert b"car_datasets." not in content  # no module of ours, which may be moved
+        assert f"car_datasets.{type(value).__name__}" == f"{type(value).__module__}.{type(value).__qualname__}"
+        assert type(pickle.loads(content)) is type(value)
+        assert all(not isinstance(kind, str) for kind in type(value).__annotations__.values())  # for the docs' sake
+
+
 def test_the_second_map_calls_no_model(tiny_iqs: str, sample_file: Path) -> None:
-    rows = load_dataset("json", data_files=str(sample_file), split="train")
-    scored = rows.map(QualityScorer(tiny_iqs), batched=True, with_rank=True)
+    dataset = load_dataset("json", data_files=str(sample_file), split="train")
+    scored = dataset.map(QualityScorer(tiny_iqs), batched=True, with_rank=True)
     loaded_scorer.load_scorer.cache_clear()
-    again = rows.map(QualityScorer(tiny_iqs), batched=True, with_rank=True)
+    again = dataset.map(QualityScorer(tiny_iqs), batched=True, with_rank=True)
     assert loaded_scorer.load_scorer.cache_info().misses == 0  # the model was not even loaded
     assert again["iqs_score"][:] == scored["iqs_score"][:]
     assert [f["filename"] for f in again.cache_files] == [f["filename"] for f in scored.cache_files]
@@ -127,12 +180,12 @@ def test_the_second_map_calls_no_model(tiny_iqs: str, sample_file: Path) -> None
 def test_spawned_workers_score_as_one_process(tiny_iqs: str, sample_file: Path) -> None:
     import multiprocess
 
-    rows = load_dataset("json", data_files=str(sample_file), split="train").select(range(100))
-    one = rows.map(QualityScorer(tiny_iqs), batched=True, with_rank=True, batch_size=20)
+    dataset = load_dataset("json", data_files=str(sample_file), split="train").select(range(100))
+    one = dataset.map(QualityScorer(tiny_iqs), batched=True, with_rank=True, batch_size=20)
     before = multiprocess.get_start_method(allow_none=True)
     multiprocess.set_start_method("spawn", force=True)
     try:
-        two = rows.map(QualityScorer(tiny_iqs), batched=True, with_rank=True, batch_size=10, num_proc=2)
+        two = dataset.map(QualityScorer(tiny_iqs), batched=True, with_rank=True, batch_size=10, num_proc=2)
     finally:
         multiprocess.set_start_method(before, force=True)
     assert two["iqs_score"][:] == pytest.approx(one["iqs_score"][:], abs=1e-5)
