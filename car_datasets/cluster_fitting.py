@@ -1,13 +1,14 @@
-"""How the numbers of a `ClusterModel` are found: components by covariance.py and centres by kmeans.py, or both by scikit-learn.
+"""Compute the numbers of a `ClusterModel` from a column of embeddings, by one of the engines in `ENGINES`.
 
-Does: read the embeddings as often as a fit needs them, each process of a launcher its own part; check the settings of a fit.
+Does: check the settings of a fit; read the embeddings as often as a fit needs them, each process of a launcher its own
+part. Does not: label rows, or save a model.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,21 +18,29 @@ import torch
 
 from car_datasets import vectors
 from car_datasets.collectives import Processes
-from car_datasets.covariance import Covariance
-from car_datasets.kmeans import Chunks, fit_kmeans
+from car_datasets.covariance import Covariance, project
+from car_datasets.kmeans import Chunks, KMeansSettings, fit_kmeans
 from car_datasets.parallel import all_processes, device_for, from_main, note_that_torch_runs
 from car_datasets.vectors import Matrix, Positions, embedding_batches, read_embeddings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ENGINES = ("torch", "sklearn")
-COMPARED = 512  # rows by which processes see that they have the same dataset
+COMPARED = 512  # rows that processes compare to check that they have the same dataset
 ROUNDING = 0.02  # of a row's length: half precision on two kinds of GPU stays below it, another text is further away
 
 
 class FitSettings(NamedTuple):
-    """What [`ClusterModel.fit`] is told, as Python's own numbers: see there."""
+    """The checked arguments of [`ClusterModel.fit`], as Python's own numbers.
+
+    Args:
+        k (`int` or `"sqrt"`): number of clusters; `"sqrt"` is int(sqrt(rows / 2)).
+        explained_variance (`float`): share of the variance in (0, 1] that PCA keeps; 1.0 keeps all components.
+        seed (`int`): seed of k-means.
+        n_init (`int`): number of runs of k-means, of which the best is kept.
+        kmeans (`str`): a key of `ENGINES`.
+        kmeans_sample (`int`): rows per cluster that k-means is fitted on; 0 for all rows.
+    """
 
     k: int | str
     explained_variance: float
@@ -42,7 +51,15 @@ class FitSettings(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """The numbers of a model, in the order of its fields."""
+    """The numbers of a model, in the order of the fields of `ClusterModel`.
+
+    Args:
+        mean (`(dimension,)` float32): mean of the embeddings.
+        components (`(kept, dimension)` float32): principal components.
+        centers (`(k, kept)` float32): centres of k-means in the projected space.
+        explained_variance (`float`): share of the variance that the components hold.
+        inertia (`float`): sum of squared distances of all rows to their centres.
+    """
 
     mean: Matrix
     components: Matrix
@@ -51,26 +68,30 @@ class Numbers(NamedTuple):
     inertia: float
 
 
+Engine = Callable[["Dataset", str, FitSettings], Numbers]  # `ENGINES` at the end of this file lists them
+
+
 class Identity(NamedTuple):
-    """By which processes see that they do the same: what was asked of them, and rows from all over the dataset."""
+    """A fingerprint used to check that all processes work on the same data: the arguments, plus a sample of rows."""
 
     asked: tuple[Any, ...]
     rows: Matrix
 
     @classmethod
     def of(cls, dataset: Dataset, column: str, asked: tuple[Any, ...], processes: Processes) -> Identity | None:
-        """Of what this process works on; a process that is alone needs none."""
+        """Return the fingerprint of this process's work, or `None` in a single process."""
         if processes.count == 1:
             return None
         some = np.unique(np.linspace(0, max(len(dataset) - 1, 0), COMPARED).astype(int))[: len(dataset)]
         rows = dataset.select_columns([column]).with_format(None).select(some.tolist())[:][column]
-        found = np.full((len(rows), max((len(row or ()) for row in rows), default=0)), np.nan, dtype=np.float32)
-        for place, row in zip(found, rows, strict=True):
+        # Padded with NaN: rows may be null or of unequal length here, which only a later check refuses.
+        sample = np.full((len(rows), max((len(row or ()) for row in rows), default=0)), np.nan, dtype=np.float32)
+        for place, row in zip(sample, rows, strict=True):
             place[: len(row or ())] = row or ()
-        return cls((len(dataset), column, *asked), found)
+        return cls((len(dataset), column, *asked), sample)
 
     def is_of_the_same(self, other: Identity) -> bool:
-        """Whether the rows are equal but for rounding, as of embeddings that were computed on another GPU."""
+        """Return True if the rows are equal up to rounding, as of embeddings that were computed on another GPU."""
         if self.asked != other.asked or self.rows.shape != other.rows.shape:
             return False
         apart, size = (np.linalg.norm(matrix, axis=1) for matrix in (self.rows - other.rows, self.rows))
@@ -82,89 +103,133 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True)
 class Projection:
-    """From embeddings `(rows, dimension)` to points `(rows, kept)` on a device."""
+    """A callable that takes embeddings `(rows, dimension)` to points `(rows, kept)` on a device.
+
+    Args:
+        mean (`(dimension,)` float32): mean of the embeddings.
+        components (`(kept, dimension)` float32): principal components.
+        device (`torch.device`): device to compute on.
+    """
 
     mean: Matrix
     components: Matrix
     device: torch.device
 
     @cached_property
-    def _components(self) -> torch.Tensor:
-        return torch.from_numpy(self.components).to(self.device)
+    def _on_device(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(self.mean).to(self.device), torch.from_numpy(self.components).to(self.device)
 
     def __call__(self, embeddings: Matrix) -> torch.Tensor:
-        centred = torch.from_numpy(embeddings - self.mean).to(self.device)
-        return centred @ self._components.T
+        """Return the points of a batch of embeddings, float32."""
+        # torch.tensor copies: torch.from_numpy warns of arrays that are views of Arrow's read-only buffers.
+        return project(torch.tensor(embeddings, device=self.device), *self._on_device)
 
 
 def clustering_device(rank: int | None = None) -> torch.device:
-    """As [`device_for`] where there is CUDA, else the CPU: other devices lack float64, which sums need."""
+    """Return the CUDA device of this process or `.map` worker, or the CPU if there is none.
+
+    Other devices, such as Apple's, lack float64, which the sums of k-means need.
+
+    Args:
+        rank (`int`, *optional*): rank that `.map(with_rank=True)` passes.
+    """
     return device_for(rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
-    """One pass over the column for the components, one for the rows to fit on, and, after a sample, three more.
+class Basis(NamedTuple):
+    """The result of the pass for PCA: rows that have an embedding per batch, and the projection."""
 
-    The processes of a launcher share every pass, and get the same numbers.
+    lengths: list[int]
+    mean: Matrix
+    components: Matrix
+    explained_variance: float
+
+
+class Part(NamedTuple):
+    """What one process contributes to a [`Basis`]; `covariance` is `None` if its batches hold no embedding."""
+
+    identity: Identity | None
+    covariance: Covariance | None
+    lengths: list[int]
+
+
+def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
+    """Fit by a streamed PCA and k-means in torch, shared by the processes of a launcher.
+
+    The column is read once for the components, once for the rows to fit on, and, after a fit on a sample, three more
+    times.
+
+    Args:
+        dataset (`Dataset`): the rows to cluster, the same in every process.
+        column (`str`): column of embeddings.
+        settings ([`FitSettings`]): settings of the fit.
+
+    Returns:
+        [`Numbers`]: equal in all processes.
     """
     note_that_torch_runs()
     with all_processes() as processes:
-        lengths, mean, components, share = _components_of_all(dataset, column, settings, processes)
-
-        def read(batches: range) -> Iterator[Matrix]:
-            return (matrix for matrix, _ in _read(dataset, column, batches))
-
+        basis = _fit_basis(dataset, column, settings, processes)
         device = clustering_device()
         fitted = fit_kmeans(
-            Chunks(lengths, read),
-            Projection(mean, components, device),
-            number_of_clusters(settings.k, sum(lengths)),
-            seed=settings.seed,
-            n_init=settings.n_init,
-            sample=settings.kmeans_sample,
+            Chunks(basis.lengths, lambda batches: (matrix for matrix, _ in _read(dataset, column, batches))),
+            Projection(basis.mean, basis.components, device),
+            KMeansSettings(
+                number_of_clusters(settings.k, sum(basis.lengths)),
+                settings.seed,
+                settings.n_init,
+                settings.kmeans_sample,
+            ),
             device=device,
             processes=processes,
         )
-        numbers = Numbers(mean, components, fitted.centers.cpu().numpy(), share, fitted.inertia)
-        return processes.joined(
-            lambda: numbers, lambda found: found[0]
-        )  # not even another kind of GPU rounds otherwise
+        centers = fitted.centers.cpu().numpy()
+        own = Numbers(basis.mean, basis.components, centers, basis.explained_variance, fitted.inertia)
+        # All take the main process's numbers: another kind of GPU may have rounded its own differently.
+        return processes.joined(lambda: own, lambda parts: parts[0])
 
 
-def _components_of_all(
-    dataset: Dataset, column: str, settings: FitSettings, processes: Processes
-) -> tuple[list[int], Matrix, Matrix, float]:
-    """How many rows of each batch have an embedding; mean, components, and the share of variance that they hold."""
-    batches = processes.share(-(-len(dataset) // vectors.BATCH), 1)
-    lengths = [0] * len(batches)
-
-    def own() -> tuple[Identity | None, Covariance | None, list[int]]:
-        def counted() -> Iterator[Matrix]:
-            for matrix, places in _read(dataset, column, batches):
-                lengths[int(places[0]) // vectors.BATCH - batches.start] = len(matrix)
-                yield matrix
-
-        found = Covariance.of_all(counted())
-        return Identity.of(dataset, column, settings, processes), found, lengths
-
-    def join(parts: list[tuple[Identity | None, Covariance | None, list[int]]]) -> tuple[Any, ...]:
-        refuse_others("fits clusters to", [identity for identity, _, _ in parts])
-        first, *others = [covariance for _, covariance, _ in parts if covariance is not None]
-        for other in others:
-            first.merge(other)
-        return [n for _, _, lengths in parts for n in lengths], *fit_components(first, settings.explained_variance)
-
+def _fit_basis(dataset: Dataset, column: str, settings: FitSettings, processes: Processes) -> Basis:
+    """Measure this process's batches, then let the main process merge the parts of all and find the components."""
+    batches = processes.share(math.ceil(len(dataset) / vectors.BATCH), 1)
     try:
-        found: Any = processes.joined(own, join)
+        return processes.joined(
+            lambda: Part(Identity.of(dataset, column, settings, processes), *_measure(dataset, column, batches)),
+            lambda parts: _merged(parts, settings.explained_variance),
+        )
     except ValueError:
-        if processes.count > 1:  # said of a part of the rows: the main process reads them all and says it of all
+        if processes.count > 1:
+            # The error counts the bad rows of one process; the main one reads all rows, and raises it for all of them.
             processes.joined(lambda: None, lambda _: deque(embedding_batches(dataset, column), maxlen=0))
         raise
-    return found
+
+
+def _measure(dataset: Dataset, column: str, batches: range) -> tuple[Covariance | None, list[int]]:
+    """Return the covariance of some batches, and the number of embeddings in each; one pass over the rows."""
+    lengths = [0] * len(batches)
+
+    def counted() -> Iterator[Matrix]:
+        for matrix, positions in _read(dataset, column, batches):
+            # By position, since batches without an embedding are skipped.
+            lengths[int(positions[0]) // vectors.BATCH - batches.start] = len(matrix)
+            yield matrix
+
+    return Covariance.of_all(counted()), lengths
+
+
+def _merged(parts: list[Part], explained_variance: float) -> Basis:
+    refuse_others("fits clusters to", [part.identity for part in parts])
+    covariances = [part.covariance for part in parts if part.covariance is not None]
+    if not covariances:
+        raise ValueError("There are no embeddings to fit on: run TextEmbedder over the rows first.")
+    for other in covariances[1:]:
+        covariances[0].merge(other)
+    lengths = [length for part in parts for length in part.lengths]
+    return Basis(lengths, *fit_components(covariances[0], explained_variance))
 
 
 def _read(dataset: Dataset, column: str, batches: range) -> Iterator[tuple[Matrix, Positions]]:
-    """Some of the batches in which [`embedding_batches`] gives the column."""
+    """Yield some of the batches in which [`embedding_batches`] reads the column, and the positions of their rows."""
     if len(batches) * vectors.BATCH >= len(dataset):
         return embedding_batches(dataset, column)
     rows = range(batches.start * vectors.BATCH, min(batches.stop * vectors.BATCH, len(dataset)))
@@ -172,33 +237,43 @@ def _read(dataset: Dataset, column: str, batches: range) -> Iterator[tuple[Matri
 
 
 def refuse_others(does: str, identities: list[Identity | None]) -> None:
-    """Raise where a process works on something else than the main one.
+    """Raise ValueError, naming the process, if one works on other data than the main process.
 
-    Raises:
-        ValueError: it names the process.
+    Args:
+        does (`str`): what the processes do, for the message.
+        identities (`list[Identity | None]`): one per process, the main one first.
     """
     main = identities[0]
     for rank, other in enumerate(identities):
         if main is not None and other is not None and not main.is_of_the_same(other):
             raise ValueError(
                 f"dataset: process {rank} of {len(identities)} {does} other rows or in another way than the main one: "
-                f"{other.asked}, not {main.asked}. Pass the same rows, in the same order, and settings in all processes, or "
-                "let each work on its own: `with car_datasets.parallel.alone(): ...`."
+                f"{other.asked}, not {main.asked}. Pass the same rows, in the same order, and settings in all "
+                "processes, or let each work on its own: `with car_datasets.parallel.alone(): ...`."
             )
 
 
 def fit_components(covariance: Covariance, explained_variance: float) -> tuple[Matrix, Matrix, float]:
-    """Mean and components in float32, and the share of the variance that the components hold."""
+    """Return mean and components in float32, and the share of the variance that the components hold."""
     components, share = covariance.principal_components(explained_variance)
     return covariance.mean.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32), share
 
 
 def fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
-    """The reference: scikit-learn's PCA and k-means, with the whole column in memory, of the main process alone."""
+    """Fit by scikit-learn's PCA and k-means, with the entire column in memory, in the main process alone.
+
+    Args:
+        dataset (`Dataset`): the rows to cluster, the same in every process.
+        column (`str`): column of embeddings.
+        settings ([`FitSettings`]): settings of the fit; `kmeans_sample` is not used.
+
+    Returns:
+        [`Numbers`]: equal in all processes.
+    """
     with all_processes() as processes:
         processes.joined(
             lambda: Identity.of(dataset, column, settings, processes),
-            lambda found: refuse_others("fits clusters to", found),
+            lambda identities: refuse_others("fits clusters to", identities),
         )
     return from_main(lambda: _fit_sklearn(dataset, column, settings))
 
@@ -210,7 +285,7 @@ def _fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Number
     note_that_torch_runs()
     matrix, _ = read_embeddings(dataset, column)
     clusters = number_of_clusters(settings.k, len(matrix))
-    if (matrix == matrix[0]).all():  # one row, or equal ones: no variance to explain
+    if (matrix == matrix[0]).all():  # one row, or equal ones: PCA would divide by a variance of 0
         mean, components, share = matrix[0], np.eye(1, matrix.shape[1], dtype=np.float32), 1.0
     else:
         kept = None if settings.explained_variance == 1.0 else settings.explained_variance
@@ -219,18 +294,23 @@ def _fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Number
         mean, components = pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
         share = float(pca.explained_variance_ratio_.sum())
     # In float32, k-means++ draws other centres on some processors, whose sums differ in the last bit; in float64 all agree.
-    points = ((matrix - mean) @ components.T).astype(np.float64)
-    found = KMeans(clusters, n_init=settings.n_init, random_state=settings.seed).fit(points)
-    return Numbers(mean, components, found.cluster_centers_.astype(np.float32), share, float(found.inertia_))
+    points = project(matrix, mean, components).astype(np.float64)
+    fitted = KMeans(clusters, n_init=settings.n_init, random_state=settings.seed).fit(points)
+    return Numbers(mean, components, fitted.cluster_centers_.astype(np.float32), share, float(fitted.inertia_))
+
+
+# To add an engine, write a function of this signature and name it here.
+ENGINES: dict[str, Engine] = {"torch": fit_torch, "sklearn": fit_sklearn}
 
 
 def checked_fit(
     k: int | str, explained_variance: float, seed: int, n_init: int, kmeans: str, kmeans_sample: int
 ) -> FitSettings:
-    """The settings, with numpy's numbers as Python's own.
+    """Return the settings of a fit, with numpy's numbers as Python's own; arguments as of [`FitSettings`].
 
     Raises:
-        ValueError: no fit can have them. Whether k is above the rows is known when they have been counted.
+        ValueError: a setting that no fit can have. A k above the number of rows is refused later, when they are
+            counted.
     """
     k, seed, n_init, kmeans_sample = (_plain(value) for value in (k, seed, n_init, kmeans_sample))
     if k != "sqrt" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
@@ -243,7 +323,7 @@ def checked_fit(
     if not _is_whole(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
     if kmeans not in ENGINES:
-        raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {ENGINES}.")
+        raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {tuple(ENGINES)}.")
     if not _is_whole(kmeans_sample) or kmeans_sample < 0:
         raise ValueError(f"kmeans_sample={kmeans_sample!r} must be a number of rows per cluster, or 0 for all rows.")
     return FitSettings(k, float(explained_variance), seed, n_init, kmeans, kmeans_sample)
@@ -254,14 +334,14 @@ def _plain(value: Any) -> Any:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool)  # True is an int in Python
 
 
 def number_of_clusters(k: int | str, rows: int) -> int:
-    """`k` as a number, checked against the rows; `"sqrt"` is int(sqrt(rows / 2)), at least 1.
+    """Return `k` as a number; `"sqrt"` is the paper's int(sqrt(rows / 2)), at least 1.
 
     Raises:
-        ValueError: it is not positive, or larger than the number of rows.
+        ValueError: k is not positive, or larger than the number of rows.
     """
     k = _plain(k)
     if k == "sqrt":

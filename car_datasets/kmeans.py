@@ -1,9 +1,8 @@
-"""k-means in torch, on the CPU or a GPU: Lloyd's algorithm by matrix products, over points that come chunk by chunk.
+"""Fit k-means in torch, on the CPU or a GPU: Lloyd's algorithm by matrix products, on points read chunk by chunk.
 
-Does: fit on all points, or on a sample of them followed by full passes; give points their nearest centre. Everything is
-deterministic for a seed: what is added in parallel is added by sorting, never by float atomics. Several processes read,
-project and hold a part of the points each; what they add is cut where one process cuts it, and joined in float64.
-Does not: hold more than the points it fits on and one block of distances; read data or project it (cluster_fitting.py).
+Does: fit on all points, or on a sample of them followed by full passes; assign points to their nearest centre; share
+the work among processes. Equal seeds give equal centres.
+Does not: hold more than the points it fits on and one block of distances; read rows or compute components.
 """
 
 from __future__ import annotations
@@ -28,6 +27,26 @@ BEYOND = 0.5  # how far beyond the mean of its points a centre first goes; 0.75 
 CANDIDATES = 20  # points to choose each first centre from, two passes' time; 10 miss groups, all take ten times as long
 FULL_PASSES = 2  # over all points, after the fit on a sample
 
+# Results are the same on every run and on any number of processes: parallel sums are made by sorting, never by float
+# atomics; shares are cut where a single process cuts its chunks; the parts are added in float64.
+
+
+class KMeansSettings(NamedTuple):
+    """Settings of one fit.
+
+    Args:
+        k (`int`): number of centres, at most the number of rows.
+        seed (`int`): seed of every random draw.
+        n_init (`int`): number of runs from different first centres, of which the best is kept.
+        sample (`int`): if there are more than `sample * k` rows, fit on that many drawn ones, then correct the centres
+            by `FULL_PASSES` passes over all rows; 0 fits on all rows.
+    """
+
+    k: int
+    seed: int
+    n_init: int = 1
+    sample: int = 0
+
 
 class Fitted(NamedTuple):
     """Centres of shape `(k, dimension)`, and the sum of squared distances of all points to the nearest one."""
@@ -37,16 +56,26 @@ class Fitted(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Rows that come in chunks: how many lie in each, and what reads a range of the chunks, without those that are empty."""
+    """Rows that are read chunk by chunk.
+
+    Args:
+        lengths (`Sequence[int]`): number of rows in each chunk, which may be 0.
+        read (`Callable`): takes a range of chunks, yields the matrices of those that are not empty.
+    """
 
     lengths: Sequence[int]
     read: Callable[[range], Iterable[Matrix]]
 
 
 class Pass(NamedTuple):
-    """What one pass over the points leaves: per cluster the sum (float64) and the number of its points, the inertia of
-    the centres that the pass was made with, and the points farthest from theirs, with the clusters they came from and their
-    squared distances."""
+    """The result of one pass over the points.
+
+    Args:
+        sums (`(k, dimension)` float64), counts (`(k,)` int64): of the points of every cluster.
+        inertia (`float`): of the centres that the pass was made with.
+        far_points (`(up to k, dimension)`): the points farthest from their centre.
+        far_labels, far_distances: the clusters that these came from, and their squared distances.
+    """
 
     sums: Tensor
     counts: Tensor
@@ -59,35 +88,31 @@ class Pass(NamedTuple):
 def fit_kmeans(
     chunks: Chunks,
     project: Callable[[Matrix], Tensor],
-    k: int,
+    settings: KMeansSettings,
     *,
-    seed: int,
-    n_init: int = 1,
-    sample: int = 0,
     device: torch.device = CPU,
     processes: Processes = ALONE,
 ) -> Fitted:
-    """Fit k centres.
+    """Fit centres to rows that are projected as they are read.
 
     Args:
-        chunks ([`Chunks`]): all rows; read once for each pass over them.
-        project (`callable`): from a chunk of rows to its points, `(rows, dimension)` float32, on `device`.
-        k (`int`): centres, at most as many as rows.
-        seed (`int`): of whatever is drawn; n_init (`int`): the best of so many first centres is kept.
-        sample (`int`): where there are more than `sample * k` rows, fit on so many drawn ones, then correct the centres by
-            two passes over all, and count the inertia by a third; 0 fits on all.
-        device (`torch.device`): to compute on.
-        processes ([`Processes`]): that share the reading and the passes; all must call this with the same rows.
+        chunks ([`Chunks`]): all rows, read once for each pass over them.
+        project (`Callable`): takes a chunk of rows, returns its points, `(rows, dimension)` float32, on `device`.
+        settings ([`KMeansSettings`]): number of centres, seed, runs, and sample.
+        device (`torch.device`): device to compute on.
+        processes ([`Processes`]): the processes that share the work; all must call this with the same rows.
 
     Returns:
         [`Fitted`]: centres (float32, on `device`) and their inertia over all points.
     """
-    rng = np.random.default_rng(seed)
+    k, seed, n_init, sample = settings
+    rng = np.random.default_rng(seed)  # every process draws the same
     rows = sum(chunks.lengths)
     drawn = sample * k if 0 < sample * k < rows else rows
     places = np.sort(rng.choice(rows, drawn, replace=False, shuffle=False))
     share = processes.share(drawn, CHUNK if device.type == "cpu" else GPU_CHUNK)
     held = processes.each(lambda: take(chunks, project, places, share))
+    # A generator: the centres of the next run are drawn after Lloyd's algorithm has ended from these.
     first = (first_centers(held, k, rng, share, drawn, processes).to(device) for _ in range(n_init))
     best = min((lloyd(held, centers, processes) for centers in first), key=lambda fitted: fitted.inertia)
     if drawn == rows:
@@ -96,18 +121,24 @@ def fit_kmeans(
     centers = best.centers
     for _ in range(FULL_PASSES):
         centers = next_centers(pass_of_all(map(project, chunks.read(own)), centers, processes), centers)
+    inertia = processes.joined(
+        lambda: _inertia(map(project, chunks.read(own)), centers), lambda parts: float(sum(parts))
+    )
+    return Fitted(centers, inertia)
 
-    def inertia() -> float:
-        return sum(float(nearest(points, centers)[1].double().sum()) for points in map(project, chunks.read(own)))
 
-    return Fitted(centers, processes.joined(inertia, lambda parts: float(sum(parts))))
+def _inertia(points: Iterable[Tensor], centers: Tensor) -> float:
+    return sum(float(nearest(chunk, centers)[1].double().sum()) for chunk in points)
 
 
 def take(chunks: Chunks, project: Callable[[Matrix], Tensor], places: npt.NDArray[np.int64], share: range) -> Tensor:
-    """The points of the rows at `places[share]`; `places` ascend and are counted over all chunks. None have the shape `(0, 0)`.
+    """Return the points of the rows at `places[share]`, or a tensor of shape `(0, 0)` if the share is empty.
 
-    Only chunks that hold some are read, and what is drawn from one is projected at once, whoever's share it is: the last
-    digits of a product of matrices depend on the number of rows.
+    Args:
+        chunks ([`Chunks`]): all rows; only chunks that hold a wanted row are read.
+        project (`Callable`): takes a chunk of rows, returns its points.
+        places (`(drawn,)` int64): sorted row numbers, counted over all chunks.
+        share (`range`): positions in `places`.
     """
     if len(share) == 0:
         return torch.empty(0, 0)
@@ -118,6 +149,8 @@ def take(chunks: Chunks, project: Callable[[Matrix], Tensor], places: npt.NDArra
     lowest, stop = np.searchsorted(places, (start, ends[last]))
     filled = int(lowest)
     for chunk in chunks.read(range(int(first), int(last) + 1)):
+        # All drawn rows of a chunk are projected at once, also those of another process's share: the last digits of a
+        # matrix product depend on the number of rows.
         here = places[filled : np.searchsorted(places, start + len(chunk))]
         points = project(chunk if len(here) == len(chunk) else chunk[here - start])
         if held is None:
@@ -125,77 +158,81 @@ def take(chunks: Chunks, project: Callable[[Matrix], Tensor], places: npt.NDArra
         held[filled - int(lowest) : filled - int(lowest) + len(points)] = points
         start, filled = start + len(chunk), filled + len(points)
     if held is None:
-        raise ValueError("There are no rows to fit on.")
+        raise ValueError("chunks: no rows were read to fit on; pass at least one row.")
     return held[share.start - int(lowest) : share.stop - int(lowest)]
 
 
 def first_centers(
     points: Tensor, k: int, rng: np.random.Generator, share: range, rows: int, processes: Processes = ALONE
 ) -> Tensor:
-    """k different points, far apart: scikit-learn's greedy k-means++ among `CANDIDATES * k` points drawn by `rng`.
+    """Return k points far apart: scikit-learn's greedy k-means++ among `CANDIDATES * k` points drawn by `rng`.
 
-    On embeddings points drawn at random do as well; on rows in tight groups they miss some.
+    On embeddings, points drawn at random do as well; on rows in tight groups they miss some of the groups.
 
     Args:
         points (`(len(share), dimension)`): this process's share of the `rows` to draw from.
-        k (`int`), rng (`Generator`), processes ([`Processes`]): see [`fit_kmeans`].
+        k (`int`): number of centres.
+        rng (`Generator`): in the same state on every process.
+        share (`range`): positions of `points` among the `rows`.
+        rows (`int`): number of rows to draw from.
+        processes ([`Processes`]): the processes that hold the other shares.
     """
     drawn = np.sort(rng.choice(rows, min(rows, CANDIDATES * k), replace=False))
     seed = int(rng.integers(2**32))
+    mine = drawn[(drawn >= share.start) & (drawn < share.stop)] - share.start
+    return processes.joined(
+        lambda: points[torch.from_numpy(mine).to(points.device)].cpu().numpy(),
+        lambda parts: _far_apart(parts, k, seed),
+    )
 
-    def own() -> Matrix:
-        mine = drawn[(drawn >= share.start) & (drawn < share.stop)] - share.start
-        found: Matrix = points[torch.from_numpy(mine).to(points.device)].cpu().numpy()
-        return found
 
-    def choose(parts: list[Matrix]) -> Tensor:
-        from sklearn.cluster import kmeans_plusplus
+def _far_apart(parts: list[Matrix], k: int, seed: int) -> Tensor:
+    from sklearn.cluster import kmeans_plusplus
 
-        candidates = np.concatenate([part for part in parts if len(part) > 0])
-        _, chosen = kmeans_plusplus(candidates.astype(np.float64), k, random_state=seed)
-        return torch.from_numpy(candidates[chosen])
-
-    return processes.joined(own, choose)
+    candidates = np.concatenate([part for part in parts if len(part) > 0])
+    _, chosen = kmeans_plusplus(candidates.astype(np.float64), k, random_state=seed)
+    return torch.from_numpy(candidates[chosen])
 
 
 def lloyd(points: Tensor, centers: Tensor, processes: Processes = ALONE) -> Fitted:
-    """Lloyd's algorithm on points in memory, until a pass lowers the inertia by less than `TOLERANCE` of it.
+    """Run Lloyd's algorithm on points in memory until a pass lowers the inertia by less than `TOLERANCE` of it.
 
-    Centres first go beyond the mean of their points: on embeddings of 9,229 real rows 12 passes then reach what takes 22
-    without. Once that no longer helps they go to the mean, so that what is found is a solution of Lloyd's.
+    Centres first go beyond the mean of their points: on embeddings of 9,229 real rows, 12 passes then reach what takes
+    22 without. Once that no longer helps they go to the mean, so the result is a solution of Lloyd's algorithm.
+
+    Args:
+        points (`(rows, dimension)` float32): this process's share of the points.
+        centers (`(k, dimension)` float32): first centres, the same on every process.
+        processes ([`Processes`]): the processes that hold the other shares.
     """
-    found = pass_of_all([points], centers, processes)
+    current = pass_of_all([points], centers, processes)
     beyond = BEYOND
     for _ in range(MAX_ITERATIONS):
-        centers = next_centers(found, centers, beyond)
-        before, found = found.inertia, pass_of_all([points], centers, processes)
-        if before - found.inertia <= TOLERANCE * before:
+        centers = next_centers(current, centers, beyond)
+        before, current = current.inertia, pass_of_all([points], centers, processes)
+        if before - current.inertia <= TOLERANCE * before:
             if beyond == 0:
                 break
             beyond = 0.0
-    return Fitted(centers, found.inertia)
+    return Fitted(centers, current.inertia)
 
 
 def pass_of_all(points: Iterable[Tensor], centers: Tensor, processes: Processes) -> Pass:
-    """[`one_pass`] over the points of all processes, of which `points` are this one's: the same on all."""
+    """Return [`one_pass`] over the points of all processes, equal on each; `points` are those of this one."""
     if processes.count == 1:
         return one_pass(points, centers)
-    own: list[Pass] = []
-
-    def totals() -> Tensor:
-        own.append(one_pass(points, centers))
-        inertia = torch.tensor([own[0].inertia], dtype=torch.float64, device=centers.device)
-        return torch.cat([own[0].sums.flatten(), own[0].counts.double(), inertia])
-
-    sums, counts, inertia = processes.added(totals).split([centers.numel(), len(centers), 1])
-    far = own[0][3:]
-    if (counts == 0).any():  # an empty cluster takes one of the farthest points of all
-        far = processes.joined(lambda: tuple(t.cpu() for t in own[0][3:]), lambda parts: _farthest(parts, len(centers)))
+    own = processes.each(lambda: one_pass(points, centers))
+    inertia = torch.tensor([own.inertia], dtype=torch.float64, device=centers.device)
+    packed = torch.cat([own.sums.flatten(), own.counts.double(), inertia])  # one message in place of three
+    sums, counts, inertia = processes.added(lambda: packed).split([centers.numel(), len(centers), 1])
+    far = own[3:]
+    if (counts == 0).any():  # only an empty cluster needs them: it takes one of the farthest points of all processes
+        far = processes.joined(lambda: tuple(t.cpu() for t in own[3:]), lambda parts: _farthest(parts, len(centers)))
     return Pass(sums.view_as(centers), counts.long(), float(inertia), *(t.to(centers.device) for t in far))
 
 
 def one_pass(points: Iterable[Tensor], centers: Tensor) -> Pass:
-    """Give every point to its nearest centre, and add up what the next centres are made of."""
+    """Assign every point to its nearest centre, and add up what the next centres are computed from."""
     sums = torch.zeros(centers.shape, dtype=torch.float64, device=centers.device)
     counts = torch.zeros(len(centers), dtype=torch.int64, device=centers.device)
     inertia = torch.zeros((), dtype=torch.float64, device=centers.device)
@@ -211,19 +248,21 @@ def one_pass(points: Iterable[Tensor], centers: Tensor) -> Pass:
 
 
 def _farthest(parts: Sequence[tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
-    """Of points, their labels and their squared distances in several parts, the `count` that lie farthest."""
+    """Return the `count` farthest of points that come in parts, each of points, labels and squared distances."""
     points, labels, distances = map(torch.cat, zip(*parts, strict=True))
     kept = distances.topk(min(count, len(distances)))
     return points[kept.indices], labels[kept.indices], kept.values
 
 
 def nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels (int64) of the nearest centres, the first among equals, and squared distances (float32), of shape `(points,)`.
+    """Return the label of the nearest centre and the squared distance to it, both of shape `(points,)`.
 
-    The distances come from the matrix product: they are exact to some 1e-6 of the squared lengths.
+    Labels are int64, and the first of equally near centres is taken. Distances are float32 and come from the matrix
+    product, so they are exact to some 1e-6 of the squared lengths.
     """
     labels = torch.empty(len(points), dtype=torch.int64, device=points.device)
-    halves = torch.empty(len(points), dtype=points.dtype, device=points.device)  # |c|^2 / 2 - x c, at its least
+    halves = torch.empty(len(points), dtype=points.dtype, device=points.device)
+    # |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c): the bracket alone decides which centre is nearest.
     half_lengths = (centers**2).sum(dim=1) / 2
     rows = max(1, (CPU_BLOCK if points.device.type == "cpu" else GPU_BLOCK) // len(centers))
     for start in range(0, len(points), rows):
@@ -234,26 +273,27 @@ def nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sums_by_label(points: Tensor, labels: Tensor, k: int) -> Tensor:
-    """The sum of the points of every label, `(k, dimension)`, in a fixed order of addition."""
+    """Return the sum of the points of every label, `(k, dimension)`, added in a fixed order."""
     if points.device.type == "cpu":
         return points.new_zeros((k, points.shape[1])).index_add_(0, labels, points)
-    return segment_sums(points, labels, k)  # index_add_ adds by atomics on a GPU, in whatever order
+    return segment_sums(points, labels, k)  # on a GPU index_add_ adds by atomics, in an order that varies
 
 
 def segment_sums(points: Tensor, labels: Tensor, k: int) -> Tensor:
-    """As [`sums_by_label`], by sorting: every label's points lie together and are added one after the other."""
+    """Return [`sums_by_label`], computed by sorting the points by label and adding each label's one after the other."""
     order = labels.argsort(stable=True)
     return torch.segment_reduce(points[order], "sum", lengths=torch.bincount(labels, minlength=k), axis=0)
 
 
-def next_centers(found: Pass, centers: Tensor, beyond: float = 0.0) -> Tensor:
-    """The mean of every cluster's points, or a point `beyond` it by that share of the way that leads there.
+def next_centers(current: Pass, centers: Tensor, beyond: float = 0.0) -> Tensor:
+    """Return the mean of every cluster's points, overshot by the share `beyond` of the way from the old centre.
 
-    An empty cluster gets one of the points that lie farthest from their centre.
+    An empty cluster moves to one of the points that are farthest from their centre.
     """
-    sums, counts = found.sums.clone(), found.counts.clone()
+    sums, counts = current.sums.clone(), current.counts.clone()
     empty = (counts == 0).nonzero().flatten().tolist()
-    for point, label in zip(found.far_points, found.far_labels.tolist(), strict=True) if empty else ():
+    for point, label in zip(current.far_points, current.far_labels.tolist(), strict=True) if empty else ():
+        # A point that is alone in its cluster, or equal to its centre, would only move the hole elsewhere.
         if counts[label] > 1 and not torch.equal(point, centers[label]):
             sums[label] -= point
             counts[label] -= 1
@@ -262,11 +302,13 @@ def next_centers(found: Pass, centers: Tensor, beyond: float = 0.0) -> Tensor:
         if not empty:
             break
     means = (sums / counts.clamp(min=1).unsqueeze(1)).to(centers.dtype)
-    means = torch.where((counts == 0).unsqueeze(1), centers, means)  # with fewer different points than centres
-    return torch.where((found.counts == 0).unsqueeze(1), means, means + beyond * (means - centers))
+    # Still empty if there are fewer different points than centres: the centre stays where it is.
+    means = torch.where((counts == 0).unsqueeze(1), centers, means)
+    return torch.where((current.counts == 0).unsqueeze(1), means, means + beyond * (means - centers))
 
 
 def _chunks(points: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the points in pieces that are small enough to be added up in float32."""
     for tensor in points:
         if len(tensor) == 0:
             continue

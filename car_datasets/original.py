@@ -1,12 +1,8 @@
-"""The original's files and its published procedure, to compare with: `procedure="paper"` in a recipe.
+"""Read, write and select as the original does, to compare with: `procedure="paper"` in a recipe.
 
-Does: read and write `ranking_IQS_result.json`, `clustering_result.json` and `CaR_selected_result.json` (a list of rows with
-`score`, and `label` as a string, best score first), and select by the published rule with its oddities.
-Does not: score or cluster; the default procedure (selection.py) does right what is odd here.
-
-What is odd (CaR, Clustering/cluster.py at 3357044): clusters are fitted on the score-sorted rows; a row equal *by value* to
-one already taken is left out, but only in the second stage; a cluster's best row that the top n1 hold already is not replaced
-by its next best; clusters come in descending order of their label as text ("9" before "89"); n2 = 0 acts like 1.
+Does: read and write its result files (a JSON list of rows with `score`, and `label` as a string, best score first), and
+select by the published rule with its oddities.
+Does not: score or cluster.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from car_datasets.column_names import ColumnNames
 from car_datasets.selection import (
     BY_BOTH,
     BY_CLUSTER,
@@ -40,9 +37,16 @@ RANKING_FILES = {"regression": "ranking_IQS_result.json", "ranking": "ranking_Co
 CLUSTERING_FILE = "clustering_result.json"
 SELECTED_FILE = "CaR_selected_result.json"
 
+# Oddities of the published code (CaR, Clustering/cluster.py at 3357044), which the default procedure does not share:
+# - clusters are fitted on the rows sorted by score;
+# - a row equal by value to one already taken is left out, but only in the second stage;
+# - a cluster's best row that is among the top n1 already is not replaced by its next best;
+# - clusters come in descending order of their label as text ("9" before "89");
+# - n2 = 0 acts like 1.
+
 
 def rank_rows(dataset: Dataset, score_column: str = "iqs_score") -> Dataset:
-    """The rows with a score, best first; ties keep their order, as Python's stable sort does in the original."""
+    """Return the rows with a score, best first; ties keep their order, as in the original's stable sort."""
     scores = read_numbers(dataset, score_column, np.nan)
     order = np.argsort(-scores, kind="stable")[: int(np.count_nonzero(~np.isnan(scores)))]
     return dataset.select(order.tolist())
@@ -60,35 +64,38 @@ def select_as_published(
     """Select by the published rule, in the published order: the top n1, then what the clusters add.
 
     Args:
-        dataset (`Dataset`): scored and clustered.
-        n1, n2 (`int`): the paper's are 1000 and 1.
-        score_column, cluster_column, index_column (`str`): as in [`select_car`].
+        dataset (`Dataset`): pool with a score and a cluster for every row.
+        n1 (`int`): number of rows taken by score, 1000 in the paper; all rows if it is above their number.
+        n2 (`int`): number of rows looked at in every cluster, 1 in the paper; 0 acts like 1.
+        score_column (`str`): column of scores.
+        cluster_column (`str`): column of clusters.
+        index_column (`str`): kept if the dataset has it, otherwise added: the row's position in order of score.
 
     Returns:
-        `Dataset`: as [`select_car`] gives it, but rows equal by value (all columns but `index_column`) come in once in the
-        second stage.
+        `Dataset`: all columns of the chosen rows, and `selected_by`, `score_rank` and `cluster_rank`. Of rows equal by
+        value, in the columns that the original's files have, the second stage takes one.
 
     Raises:
         ValueError: n1 or n2 is negative, or a column is missing.
     """
+    names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
     ranked = rank_rows(dataset, score_column)
     scores = read_numbers(ranked, score_column, np.nan)
     labels = np.asarray(read_numbers(ranked, cluster_column, -1), dtype=np.int64)
     if n1 < 0 or n2 < 0:
-        raise ValueError(f"n1={n1} and n2={n2} must not be negative.")
-    n1 = min(int(n1), len(ranked))  # the original takes all rows where n1 is above them
+        raise ValueError(f"n1={n1} and n2={n2} must not be negative; pass whole numbers of rows from 0 on.")
+    n1 = min(int(n1), len(ranked))  # the original takes all rows if n1 is above their number
     looked_at = max(n2, 1)
     within = ranks_within(labels)
     top = np.arange(n1)
     candidates = np.flatnonzero((within >= 1) & (within <= looked_at)).tolist()
     candidates.sort(key=lambda i: (str(labels[i]), scores[i]), reverse=True)
-    names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
-    rows = original_columns(ranked, **names)  # the original compares what its files hold
-    seen = set(_values(rows, top.tolist()))
+    rows = original_columns(ranked, names)  # the original compares rows as its files hold them
+    taken = set(_values(rows, top.tolist()))
     added = []
     for position, value in zip(candidates, _values(rows, candidates), strict=True):
-        if value not in seen:
-            seen.add(value)
+        if value not in taken:
+            taken.add(value)
             added.append(position)
     positions = np.concatenate([top, np.array(added, dtype=np.int64)])
     in_top, in_cluster = positions < n1, within[positions] <= looked_at
@@ -96,35 +103,29 @@ def select_as_published(
     return add_selection(ranked, Choice(positions, reasons, positions + 1, within[positions]), index_column)
 
 
-def original_columns(
-    dataset: Dataset,
-    *,
-    score_column: str = "iqs_score",
-    cluster_column: str = "cluster",
-    index_column: str = "source_index",
-    embedding_column: str = "embedding",
-) -> Dataset:
-    """The dataset without the columns of ours that the original's files do not have."""
-    stem = score_column.removesuffix("_score")
-    ours = {f"{stem}_tokens", f"{stem}_truncated", f"{stem}_status", f"{cluster_column}_distance"}
-    ours |= {index_column, embedding_column}
-    return dataset.remove_columns([c for c in dataset.column_names if c in {*ours, *SELECTION_COLUMNS}])
+def original_columns(dataset: Dataset, names: ColumnNames) -> Dataset:
+    """Return the dataset without the columns that this package adds and the original's files do not have."""
+    ours = {*names.diagnostics, names.index, names.embedding, *SELECTION_COLUMNS}
+    return dataset.remove_columns([column for column in dataset.column_names if column in ours])
 
 
 def _values(rows: Dataset, positions: list[int]) -> list[str]:
+    """Return rows as text that is equal if they are equal by value."""
     return [json.dumps(row, sort_keys=True, default=str) for row in rows.select(positions)] if positions else []
 
 
 def from_original(dataset: Dataset) -> Dataset:
-    """A dataset read from one of the original's result files, with our names and types.
+    """Return a dataset read from one of the original's result files with this package's names and types.
 
-    `score` becomes `iqs_score`; `label`, a number as a string, becomes `cluster`. Any other dataset comes back as it is.
+    `score` becomes `iqs_score`; `label`, a number as a string, becomes `cluster`. Any other dataset is returned
+    unchanged.
     """
-    names = dataset.column_names
-    if "score" in names and "iqs_score" not in names:
+    columns = dataset.column_names
+    if "score" in columns and "iqs_score" not in columns:
         dataset = dataset.rename_column("score", "iqs_score")
-    if "label" in names and "cluster" not in names:
+    if "label" in columns and "cluster" not in columns:
         labels = dataset["label"][:]
+        # Not str.isdigit, which holds for "²" too.
         if all(re.fullmatch("[0-9]+", str(label)) for label in labels):
             dataset = dataset.remove_columns("label").add_column(
                 "cluster", np.array([int(x) for x in labels], dtype=np.int32)
@@ -133,35 +134,43 @@ def from_original(dataset: Dataset) -> Dataset:
 
 
 def refuse_taken(columns: Collection[str], renamed: Mapping[str, str]) -> None:
-    """Raise a ValueError where the user's rows have a column of a name that one of ours gets, such as `score`."""
+    """Raise ValueError if the rows have a column of a name that the original's format uses, such as `score`.
+
+    Args:
+        columns (`Collection[str]`): columns of the rows.
+        renamed (`Mapping[str, str]`): from names of this package to those of the original's format.
+    """
     if taken := [new for old, new in renamed.items() if old != new and new in columns]:
         raise ValueError(
-            f"The rows have column(s) {taken} of their own, which the original's format uses: rename them first."
+            f"The rows have column(s) {taken} of their own, which the original's format uses: "
+            "rename them first, by dataset.rename_column(...)."
         )
 
 
 def write_original(
-    dataset: Dataset,
-    path: str | os.PathLike[str],
-    *,
-    score_column: str = "iqs_score",
-    cluster_column: str = "cluster",
-    where_free: bool = False,
+    dataset: Dataset, path: str | os.PathLike[str], names: ColumnNames, *, where_free: bool = False
 ) -> None:
     """Write rows as the original does: a JSON list, indented, `score` a number, `label` a string.
 
-    A column `score` or `label` of the user's is a ValueError, or with `where_free` stays, and ours keeps its name.
+    Args:
+        dataset (`Dataset`): rows to write, with all of their columns.
+        path (`str` or `PathLike`): file to write.
+        names ([`ColumnNames`]): `names.score` is written as `score`, `names.cluster` as `label`.
+        where_free (`bool`): if the dataset already has a column `score` or `label`, keep both under their own names.
+
+    Raises:
+        ValueError: the dataset already has a column `score` or `label`, and `where_free` is off.
     """
     columns = dataset.column_names
-    renamed = {old: new for old, new in ((score_column, "score"), (cluster_column, "label")) if old in columns}
+    renamed = {old: new for old, new in ((names.score, "score"), (names.cluster, "label")) if old in columns}
     if where_free:
         renamed = {old: new for old, new in renamed.items() if old == new or new not in columns}
     refuse_taken(columns, renamed)
 
     def original(row: dict[str, Any]) -> dict[str, Any]:
         values = {renamed.get(column, column): value for column, value in row.items()}
-        if cluster_column in renamed and row.get(cluster_column) is not None:
-            values["label"] = str(row[cluster_column])
+        if names.cluster in renamed and row.get(names.cluster) is not None:
+            values["label"] = str(row[names.cluster])
         return values
 
     rows = [original(row) for row in dataset.with_format(None)]
@@ -170,7 +179,7 @@ def write_original(
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; `null` is what other readers take for a missing number."""
+    """Replace NaN and infinities, which JSON lacks, by null at any depth of a value."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

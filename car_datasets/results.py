@@ -7,8 +7,9 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from car_datasets.column_names import ColumnNames
 from car_datasets.original import CLUSTERING_FILE, RANKING_FILES, SELECTED_FILE, original_columns, write_original
 from car_datasets.plots import PLOT_FILES
 from car_datasets.report_page import PAGE_FILE
@@ -84,9 +85,9 @@ def write_table(dataset: Dataset, path: Path, **names: str) -> None:
     """Write the dataset of one stage: Parquet, or for a `.json` path the original's format without columns of ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        plain = original_columns(dataset, **names)
-        renamed: dict[str, Any] = {n: column for n, column in names.items() if n in ("score_column", "cluster_column")}
-        write_whole(path, lambda temporary: write_original(plain, temporary, **renamed))
+        columns = ColumnNames(**{name.removesuffix("_column"): column for name, column in names.items()})
+        plain = original_columns(dataset, columns)
+        write_whole(path, lambda temporary: write_original(plain, temporary, columns))
     else:
         write_whole(path, dataset.to_parquet)
 
@@ -102,11 +103,11 @@ def write_result(
 ) -> None:
     """Write the files of [`curate`], receipt, plots and page (`files`) among them; the reports come last, so a folder that has
     them is complete."""
-    names: dict[str, Any] = {"score_column": score_column, "cluster_column": cluster_column}
+    names = ColumnNames(score=score_column, cluster=cluster_column)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "scored.parquet", scored.to_parquet)
     write_whole(folder / "selected.parquet", selected.to_parquet)
-    write_whole(folder / "selected.json", lambda path: write_original(selected, path, **names, where_free=True))
+    write_whole(folder / "selected.json", lambda path: write_original(selected, path, names, where_free=True))
     for name, content in files.items():
         write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
     write_whole(folder / "report.md", lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
@@ -127,15 +128,15 @@ def write_original_files(
 
     `objective` is the scorer's, `"regression"` (IQS) or `"ranking"` (Comet), after which the first file is called.
     """
-    names: dict[str, Any] = {"score_column": score_column, "cluster_column": cluster_column}
-    ranking = original_columns(ranked, **names, index_column=index_column)
-    chosen = original_columns(selected, **names, index_column=index_column)
+    names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
+    ranking = original_columns(ranked, names)
+    chosen = original_columns(selected, names)
     write_whole(
         folder / RANKING_FILES[objective],
-        lambda path: write_original(ranking.remove_columns(cluster_column), path, **names),
+        lambda path: write_original(ranking.remove_columns(cluster_column), path, names),
     )
-    write_whole(folder / CLUSTERING_FILE, lambda path: write_original(ranking, path, **names))
-    write_whole(folder / SELECTED_FILE, lambda path: write_original(chosen, path, **names))
+    write_whole(folder / CLUSTERING_FILE, lambda path: write_original(ranking, path, names))
+    write_whole(folder / SELECTED_FILE, lambda path: write_original(chosen, path, names))
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:

@@ -1,9 +1,8 @@
-"""SELECT: CaR's rule as column arithmetic (CaR sec. 3.3): the n1 best by score, and the n2 best of every cluster.
+"""Select the n1 best rows by score and the n2 best rows of every cluster (CaR sec. 3.3), from two columns.
 
-Does: read two columns, compute ranks, return the chosen rows with the reason for each. Ties go to the earlier row, so
-equal input gives an equal selection on any machine.
-Does not: touch text, compute scores or clusters, or compare rows by their content (the original does, and merges equal
-rows).
+Does: compute ranks, return the chosen rows with the reason for each. Ties go to the earlier row, so that equal input
+gives an equal selection on any machine.
+Does not: read text, compute scores or clusters, or merge rows of equal content, as the original does.
 """
 
 from __future__ import annotations
@@ -24,11 +23,17 @@ if TYPE_CHECKING:
 SELECTION_COLUMNS = ("selected_by", "score_rank", "cluster_rank")
 BY_SCORE, BY_CLUSTER, BY_BOTH = "score", "cluster", "both"
 Indices = npt.NDArray[np.int64]
-LOOK = 2**20  # rows that are searched at a time for what clusters still lack
 
 
 class Choice(NamedTuple):
-    """Chosen row positions, best score first, and per position why and with which ranks (1 is best)."""
+    """The chosen rows, best score first.
+
+    Args:
+        positions (`(chosen,)` int64): row positions.
+        selected_by (`list[str]`): per position, `"score"`, `"cluster"` or `"both"`.
+        score_rank (`(chosen,)` int64): rank in the pool, 1 for the best.
+        cluster_rank (`(chosen,)` int64): rank within the cluster, 1 for the best, 0 without a cluster.
+    """
 
     positions: Indices
     selected_by: list[str]
@@ -43,17 +48,20 @@ def choose(
     n2: int = 1,
     budget: int | None = None,
 ) -> Choice:
-    """CaR's selection on two arrays.
+    """Return CaR's selection from two arrays.
 
     Args:
-        scores (`(rows,)` float): higher is better; NaN marks a row that has no score and cannot be chosen.
-        clusters (`(rows,)` int): negative marks a row without a cluster; it can be chosen by score only.
-        n1 (`int` or `float`): rows taken by score; a float in (0, 1) is that share of the scored rows.
-        n2 (`int`): rows taken from every cluster.
-        budget (`int`, *optional*): rows in all; n1 then follows from it and from n2.
+        scores (`(rows,)` float): quality scores, higher is better; NaN marks a row without a score, which is never
+            chosen.
+        clusters (`(rows,)` int): labels; a negative one marks a row without a cluster, which can only be chosen by
+            score.
+        n1 (`int` or `float`): number of rows taken by score; a float in (0, 1) is that share of the scored rows.
+        n2 (`int`): number of rows taken from every cluster.
+        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2.
 
     Raises:
-        ValueError: a number is negative, larger than the rows, or the budget is below what the clusters take.
+        ValueError: a number is negative or larger than the number of rows, or the budget is below what the clusters
+            take.
     """
     score, cluster = np.asarray(scores, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
     if score.shape != cluster.shape or score.ndim != 1:
@@ -62,7 +70,7 @@ def choose(
     _check_counts(scored, n2, budget)
     order = _best_first(score)[:scored]
     most = _rows_by_score(n1, scored) if budget is None else min(budget, scored)
-    within = _needed_ranks(cluster[order], most, n2)
+    within = ranks_within(cluster[order])
     from_clusters = (within >= 1) & (within <= n2)
     count = most if budget is None else _rows_for_budget(budget, from_clusters)
     places = np.flatnonzero((np.arange(scored) < count) | from_clusters)
@@ -72,75 +80,35 @@ def choose(
 
 
 def _best_first(score: npt.NDArray[np.float64]) -> Indices:
-    """Row positions by falling score, ties by row order, NaN last."""
-    with np.errstate(over="ignore"):
-        single = -score.astype(np.float32) + np.float32(0)  # no -0.0
-    missing = np.isnan(score)
-    if not np.all((single == -score) | missing):
-        return np.argsort(-score, kind="stable")
-    # A third of that time: the bits of float32, as numbers of the same order, packed with the row.
-    single[missing] = np.nan  # without a sign
-    bits = single.view(np.uint32)
-    return _sorted_pairs(np.where(bits >> 31, ~bits, bits | np.uint32(2**31)), np.arange(len(score)))[1]
+    """Return row positions by falling score; ties by row order, NaN last."""
+    return np.argsort(-score, kind="stable")
 
 
 def ranks_of(scores: npt.NDArray[Any]) -> Indices:
-    """The rank of every row, 1 for the best; ties by row order, NaN last."""
+    """Return the rank of every row, 1 for the best; ties by row order, NaN last."""
     ranks = np.empty(len(scores), dtype=np.int64)
     ranks[_best_first(np.asarray(scores, dtype=np.float64))] = np.arange(1, len(scores) + 1)
     return ranks
 
 
 def ranks_within(labels: Indices) -> Indices:
-    """For the clusters of rows, best row first: the rank of every row in its cluster, 1 for the best, 0 without cluster."""
-    ranks = np.zeros(len(labels), dtype=np.int64)
-    members = np.flatnonzero(labels >= 0)
-    grouped, places = _sorted_pairs(labels[members], members)  # by cluster, best first within each
-    starts = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(grouped) else np.zeros(0, dtype=np.int64)
-    sizes = np.diff(np.r_[starts, len(grouped)])
-    ranks[places] = np.arange(len(grouped)) - np.repeat(starts, sizes) + 1
-    return ranks
+    """Return the rank of every row in its cluster, 1 for the best, 0 without a cluster.
 
-
-def _needed_ranks(labels: Indices, most: int, n2: int) -> Indices:
-    """As [`ranks_within`], for the first `most` rows and, further down, the best `n2` of every cluster; 0 for the others.
-
-    Most clusters have theirs near the top, so the rows below are looked through but not sorted.
+    Args:
+        labels (`(rows,)` int): clusters of the rows, best row first; negative without a cluster.
     """
-    ranks = np.zeros(len(labels), dtype=np.int64)
-    if labels.max(initial=0) > len(labels):  # numbers of the user's own, with gaps
-        _, codes = np.unique(labels, return_inverse=True)
-        labels = np.where(labels < 0, -1, codes)
-    sizes = np.bincount(labels[labels >= 0], minlength=1)
-    seen = np.zeros_like(sizes)
-    start, end = 0, max(most, LOOK)
-    while start < len(labels):
-        part = labels[start:end]
-        rows = np.arange(len(part)) if start == 0 else np.flatnonzero((part >= 0) & (seen[part] < n2))
-        found = ranks_within(part[rows])
-        members = found > 0
-        ranks[start + rows] = np.where(members, found + seen[part[rows]], 0)
-        seen += np.bincount(part[rows][members], minlength=len(seen))
-        if np.all((seen >= n2) | (seen == sizes)):
-            break
-        start, end = end, end + LOOK
+    import pandas as pd
+
+    ranks: Indices = pd.Series(labels).groupby(labels).cumcount().to_numpy() + 1
+    ranks[labels < 0] = 0
     return ranks
-
-
-def _sorted_pairs(first: Indices, second: Indices) -> tuple[Indices, Indices]:
-    """Pairs of numbers that are not negative, sorted by the first, then by the second: packed into one number, as numpy
-    sorts those with vector instructions."""
-    if len(first) == 0 or first.max() >= 2**32 or len(first) >= 2**32:
-        order = np.lexsort((second, first))
-        return first[order], second[order]
-    pairs = (first.astype(np.uint64) << np.uint64(32)) | second.astype(np.uint64)
-    pairs.sort()
-    return (pairs >> np.uint64(32)).astype(np.int64), (pairs & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _check_counts(rows: int, n2: int, budget: int | None) -> None:
+    """Raise ValueError if n2 or the budget is not a number of rows."""
     if not _is_count(n2) or n2 > max(rows, 1):
         raise ValueError(f"n2={n2!r} must be between 0 and the {rows} rows, a whole number.")
+    # A negative budget is refused later, together with the number of rows that the clusters take.
     if budget is not None and not _is_count(abs(budget)):
         raise ValueError(f"budget={budget!r} must be a whole number of rows.")
 
@@ -150,6 +118,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _rows_by_score(n1: int | float, rows: int) -> int:
+    """Return n1 as a number of rows; a fraction is rounded down, but to 1 at least."""
     if isinstance(n1, numbers.Real) and not isinstance(n1, numbers.Integral):
         if not 0 < n1 < 1:
             raise ValueError(f"n1={n1!r}: a fraction must lie between 0 and 1; for a number of rows pass an int.")
@@ -160,28 +129,41 @@ def _rows_by_score(n1: int | float, rows: int) -> int:
 
 
 def _rows_for_budget(budget: int, from_clusters: npt.NDArray[np.bool_]) -> int:
-    """The n1 with which score and clusters together take `budget` rows; `from_clusters` is in order of score."""
+    """Return the n1 with which score and clusters together take `budget` rows.
+
+    Args:
+        budget (`int`): number of rows in total.
+        from_clusters (`(rows,)` bool): rows that the clusters take, in order of falling score.
+    """
     taken = int(from_clusters.sum())
     if not taken <= budget <= len(from_clusters):
         raise ValueError(
             f"budget={budget} must be between the {taken} rows that the clusters take (fewer with a smaller n2 or k) "
             f"and the {len(from_clusters)} rows."
         )
-    # With n1 rows by score, the union holds n1 rows and the cluster picks that come after them.
+    # With n1 rows by score, the union holds these and the cluster picks that come after them.
     union = np.r_[0, np.cumsum(~from_clusters)] + taken
     return int(np.searchsorted(union, budget, side="left"))
 
 
 def refuse_impossible(rows: int, clusters: int, n1: int | float, n2: int, budget: int | None) -> None:
-    """Raise a ValueError for an n1, n2 or budget that cannot fit, before scores are known (all rows could be scored)."""
+    """Raise ValueError for an n1, n2 or budget that cannot fit, before any row is scored.
+
+    Args:
+        rows (`int`): number of rows that may get a score.
+        clusters (`int`): number of clusters.
+        n1 (`int` or `float`): number of rows taken by score, or their share.
+        n2 (`int`): number of rows taken from every cluster.
+        budget (`int`, *optional*): number of rows in total, in place of n1.
+    """
     _check_counts(rows, n2, budget)
     if budget is None:
         if _rows_by_score(n1, rows) == n2 == 0:
-            raise ValueError(f"n1={n1} and n2={n2} select no rows.")
+            raise ValueError(f"n1={n1} and n2={n2} select no rows; pass at least one of them above 0.")
     elif not (clusters if n2 else 1) <= budget <= rows:
         raise ValueError(
-            f"budget={budget} must be between the {clusters if n2 else 1} rows that the clusters take (fewer with n2=0 or a "
-            f"smaller k) and the {rows} rows."
+            f"budget={budget} must be between the {clusters if n2 else 1} rows that the clusters take (fewer with n2=0 "
+            f"or a smaller k) and the {rows} rows."
         )
 
 
@@ -196,37 +178,42 @@ def select_car(
     index_column: str = "source_index",
     allow_worse: bool = False,
 ) -> Dataset:
-    """The selected rows of a scored, clustered dataset, best score first.
+    """Return the selected rows of a scored, clustered dataset, best score first.
 
     Args:
-        dataset (`Dataset`): with a score and a cluster for every row; nulls are never selected (by score, or at all).
-        n1, n2, budget: see [`choose`]. The paper's values are n1 = 1000 and n2 = 1.
-        score_column, cluster_column (`str`): where score and cluster stand.
-        index_column (`str`): kept if the dataset has it, else added: the row's position in `dataset`.
-        allow_worse (`bool`): do not refuse a selection whose mean score is below the pool's.
+        dataset (`Dataset`): pool with a score and a cluster for every row. Rows without a score are never selected;
+            rows without a cluster can only be selected by score.
+        n1 (`int` or `float`): number of rows taken by score, 1000 in the paper; a float in (0, 1) is that share of the
+            scored rows.
+        n2 (`int`): number of rows taken from every cluster, 1 in the paper.
+        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2.
+        score_column (`str`): column of scores.
+        cluster_column (`str`): column of clusters.
+        index_column (`str`): kept if the dataset has it, otherwise added: the row's position in `dataset`.
+        allow_worse (`bool`): accept a selection whose mean score is below the pool's.
 
     Returns:
-        `Dataset`: all columns of the chosen rows, and `selected_by` (`"score"`, `"cluster"`, `"both"`), `score_rank` and
-        `cluster_rank` (1 is best, over the pool and within the cluster; `cluster_rank` 0: no cluster).
+        `Dataset`: all columns of the chosen rows, and `selected_by` (`"score"`, `"cluster"`, `"both"`), `score_rank`
+        and `cluster_rank` (1 is best, over the pool and within the cluster; `cluster_rank` is 0 without a cluster).
 
     Raises:
         ValueError: a column is missing or would be overwritten, a number does not fit, or the selection is worse than
-            the pool. (The original's first release sorted the wrong way round and shipped the worst rows for two
-            months.)
+            the pool on average.
     """
     check_columns(dataset.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
     scores = read_numbers(dataset, score_column, np.nan)
     choice = choose(scores, read_numbers(dataset, cluster_column, -1), n1, n2, budget)
     if len(choice.positions) == 0:
-        raise ValueError(f"n1={n1} and n2={n2} select no rows.")
+        raise ValueError(f"n1={n1} and n2={n2} select no rows; pass at least one of them above 0.")
+    # The original's first release sorted the wrong way round, and shipped the worst rows for two months.
     if not allow_worse:
         refuse_worse(scores, choice.positions)
     return add_selection(dataset, choice, index_column)
 
 
 def add_selection(dataset: Dataset, choice: Choice, index_column: str) -> Dataset:
-    """The chosen rows with the columns that say why, see [`select_car`]."""
-    # In Arrow's format: numpy's would turn whole numbers beside a null into floats when add_column copies the rows.
+    """Return the chosen rows with `index_column`, if it is missing, and the columns `SELECTION_COLUMNS`."""
+    # In Arrow's format: numpy's would turn integers in a column with nulls into floats when add_column copies the rows.
     form = dataset.format
     chosen = dataset.with_format("arrow").select(choice.positions.tolist())
     if index_column not in dataset.column_names:
@@ -238,34 +225,52 @@ def add_selection(dataset: Dataset, choice: Choice, index_column: str) -> Datase
 
 
 def refuse_worse(scores: npt.ArrayLike, positions: Indices) -> None:
-    """Raise a ValueError if the chosen rows score below the pool on average: then the sign of the score is wrong."""
+    """Raise ValueError if the chosen rows score below the pool on average: the sign of the score is likely wrong."""
     values = np.asarray(scores, dtype=np.float64)
     if len(positions) == 0:
-        raise ValueError("n1 and n2 select no rows.")
+        raise ValueError("n1 and n2 select no rows; pass at least one of them above 0.")
     pool, chosen = float(np.nanmean(values)), float(values[positions].mean())
+    # Equal means may differ in their last digits: 0.1 + 0.1 + 0.1 is not 0.3 in floats.
     if chosen < pool - 1e-9 * max(1.0, abs(pool)):
         raise ValueError(
             f"The selection's mean score {chosen:.4f} is below the pool's {pool:.4f}. Is a higher score better in this "
-            "column? If clusters alone (a small n1) pull it down and you mean that, pass allow_worse=True (--allow-worse)."
+            "column? If clusters alone (a small n1) pull it down and you mean that, pass "
+            "allow_worse=True (--allow-worse)."
         )
 
 
 def read_numbers(dataset: Dataset, column: str, missing: float) -> npt.NDArray[Any]:
-    """A numeric column as one array, nulls replaced by `missing`, without a Python object per row.
+    """Return a numeric column as one array, without a Python object per row.
+
+    Args:
+        dataset (`Dataset`): dataset to read.
+        column (`str`): column of numbers.
+        missing (`float`): value in place of nulls; NaN gives an array of float64, a number one of int64.
 
     Raises:
-        ValueError: the column is not numeric.
+        ValueError: the column is not numeric, or holds fractions where `missing` is a number.
     """
     return numbers_of(dataset.select_columns([column]).with_format("arrow")[:][column], column, missing)
 
 
 def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDArray[Any]:
-    """As [`read_numbers`], for a column that has been read."""
+    """Return a column that has been read as one array, nulls replaced by `missing`.
+
+    Args:
+        values (`pa.ChunkedArray`): the column.
+        column (`str`): its name, for error messages.
+        missing (`float`): value in place of nulls; NaN gives an array of float64, a number one of int64.
+
+    Raises:
+        ValueError: the column is not numeric, or holds fractions where `missing` is a number.
+    """
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         raise ValueError(f"The column {column!r} holds {values.type}, not numbers.")
-    kind = "float64" if missing != missing else "int64"
+    kind = "float64" if math.isnan(missing) else "int64"
     try:
-        if kind == "int64" and pa.types.is_floating(values.type):  # as pandas keeps whole numbers beside missing ones
+        if kind == "int64" and pa.types.is_floating(
+            values.type
+        ):  # pandas stores integers with missing values as floats
             values = pc.if_else(pc.is_nan(values), None, values)
         return np.asarray(values.cast(kind).fill_null(missing).to_numpy())
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
@@ -273,15 +278,15 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
         raise ValueError(f"The column {column!r} holds {values.type}, not {wanted} throughout: {error}.") from error
 
 
-def check_columns(seen: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:
-    """Raise a ValueError if a column that is read is missing, or one that is added is taken."""
-    missing = [c for c in needed if c not in seen]
+def check_columns(existing: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:
+    """Raise ValueError if a column that is read is missing, or one that would be added exists already."""
+    missing = [c for c in needed if c not in existing]
     if missing:
         raise ValueError(
-            f"The dataset has no column {missing}; it has {list(seen)}. Run the stage that adds it, or name yours: "
+            f"The dataset has no column {missing}; it has {list(existing)}. Run the stage that adds it, or name yours: "
             "score_column=..., cluster_column=..."
         )
-    taken = [c for c in new if c in seen]
+    taken = [c for c in new if c in existing]
     if taken:
         raise ValueError(
             f"The dataset already has the column(s) {taken} of an earlier selection, which would be overwritten. "

@@ -1,8 +1,7 @@
-"""SELECT over a stream: the selection of [`select_car`] without the pool in memory.
+"""Select from a stream of scored rows, without the pool in memory: `select_car_streaming`.
 
-Does: read scored rows batch by batch, cluster them by a model that was fitted before, keep only rows that can still be
-chosen: n1 by score and n2 of every cluster.
-Does not: fit clusters (on a sample: `ClusterModel.fit`), or take a share of rows or a budget, which need the number of rows.
+Does: read rows batch by batch, label them by a model that was fitted before, keep only rows that can still be chosen.
+Does not: fit clusters, or take a share of rows or a budget, which need the number of rows.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from car_datasets.clustering import ClusterModel
+from car_datasets.column_names import ColumnNames
 from car_datasets.rows import refuse_overwrite
 from car_datasets.selection import (
     SELECTION_COLUMNS,
@@ -43,7 +43,7 @@ def select_car_streaming(
     allow_worse: bool = False,
     batch_size: int = 10_000,
 ) -> Dataset:
-    """The selected rows of a stream of scored rows, best score first.
+    """Return the selected rows of a stream of scored rows, best score first; the result is that of [`select_car`].
 
     Example:
 
@@ -54,24 +54,26 @@ def select_car_streaming(
     >>> chosen = select_car_streaming(stream, clusters, n1=10_000, n2=2)
     ```
 
-    A row that is not among the n1 best, nor among the n2 best of its cluster, so far will never be again; so at most
-    n1 + n2 * k rows and one batch are in memory, beside one number per row of the stream, for `score_rank`. The result is that
-    of [`select_car`] on all rows at once.
+    At most n1 + n2 * k rows and one batch are in memory, plus one number per row of the stream, for `score_rank`.
 
     Args:
-        dataset (`IterableDataset`): with a score for every row, and either clusters or, with `clusters`, embeddings; nulls are
-            never selected (by score, or at all).
-        clusters ([`ClusterModel`], *optional*): gives each row its cluster, unless the rows have one.
-        n1 (`int`), n2 (`int`): rows by score, and from every cluster.
-        score_column, cluster_column, index_column, allow_worse: see [`select_car`].
-        batch_size (`int`): rows read at a time.
+        dataset (`IterableDataset`): rows with a score, and either a cluster or, with `clusters`, an embedding. Rows
+            without a score are never selected; rows without a cluster can only be selected by score.
+        clusters ([`ClusterModel`], *optional*): assigns each row its cluster, unless the rows have one.
+        n1 (`int`): number of rows taken by score.
+        n2 (`int`): number of rows taken from every cluster.
+        score_column (`str`): column of scores.
+        cluster_column (`str`): column of clusters.
+        index_column (`str`): kept if the rows have it, otherwise added: the row's position in the stream.
+        allow_worse (`bool`): accept a selection whose mean score is below the pool's.
+        batch_size (`int`): number of rows read at a time.
 
     Returns:
-        `Dataset`: as of [`select_car`], in memory.
+        `Dataset`: in memory, all columns of the chosen rows, and `selected_by`, `score_rank` and `cluster_rank`.
 
     Raises:
-        ValueError: a column is missing or would be overwritten, a number does not fit, there are no rows, or the selection
-            is worse than the pool.
+        ValueError: a column is missing or would be overwritten, a number does not fit, there are no rows, or the
+            selection is worse than the pool.
     """
     from datasets import Dataset
     from datasets.table import InMemoryTable
@@ -79,44 +81,49 @@ def select_car_streaming(
     counts = [n for n in (n1, n2, batch_size) if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 0]
     if counts or n1 + n2 == 0 or batch_size < 1:
         raise ValueError(
-            f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole numbers, "
-            "n1 or n2 above 0; a share or a budget takes select_car on a Dataset."
+            f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole "
+            "numbers, n1 or n2 above 0; a share or a budget takes select_car on a Dataset."
         )
+    names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
     kept: pa.Table | None = None
-    places = np.zeros(0, dtype=np.int64)  # of the kept rows, in the stream
-    seen: list[npt.NDArray[Any]] = []
+    places = np.zeros(0, dtype=np.int64)  # positions of the kept rows in the stream
+    scores_read: list[npt.NDArray[Any]] = []
     rows = 0
     for batch in _tables(dataset, batch_size):
-        batch = _labelled(batch, clusters, score_column, cluster_column)
-        seen.append(_numbers(batch, score_column, np.nan))
+        batch = _labelled(batch, clusters, names)
+        scores_read.append(numbers_of(batch[names.score], names.score, np.nan))
         here = np.arange(rows, rows + len(batch))
         rows += len(batch)
-        if index_column not in batch.column_names:
-            batch = batch.append_column(index_column, pa.array(here))
+        if names.index not in batch.column_names:
+            batch = batch.append_column(names.index, pa.array(here))
         kept = batch if kept is None else pa.concat_tables([kept, batch], promote_options="permissive")
-        still = np.sort(_choice(kept, score_column, cluster_column, n1, n2).positions)
+        # A row that is not among the best so far can never be again, so it is dropped. Sorted by position, because ties
+        # go to the earlier row.
+        still = np.sort(_choice(kept, names, n1, n2).positions)
         kept, places = kept.take(pa.array(still)), np.concatenate([places, here])[still]
-    scores = np.concatenate(seen or [np.zeros(0)])
+    scores = np.concatenate(scores_read or [np.zeros(0)])
     scored = int(np.count_nonzero(~np.isnan(scores)))
     if kept is None or scored == 0:
-        raise ValueError("dataset: the stream has no rows with a score.")
+        raise ValueError("dataset: the stream has no rows with a score; map a QualityScorer over it first.")
     if max(n1, n2) > scored:
         raise ValueError(f"n1={n1} and n2={n2} must be between 0 and the {scored} rows that have a score.")
-    choice = _choice(kept, score_column, cluster_column, n1, n2)
+    choice = _choice(kept, names, n1, n2)
     if not allow_worse:
         refuse_worse(scores, places[choice.positions])
+    # The ranks of the choice count the kept rows; these count all rows of the stream.
     choice = choice._replace(score_rank=ranks_of(scores)[places[choice.positions]])
-    return add_selection(Dataset(InMemoryTable(kept.combine_chunks())), choice, index_column)
+    return add_selection(Dataset(InMemoryTable(kept.combine_chunks())), choice, names.index)
 
 
 def _tables(dataset: IterableDataset | Dataset, batch_size: int) -> Iterator[pa.Table]:
-    """The batches as Arrow tables. A stream's are built here: its own have the types that each batch alone suggests, which
-    `datasets` cannot join where one holds a null only."""
+    """Yield the batches as Arrow tables."""
     from datasets import Dataset
 
     if isinstance(dataset, Dataset):
         yield from dataset.with_format("arrow").iter(batch_size=batch_size)
         return
+    # Built here, since the tables of a stream have the types that each batch alone suggests: a column that is null in
+    # one batch could not be joined with the same column in another.
     features = dataset.features
     for batch in dataset.with_format(None).iter(batch_size=batch_size):
         if features is None:
@@ -125,23 +132,21 @@ def _tables(dataset: IterableDataset | Dataset, batch_size: int) -> Iterator[pa.
             yield pa.table(features.encode_batch(batch), schema=features.arrow_schema)
 
 
-def _labelled(batch: pa.Table, clusters: ClusterModel | None, score_column: str, cluster_column: str) -> pa.Table:
-    if clusters is not None and cluster_column not in batch.column_names:
-        new = (cluster_column, clusters.distance_column)
+def _labelled(batch: pa.Table, clusters: ClusterModel | None, names: ColumnNames) -> pa.Table:
+    """Return the batch with its clusters, which are added by the model if the rows have none."""
+    if clusters is not None and names.cluster not in batch.column_names:
+        new = (names.cluster, clusters.distance_column)
         check_columns(batch.column_names, (clusters.embedding_column,), ())
         refuse_overwrite(batch.column_names, new, "output_column=... and distance_column=... to ClusterModel.fit")
-        found = clusters.label_arrow(batch[clusters.embedding_column])
-        batch = batch.append_column(cluster_column, found[clusters.output_column])
-        batch = batch.append_column(clusters.distance_column, found[clusters.distance_column])
-    check_columns(batch.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
+        labels = clusters.label_arrow(batch[clusters.embedding_column])
+        batch = batch.append_column(names.cluster, labels[clusters.output_column])
+        batch = batch.append_column(clusters.distance_column, labels[clusters.distance_column])
+    check_columns(batch.column_names, (names.score, names.cluster), SELECTION_COLUMNS)
     return batch
 
 
-def _choice(table: pa.Table, score_column: str, cluster_column: str, n1: int, n2: int) -> Choice:
-    scores = _numbers(table, score_column, np.nan)
+def _choice(table: pa.Table, names: ColumnNames, n1: int, n2: int) -> Choice:
+    """Select from the rows so far, which may be fewer than n1 or n2."""
+    scores = numbers_of(table[names.score], names.score, np.nan)
     scored = int(np.count_nonzero(~np.isnan(scores)))
-    return choose(scores, _numbers(table, cluster_column, -1), min(n1, scored), min(n2, scored))
-
-
-def _numbers(table: pa.Table, column: str, missing: float) -> npt.NDArray[Any]:
-    return numbers_of(table[column], column, missing)
+    return choose(scores, numbers_of(table[names.cluster], names.cluster, -1), min(n1, scored), min(n2, scored))

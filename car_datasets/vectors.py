@@ -1,4 +1,8 @@
-"""Arrow's list columns as float32 matrices, from Arrow's own buffers: no Python list on the way; columns beside columns."""
+"""Read columns of vectors as float32 matrices, straight from Arrow's buffers, and add columns to a dataset.
+
+Does: yield a column batch by batch, refuse vectors of unequal length or that are not finite, put two datasets side by
+side. Does not: build Python lists, or hold more than one batch.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +19,24 @@ if TYPE_CHECKING:
 Matrix = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
 
-BATCH = 16_384  # rows in memory at a time: 25 MB of 384 numbers each
+BATCH = 16_384  # rows in memory at a time: 25 MB at 384 float32 numbers a row
 
 
 def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) -> Iterator[tuple[Matrix, Positions]]:
-    """A column of embeddings as float32 matrices of 1 to `BATCH` rows, and the positions of the rows that have one.
+    """Yield a column of embeddings as float32 matrices of 1 to `BATCH` rows, and the positions of these rows.
 
-    Read from Arrow's own buffers, memory-mapped or not: where a batch lies in one piece as float32 it is a view of them,
-    else one batch is copied. No more than that is ever held, so the column may be larger than the memory.
+    Rows without an embedding are left out. A matrix is a view of Arrow's buffers, memory-mapped or not, if its batch is
+    one piece of float32; otherwise one batch is copied. No more than that is held, so the column may be larger than
+    memory.
 
     Args:
-        dataset (`Dataset`), column (`str`): what is read.
-        rows (`range`, *optional*): read these alone, of which none need have an embedding.
+        dataset (`Dataset`): dataset to read.
+        column (`str`): column of lists of numbers.
+        rows (`range`, *optional*): read these rows only; it is no error if none of them has an embedding.
 
     Raises:
-        ValueError: no such column, not lists of numbers, unequal lengths, or values that are not finite (these are counted to
-            the end, and nothing is given after the first).
+        ValueError: the column is missing or holds no lists of numbers, lengths are unequal, or values are not finite.
+            The latter are counted to the end of the column, but nothing is yielded after the first.
     """
     if column not in dataset.column_names:
         raise ValueError(
@@ -52,13 +58,19 @@ def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) 
             yield matrix, present
     _refuse_not_finite(bad, column)
     if width == 0 and rows is None:
-        raise ValueError(f"The column {column!r} holds no embeddings, only nulls.")
+        raise ValueError(f"The column {column!r} holds no embeddings, only nulls. Run TextEmbedder over the rows.")
 
 
 def column_batches(dataset: Dataset, column: str, rows: range | None = None) -> Iterator[pa.ChunkedArray]:
-    """A column in pieces of `BATCH` rows: where the rows lie in order, without a copy.
+    """Yield a column in pieces of `BATCH` rows, without a copy unless the dataset was shuffled or filtered.
 
-    `dataset.iter` takes the rows of a shuffled or filtered dataset one by one, 35 times as long as reading them in order.
+    Used in place of `dataset.iter`, which takes the rows of a shuffled or filtered dataset one by one: 35 times as long
+    as reading them in order.
+
+    Args:
+        dataset (`Dataset`): dataset to read.
+        column (`str`): any column.
+        rows (`range`, *optional*): read these rows only.
     """
     values, rows = dataset.data.column(column), range(len(dataset)) if rows is None else rows
     order = dataset._indices  # of a shuffled or filtered dataset; it has no public name
@@ -71,7 +83,8 @@ def column_batches(dataset: Dataset, column: str, rows: range | None = None) -> 
 
 
 def _taken(values: pa.ChunkedArray, places: Positions) -> pa.ChunkedArray:
-    """The rows at these places, taken chunk by chunk: `values.take(places)` would copy all chunks into one for it."""
+    """Return the rows at these places, in their order."""
+    # Taken chunk by chunk: `values.take(places)` would first copy all chunks into one.
     ends = np.cumsum([len(chunk) for chunk in values.chunks])
     chunk_of = np.searchsorted(ends, places, side="right")
     by_chunk = np.argsort(chunk_of, kind="stable")
@@ -80,13 +93,13 @@ def _taken(values: pa.ChunkedArray, places: Positions) -> pa.ChunkedArray:
     for number, own in zip(touched.tolist(), np.split(by_chunk, first[1:]), strict=True):
         chunk = values.chunk(number)
         parts.append(chunk.take(pa.array(places[own] - (ends[number] - len(chunk)))))
-    back = np.empty_like(by_chunk)
+    back = np.empty_like(by_chunk)  # the inverse permutation, from the order of chunks to that of `places`
     back[by_chunk] = np.arange(len(by_chunk))
     return pa.chunked_array([pa.concat_arrays(parts).take(pa.array(back))], values.type)
 
 
 def count_vectors(dataset: Dataset, column: str) -> int:
-    """How many rows have something other than a null in this column; 0 without the column."""
+    """Return the number of rows that are not null in this column, or 0 if there is no such column."""
     if column not in dataset.column_names:
         return 0
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
@@ -94,25 +107,29 @@ def count_vectors(dataset: Dataset, column: str) -> int:
 
 
 def read_embeddings(dataset: Dataset, column: str) -> tuple[Matrix, Positions]:
-    """The whole column as one float32 array, and the positions of the rows that have an embedding.
+    """Return an entire column of embeddings as one float32 array, and the positions of the rows that have one.
 
     Raises:
-        ValueError: as [`embedding_batches`].
+        ValueError: the column is missing or holds no lists of numbers, lengths are unequal, or values are not finite.
     """
     matrices, positions = zip(*embedding_batches(dataset, column), strict=True)
     return (matrices[0] if len(matrices) == 1 else np.concatenate(matrices)), np.concatenate(positions)
 
 
 def as_arrow(rows: Sequence[Any]) -> pa.Array:
-    """A batch's Python lists or arrays, `None` for rows without a vector, as an Arrow array of float32 lists."""
+    """Return Python lists or arrays, `None` for rows without a vector, as an Arrow array of float32 lists."""
     return pa.array([None if row is None else np.asarray(row, dtype=np.float32) for row in rows])
 
 
 def matrix_of(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, Positions]:
-    """An Arrow array of lists to `(rows that have one, dimension)` float32, and the positions of those rows.
+    """Return the lists of an Arrow array as a float32 matrix `(rows that have one, dimension)`, and their positions.
+
+    Args:
+        values (`pa.ChunkedArray` or `pa.Array`): lists of numbers, or nulls.
+        column (`str`): name of the column, for error messages.
 
     Raises:
-        ValueError: not lists of numbers, unequal lengths, or values that are not finite.
+        ValueError: the values are not lists of numbers, lengths are unequal, or values are not finite.
     """
     matrix, present = _joined(values, column)
     _refuse_not_finite(present[~_finite(matrix)].tolist(), column)
@@ -120,11 +137,12 @@ def matrix_of(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, 
 
 
 def unit_rows(matrix: Matrix) -> Matrix:
-    """The rows at length 1, as cosines are computed of; rows of zeros stay."""
+    """Return the rows scaled to length 1, so that their products are cosines; rows of zeros stay zeros."""
     return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def _joined(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, Positions]:
+    """Return the chunks as one matrix, and the positions of the rows that are not null; values may not be finite."""
     chunks = values.chunks if hasattr(values, "chunks") else [values]
     parts = [_chunk(chunk, column) for chunk in chunks if len(chunk) > chunk.null_count]
     if not parts:
@@ -135,7 +153,8 @@ def _joined(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, Po
 
 
 def _finite(matrix: Matrix) -> npt.NDArray[np.bool_]:
-    """Which rows hold finite values only. Their sums tell at the price of one reading; those that overflow are looked at."""
+    """Return a mask of the rows that hold finite values only."""
+    # A row's sum is finite unless a value is not, or the sum overflows: only such rows are checked value by value.
     with np.errstate(over="ignore", invalid="ignore"):
         finite: npt.NDArray[np.bool_] = np.isfinite(matrix @ np.ones(matrix.shape[1], dtype=np.float32))
     finite[~finite] = np.isfinite(matrix[~finite]).all(axis=1)
@@ -145,22 +164,25 @@ def _finite(matrix: Matrix) -> npt.NDArray[np.bool_]:
 def _refuse_unequal(widths: set[int], column: str) -> None:
     if len(widths) > 1:
         raise ValueError(
-            f"The column {column!r} holds embeddings of the lengths {sorted(widths)}; all must have one length."
+            f"The column {column!r} holds embeddings of the lengths {sorted(widths)}; all must have one length. "
+            "Embed all rows by the same model."
         )
 
 
 def _refuse_not_finite(bad: list[int], column: str) -> None:
     if bad:
         raise ValueError(
-            f"The column {column!r} holds values that are not finite in {len(bad)} rows, the first {bad[:5]}."
+            f"The column {column!r} holds values that are not finite in {len(bad)} rows, the first {bad[:5]}. "
+            "Embed these rows again, or set their embedding to null."
         )
 
 
 def _chunk(chunk: pa.Array, column: str) -> Matrix:
+    """Return one chunk as a matrix, without a copy if it is float32; nulls are left out."""
     kind = chunk.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise ValueError(f"The column {column!r} holds {kind}, not lists of numbers.")
-    flat = chunk.drop_null().flatten()  # flatten() skips nulls and honours offsets
+    flat = chunk.drop_null().flatten()  # unlike `.values`, flatten() honours the offsets of a slice
     rows = len(chunk) - chunk.null_count
     lengths = np.unique(np.asarray(chunk.drop_null().value_lengths()))
     if len(lengths) != 1 or lengths[0] == 0:
@@ -173,13 +195,13 @@ def _chunk(chunk: pa.Array, column: str) -> Matrix:
 
 
 def beside(dataset: Dataset, new: Dataset) -> Dataset:
-    """One dataset with the columns of both, whose rows belong together in their order."""
+    """Return one dataset with the columns of both, matched by position, in the format of `dataset`."""
     from datasets import Dataset, Features, concatenate_datasets
 
     form: dict[str, Any] = dataset.format
     if len(dataset) == 0:  # concatenate_datasets drops what has no rows
         types = Features({**dataset.features, **new.features})
         return Dataset.from_dict({name: [] for name in types}, features=types)
-    # In Arrow's format: numpy's would turn whole numbers beside a null into floats where selected rows are copied.
+    # In Arrow's format: numpy's would turn integers in a column with nulls into floats where selected rows are copied.
     parts = [part.with_format("arrow") for part in (dataset, new)]
     return concatenate_datasets(parts, axis=1).with_format(form["type"], **form["format_kwargs"])

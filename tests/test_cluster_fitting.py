@@ -11,6 +11,9 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets, load_
 from sklearn.decomposition import PCA
 
 from car_datasets import ClusterModel, Recipe, cluster_filter, vectors
+from car_datasets.cluster_fitting import ENGINES, FitSettings, Numbers, number_of_clusters
+from car_datasets.covariance import project
+from car_datasets.vectors import read_embeddings
 
 
 def embeddings(rows: int, width: int = 12, seed: int = 0) -> np.ndarray:
@@ -127,3 +130,19 @@ def test_bad_settings_are_named(data: Dataset, fit: Any, options: dict[str, Any]
 )
 def test_the_paper_keeps_scikit_learn(settings: dict[str, str], engine: str) -> None:
     assert Recipe(**settings).kmeans_engine == engine
+
+
+def fit_first_rows(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
+    """An engine from outside the package: the first k rows are the centres, and nothing is projected away."""
+    matrix, _ = read_embeddings(dataset, column)
+    k, width = number_of_clusters(settings.k, len(matrix)), matrix.shape[1]
+    mean, components = matrix.mean(axis=0), np.eye(width, dtype=np.float32)
+    return Numbers(mean, components, project(matrix[:k], mean, components), 1.0, 0.0)
+
+
+def test_an_engine_is_a_function_and_a_row_in_the_table(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "first rows", fit_first_rows)
+    model = ClusterModel.fit(data, k=7, kmeans="first rows")
+    assert model.label(data)["cluster"][:7] == list(range(7))
+    with pytest.raises(ValueError, match=r"choose one of \('torch', 'sklearn', 'first rows'\)"):
+        ClusterModel.fit(data, kmeans="faiss")

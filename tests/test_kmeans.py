@@ -12,6 +12,7 @@ from car_datasets import kmeans
 from car_datasets.kmeans import (
     Chunks,
     Fitted,
+    KMeansSettings,
     fit_kmeans,
     lloyd,
     nearest,
@@ -36,7 +37,7 @@ def read_in(points: Matrix, chunks: int = 3) -> Chunks:
 
 
 def fit(points: Matrix, k: int, chunks: int = 3, **options: int) -> Fitted:
-    return fit_kmeans(read_in(points, chunks), torch.from_numpy, k, **{"seed": 0, **options})
+    return fit_kmeans(read_in(points, chunks), torch.from_numpy, KMeansSettings(k, **{"seed": 0, **options}))
 
 
 def squared_distances(points: Matrix, centers: Tensor) -> np.ndarray:
@@ -186,7 +187,7 @@ def test_a_sample_is_all_that_is_held() -> None:
         seen.append(len(chunk))
         return torch.from_numpy(chunk)
 
-    fit_kmeans(read_in(points, 10), project, 4, seed=0, sample=5)
+    fit_kmeans(read_in(points, 10), project, KMeansSettings(4, seed=0, sample=5))
     assert (sum(seen[:10]), seen[10:]) == (20, [100] * 30)
 
 
@@ -259,7 +260,8 @@ def test_on_a_gpu_the_seed_decides_too(sample: int) -> None:
         return torch.from_numpy(chunk).cuda()
 
     first, again = (
-        fit_kmeans(read_in(points), on_gpu, 64, seed=0, sample=sample, device=torch.device("cuda")) for _ in range(2)
+        fit_kmeans(read_in(points), on_gpu, KMeansSettings(64, seed=0, sample=sample), device=torch.device("cuda"))
+        for _ in range(2)
     )
     assert torch.equal(first.centers, again.centers)
     assert first.inertia == again.inertia

@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from car_datasets import ClusterModel, curate, select_car
 from car_datasets.cli import app
+from car_datasets.column_names import ColumnNames
 from car_datasets.loading import open_dataset
-from car_datasets.original import from_original, rank_rows, select_as_published, write_original
+from car_datasets.original import from_original, original_columns, rank_rows, select_as_published, write_original
+from car_datasets.results import write_table
 
 CASES = [(f, i) for f in ("expected.json", "expected_n_init10.json") for i in range(12)]
 
@@ -153,7 +155,7 @@ def scored(tmp_path: Path) -> Dataset:
 def test_files_round_trip(scored: Dataset, tmp_path: Path) -> None:
     assert scored.features["cluster"].dtype == "int32"
     assert scored["cluster"][:] == [9, 89, 89, 9, 7]
-    write_original(scored, tmp_path / "again.json")
+    write_original(scored, tmp_path / "again.json", ColumnNames())
     assert json.loads((tmp_path / "again.json").read_text(encoding="utf-8")) == ROWS
     assert "é" in (tmp_path / "again.json").read_text(encoding="utf-8")
 
@@ -250,8 +252,8 @@ def test_a_label_that_is_no_cluster_is_not_lost(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"output": ["a"], "label": ["²"], "iqs_score": [1.0], "cluster": [0]})
     assert from_original(rows)["label"][:] == ["²"]
     with pytest.raises(ValueError, match=r"column\(s\) \['label'\] of their own"):
-        write_original(rows, tmp_path / "out.json")
-    write_original(rows, tmp_path / "out.json", where_free=True)
+        write_original(rows, tmp_path / "out.json", ColumnNames())
+    write_original(rows, tmp_path / "out.json", ColumnNames(), where_free=True)
     written = [{"output": "a", "label": "²", "score": 1.0, "cluster": 0}]
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == written
 
@@ -297,3 +299,15 @@ def test_a_row_number_of_the_users_own_stays(tmp_path: Path, tiny_iqs: str, tiny
     curate(tmp_path / "rows.json", tmp_path / "out", procedure="paper", n1=2, k=2, **models)
     chosen = json.loads((tmp_path / "out" / "CaR_selected_result.json").read_text())
     assert all(row["output"] == words[row["source_index"] - 100] for row in chosen)
+
+
+@pytest.mark.parametrize("score", ["iqs_score", "quality"])
+def test_no_column_of_ours_is_in_the_originals_files(score: str, tmp_path: Path) -> None:
+    """`iqs_score_std`, of `--uncertainty`, once was."""
+    names = ColumnNames(score=score)
+    ours = (*names.diagnostics, names.index, names.embedding, "selected_by", "score_rank", "cluster_rank")
+    assert f"{score}_std" in ours
+    pool = Dataset.from_dict({"output": ["a"], score: [1.0], "cluster": [3]} | {column: [0] for column in ours})
+    assert original_columns(pool, names).column_names == ["output", score, "cluster"]
+    write_table(pool, tmp_path / "out.json", score_column=score)
+    assert json.loads((tmp_path / "out.json").read_text()) == [{"output": "a", "score": 1.0, "label": "3"}]

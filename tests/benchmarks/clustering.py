@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 
 from car_datasets.cluster_fitting import Projection, fit_components
 from car_datasets.covariance import Covariance
-from car_datasets.kmeans import Chunks, first_centers, fit_kmeans, nearest
+from car_datasets.kmeans import Chunks, KMeansSettings, first_centers, fit_kmeans, nearest
 from car_datasets.vectors import BATCH, Matrix
 from tests.benchmarks.synthetic import embeddings
 from tests.benchmarks.table import Line, best_of
@@ -73,7 +73,9 @@ def components() -> Iterator[Line]:
 
 def fit(points: Matrix, k: int, seed: int, sample: int = 256) -> tuple[float, float]:
     """Seconds of our fit, and its inertia."""
-    seconds, found = best_of(1, lambda: fit_kmeans(pieces(points), torch.from_numpy, k, seed=seed, sample=sample))
+    seconds, found = best_of(
+        1, lambda: fit_kmeans(pieces(points), torch.from_numpy, KMeansSettings(k, seed, sample=sample))
+    )
     return seconds, found.inertia
 
 

@@ -17,7 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from datasets.table import InMemoryTable
 
 from car_datasets import ClusterModel, select_car
-from car_datasets.kmeans import fit_kmeans, one_pass
+from car_datasets.kmeans import KMeansSettings, fit_kmeans, one_pass
 from car_datasets.vectors import Matrix
 from tests.benchmarks.clustering import pieces
 from tests.benchmarks.synthetic import embeddings
@@ -58,7 +58,7 @@ def stages(rows: int) -> dict[str, float]:
 
     points = torch.from_numpy(matrix)
     read = pieces(matrix)
-    timed("k-means on all rows, k = sqrt(n / 2)", lambda: fit_kmeans(read, torch.from_numpy, k, seed=0))
+    timed("k-means on all rows, k = sqrt(n / 2)", lambda: fit_kmeans(read, torch.from_numpy, KMeansSettings(k, 0)))
     timed(f"a full pass, k = {CLUSTERS}", lambda: one_pass([points], points[:CLUSTERS]))
     model = timed(f"fit, sampled, k = {CLUSTERS}", lambda: ClusterModel.fit(dataset, k=CLUSTERS))
     labelled = timed(f"label, k = {CLUSTERS}", lambda: model.label(dataset))  # type: ignore[attr-defined]
