@@ -1,7 +1,7 @@
 """`what_if`: what another n1, n2 or k would select, from existing scores and embeddings; no model runs.
 
 Does: apply CaR's rule over a grid of settings and compare each result with the present selection.
-Does not: select, or keep what it tries. Another k is an estimate: a real run with that k clusters differently in detail.
+Does not: select, or keep what it tries. Another k is an estimate: a run with that k clusters differently in detail.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def what_if(
     Args:
         pool (`Dataset`): scored and clustered; another k needs its embeddings.
         selected (`Dataset`): the rows that [`select_car`] took from it.
-        n1, n2, k (`Sequence[int]`, *optional*): values to try, in all combinations; one that is left out keeps its present
-            value. If all three are left out, values around the present ones are tried: n1 with n2, then k alone.
+        n1, n2, k (`Sequence[int]`, *optional*): values to try, in all combinations; one that is left out keeps its
+            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k alone.
         names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
         seed (`int`): for the k-means of another k.
 
@@ -90,8 +90,8 @@ def what_if(
         `list[WhatIf]`: one entry per combination, in the order of k, n1, n2; without all three the present k first.
 
     Raises:
-        ValueError: n1, n2 or k is not a list of numbers, a number does not fit the pool, a column is missing, or another k
-            was asked for and the pool has no embeddings.
+        ValueError: n1, n2 or k is not a list of numbers, a number does not fit the pool, a column is missing, or
+            another k was asked for and the pool has no embeddings.
     """
     return try_out(Overview.of(pool, selected, names=names, seed=seed), n1, n2, k)
 
@@ -106,12 +106,12 @@ def try_out(
 
     Args:
         overview ([`Overview`]): of the pool and its present selection.
-        n1, n2, k (`Sequence[int]`, *optional*): values to try, in all combinations; one that is left out keeps its present
-            value. If all three are left out, values around the present ones are tried: n1 with n2, then k alone.
+        n1, n2, k (`Sequence[int]`, *optional*): values to try, in all combinations; one that is left out keeps its
+            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k alone.
 
     Raises:
-        ValueError: n1, n2 or k is not a list of numbers, a number does not fit the pool, or another k was asked for and the
-            pool has no embeddings.
+        ValueError: n1, n2 or k is not a list of numbers, a number does not fit the pool, or another k was asked for and
+            the pool has no embeddings.
     """
     present = (overview.by_score, overview.by_cluster, overview.cluster_count)
     if n1 is n2 is k is None:

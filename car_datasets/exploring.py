@@ -123,8 +123,8 @@ def atlas_table(
     pool_map = map_of(overview, projection, limit=len(overview.pool))
     if pool_map is None:
         raise ValueError(
-            f"No row of {str(Path(folder) / 'scored.parquet')!r} has an embedding in the column {names.embedding!r}; name "
-            "another: names=ColumnNames(embedding=...) (--embedding-column)."
+            f"No row of {str(Path(folder) / 'scored.parquet')!r} has an embedding in the column {names.embedding!r}; "
+            "name another: names=ColumnNames(embedding=...) (--embedding-column)."
         )
     rows = pool_map.rows
     table: pa.Table = overview.pool.select(rows.tolist()).remove_columns(names.embedding).with_format("arrow")[:]
@@ -156,8 +156,8 @@ def _read_folder(folder: Path, names: ColumnNames) -> Overview:
     pool, selected = Dataset.from_parquet(str(pool_file)), Dataset.from_parquet(str(selected_file))
     if names.embedding not in pool.column_names:
         raise ValueError(
-            f"{str(pool_file)!r} has no column {names.embedding!r}; curate without --no-embeddings, or name your embedding "
-            "column: names=ColumnNames(embedding=...) (--embedding-column)."
+            f"{str(pool_file)!r} has no column {names.embedding!r}; curate without --no-embeddings, or name your "
+            "embedding column: names=ColumnNames(embedding=...) (--embedding-column)."
         )
     return Overview.of(pool, selected, names=names)
 

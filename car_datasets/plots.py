@@ -1,6 +1,6 @@
 """Figures of a selection, drawn by matplotlib (the extra `plots`), each as wide as a dataset card.
 
-Does: score distributions, the map, clusters against rows taken, score against length; equal input gives equal PNG files.
+Does: score distributions, map, clusters against rows taken, score against length; equal input gives equal PNG files.
 Does not: compute what it shows; use pyplot, or change the user's matplotlib settings.
 
 To add a figure, write a function that draws it and add a row to `PLOTS`.
@@ -160,9 +160,8 @@ def draw_map(overview: Overview, pool_map: PoolMap) -> Figure:
     for cluster, place in _number_places(points, clusters, taken):
         number = axes.text(*place, str(cluster), ha="center", va="center", fontsize=10, fontweight="bold")
         number.set_path_effects([withStroke(linewidth=3, foreground="white")])  # a filled box would hide rows
-    shown = (
-        "all scored rows" if len(rows) == len(overview.scored) else f"a sample of {len(overview.scored):,} scored rows"
-    )
+    scored = len(overview.scored)
+    shown = "all scored rows" if len(rows) == scored else f"a sample of {scored:,} scored rows"
     fewer = " (colours repeat)" if len(np.unique(clusters[clusters >= 0])) > len(PALETTE) else ""
     axes.set_xlabel(
         f"{len(rows):,} rows, {shown}. Neighbouring clusters have different colours{fewer};\n"
@@ -296,7 +295,7 @@ def draw_lengths(overview: Overview) -> Figure:
 
 
 def _ticks_between(low: float, high: float) -> npt.NDArray[np.float64]:
-    """Return at most `MOST_TICKS` round numbers between the ends of an axis, or its ends and middle if too few lie there."""
+    """Return round numbers between the ends of an axis, or its ends and middle if too few lie there."""
     ticks = np.zeros(0)
     for steps in ((1, 2, 5), (1, 3), (1,)):  # from fine to coarse
         ticks = np.outer(10.0 ** np.arange(10), steps).ravel()

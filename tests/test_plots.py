@@ -76,7 +76,7 @@ def test_without_embeddings_there_is_no_map(pool: Dataset, selected: Dataset, tm
 def test_a_figure_is_a_function_and_a_row_of_the_table(
     pool: Dataset, selected: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert PLOT_FILES == tuple(plot_file(name) for name in PLOTS)
+    assert tuple(plot_file(name) for name in PLOTS) == PLOT_FILES
 
     def draw_toy(overview: Overview) -> Any:
         from matplotlib.figure import Figure

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from car_datasets import select_car
+from car_datasets import projection, select_car
 from car_datasets.overview import Overview
-from car_datasets import projection
 from car_datasets.projection import map_of
 from tests.test_plots import make_pool
 
