@@ -82,7 +82,7 @@ def what_if(
         pool (`Dataset`): scored and clustered; another k needs its embeddings.
         selected (`Dataset`): the rows that [`select_car`] took from it.
         n1, n2, k (`Sequence[int]`, *optional*): values to try, in all combinations; one that is left out keeps its
-            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k alone.
+            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k.
         names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
         seed (`int`): for the k-means of another k.
 
@@ -107,7 +107,7 @@ def try_out(
     Args:
         overview ([`Overview`]): of the pool and its present selection.
         n1, n2, k (`Sequence[int]`, *optional*): values to try, in all combinations; one that is left out keeps its
-            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k alone.
+            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k.
 
     Raises:
         ValueError: n1, n2 or k is not a list of numbers, a number does not fit the pool, or another k was asked for and

@@ -183,7 +183,7 @@ def _centers(points: npt.NDArray[np.float64], clusters: Indices) -> tuple[Indice
 def colours_of(points: npt.NDArray[np.float64], clusters: Indices) -> Indices:
     """Give neighbouring clusters different colours.
 
-    Clusters are coloured from the largest to the smallest. Each takes the colour whose nearest cluster is farthest away.
+    From the largest to the smallest, each cluster takes the colour whose nearest cluster is farthest away.
 
     Args:
         points (`(n, 2)` float64): the rows on the map.
