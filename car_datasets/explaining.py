@@ -126,7 +126,7 @@ def explain(
         [`Explanation`]: `print` it to read it in words.
 
     Raises:
-        ValueError: there is no such row, or a column is missing.
+        ValueError: the row does not exist, or a column is missing.
     """
     if not isinstance(neighbours, int) or neighbours < 0:
         raise ValueError(f"neighbours={neighbours!r} must be a whole number, 0 or more.")
@@ -135,7 +135,7 @@ def explain(
 
 
 def _position(overview: Overview, row: int | str) -> int:
-    """Return the position of a row in the pool; raise ValueError if there is no such row."""
+    """Return the position of a row in the pool; raise ValueError if it does not exist."""
     rows = len(overview.scores)
     # bool is an int in Python, and True would mean row 1.
     if overview.ids is None:

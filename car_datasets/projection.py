@@ -68,7 +68,7 @@ def map_of(overview: Overview, method: str = "pca", limit: int = MAP_ROWS) -> Po
 
 def _project(matrix: Matrix, method: str, seed: int) -> Matrix:
     """Project `(rows, dimension)` embeddings to `(rows, 2)` points."""
-    if (matrix == matrix[0]).all():  # one row, or equal ones: no variance, of which PCA would divide by zero
+    if (matrix == matrix[0]).all():  # one row, or equal ones: no variance, and PCA would divide by zero
         return np.zeros((len(matrix), 2), dtype=np.float32)
     if len(matrix) < 4:  # too few rows for neighbourhoods
         method = "pca"

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from car_datasets import SelectionReport, select_car
 from car_datasets.column_names import ColumnNames
-from car_datasets.overview import LENGTH_BINS, length_matched, row_lengths
+from car_datasets.overview import LENGTH_BINS, Overview, length_matched, row_lengths
 from car_datasets.reporting import QUANTILES, GroupFigures
 
 
@@ -119,6 +119,15 @@ def test_other_column_names(pool: Dataset, report: SelectionReport) -> None:
     chosen = select_car(other, 2, 1, **options)
     columns = ColumnNames(score="quality_score", cluster="topic", index="id")
     assert SelectionReport.from_selection(other, chosen, names=columns) == report
+
+
+def test_columns_of_the_stages_are_not_the_users() -> None:
+    names = ColumnNames(score="quality", embedding="vector")
+    pool = Dataset.from_dict({"quality": [0.5, 1.0], "cluster": [0, 0], "vector": [[1.0], [2.0]], "source": ["a", "b"]})
+    for column in (*names.diagnostics, "score_rank"):
+        pool = pool.add_column(column, [0, 0])
+    chosen = select_car(pool.remove_columns("score_rank"), 1, 0, score_column="quality")
+    assert Overview.of(pool, chosen, names=names).user_columns == ["source"]
 
 
 @pytest.mark.parametrize("kind", ["arrow", "numpy", "torch", "pandas"])
