@@ -188,6 +188,7 @@ def select(
     from car_datasets.results import fresh_file
 
     fresh_file(output)
+    from car_datasets.column_names import ColumnNames
     from car_datasets.curation import select_by
     from car_datasets.recipe import Recipe
     from car_datasets.reporting import SelectionReport
@@ -201,7 +202,8 @@ def select(
     given = {"n1": parse_count(n1), "n2": n2, "budget": budget, "procedure": procedure, "allow_worse": allow_worse}
     recipe = Recipe().changed(**names, **{name: value for name, value in given.items() if value is not None})
     chosen = select_by(recipe, pool)
-    report = SelectionReport.from_selection(pool, chosen, **names)
+    columns = {name.removesuffix("_column"): column for name, column in names.items()}
+    report = SelectionReport.from_selection(pool, chosen, names=ColumnNames(**columns))
     _write(chosen, output, **names)
     print_table(report.to_table())
 
@@ -220,15 +222,11 @@ def explore(
 ) -> None:
     """Open a curated pool in embedding-atlas, an extra, with our map and neighbours."""
     from car_datasets import exploring
+    from car_datasets.column_names import ColumnNames
 
-    names = {
-        "score_column": score_column,
-        "cluster_column": cluster_column,
-        "index_column": index_column,
-        "embedding_column": embedding_column,
-    }
-    given = {name: column for name, column in names.items() if column is not None}
-    exploring.explore(folder, host, port, projection or "pca", **given)
+    columns = {"score": score_column, "cluster": cluster_column, "index": index_column, "embedding": embedding_column}
+    names = ColumnNames(**{name: column for name, column in columns.items() if column is not None})
+    exploring.explore(folder, host, port, projection or "pca", names=names)
 
 
 def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from car_datasets import hub
 from car_datasets.cluster_fitting import checked_fit, number_of_clusters
 from car_datasets.clustering import ClusterModel
+from car_datasets.column_names import ColumnNames
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, refuse_taken, select_as_published
@@ -112,31 +113,32 @@ def curate(
     pool = _add_clusters(pool, settings)
     without_vectors = pool.remove_columns(settings.embedding_column)
     selected = select_by(settings, without_vectors)
-    seen = Overview.of(without_vectors, selected, seed=settings.seed, **settings.names)
-    report = SelectionReport.from_overview(seen)
+    columns = ColumnNames(
+        settings.score_column, settings.cluster_column, settings.index_column, settings.embedding_column
+    )
+    overview = Overview.of(pool, selected, seed=settings.seed, names=columns)
+    report = SelectionReport.from_overview(overview)
     curated = Curated(selected, pool if settings.keep_embeddings else without_vectors, report)
     if folder is not None:
         own_index = settings.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, pool, seen, settings, scorer, origin, own_index))
+        from_main(lambda: _write_files(folder, curated, overview, settings, scorer, origin, own_index))
     return curated
 
 
 def _write_files(
     folder: Path,
     curated: Curated,
-    pool: Dataset,
-    seen: Overview,
+    overview: Overview,
     settings: Recipe,
     scorer: QualityScorer,
     origin: dict[str, Any],
     own_index: bool,
 ) -> None:
     selected, scored, report = curated
-    without_vectors = pool.remove_columns(settings.embedding_column)
+    without_vectors = overview.pool.remove_columns(settings.embedding_column)
     receipt = make_receipt(origin, settings, scorer, without_vectors, selected, report)
     with unfinished(folder):
-        names = {**settings.names, "embedding_column": settings.embedding_column}
-        pictures = report.pictures(pool, seen, settings.projection, **names)
+        pictures = report.pictures(overview, settings.projection)
         files = {"receipt.json": receipt.to_json().encode(), **pictures}
         write_result(folder, selected, scored, report, files, settings.score_column, settings.cluster_column)
         if settings.procedure == "paper":

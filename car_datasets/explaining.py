@@ -1,7 +1,6 @@
-"""Why a row was kept or not: `explain`.
+"""`explain`: why a row was selected or not.
 
-Does: its place among scores, its cluster, the rows of the cluster that are nearest to it, the nearest selected row, and the rule
-that decided, in words. Reads embeddings batch by batch.
+Does: the row's place among scores and in its cluster, the rows nearest to it, and the rule that decided, in words.
 Does not: decide anything.
 """
 
@@ -9,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from car_datasets.column_names import ColumnNames
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices
-from car_datasets.vectors import Matrix, count_vectors, embedding_batches, unit_rows
+from car_datasets.vectors import Matrix, unit_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A row beside the one that is explained.
+    """A row that is similar to the one that is explained.
 
     Args:
-        row (`int` or `str`): its value in the index column, or its position where there is none.
+        row (`int` or `str`): its value in the index column, or its position if the pool has no such column.
         similarity (`float`): cosine of the two embeddings.
-        score (`float`, *optional*), selected (`bool`): of that row.
+        score (`float`, *optional*): its score.
+        selected (`bool`): True if the row was selected.
     """
 
     row: int | str
@@ -40,19 +41,24 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a row was kept or not.
+    """Why a row was selected or not.
 
     Args:
-        row (`int` or `str`): see [`Neighbour`].
-        selected_by (`str`, *optional*): `"score"`, `"cluster"`, `"both"`, or `None`.
+        row (`int` or `str`): its value in the index column, or its position if the pool has no such column.
+        selected_by (`str`, *optional*): `"score"`, `"cluster"`, `"both"`, or `None` if it was not selected.
         why (`str`): the same in a sentence.
-        score (`float`, *optional*), score_rank (`int`), percentile (`float`): share of the scored rows, in %, that score no
-            better; rank and percentile are 0 without a score.
-        length (`float`), length_unit (`str`), truncated (`bool`): whether the scorer did not see the end.
-        status (`str`): `"ok"`, `"truncated"`, ..., or why there is no score (`"unknown"` where no column says it).
-        cluster (`int`, *optional*), cluster_size (`int`), cluster_rank (`int`): among its scored rows.
-        neighbours (`tuple[Neighbour, ...]`): rows of its cluster that are most like it, nearest first.
-        nearest_selected ([`Neighbour`], *optional*): the selected row, other than itself, that is most like it.
+        score (`float`, *optional*): its score.
+        score_rank (`int`): rank by score in the pool, 1 for the best; 0 without a score.
+        percentile (`float`): share of the scored rows, in %, that score no better; 0 without a score.
+        length (`float`): its length in `length_unit`.
+        length_unit (`str`): `"tokens"` of the scored text, or `"characters"` of the row's strings.
+        truncated (`bool`): True if the text was longer than the scorer reads.
+        status (`str`): `"ok"`, `"truncated"`, ..., or why there is no score (`"unknown"` if no column says it).
+        cluster (`int`, *optional*): its cluster.
+        cluster_size (`int`): scored rows in the cluster.
+        cluster_rank (`int`): rank by score among them, 1 for the best; 0 without a cluster or a score.
+        neighbours (`tuple[Neighbour, ...]`): rows of its cluster that are most similar to it, nearest first.
+        nearest_selected ([`Neighbour`], *optional*): the selected row, other than itself, that is most similar to it.
     """
 
     row: int | str
@@ -72,6 +78,7 @@ class Explanation:
     nearest_selected: Neighbour | None
 
     def __str__(self) -> str:
+        """Return everything in words, over several lines."""
         lines = [f"row {self.row}: {self.why}"]
         if self.score is not None:
             lines.append(f"score {self.score:.3f}, rank {self.score_rank:,}, percentile {self.percentile:.1f}")
@@ -98,12 +105,9 @@ def explain(
     row: int | str,
     *,
     neighbours: int = 3,
-    score_column: str = "iqs_score",
-    cluster_column: str = "cluster",
-    index_column: str = "source_index",
-    embedding_column: str = "embedding",
+    names: ColumnNames = ColumnNames(),
 ) -> Explanation:
-    """Say of one row why it was kept or not.
+    """Explain why a row was selected or not.
 
     Example:
 
@@ -112,79 +116,90 @@ def explain(
     ```
 
     Args:
-        pool (`Dataset`), selected (`Dataset`): as for [`SelectionReport.from_selection`].
-        row (`int` or `str`): the row's value in `index_column`, or its position where the pool has no such column.
+        pool (`Dataset`): scored and clustered. Without embeddings there are no neighbours.
+        selected (`Dataset`): the rows that [`select_car`] took from it.
+        row (`int` or `str`): the row's value in the index column, or its position if the pool has no such column.
         neighbours (`int`): how many rows of its cluster to name.
-        score_column, cluster_column, index_column, embedding_column (`str`): as in [`select_car`]; without embeddings there
-            are no neighbours.
+        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
 
     Returns:
-        [`Explanation`]: printed, it says all of it in words.
+        [`Explanation`]: `print` it to read it in words.
 
     Raises:
-        ValueError: there is no such row, or a column is missing.
+        ValueError: the row does not exist, or a column is missing.
     """
     if not isinstance(neighbours, int) or neighbours < 0:
         raise ValueError(f"neighbours={neighbours!r} must be a whole number, 0 or more.")
-    seen = Overview.of(
-        pool, selected, score_column=score_column, cluster_column=cluster_column, index_column=index_column
-    )
-    return explain_rows(pool, seen, [_position(seen, row, index_column)], neighbours, embedding_column)[0]
+    overview = Overview.of(pool, selected, names=names)
+    return explain_rows(overview, [_position(overview, row)], neighbours)[0]
 
 
-def _position(seen: Overview, row: int | str, index_column: str) -> int:
-    rows = len(seen.scores)
-    if seen.ids is None:
+def _position(overview: Overview, row: int | str) -> int:
+    """Return the position of a row in the pool; raise ValueError if it does not exist."""
+    rows = len(overview.scores)
+    # bool is an int in Python, and True would mean row 1.
+    if overview.ids is None:
         if isinstance(row, (int, np.integer)) and not isinstance(row, bool) and 0 <= row < rows:
             return int(row)
-        raise ValueError(f"row={row!r} is no row: the pool has the rows 0 to {rows - 1}.")
-    found = np.flatnonzero(np.asarray(seen.ids.to_pandas() == row))
-    if len(found) == 0 or isinstance(row, bool):
+        raise ValueError(f"row={row!r} does not exist: the pool has the rows 0 to {rows - 1}.")
+    matches = np.flatnonzero(np.asarray(overview.ids.to_pandas() == row))
+    if len(matches) == 0 or isinstance(row, bool):
         raise ValueError(
-            f"row={row!r} is not in the pool's column {index_column!r}, which starts with {seen.ids[:3].to_pylist()}."
+            f"row={row!r} is not in the pool's column {overview.names.index!r}, which starts with "
+            f"{overview.ids[:3].to_pylist()}."
         )
-    return int(found[0])
+    return int(matches[0])
 
 
-def explain_rows(
-    pool: Dataset, seen: Overview, rows: Sequence[int], neighbours: int = 3, embedding_column: str = "embedding"
-) -> list[Explanation]:
-    """As [`explain`], of the rows at several positions, in one reading of the embeddings."""
-    ranks, within, reasons = seen.score_ranks, seen.cluster_ranks, seen.reasons
-    sizes = dict(zip(*np.unique(seen.clusters[seen.scored], return_counts=True), strict=True))
-    near = _Nearest(seen, np.asarray(rows, dtype=np.int64), neighbours)
-    if count_vectors(pool, embedding_column):
-        near.read(pool.with_format(None), embedding_column)
-    found = []
+def explain_rows(overview: Overview, rows: Sequence[int], neighbours: int = 3) -> list[Explanation]:
+    """Explain the rows at several positions, with one pass over the embeddings.
+
+    Args:
+        overview ([`Overview`]): of the pool and its selection.
+        rows (`Sequence[int]`): positions in the pool.
+        neighbours (`int`): how many rows of its cluster to name for each.
+    """
+    sizes = dict(zip(*np.unique(overview.clusters[overview.scored], return_counts=True), strict=True))
+    of_cluster, of_selection = _neighbours(overview, np.asarray(rows, dtype=np.int64), neighbours)
+    explanations = []
     for i, row in enumerate(rows):
-        scored, cluster = not np.isnan(seen.scores[row]), int(seen.clusters[row])
-        status = str(seen.statuses[row].as_py()) if seen.statuses is not None else "ok" if scored else "unknown"
-        below = np.count_nonzero(seen.scores <= seen.scores[row]) if scored else 0
-        found.append(
+        scored, cluster = not np.isnan(overview.scores[row]), int(overview.clusters[row])
+        rank, within = int(overview.score_ranks[row]), int(overview.cluster_ranks[row])
+        status = _status(overview, row, scored)
+        below = np.count_nonzero(overview.scores <= overview.scores[row]) if scored else 0
+        explanations.append(
             Explanation(
-                row=seen.name_of(row),
-                selected_by=reasons[row].item() or None,
-                why=_why(seen, reasons[row].item(), scored, status, int(ranks[row]), int(within[row])),
-                score=float(seen.scores[row]) if scored else None,
-                score_rank=int(ranks[row]) if scored else 0,
-                percentile=100 * below / max(1, len(seen.scored)),
-                length=float(seen.lengths[row]),
-                length_unit=seen.length_unit,
+                row=overview.name_of(row),
+                selected_by=overview.reasons[row].item() or None,
+                why=_why(overview, row, status),
+                score=float(overview.scores[row]) if scored else None,
+                score_rank=rank if scored else 0,
+                percentile=100 * below / max(1, len(overview.scored)),
+                length=float(overview.lengths[row]),
+                length_unit=overview.length_unit,
                 truncated=status == "truncated",
                 status=status,
                 cluster=cluster if cluster >= 0 else None,
                 cluster_size=int(sizes.get(cluster, 0)),
-                cluster_rank=int(within[row]),
-                neighbours=tuple(near.of_cluster(i)),
-                nearest_selected=next(iter(near.of_selection(i)), None),
+                cluster_rank=within,
+                neighbours=tuple(of_cluster[i]),
+                nearest_selected=next(iter(of_selection[i]), None),
             )
         )
-    return found
+    return explanations
 
 
-def _why(seen: Overview, reason: str, scored: bool, status: str, rank: int, within: int) -> str:
-    n1, n2 = seen.by_score, seen.by_cluster
-    score = f"rank {rank:,} of {len(seen.scored):,} by score, where the best {n1:,} are taken"
+def _status(overview: Overview, row: int, scored: bool) -> str:
+    if overview.statuses is not None:
+        return str(overview.statuses[row].as_py())
+    return "ok" if scored else "unknown"
+
+
+def _why(overview: Overview, row: int, status: str) -> str:
+    """Return the rule that decided on a row, in a sentence."""
+    reason, n1, n2 = overview.reasons[row].item(), overview.by_score, overview.by_cluster
+    rank, within = int(overview.score_ranks[row]), int(overview.cluster_ranks[row])
+    score = f"rank {rank:,} of {len(overview.scored):,} by score, where the best {n1:,} are taken"
     cluster = f"number {within:,} of its cluster, which gives its best {n2:,}" if within else "in no cluster"
     if reason == "both":
         return f"kept by both: {score}, and {cluster}."
@@ -192,65 +207,86 @@ def _why(seen: Overview, reason: str, scored: bool, status: str, rank: int, with
         return f"kept by score: {score}; it is {cluster}."
     if reason == "cluster":
         return f"kept by its cluster: {cluster}; it is {score}."
-    if not scored:
+    if np.isnan(overview.scores[row]):
         return f"not kept: it has no score{'' if status == 'unknown' else f' ({status})'}."
-    if rank <= n1 or 0 < within <= n2:
+    if rank <= n1 or 0 < within <= n2:  # n1 and n2 follow from the selection, which need not be CaR's
         return f"not kept, though it is {score}, and {cluster}: the selection was made by another rule."
     return f"not kept: {score}, and it is {cluster}."
 
 
-class _Nearest:
-    """The rows most like some given ones, by cosine: of their clusters, and of the selection."""
+# nearest rows ---------------------------------------------------------------------------------------------------------
 
-    def __init__(self, seen: Overview, rows: Indices, count: int) -> None:
-        self.seen, self.rows, self.count = seen, rows, count
-        self.taken = np.zeros(len(seen.scores), dtype=bool)
-        self.taken[seen.positions] = True
-        empty = np.zeros((len(rows), 0))
-        self.best: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {
-            kind: (empty, empty.astype(np.int64)) for kind in ("cluster", "selection")
-        }
 
-    def read(self, pool: Dataset, column: str) -> None:
-        own = pool.select_columns([column]).select(self.rows.tolist())
-        if own.with_format("arrow")[:][column].null_count == len(own):
-            return  # rows without an embedding have no neighbours
-        asked = np.zeros((len(self.rows), 0), dtype=np.float32)
-        for matrix, present in embedding_batches(own, column):
-            asked = asked if asked.shape[1] else np.zeros((len(self.rows), matrix.shape[1]), dtype=np.float32)
-            asked[present] = unit_rows(matrix)
-        known = np.asarray(asked.any(axis=1))
-        for matrix, positions in embedding_batches(pool, column):
-            similar = asked @ unit_rows(matrix).T
-            other = known[:, None] & np.not_equal(positions[None], self.rows[:, None])
-            clusters = self.seen.clusters[self.rows][:, None]
-            same = np.logical_and(clusters >= 0, clusters == self.seen.clusters[positions])
-            if self.count:
-                self._keep("cluster", similar, positions, other & same, self.count)
-            self._keep("selection", similar, positions, other & self.taken[None, positions], 1)
+class Nearest(NamedTuple):
+    """The most similar rows found so far, for each of some rows that were asked about.
 
-    def _keep(self, kind: str, similar: Matrix, positions: Indices, allowed: npt.NDArray[np.bool_], count: int) -> None:
-        values, rows = self.best[kind]
-        similar = np.where(allowed, similar, -np.inf)
-        if count < similar.shape[1]:
-            few = np.sort(np.argpartition(-similar, count - 1, axis=1)[:, :count], axis=1)
-            similar, positions = np.take_along_axis(similar, few, axis=1), positions[few]
-        values = np.hstack([values, similar])
-        rows = np.hstack([rows, np.broadcast_to(positions, similar.shape)])
+    Args:
+        similarities (`(asked, found)` float32): cosines, highest first; -inf for a row that is not allowed.
+        rows (`(asked, found)` int64): positions of these rows.
+    """
+
+    similarities: Matrix
+    rows: Indices
+
+    @classmethod
+    def none(cls, asked: int) -> Nearest:
+        """Return the state before any row was looked at, for a number of rows that are asked about."""
+        return cls(np.zeros((asked, 0), dtype=np.float32), np.zeros((asked, 0), dtype=np.int64))
+
+    def updated(self, similarities: Matrix, rows: Indices, count: int) -> Nearest:
+        """Return the best `count` of the rows found so far and of more rows.
+
+        Args:
+            similarities (`(asked, n)` float32): cosines of the new rows; -inf for a row that is not allowed.
+            rows (`(n,)` int64): their positions, ascending, all after those of earlier calls, so that ties go to the
+                earlier row.
+            count (`int`): rows to keep, 1 or more.
+        """
+        if count < similarities.shape[1]:  # sort few
+            few = np.sort(np.argpartition(-similarities, count - 1, axis=1)[:, :count], axis=1)
+            similarities, rows = np.take_along_axis(similarities, few, axis=1), rows[few]
+        values = np.hstack([self.similarities, similarities])
+        places = np.hstack([self.rows, np.broadcast_to(rows, similarities.shape)])
         order = np.argsort(-values, axis=1, kind="stable")[:, :count]
-        self.best[kind] = np.take_along_axis(values, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        return Nearest(np.take_along_axis(values, order, axis=1), np.take_along_axis(places, order, axis=1))
 
-    def of_cluster(self, i: int) -> list[Neighbour]:
-        return self._neighbours("cluster", i)
 
-    def of_selection(self, i: int) -> list[Neighbour]:
-        return self._neighbours("selection", i)
+def _neighbours(overview: Overview, rows: Indices, count: int) -> tuple[list[list[Neighbour]], list[list[Neighbour]]]:
+    """Find the nearest rows of the cluster of every row, `count` each, and the nearest selected row.
 
-    def _neighbours(self, kind: str, i: int) -> list[Neighbour]:
-        found = []
-        for value, row in zip(*(part[i] for part in self.best[kind]), strict=True):
-            if value > -np.inf:
-                score = self.seen.scores[row]
-                score = None if np.isnan(score) else float(score)
-                found.append(Neighbour(self.seen.name_of(int(row)), float(value), score, bool(self.taken[row])))
-        return found
+    Returns:
+        two lists with an entry per row: its neighbours, nearest first. Without embeddings all are empty.
+    """
+    of_cluster, of_selection = Nearest.none(len(rows)), Nearest.none(len(rows))
+    vectors, present = overview.embeddings_of(rows)
+    if len(present):
+        asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
+        asked[present] = unit_rows(vectors)
+        known = np.asarray(asked.any(axis=1))[:, None]  # a vector of zeros has no direction, and no neighbours
+        clusters = overview.clusters[rows][:, None]
+        for matrix, positions in overview.embedding_batches():
+            similar = asked @ unit_rows(matrix).T
+            other = known & (positions[None] != rows[:, None])
+            if count:
+                same = (clusters >= 0) & (clusters == overview.clusters[positions])
+                of_cluster = of_cluster.updated(_only(similar, other & same), positions, count)
+            of_selection = of_selection.updated(_only(similar, other & overview.taken[positions]), positions, 1)
+    return _named(overview, of_cluster), _named(overview, of_selection)
+
+
+def _only(similarities: Matrix, allowed: npt.NDArray[np.bool_]) -> Matrix:
+    return np.where(allowed, similarities, np.float32(-np.inf))
+
+
+def _named(overview: Overview, nearest: Nearest) -> list[list[Neighbour]]:
+    """Return the rows that were found as [`Neighbour`]s, without those that are not allowed."""
+    return [
+        [_neighbour(overview, row, similarity) for similarity, row in zip(*pair, strict=True) if similarity > -np.inf]
+        for pair in zip(nearest.similarities.tolist(), nearest.rows.tolist(), strict=True)
+    ]
+
+
+def _neighbour(overview: Overview, row: int, similarity: float) -> Neighbour:
+    score = float(overview.scores[row])
+    score_or_none = None if np.isnan(score) else score
+    return Neighbour(overview.name_of(row), similarity, score_or_none, bool(overview.taken[row]))

@@ -1,7 +1,6 @@
-"""EXPLORE: a curated folder as a map in embedding-atlas (the extra `explore`), with coordinates and neighbours given.
+"""`explore` and `atlas_table`: a curated folder as a map in embedding-atlas (the extra `explore`).
 
-Does: make one table of our columns, places and nearest rows; give it to embedding-atlas's widget in a notebook, or write it and
-start embedding-atlas on the file; either way it computes nothing.
+Does: make one table of columns, coordinates and nearest rows, for embedding-atlas's command or its notebook widget.
 Does not: embed, or change the folder.
 """
 
@@ -19,39 +18,46 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from car_datasets.column_names import ColumnNames
+from car_datasets.explaining import Nearest
 from car_datasets.overview import Overview
-from car_datasets.page_rows import text_columns, texts_of
+from car_datasets.page_rows import texts_of
 from car_datasets.projection import map_of
-from car_datasets.report_page import columns_of_ours
-from car_datasets.selection import Indices
-from car_datasets.vectors import Matrix, read_embeddings, unit_rows
+from car_datasets.vectors import Matrix, unit_rows
 
 NEAREST = 10
-NEIGHBOUR_ROWS = 20_000  # all pairs of more take minutes; then there are places, and no neighbours
-BLOCK = 1_024
+NEIGHBOUR_ROWS = 20_000  # for more rows there are no neighbours: comparing all pairs would take minutes
+BLOCK = 1_024  # rows compared with all others at a time
 ROW, X, Y, NEIGHBOURS, TEXT, KEPT = "map_row", "map_x", "map_y", "map_neighbours", "map_text", "selected_by"
 
 
 class AtlasTable(NamedTuple):
-    """What embedding-atlas is given.
+    """The input of embedding-atlas.
 
     Args:
-        table (`pyarrow.Table`): the rows that have an embedding, without it, and what we know of them.
-        columns (`dict[str, str]`): which of its columns is what, by the names of the arguments of embedding-atlas's widget.
+        table (`pyarrow.Table`): the rows that have an embedding, without it, with coordinates and neighbours.
+        columns (`dict[str, str]`): its columns by the arguments of embedding-atlas's widget that they are for.
     """
 
     table: pa.Table
     columns: dict[str, str]
 
 
-def explore(folder: Path, host: str = "localhost", port: int = 5055, projection: str = "pca", **names: str) -> None:
+def explore(
+    folder: Path,
+    host: str = "localhost",
+    port: int = 5055,
+    projection: str = "pca",
+    *,
+    names: ColumnNames = ColumnNames(),
+) -> None:
     """Serve a curated folder in embedding-atlas until it is interrupted.
 
     Args:
-        folder (`Path`): what `curate` wrote, with embeddings.
-        host (`str`), port (`int`): where to listen; the next free port is taken.
+        folder (`Path`): the output of `curate`, with embeddings.
+        host (`str`), port (`int`): address to listen on; if the port is taken, the next free one is used.
         projection (`str`): `"pca"`, `"tsne"` or `"umap"`.
-        names (`str`): score_column, cluster_column, index_column, embedding_column, where they are not the usual ones.
+        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
 
     Raises:
         ValueError: embedding-atlas is not installed, or the folder holds no result, or one without embeddings.
@@ -59,9 +65,9 @@ def explore(folder: Path, host: str = "localhost", port: int = 5055, projection:
     if importlib.util.find_spec("embedding_atlas") is None:
         raise ValueError("explore needs embedding-atlas: pip install 'car-datasets[explore]' (some 450 MB).")
     with tempfile.TemporaryDirectory() as place:
-        options = write_atlas(folder, Path(place) / "pool.parquet", projection, **names)
-        where = ["--host", host, "--port", str(port)]
-        command = [sys.executable, "-m", "embedding_atlas.cli", *options, *where]
+        options = write_atlas(folder, Path(place) / "pool.parquet", projection, names=names)
+        address = ["--host", host, "--port", str(port)]
+        command = [sys.executable, "-m", "embedding_atlas.cli", *options, *address]
         try:
             done = subprocess.run(command, check=False)
         except KeyboardInterrupt:
@@ -70,22 +76,30 @@ def explore(folder: Path, host: str = "localhost", port: int = 5055, projection:
         raise ValueError(f"embedding-atlas ended with exit code {done.returncode}: {' '.join(command)}")
 
 
-def write_atlas(folder: Path, path: Path, projection: str = "pca", **names: str) -> list[str]:
-    """Write the file that embedding-atlas reads.
+def write_atlas(folder: Path, path: Path, projection: str = "pca", *, names: ColumnNames = ColumnNames()) -> list[str]:
+    """Write the file that the command of embedding-atlas reads.
+
+    Args:
+        folder (`Path`): the output of `curate`, with embeddings.
+        path (`Path`): the file to write, a `.parquet`.
+        projection (`str`): `"pca"`, `"tsne"` or `"umap"`.
+        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
 
     Returns:
-        `list[str]`: the arguments of embedding-atlas that go with it.
+        `list[str]`: the arguments of the command for this file.
     """
     from datasets import Dataset
 
-    table, columns = atlas_table(folder, projection, **names)
-    Dataset(table.drop_columns(columns.pop("row_id"))).to_parquet(str(path))  # the command counts rows by itself
+    table, columns = atlas_table(folder, projection, names=names)
+    Dataset(table.drop_columns(columns.pop("row_id"))).to_parquet(str(path))  # the command numbers the rows itself
     given = [part for option, column in columns.items() for part in (f"--{option}", column)]
     return [str(path), *given, "--disable-projection"]
 
 
-def atlas_table(folder: str | os.PathLike[str], projection: str = "pca", **names: str) -> AtlasTable:
-    """A curated folder as the table that embedding-atlas shows, with places and neighbours, so that it computes nothing.
+def atlas_table(
+    folder: str | os.PathLike[str], projection: str = "pca", *, names: ColumnNames = ColumnNames()
+) -> AtlasTable:
+    """Make the table that embedding-atlas shows, with coordinates and neighbours, so that it computes nothing.
 
     Example, in a notebook:
 
@@ -95,9 +109,9 @@ def atlas_table(folder: str | os.PathLike[str], projection: str = "pca", **names
     ```
 
     Args:
-        folder (`str`): what `curate` wrote, with embeddings.
+        folder (`str`): the output of `curate`, with embeddings.
         projection (`str`): `"pca"`, `"tsne"` or `"umap"`.
-        names (`str`): score_column, cluster_column, index_column, embedding_column, where they are not the usual ones.
+        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
 
     Returns:
         [`AtlasTable`]: `(table, columns)`.
@@ -105,60 +119,70 @@ def atlas_table(folder: str | os.PathLike[str], projection: str = "pca", **names
     Raises:
         ValueError: the folder holds no result, or one without embeddings.
     """
-    from datasets import Dataset
-
-    folder = Path(folder)
-    for name in ("scored.parquet", "selected.parquet"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
-    pool, selected = (Dataset.from_parquet(str(folder / name)) for name in ("scored.parquet", "selected.parquet"))
-    vectors = names.pop("embedding_column", "embedding")
-    if vectors not in pool.column_names:
-        raise ValueError(
-            f"{str(folder / 'scored.parquet')!r} has no column {vectors!r}; curate without --no-embeddings, or name yours "
-            "(--embedding-column)."
-        )
-    seen = Overview.of(pool, selected, **names)  # type: ignore[arg-type]
-    pool_map = map_of(pool, seen, vectors, projection, limit=len(pool))
+    overview = _read_folder(Path(folder), names)
+    pool_map = map_of(overview, projection, limit=len(overview.pool))
     if pool_map is None:
-        raise ValueError(f"No row of {str(folder / 'scored.parquet')!r} has an embedding.")
-    ours = columns_of_ours(embedding_column=vectors, **names)
-    chosen = pool.select(pool_map.rows.tolist())
-    texts = texts_of(pool, pool_map.rows.tolist(), text_columns(pool, ours))
-    table: pa.Table = chosen.remove_columns(vectors).with_format("arrow")[:]
+        raise ValueError(
+            f"No row of {str(Path(folder) / 'scored.parquet')!r} has an embedding in the column {names.embedding!r}; "
+            "name another: names=ColumnNames(embedding=...) (--embedding-column)."
+        )
+    rows = pool_map.rows
+    table: pa.Table = overview.pool.select(rows.tolist()).remove_columns(names.embedding).with_format("arrow")[:]
     free = {name: _free(name, table.column_names) for name in (ROW, X, Y, NEIGHBOURS, TEXT, KEPT)}
     columns = {"row_id": free[ROW], "text": free[TEXT], "x": free[X], "y": free[Y]}
     new: dict[str, Any] = {
-        KEPT: [reason or "not kept" for reason in seen.reasons[pool_map.rows].tolist()],
-        ROW: np.arange(len(chosen)),  # the neighbours' ids; the widget's own count may begin at 1
+        KEPT: [reason or "not kept" for reason in overview.reasons[rows].tolist()],
+        ROW: np.arange(len(rows)),  # the ids that the neighbours refer to; the widget's own numbers may begin at 1
         X: pool_map.points[:, 0],
         Y: pool_map.points[:, 1],
-        TEXT: ["\n\n".join(text for _, text in row if text) for row in texts],
+        TEXT: ["\n\n".join(text for _, text in row if text) for row in texts_of(overview, rows.tolist())],
     }
-    if len(pool_map.rows) <= NEIGHBOUR_ROWS:
-        new[NEIGHBOURS] = _nearest(read_embeddings(chosen, vectors)[0])
+    if len(rows) <= NEIGHBOUR_ROWS:
+        new[NEIGHBOURS] = _all_nearest(overview.embeddings_of(rows)[0])
         columns["neighbors"] = free[NEIGHBOURS]
     for name, values in new.items():
         table = table.append_column(free[name], pa.array(values))
     return AtlasTable(table, columns)
 
 
+def _read_folder(folder: Path, names: ColumnNames) -> Overview:
+    """Read the pool and the selection that `curate` wrote; raise ValueError if they are not there."""
+    from datasets import Dataset
+
+    pool_file, selected_file = folder / "scored.parquet", folder / "selected.parquet"
+    for file in (pool_file, selected_file):
+        if not file.is_file():
+            raise ValueError(f"{str(folder)!r} holds no {file.name}; name a folder that `car-datasets curate` wrote.")
+    pool, selected = Dataset.from_parquet(str(pool_file)), Dataset.from_parquet(str(selected_file))
+    if names.embedding not in pool.column_names:
+        raise ValueError(
+            f"{str(pool_file)!r} has no column {names.embedding!r}; curate without --no-embeddings, or name your "
+            "embedding column: names=ColumnNames(embedding=...) (--embedding-column)."
+        )
+    return Overview.of(pool, selected, names=names)
+
+
 def _free(name: str, taken: Sequence[str]) -> str:
-    """The name, with as many underscores behind it as it takes to be no column of the user's."""
+    """Return the name, with underscores appended until no column of the user has it."""
     return _free(f"{name}_", taken) if name in taken else name
 
 
-def _nearest(matrix: Matrix) -> list[dict[str, list[Any]]]:
-    """For every row its nearest ones by cosine distance, itself first, as embedding-atlas computes them."""
+def _all_nearest(matrix: Matrix) -> list[dict[str, list[Any]]]:
+    """Find the nearest rows of every row by cosine distance, itself first, in the form of embedding-atlas.
+
+    Args:
+        matrix (`(rows, dimension)` float32): embeddings.
+
+    Returns:
+        for every row a dict of `ids` and `distances`.
+    """
     units, count = unit_rows(matrix), min(NEAREST + 1, len(matrix))
     found: list[dict[str, list[Any]]] = []
     for start in range(0, len(units), BLOCK):
         similar = units[start : start + BLOCK] @ units.T
         rows = np.arange(len(similar))
-        similar[rows, start + rows] = 2  # itself, before equal ones
-        near: Indices = np.argpartition(-similar, count - 1, axis=1)[:, :count]
-        apart = 1 - np.minimum(np.take_along_axis(similar, near, axis=1), 1)
-        similar_first = np.argsort(-np.take_along_axis(similar, near, axis=1), axis=1, kind="stable")
-        near, apart = (np.take_along_axis(part, similar_first, axis=1) for part in (near, apart))
-        found += [{"ids": i, "distances": d} for i, d in zip(near.tolist(), apart.tolist(), strict=True)]
+        similar[rows, start + rows] = 2  # above any cosine: the row itself comes before equal ones
+        best = Nearest.none(len(similar)).updated(similar, np.arange(len(units)), count)
+        distances = 1 - np.minimum(best.similarities, 1)
+        found += [{"ids": i, "distances": d} for i, d in zip(best.rows.tolist(), distances.tolist(), strict=True)]
     return found

@@ -1,11 +1,12 @@
-"""What REPORT reads: the columns of a pool and its selection as arrays, and the two controls of the selection's size.
+"""`Overview`: a pool and its selection as arrays, shared by all reports, with two control samples of the same size.
 
-Does: read scores, clusters, lengths and statuses once; find the selected rows in the pool; draw the controls, and samples.
-Does not: read text or embeddings, or compute a figure.
+Does: read scores, clusters, lengths and statuses once; find the selected rows in the pool; draw controls and samples.
+Does not: read text, or compute a figure.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,30 +15,47 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from car_datasets.selection import BY_CLUSTER, BY_SCORE, Indices, check_columns, ranks_of, ranks_within, read_numbers
+from car_datasets.column_names import ColumnNames
+from car_datasets.selection import (
+    BY_CLUSTER,
+    BY_SCORE,
+    SELECTION_COLUMNS,
+    Indices,
+    check_columns,
+    ranks_of,
+    ranks_within,
+    read_numbers,
+)
+from car_datasets.vectors import Matrix, count_vectors, embedding_batches, read_embeddings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LENGTH_BINS = 20
+LENGTH_BINS = 20  # the length-matched control has the selection's share of rows in each
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Overview:
-    """A pool and its selection, row by row of the pool.
+    """A pool and its selection, with one array entry per row of the pool.
 
     Args:
-        scores (`(rows,)` float64): NaN where a row has none.
-        clusters (`(rows,)` int64): -1 where a row has none.
-        lengths (`(rows,)` float64): in `length_unit`, `tokens` of the scored text or `characters` of the row's strings.
-        statuses (`pyarrow.Array`, *optional*): of the rows, where the scorer kept them.
-        ids (`pyarrow.Array`, *optional*): what names a row; without, its position in the pool does.
-        positions (`(selected,)` int64), selected_by (`(selected,)` str): the selected rows, in the selection's order, and why.
+        pool (`Dataset`): scored and clustered, without a format. Its embedding column is read only on request.
+        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+        scores (`(rows,)` float64): NaN for a row without a score.
+        clusters (`(rows,)` int64): -1 for a row without a cluster.
+        lengths (`(rows,)` float64): length of every row in `length_unit`.
+        length_unit (`str`): `"tokens"` of the scored text, or `"characters"` of the row's strings.
+        statuses (`pyarrow.Array`, *optional*): the scorer's status of every row; `None` if the pool has no such column.
+        ids (`pyarrow.Array`, *optional*): the index column; `None` if rows are named by their position.
+        positions (`(selected,)` int64): the selected rows, in the order of the selection.
+        selected_by (`(selected,)` str): `"score"`, `"cluster"` or `"both"` for each of them.
         random_control, length_matched_control (`(selected,)` int64): rows of the pool.
-        seed (`int`): of whatever is drawn.
+        seed (`int`): for everything that is drawn at random.
     """
 
+    pool: Dataset
+    names: ColumnNames
     scores: Floats
     clusters: Indices
     lengths: Floats
@@ -51,35 +69,34 @@ class Overview:
     seed: int
 
     @classmethod
-    def of(
-        cls,
-        pool: Dataset,
-        selected: Dataset,
-        *,
-        score_column: str = "iqs_score",
-        cluster_column: str = "cluster",
-        index_column: str = "source_index",
-        seed: int = 42,
-    ) -> Overview:
-        """Read a pool and what was selected from it; see [`SelectionReport.from_selection`].
+    def of(cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = 42) -> Overview:
+        """Read the columns of a pool and of the rows selected from it.
+
+        Args:
+            pool (`Dataset`): scored and clustered. Without an index column its rows are named by their position.
+            selected (`Dataset`): the rows that [`select_car`] took from it, with `selected_by` and the index column.
+            names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+            seed (`int`): for the two control samples.
 
         Raises:
             ValueError: a selected row is not in the pool, or a column is missing.
         """
-        check_columns(pool.column_names, (score_column, cluster_column), ())
-        check_columns(selected.column_names, (index_column, "selected_by"), ())
+        check_columns(pool.column_names, (names.score, names.cluster), ())
+        check_columns(selected.column_names, (names.index, "selected_by"), ())
         pool, selected = pool.with_format(None), selected.with_format(None)
-        scores = read_numbers(pool, score_column, np.nan)
-        lengths, unit = row_lengths(pool, score_column)
-        positions = positions_in_pool(pool, selected, index_column)
+        scores = read_numbers(pool, names.score, np.nan)
+        lengths, unit = row_lengths(pool, names)
+        positions = positions_in_pool(pool, selected, names.index)
         random, matched = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
         return cls(
+            pool=pool,
+            names=names,
             scores=scores,
-            clusters=read_numbers(pool, cluster_column, -1),
+            clusters=read_numbers(pool, names.cluster, -1),
             lengths=lengths,
             length_unit=unit,
-            statuses=_column(pool, score_column.removesuffix("_score") + "_status"),
-            ids=_column(pool, index_column),
+            statuses=_column(pool, names.status),
+            ids=_column(pool, names.index),
             positions=positions,
             selected_by=np.array(selected["selected_by"][:], dtype=np.str_),
             random_control=random,
@@ -87,35 +104,81 @@ class Overview:
             seed=seed,
         )
 
+    # columns that are read on request --------------------------------------------------------------------------------
+
+    @cached_property
+    def user_columns(self) -> list[str]:
+        """Return the pool's columns that no stage added."""
+        names = self.names
+        added = {names.score, names.cluster, names.index, names.embedding, *names.diagnostics, *SELECTION_COLUMNS}
+        return [column for column in self.pool.column_names if column not in added]
+
+    @cached_property
+    def embedded(self) -> int:
+        """Return the number of rows that have an embedding; 0 if the pool has no embedding column."""
+        return count_vectors(self.pool, self.names.embedding)
+
+    def embedding_batches(self) -> Iterator[tuple[Matrix, Indices]]:
+        """Yield the embeddings in float32 batches with the positions of their rows.
+
+        The column is read anew by every call and never held entirely, because it may be larger than the memory.
+
+        Raises:
+            ValueError: the pool has no embedding column, or one that does not hold finite vectors of one length.
+        """
+        return embedding_batches(self.pool, self.names.embedding)
+
+    def embeddings_of(self, rows: Indices) -> tuple[Matrix, Indices]:
+        """Return the embeddings of some rows as one float32 matrix, and which of `rows` (by index) have one.
+
+        Both are empty if none of the rows has an embedding.
+
+        Raises:
+            ValueError: the embedding column does not hold finite vectors of one length.
+        """
+        some = self.pool.select(rows.tolist())
+        if count_vectors(some, self.names.embedding) == 0:
+            return np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)
+        return read_embeddings(some, self.names.embedding)
+
+    # what follows from the arrays ------------------------------------------------------------------------------------
+
     @cached_property
     def scored(self) -> Indices:
-        """The positions of the rows that have a score."""
+        """Return the positions of the rows that have a score."""
         return np.flatnonzero(~np.isnan(self.scores))
 
     @cached_property
+    def taken(self) -> npt.NDArray[np.bool_]:
+        """Return a mask over the pool that is True for selected rows."""
+        mask = np.zeros(len(self.scores), dtype=bool)
+        mask[self.positions] = True
+        return mask
+
+    @cached_property
     def cluster_count(self) -> int:
-        """The clusters of the pool."""
+        """Return the number of clusters in the pool."""
         return len(np.unique(self.clusters[self.clusters >= 0]))
 
     @cached_property
     def by_score(self) -> int:
-        """How many rows were taken by score: the n1 of the selection."""
+        """Return the n1 of the selection: the number of rows taken by score."""
         return int(np.count_nonzero(self.selected_by != BY_CLUSTER))
 
     @cached_property
     def by_cluster(self) -> int:
-        """How many rows were taken from each cluster at most: the n2 of the selection."""
+        """Return the n2 of the selection: the largest number of rows taken from one cluster."""
         picks = self.positions[self.selected_by != BY_SCORE]
         return int(self.cluster_ranks[picks].max()) if len(picks) else 0
 
     @cached_property
     def score_ranks(self) -> Indices:
-        """The rank of every row in the pool, 1 for the best; ties by row order, rows without a score last."""
+        """Return the rank of every row in the pool, 1 for the best; ties by row order, rows without a score last."""
         return ranks_of(self.scores)
 
     @cached_property
     def cluster_ranks(self) -> Indices:
-        """The rank of every scored row in its cluster, 1 for the best; 0 without a cluster or a score."""
+        """Return the rank of every scored row in its cluster, 1 for the best; 0 without a cluster or a score."""
         ranks = np.zeros(len(self.scores), dtype=np.int64)
         order = np.argsort(self.score_ranks)[: len(self.scored)]
         ranks[order] = ranks_within(self.clusters[order])
@@ -123,13 +186,13 @@ class Overview:
 
     @cached_property
     def reasons(self) -> npt.NDArray[np.str_]:
-        """`selected_by` of every row of the pool, empty where it was not taken."""
-        found = np.full(len(self.scores), "", dtype="<U7")
-        found[self.positions] = self.selected_by
-        return found
+        """Return `selected_by` for every row of the pool, empty for rows that were not selected."""
+        reasons = np.full(len(self.scores), "", dtype="<U7")  # "cluster" is the longest reason
+        reasons[self.positions] = self.selected_by
+        return reasons
 
     def score_length_correlation(self) -> dict[str, float]:
-        """`pearson` and `spearman` of scores and lengths over the scored rows; 0 where one of them does not vary."""
+        """Return `pearson` and `spearman` of scores and lengths over the scored rows; 0 if either is constant."""
         from scipy.stats import pearsonr, spearmanr
 
         scores, lengths = self.scores[self.scored], self.lengths[self.scored]
@@ -138,12 +201,20 @@ class Overview:
         return {"pearson": float(pearsonr(scores, lengths)[0]), "spearman": float(spearmanr(scores, lengths)[0])}
 
     def name_of(self, row: int) -> str | int:
-        """What names the row at a position: its value in the index column, or the position."""
-        found: str | int = row if self.ids is None else self.ids[row].as_py()
-        return found
+        """Return the index of the row at a position, or the position if the pool has no index column."""
+        name: str | int = row if self.ids is None else self.ids[row].as_py()
+        return name
 
     def sample(self, limit: int, among: Indices | None = None) -> Indices:
-        """At most `limit` of some rows (default: of the scored ones), ascending: selected ones up to half of it, then others."""
+        """Draw a sample of rows, selected ones first.
+
+        Args:
+            limit (`int`): rows in the sample at most. Selected rows fill up to half of it, other rows the rest.
+            among (`(n,)` int64, *optional*): the rows to draw from, ascending; by default all scored rows.
+
+        Returns:
+            `(at most limit,)` int64: row positions, ascending.
+        """
         rows = self.scored if among is None else among
         if len(rows) <= limit:
             return rows
@@ -155,17 +226,21 @@ class Overview:
 
 
 def _column(dataset: Dataset, name: str) -> pa.Array | None:
-    """A column as one Arrow array, or `None` where there is none."""
+    """Return a column as one Arrow array, or `None` if the dataset has no such column."""
     if name not in dataset.column_names:
         return None
     return dataset.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
 
 
 def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> Indices:
-    """Where the selected rows stand in the pool, by `index_column` (without it in the pool, by row position).
+    """Return the positions of the selected rows in the pool.
+
+    Args:
+        pool (`Dataset`), selected (`Dataset`): a pool, and rows of it.
+        index_column (`str`): identifies a row in both. If the pool does not have it, `selected` holds row positions.
 
     Raises:
-        ValueError: a selected row is not in the pool, or the column names some rows twice.
+        ValueError: a selected row is not in the pool, or several rows of the pool have the same index.
     """
     import pandas as pd
 
@@ -173,29 +248,33 @@ def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> In
     wanted = selected.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas()
     known = pd.RangeIndex(len(pool)) if ids is None else pd.Index(ids.to_pandas())
     if not known.is_unique:
-        raise ValueError(f"The pool's column {index_column!r} names some rows twice; name another: index_column=...")
+        raise ValueError(
+            f"The pool's index column {index_column!r} has the same value in several rows. Pass the name of a "
+            "column that identifies a row: index_column=..., or names=ColumnNames(index=...)."
+        )
     places = known.get_indexer(wanted)
     if (places < 0).any():
         missing = wanted[places < 0]
         raise ValueError(
-            f"{len(missing)} selected rows are not in the pool by {index_column!r}, the first {missing[:5].tolist()}."
+            f"{len(missing)} selected rows are not in the pool by {index_column!r}, the first {missing[:5].tolist()}. "
+            "Pass the pool that the selection was made from."
         )
     return np.asarray(places, dtype=np.int64)
 
 
 def draw_controls(lengths: Floats, positions: Indices, scored: Indices, seed: int) -> tuple[Indices, Indices]:
-    """The rows of the random and of the length-matched control: as many scored rows as were selected."""
-    rng = np.random.default_rng(seed)
+    """Draw the random and the length-matched control, each with as many scored rows as were selected."""
+    rng = np.random.default_rng(seed)  # one generator for both, in this order: published controls depend on it
     return rng.choice(scored, size=len(positions), replace=False), length_matched(lengths, positions, scored, rng)
 
 
-def row_lengths(dataset: Dataset, score_column: str = "iqs_score") -> tuple[Floats, str]:
-    """The length of every row, and its unit: the scorer's token counts where they were kept, else characters."""
-    tokens = score_column.removesuffix("_score") + "_tokens"
-    if tokens in dataset.column_names:
-        return np.asarray(read_numbers(dataset, tokens, 0), dtype=np.float64), "tokens"
-    status = score_column.removesuffix("_score") + "_status"
-    table = dataset.select_columns([c for c in dataset.column_names if c != status]).with_format("arrow")[:]
+def row_lengths(dataset: Dataset, names: ColumnNames = ColumnNames()) -> tuple[Floats, str]:
+    """Return the length of every row and its unit: the scorer's token counts if they were kept, else characters."""
+    if names.tokens in dataset.column_names:
+        return np.asarray(read_numbers(dataset, names.tokens, 0), dtype=np.float64), "tokens"
+    # The status is our text, not the row's; embeddings have no characters and would be read in vain.
+    kept = [column for column in dataset.column_names if column not in (names.status, names.embedding)]
+    table = dataset.select_columns(kept).with_format("arrow")[:]
     lengths = np.zeros(len(dataset), dtype=np.float64)
     for column in table.columns:
         lengths += _characters(column.combine_chunks())
@@ -203,7 +282,7 @@ def row_lengths(dataset: Dataset, score_column: str = "iqs_score") -> tuple[Floa
 
 
 def _characters(values: pa.Array) -> Floats:
-    """How many characters the strings of every value hold, those in lists and structs included (a chat's turns)."""
+    """Count the characters of all strings in every value, including those in lists and structs (a chat's turns)."""
     import pyarrow.compute as pc
 
     kind = values.type
@@ -218,7 +297,17 @@ def _characters(values: pa.Array) -> Floats:
 
 
 def length_matched(lengths: Floats, positions: Indices, scored: Indices, rng: np.random.Generator) -> Indices:
-    """Draw as many scored rows as were selected, bin by bin of length, so that both have the same distribution of it."""
+    """Draw as many scored rows as were selected, with the selection's distribution over bins of length.
+
+    Args:
+        lengths (`(rows,)` float64): of the entire pool.
+        positions (`(selected,)` int64), scored (`(scored,)` int64): rows of the pool.
+        rng (`numpy.random.Generator`): draws without replacement.
+
+    Returns:
+        `(selected,)` int64: row positions, shortest bin first.
+    """
+    # Quantiles of a pool in which many rows share a length repeat; np.unique leaves fewer, larger bins.
     edges = np.unique(np.quantile(lengths[scored], np.linspace(0, 1, LENGTH_BINS + 1)))[1:]
     bin_of = np.digitize(lengths, edges)
     wanted = np.bincount(bin_of[positions], minlength=len(edges) + 1)

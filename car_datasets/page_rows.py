@@ -1,13 +1,13 @@
-"""The rows that `report.html` shows: which ones, with what text, in which groups.
+"""The rows that `report.html` shows: which ones, with which text, in which groups.
 
-Does: draw the samples of a page whose size does not grow with the pool; read their text; count who is kept.
-Does not: write HTML (report_page.py).
+Does: draw samples of bounded size from the pool; read their text; count how many rows of each group were selected.
+Does not: write HTML.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,69 +18,83 @@ from car_datasets.explaining import Explanation, explain_rows
 from car_datasets.overview import Floats, Overview
 from car_datasets.plots import colours_of
 from car_datasets.projection import PoolMap
-from car_datasets.selection import SELECTION_COLUMNS, Indices
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from car_datasets.selection import Indices
 
 PAGE_ROWS = 4_000  # on the page's map and in its search
 PER_DECILE = 10
 CLUSTERS_SHOWN, ENDS = 40, 3  # clusters whose best and worst rows are shown, and how many of each
-SNIPPET, WHOLE = 200, 1_500  # characters of a row in a table, and of each of its columns where it is explained
-SEARCHED = 2_000_000  # characters of all rows together that the search can look at
-TOLD = 200  # kept rows whose whole story is on the page
-LEVELS = 20  # a column of at most so many different values is one that rows can be grouped by
+SNIPPET = 200  # characters of a row in a table
+EXPLAINED = 1_500  # characters of each column of a row that is explained
+SEARCHED = 2_000_000  # characters in which the search looks, over all rows
+EXPLAINED_ROWS = 200  # selected rows that come with an explanation
+LEVELS = 20  # a column with at most so many different values groups the rows
 GROUPINGS = 5
 
 
-def page_data(
-    pool: Dataset, seen: Overview, pool_map: PoolMap | None, text_columns: Sequence[str], embedding_column: str
-) -> dict[str, Any]:
-    """What the page's script reads: `rows`, and positions in them as `deciles` and `clusters`."""
-    tenths, ends = _tenths(seen), _cluster_ends(seen)
-    deciles = _draw(tenths, seen.seed)
-    told = sorted(
+def page_data(overview: Overview, pool_map: PoolMap | None) -> dict[str, Any]:
+    """Return what the page's script reads.
+
+    Args:
+        overview ([`Overview`]): of the pool and its selection.
+        pool_map ([`PoolMap`], *optional*): coordinates of rows.
+
+    Returns:
+        `dict`: `rows`; `deciles` and `clusters`, which name rows by their index in `rows`; `unit` of the lengths; and
+        `searched`, the characters of a row that the search looks at, or `None` if it looks at all.
+    """
+    tenths, ends = _tenths(overview), _cluster_ends(overview)
+    deciles = _draw(tenths, overview.seed)
+    explained = sorted(
         {row for rows in deciles for row in rows}
-        | {row for _, *two in ends for rows in two for row in rows}
-        | set(seen.positions[:TOLD].tolist())
+        | {row for _, *best_and_worst in ends for rows in best_and_worst for row in rows}
+        | set(overview.positions[:EXPLAINED_ROWS].tolist())
     )
-    placed = _on_the_map(seen, pool_map)
-    rows = sorted({*told, *placed, *(seen.sample(PAGE_ROWS).tolist() if not placed else ())})
-    place_of = {row: i for i, row in enumerate(rows)}
-    texts = texts_of(pool, rows, text_columns)
-    stories = dict(zip(told, explain_rows(pool, seen, told, embedding_column=embedding_column), strict=True))
-    most = max(SNIPPET, min(WHOLE, SEARCHED // max(1, len(rows))))
-    plain = [_snippet(text) for text in texts]
+    placed = _on_the_map(overview, pool_map)
+    # Without a map the rows of the search are a sample of their own.
+    rows = sorted({*explained, *placed, *(overview.sample(PAGE_ROWS).tolist() if not placed else ())})
+    index_of = {row: i for i, row in enumerate(rows)}
+    texts = texts_of(overview, rows)
+    stories = dict(zip(explained, explain_rows(overview, explained), strict=True))
+    most = max(SNIPPET, min(EXPLAINED, SEARCHED // max(1, len(rows))))
     searched = [_snippet(text, most) for text in texts]
-    below = np.searchsorted(np.sort(seen.scores[seen.scored]), seen.scores[rows], side="right")
+    cut = any(len(part) < len(_snippet(text)) for part, text in zip(searched, texts, strict=True))
+    below = np.searchsorted(np.sort(overview.scores[overview.scored]), overview.scores[rows], side="right")
+    percentiles = (100 * below / len(overview.scored)).round(1).tolist()
     return {
-        "unit": seen.length_unit,
-        "searched": most if any(len(part) < len(whole) for part, whole in zip(searched, plain, strict=True)) else None,
+        "unit": overview.length_unit,
+        "searched": most if cut else None,
         "rows": [
             {
-                "id": seen.name_of(row),
-                "score": _number(seen.scores[row]),
-                "percentile": round(100 * float(count) / len(seen.scored), 1),
-                "by": seen.reasons[row].item(),
-                "cluster": int(seen.clusters[row]) if seen.clusters[row] >= 0 else None,
-                "crank": int(seen.cluster_ranks[row]),
-                "length": seen.lengths[row],
-                "cut": seen.statuses is not None and seen.statuses[row].as_py() == "truncated",
+                **_row(overview, row, percentile),
                 "text": _snippet(text, SNIPPET),
                 **({"more": more} if len(more) > SNIPPET else {}),
                 **placed.get(row, {"x": None, "y": None, "colour": 0}),
                 **({"told": _story(stories[row], text)} if row in stories else {}),
             }
-            for row, text, more, count in zip(rows, texts, searched, below.tolist(), strict=True)
+            for row, text, more, percentile in zip(rows, texts, searched, percentiles, strict=True)
         ],
         "deciles": [
-            {"name": _decile_name(i, seen.scores[tenth]), "rows": [place_of[row] for row in drawn]}
+            {"name": _decile_name(i, overview.scores[tenth]), "rows": [index_of[row] for row in drawn]}
             for i, (tenth, drawn) in enumerate(zip(tenths, deciles, strict=True))
         ],
         "clusters": [
-            {"label": label, "best": [place_of[r] for r in best], "worst": [place_of[r] for r in worst]}
+            {"label": label, "best": [index_of[r] for r in best], "worst": [index_of[r] for r in worst]}
             for label, best, worst in ends
         ],
+    }
+
+
+def _row(overview: Overview, row: int, percentile: float) -> dict[str, Any]:
+    """Return the figures of a row, without its text."""
+    return {
+        "id": overview.name_of(row),
+        "score": _number(overview.scores[row]),
+        "percentile": percentile,
+        "by": overview.reasons[row].item(),
+        "cluster": int(overview.clusters[row]) if overview.clusters[row] >= 0 else None,
+        "crank": int(overview.cluster_ranks[row]),
+        "length": overview.lengths[row],
+        "cut": overview.statuses is not None and overview.statuses[row].as_py() == "truncated",
     }
 
 
@@ -88,11 +102,12 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 5)
 
 
-def _on_the_map(seen: Overview, pool_map: PoolMap | None) -> dict[int, dict[str, Any]]:
+def _on_the_map(overview: Overview, pool_map: PoolMap | None) -> dict[int, dict[str, Any]]:
+    """Return coordinates and colour of the rows that the page's map shows, which may be fewer than the plot's."""
     if pool_map is None:
         return {}
-    colours = colours_of(pool_map.points, seen.clusters[pool_map.rows])
-    shown = np.flatnonzero(np.isin(pool_map.rows, seen.sample(PAGE_ROWS, pool_map.rows)))
+    colours = colours_of(pool_map.points, overview.clusters[pool_map.rows])
+    shown = np.flatnonzero(np.isin(pool_map.rows, overview.sample(PAGE_ROWS, pool_map.rows)))
     return {
         int(pool_map.rows[i]): {
             "x": float(pool_map.points[i, 0]),
@@ -103,25 +118,25 @@ def _on_the_map(seen: Overview, pool_map: PoolMap | None) -> dict[int, dict[str,
     }
 
 
-def _story(found: Explanation, text: list[tuple[str, str]]) -> dict[str, Any]:
+def _story(explanation: Explanation, text: list[tuple[str, str]]) -> dict[str, Any]:
     return {
-        "why": found.why,
-        "texts": [(name, _cut(value, WHOLE)) for name, value in text if value],
-        "neighbours": [vars(n) for n in found.neighbours],
-        "nearest": vars(found.nearest_selected) if found.nearest_selected else None,
+        "why": explanation.why,
+        "texts": [(name, _cut(value, EXPLAINED)) for name, value in text if value],
+        "neighbours": [vars(n) for n in explanation.neighbours],
+        "nearest": vars(explanation.nearest_selected) if explanation.nearest_selected else None,
     }
 
 
 # which rows -----------------------------------------------------------------------------------------------------------
 
 
-def _tenths(seen: Overview) -> list[Indices]:
-    """The scored rows, best tenth first, each best row first."""
-    return [part for part in np.array_split(np.argsort(seen.score_ranks)[: len(seen.scored)], 10) if len(part)]
+def _tenths(overview: Overview) -> list[Indices]:
+    """Return the scored rows in ten parts by falling score; fewer for a pool of fewer than ten."""
+    return [part for part in np.array_split(np.argsort(overview.score_ranks)[: len(overview.scored)], 10) if len(part)]
 
 
 def _draw(tenths: Sequence[Indices], seed: int) -> list[list[int]]:
-    """Some rows of each, in its order."""
+    """Draw `PER_DECILE` rows of each part, in its order."""
     rng = np.random.default_rng(seed)
     places = [np.sort(rng.choice(len(part), min(PER_DECILE, len(part)), replace=False)) for part in tenths]
     return [part[drawn].tolist() for part, drawn in zip(tenths, places, strict=True)]
@@ -132,46 +147,56 @@ def _decile_name(i: int, scores: Floats) -> str:
     return f"{i + 1}{name}: scores {scores[0]:.3f} to {scores[-1]:.3f}"
 
 
-def _cluster_ends(seen: Overview) -> list[tuple[str, list[int], list[int]]]:
-    """The clusters that gave most rows: a label, and their best and worst rows."""
-    names, sizes = np.unique(seen.clusters[seen.scored], return_counts=True)
-    taken = {
-        int(name): int(n) for name, n in zip(*np.unique(seen.clusters[seen.positions], return_counts=True), strict=True)
-    }
-    sized = [(int(name), int(size)) for name, size in zip(names, sizes, strict=True) if name >= 0]
-    found = []
-    for name, size in sorted(sized, key=lambda pair: (-taken.get(pair[0], 0), -pair[1]))[:CLUSTERS_SHOWN]:
-        members = np.flatnonzero((seen.clusters == name) & (seen.cluster_ranks > 0))
-        members = members[np.argsort(seen.cluster_ranks[members])]
-        label = f"{name}: {size:,} rows, {taken.get(name, 0):,} kept"
-        found.append((label, members[:ENDS].tolist(), members[max(ENDS, size - ENDS) :].tolist()))
-    return found
+def _cluster_ends(overview: Overview) -> list[tuple[str, list[int], list[int]]]:
+    """Return the label, best rows and worst rows of the clusters from which most rows were selected."""
+    labels, sizes = np.unique(overview.clusters[overview.scored], return_counts=True)
+    selected = overview.clusters[overview.positions]
+    taken = dict(zip(*(part.tolist() for part in np.unique(selected, return_counts=True)), strict=True))
+    sized = [(label, size) for label, size in zip(labels.tolist(), sizes.tolist(), strict=True) if label >= 0]
+    ends = []
+    for label, size in sorted(sized, key=lambda pair: (-taken.get(pair[0], 0), -pair[1]))[:CLUSTERS_SHOWN]:
+        members = np.flatnonzero((overview.clusters == label) & (overview.cluster_ranks > 0))
+        members = members[np.argsort(overview.cluster_ranks[members])]
+        title = f"{label}: {size:,} rows, {taken.get(label, 0):,} kept"
+        # A small cluster has no row both among its best and among its worst.
+        ends.append((title, members[:ENDS].tolist(), members[max(ENDS, size - ENDS) :].tolist()))
+    return ends
 
 
 # their text -----------------------------------------------------------------------------------------------------------
 
 
-def text_columns(pool: Dataset, ours: Sequence[str]) -> list[str]:
-    """The columns that hold text of the user's: strings, and chats."""
-    schema = pool.features.arrow_schema
-    return [f.name for f in schema if f.name not in {*ours, *SELECTION_COLUMNS} and _holds_text(f.type)]
+def text_columns(overview: Overview) -> list[str]:
+    """Return the columns that hold the user's text: strings, and chats."""
+    schema = overview.pool.features.arrow_schema
+    return [column for column in overview.user_columns if _holds_text(schema.field(column).type)]
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if _is_string(kind):
         return True
     return any(_holds_text(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def texts_of(pool: Dataset, rows: Sequence[int], columns: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """For every row its columns and their text; a chat is one line per turn."""
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def texts_of(overview: Overview, rows: Sequence[int]) -> list[list[tuple[str, str]]]:
+    """Return the text columns of some rows.
+
+    Returns:
+        for every row a list of `(column, text)`; a chat is one line per turn.
+    """
+    columns = text_columns(overview)
     if not columns:
         return [[] for _ in rows]
-    found = pool.with_format(None).select_columns(list(columns)).select(list(rows))[:]
-    return [[(name, _plain(found[name][i])) for name in columns] for i in range(len(rows))]
+    values = overview.pool.select_columns(columns).select(list(rows))[:]
+    return [[(name, _plain(values[name][i])) for name in columns] for i in range(len(rows))]
 
 
 def _plain(value: Any) -> str:
+    """Return the strings of a value, nested to any depth, as one text; a turn becomes `role: content`."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -182,11 +207,15 @@ def _plain(value: Any) -> str:
 
 
 def _snippet(text: list[tuple[str, str]], limit: int | None = None) -> str:
-    """The columns in one line, or so many characters of them, of which the longer ones share what the shorter ones leave."""
+    """Join the columns of a row in one line of at most `limit` characters, without the separators.
+
+    Short columns are kept in full; the longer ones share the characters that remain.
+    """
     parts = [" ".join(value.split()) for _, value in text if value]
     limit = sum(map(len, parts)) if limit is None else limit
-    for left, i in enumerate(sorted(range(len(parts)), key=lambda i: len(parts[i]))):
-        parts[i] = _cut(parts[i], max(1, limit // (len(parts) - left)))
+    shortest_first = sorted(range(len(parts)), key=lambda i: len(parts[i]))
+    for done, i in enumerate(shortest_first):
+        parts[i] = _cut(parts[i], max(1, limit // (len(parts) - done)))
         limit -= len(parts[i])
     return " | ".join(parts)
 
@@ -198,40 +227,44 @@ def _cut(text: str, limit: int) -> str:
 # who is kept ----------------------------------------------------------------------------------------------------------
 
 
-def audit(pool: Dataset, seen: Overview, ours: Sequence[str]) -> list[list[str]]:
-    """Rows, scores and shares kept by length, and by every column of few values: what goes with being kept."""
-    lines = [["", "all scored rows", *_kept(seen, np.ones(len(seen.scores), dtype=bool))]]
-    for name, group, which in (*_by_length(seen), *_by_column(pool, ours)):
-        lines.append([name, group, *_kept(seen, which)])
+def audit(overview: Overview) -> list[list[str]]:
+    """Return a table of selection rates by length quintile and by each low-cardinality column of the user.
+
+    Returns:
+        a line per group, as text: column, group, scored rows, mean score, selected rows, their share, and that share
+        compared with the pool's.
+    """
+    everything = np.ones(len(overview.scores), dtype=bool)
+    lines = [["", "all scored rows", *_rates(overview, everything)]]
+    for name, group, members in (*_by_length(overview), *_by_column(overview)):
+        lines.append([name, group, *_rates(overview, members)])
     return lines
 
 
-def _kept(seen: Overview, which: npt.NDArray[np.bool_]) -> list[str]:
-    rows = seen.scored[which[seen.scored]]
-    taken = int(np.count_nonzero(which[seen.positions]))
+def _rates(overview: Overview, members: npt.NDArray[np.bool_]) -> list[str]:
+    rows = overview.scored[members[overview.scored]]
+    selected = int(np.count_nonzero(members[overview.positions]))
     if len(rows) == 0:
-        return ["0", "", str(taken), "", ""]
-    share, usual = taken / len(rows), len(seen.positions) / len(seen.scored)
-    score = f"{seen.scores[rows].mean():.3f}"
-    return [f"{len(rows):,}", score, f"{taken:,}", f"{100 * share:.1f} %", f"{share / usual:.2f} times"]
+        return ["0", "", str(selected), "", ""]
+    share, usual = selected / len(rows), len(overview.positions) / len(overview.scored)
+    score = f"{overview.scores[rows].mean():.3f}"
+    return [f"{len(rows):,}", score, f"{selected:,}", f"{100 * share:.1f} %", f"{share / usual:.2f} times"]
 
 
-def _by_length(seen: Overview) -> Iterator[tuple[str, str, npt.NDArray[np.bool_]]]:
-    lengths = seen.lengths[seen.scored]
-    edges = np.unique(np.quantile(lengths, (0.2, 0.4, 0.6, 0.8)).round())
-    fifth = np.digitize(seen.lengths, edges)
-    for i in np.unique(fifth[seen.scored]):
-        inside = lengths[fifth[seen.scored] == i]
-        yield f"{seen.length_unit}", f"{inside.min():,.0f} to {inside.max():,.0f}", fifth == i
+def _by_length(overview: Overview) -> Iterator[tuple[str, str, npt.NDArray[np.bool_]]]:
+    lengths = overview.lengths[overview.scored]
+    edges = np.unique(np.quantile(lengths, (0.2, 0.4, 0.6, 0.8)).round())  # equal lengths make fewer groups
+    fifth = np.digitize(overview.lengths, edges)
+    for i in np.unique(fifth[overview.scored]):
+        inside = lengths[fifth[overview.scored] == i]
+        yield overview.length_unit, f"{inside.min():,.0f} to {inside.max():,.0f}", fifth == i
 
 
-def _by_column(pool: Dataset, ours: Sequence[str]) -> Iterator[tuple[str, str, npt.NDArray[np.bool_]]]:
-    table, used = pool.with_format("arrow"), 0
-    for name in (n for n in pool.column_names if n not in {*ours, *SELECTION_COLUMNS}):
-        kind = pool.features.arrow_schema.field(name).type
-        if used == GROUPINGS or not (
-            pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_boolean(kind)
-        ):
+def _by_column(overview: Overview) -> Iterator[tuple[str, str, npt.NDArray[np.bool_]]]:
+    table, schema, used = overview.pool.with_format("arrow"), overview.pool.features.arrow_schema, 0
+    for name in overview.user_columns:
+        kind = schema.field(name).type
+        if used == GROUPINGS or not (_is_string(kind) or pa.types.is_boolean(kind)):
             continue
         values = table.select_columns([name])[:][name]
         if 2 <= pc.count_distinct(values).as_py() <= LEVELS:

@@ -1,31 +1,34 @@
-"""A pool as a map: embeddings of a sample of its rows, projected to two dimensions.
+"""`map_of`: a pool as a map, the embeddings of a sample of its rows projected to two dimensions.
 
-Does: PCA (the default: a second for a million rows' sample), t-SNE by scikit-learn, UMAP where umap-learn is installed.
-Does not: draw, or read rows that are not on the map.
+Does: PCA (the default), t-SNE by scikit-learn, UMAP if umap-learn is installed.
+Does not: draw, or read embeddings of rows that are not on the map.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from car_datasets.covariance import Covariance
+from car_datasets.covariance import project
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices
-from car_datasets.vectors import Matrix, count_vectors, read_embeddings
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from car_datasets.vectors import Matrix
 
 PROJECTIONS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
-MAP_ROWS = 10_000
-KEPT = 50  # components that t-SNE and UMAP start from, as scikit-learn advises
+MAP_ROWS = 10_000  # on the map of a plot; PCA is never fitted on more
+START_COMPONENTS = 50  # that t-SNE and UMAP start from, as scikit-learn advises
 
 
 class PoolMap(NamedTuple):
-    """Rows of a pool, ascending, their points of shape `(rows, 2)` from -1 to 1, and what projected them."""
+    """Rows of a pool on a map.
+
+    Args:
+        rows (`(n,)` int64): row positions, ascending.
+        points (`(n, 2)` float64): their coordinates, from -1 to 1.
+        method (`str`): the projection by its full name, such as `"t-SNE"`.
+    """
 
     rows: Indices
     points: npt.NDArray[np.float64]
@@ -33,56 +36,66 @@ class PoolMap(NamedTuple):
 
 
 def check_projection(method: str) -> None:
-    """Raise before any work where the map could not be made.
-
-    Raises:
-        ValueError: there is no such projection, or it needs umap-learn, which is not installed.
-    """
+    """Raise ValueError if the projection is not known, or needs umap-learn, which is not installed."""
     if method not in PROJECTIONS:
         raise ValueError(f"projection={method!r} is not known; choose one of {tuple(PROJECTIONS)}.")
     if method == "umap":
         _umap()
 
 
-def map_of(
-    pool: Dataset, seen: Overview, embedding_column: str = "embedding", method: str = "pca", limit: int = MAP_ROWS
-) -> PoolMap | None:
-    """Put a sample of the scored rows on a map.
+def map_of(overview: Overview, method: str = "pca", limit: int = MAP_ROWS) -> PoolMap | None:
+    """Project a sample of the scored rows to two dimensions.
 
     Args:
-        pool (`Dataset`): with a column of embeddings; seen ([`Overview`]): of it.
-        embedding_column (`str`): that column; without it there is no map.
+        overview ([`Overview`]): of the pool.
         method (`str`): `"pca"`, `"tsne"` or `"umap"`.
-        limit (`int`): rows on the map, the selected ones first, up to half of it.
+        limit (`int`): rows on the map at most. Selected rows fill up to half of it, other rows the rest.
+
+    Returns:
+        [`PoolMap`] or `None`: `None` if none of these rows has an embedding.
 
     Raises:
-        ValueError: as [`check_projection`].
+        ValueError: the projection is not known, or needs umap-learn, which is not installed.
     """
     check_projection(method)
-    rows = seen.sample(limit)
-    shown = pool.with_format(None).select(rows.tolist())
-    if count_vectors(shown, embedding_column) == 0:
+    rows = overview.sample(limit)
+    matrix, present = overview.embeddings_of(rows)
+    if len(present) == 0:
         return None
-    matrix, present = read_embeddings(shown, embedding_column)
-    return PoolMap(rows[present], _within_bounds(_project(matrix, method, seen.seed)), PROJECTIONS[method])
+    points = _project(matrix, method, overview.seed)
+    return PoolMap(rows[present], _within_bounds(points), PROJECTIONS[method])
 
 
 def _project(matrix: Matrix, method: str, seed: int) -> Matrix:
-    components, _ = Covariance.of(matrix).principal_components(1.0)
-    kept = min(KEPT if method != "pca" else 2, len(components))
-    points = (matrix - matrix.mean(axis=0)) @ components[:kept].astype(np.float32).T
-    if len(matrix) < 4 or points.std() == 0:  # too few, or all alike: there is nothing to lay out
+    """Project `(rows, dimension)` embeddings to `(rows, 2)` points."""
+    if (matrix == matrix[0]).all():  # one row, or equal ones: no variance, and PCA would divide by zero
+        return np.zeros((len(matrix), 2), dtype=np.float32)
+    if len(matrix) < 4:  # too few rows for neighbourhoods
         method = "pca"
+    points = _principal_points(matrix, 2 if method == "pca" else START_COMPONENTS, seed)
     if method == "tsne":
         from sklearn.manifold import TSNE
 
         points = TSNE(perplexity=min(30.0, (len(matrix) - 1) / 3), init="pca", random_state=seed).fit_transform(points)
     elif method == "umap":
         points = _umap().UMAP(n_neighbors=min(15, len(matrix) - 1), random_state=seed).fit_transform(points)
+    # Embeddings of one dimension have one component; the second axis is then 0.
     return np.pad(points[:, :2], ((0, 0), (0, 2 - min(2, points.shape[1]))))
 
 
+def _principal_points(matrix: Matrix, components: int, seed: int) -> Matrix:
+    """Project the rows on their first principal components, of which there are at most min(rows, dimension)."""
+    from sklearn.decomposition import PCA
+
+    every = -(-len(matrix) // MAP_ROWS)  # rounded up: at most MAP_ROWS rows, from all over the matrix
+    held = matrix[::every].astype(np.float64)  # covariance_eigh does not centre first, and float32 would lose digits
+    # An exact solver, whose signs are fixed: the largest entry of every component is positive.
+    pca = PCA(min(components, *held.shape), svd_solver="covariance_eigh", random_state=seed).fit(held)
+    return project(matrix, pca.mean_.astype(np.float32), pca.components_.astype(np.float32))
+
+
 def _umap() -> Any:
+    """Import umap-learn, or raise ValueError that says how to install it."""
     try:
         import umap
     except ImportError as error:
@@ -91,7 +104,7 @@ def _umap() -> Any:
 
 
 def _within_bounds(points: Matrix) -> npt.NDArray[np.float64]:
-    """Moved to the middle and scaled, both axes alike, so that the widest goes from -1 to 1; to four digits."""
+    """Centre the points and scale both axes alike, so that the wider one goes from -1 to 1; round to four digits."""
     low, high = points.min(axis=0), points.max(axis=0)
     scaled = (points - (low + high) / 2) / max(float((high - low).max()) / 2, 1e-12)
     return np.asarray(scaled, dtype=np.float64).round(4)

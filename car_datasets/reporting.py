@@ -1,11 +1,11 @@
-"""REPORT: `SelectionReport`, the figures of a selection beside those of two controls of the same size.
+"""`SelectionReport`: the figures of a selection, compared with those of two controls of the same size.
 
 Does: count, measure and print, as a dataclass, JSON, Markdown, a table in the terminal, plots and a page.
-Does not: choose rows, or draw (plots.py, report_page.py).
+Does not: choose rows, or draw.
 
 The controls are there because self-scoring methods hardly beat random choice on large pools (arXiv 2410.09335), and
-because scores go with length: `random_control` is a plain draw from the scored rows, `length_matched_control` a draw with
-the selection's distribution of lengths.
+because scores correlate with length: `random_control` is drawn at random from the scored rows,
+`length_matched_control` has the selection's distribution of lengths.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from car_datasets.column_names import ColumnNames
 from car_datasets.overview import Overview
 from car_datasets.plots import can_draw, draw, refuse_no_matplotlib
 from car_datasets.projection import check_projection, map_of
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+SCORED_STATUSES = ("ok", "empty_response", "truncated")  # rows of any other status have no score
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class GroupFigures:
     """Figures of one group of rows.
 
     Args:
-        rows (`int`): in the group.
-        mean_score (`float`), score_quantiles (`dict[str, float]`): `"0.5"` is the median.
-        mean_length (`float`): in the report's `length_unit`.
-        clusters (`int`): clusters that the group touches.
+        rows (`int`): rows in the group.
+        mean_score (`float`): mean score of the rows.
+        score_quantiles (`dict[str, float]`): scores by quantile; `"0.5"` is the median.
+        mean_length (`float`): mean length in the report's `length_unit`.
+        clusters (`int`): clusters that have a row in the group.
     """
 
     rows: int
@@ -55,18 +58,21 @@ class GroupFigures:
 
 @dataclass(frozen=True)
 class SelectionReport:
-    """What was selected and why.
+    """The figures of a selection: what was selected, and why.
 
     Args:
-        rows_in (`int`), rows_scored (`int`): of the pool.
+        rows_in (`int`): rows in the pool.
+        rows_scored (`int`): rows that have a score.
         rejected (`dict[str, int]`): rows without a score, by reason (`null`, `not_a_string`, `no_assistant_turn`, ...).
-        marked (`dict[str, int]`): rows that were scored but are worth a look (`empty_response`, `truncated`).
-        selected_by (`dict[str, int]`): rows that came in by `score` only, by `cluster` only, or by `both`.
+        marked (`dict[str, int]`): rows that were scored but deserve a look (`empty_response`, `truncated`).
+        selected_by (`dict[str, int]`): rows that were selected by `score` only, by `cluster` only, or by `both`.
         clusters (`int`): clusters in the pool.
-        clusters_by_score (`int`): clusters that the rows taken by score touch by themselves.
+        clusters_by_score (`int`): clusters that the rows taken by score cover by themselves.
         score_length_correlation (`dict[str, float]`): `pearson` and `spearman`, over the scored pool.
-        length_unit (`str`): `tokens` of the scored text, or `characters` of the row's strings.
-        pool, selected, random_control, length_matched_control ([`GroupFigures`]): the controls have the selection's size.
+        length_unit (`str`): `"tokens"` of the scored text, or `"characters"` of the row's strings.
+        pool ([`GroupFigures`]): of the scored rows.
+        selected ([`GroupFigures`]): of the selected rows.
+        random_control, length_matched_control ([`GroupFigures`]): of the two controls, which have the selection's size.
         seed (`int`): of the controls.
     """
 
@@ -87,71 +93,60 @@ class SelectionReport:
 
     @classmethod
     def from_selection(
-        cls,
-        pool: Dataset,
-        selected: Dataset,
-        *,
-        score_column: str = "iqs_score",
-        cluster_column: str = "cluster",
-        index_column: str = "source_index",
-        seed: int = 42,
+        cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = 42
     ) -> SelectionReport:
-        """Measure a selection against the pool it comes from.
+        """Compute the figures of a selection and of the pool it comes from.
 
         Args:
-            pool (`Dataset`): scored and clustered, with `index_column` (without it, row positions are taken).
-            selected (`Dataset`): what [`select_car`] made of it.
-            score_column, cluster_column, index_column (`str`): as in [`select_car`].
-            seed (`int`): of the two controls.
+            pool (`Dataset`): scored and clustered. Without an index column its rows are named by their position.
+            selected (`Dataset`): the rows that [`select_car`] took from it.
+            names ([`ColumnNames`]): the columns of score, cluster and row index.
+            seed (`int`): for the two controls.
 
         Raises:
             ValueError: a selected row is not in the pool, or a column is missing.
         """
-        names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
-        return cls.from_overview(Overview.of(pool, selected, **names, seed=seed))
+        return cls.from_overview(Overview.of(pool, selected, names=names, seed=seed))
 
     @classmethod
-    def from_overview(cls, seen: Overview) -> SelectionReport:
-        """As [`~SelectionReport.from_selection`], of columns that have been read."""
-        scored, clusters = seen.scored, seen.clusters
-        reasons = Counter(seen.selected_by.tolist())
-        statuses = _statuses(seen)
-        groups = [
-            _figures(rows, seen) for rows in (scored, seen.positions, seen.random_control, seen.length_matched_control)
-        ]
+    def from_overview(cls, overview: Overview) -> SelectionReport:
+        """Compute the figures of an [`Overview`], for callers that need it for more than one report."""
+        reasons = Counter(overview.selected_by.tolist())
+        statuses = _statuses(overview)
+        by_score = overview.positions[overview.selected_by != BY_CLUSTER]
         return cls(
-            rows_in=len(seen.scores),
-            rows_scored=len(scored),
-            rejected={k: n for k, n in statuses.items() if k not in ("ok", "empty_response", "truncated")},
-            marked={k: n for k, n in statuses.items() if k in ("empty_response", "truncated")},
+            rows_in=len(overview.scores),
+            rows_scored=len(overview.scored),
+            rejected={k: n for k, n in statuses.items() if k not in SCORED_STATUSES},
+            marked={k: n for k, n in statuses.items() if k in SCORED_STATUSES and k != "ok"},
             selected_by={name: reasons.get(name, 0) for name in ("score", "cluster", "both")},
-            clusters=_touched(clusters),
-            clusters_by_score=_touched(clusters[seen.positions[seen.selected_by != BY_CLUSTER]]),
-            score_length_correlation=seen.score_length_correlation(),
-            length_unit=seen.length_unit,
-            pool=groups[0],
-            selected=groups[1],
-            random_control=groups[2],
-            length_matched_control=groups[3],
-            seed=seen.seed,
+            clusters=overview.cluster_count,
+            clusters_by_score=_covered(overview.clusters[by_score]),
+            score_length_correlation=overview.score_length_correlation(),
+            length_unit=overview.length_unit,
+            pool=_figures(overview.scored, overview),
+            selected=_figures(overview.positions, overview),
+            random_control=_figures(overview.random_control, overview),
+            length_matched_control=_figures(overview.length_matched_control, overview),
+            seed=overview.seed,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as plain values."""
+        """Return all figures as plain values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, figures: dict[str, Any]) -> SelectionReport:
-        """Read [`~SelectionReport.to_dict`], such as the content of `report.json`."""
+        """Create a report from the result of `to_dict`, such as the content of `report.json`."""
         groups = ("pool", "selected", "random_control", "length_matched_control")
         return cls(**{**figures, **{name: GroupFigures(**figures[name]) for name in groups}})
 
     def to_json(self) -> str:
-        """All figures as JSON, keys in the order of this class."""
+        """Return all figures as JSON, with the fields of this class in order."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def to_markdown(self) -> str:
-        """The report as a page: what went in, what came out and why, and the four groups side by side."""
+        """Return the report as Markdown: the counts as a list, and the four groups as a table."""
         lines = ["# Selection report", "", *[f"- {line}" for line in self.sentences()], ""]
         header, *rows = self.comparison()
         lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -159,7 +154,7 @@ class SelectionReport:
         return "\n".join(lines) + "\n"
 
     def to_table(self) -> Table:
-        """The four groups as a `rich` table for the terminal; the sentences stand under it."""
+        """Return the four groups as a `rich` table for the terminal, with the counts as its caption."""
         from rich.table import Table
 
         header, *rows = self.comparison()
@@ -177,75 +172,66 @@ class SelectionReport:
         selected: Dataset,
         *,
         projection: str = "pca",
-        score_column: str = "iqs_score",
-        cluster_column: str = "cluster",
-        index_column: str = "source_index",
-        embedding_column: str = "embedding",
+        names: ColumnNames = ColumnNames(),
     ) -> list[Path]:
         """Draw the selection: scores, map, clusters, lengths. Files of an earlier call in the same folder are replaced.
 
         Args:
             folder (`str`): for `plot_scores.png`, `plot_map.png`, `plot_clusters.png` and `plot_lengths.png`.
-            pool, selected (`Dataset`): what this report was made from; without embeddings there is no map.
+            pool, selected (`Dataset`): the datasets that this report was made from; without embeddings there is no map.
             projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
-            score_column, cluster_column, index_column, embedding_column (`str`): as in [`select_car`].
+            names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
 
         Returns:
             `list[Path]`: the files.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: the datasets do not fit, or the projection, or it needs umap-learn.
+            ValueError: the datasets do not belong together, the projection is not known, or it needs umap-learn.
         """
         check_projection(projection)
         refuse_no_matplotlib()
-        names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
-        seen = Overview.of(pool, selected, **names, seed=self.seed)
-        files = draw(seen, map_of(pool, seen, embedding_column, projection))
+        overview = Overview.of(pool, selected, names=names, seed=self.seed)
+        files = draw(overview, map_of(overview, projection))
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         return [Path(folder) / name for name in files]
 
     def to_html(
-        self,
-        pool: Dataset,
-        selected: Dataset,
-        *,
-        projection: str = "pca",
-        score_column: str = "iqs_score",
-        cluster_column: str = "cluster",
-        index_column: str = "source_index",
-        embedding_column: str = "embedding",
+        self, pool: Dataset, selected: Dataset, *, projection: str = "pca", names: ColumnNames = ColumnNames()
     ) -> str:
-        """The selection as one HTML page that needs no network, with its figures where matplotlib is installed.
+        """Return the selection as one HTML page that needs no network, with figures if matplotlib is installed.
 
         Args:
-            pool, selected, projection, score_column, cluster_column, index_column, embedding_column: as in
-                [`~SelectionReport.plot`].
+            pool, selected (`Dataset`): the datasets that this report was made from; without embeddings there is no map.
+            projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+            names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
 
         Raises:
-            ValueError: the datasets do not fit, or the projection, or it needs umap-learn.
+            ValueError: the datasets do not belong together, the projection is not known, or it needs umap-learn.
         """
         check_projection(projection)
-        names = {"score_column": score_column, "cluster_column": cluster_column, "index_column": index_column}
-        seen = Overview.of(pool, selected, **names, seed=self.seed)
-        return self.pictures(pool, seen, projection, embedding_column, **names)[PAGE_FILE].decode()
+        overview = Overview.of(pool, selected, names=names, seed=self.seed)
+        return self.pictures(overview, projection)[PAGE_FILE].decode()
 
-    def pictures(
-        self, pool: Dataset, seen: Overview, projection: str, embedding_column: str, **names: str
-    ) -> dict[str, bytes]:
-        """The page, and the plots where matplotlib is installed, as files by their names; of columns that have been read."""
-        if not can_draw():
+    def pictures(self, overview: Overview, projection: str = "pca") -> dict[str, bytes]:
+        """Return the page, and the plots if matplotlib is installed, as files by name.
+
+        Args:
+            overview ([`Overview`]): that this report was made from.
+            projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+        """
+        drawable = can_draw()
+        if not drawable:
             logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
-        pool_map = map_of(pool, seen, embedding_column, projection)
-        plots = draw(seen, pool_map) if can_draw() else {}
-        told = (self.sentences(), self.comparison())
-        page = render_page(pool, seen, pool_map, plots, *told, embedding_column=embedding_column, **names)
+        pool_map = map_of(overview, projection)
+        plots = draw(overview, pool_map) if drawable else {}
+        page = render_page(overview, pool_map, plots, self.sentences(), self.comparison())
         return {**plots, PAGE_FILE: page.encode()}
 
     def sentences(self) -> list[str]:
-        """The counts in words."""
+        """Return the counts in words."""
         by, correlation = self.selected_by, self.score_length_correlation
         total = max(1, self.selected.rows)
         rejected, marked = sum(self.rejected.values()), sum(self.marked.values())
@@ -262,7 +248,7 @@ class SelectionReport:
         ]
 
     def comparison(self) -> list[list[str]]:
-        """A header and one row per figure, as text: pool, selected and the two controls."""
+        """Return a header and one row per figure, as text: pool, selected and the two controls."""
         groups = (self.pool, self.selected, self.random_control, self.length_matched_control)
         rows = [["", "pool", "selected", "random control", "length-matched control"]]
         rows.append(["rows", *(f"{g.rows:,}" for g in groups)])
@@ -282,24 +268,30 @@ def _listed(counts: dict[str, int]) -> str:
     return f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())})" if counts else ""
 
 
-def _statuses(seen: Overview) -> dict[str, int]:
-    if seen.statuses is not None:
-        return dict(Counter(seen.statuses.to_pylist()).most_common())
-    missing = int(np.isnan(seen.scores).sum())
-    return {"ok": len(seen.scores) - missing} | ({"no_score": missing} if missing else {})
+def _statuses(overview: Overview) -> dict[str, int]:
+    """Count the rows by status, most frequent first; without a status column, by whether they have a score."""
+    if overview.statuses is not None:
+        return dict(Counter(overview.statuses.to_pylist()).most_common())
+    missing = int(np.isnan(overview.scores).sum())
+    return {"ok": len(overview.scores) - missing} | ({"no_score": missing} if missing else {})
 
 
-def _touched(clusters: Indices) -> int:
+def _covered(clusters: Indices) -> int:
+    """Count the different clusters among those of some rows; rows without a cluster have a negative number."""
     return len(np.unique(clusters[clusters >= 0]))
 
 
-def _figures(rows: Indices, seen: Overview) -> GroupFigures:
-    scores = seen.scores
-    quantiles = np.quantile(scores[rows], QUANTILES)
+def _figures(rows: Indices, overview: Overview) -> GroupFigures:
+    scores = overview.scores[rows]
+    quantiles = np.quantile(scores, QUANTILES)
     return GroupFigures(
         rows=len(rows),
-        mean_score=float(scores[rows].mean()),
+        mean_score=float(scores.mean()),
         score_quantiles={str(q): float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
-        mean_length=float(seen.lengths[rows].mean()),
-        clusters=_touched(seen.clusters[rows]),
+        mean_length=float(overview.lengths[rows].mean()),
+        clusters=_covered(overview.clusters[rows]),
     )
+
+
+# As a user imports it: what is fingerprinted or printed must not depend on the module it is defined in.
+SelectionReport.__module__ = "car_datasets"

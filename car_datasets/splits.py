@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from datasets import Dataset, Features
 
+from car_datasets.column_names import ColumnNames
 from car_datasets.overview import draw_controls, positions_in_pool, row_lengths
 from car_datasets.selection import read_numbers
 from car_datasets.vectors import beside
@@ -71,7 +72,7 @@ def selection_splits(
     found = {split: whole, SCORED: pool}
     if set(also) & set(CONTROLS):
         scores = read_numbers(pool, score_column, np.nan)
-        lengths = row_lengths(scored, score_column)[0]
+        lengths = row_lengths(scored, ColumnNames(score=score_column))[0]
         drawn = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
         found |= {name: pool.select(rows.tolist()) for name, rows in zip(CONTROLS, drawn, strict=True)}
     return {name: found[name].select_columns(order).cast(features) for name in (split, *also)}

@@ -19,6 +19,7 @@ from datasets import Dataset
 from car_datasets import repositories
 from car_datasets.asking import asking
 from car_datasets.cluster_fitting import number_of_clusters
+from car_datasets.column_names import ColumnNames
 from car_datasets.curation import select_by
 from car_datasets.dataset_card import data_folder_of
 from car_datasets.formatting import find_schema
@@ -257,7 +258,8 @@ class _Checks:
     def _counts(self, scored: Dataset) -> str:
         receipt, recipe = self.found.receipt, self.recipe
         try:
-            report = SelectionReport.from_selection(scored, self.found.selected, seed=recipe.seed, **recipe.names)
+            names = ColumnNames(recipe.score_column, recipe.cluster_column, recipe.index_column)
+            report = SelectionReport.from_selection(scored, self.found.selected, names=names, seed=recipe.seed)
             k = number_of_clusters(recipe.k, report.rows_scored)
         except ValueError as error:
             raise Difference(f"nothing can be counted: {error}") from error

@@ -31,7 +31,7 @@ def test_every_row_is_told_as_it_is(pool: Dataset, selected: Dataset) -> None:
     clusters, vectors = np.array(pool["cluster"][:]), np.array(pool["embedding"][:])
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     kept = dict(zip(selected["source_index"][:], selected["selected_by"][:], strict=True))
-    told = explain_rows(pool, Overview.of(pool, selected), range(300))
+    told = explain_rows(Overview.of(pool, selected), range(300))
     for i, found in enumerate(told):
         assert found.row == 1000 + i
         assert found.selected_by == kept.get(found.row)

@@ -14,10 +14,10 @@ from datasets import Dataset
 from car_datasets import SelectionReport, select_car
 from car_datasets.overview import Overview
 from car_datasets.plots import (
-    MAP,
     PLOT_FILES,
-    SCORES,
+    PLOTS,
     STYLE,
+    Plot,
     can_draw,
     colours_of,
     draw,
@@ -25,6 +25,7 @@ from car_datasets.plots import (
     draw_lengths,
     draw_map,
     draw_scores,
+    plot_file,
 )
 from car_datasets.projection import map_of
 
@@ -69,7 +70,27 @@ def test_plot_writes_four_figures_as_wide_as_a_card(pool: Dataset, selected: Dat
 def test_without_embeddings_there_is_no_map(pool: Dataset, selected: Dataset, tmp_path: Path) -> None:
     report = SelectionReport.from_selection(pool, selected)
     paths = report.plot(tmp_path, pool.remove_columns("embedding"), selected)
-    assert [path.name for path in paths] == [name for name in PLOT_FILES if name != MAP]
+    assert [path.name for path in paths] == [name for name in PLOT_FILES if name != "plot_map.png"]
+
+
+def test_a_figure_is_a_function_and_a_row_of_the_table(
+    pool: Dataset, selected: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tuple(plot_file(name) for name in PLOTS) == PLOT_FILES
+
+    def draw_toy(overview: Overview) -> Any:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4))
+        figure.add_subplot().plot(overview.scores)
+        return figure
+
+    monkeypatch.setitem(PLOTS, "toy", Plot(draw_toy, "Scores in the order of the rows."))
+    report = SelectionReport.from_selection(pool, selected)
+    paths = report.plot(tmp_path, pool, selected)
+    assert [path.name for path in paths] == [*PLOT_FILES, "plot_toy.png"]
+    assert (tmp_path / "plot_toy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert 'alt="Scores in the order of the rows."' in report.to_html(pool, selected)
 
 
 def texts_in(figure: Any) -> list[str]:
@@ -112,7 +133,7 @@ def test_no_words_of_a_figure_overlap_or_leave_it(pool: Dataset, selected: Datas
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     seen = Overview.of(pool, selected)
-    pool_map = map_of(pool, seen)
+    pool_map = map_of(seen)
     assert pool_map is not None
     with matplotlib.rc_context(STYLE):
         for figure in (draw_scores(seen), draw_clusters(seen), draw_lengths(seen), draw_map(seen, pool_map)):
@@ -176,7 +197,7 @@ def test_neighbouring_clusters_have_different_colours() -> None:
 def test_numbers_on_the_map_hide_no_selected_row_that_they_need_not() -> None:
     twelve = make_pool(12, cluster=np.arange(12) % 8)
     seen = Overview.of(twelve, select_car(twelve.remove_columns("embedding"), 3, 1, allow_worse=True))
-    found = map_of(twelve, seen)
+    found = map_of(seen)
     assert found is not None
     figure = draw_map(seen, found)
     figure.canvas.draw()
@@ -211,9 +232,9 @@ def test_the_users_settings_are_neither_used_nor_changed(pool: Dataset, selected
     import matplotlib
 
     seen = Overview.of(pool, selected)
-    before = draw(seen, None)[SCORES]
+    before = draw(seen, None)["plot_scores.png"]
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
-        assert draw(seen, None)[SCORES] == before
+        assert draw(seen, None)["plot_scores.png"] == before
         assert matplotlib.rcParams["font.size"] == 30
 
 

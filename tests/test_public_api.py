@@ -10,7 +10,6 @@ import pytest
 import car_datasets
 
 PACKAGE = Path(car_datasets.__file__).parent
-NAMED_AFTER_THE_PACKAGE = {"ClusterModel"}  # fingerprints hold the module's name, which a move must not change
 
 
 def test_all_is_sorted_and_complete() -> None:

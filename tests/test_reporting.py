@@ -15,7 +15,8 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from car_datasets import SelectionReport, select_car
-from car_datasets.overview import LENGTH_BINS, length_matched, row_lengths
+from car_datasets.column_names import ColumnNames
+from car_datasets.overview import LENGTH_BINS, Overview, length_matched, row_lengths
 from car_datasets.reporting import QUANTILES, GroupFigures
 
 
@@ -115,7 +116,18 @@ def test_other_column_names(pool: Dataset, report: SelectionReport) -> None:
     names = {old: old.replace("iqs", "quality") for old in ("iqs_score", "iqs_tokens", "iqs_status")}
     other = pool.rename_columns({**names, "cluster": "topic", "source_index": "id"})
     options = {"score_column": "quality_score", "cluster_column": "topic", "index_column": "id"}
-    assert SelectionReport.from_selection(other, select_car(other, 2, 1, **options), **options) == report
+    chosen = select_car(other, 2, 1, **options)
+    columns = ColumnNames(score="quality_score", cluster="topic", index="id")
+    assert SelectionReport.from_selection(other, chosen, names=columns) == report
+
+
+def test_columns_of_the_stages_are_not_the_users() -> None:
+    names = ColumnNames(score="quality", embedding="vector")
+    pool = Dataset.from_dict({"quality": [0.5, 1.0], "cluster": [0, 0], "vector": [[1.0], [2.0]], "source": ["a", "b"]})
+    for column in (*names.diagnostics, "score_rank"):
+        pool = pool.add_column(column, [0, 0])
+    chosen = select_car(pool.remove_columns("score_rank"), 1, 0, score_column="quality")
+    assert Overview.of(pool, chosen, names=names).user_columns == ["source"]
 
 
 @pytest.mark.parametrize("kind", ["arrow", "numpy", "torch", "pandas"])
@@ -142,7 +154,9 @@ def test_length_is_in_characters_where_there_are_no_tokens() -> None:
 
 
 def test_length_of_another_score_is_not_that_of_iqs(pool: Dataset) -> None:
-    assert row_lengths(pool.select_columns(["text", "iqs_tokens"]), "quality_score")[1] == "characters"
+    assert (
+        row_lengths(pool.select_columns(["text", "iqs_tokens"]), ColumnNames(score="quality_score"))[1] == "characters"
+    )
 
 
 def test_a_status_is_no_text(pool: Dataset) -> None:

@@ -1,5 +1,5 @@
 "use strict";
-// All that comes from rows is set as text, never as HTML.
+// Everything that comes from rows is set as text, never as HTML: it may hold markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const rows = data.rows;
 const byId = (id) => document.getElementById(id);
@@ -62,7 +62,7 @@ const textOf = (row) => row.more || row.text;
 const haystacks = rows.map((row) => ((typeof row.id === "string" ? row.id + " " : "") + textOf(row)).toLowerCase());
 
 function search() {
-  const named = []; // "row 17" and "cluster 3" are these and no others
+  const named = []; // "row 17" and "cluster 3" name one row or cluster, and are not words to look for
   const rest = byId("search").value.toLowerCase().replace(/\b(row|cluster)[\s:]+(\d+)(?!\S)/g, (_, what, name) => { named.push([what, name]); return " "; });
   const words = rest.split(/\s+/).filter(Boolean);
   const which = byId("which").value;
@@ -88,7 +88,7 @@ function explain(row, origin) {
   box.replaceChildren(element("p", head + ", " + row.length.toLocaleString("en") + " " + data.unit + (row.cut ? ", cut before its end" : "") + "."));
   if (!told) {
     box.append(element("p", kept(row) + ". " + textOf(row)));
-    box.append(element("p", "The page has the whole story of some rows only; of this one, in Python: explain(scored, selected, " + JSON.stringify(row.id) + ").", "note"));
+    box.append(element("p", "This page explains some rows only. For this one, in Python: explain(scored, selected, " + JSON.stringify(row.id) + ").", "note"));
   } else {
     box.append(element("p", told.why));
     for (const [name, text] of told.texts) box.append(element("strong", name), element("pre", text));
@@ -106,7 +106,7 @@ function explain(row, origin) {
 // the map ---------------------------------------------------------------------------------------------------------
 
 const canvas = byId("map");
-let spots = []; // the rows shown, and where
+let spots = []; // the rows that are shown, with their pixels
 if (canvas) {
   const placed = rows.filter((row) => row.x !== null).sort((a, b) => Boolean(a.by) - Boolean(b.by));
   const scores = placed.map((row) => row.score).sort((a, b) => a - b);
@@ -120,7 +120,7 @@ if (canvas) {
     if (by === "cluster") return data.palette[row.colour];
     if (by === "taken") return row.by ? "#0072B2" : "#B8B8B8";
     const share = Math.min(1, Math.max(0, (row.score - lowest) / (highest - lowest || 1)));
-    return "hsl(" + (45 + 175 * share) + " 75% " + (88 - 55 * share) + "%)"; // light to dark as well as yellow to blue
+    return "hsl(" + (45 + 175 * share) + " 75% " + (88 - 55 * share) + "%)"; // from light to dark too, for readers who do not see the hue
   }
 
   function drawMap() {
