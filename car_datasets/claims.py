@@ -1,6 +1,7 @@
 """Claims, which are files that only one worker can create, and the folder that they and the shards are stored in.
 
-Does: take, renew, release and take over claims; read and write files atomically in a local folder or behind an fsspec URL.
+Does: take, renew, release and take over claims; read and write files atomically in a local folder or behind an fsspec
+URL.
 Does not: know what is claimed, or compare the clocks of two machines.
 """
 
@@ -112,8 +113,8 @@ class Folder:
     def create(self, name: str, content: bytes) -> bool:
         """Create a file and return True, or return False if it exists; of several workers that try, one succeeds.
 
-        Local filesystems use O_EXCL, object stores a conditional put. On a filesystem that supports neither, several workers
-        may succeed; they then do the same work, with equal results.
+        Local filesystems use O_EXCL, object stores a conditional put. On a filesystem that supports neither, several
+        workers may succeed; they then do the same work, with equal results.
         """
         try:
             if self.local is not None:
@@ -155,12 +156,13 @@ class Claims:
     """The claims of one worker on the pieces of work in a folder: leases that it renews by a heartbeat.
 
     A claim on PIECE is the file `PIECE.claim-0`, which only one worker can create. It names its owner, and is rewritten
-    every few seconds as a heartbeat. The claim of a dead worker is not removed; whoever creates `PIECE.claim-1` takes over,
-    so that only one of several workers that notice the death succeeds. A worker counts as dead if it ran on this machine
-    and its process is gone, or if its claim has not changed for `expiry` seconds by the clock of the observer, so that the
-    clocks of the machines need not agree.
+    every few seconds as a heartbeat. The claim of a dead worker is not removed; whoever creates `PIECE.claim-1` takes
+    over, so that only one of several workers that notice the death succeeds. A worker counts as dead if it ran on this
+    machine and its process is gone, or if its claim has not changed for `expiry` seconds by the clock of the observer,
+    so that the clocks of the machines need not agree.
 
-    A worker that was only suspended may wake up and finish the same piece, so results must be equal and written atomically.
+    A worker that was only suspended may wake up and finish the same piece, so results must be equal and written
+    atomically.
 
     Args:
         folder ([`Folder`]): the folder that the claims are stored in.
@@ -179,8 +181,8 @@ class Claims:
         """Claim a piece.
 
         Args:
-            piece (`str`): the name of the file that the worker will write. Check again that it is missing once the claim is
-                taken: another worker may have finished it and released its claim meanwhile.
+            piece (`str`): the name of the file that the worker will write. Check again that it is missing once the
+                claim is taken: another worker may have finished it and released its claim meanwhile.
             turns (`Mapping`): the number of the newest claim on each piece, from [`last_turns`].
 
         Returns:

@@ -1,4 +1,8 @@
-"""`IQSConfig`: the parts of an IQS model and how they are put together; every value is checked here, by name."""
+"""`IQSConfig`: the parts of an IQS model and how they are combined.
+
+Does: check every value by name.
+Does not: build a model.
+"""
 
 from __future__ import annotations
 
@@ -8,43 +12,47 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-OBJECTIVES = ("regression", "ranking")
+OBJECTIVE_NAMES = ("regression", "ranking")
 LAYER_MIXES = ("sparsemax", "softmax")
 POOLINGS = ("avg", "max", "cls")
-HEADS = ("feed_forward", "segments")
+HEAD_NAMES = ("feed_forward", "segments")  # the keys of `HEADS`, which is next to the model
 
 
 class IQSConfig(PreTrainedConfig):
     """Configuration of [`IQSModel`]. The defaults are the original's (`configs/models/instruction_score.yaml` of CaR).
 
     Args:
-        encoder_config (`dict` or `PreTrainedConfig`, *optional*): the encoder, as its own configuration; defaults to
-            XLM-RoBERTa-large's shape.
-        objective (`str`): `"regression"`, a head scores the whole text; or `"ranking"`, the original's "Comet" variant:
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*): the configuration of the encoder; defaults to the shape
+            of XLM-RoBERTa-large.
+        objective (`str`): `"regression"`: a head scores the entire text. `"ranking"`, the original's "Comet" variant:
             question and answer are encoded apart and the score is `1 / (1 + distance)`.
-        head (`str`): `"feed_forward"`, the original's, on the combination of layers, pooled; or `"segments"`, the embedded
-            default's, on question and answer pooled apart and the words of the answer, which the four arguments that
-            follow do not concern.
+        head (`str`): `"feed_forward"`, the original's, reads the pooled combination of layers. `"segments"`, the default
+            scorer's, reads question and answer pooled apart and the words of the answer; `layer_mix`, `layer`,
+            `layer_norm` and `pooling` do not apply to it.
         layer_mix (`str`): how the encoder's n + 1 hidden states (the embedding output counts as one) are combined:
             `"sparsemax"` or `"softmax"` weights times `gamma`.
-        layer (`int`, *optional*): read this one hidden state instead of a mix; 0 is the embedding output.
+        layer (`int`, *optional*): read this hidden state alone instead of a mix; 0 is the embedding output.
         layer_norm (`bool`): normalise each layer over a text's tokens and units before the mix (ELMo's scheme).
         pooling (`str`): `"avg"` over tokens (special tokens included), `"max"`, or `"cls"`, the first token.
-        hidden_sizes (`Sequence[int]`): widths of the head's hidden layers; empty for a linear head. With `"segments"` two:
-            of each member's network and of the integrity network.
+        hidden_sizes (`Sequence[int]`): widths of the head's hidden layers; empty for a linear head. With `"segments"`
+            two: the width of each member's network and that of the integrity network.
         activation (`str`): name of a `torch.nn` activation, between the head's layers.
         final_activation (`str`, *optional*): the same, after the last layer. `None`: scores are not bounded.
-        dropout (`float`): in training only: in the head, and of whole layers in a weighted mix, as in COMET.
+        dropout (`float`): in training only: in the head, and of entire layers in a weighted mix, as in COMET.
         max_tokens (`int`): tokens read of a text, special tokens included. The original's 510 is 514 positions - 4.
-        template (`str`): the name in templates.py of the template that the weights were trained with.
-        members (`int`), word_bits (`int`), penalty (`float`): with `"segments"`: networks that vote on quality; bits of
-            the hash of words; what a broken answer loses.
-        encoder_source (`dict`, *optional*): set where the encoder is untouched and not part of the weights file:
-            `{"model_id", "revision", "sha256"}` of the model it comes from.
+        template (`str`): name of the text template that the weights were trained with.
+        members (`int`): with `"segments"`: networks that vote on quality.
+        word_bits (`int`): with `"segments"`: bits of the hash of words.
+        penalty (`float`): with `"segments"`: the most that a broken answer loses.
+        encoder_source (`dict`, *optional*): for a model whose weights file leaves out an unchanged encoder:
+            `{"model_id", "revision", "sha256"}` of the model that the encoder comes from.
+
+    Raises:
+        ValueError: a value is invalid; the message names the argument.
     """
 
     model_type = "car_iqs"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states"]  # `Trainer` gathers what is left
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states"]  # `Trainer` gathers all other outputs
 
     def __init__(
         self,
@@ -68,8 +76,8 @@ class IQSConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         for argument, value, known in (
-            ("objective", objective, OBJECTIVES),
-            ("head", head, HEADS),
+            ("objective", objective, OBJECTIVE_NAMES),
+            ("head", head, HEAD_NAMES),
             ("layer_mix", layer_mix, LAYER_MIXES),
             ("pooling", pooling, POOLINGS),
         ):
@@ -80,7 +88,8 @@ class IQSConfig(PreTrainedConfig):
                 raise ValueError(f"{argument}={name!r} is not the name of a torch.nn activation, such as 'Tanh'.")
         if head == "segments" and (objective != "regression" or len(hidden_sizes) != 2):
             raise ValueError(
-                f"head='segments' wants objective='regression' and two hidden_sizes, not {objective!r} and {list(hidden_sizes)}."
+                f"head='segments' needs objective='regression' and two hidden_sizes, not {objective!r} and "
+                f"{list(hidden_sizes)}."
             )
         self.encoder_config = _as_config(encoder_config)
         self.objective = objective
@@ -102,7 +111,7 @@ class IQSConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, the encoder's included."""
+        """Return the configuration as plain values, the encoder's included."""
         values: dict[str, Any] = super().to_dict()
         values["encoder_config"] = self.encoder_config.to_dict()
         return values
@@ -125,5 +134,8 @@ def _as_config(encoder_config: dict[str, Any] | PreTrainedConfig | None) -> PreT
         )
     return AutoConfig.for_model(**encoder_config)
 
+
+# The name under which users import the class: pickles hold it, so the file can be moved.
+IQSConfig.__module__ = "car_datasets"
 
 AutoConfig.register(IQSConfig.model_type, IQSConfig)

@@ -1,16 +1,17 @@
-"""The original's checkpoints (COMET on Lightning) as configuration and weights of an `IQSModel`.
+"""Convert the original's checkpoints (COMET on Lightning) to the configuration and weights of an `IQSModel`.
 
-Does: read the pickle without running what is in it, rename the weights, work out the encoder's shape from them, and take
-the tokenizer's file as it is.
-Does not: find the checkpoint (digests.py), import Lightning or COMET, ask a hub for the base model, or build a model
-(modeling_iqs.py).
+Does: read the pickle without running its code, rename the weights, derive the encoder's shape from them, load the base
+model's tokenizer exactly as its file says.
+Does not: find the checkpoint, import Lightning or COMET, or build a model.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +22,21 @@ from torch import Tensor
 
 from car_datasets import digests, downloads, hub
 
+# The original's names for its two models and two encoder families, and ours.
 CLASSES = {"instruction_metric": "regression", "instruction_ranking_metric": "ranking"}
 ENCODERS = {"XLM-RoBERTa": "xlm-roberta", "BERT": "bert"}
-# Widths whose number of attention heads is beyond doubt: the base and large sizes of both families.
-HEADS = {768: 12, 1024: 16}
+# Number of attention heads by width, for widths that leave no doubt: the base and large sizes of both families.
+ATTENTION_HEADS = {768: 12, 1024: 16}
 
 
 class Converted(NamedTuple):
-    """What a checkpoint becomes: arguments of `IQSConfig`, a state dict of `IQSModel`, and where its tokenizer is."""
+    """A converted checkpoint.
+
+    Args:
+        config (`dict`): arguments of `IQSConfig`.
+        state (`dict`): weights under the names of `IQSModel`. Most are views of the mapped file: copy what you keep.
+        base_model (`str`): folder or Hub id of the base model, which has the tokenizer.
+    """
 
     config: dict[str, Any]
     state: dict[str, Tensor]
@@ -41,65 +49,88 @@ def convert(checkpoint: Path, tokenizer: str | None = None) -> Converted:
     Args:
         checkpoint (`Path`): a `.ckpt` file.
         tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer; a folder's `config.json` also tells
-            the number of attention heads, which no weight does. Default: the `pretrained_model` of the hyper-parameters,
-            if a folder of that name lies beside the checkpoint's folders, else as a Hub id.
+            the number of attention heads, which no weight does. Default: the `pretrained_model` of the
+            hyper-parameters: a folder of that name next to the checkpoint's folders if there is one, else a Hub id.
 
     Raises:
-        ValueError: not a checkpoint of CaR; unknown options or weights; an encoder whose shape cannot be told.
+        ValueError: the file is not a checkpoint of CaR, has unknown options or weights, or does not determine the shape
+            of its encoder.
     """
-    content = read_checkpoint(checkpoint)
-    beside = _hparams_beside(checkpoint)
-    options = {**beside, **content["hyper_parameters"]}
-    if beside.get("class_identifier", options.get("class_identifier")) != options.get("class_identifier"):
-        raise ValueError(
-            f"{checkpoint} is a {options.get('class_identifier')!r}, its hparams.yaml says {beside['class_identifier']!r}; the "
-            "original would go by the latter. Make them agree."
-        )
-    base = base_model(checkpoint, tokenizer, options)
-    state = {
-        **_encoder_state(content["state_dict"]),
-        **_mix_state(content["state_dict"]),
-        **_head_state(content["state_dict"]),
-    }
-    used = set(_used_names(content["state_dict"]))
-    unknown = sorted(set(content["state_dict"]) - used)
+    options = _read_options(checkpoint)
+    base = base_model(checkpoint, tokenizer)
+    weights = _read_mapped(checkpoint)["state_dict"]
+    state = {**_encoder_state(weights), **_mix_state(weights), **_head_state(weights)}
+    unknown = sorted(set(weights) - set(_used_names(weights)))
     if unknown:
         raise ValueError(f"{checkpoint} holds weights that no model of CaR has: {unknown[:5]}.")
     return Converted(_config(options, state, base, checkpoint), state, base)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """Unpickle a checkpoint with `weights_only=True`, which builds tensors and plain containers and runs nothing else.
 
     Nothing is added to torch's own allow-list: Lightning saves `state_dict` and `hyper_parameters` as tensors, dicts,
     lists, strings and numbers. A file that asks for any other class, or for a function to be called, is refused.
 
+    Args:
+        path (`Path`): a `.ckpt` file.
+        mapped (`bool`): map the weights into memory instead of reading them. They then take no memory until they are
+            used, and must not be used after the file was overwritten.
+
     Raises:
-        ValueError: the file is refused, or is no Lightning checkpoint.
+        ValueError: the file is refused, or is not a Lightning checkpoint.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # torch maps its zip format only; the format before torch 1.6 is read as ever.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         wanted = re.search(r"GLOBAL (\S+)", str(error))
+        asks = f" but asks for {wanted[1]}" if wanted else ""
         raise ValueError(
-            f"{path} was refused: it is not a plain file of weights{f' but asks for {wanted[1]}' if wanted else ''} ({reason}). "
+            f"{path} was refused: it is not a plain file of weights{asks} ({reason}). "
             "Do not load it another way unless you trust who made it."
         ) from error
-    except Exception as error:  # a torn or forged pickle can fail in any way; nothing of it has been run
-        raise ValueError(f"{path} is no checkpoint that torch can read: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a truncated or forged pickle can fail in any way; none of its code has been run
+        raise ValueError(f"{path} is not a checkpoint that torch can read: {type(error).__name__}: {error}") from error
     for name in ("state_dict", "hyper_parameters"):
         part = content.get(name) if isinstance(content, dict) else None
         if not isinstance(part, dict):
-            raise ValueError(f"{path} is no Lightning checkpoint: its {name} is {type(part).__name__}, not a dict.")
+            raise ValueError(f"{path} is not a Lightning checkpoint: its {name} is {type(part).__name__}, not a dict.")
     odd = [n for n, w in content["state_dict"].items() if not (isinstance(n, str) and isinstance(w, Tensor))]
     if odd:
-        raise ValueError(f"{path} is no Lightning checkpoint: {odd[:5]} in its state_dict are no named tensors.")
+        raise ValueError(f"{path} is not a Lightning checkpoint: {odd[:5]} in its state_dict are not named tensors.")
     return dict(content)
 
 
-def _hparams_beside(checkpoint: Path) -> dict[str, Any]:
-    """`hparams.yaml` one folder up, as the original keeps it; what stands in the checkpoint itself wins."""
+def _read_mapped(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint, mapped; once per process, until the file changes."""
+    state = checkpoint.stat()
+    return _mapped_checkpoint(checkpoint.resolve(), (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _mapped_checkpoint(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
+    # Kept for the hyper-parameters and the shapes, which are asked for several times. 2.2 GB of weights cost nothing here, as
+    # mapped pages are read when the model is loaded and can be dropped by the system afterwards.
+    return read_checkpoint(path, mapped=True)
+
+
+def _read_options(checkpoint: Path) -> dict[str, Any]:
+    """Return the hyper-parameters of a checkpoint; they win over those of the `hparams.yaml` of its folder."""
+    content = _read_mapped(checkpoint)
+    from_yaml = _read_hparams(checkpoint)
+    options = {**from_yaml, **content["hyper_parameters"]}
+    if from_yaml.get("class_identifier", options.get("class_identifier")) != options.get("class_identifier"):
+        raise ValueError(
+            f"{checkpoint} is a {options.get('class_identifier')!r}, its hparams.yaml says "
+            f"{from_yaml['class_identifier']!r}; the original would go by the latter. Make them agree."
+        )
+    return options
+
+
+def _read_hparams(checkpoint: Path) -> dict[str, Any]:
+    """Read `hparams.yaml` one folder up, where the original keeps it, or next to the checkpoint."""
     for folder in (checkpoint.parent.parent, checkpoint.parent):
         if (folder / "hparams.yaml").is_file():
             try:
@@ -110,13 +141,20 @@ def _hparams_beside(checkpoint: Path) -> dict[str, Any]:
     return {}
 
 
-def base_model(checkpoint: Path, tokenizer: str | None = None, options: Mapping[str, Any] | None = None) -> str:
-    """Where the tokenizer of a checkpoint is: the folder or id that was named, a folder beside the checkpoint's that is
-    called as the hyper-parameters call the base model, or that name as a Hub id."""
+def base_model(checkpoint: Path, tokenizer: str | None = None) -> str:
+    """Return the folder or Hub id that has the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint (`Path`): a `.ckpt` file.
+        tokenizer (`str`, *optional*): is returned if given. Default: the `pretrained_model` of the hyper-parameters: a
+            folder of that name next to the checkpoint's folders if there is one, else a Hub id.
+
+    Raises:
+        ValueError: the checkpoint cannot be read.
+    """
     if tokenizer is not None:
         return tokenizer
-    hparams = options if options is not None else read_checkpoint(checkpoint)["hyper_parameters"]
-    name = str(hparams.get("pretrained_model", ""))
+    name = str(_read_options(checkpoint).get("pretrained_model", ""))
     for folder in list(checkpoint.resolve().parents)[:4]:
         if name and (folder / name / "tokenizer.json").is_file():
             return str(folder / name)
@@ -129,7 +167,7 @@ def _encoder_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"encoder." + n.removeprefix(prefix): weights[n] for n in names}
 
 
-# A table of positions that old versions saved, a pooler that no score uses, and two constants of layer dropout.
+# Left out: a table of positions that old versions saved, a pooler that no score uses, two constants of layer dropout.
 _UNUSED = (
     "encoder.model.embeddings.position_ids",
     "encoder.model.pooler.",
@@ -211,7 +249,7 @@ def _choice(options: Mapping[str, Any], name: str, known: Mapping[str, str], che
 def _encoder_config(
     options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, checkpoint: Path
 ) -> dict[str, Any]:
-    """The encoder's shape from its weights; what weights do not tell, from the base model's own configuration."""
+    """Derive the encoder's shape from its weights, and the rest from the base model's own configuration."""
     kind = _choice(options, "encoder_model", ENCODERS, checkpoint)
     try:
         vocabulary, width = state["encoder.embeddings.word_embeddings.weight"].shape
@@ -229,14 +267,15 @@ def _encoder_config(
         "max_position_embeddings": positions,
         "type_vocab_size": types,
     }
-    known = _base_config(base, ask_hub=width not in HEADS)
-    heads = known.get("num_attention_heads", HEADS.get(width))
+    known = _base_config(base, ask_hub=width not in ATTENTION_HEADS)
+    heads = known.get("num_attention_heads", ATTENTION_HEADS.get(width))
     if heads is None:
         raise ValueError(
             f"{checkpoint}: the number of attention heads of an encoder of width {width} is not in the weights. Pass the "
             f"folder or Hub id of its base model ({options.get('pretrained_model')!r}), which holds config.json and the "
             "tokenizer: tokenizer=... (--tokenizer)."
         )
+    # The vocabulary may differ: a tokenizer may have gained tokens after the base model's configuration was written.
     wrong = {n: (known[n], v) for n, v in shape.items() if n in known and known[n] != v and n != "vocab_size"}
     if wrong:
         raise ValueError(f"{base} is not the base model of {checkpoint}: (its value, the weights') differ in {wrong}.")
@@ -251,7 +290,7 @@ def _encoder_config(
 
 
 def _base_config(base: str, ask_hub: bool) -> dict[str, Any]:
-    """The base model's own configuration, from its folder; from the Hub only where the weights leave no other way."""
+    """Read the base model's own configuration from its folder, or with `ask_hub` from the Hub; empty if there is none."""
     if base and Path(base).is_dir():
         path: Path | None = Path(base) / "config.json"
     else:
@@ -263,16 +302,17 @@ def _base_config(base: str, ask_hub: bool) -> dict[str, Any]:
 
 
 def load_tokenizer(base: str, token: str | None = None) -> Any:
-    """The base model's tokenizer, exactly as its `tokenizer.json` says, so that ids equal the original's.
+    """Load the base model's tokenizer exactly as its `tokenizer.json` says, so that ids equal the original's.
 
     transformers 5 builds XLM-RoBERTa's normaliser and pre-tokeniser itself and ignores the file's, which gives other ids
-    for files that older converters wrote; reading the file as a plain fast tokenizer does not.
+    for files that older converters wrote. Reading the file as a plain fast tokenizer keeps the file's.
 
     Args:
         base (`str`): a folder or a Hub id that holds `tokenizer.json`.
+        token (`str`, *optional*): for a private repository.
 
     Raises:
-        ValueError: there is no such file; says what to pass.
+        ValueError: there is no `tokenizer.json`; the message says what to pass.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -283,8 +323,8 @@ def load_tokenizer(base: str, token: str | None = None) -> Any:
     )
     if file is None or not file.is_file():
         raise ValueError(
-            f"The original's checkpoints bring no tokenizer, and tokenizer={base!r} holds no tokenizer.json. Pass the folder or "
-            "Hub id of the base model's: tokenizer='FacebookAI/xlm-roberta-large' (--tokenizer)."
+            f"The original's checkpoints bring no tokenizer, and tokenizer={base!r} holds no tokenizer.json. Pass the "
+            "folder or Hub id of the base model's: tokenizer='FacebookAI/xlm-roberta-large' (--tokenizer)."
         )
     vocabulary = {entry["content"] for entry in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
     names = _SPECIAL_TOKENS["<pad>" if "<pad>" in vocabulary else "[PAD]"]
@@ -292,18 +332,26 @@ def load_tokenizer(base: str, token: str | None = None) -> Any:
 
 
 def tokenizer_revision(base: str, token: str | None = None) -> str | None:
-    """What the tokenizer at `base` is at this moment: a digest of its files, or a commit; `None` if that cannot be told."""
+    """Resolve a tokenizer to an immutable revision.
+
+    Args:
+        base (`str`): a folder or a Hub id.
+        token (`str`, *optional*): for a private repository.
+
+    Returns:
+        `str`: digests of the folder's files, or the Hub's commit SHA; `None` if the Hub does not tell.
+    """
     if base and Path(base).is_dir():
         files = [Path(base) / name for name in ("tokenizer.json", "config.json")]
         return " ".join(digests.file_digest(file) for file in files if file.is_file())
     try:
         return hub.pin_revision(base, None, token) if base else None
-    except (ValueError, ConnectionError):  # not asked for: a Hub that is out of reach; loading says what is missing
+    except (ValueError, ConnectionError):  # the tokenizer may be in the cache all the same; if not, loading says so
         return None
 
 
 def check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Raise a ValueError for a tokenizer that cannot be the one that the weights were trained with."""
+    """Raise ValueError if the weights cannot have been trained with this tokenizer."""
     encoder = config.encoder_config
     if tokenizer.pad_token_id != encoder.pad_token_id or len(tokenizer) > encoder.vocab_size:
         raise ValueError(

@@ -1,8 +1,8 @@
 """EMBED: `TextEmbedder`, a `.map` callable that adds the sentence embedding of each row's text.
 
-Does: run any sentence-transformers model over the same text that the scorer reads (CaR sec. 3.2), in batches of like
+Does: run any sentence-transformers model over the same text that the scorer reads (CaR sec. 3.2), in batches of similar
 length; equal to `SentenceTransformer.encode` within 1e-5.
-Does not: reduce dimensions or cluster (clustering.py).
+Does not: reduce dimensions or cluster.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from car_datasets import hub
 from car_datasets.batching import in_order, pad, run_batches, token_budget, tokenise
 from car_datasets.formatting import as_column_names, check_schema, find_schema
 from car_datasets.parallel import device_for
-from car_datasets.rows import Rows, check_embedding_dtype, refuse_overwrite, refuse_tables
+from car_datasets.rows import Rows, check_options, pin_model, refuse_tables, refuse_taken, set_fields, text_columns
 from car_datasets.templates import CLEAN_TEMPLATE
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise i
 
 @functools.lru_cache(maxsize=2)
 def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: torch.device) -> SentenceTransformer:
-    """The model, once per process and device. It never becomes part of a callable, so it is never hashed or pickled."""
+    """Load a model, once per process and device; it never becomes part of a callable, so it is never hashed or pickled."""
     from sentence_transformers import SentenceTransformer
 
     folder = hub.model_folder(model_id, revision)
@@ -42,26 +42,29 @@ def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: 
 
 @dataclass(frozen=True)
 class TextEmbedder:
-    """Adds the embedding of a row's text: `dataset.map(TextEmbedder(), batched=True, with_rank=True)`.
+    """A stage that adds the embedding of a row's text: `dataset.map(TextEmbedder(), batched=True, with_rank=True)`.
 
-    A frozen record of plain values: equal records have equal fingerprints in every process, and the second `.map` is
-    read from the cache. A chat row's embedding is the mean over its exchanges, brought back to their mean length.
+    A frozen record of plain values: equal records have equal fingerprints in every process, so the second `.map` is read
+    from the cache. The embedding of a chat is the mean over its exchanges, rescaled to their mean length.
 
     Args:
         model_id (`str`): a sentence-transformers model, on the Hub or in a folder. The default needs no Hub.
-        revision (`str`, *optional*): branch, tag or commit; replaced by the commit or digest that it means now.
+        revision (`str`, *optional*): branch, tag or commit. The field holds the immutable revision that it resolves to: a
+            commit SHA, or for a folder a content digest.
         token (`str`, *optional*): for a private model; used to look it up and download it, never stored.
-        schema, columns: see [`find_schema`].
-        template (`str`): the text that is embedded, see [`render`]; the embedded default scorer reads `"clean-1"`.
+        schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
+        columns (`Mapping[str, str]`): your names for the schema's columns, such as `{"response": "answer"}`.
+        template (`str`): the template of the embedded text; the default is the one that the default scorer reads.
         output_column (`str`): the new column, float32 lists of the model's dimension.
         on_invalid (`str`): a row without text raises (`"error"`) or gets a null (`"mark"`).
-        dtype (`str`): the model's, `"float32"`, `"bfloat16"` or `"float16"`.
-        batch_tokens (`int`, *optional*): tokens in one forward pass; chosen by the device, and halved where memory
-            runs out.
-        embedding_dtype (`str`): of the column, `"float32"` or `"float16"`, which takes half the disk.
+        dtype (`str`): of the model, `"float32"`, `"bfloat16"` or `"float16"`.
+        batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
+            Halved when memory runs out.
+        embedding_dtype (`str`): of the column, `"float32"` or `"float16"`, which takes half the disk space.
 
     Raises:
-        ValueError: there is no such model; rows are not what the schema says.
+        ValueError: the model does not exist, or an option is invalid.
+        ConnectionError: the Hub does not answer.
     """
 
     model_id: str = hub.DEFAULT_ENCODER
@@ -78,35 +81,66 @@ class TextEmbedder:
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, token: str | None) -> None:
-        object.__setattr__(self, "cache_version", CACHE_VERSION)  # a default alone would not be hashed
-        object.__setattr__(self, "columns", as_column_names(self.columns))
-        check_schema(self.schema, self.columns)
-        Rows.check_options(self.template, self.on_invalid, self.dtype, self.batch_tokens, [self.output_column])
-        check_embedding_dtype(self.embedding_dtype)
-        revision = hub.pin_revision(self.model_id, self.revision, token)
-        hub.model_folder(self.model_id, revision, token)  # here, so that workers find it without a token
-        object.__setattr__(self, "revision", revision)
+        columns = as_column_names(self.columns)
+        check_schema(self.schema, columns)
+        check_options(
+            template=self.template,
+            on_invalid=self.on_invalid,
+            dtype=self.dtype,
+            embedding_dtype=self.embedding_dtype,
+            batch_tokens=self.batch_tokens,
+            new_columns=self.output_columns,
+        )
+        model = pin_model(self.model_id, self.revision, token)
+        # The version is set here because a class attribute alone would not be part of the fingerprint.
+        set_fields(self, columns=columns, revision=model.revision, cache_version=CACHE_VERSION)
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """Return the name of the new column."""
+        return (self.output_column,)
+
+    def read_columns(self, column_names: Sequence[str]) -> list[str]:
+        """Return the columns of the text.
+
+        Raises:
+            ValueError: no schema fits.
+        """
+        return text_columns(column_names, self.schema, self.columns)
 
     def output_features(self) -> Features:
-        """The types of the columns that this callable adds: lists of one fixed length, the model's, which is loaded for it."""
+        """Return the type of the new column: lists of the model's dimension, for which the model is loaded."""
         from datasets import Features, List, Value
 
         return Features({self.output_column: List(Value(self.embedding_dtype), length=dimension(self._model()))})
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
-        """A `.map(batched=True)` batch to `{output_column: one float32 vector per row}`."""
+        """Return `{output_column: one vector per row}` for a batch of `.map(batched=True)`.
+
+        Raises:
+            ValueError: the batch already has the column, no schema fits, or a row has no text and `on_invalid="error"`.
+        """
         refuse_tables(batch, "embed_texts(texts)")
-        refuse_overwrite(batch, [self.output_column], "output_column=...")
+        refuse_taken(batch, self)
         rows = Rows.from_batch(batch, find_schema(batch, self.schema, self.columns), self.template, self.on_invalid)
         vectors = self.embed_texts([text.whole for text in rows.texts], rank)
         return {self.output_column: rows.mean_vectors(vectors, self.embedding_dtype)}
 
     def embed_texts(self, texts: Sequence[str], rank: int | None = None) -> npt.NDArray[np.float32]:
-        """Ready-made texts to a float32 array of shape `(texts, dimension)`."""
+        """Embed texts that are already in the template.
+
+        Args:
+            texts (`Sequence[str]`): one string per text.
+            rank (`int`, *optional*): index of the process among those of `.map(num_proc=...)`; chooses its GPU.
+
+        Returns:
+            A float32 array of shape `(texts, dimension)`, in the order of the texts.
+        """
         model = self._model(rank)
         if not texts:
             return np.zeros((0, dimension(model)), dtype=np.float32)
         longest = model.max_seq_length or 512
+        # Either way `lengths` only decides which texts share a batch; the embeddings do not depend on it.
         if reads_plain_tokens(model):
             ids = tokenise(model.tokenizer, texts, longest).ids
             lengths = [len(row) for row in ids]
@@ -117,7 +151,7 @@ class TextEmbedder:
                     return model({"input_ids": input_ids, "attention_mask": mask})["sentence_embedding"]
 
         else:
-            lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]
+            lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]  # some 4 bytes a token in English
 
             def encode(places: list[int]) -> Tensor:
                 part = [texts[i] for i in places]
@@ -134,7 +168,7 @@ class TextEmbedder:
 
 
 def dimension(model: SentenceTransformer) -> int:
-    """Length of the model's embeddings."""
+    """Return the length of the model's embeddings."""
     name = (
         "get_embedding_dimension" if hasattr(model, "get_embedding_dimension") else "get_sentence_embedding_dimension"
     )
@@ -142,9 +176,9 @@ def dimension(model: SentenceTransformer) -> int:
 
 
 def reads_plain_tokens(model: SentenceTransformer) -> bool:
-    """Whether `encode` gives the model a text's tokens and nothing else, so that they need not be made again per batch.
+    """Return True if `encode` passes the tokens of a text to the model unchanged, so that all texts can be tokenised at once.
 
-    Not so with a prompt before every text, embeddings that are cut, or a first module of another make.
+    False for a model with a default prompt, with embeddings cut to fewer dimensions, or with another kind of first module.
     """
     first = model[0]
     tokenizer = model.tokenizer
@@ -161,9 +195,10 @@ def reads_plain_tokens(model: SentenceTransformer) -> bool:
 
 
 def pool_tokens(model: SentenceTransformer, last_hidden_state: Tensor, mask: Tensor) -> Tensor:
-    """The model's own pooling (and normalisation, ...) over token states that came out of another forward pass.
+    """Apply the model's pooling (and normalisation, ...) to token states from another forward pass.
 
     Args:
+        model (`SentenceTransformer`): its first module, the encoder, is skipped.
         last_hidden_state (`Tensor` of shape `(batch, tokens, units)`): of an encoder equal to the model's.
         mask (`Tensor` of shape `(batch, tokens)`): 1 for real tokens.
 
@@ -174,3 +209,7 @@ def pool_tokens(model: SentenceTransformer, last_hidden_state: Tensor, mask: Ten
     for module in list(model)[1:]:
         features = module(features)
     return features["sentence_embedding"]
+
+
+# The name under which users import the class: pickles and `datasets` fingerprints hold it, so the file can be moved.
+TextEmbedder.__module__ = "car_datasets"

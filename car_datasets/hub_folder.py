@@ -1,7 +1,7 @@
 """Storage of shards in a dataset repository: `hf://datasets/you/work/run-1`.
 
-Does: read at a commit, and add a file by a commit on top of it, which the Hub refuses if another commit came first: of two
-workers that add the same file one succeeds.
+Does: read at a commit, and add a file by a commit on top of it, which the Hub refuses if another commit came first: of
+two workers that add the same file one succeeds.
 Does not: store claims: they need a heartbeat every few seconds, and the Hub limits commits per hour.
 """
 
@@ -33,8 +33,8 @@ class HubFolder:
     commit counts.
 
     Args:
-        location (`str`): `hf://datasets/owner/name[@branch][/folder]`. The repository is created, as a private one, when
-            something is written.
+        location (`str`): `hf://datasets/owner/name[@branch][/folder]`. The repository is created, as a private one,
+            when something is written.
         token (`str`, *optional*): by default `HF_TOKEN` or the token of `hf auth login`.
 
     Raises:
@@ -51,8 +51,8 @@ class HubFolder:
         match = ADDRESS.fullmatch(location.rstrip("/"))
         if match is None:
             raise ValueError(
-                f"shard_dir={location!r} is not the address of a dataset repository. Pass {START}you/name, or a folder in "
-                f"it: {START}you/name/run-1."
+                f"shard_dir={location!r} is not the address of a dataset repository. Pass {START}you/name, or a folder "
+                f"in it: {START}you/name/run-1."
             )
         self.location = location
         self.repo_id, self.revision, self.path = match["repo"], match["revision"], match["path"] or ""

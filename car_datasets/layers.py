@@ -1,4 +1,8 @@
-"""The parts that an IQS model is put together from, each a function of tensors and of its own few settings."""
+"""Parts of an IQS model: the combination of the encoder's layers, the heads, and the ranking score.
+
+Does: functions and modules of tensors, each with its own few settings.
+Does not: run an encoder.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,13 @@ from car_datasets.configuration_iqs import IQSConfig
 
 
 class LayerCombination(nn.Module):
-    """The encoder's hidden states, each weighted, to one: `gamma * sum(weight * state)`."""
+    """A weighted sum of the encoder's hidden states: `gamma * sum(weight * state)`.
+
+    Args:
+        num_states (`int`): hidden states of the encoder, the embedding output included.
+        mix (`str`): `"sparsemax"` or `"softmax"`, which makes the weights sum to 1.
+        dropout (`float`): probability that a state is left out, in training only.
+    """
 
     def __init__(self, num_states: int, mix: str, dropout: float = 0.0) -> None:
         super().__init__()
@@ -20,7 +30,7 @@ class LayerCombination(nn.Module):
         self.gamma = nn.Parameter(torch.ones(1))
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """`n + 1` tensors of one shape to one of that shape."""
+        """Combine tensors of one shape into one of the same shape."""
         scores = self.weight
         if self.training and self.dropout:  # whole layers, as in COMET (and ELMo before it)
             dropped = torch.rand_like(scores) < self.dropout
@@ -33,7 +43,12 @@ class LayerCombination(nn.Module):
 
 
 def normalise_text(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit population variance over all real tokens and units of each text; no affine part."""
+    """Scale each text to zero mean and unit variance over its real tokens and all units, without an affine part.
+
+    Args:
+        hidden (`Tensor` of shape `(batch, tokens, units)`): one hidden state.
+        mask (`Tensor` of shape `(batch, tokens)`): 1 for real tokens.
+    """
     real = mask.to(hidden.dtype).unsqueeze(-1)
     count = real.sum(dim=(1, 2), keepdim=True) * hidden.shape[-1]
     mean = (hidden * real).sum(dim=(1, 2), keepdim=True) / count
@@ -42,7 +57,7 @@ def normalise_text(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def sparsemax(scores: Tensor) -> Tensor:
-    """Euclidean projection of a vector onto the simplex (Martins and Astudillo 2016, algorithm 1): exact zeros."""
+    """Project a vector onto the probability simplex (Martins and Astudillo 2016, algorithm 1), with exact zeros."""
     ordered = scores.sort(descending=True).values
     cumulated = ordered.cumsum(0) - 1
     ranks = torch.arange(1, len(scores) + 1, device=scores.device, dtype=scores.dtype)
@@ -51,11 +66,11 @@ def sparsemax(scores: Tensor) -> Tensor:
 
 
 class SegmentHead(nn.Module):
-    """Scores a text from [`segment_features`] and [`hashed_words`]: what its writer did well, less what is broken in it.
+    """The head of the default scorer: quality of the answer, minus a penalty if it is broken.
 
-    Several small networks (`members`) and the words of the answer each vote on quality; one network votes on integrity,
-    whether the answer is whole, in order and about its question, and takes up to `penalty` off where it is not. Scores
-    lie between `-penalty` and 1.
+    It reads [`segment_features`] and [`hashed_words`]. Several small networks (`members`) each vote on quality, together with
+    the words of the answer. One more network votes on integrity: is the answer complete, in order and about its question?
+    If not, up to `penalty` is subtracted. Scores lie between `-penalty` and 1.
     """
 
     def __init__(self, config: IQSConfig) -> None:
@@ -75,26 +90,35 @@ class SegmentHead(nn.Module):
 
     @staticmethod
     def width(config: IQSConfig) -> int:
-        """Columns of [`segment_features`] for this encoder."""
+        """Return the number of columns of [`segment_features`] for this encoder."""
         encoder = config.encoder_config
         return int((3 * (encoder.num_hidden_layers + 1) + 1) * encoder.hidden_size + 2)
 
     def forward(self, features: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
-        """Features (batch, width), numbers and weights (batch, words) to one score per member, (batch, members)."""
+        """Score a batch by each member.
+
+        Args:
+            features (`Tensor` of shape `(batch, width)`): from [`segment_features`].
+            numbers, weights (`Tensor` of shape `(batch, words)`): from [`hashed_words`].
+
+        Returns:
+            `Tensor` of shape `(batch, members)`.
+        """
         quality, integrity = self.logits(features)
         words = (self.words[numbers] * weights).sum(dim=1, keepdim=True)
         return torch.sigmoid(quality + words) - self.penalty * torch.sigmoid(-integrity)
 
     def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Quality without the words, (batch, members), and integrity, (batch, 1)."""
-        scaled = ((features - self.mean) / self.scale).clamp(-6, 6)
+        """Return quality without the words, of shape `(batch, members)`, and integrity, of shape `(batch, 1)`."""
+        scaled = ((features - self.mean) / self.scale).clamp(-6, 6)  # standard deviations; outliers would saturate tanh
         hidden = torch.tanh(self.quality(scaled)).view(len(features), self.members, -1)
         return (hidden * self.quality_out).sum(dim=-1) + self.quality_bias, self.integrity(scaled)
 
 
-def feed_forward(config: IQSConfig, width: int) -> nn.Sequential:
-    """The head: `len(hidden_sizes)` blocks of linear, activation and dropout, then one linear unit."""
+def feed_forward(config: IQSConfig) -> nn.Sequential:
+    """Build the original's head: a block of linear, activation and dropout per hidden size, then one linear unit."""
     parts: list[nn.Module] = []
+    width = config.encoder_config.hidden_size
     for size in config.hidden_sizes:
         parts += [nn.Linear(width, size), getattr(nn, config.activation)(), nn.Dropout(config.dropout)]
         width = size
@@ -105,8 +129,13 @@ def feed_forward(config: IQSConfig, width: int) -> nn.Sequential:
 
 
 def closeness(question: Tensor, answer: Tensor) -> Tensor:
-    """The original's ranking score, `1 / (1 + distance)`, of vectors of shape `(batch, units)`; shape `(batch,)`.
+    """Return the original's ranking score, `1 / (1 + distance)`.
 
-    `pairwise_distance` adds 1e-6 to every difference, so equal texts do not give exactly 1, there as here.
+    Args:
+        question, answer (`Tensor` of shape `(batch, units)`): pooled vectors.
+
+    Returns:
+        `Tensor` of shape `(batch,)`, in (0, 1).
     """
+    # pairwise_distance adds 1e-6 to every difference, so equal texts do not give exactly 1; nor do they in the original.
     return 1 / (1 + nn.functional.pairwise_distance(answer.float(), question.float()))

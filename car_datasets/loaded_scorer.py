@@ -1,7 +1,7 @@
-"""A scorer in memory, once per process and device; never part of a callable.
+"""Load a scorer once per process and device, and run texts through it.
 
-Does: load model and tokenizer, run texts through them in batches of like length, with padding or without.
-Does not: know rows or columns (scoring.py).
+Does: load model and tokenizer, score texts in batches of similar length, with padding or without.
+Does not: know rows or columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from car_datasets.batching import Tokens, in_order, pad, run_batches, to_device,
 from car_datasets.configuration_iqs import IQSConfig
 from car_datasets.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
 from car_datasets.layers import closeness
-from car_datasets.modeling_iqs import IQSModel
+from car_datasets.modeling_iqs import HEADS, IQSModel
 from car_datasets.openvino_encoder import OpenVINOEncoder
 from car_datasets.packing import can_pack, first_position, pack, use_packing
 from car_datasets.templates import Text
@@ -29,10 +29,12 @@ _Pooling = Callable[[Tensor, Tensor], Tensor]
 
 
 class TextScores(NamedTuple):
-    """What one pass over texts gives.
+    """The result of one pass over texts, in their order.
 
     Args:
-        scores (`(texts,)` float32); tokens (`(texts,)` int32): of the whole text; truncated (`(texts,)` bool): cut.
+        scores (`(texts,)` float32): higher is better.
+        tokens (`(texts,)` int32): length of the entire text, special tokens included.
+        truncated (`(texts,)` bool): True if the text was longer than the model reads.
         embeddings (`(texts, units)` float32, *optional*): if asked for.
         members (`(texts, members)` float32): the score by each member of the head; `scores` is their mean.
     """
@@ -45,8 +47,14 @@ class TextScores(NamedTuple):
 
 
 class LoadedScorer(NamedTuple):
-    """The model in evaluation mode on its device, the tokenizer that it was trained with, and whether it reads texts
-    without padding."""
+    """A model on a device, ready to score.
+
+    Args:
+        model ([`IQSModel`]): in evaluation mode.
+        tokenizer: the one that the model was trained with.
+        device (`torch.device`): of the model.
+        packed (`bool`): True if the encoder reads texts end to end, without padding.
+    """
 
     model: IQSModel
     tokenizer: Any
@@ -60,16 +68,16 @@ class LoadedScorer(NamedTuple):
 
         Args:
             texts (`Sequence`): [`Text`]s, or strings that are already in the template.
-            batch_tokens (`int`, *optional*): padded tokens in one forward pass; chosen by the device.
-            pooling (`Callable`, *optional*): the last hidden state and its mask to embeddings.
+            batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
+            pooling (`Callable`, *optional*): a function of the last hidden state and its mask that returns embeddings.
 
         Raises:
-            ValueError: strings for a model that reads question and answer apart and finds no mark between them.
+            ValueError: the model reads question and answer apart, and a string has no mark between them.
         """
         if self.model.config.objective == "ranking":
             return self._rank_texts(texts, batch_tokens)
         answers_at = None
-        if self.model.config.head == "segments":
+        if HEADS[self.model.config.head].reads_answer_start:
             parts = [Text.split(text) if isinstance(text, str) else text for text in texts]
             answers_at = [len(text.question) + 1 for text in parts]
 
@@ -77,13 +85,13 @@ class LoadedScorer(NamedTuple):
             members, hidden_states = self.model.member_scores(**batch)
             return (members,) if pooling is None else (members, pooling(hidden_states[-1], batch["attention_mask"]))
 
-        whole = [text if isinstance(text, str) else text.whole for text in texts]
-        (members, *embeddings), tokens = self._read(whole, batch_tokens, forward, answers_at)
+        strings = [text if isinstance(text, str) else text.whole for text in texts]
+        (members, *embeddings), tokens = self._read(strings, batch_tokens, forward, answers_at)
         cut = tokens > self.model.config.max_tokens
         return TextScores(members.mean(axis=1), tokens, cut, embeddings[0] if embeddings else None, members)
 
     def _rank_texts(self, texts: Sequence[Text | str], batch_tokens: int | None) -> TextScores:
-        """The ranking variant: question and answer are texts of their own, each with the whole limit."""
+        """Score texts by the ranking variant: question and answer are encoded apart, each up to the model's limit."""
         if any(isinstance(text, str) for text in texts):
             raise ValueError("This model ranks an answer against its question: pass Text(question, answer).")
         parts = [part for text in texts for part in text]
@@ -101,26 +109,37 @@ class LoadedScorer(NamedTuple):
         forward: Callable[[dict[str, Any]], tuple[Tensor, ...]],
         answers_at: Sequence[int] | None = None,
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int32]]:
-        """Run texts through the model in batches of like length: what `forward` gives, and the texts' token counts."""
+        """Run texts through the model in batches of similar length.
+
+        Args:
+            texts (`Sequence[str]`): in the template.
+            batch_tokens (`int`, *optional*): tokens in one forward pass, padding included.
+            forward (`Callable`): a function of the model's arguments for a batch that returns tensors of shape
+                `(batch, ...)`.
+            answers_at (`Sequence[int]`, *optional*): the character at which the answer of each text begins.
+
+        Returns:
+            The tensors of all batches as arrays of shape `(texts, ...)`, in the order of the texts, and the token counts.
+        """
         config = self.model.config
         budget = token_budget(self.device, config.encoder_config.hidden_size, batch_tokens)
         windows: list[list[Any]] = []
         lengths: list[int] = []
         for tokens in tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at):
-
+            # `tokens` is bound as a default, so that each step keeps those of its own window.
             def step(places: list[int], tokens: Tokens = tokens) -> tuple[Tensor, ...]:
                 with torch.inference_mode():
                     return forward(self._batch(tokens, places))
 
             ran = run_batches([len(ids) for ids in tokens.ids], budget, step)
-            columns = zip(*(found for _, found in ran), strict=True)
-            places = [at for at, _ in ran]
-            windows.append([in_order(places, column) for column in columns])
+            positions = [places for places, _ in ran]
+            outputs = zip(*(output for _, output in ran), strict=True)
+            windows.append([in_order(positions, parts) for parts in outputs])
             lengths += tokens.lengths
         return [np.concatenate(parts) for parts in zip(*windows, strict=True)], np.array(lengths, dtype=np.int32)
 
     def _batch(self, tokens: Tokens, places: Sequence[int]) -> dict[str, Any]:
-        """The arguments of the model for some of the texts."""
+        """Return the model's arguments for the texts at `places`."""
         ids, pad_id = [tokens.ids[i] for i in places], self.tokenizer.pad_token_id
         input_ids, mask = pad(ids, pad_id, self.device)
         batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
@@ -134,12 +153,17 @@ class LoadedScorer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a model is loaded from; scorers that differ in other things share it.
+    """The fields of a scorer that decide which model is loaded; scorers that differ in other fields share the model.
 
     Args:
-        model_id, revision, dtype (`str`), compiled (`bool`): see [`~car_datasets.QualityScorer`].
-        tokenizer (`str`, *optional*), tokenizer_pin (`str`, *optional*): of an original checkpoint, and its digest.
-        engine (`str`, *optional*), engine_pin (`str`, *optional*): a folder in int8, and its digest.
+        model_id (`str`): Hub id or folder.
+        revision (`str`): commit SHA or content digest.
+        tokenizer (`str`, *optional*): folder or Hub id of the tokenizer of a checkpoint in the original's layout.
+        tokenizer_pin (`str`, *optional*): its digest or commit.
+        dtype (`str`): of the encoder.
+        compiled (`bool`): compile the encoder.
+        engine (`str`, *optional*): a folder with the encoder in int8.
+        engine_pin (`str`, *optional*): its digest.
     """
 
     model_id: str
@@ -154,7 +178,7 @@ class Weights(NamedTuple):
 
 @functools.lru_cache(maxsize=2)
 def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
-    """Model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled.
+    """Load model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled.
 
     Raises:
         ValueError: an engine is given, and the device is not the CPU.
@@ -164,13 +188,13 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     model_id, tokenizer, dtype, engine = weights.model_id, weights.tokenizer, weights.dtype, weights.engine
     if engine is not None and device.type != "cpu":
         raise ValueError(
-            f"engine={engine!r} runs on the CPU only, and this process is to use {device}. Leave it out, or hide the GPU: set "
-            "CUDA_VISIBLE_DEVICES to nothing."
+            f"engine={engine!r} runs on the CPU only, and this process is to use {device}. Leave it out, or hide the GPU: "
+            "set CUDA_VISIBLE_DEVICES to an empty string."
         )
 
     folder = hub.model_folder(model_id, weights.revision)
     model = IQSModel.from_pretrained(folder, tokenizer=tokenizer)
-    model.encoder.to(getattr(torch, dtype))  # not the head: in half precision it gives many texts the same score
+    model.encoder.to(getattr(torch, dtype))  # not the head: in half precision it would give many texts the same score
     if engine is not None:
         model.encoder = OpenVINOEncoder(engine)
     source, checkpoint = model.config.encoder_source, digests.find_checkpoint(folder)
@@ -190,7 +214,14 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
 
 @functools.lru_cache(maxsize=8)
 def read_scorer_config(model_id: str, revision: str, tokenizer: str | None, tokenizer_pin: str | None) -> IQSConfig:
-    """The configuration of a scorer, of the original's layout as well.
+    """Read the configuration of a scorer, of one in the original's layout as well.
+
+    Args:
+        model_id (`str`): Hub id or folder.
+        revision (`str`): commit SHA or content digest; part of the cache's key.
+        tokenizer (`str`, *optional*): folder or Hub id of the tokenizer of a checkpoint in the original's layout.
+        tokenizer_pin (`str`, *optional*): its digest or commit; part of the cache's key, as the tokenizer's folder also
+            tells the number of attention heads.
 
     Raises:
         ValueError: the folder holds another kind of model.

@@ -1,7 +1,8 @@
 """Manifests, which bind a folder of shards to the rows, their order, the stage, and the size of a shard.
 
 Does: digest the contents of columns, describe a run as plain values, name the differences between two runs.
-Does not: use the fingerprint of a dataset, which depends on its files and folder, and is random after an unhashable step.
+Does not: use the fingerprint of a dataset, which depends on its files and folder, and is random after an unhashable
+step.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WINDOW = 8_192  # rows that are digested together; another number would give other digests
-# Fields that a stage with a pinned `revision` may change within a run, because they change no number beyond the tolerance,
-# or name what the revision pins: a run that ran out of memory is resumed with smaller batches, or from another model folder.
+# Fields that a stage with a pinned `revision` may change within a run, because they change no number beyond the
+# tolerance, or name what the revision pins: a run that ran out of memory is resumed with smaller batches, or from
+# another model folder.
 FREE_FIELDS = ("model_id", "tokenizer", "engine", "batch_tokens")
 
 

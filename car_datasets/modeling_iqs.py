@@ -1,18 +1,18 @@
 """IQS, the instruction quality model, as an ordinary transformers model.
 
-Does: encoder -> combination of its layers -> pooling over tokens -> feed-forward head -> one score per text; the
-original's architecture (CaR sec. 3.1, COMET's regression metric) is `IQSConfig()`, the embedded default is another
-configuration of the same parts, and so is the ranking variant, which has a distance in the head's place.
-Does not: read text (formatting.py), make batches (batching.py), or find weights (hub.py).
+Does: encoder -> combination of its layers -> pooling over tokens -> head -> one score per text. `IQSConfig()` is the
+original's architecture (CaR sec. 3.1, COMET's regression metric); the default scorer and the ranking variant, which has a
+distance instead of a head, are other configurations of the same parts.
+Does not: read text, make batches, or find weights.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -30,7 +30,9 @@ from car_datasets.segments import hashed_words, segment_features
 
 
 class IQSModel(PreTrainedModel):
-    """Scores a text: higher reads more like an expert's revision. Trained on labels 0 (model answer) and 1 (revision).
+    """A model that scores texts: the higher, the more a text reads like an expert's revision.
+
+    Trained on the labels 0 (a model's answer) and 1 (an expert's revision of it).
 
     Example:
 
@@ -55,58 +57,59 @@ class IQSModel(PreTrainedModel):
                 f"layer={config.layer}; the encoder has the hidden states 0 to {encoder.num_hidden_layers}."
             )
         self.encoder = AutoModel.from_config(encoder, **_without_pooler(encoder))
-        if config.head == "segments":
-            self.head: nn.Module = SegmentHead(config)
-        elif config.layer is None:
+        kind = HEADS[config.head]
+        if kind.reads_pooled and config.layer is None:
             self.layers = LayerCombination(encoder.num_hidden_layers + 1, config.layer_mix, config.dropout)
-        if config.objective == "regression" and config.head == "feed_forward":
-            self.head = feed_forward(config, encoder.hidden_size)
+        if config.objective == "regression":  # the ranking variant scores by the distance of two pooled vectors
+            self.head = kind.build(config)
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load a model; where its folder holds the head only, the encoder comes from `config.encoder_source`.
+        """Load a model; if its folder holds the head only, load the encoder from `config.encoder_source`.
 
         Args:
-            pretrained_model_name_or_path (`str`): a Hub id or a folder; `car_datasets.hub.default_scorer_folder()` is
-                the embedded default's. A folder, file or Hub id in the original's layout is converted on the way.
-            tokenizer (`str`, *optional*): for the original's layout only, see [`convert`].
-            kwargs: as in `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `token`, `attn_implementation`, ..., and
-                fields of the configuration, which win over the file's). Weights of the Hub are safetensors, or the
-                original's, at the commit that `revision` means now.
+            pretrained_model_name_or_path (`str`): a Hub id or a folder. A folder, file or Hub id in the original's layout is
+                converted on the way. `car_datasets.hub.default_scorer_folder()` holds the default scorer.
+            tokenizer (`str`, *optional*): for the original's layout only: folder or Hub id of the base model's tokenizer.
+            kwargs: as in `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `token`, `attn_implementation`, ...), and
+                fields of the configuration, which win over the file's. Weights on the Hub must be safetensors, or in the
+                original's layout; `revision` is resolved to a commit first.
 
         Raises:
             ConnectionError: the Hub does not answer.
-            ValueError: there is no such model; weights are missing, unknown, or of another shape (transformers itself only
-                warns, the original says nothing: either way random weights would give scores).
+            ValueError: the model does not exist, or weights are missing, unknown, or of another shape (transformers itself
+                only warns and the original says nothing: either way random weights would give scores).
         """
-        kwargs.setdefault("dtype", torch.float32)  # else a half-precision file would run so, on CPUs too
+        kwargs.setdefault("dtype", torch.float32)  # else a half-precision file would run in half precision, on CPUs too
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         info = kwargs.pop("output_loading_info", False)
         tokenizer = kwargs.pop("tokenizer", None)
         token = kwargs.get("token")
         place = _find(pretrained_model_name_or_path, kwargs)
-        found: Path | None = place
+        folder: Path | None = place
         if (checkpoint := digests.find_checkpoint(place)) is not None:
             converted = convert(checkpoint, tokenizer)
             options = inspect.signature(IQSConfig).parameters
             changes = {name: kwargs.pop(name) for name in list(kwargs) if name in options}
             config = IQSConfig(**{**converted.config, **changes})
-            found, kwargs["state_dict"] = None, _without_unused_mix(converted.state, config)
+            # Copies: the converted weights are views of the mapped file, which may be overwritten while the model lives.
+            state = {name: weight.clone() for name, weight in converted.state.items()}
+            folder, kwargs["state_dict"] = None, _without_unused_mix(state, config)
         else:
             given = kwargs.pop("config", None)
             config = given or IQSConfig.from_pretrained(place)
             if config.encoder_source is not None:
                 head = load_file(place / "model.safetensors")
-                found, kwargs["state_dict"] = None, {**head, **_source_encoder(config, token)}
-        model, report = super().from_pretrained(found, config=config, output_loading_info=True, **kwargs)
+                folder, kwargs["state_dict"] = None, {**head, **_source_encoder(config, token)}
+        model, report = super().from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
         wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
         if wrong:
             raise ValueError(f"The weights in {pretrained_model_name_or_path} do not fit the configuration: {wrong}.")
         return (model, report) if info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As in transformers; the folder is whole, with its encoder, which may have been trained since it was loaded."""
+        """Save as in transformers, always with the encoder, which may have been trained since it was loaded."""
         source, self.config.encoder_source = self.config.encoder_source, None
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -114,9 +117,9 @@ class IQSModel(PreTrainedModel):
             self.config.encoder_source = source
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = True, **kwargs: Any) -> str:
-        """As in transformers, but a new repository is private unless `private=False` (transformers: public).
+        """Push as in transformers, but make a new repository private unless `private=False` (transformers: public).
 
-        The card is transformers' own; `car-datasets train ... --set push_to=you/name` pushes the one with the figures.
+        The model card is that of transformers; `car-datasets train ... --set push_to=you/name` pushes one with figures.
         """
         return str(super().push_to_hub(repo_id, private=private, **kwargs))
 
@@ -139,11 +142,14 @@ class IQSModel(PreTrainedModel):
                 `"ranking"`, of the answer.
             attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*): 1 for real tokens; defaults to all ones.
             labels (`Tensor` of shape `(batch,)`, *optional*): targets; gives the mean squared error as `loss`.
-            question_ids, question_mask (`Tensor`, *optional*): of the question, with the objective `"ranking"` only.
-            rejected_ids, rejected_mask (`Tensor`, *optional*): of a worse answer, with the objective `"ranking"` only;
-                gives the triplet margin loss of the original (margin 1, Euclidean) as `loss`, whatever `labels` say.
-            answer_start (`Tensor` of shape `(batch,)`): with the head `"segments"` only: the position of the first token of
-                the answer, "response".
+            question_ids (`Tensor`, *optional*): token ids of the question, with the objective `"ranking"` only.
+            question_mask (`Tensor`, *optional*): 1 for real tokens of `question_ids`.
+            rejected_ids (`Tensor`, *optional*): token ids of a worse answer, with the objective `"ranking"` only; gives the
+                triplet margin loss of the original (margin 1, Euclidean) as `loss`, and `labels` are ignored.
+            rejected_mask (`Tensor`, *optional*): 1 for real tokens of `rejected_ids`.
+            answer_start (`Tensor` of shape `(batch,)`): with the head `"segments"` only: the position of the answer's
+                first token, "response".
+            kwargs: passed to the encoder.
 
         Returns:
             `SequenceClassifierOutput`: `logits` of shape `(batch, 1)` in float32, the scores, not bounded (in (0, 1) with
@@ -174,50 +180,58 @@ class IQSModel(PreTrainedModel):
         answer_start: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The score by each member of the head, of shape `(batch, members)`, float32, and the encoder's hidden states.
+        """Score texts by each member of the head.
 
-        Arguments as for [`~IQSModel.forward`]. Only the head `"segments"` has more than one member; their mean is the
-        score, their standard deviation how far they disagree.
+        Args:
+            input_ids (`Tensor` of shape `(batch, tokens)`): padded token ids of the entire text.
+            attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*): 1 for real tokens; defaults to all ones.
+            answer_start (`Tensor` of shape `(batch,)`): with the head `"segments"` only: position of the answer's first token.
+            kwargs: passed to the encoder.
+
+        Returns:
+            The scores, of shape `(batch, members)` in float32, and the encoder's hidden states. The mean over the members is
+            the score of the text, their standard deviation how far they disagree. The head `"feed_forward"` has one member.
         """
-        if self.config.head == "feed_forward":
-            pooled, hidden_states = self.pool(input_ids, attention_mask, **kwargs)
-            return self.head(pooled).float(), hidden_states
-        if answer_start is None:
-            raise ValueError("The head 'segments' reads question and answer apart: pass answer_start as well.")
+        kind = HEADS[self.config.head]
+        if kind.reads_answer_start and answer_start is None:
+            raise ValueError(
+                f"The head {self.config.head!r} reads question and answer apart: pass answer_start as well."
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden_states = self._encode(input_ids, attention_mask, **kwargs)
-        features = segment_features(hidden_states, attention_mask, answer_start)
-        numbers, weights = hashed_words(input_ids, attention_mask, answer_start, self.config.word_bits)
-        return self.head(features, numbers, weights).float(), hidden_states
+        scores = kind.score(self, EncodedTexts(hidden_states, input_ids, attention_mask, answer_start))
+        return scores.float(), hidden_states
 
     def _encode(
         self, input_ids: Tensor, attention_mask: Tensor, packed: Packed | None = None, **kwargs: Any
     ) -> tuple[Tensor, ...]:
+        """Return the encoder's n + 1 hidden states, of shape `(batch, tokens, units)`, the embedding output first."""
         if packed is not None:  # the same texts without the padding
             return encode_packed(self.encoder, packed, (input_ids.shape[0], input_ids.shape[1]), **kwargs)
-        found = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **kwargs)
-        states: tuple[Tensor, ...] = found.hidden_states
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **kwargs)
+        states: tuple[Tensor, ...] = output.hidden_states
         return states
 
     def pool(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One vector per text, of shape `(batch, units)`, before any head, and the encoder's hidden states.
+        """Encode texts into one vector each, the input of a head.
 
-        The combination of layers and all that follows is computed in the head's own precision, so that a half-precision
-        encoder still tells texts apart.
+        Returns:
+            The vectors, of shape `(batch, units)`, and the encoder's hidden states.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden_states = self._encode(input_ids, attention_mask, **kwargs)
-        return self._reduce(hidden_states, input_ids, attention_mask), hidden_states
+        return self.reduce(hidden_states, input_ids, attention_mask), hidden_states
 
-    def _reduce(self, hidden_states: tuple[Tensor, ...], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Layers and tokens to one vector per text.
+    def reduce(self, hidden_states: tuple[Tensor, ...], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Combine the layers and pool the tokens into one vector per text, of shape `(batch, units)`.
 
-        Tokens are pooled first where the order is no matter, layer by layer: the whole stack in float32, 25 states for
-        XLM-RoBERTa-large, would cost more memory than the forward pass.
+        All of it is computed in the head's own precision, so that a half-precision encoder still tells texts apart. The
+        tokens are pooled first, layer by layer, unless the order matters (max pooling): the entire stack in float32, 25
+        states for XLM-RoBERTa-large, would take more memory than the forward pass.
         """
         layer, norm = self.config.layer, self.config.layer_norm
         precision = self.head[0].weight.dtype if self.config.objective == "regression" else torch.float32
@@ -229,8 +243,8 @@ class IQSModel(PreTrainedModel):
                 yield normalise_text(states, attention_mask) if norm and layer is None else states
 
         def combined(states: Iterable[Tensor]) -> Tensor:
-            found: Tensor = next(iter(states)) if layer is not None else self.layers(list(states))
-            return found
+            combination: Tensor = next(iter(states)) if layer is not None else self.layers(list(states))
+            return combination
 
         if self.config.pooling == "max":
             return self._pool(combined(prepared()), input_ids, attention_mask)
@@ -239,8 +253,8 @@ class IQSModel(PreTrainedModel):
     def _pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
             return states[:, 0]
-        # The original looks for pad *ids*, which a text that spells out "<pad>" also holds; its sum leaves them out and
-        # its denominator counts them.
+        # As in the original, which looks for pad *ids*: a text that spells out "<pad>" has some too. Its sum leaves them
+        # out and its denominator counts them.
         real = (input_ids != self.config.encoder_config.pad_token_id).unsqueeze(-1)
         if self.config.pooling == "max":
             return states.masked_fill(~real, float("-inf")).max(dim=1).values
@@ -248,8 +262,63 @@ class IQSModel(PreTrainedModel):
         return total / attention_mask.sum(dim=1, keepdim=True).to(states.dtype)
 
 
+# The name under which users import the class: pickles hold it, so the file can be moved.
+IQSModel.__module__ = "car_datasets"
+
+
+class EncodedTexts(NamedTuple):
+    """A batch of texts after the encoder: all that a head can read.
+
+    Args:
+        hidden_states (`tuple[Tensor, ...]`): n + 1 states of shape `(batch, tokens, units)`, the embedding output first.
+        input_ids, mask (`Tensor` of shape `(batch, tokens)`): token ids, and 1 for real tokens.
+        answer_start (`Tensor` of shape `(batch,)`, *optional*): position of the answer's first token.
+    """
+
+    hidden_states: tuple[Tensor, ...]
+    input_ids: Tensor
+    mask: Tensor
+    answer_start: Tensor | None
+
+
+class HeadKind(NamedTuple):
+    """A kind of head: how to build it and how it scores.
+
+    Args:
+        build (`Callable`): a function of the configuration that returns the module `model.head`.
+        score (`Callable`): a function of model and texts that returns scores of shape `(batch, members)`.
+        reads_pooled (`bool`): True if it reads the vector of [`~IQSModel.reduce`], which needs a combination of layers.
+        reads_answer_start (`bool`): True if it must be told where the answer begins.
+    """
+
+    build: Callable[[IQSConfig], nn.Module]
+    score: Callable[[IQSModel, EncodedTexts], Tensor]
+    reads_pooled: bool = False
+    reads_answer_start: bool = False
+
+
+def _score_pooled(model: IQSModel, texts: EncodedTexts) -> Tensor:
+    scores: Tensor = model.head(model.reduce(texts.hidden_states, texts.input_ids, texts.mask))
+    return scores
+
+
+def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
+    assert texts.answer_start is not None  # IQSModel.member_scores has seen to it
+    features = segment_features(texts.hidden_states, texts.mask, texts.answer_start)
+    numbers, weights = hashed_words(texts.input_ids, texts.mask, texts.answer_start, model.config.word_bits)
+    scores: Tensor = model.head(features, numbers, weights)
+    return scores
+
+
+# To add a head: a module, a function that scores with it, a line here, and its name in `HEAD_NAMES` of the configuration.
+HEADS = {
+    "feed_forward": HeadKind(feed_forward, _score_pooled, reads_pooled=True),
+    "segments": HeadKind(SegmentHead, _score_segments, reads_answer_start=True),
+}
+
+
 def _find(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
-    """The folder or file behind a name; a Hub id's is downloaded, all of it at the commit that the id means now."""
+    """Return the folder or file of a model; one on the Hub is resolved to a commit and downloaded."""
     if Path(name).exists():
         return Path(name)
     revision, token = kwargs.pop("revision", None), kwargs.pop("token", None)
@@ -257,23 +326,24 @@ def _find(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
 
 
 def _without_unused_mix(state: dict[str, Tensor], config: IQSConfig) -> dict[str, Tensor]:
-    """A model that reads one layer has no mix; the original may have saved one all the same."""
+    """Leave out the layer mix of a model that reads a single layer; the original may have saved one all the same."""
     return state if config.layer is None else {n: w for n, w in state.items() if not n.startswith("layers.")}
 
 
 def _source_encoder(config: IQSConfig, token: str | None) -> dict[str, Tensor]:
+    """Load the encoder that a head was trained on, under the names of `IQSModel`; ValueError if its digest differs."""
     source = config.encoder_source or {}
     folder = hub.model_folder(source["model_id"], source["revision"], token)
     unused = ("pooler.", "embeddings.position_ids")
-    seen = digests.file_digest(folder / "model.safetensors")
-    if seen != source["sha256"]:
-        raise ValueError(f"The head was trained on an encoder with sha256 {source['sha256']}; {folder} holds {seen}.")
+    digest = digests.file_digest(folder / "model.safetensors")
+    if digest != source["sha256"]:
+        raise ValueError(f"The head was trained on an encoder with sha256 {source['sha256']}; {folder} holds {digest}.")
     weights = load_file(folder / "model.safetensors")
     return {f"encoder.{name}": tensor for name, tensor in weights.items() if not name.startswith(unused)}
 
 
 def _without_pooler(encoder: PreTrainedConfig) -> dict[str, bool]:
-    """BERT-like encoders carry a pooler that no score uses; leaving it out keeps it out of the weights file."""
+    """Return the option that leaves out the pooler of BERT-like encoders, which no score uses."""
     return {"add_pooling_layer": False} if encoder.model_type in {"bert", "roberta", "xlm-roberta"} else {}
 
 
@@ -285,26 +355,28 @@ def convert_checkpoint(
     Args:
         checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
         output (`str`): a new folder.
-        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer, see [`convert`].
+        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer. Default: the `pretrained_model` of
+            the hyper-parameters.
 
     Raises:
-        ValueError: `output` is there already, `checkpoint` is not in the original's layout, or see [`convert`].
+        ValueError: `output` exists already, `checkpoint` is not in the original's layout, or its options or weights are
+            not those of a model of CaR.
     """
     if Path(output).exists():
-        raise ValueError(f"output={str(output)!r} is there already; name a new folder.")
-    found = digests.find_checkpoint(_find(checkpoint, {}))
-    if found is None:
+        raise ValueError(f"output={str(output)!r} exists already; name a new folder.")
+    file = digests.find_checkpoint(_find(checkpoint, {}))
+    if file is None:
         raise ValueError(f"checkpoint={str(checkpoint)!r} holds no .ckpt file: it is not in the original's layout.")
-    reader = load_tokenizer(base_model(found, tokenizer))
-    model = IQSModel.from_pretrained(found, tokenizer=tokenizer)
+    reader = load_tokenizer(base_model(file, tokenizer))
+    model = IQSModel.from_pretrained(file, tokenizer=tokenizer)
     check_tokenizer(reader, model.config)
     reader.model_max_length = model.config.max_tokens
     model.save_pretrained(output)
     reader.save_pretrained(output)
     name = Path(output).resolve().name
-    digest = digests.file_digest(found)
+    digest = digests.file_digest(file)
     write_card(
-        Path(output), "converted_scorer_card.md.jinja", name=name, config=model.config, file=found.name, sha256=digest
+        Path(output), "converted_scorer_card.md.jinja", name=name, config=model.config, file=file.name, sha256=digest
     )
 
 

@@ -1,7 +1,7 @@
-"""A scorer's encoder in 8-bit integers on the CPU, by OpenVINO: the folder that it is kept in, and its stand-in in torch.
+"""Run a scorer's encoder in 8-bit integers on the CPU, by OpenVINO.
 
-Does: say whose encoder a folder holds and pin it by digest; run it where `IQSModel` has its float32 encoder.
-Does not: make such a folder (quantisation.py), or decide whether its scores are good enough (`compare_engines` there).
+Does: check and pin the folder of an engine; run the int8 encoder in `IQSModel` instead of the float32 one.
+Does not: make such a folder, or decide if its scores are good enough.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from car_datasets import digests
 
 MODEL_FILE, WEIGHTS_FILE, RECORD_FILE = ENGINE_FILES = ("encoder.xml", "encoder.bin", "engine.json")
 
-DAMAGED = "is damaged. Make the folder anew: `car-datasets quantise SOURCE --output FOLDER`."
+DAMAGED = "is damaged. Make the folder again: `car-datasets quantise SOURCE --output FOLDER`."
 
-# Texts are padded to a multiple of this. A sum over a remainder of a vector register is added up in another order, and float
-# noise that tips the rounding of one integer moved scores by up to 0.05 with the length of the longest text in the batch.
+# Texts are padded to a multiple of this. The remainder of a vector register is summed in another order, and float noise that
+# changes the rounding of one integer moved scores by up to 0.05 with the length of the longest text in the batch.
 LANES = 16
 
 
 def import_openvino(*also: str) -> Any:
-    """The module `openvino`. It and nncf report their use to their makers unless told not to; here they do not.
+    """Import `openvino` without telemetry: by default it and nncf report their use to their makers.
 
     Args:
         also (`str`): more modules that will be needed, such as `"nncf"`.
@@ -42,7 +42,7 @@ def import_openvino(*also: str) -> Any:
         raise ValueError(
             f"engine: {' and '.join(missing)} cannot be imported. Install the extra: pip install 'car-datasets[openvino]'"
         )
-    # Both fall back to a stub where this package is missing. With it, `import openvino` alone sends an event.
+    # Without this package both use a stub. With it, `import openvino` alone would send an event.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
@@ -50,15 +50,20 @@ def import_openvino(*also: str) -> Any:
 
 
 def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
-    """The digest of an engine's folder, `"sha256:..."`, once it is sure that it can run and belongs to these weights.
+    """Check that an engine can run and belongs to these weights, and return the digest of its folder.
 
     Args:
         engine (`str`): a folder that [`~car_datasets.quantisation.quantise_encoder`] wrote.
-        model_id, revision, dtype (`str`): the scorer's, pinned.
+        model_id (`str`): the scorer's model.
+        revision (`str`): its immutable revision.
+        dtype (`str`): the scorer's.
+
+    Returns:
+        `str`: `"sha256:..."`.
 
     Raises:
-        ValueError: there is no such folder, its record is damaged, it was made for other weights, the extra is not
-            installed, or another precision is asked for as well.
+        ValueError: the folder does not exist or is damaged, it was made for other weights, the extra `openvino` is not
+            installed, or `dtype` is not `"float32"`.
     """
     if dtype != "float32":
         raise ValueError(f"engine={engine!r} is int8; leave out dtype={dtype!r}.")
@@ -66,7 +71,7 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
     missing = [name for name in ENGINE_FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"engine={engine!r} is no engine's folder: it has no {', '.join(missing)}. Make one with "
+            f"engine={engine!r} is not the folder of an engine: it lacks {', '.join(missing)}. Make one with "
             "`car-datasets quantise SOURCE --output FOLDER`."
         )
     try:
@@ -85,20 +90,18 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _core() -> Any:
-    """The one `Core` of this process, for as long as it lives.
-
-    Each sets the thread that makes it a stack for signal handlers (on CPUs with AVX-512 at least), and frees that stack with
-    itself: let go in another thread, as Python's garbage collector may, it leaves the first thread with a stack that is no
-    more, and the next signal with a Python handler, Ctrl-C too, is a segmentation fault (seen with OpenVINO 2026.4).
-    """
+    """Return the one `Core` of this process, which is never freed."""
+    # A Core gives the thread that makes it a stack for signal handlers (on CPUs with AVX-512 at least), and frees that stack
+    # when it is freed itself. If that happens in another thread, as by Python's garbage collector, the first thread is left
+    # with a dangling stack, and its next signal with a Python handler, Ctrl-C too, is a segmentation fault (OpenVINO 2026.4).
     return import_openvino().Core()
 
 
 class OpenVINOEncoder(nn.Module):
-    """Stands where an encoder of transformers stood: the same arguments, and the hidden states of its int8 copy.
+    """A replacement for an encoder of transformers: takes the same arguments, returns the hidden states of the int8 copy.
 
     Args:
-        folder (`str`): an engine's, see [`pin_engine`].
+        folder (`str`): of an engine, checked by [`pin_engine`].
 
     Raises:
         ValueError: its files are damaged.
@@ -107,18 +110,22 @@ class OpenVINOEncoder(nn.Module):
     def __init__(self, folder: str) -> None:
         super().__init__()
         options = {
-            "INFERENCE_PRECISION_HINT": "f32",  # what is not int8; by itself OpenVINO takes bfloat16 where the CPU has it
+            "INFERENCE_PRECISION_HINT": "f32",  # for all that is not int8; the default is bfloat16 if the CPU has it
             "PERFORMANCE_HINT": "LATENCY",  # all cores on one batch
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
         path = Path(folder).expanduser() / MODEL_FILE
         try:
             self.compiled = _core().compile_model(str(path), "CPU", options)
-        except RuntimeError as error:  # all that openvino raises for a file cut short or overwritten
+        except RuntimeError as error:  # the only error of openvino for a truncated or overwritten file
             raise ValueError(f"engine={folder!r}: {MODEL_FILE} or {WEIGHTS_FILE} {DAMAGED}") from error
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> BaseModelOutput:
-        """Token ids and mask, int64 of shape `(batch, tokens)`, to `hidden_states`: n + 1 of `(batch, tokens, units)`."""
+        """Encode token ids and their mask, int64 of shape `(batch, tokens)`.
+
+        Returns:
+            `BaseModelOutput`: its `hidden_states` are n + 1 tensors of shape `(batch, tokens, units)`.
+        """
         tokens = input_ids.shape[1]
         more = (0, -tokens % LANES)
         inputs = [nn.functional.pad(tensor, more).numpy() for tensor in (input_ids, attention_mask)]

@@ -1,9 +1,8 @@
-"""Padding-free forward passes: texts end to end in one row, each of which attends to itself alone.
+"""Forward passes without padding: texts end to end in one row, each of which attends to itself alone.
 
-Does: register torch's variable-length attention (>= 2.10, on GPUs from Ampere on) as an attention function of transformers,
-lay texts end to end, put the encoder's states back into the padded grid that heads read. sentence-transformers does
-this for embedders that have flash-attn; this needs torch alone, and scorers have it too.
-Does not: change a number beyond rounding: on the CPU, where each text is attended to in turn, it equals the padded way.
+Does: register torch's variable-length attention (torch >= 2.10, GPUs from Ampere on) with transformers, lay texts end to
+end, put the encoder's states back into the padded grid that heads read. Needs no flash-attn.
+Does not: change a score beyond rounding; on the CPU each text is attended to in turn, with the same result as padded.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from torch import Tensor, nn
 from car_datasets.batching import to_device
 
 ATTENTION = "car_datasets_packed"
-# Their first position is the padding token's, plus 1.
+# Models that number positions from the padding token's id + 1.
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"}
 PACKABLE = {"bert", *POSITIONS_AFTER_PADDING}
-TOKENS_MULTIPLE = 256  # few shapes on a GPU: kernels are chosen, and compiled, per shape
+TOKENS_MULTIPLE = 256  # keeps the number of different shapes small: a GPU chooses, and compiles, kernels per shape
 
 
 class Packed(NamedTuple):
-    """Texts end to end.
+    """Texts end to end in one row.
 
     Args:
-        input_ids, position_ids (`Tensor` of shape `(1, tokens)`): a last text of padding may fill the row up.
-        bounds (`Tensor` of shape `(texts + 1,)`, int32): where each begins, and the end.
-        longest (`int`): no text has more tokens than this.
-        grid (`Tensor` of shape `(real tokens,)`): the place of every token in a padded batch, flattened.
+        input_ids, position_ids (`Tensor` of shape `(1, tokens)`): the row may end with a text of padding.
+        bounds (`Tensor` of shape `(texts + 1,)`, int32): where each text begins, and the end of the last.
+        longest (`int`): upper bound of the tokens in a text.
+        grid (`Tensor` of shape `(real tokens,)`): position of every token in the flattened padded batch.
     """
 
     input_ids: Tensor
@@ -43,17 +42,17 @@ class Packed(NamedTuple):
 
 
 def first_position(encoder_config: Any) -> int:
-    """The position of a text's first token: 0, or for the RoBERTa family the one after the padding token's."""
+    """Return the position id of a text's first token: 0, or for the RoBERTa family the padding token's id + 1."""
     after = encoder_config.model_type in POSITIONS_AFTER_PADDING
     return int(encoder_config.pad_token_id) + 1 if after else 0
 
 
 def can_pack(encoder_config: Any, dtype: str, device: torch.device) -> bool:
-    """Whether packing is faster than padding here: torch's kernel reads half precision, on Ampere and later."""
+    """Return True if packing is faster than padding: in half precision on a GPU from Ampere on, as torch's kernel needs."""
     if device.type != "cuda" or dtype == "float32" or encoder_config.model_type not in PACKABLE:
         return False
     size = encoder_config.hidden_size // encoder_config.num_attention_heads
-    if size % 8 or size > 256:  # what the kernel was made for
+    if size % 8 or size > 256:  # sizes of an attention head that the kernel supports
         return False
     try:
         from torch.nn.attention import varlen  # noqa: F401
@@ -63,7 +62,7 @@ def can_pack(encoder_config: Any, dtype: str, device: torch.device) -> bool:
 
 
 def use_packing(encoder: nn.Module) -> None:
-    """Give the encoder the attention of this module; from here on it reads [`Packed`] texts only."""
+    """Switch the encoder to the attention of this module; from now on it reads [`Packed`] texts only."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attend_packed)
@@ -74,10 +73,11 @@ def pack(ids: Sequence[Sequence[int]], pad_id: int, position: int, limit: int, d
     """Lay token ids end to end.
 
     Args:
-        ids: of texts of at most `limit` tokens.
-        pad_id (`int`): what fills the row up to a multiple of [`TOKENS_MULTIPLE`] on a GPU.
-        position (`int`): see [`first_position`].
-        limit (`int`): the encoder's; a constant, so that no kernel waits for the host to learn the longest of a batch.
+        ids (`Sequence[Sequence[int]]`): token ids of each text, at most `limit`.
+        pad_id (`int`): fills the row up to a multiple of [`TOKENS_MULTIPLE`] on a GPU.
+        position (`int`): position id of a text's first token.
+        limit (`int`): tokens that the encoder reads; a constant, so that no kernel waits for the longest of a batch.
+        device (`torch.device`): of the encoder.
     """
     lengths = [len(row) for row in ids]
     real, width = sum(lengths), max(lengths)
@@ -96,8 +96,18 @@ def pack(ids: Sequence[Sequence[int]], pad_id: int, position: int, limit: int, d
 
 
 def encode_packed(encoder: nn.Module, packed: Packed, shape: tuple[int, int], **kwargs: Any) -> tuple[Tensor, ...]:
-    """Hidden states of packed texts, each put back into the padded grid of shape `(texts, longest, units)`, 0 between."""
-    found = encoder(
+    """Run the encoder on packed texts and return its hidden states in the padded grid, with 0 at the padding.
+
+    Args:
+        encoder (`nn.Module`): after [`use_packing`].
+        packed ([`Packed`]): the texts.
+        shape (`tuple[int, int]`): texts and tokens of the padded batch.
+        kwargs: passed to the encoder.
+
+    Returns:
+        n + 1 tensors of shape `(texts, longest, units)`, the embedding output first.
+    """
+    output = encoder(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         output_hidden_states=True,
@@ -111,7 +121,7 @@ def encode_packed(encoder: nn.Module, packed: Packed, shape: tuple[int, int], **
         padded[packed.grid] = states[0, : len(packed.grid)]
         return padded.view(*shape, -1)
 
-    return tuple(spread(states) for states in found.hidden_states)
+    return tuple(spread(states) for states in output.hidden_states)
 
 
 def attend_packed(
@@ -121,29 +131,37 @@ def attend_packed(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: `(1, heads, tokens, size)` three times to `(1, tokens, heads, size)`.
+    """Attend within each text; the attention function that transformers calls in every layer.
+
+    Args:
+        module (`nn.Module`): the layer; not used.
+        query, key, value (`Tensor` of shape `(1, heads, tokens, size)`): of all texts, end to end.
+        attention_mask (`Tensor`, *optional*): not used, as there is no padding.
+        scaling (`float`, *optional*): factor of the scores, if given 1 / sqrt(size).
+        kwargs: `cu_seq_lens_q` (`Tensor`) and `max_length_q` (`int`): [`Packed`]'s `bounds` and `longest`, by the names
+            of transformers.
+
+    Returns:
+        `Tensor` of shape `(1, tokens, heads, size)`, and `None` instead of attention weights.
 
     Raises:
-        ValueError: the texts are not packed, or the encoder scales otherwise than by the square root of the size.
+        ValueError: the texts are not packed, or the encoder scales by another factor.
     """
-    if cu_seq_lens_q is None or (scaling is not None and abs(scaling * query.shape[-1] ** 0.5 - 1) > 1e-6):
+    bounds: Tensor | None = kwargs.get("cu_seq_lens_q")
+    if bounds is None or (scaling is not None and abs(scaling * query.shape[-1] ** 0.5 - 1) > 1e-6):
         raise ValueError(
             f"attention {ATTENTION!r} reads packed texts, with scores scaled by 1 / sqrt(head size), only."
         )
     if query.device.type == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
-        rows = [part[0].transpose(0, 1) for part in (query, key, value)]
-        found = varlen_attn(*rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return found.unsqueeze(0), None
-    bounds = cu_seq_lens_q.tolist()
+        longest = kwargs["max_length_q"]
+        by_token = [part[0].transpose(0, 1) for part in (query, key, value)]  # (tokens, heads, size)
+        return varlen_attn(*by_token, bounds, bounds, longest, longest).unsqueeze(0), None
     parts = [
         nn.functional.scaled_dot_product_attention(*(part[:, :, start:end] for part in (query, key, value)))
-        for start, end in itertools.pairwise(bounds)
+        for start, end in itertools.pairwise(bounds.tolist())
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Result = TypeVar("Result")
-# How long processes wait for the main one, which may compute for days; if it dies, the launcher ends the others at once.
+# Time that processes wait for the main one, which may compute for days; if it dies, the launcher ends the others.
 PATIENCE = datetime.timedelta(days=7)
 # Environment variables in which launchers state the number of processes, as accelerate reads them. If none is above 1,
 # accelerate need not be imported.
@@ -38,8 +38,8 @@ _IMPORTED_IN = os.getpid()
 def process_rank() -> tuple[int, int]:
     """Return the rank of this process and the number of processes that `accelerate launch` or `torchrun` started.
 
-    The answer comes from an initialised torch.distributed, else from `RANK` and `WORLD_SIZE`; nothing is initialised. It is
-    `(0, 1)` without a launcher and inside [`alone`].
+    The answer comes from an initialised torch.distributed, else from `RANK` and `WORLD_SIZE`; nothing is initialised.
+    It is `(0, 1)` without a launcher and inside [`alone`].
     """
     if _alone.get():
         return 0, 1
@@ -125,7 +125,8 @@ def from_main(compute: Callable[[], Result]) -> Result:
     """Call `compute()` on the main process alone and return its result on every process; all must call this.
 
     Args:
-        compute (`Callable`): takes no argument and returns something picklable. It starts when all processes have arrived.
+        compute (`Callable`): takes no argument and returns something picklable. It starts when all processes have
+            arrived.
 
     Raises:
         Exception: what `compute()` raised, on every process, so that none waits for one that has failed.
@@ -143,20 +144,20 @@ def device_for(rank: int | None = None) -> torch.device:
     """Return the device that a `.map` worker or a process of a launcher computes on.
 
     Args:
-        rank (`int`, *optional*): the rank that `.map(with_rank=True, num_proc=n)` passes. Ranks beyond the number of GPUs
-            wrap around (`datasets` reuses old ranks when it resumes).
+        rank (`int`, *optional*): the rank that `.map(with_rank=True, num_proc=n)` passes. Ranks beyond the number of
+            GPUs wrap around (`datasets` reuses old ranks when it resumes).
 
     Returns:
-        `torch.device`: `cuda:rank`; without a rank `cuda:LOCAL_RANK` under a launcher, else the first GPU, Apple's GPU, or
-        the CPU.
+        `torch.device`: `cuda:rank`; without a rank `cuda:LOCAL_RANK` under a launcher, else the first GPU, Apple's GPU,
+        or the CPU.
 
     Raises:
         ValueError: this worker was forked after its parent had run torch.
     """
     if _forks["after torch ran"]:
         raise ValueError(
-            "This worker was forked from a process that had run a model already, in which torch hangs. Start workers with "
-            "map_across_gpus(dataset, fn, num_proc=...), which spawns them, or a DataLoader with "
+            "This worker was forked from a process that had run a model already, in which torch hangs. Start workers "
+            "with map_across_gpus(dataset, fn, num_proc=...), which spawns them, or a DataLoader with "
             "multiprocessing_context='spawn'."
         )
     note_that_torch_runs()
@@ -172,7 +173,7 @@ def device_for(rank: int | None = None) -> torch.device:
     return device
 
 
-# A fork copies memory but not threads: OpenMP in the child would wait forever for the threads that its parent had started.
+# A fork copies memory but not threads: OpenMP in the child would wait forever for the threads of its parent.
 _forks = {"torch ran": False, "after torch ran": False}
 os.register_at_fork(after_in_child=lambda: _forks.update({"after torch ran": _forks["torch ran"]}))
 
@@ -180,14 +181,14 @@ os.register_at_fork(after_in_child=lambda: _forks.update({"after torch ran": _fo
 def note_that_torch_runs() -> None:
     """Record that torch or scikit-learn starts threads now, so that workers forked later refuse to run a model.
 
-    [`device_for`] does so for every model; call it before other work on several threads. It cannot be found out afterwards:
-    neither torch nor OpenMP tells whether its threads have been started.
+    [`device_for`] does so for every model; call it before other work on several threads. It cannot be found out
+    afterwards: neither torch nor OpenMP tells whether its threads have been started.
     """
     _forks["torch ran"] = True
 
 
 def mend_threads_after_fork() -> None:
-    """Restrict torch to one thread in a forked process (`.map(num_proc=n)`), where it would hang on its parent's threads."""
+    """Restrict torch to one thread in a forked process (`.map(num_proc=n)`), which lacks its parent's threads."""
     if os.getpid() != _IMPORTED_IN:
         torch.set_num_threads(1)
 
@@ -202,14 +203,15 @@ def map_across_gpus(
         scored = map_across_gpus(dataset, QualityScorer())
     ```
 
-    Workers are spawned, because a forked one cannot use CUDA and hangs if its parent has run torch. Under `accelerate launch`
-    call [`score_in_shards`] instead.
+    Workers are spawned, because a forked one cannot use CUDA and hangs if its parent has run torch. Under `accelerate
+    launch` call [`score_in_shards`] instead.
 
     Args:
         dataset (`Dataset`): any rows.
-        fn (`Callable`): a function of a batch, such as [`QualityScorer`]; workers must be able to import it by its name.
-        num_proc (`int`, *optional*): number of workers; by default the number of GPUs, at least 1. Workers beyond the number
-            of GPUs share them.
+        fn (`Callable`): a function of a batch, such as [`QualityScorer`]; workers must be able to import it by its
+            name.
+        num_proc (`int`, *optional*): number of workers; by default the number of GPUs, at least 1. Workers beyond the
+            number of GPUs share them.
         batched (`bool`): as in `.map`, but `True` by default.
         options: further arguments of `.map`. `with_rank` is set if `fn` takes a `rank`.
 
@@ -239,10 +241,11 @@ def _spawning() -> Iterator[None]:
     except EOFError as error:
         if error.__cause__ is not None:  # raised by fn in a worker, whose traceback is the cause
             raise
-        # Python's own error ("before the current process has finished its bootstrapping phase") is printed by the worker.
+        # Python's own error ("before the current process has finished its bootstrapping phase") is printed by the
+        # worker.
         raise ValueError(
-            "The workers ended before they could start (their error is printed above). Every worker imports the calling "
-            'script, and would start workers again. Put the call under `if __name__ == "__main__":`.'
+            "The workers ended before they could start (their error is printed above). Every worker imports the "
+            'calling script, and would start workers again. Put the call under `if __name__ == "__main__":`.'
         ) from error
     finally:
         multiprocess.set_start_method(before, force=True)
@@ -262,8 +265,9 @@ def _refuse_what_cannot_spawn(dataset: Any, fn: Any, workers: int, options: dict
         raise ValueError(f"num_proc={workers!r} must be a number of workers, at least 1.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"num_proc={workers}: a launcher started {os.environ['WORLD_SIZE']} processes already, and each would start "
-            "workers of its own. Call score_in_shards(dataset, fn) in all of them, or start the script with plain python."
+            f"num_proc={workers}: a launcher started {os.environ['WORLD_SIZE']} processes already, and each would "
+            "start workers of its own. Call score_in_shards(dataset, fn) in all of them, or start the script "
+            "with plain python."
         )
     inner = fn
     while isinstance(inner, functools.partial):
@@ -271,14 +275,15 @@ def _refuse_what_cannot_spawn(dataset: Any, fn: Any, workers: int, options: dict
     first = next(iter(inspect.signature(inner).parameters), "")
     if first == "dataset" or (options["batched"] and (options["batch_size"] or 0) < 1):
         raise ValueError(
-            f"fn={name} needs all rows at once, but num_proc={workers} would give every worker a part of them. Call it on "
-            f"the dataset itself: {name}(dataset, ...)."
+            f"fn={name} needs all rows at once, but num_proc={workers} would give every worker a part of them. Call it "
+            f"on the dataset itself: {name}(dataset, ...)."
         )
     home = getattr(inner, "__module__", None) if inspect.isroutine(inner) else type(inner).__module__
     script = getattr(sys.modules["__main__"], "__file__", None)
     # A notebook and a prompt have no file; a script from a pipe claims a file `<stdin>`, which does not exist.
     if (home == "__main__" and script is None) or (script is not None and not Path(script).is_file()):
         raise ValueError(
-            f"fn={name} is defined in a notebook, a prompt or a pipe, where a spawned worker cannot import it. Write it into "
-            "a file (in a notebook: a cell that starts with %%writefile my_stage.py), import it from there, and pass that."
+            f"fn={name} is defined in a notebook, a prompt or a pipe, where a spawned worker cannot import it. Write "
+            "it into a file (in a notebook: a cell that starts with %%writefile my_stage.py), import it "
+            "from there, and pass that."
         )

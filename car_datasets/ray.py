@@ -1,25 +1,20 @@
-"""Ray Data: `OnRay`, in which a stage goes through `ray.data.Dataset.map_batches`.
+"""Ray Data: `OnRay` runs a stage in `ray.data.Dataset.map_batches`.
 
-Does: give a stage the columns of an Arrow table that it reads, and put its new columns beside the table's own.
-Does not: import or start Ray, or deal out rows: actors, retries and the order of rows are Ray's.
+Does: pass the columns that a stage reads to it, and append its new columns to the Arrow table.
+Does not: import or start Ray, or distribute rows: actors, retries and the order of rows are Ray's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pyarrow as pa
 
 from car_datasets.columns import read_columns
-from car_datasets.rows import refuse_overwrite
-
-if TYPE_CHECKING:
-    from car_datasets.embedding import TextEmbedder
-    from car_datasets.scoring import QualityScorer
+from car_datasets.rows import refuse_taken
+from car_datasets.stage import Stage
 
 
 class OnRay:
-    """A [`QualityScorer`] or [`TextEmbedder`] as the class of Ray's actors, each of which loads the model once.
+    """A class of Ray actors that run a stage, such as [`QualityScorer`]; each actor loads the model once.
 
     ```python
     import ray
@@ -38,21 +33,22 @@ class OnRay:
     scored.write_parquet("s3://scored/")
     ```
 
-    Ray gives back rows in any order, and whole: sort by `source_index` (or an id of your own, which the rows must have
-    when they come in) before you select, as ties are broken by order. A worker that dies is started again by Ray.
+    Ray returns all rows, in any order. Sort by `source_index` (or an id of your own, which the rows must have before they
+    are scored) before you select, as ties are broken by order. Ray restarts a worker that dies.
 
     Args:
-        stage ([`QualityScorer`] or [`TextEmbedder`]): its model must be on the Hub or at the same path on all machines.
+        stage (`Stage`): its model must be on the Hub or at the same path on all machines.
     """
 
-    def __init__(self, stage: QualityScorer | TextEmbedder) -> None:
+    def __init__(self, stage: Stage) -> None:
         self.stage = stage
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """A batch of rows as a table, `(rows, columns)`, to the same with the stage's columns after its own.
+        """Append the columns of the stage to a batch of rows.
 
         Raises:
-            ValueError: the batch is no Arrow table, a column is taken, or see the stage.
+            ValueError: the batch is not an Arrow table, it already has a column that the stage adds, or the stage refuses the
+                rows.
         """
         from datasets import Dataset
 
@@ -60,8 +56,8 @@ class OnRay:
             raise ValueError(
                 f"batch is a {type(table).__name__}, not an Arrow table: map_batches(..., batch_format='pyarrow')."
             )
+        refuse_taken(table.column_names, self.stage)
         types = self.stage.output_features()
-        refuse_overwrite(table.column_names, types, "output_column=... (and embedding_column=...)")
         new = self.stage(table.select(read_columns(table.column_names, self.stage)).to_pydict())
         added = Dataset.from_dict(new, features=types).with_format("arrow")[:]
         for name in types:

@@ -1,58 +1,135 @@
-"""What scorer and embedder share: a `.map` batch as texts, and per-text numbers back as one value per row."""
+"""Turn a batch of rows into texts for a model, and numbers per text back into one value per row.
+
+Does: the parts that scorer and embedder share: options, models pinned to a revision, texts of a batch, refusals.
+Does not: run a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from car_datasets.formatting import UNSCORABLE, Schema, format_batch
+from car_datasets import hub
+from car_datasets.formatting import UNSCORABLE, Schema, find_schema, format_batch
+from car_datasets.stage import Stage
 from car_datasets.templates import TEMPLATES, Text
 
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDING_DTYPES = ("float32", "float16")
 ON_INVALID = ("error", "mark")
 
+# Folders of the Hub models that this process has resolved, by model id and commit. A commit never changes, so asking again
+# would only cost time, and a private model would be asked for without its token. Local folders are not kept here: their files
+# may be overwritten, so their digest is compared every time.
+_HUB_FOLDERS: dict[tuple[str, str], Path] = {}
+
+
+class PinnedModel(NamedTuple):
+    """A model at an immutable revision, whose files are on this machine.
+
+    Args:
+        revision (`str`): commit SHA (Hub) or content digest (local folder).
+        folder (`Path`): the model's files.
+    """
+
+    revision: str
+    folder: Path
+
+
+def pin_model(model_id: str, revision: str | None = None, token: str | None = None) -> PinnedModel:
+    """Resolve a model to an immutable revision and download it, so that worker processes need no token.
+
+    A Hub model at a commit that was resolved before in this process is returned without asking the Hub.
+
+    Args:
+        model_id (`str`): Hub id or local folder.
+        revision (`str`, *optional*): branch, tag or commit of a Hub model; for a folder, the digest it must have.
+        token (`str`, *optional*): for a private model; used for this call only.
+
+    Raises:
+        ValueError: the model does not exist, or does not have that revision.
+        ConnectionError: the Hub does not answer.
+    """
+    if revision is not None and (model_id, revision) in _HUB_FOLDERS:
+        return PinnedModel(revision, _HUB_FOLDERS[model_id, revision])
+    pinned = hub.pin_revision(model_id, revision, token)
+    folder = hub.model_folder(model_id, pinned, token)
+    if not pinned.startswith("sha256:"):
+        _HUB_FOLDERS[model_id, pinned] = folder
+    return PinnedModel(pinned, folder)
+
+
+def set_fields(record: Any, **values: Any) -> None:
+    """Set fields of a frozen dataclass; for its `__post_init__` alone, as equal records must stay equal afterwards."""
+    for name, value in values.items():
+        object.__setattr__(record, name, value)
+
+
+def check_options(
+    *,
+    template: str | None,
+    on_invalid: str,
+    dtype: str,
+    embedding_dtype: str,
+    batch_tokens: int | None,
+    new_columns: Sequence[str],
+) -> None:
+    """Raise ValueError for an invalid option, which would otherwise fail in a worker after the models are loaded."""
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens={batch_tokens} must be at least 1.")
+    if len(set(new_columns)) < len(new_columns):
+        raise ValueError(f"The new columns {list(new_columns)} must have different names.")
+    for option, value, allowed in (
+        ("template", template, (None, *sorted(TEMPLATES))),  # None: the template the model was trained with
+        ("on_invalid", on_invalid, ON_INVALID),
+        ("dtype", dtype, DTYPES),
+        ("embedding_dtype", embedding_dtype, EMBEDDING_DTYPES),
+    ):
+        if value not in allowed:
+            choices = [choice for choice in allowed if choice is not None]
+            raise ValueError(f"{option}={value!r} is not known; choose one of {choices}.")
+
+
+def text_columns(column_names: Iterable[str], schema: str, columns: Any) -> list[str]:
+    """Return the columns that hold the text of a row.
+
+    Args:
+        column_names (`Iterable[str]`): all columns of the dataset.
+        schema (`str`): name of the schema, or `"auto"`.
+        columns: the user's own names for the columns of the schema.
+
+    Raises:
+        ValueError: no schema fits.
+    """
+    found = find_schema(list(column_names), schema, columns)
+    return [name for name in (*found.required, found.input) if name is not None]
+
 
 @dataclass(frozen=True)
 class Rows:
-    """The texts of a batch, end to end, and which of them belong to which row.
+    """The texts of a batch in one flat list, and how many of them belong to each row.
 
     Args:
         texts (`list[Text]`): one per exchange.
         counts (`list[int]`): texts per row; 0 for a row that cannot be scored.
-        status (`list[str]`): per row, see formatting.py.
+        status (`list[str]`): per row, `"ok"` or why the row has no score or deserves a look.
     """
 
     texts: list[Text]
     counts: list[int]
     status: list[str]
 
-    @staticmethod
-    def check_options(
-        template: str | None, on_invalid: str, dtype: str, batch_tokens: int | None, new_columns: Sequence[str]
-    ) -> None:
-        """Refuse options that would only fail in a worker, after the models are loaded."""
-        if batch_tokens is not None and batch_tokens < 1:
-            raise ValueError(f"batch_tokens={batch_tokens} must be at least 1.")
-        if len(set(new_columns)) < len(new_columns):
-            raise ValueError(f"The new columns {list(new_columns)} must have different names.")
-        if template is not None and template not in TEMPLATES:
-            raise ValueError(f"template={template!r} is not known; choose one of {sorted(TEMPLATES)}.")
-        if on_invalid not in ON_INVALID:
-            raise ValueError(f"on_invalid={on_invalid!r} is not known; choose one of {ON_INVALID}.")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not known; choose one of {DTYPES}.")
-
     @classmethod
     def from_batch(cls, batch: Mapping[str, Sequence[Any]], schema: Schema, template: str, on_invalid: str) -> Rows:
         """Format a batch.
 
         Raises:
-            ValueError: with `on_invalid="error"`, rows that cannot be scored: how many, which, and why.
+            ValueError: with `on_invalid="error"`, some rows cannot be scored; the message counts and names them.
         """
         rows = format_batch(batch, schema, template)
         bad = [i for i, row in enumerate(rows) if row.status in UNSCORABLE]
@@ -64,23 +141,27 @@ class Rows:
         return cls(texts, [len(row.texts) for row in rows], [row.status for row in rows])
 
     def split(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """Per-text values to one slice per row."""
+        """Split values per text, shape `(texts, ...)`, into one slice per row."""
         ends = np.cumsum(self.counts)
         return [values[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
 
+    def fold(self, values: npt.NDArray[Any], function: Callable[[Any], Any]) -> list[np.float32 | None]:
+        """Reduce values per text, shape `(texts, ...)`, to one float32 per row; `None` for a row without texts."""
+        return [np.float32(function(part)) if len(part) else None for part in self.split(values)]
+
     def mean_vectors(self, vectors: npt.NDArray[np.float32], dtype: str = "float32") -> Any:
-        """Per-text vectors to one per row: the mean of its exchanges, scaled back to their mean length.
+        """Average vectors per text into one per row, rescaled to the mean length of the row's vectors.
 
         Returns:
-            An array of shape `(rows, dimension)`, which `datasets` stores without a Python object per number; a list with
-            `None` where rows have no vector.
+            An array of shape `(rows, dimension)`, which `datasets` stores without a Python object per number; if some
+            rows have no vector, a list with `None` for those.
         """
         if all(count == 1 for count in self.counts):
             return vectors.astype(dtype)
         means = [_mean_vector(part) for part in self.split(vectors)]
-        whole = [mean.astype(dtype) for mean in means if mean is not None]
-        if whole and len(whole) == len(means):
-            return np.stack(whole)
+        present = [mean.astype(dtype) for mean in means if mean is not None]
+        if present and len(present) == len(means):
+            return np.stack(present)
         return [None if mean is None else mean.astype(dtype) for mean in means]
 
 
@@ -90,41 +171,43 @@ def _mean_vector(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | 
     if len(vectors) == 1:
         return vectors[0]
     mean = vectors.mean(axis=0)
+    # The mean of different directions is shorter than they are; a chat would look like an outlier to k-means.
     length = float(np.linalg.norm(mean))
     scale = float(np.linalg.norm(vectors, axis=1).mean()) / length if length > 0 else 1.0
     return np.asarray(mean * scale, dtype=np.float32)
 
 
-def check_embedding_dtype(dtype: str) -> None:
-    """Raise a ValueError for a type that no column of embeddings has."""
-    if dtype not in EMBEDDING_DTYPES:
-        raise ValueError(f"embedding_dtype={dtype!r} is not known; choose one of {EMBEDDING_DTYPES}.")
-
-
 def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> list[Any]:
-    """How to call these rows in a message: by `source_index` where the batch has it, else by place in the batch."""
+    """Return how a message names these rows: by `source_index` if the batch has it, else by position in the batch."""
     index = batch.get("source_index")
     return [index[i] if index is not None else i for i in positions]
 
 
 def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: int, where: str = "") -> str:
-    """`3 of 1000 rows cannot be scored: 2 null (rows 4, 17), 1 not_a_string (row 9). ...`"""
+    """Return `3 of 1000 rows cannot be scored: 2 null (rows 4, 17), 1 not_a_string (row 9). ...`."""
     parts = []
     for kind in dict.fromkeys(statuses):
         which = [str(n) for s, n in zip(statuses, names, strict=True) if s == kind]
         shown = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
         parts.append(f"{len(which)} {kind} (rows {shown})")
     return (
-        f"{len(statuses)} of {total} rows{where} cannot be scored: {'; '.join(parts)}. Mend or drop them, or pass "
+        f"{len(statuses)} of {total} rows{where} cannot be scored: {'; '.join(parts)}. Fix or drop them, or pass "
         "on_invalid='mark' (--on-invalid mark) to keep them without a score."
     )
 
 
 def refuse_tables(batch: Any, instead: str) -> None:
-    """Raise a ValueError for a batch that is no mapping: in those formats `.map` keeps the new columns and drops the rest."""
+    """Raise ValueError if the batch is not a mapping of columns.
+
+    In the Arrow, pandas and polars formats `.map` keeps the new columns only and drops the others.
+
+    Args:
+        batch: what `.map` passes to a stage.
+        instead (`str`): a call that works in every format.
+    """
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"In its Arrow, pandas or polars format a dataset loses its columns in .map. Map over dataset.with_format(None), or "
+            f"A dataset in Arrow, pandas or polars format loses its columns in .map. Map over dataset.with_format(None), or "
             f"call {instead}."
         )
     if any(isinstance(value, (str, int, float)) for value in batch.values()):
@@ -132,10 +215,23 @@ def refuse_tables(batch: Any, instead: str) -> None:
 
 
 def refuse_overwrite(seen: Container[str], new_columns: Iterable[str], option: str) -> None:
-    """Raise a ValueError if the dataset already has a column of that name; `option` is what renames the new one."""
+    """Raise ValueError if the dataset already has one of the new columns.
+
+    Args:
+        seen (`Container[str]`): columns of the dataset.
+        new_columns (`Iterable[str]`): columns about to be added.
+        option (`str`): the argument that gives the new columns other names.
+    """
     taken = [name for name in new_columns if name in seen]
     if taken:
         raise ValueError(
             f"The dataset already has the column(s) {taken}, which would be overwritten. Pass {option} to name the new "
             f"ones differently, or drop the old ones: dataset.remove_columns({taken})."
         )
+
+
+def refuse_taken(column_names: Container[str], stage: Stage) -> None:
+    """Raise ValueError if the dataset already has a column that the stage adds."""
+    options = [f"{name}=..." for name in ("output_column", "embedding_column") if hasattr(stage, name)]
+    option = " and ".join(options) or f"other output columns to {type(stage).__name__}"
+    refuse_overwrite(column_names, stage.output_columns, option)

@@ -1,7 +1,7 @@
 """The folder of a run in shards: a manifest that names the run, finished shards, and claims on the others.
 
-Does: bind a folder to one run, write shards atomically and read them back, detect torn ones, remove what killed workers have
-left behind, show the progress of all workers.
+Does: bind a folder to one run, write shards atomically and read them back, detect torn ones, remove what killed workers
+have left behind, show the progress of all workers.
 Does not: know where rows come from, or choose which shard is scored next.
 """
 
@@ -23,7 +23,7 @@ from car_datasets.columns import read_columns
 from car_datasets.hub_folder import HubFolder
 from car_datasets.manifest import describe_run, differences, run_id
 from car_datasets.parallel import is_main_process
-from car_datasets.rows import refuse_overwrite
+from car_datasets.rows import refuse_taken
 from car_datasets.shard_parts import PART, part_name, read_part, write_part
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class RunOptions(NamedTuple):
     """How a run is stored and shared.
 
     Args:
-        shard_dir (`str`, *optional*): a folder, an fsspec URL, or a folder in a dataset repository; by default a folder in the
-            cache of `datasets`.
+        shard_dir (`str`, *optional*): a folder, an fsspec URL, or a folder in a dataset repository; by default a folder
+            in the cache of `datasets`.
         shard_rows (`int`, *optional*): rows in a shard; a number by the time that a run is made.
         expiry (`float`): seconds without a heartbeat after which a worker on another machine counts as dead.
         token (`str`, *optional*): for a folder on the Hub.
@@ -62,13 +62,14 @@ class SharedRun(ABC):
         more (`dict`, *optional*): entries of the manifest that replace those of `table`.
 
     Attributes:
-        copies (`Path`): local folder that parts are read from: the folder of the run if it is local, else one in the cache.
+        copies (`Path`): local folder that parts are read from: the folder of the run if it is local, else one in the
+            cache.
         done (`int`): rows of the current shard that have been scored.
         whole (`dict`): finished shards by number, memory-mapped.
 
     Raises:
-        ValueError: a new column already exists, the stage cannot read the rows or has fields that are not plain values, or
-            the folder cannot be one of shards.
+        ValueError: a new column already exists, the stage cannot read the rows or has fields that are not plain values,
+            or the folder cannot be one of shards.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class SharedRun(ABC):
         from datasets import config
 
         self.stage, self.shard_rows = stage, options.shard_rows or len(table)
-        refuse_overwrite(table.column_names, stage.output_features(), "output_column=... (and embedding_column=...)")
+        refuse_taken(table.column_names, stage)
         self.table = table.with_format(None)
         self.reads = read_columns(table.column_names, stage, with_index=False)
         self.manifest = {**describe_run(self.table, stage, self.reads, self.shard_rows), **(more or {})}
@@ -129,8 +130,8 @@ class SharedRun(ABC):
         if set(new) != set(declared) or wrong:
             raise ValueError(
                 f"fn={type(self.stage).__name__} returned the columns {list(new)} for {rows} rows"
-                f"{f', with {wrong} values' if wrong else ''}. A stage must return one value per row for each of the columns "
-                f"that output_features() declares: {declared}."
+                f"{f', with {wrong} values' if wrong else ''}. A stage must return one value per row for each of the "
+                f"columns that output_features() declares: {declared}."
             )
         return new
 
@@ -157,8 +158,8 @@ class SharedRun(ABC):
             present = [name for name in self.folder.names() if not name.startswith(".")]
             if present and MANIFEST not in present:
                 raise ValueError(
-                    f"shard_dir={str(self.folder)!r} holds {sorted(present)[:3]} and no {MANIFEST}: it is not a folder of "
-                    "shards. Pass a new or empty one (--shards DIR)."
+                    f"shard_dir={str(self.folder)!r} holds {sorted(present)[:3]} and no {MANIFEST}: it is not a folder "
+                    "of shards. Pass a new or empty one (--shards DIR)."
                 )
             with self.explaining(MANIFEST):
                 self.folder.make()
@@ -172,8 +173,8 @@ class SharedRun(ABC):
             stored = {}
         if stored != self.manifest:
             raise ValueError(
-                f"shard_dir={str(self.folder)!r} belongs to another run: {differences(stored, self.manifest)}. Pass another "
-                "folder (--shards DIR), or delete this one."
+                f"shard_dir={str(self.folder)!r} belongs to another run: {differences(stored, self.manifest)}. Pass "
+                "another folder (--shards DIR), or delete this one."
             )
 
     def claim(self, shard: int, turns: Mapping[str, int]) -> str | None:
@@ -239,7 +240,7 @@ class SharedRun(ABC):
         return False
 
     def _own(self, shard: int) -> Path:
-        """Return the path that a shard is written to; before an upload its name differs from that of a downloaded part."""
+        """Return the path that a shard is written to, which is not that of a downloaded part if it will be uploaded."""
         name = part_name(shard)
         return self.copies / (name if self.folder.local is not None else f"unput-{name}")
 
@@ -280,8 +281,8 @@ class SharedRun(ABC):
         part, fingerprint = content
         if not f"{fingerprint}-".startswith(f"{self.fingerprint(shard)}-"):
             raise ValueError(
-                f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or pass another folder "
-                "(--shards DIR)."
+                f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or pass another "
+                "folder (--shards DIR)."
             )
         expected = self.expected_rows(shard, fingerprint)
         return part if len(part) == expected else f"{len(part)} of {expected} rows"
@@ -306,8 +307,8 @@ class SharedRun(ABC):
         except OSError as error:
             mend = "Free disk space or repair the folder" if doing == "written" else "Repair the folder"
             raise OSError(
-                f"shard_dir={str(self.folder)!r}: {name} cannot be {doing}: {error}. Finished shards are kept. {mend}, then run "
-                "the same command again to resume."
+                f"shard_dir={str(self.folder)!r}: {name} cannot be {doing}: {error}. Finished shards are kept. {mend}, "
+                "then run the same command again to resume."
             ) from error
 
     @contextlib.contextmanager
@@ -349,7 +350,7 @@ class SharedRun(ABC):
 
 
 def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
-    """Raise ValueError for an empty name, often from an unset variable: it would be the working directory or the root."""
+    """Raise ValueError for an empty name (of an unset variable, say), which would be the working directory."""
     if not os.fspath(shard_dir).strip():
         raise ValueError("shard_dir='' is empty. Pass a folder (--shards DIR), or leave it out.")
 
@@ -362,11 +363,11 @@ def _open(location: str | Path, token: str | None) -> ShardStorage:
 
 
 def _on_one_machine(cache: Path) -> Path:
-    """Return the default folder, or raise ValueError if the processes run on several machines, which do not share it."""
+    """Return the default folder; raise ValueError if processes run on several machines, which do not share it."""
     here, everywhere = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if here != everywhere:
         raise ValueError(
-            f"{everywhere} processes run on several machines: pass shard_dir=... (--shards DIR), a folder that all share, or "
-            "a URL such as s3://..."
+            f"{everywhere} processes run on several machines: pass shard_dir=... (--shards DIR), a folder that all "
+            "share, or a URL such as s3://..."
         )
     return cache

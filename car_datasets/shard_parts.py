@@ -34,7 +34,8 @@ def write_part(path: Path, features: Features, batches: Iterable[dict[str, Any]]
         path (`Path`): the part file.
         features (`Features`): types of the columns.
         batches (`Iterable`): columns as the stage returned them, batch by batch.
-        fingerprint (`str`): binds the part to its run and its number; `datasets` takes it for the fingerprint of the part.
+        fingerprint (`str`): binds the part to its run and its number; `datasets` takes it for the fingerprint of the
+            part.
     """
     from datasets.arrow_writer import ArrowWriter
 

@@ -25,7 +25,8 @@ from car_datasets.vectors import beside
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# A shard has 1/64 of the rows, so that 64 processes have work, but between 128 rows (a file each) and 65,536 (lost by a kill).
+# A shard has 1/64 of the rows, so that 64 processes have work, but between 128 rows (a file each) and 65,536 (lost by a
+# kill).
 SMALLEST, LARGEST, WANTED = 128, 65_536, 64
 STREAMED = 16_384  # rows in a shard of a stream, which are held in memory together
 
@@ -40,46 +41,46 @@ def score_in_shards(
     description: str = "Scoring",
     token: str | None = None,
 ) -> Dataset:
-    """Compute `dataset.map(fn)` in shards, by one or many processes on one or several machines, and resume after a kill.
+    """Compute `dataset.map(fn)` in shards, in any number of processes on any number of machines; resumable.
 
-    Every process that calls this with the same arguments scores shards that no other worker has claimed, and returns the
-    entire result, rows in order. Start the processes by `accelerate launch`, `torchrun`, a SLURM array, or by typing the
-    same command twice. A finished shard is never scored again.
+    Every process that calls this with the same arguments scores shards that no other worker has claimed, and returns
+    the entire result, rows in order. Start the processes by `accelerate launch`, `torchrun`, a SLURM array, or by
+    typing the same command twice. A finished shard is never scored again.
 
     A stream (`IterableDataset`) is cut into shards in its own order, and its rows are written with the new columns: the
-    result is on disk and may be larger than the memory, which holds one shard. Every process reads the entire stream and
-    scores only the shards that it has claimed, so pass the same stream to all, not one that is split by node. (If reading
-    is expensive, split it, and give every node a folder of its own.) The order of the rows must be the same every time. An
-    interrupted run resumes from the stream's `state_dict`, which is saved with the shards: the last finished shard is read
-    again and compared. If it differs (no state covers a shuffle buffer), the stream is read from its start, and every shard
-    is compared.
+    result is on disk and may be larger than the memory, which holds one shard. Every process reads the entire stream
+    and scores only the shards that it has claimed, so pass the same stream to all, not one that is split by node. (If
+    reading is expensive, split it, and give every node a folder of its own.) The order of the rows must be the same
+    every time. An interrupted run resumes from the stream's `state_dict`, which is saved with the shards: the last
+    finished shard is read again and compared. If it differs (no state covers a shuffle buffer), the stream is read from
+    its start, and every shard is compared.
 
     Args:
         dataset (`Dataset` or `IterableDataset`): the same rows in every process.
-        fn ([`Stage`]): adds the columns: [`QualityScorer`], [`TextEmbedder`], or a frozen dataclass of your own that returns
-            one value per row. Its fields must be plain values; they are written to the folder's `manifest.json`, so keep
-            secrets out of them.
-        shard_dir (`str`, *optional*): a folder that all processes share, an fsspec URL such as `s3://...`, or a folder in a
-            dataset repository, `hf://datasets/you/work/run-1`, created as a private one if it does not exist. On the Hub a
-            shard is one commit; two machines may both score a shard, and the first commit counts. The folder belongs to one
-            dataset and one stage, and its files are kept. By default a folder in the cache of `datasets`, named after the
-            run, which serves one machine only. A stream needs a `shard_dir`, because it has no name before it is read; on
-            the Hub it can be resumed, but two machines would do the same work.
-        shard_rows (`int`, *optional*): rows in a shard; by default 65,536, or fewer if that would make fewer than 64 shards;
-            for a stream, 16,384.
+        fn ([`Stage`]): adds the columns: [`QualityScorer`], [`TextEmbedder`], or a frozen dataclass of your own that
+            returns one value per row. Its fields must be plain values; they are written to the folder's
+            `manifest.json`, so keep secrets out of them.
+        shard_dir (`str`, *optional*): a folder that all processes share, an fsspec URL such as `s3://...`, or a folder
+            in a dataset repository, `hf://datasets/you/work/run-1`, created as a private one if it does not exist. On
+            the Hub a shard is one commit; two machines may both score a shard, and the first commit counts. The folder
+            belongs to one dataset and one stage, and its files are kept. By default a folder in the cache of
+            `datasets`, named after the run, which serves one machine only. A stream needs a `shard_dir`, because it has
+            no name before it is read; on the Hub it can be resumed, but two machines would do the same work.
+        shard_rows (`int`, *optional*): rows in a shard; by default 65,536, or fewer if that would make fewer than 64
+            shards; for a stream, 16,384.
         expiry (`float`): seconds without a heartbeat after which a worker on another machine counts as dead.
         description (`str`): label of the progress bar, which the main process shows for all.
-        token (`str`, *optional*): for a folder on the Hub; by default `HF_TOKEN` or the token of `hf auth login`. It is never
-            stored.
+        token (`str`, *optional*): for a folder on the Hub; by default `HF_TOKEN` or the token of `hf auth login`. It is
+            never stored.
 
     Returns:
         `Dataset`: the columns of `dataset` and the new ones, memory-mapped (from a local copy if `shard_dir` is a URL).
 
     Raises:
-        ValueError: the folder belongs to another run (the differences are named) or holds other files, or the token may not
-            write to its repository; `fn` is not a stage; a column already exists; a stream is empty, its rows have changed,
-            or its types change; or an error of the stage, which names rows of a stream by their position. Finished shards
-            are kept.
+        ValueError: the folder belongs to another run (the differences are named) or holds other files, or the token may
+            not write to its repository; `fn` is not a stage; a column already exists; a stream is empty, its rows have
+            changed, or its types change; or an error of the stage, which names rows of a stream by their position.
+            Finished shards are kept.
         OSError: the folder cannot be read or written, or the Hub does not respond. Finished shards are kept.
     """
     from datasets import Dataset, IterableDataset
@@ -108,14 +109,15 @@ def fill_shards(
 ) -> int:
     """Score every unclaimed shard of [`score_in_shards`], then return without waiting for other workers.
 
-    For a worker that is paid by the hour, such as a task of a SLURM array. A last call of [`score_in_shards`] scores what
-    dead workers have left unfinished, and returns the rows.
+    For a worker that is paid by the hour, such as a task of a SLURM array. A last call of [`score_in_shards`] scores
+    what dead workers have left unfinished, and returns the rows.
 
     Args:
         dataset (`Dataset`): the same rows in every process; streams are not supported.
         fn ([`Stage`]): adds the columns.
         shard_dir (`str`): a folder that all processes share, an fsspec URL, or a folder in a dataset repository.
-        shard_rows (`int`, *optional*): rows in a shard; by default 65,536, or fewer if that would make fewer than 64 shards.
+        shard_rows (`int`, *optional*): rows in a shard; by default 65,536, or fewer if that would make fewer than 64
+            shards.
         expiry (`float`): seconds without a heartbeat after which a worker on another machine counts as dead.
         description (`str`): label of the progress bar.
         token (`str`, *optional*): for a folder on the Hub; by default `HF_TOKEN` or the token of `hf auth login`.
@@ -124,8 +126,8 @@ def fill_shards(
         `int`: number of rows that are not finished, because other workers have claimed them.
 
     Raises:
-        ValueError: `dataset` is a stream, `fn` is not a stage, a column already exists, the folder belongs to another run,
-            or an error of the stage. Finished shards are kept.
+        ValueError: `dataset` is a stream, `fn` is not a stage, a column already exists, the folder belongs to another
+            run, or an error of the stage. Finished shards are kept.
         OSError: the folder cannot be read or written, or the Hub does not respond. Finished shards are kept.
     """
     from datasets import IterableDataset
@@ -144,9 +146,9 @@ def _check(fn: Any, shard_rows: int | None, expiry: float) -> None:
     if isinstance(fn, type) or not is_dataclass(fn) or not isinstance(fn, Stage):
         name = getattr(fn, "__qualname__", type(fn).__qualname__)
         raise ValueError(
-            f"fn={name} is not a Stage: an instance of a dataclass with output_columns, output_features() and __call__, such "
-            f"as QualityScorer(). Shards are bound to its fields. Call map_across_gpus(dataset, {name}) for a function of a "
-            "batch, or apply a function of the entire dataset to the result."
+            f"fn={name} is not a Stage: an instance of a dataclass with output_columns, output_features() and "
+            f"__call__, such as QualityScorer(). Shards are bound to its fields. Call map_across_gpus(dataset, {name}) "
+            "for a function of a batch, or apply a function of the entire dataset to the result."
         )
     if (shard_rows is not None and shard_rows < 1) or not expiry > 0:
         raise ValueError(f"shard_rows={shard_rows} must be at least 1 and expiry={expiry} above 0.")
@@ -190,7 +192,7 @@ class ShardedRun(SharedRun):
         return concatenate_datasets([self.whole[shard] for shard in self._shards()])
 
     def work(self, description: str, wait: bool) -> int:
-        """Bind the folder and score shards until all are finished, or, without `wait`, until other workers have the rest.
+        """Score shards until all are finished, or, without `wait`, until other workers have claimed the rest.
 
         Returns:
             `int`: number of rows that other workers have claimed and not finished.

@@ -1,4 +1,4 @@
-"""`Stage`: what scorers, embedders and other callables that add columns have in common.
+"""`Stage`: the interface shared by scorers, embedders and other callables that add columns.
 
 Does: state the protocol that shards, estimates, Ray and the certificate rely on.
 Does not: know any one stage.
@@ -20,8 +20,8 @@ class Stage(Protocol):
     Implement it as a frozen dataclass of plain values, so that equal stages have equal fingerprints in every process. Model
     weights belong in a module-level cache, never in a field. [`QualityScorer`] and [`TextEmbedder`] are stages.
 
-    A stage that has a method `read_columns(column_names) -> list[str]` is given those columns alone, and a run in shards is
-    bound to their content; without it the stage is given all columns.
+    A stage may also have a method `read_columns(column_names) -> list[str]`: it is then given those columns alone, and a run
+    in shards is bound to their content. Without it, the stage is given all columns.
     """
 
     @property

@@ -1,7 +1,7 @@
 """Reading a stream shard by shard, as typed tables with digests.
 
-Does: cut a stream in its own order, infer the types of its columns from its first rows, refuse rows that do not fit them,
-restore a saved state.
+Does: cut a stream in its own order, infer the types of its columns from its first rows, refuse rows that do not fit
+them, restore a saved state.
 Does not: check that a restored state leads to the same rows; callers compare digests.
 """
 
@@ -121,8 +121,8 @@ class StreamReader:
             changed = [name for name in columns if name not in self.features]
         if changed:
             raise ValueError(
-                f"{self._where(start, len(rows))}: the columns {changed} have other types than in the first rows, or did "
-                f"not exist. {DECLARE}"
+                f"{self._where(start, len(rows))}: the columns {changed} have other types than in the first rows, or "
+                f"did not exist. {DECLARE}"
             )
         columns = {name: columns.get(name, [None] * len(rows)) for name in self.features}
         encoded = self.features.encode_batch(columns) if self._declared else columns

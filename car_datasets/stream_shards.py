@@ -1,7 +1,8 @@
 """Scoring a stream in shards: rows are scored in the order of the stream, and written with their new columns.
 
 Does: claim and score the shards of a stream, resume an interrupted run, check that the rows are those that were scored.
-Does not: need the number of rows, trust a saved state (the last finished shard is read again and compared), or reorder rows.
+Does not: need the number of rows, trust a saved state (the last finished shard is read again and compared), or reorder
+rows.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class StreamedRun(SharedRun):
         return concatenate_datasets([self.whole[shard] for shard in shards])
 
     def _skip_finished(self, names: set[str]) -> None:
-        """Move the stream behind the finished shards, the last of which is read again to check that the rows are the same."""
+        """Skip the finished shards, but read the last of them again to check that the rows are the same."""
         finished = 0
         while self.is_whole(finished, names):
             finished += 1
@@ -101,7 +102,7 @@ class StreamedRun(SharedRun):
             self._read_again(finished - 1, state)
 
     def _read_again(self, shard: int, state: State) -> Piece:
-        """Return a shard whose digest is known, from a saved state if that leads to the same rows, else from the start."""
+        """Return a shard of known digest, from a saved state if that leads to the same rows, else from the start."""
         piece = self.reader.jump(shard, state)
         if piece is not None and piece.digest == self.digests[shard]:
             return piece
@@ -121,12 +122,12 @@ class StreamedRun(SharedRun):
 
     def _foreign(self, what: str) -> str:
         return (
-            f"shard_dir={str(self.folder)!r} belongs to another stream, or this one has changed or has no fixed order: {what}. "
-            "Pass another folder, and shuffle with a seed."
+            f"shard_dir={str(self.folder)!r} belongs to another stream, or this one has changed or has no fixed order: "
+            f"{what}. Pass another folder, and shuffle with a seed."
         )
 
     def _wait(self, show: Callable[..., None]) -> bool:
-        """Return True if other workers still have shards that this one has read past; score those of dead workers here."""
+        """Return True if other workers still hold shards that were read past; score those of dead workers here."""
         names = self.names()
         show(names)
         for shard in list(self.waiting):
@@ -135,7 +136,7 @@ class StreamedRun(SharedRun):
         return bool(self.waiting)
 
     def _take(self, shard: int, piece: Piece | None, show: Callable[..., None]) -> bool:
-        """Return True once a shard is finished; score it, after reading it again if `piece` is None, unless it is claimed."""
+        """Score a shard, read again if `piece` is None; return False if another worker has claimed it."""
         names = self.names()
         if self.is_whole(shard, names):
             return True
@@ -197,7 +198,7 @@ class StreamedRun(SharedRun):
             raise ValueError(self._foreign(f"it ends before row {count * self.shard_rows}, and {beyond[0]} is there"))
 
     def sweep(self, names: set[str]) -> None:
-        """Remove what killed workers have left behind, and all states but the last, from which added rows would be read."""
+        """Remove what killed workers have left behind, and all states but the last, which added rows would need."""
         super().sweep(names)
         for name in self.claims.folder.names() - {_state_name(max(self.whole))}:
             if STATE.fullmatch(name):

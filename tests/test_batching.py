@@ -76,7 +76,7 @@ def test_windows_are_tokenised_ahead_in_another_thread_and_in_order(monkeypatch:
         seen.append(len(args[1]))
         return ordinary(*args)
 
-    monkeypatch.setattr(batching, "WINDOW", 4)
+    monkeypatch.setattr(batching, "WINDOW_TEXTS", 4)
     monkeypatch.setattr(batching, "tokenise", watched)
     windows = tokenised_ahead(tokenizer, texts, 12, list(range(10)))
     first = next(windows)

@@ -1,15 +1,71 @@
 """New columns beside the old: as `.map` gives them, in fixed-size lists, with the old ones untouched."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 
 from car_datasets import QualityScorer, TextEmbedder
-from car_datasets.columns import add_columns
+from car_datasets.columns import add_columns, read_columns
+from car_datasets.estimation import estimate_scoring
+from car_datasets.ray import OnRay
+from car_datasets.stage import Stage
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The least that makes a stage: no schema, no model, no method of its own that names columns."""
+
+    column: str = "output"
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        return ("characters",)
+
+    def output_features(self) -> Features:
+        return Features({"characters": Value("int32")})
+
+    def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> dict[str, Any]:
+        return {"characters": [len(text) for text in batch[self.column]]}
+
+
+@dataclass(frozen=True)
+class Choosy(Lengths):
+    """A stage that names the columns which it reads."""
+
+    def read_columns(self, column_names: list[str]) -> list[str]:
+        return [self.column]
+
+
+@pytest.mark.parametrize("stage", [Lengths(), Choosy()])
+def test_any_stage_adds_its_columns(stage: Lengths, pairs: Dataset) -> None:
+    assert isinstance(stage, Stage)
+    expected = [len(text) for text in pairs["output"]]
+    assert add_columns(pairs, stage, "Counting")["characters"][:] == expected
+    table = OnRay(stage)(pairs.with_format("arrow")[:])
+    assert table.column("characters").to_pylist() == expected
+    assert table.column_names == [*pairs.column_names, "characters"]
+    estimate = estimate_scoring(pairs, stage)
+    assert (estimate.rows, estimate.sample, estimate.tokens, estimate.waste) == (6, 6, None, None)
+    assert "rows/s on cpu, timed on 6 rows" in str(estimate)
+    with pytest.raises(ValueError, match=r"already has the column\(s\) \['characters'\].*output columns to"):
+        add_columns(pairs.add_column("characters", [1] * 6), stage, "Counting")
+
+
+def test_a_stage_is_given_the_columns_that_it_names(tiny_iqs: str, tiny_embedder: str) -> None:
+    names = ["instruction", "input", "output", "source_index", "label"]
+    assert read_columns(names, Lengths()) == names
+    assert read_columns(names, Choosy()) == ["output", "source_index"]
+    assert read_columns(names, Choosy(), with_index=False) == ["output"]
+    for stage in (QualityScorer(tiny_iqs), TextEmbedder(tiny_embedder)):
+        assert isinstance(stage, Stage)
+        assert sorted(read_columns(names, stage, with_index=False)) == ["input", "instruction", "output"]
+        assert list(stage.output_columns) == list(stage.output_features())
 
 
 def test_as_map_gives_them_in_fixed_size_lists(tiny_embedder: str, pairs: Dataset) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_converted_folder_is_an_ordinary_model(layout: Path, tmp_path: Path) -> 
     expected = QualityScorer(str(tmp_path / "out"))(ROWS)["iqs_score"]
     shutil.rmtree(layout)
     assert QualityScorer(str(tmp_path / "out"))(ROWS)["iqs_score"] == expected
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         convert_checkpoint(tmp_path / "out", tmp_path / "out")
 
 
@@ -157,7 +158,7 @@ def _zip_with(payload: Any, folder: Path) -> Path:
         ({"layer_norm": "false"}, "layer_norm='false' must be a bool"),
         ({"dropout": None}, "dropout=None must be a float or int"),
         ({"encoder_model": ["BERT"]}, r"encoder_model=\['BERT'\]"),
-        ({"state": {"estimator.ff.0.bias": "text"}}, "no named tensors"),
+        ({"state": {"estimator.ff.0.bias": "text"}}, "not named tensors"),
     ],
 )
 def test_what_does_not_fit_is_named(layout: Path, changes: dict[str, Any], message: str) -> None:
@@ -253,6 +254,31 @@ def test_weights_replaced_in_place_are_another_revision(layout: Path) -> None:
     before = hub.pin_revision(str(layout))
     change(layout, {"estimator.ff.6.bias": torch.ones(1)})
     assert hub.pin_revision(str(layout)) != before
+
+
+def test_a_checkpoint_is_unpickled_once_and_its_model_does_not_need_the_file(
+    layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    ordinary = torch.load
+
+    def watched(path: Path, **options: Any) -> Any:
+        read.append(path)
+        return ordinary(path, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    scorer = QualityScorer(str(layout))
+    again = replace(scorer, output_column="again_score")
+    assert (again.objective, again.revision, again.tokenizer_revision) == (
+        "regression",
+        scorer.revision,
+        scorer.tokenizer_revision,
+    )
+    expected = scorer(ROWS)["iqs_score"]
+    assert len(read) == 1
+    file = next(layout.glob("checkpoints/*.ckpt"))
+    file.write_bytes(b"")  # a weight that were still mapped from the file would end this process
+    assert again(ROWS)["again_score"] == expected
 
 
 def test_options_can_be_changed_on_loading(layout: Path) -> None:

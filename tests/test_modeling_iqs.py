@@ -8,11 +8,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from car_datasets import IQSConfig, IQSModel, hub
+from car_datasets.configuration_iqs import HEAD_NAMES
 from car_datasets.layers import sparsemax
+from car_datasets.modeling_iqs import HEADS
 from tests.conftest import tiny_encoder_config
 
 IDS = torch.tensor([[2, 5, 6, 7, 3, 0, 0], [2, 9, 10, 11, 12, 13, 3]])
 MASK = (IDS != 0).long()
+
+
+def test_every_head_of_the_configuration_can_be_built() -> None:
+    assert tuple(HEADS) == HEAD_NAMES
+
 
 CONFIGURATIONS = [
     {},
@@ -164,7 +171,7 @@ def test_weights_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> Non
         ({"layer": 3}, "hidden states 0 to 2"),
         ({"head": "linear"}, "head='linear' is not known"),
         ({"head": "segments"}, r"two hidden_sizes, not 'regression' and \[16\]"),
-        ({"head": "segments", "objective": "ranking"}, "wants objective='regression'"),
+        ({"head": "segments", "objective": "ranking"}, "needs objective='regression'"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:

@@ -94,7 +94,7 @@ def test_a_folder_that_holds_no_engine_is_refused(tiny_iqs: str, tmp_path: Path)
 def test_a_damaged_record_is_refused(record: str, tiny_iqs: str, tiny_engine: str, tmp_path: Path) -> None:
     shutil.copytree(tiny_engine, tmp_path / "engine")
     (tmp_path / "engine" / "engine.json").write_text(record)
-    with pytest.raises(ValueError, match=r"engine\.json is damaged\. Make the folder anew"):
+    with pytest.raises(ValueError, match=r"engine\.json is damaged\. Make the folder again"):
         QualityScorer(tiny_iqs, engine=str(tmp_path / "engine"))
 
 
