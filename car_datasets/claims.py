@@ -1,7 +1,8 @@
-"""Who works on which piece of a shared folder: claims, which are files that only one worker can make.
+"""Claims, which are files that only one worker can create, and the folder that they and the shards are stored in.
 
-Does: take, renew, give back and take over claims, and write whole files, in a local folder or behind an fsspec URL.
-Does not: know what the pieces are (shards.py), or compare the clocks of two machines.
+Does: take, renew, release and take over claims; read and write files atomically in a local folder or behind an fsspec
+URL.
+Does not: know what is claimed, or compare the clocks of two machines.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -25,20 +26,59 @@ from car_datasets.results import write_whole
 CLAIM = re.compile(r"(?P<piece>.+)\.claim-(?P<turn>\d+)")
 
 
-class Folder:
-    """A flat folder of whole files, local or behind any fsspec URL (`s3://...`, `memory://...`).
+class ShardStorage(Protocol):
+    """A flat folder in which workers share the files of a run; a file is never seen half-written.
 
-    Args:
-        location (`str` or `PathLike`): made when something is written.
-
-    `local` is its path where it is one, else `None`. Between two looks at it for what others have done, workers wait
-    `patience` seconds.
+    Attributes:
+        local (`Path`): path of the folder if it is local, else `None`.
+        patience (`float`): seconds that a waiting worker leaves between two looks at the folder.
     """
 
-    claimable = True
+    patience: float
+
+    @property
+    def local(self) -> Path | None:
+        """Return the path of the folder if it is local, else `None`."""
+
+    def make(self) -> None:
+        """Create the folder, and raise ValueError if nothing may be written to it."""
+
+    def names(self) -> set[str]:
+        """Return the names of the files in it; an empty set if it does not exist."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or `None` if it does not exist."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file atomically."""
+
+    def upload(self, path: Path, name: str, replace: bool = False) -> bool:
+        """Store a local file atomically as `name`.
+
+        Args:
+            path (`Path`): the local file.
+            name (`str`): its name in the folder.
+            replace (`bool`): replace a file of that name even where the storage would keep it.
+
+        Returns:
+            `bool`: False if the folder keeps another worker's file instead.
+        """
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file to a local path atomically."""
+
+
+class Folder:
+    """A [`ShardStorage`] in a local folder or behind any fsspec URL (`s3://...`, `memory://...`), in which claims work.
+
+    Args:
+        location (`str` or `PathLike`): created when something is written.
+    """
+
     patience = 0.5
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
+        """Open the folder, which need not exist."""
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
@@ -47,22 +87,23 @@ class Folder:
         self.local = Path(self._path) if isinstance(self._fs, LocalFileSystem) else None
 
     def __str__(self) -> str:
+        """Return the location."""
         return self.location
 
     def make(self) -> None:
-        """Make the folder and its parents."""
+        """Create the folder and its parents."""
         self._fs.makedirs(self._path, exist_ok=True)
 
     def names(self) -> set[str]:
-        """The names of its files; none where it is not there."""
-        self._fs.invalidate_cache()
+        """Return the names of the files in it; an empty set if it does not exist."""
+        self._fs.invalidate_cache()  # object stores keep listings, which would hide the files of other workers
         try:
             return {str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._path, detail=False)}
         except FileNotFoundError:
             return set()
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file, or `None` where it is not there."""
+        """Return the content of a file, or `None` if it does not exist."""
         try:
             content: bytes = self._fs.cat_file(self._at(name))
         except FileNotFoundError:
@@ -70,9 +111,10 @@ class Folder:
         return content
 
     def create(self, name: str, content: bytes) -> bool:
-        """Make a file unless it is there: of several that try, one succeeds (O_EXCL, or a put with a condition).
+        """Create a file and return True, or return False if it exists; of several workers that try, one succeeds.
 
-        Where a filesystem has no such thing, several may succeed; two workers then do the same work, with equal results.
+        Local filesystems use O_EXCL, object stores a conditional put. On a filesystem that supports neither, several
+        workers may succeed; they then do the same work, with equal results.
         """
         try:
             if self.local is not None:
@@ -84,25 +126,25 @@ class Folder:
         return True
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a small file, whole or not at all."""
+        """Write a small file atomically, replacing any other of that name."""
         if self.local is not None:
             write_whole(self.local / name, lambda path: Path(path).write_bytes(content))
         else:
-            self._fs.pipe_file(self._at(name), content)  # an object store's put is whole
+            self._fs.pipe_file(self._at(name), content)  # a put of an object store is atomic
 
     def upload(self, path: Path, name: str, replace: bool = False) -> bool:
-        """Put a local file there, whole or not at all, in the place of any other: under another name first, then moved."""
+        """Store a local file as `name`, replacing any other: under a temporary name first, then moved. Return True."""
         partial = f".{name}.{uuid.uuid4().hex[:8]}"
         self._fs.put_file(str(path), self._at(partial))
         self._fs.mv(self._at(partial), self._at(name))
         return True
 
     def download(self, name: str, path: Path) -> None:
-        """Fetch a file; what is at `path` is always whole."""
+        """Copy a file to a local path atomically."""
         write_whole(path, lambda partial: self._fs.get_file(self._at(name), partial))
 
     def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
 
@@ -111,32 +153,40 @@ class Folder:
 
 
 class Claims:
-    """One worker's claims on the pieces of a folder.
+    """The claims of one worker on the pieces of work in a folder: leases that it renews by a heartbeat.
 
-    A claim on PIECE is the file `PIECE.claim-0`, which only one worker can make. It tells who that is, and is written anew
-    every few seconds. The claim of a worker that has died is not removed: whoever makes `PIECE.claim-1` has taken over, so
-    that of several that find it dead, one gets it. A worker is dead if it ran on this machine and its process is gone, or
-    if its claim has stayed the same for `expiry` seconds by the clock of the one who looks.
+    A claim on PIECE is the file `PIECE.claim-0`, which only one worker can create. It names its owner, and is rewritten
+    every few seconds as a heartbeat. The claim of a dead worker is not removed; whoever creates `PIECE.claim-1` takes
+    over, so that only one of several workers that notice the death succeeds. A worker counts as dead if it ran on this
+    machine and its process is gone, or if its claim has not changed for `expiry` seconds by the clock of the observer,
+    so that the clocks of the machines need not agree.
 
-    A worker that was only asleep may go on and do the same work: pieces must come out equal, and be put there whole.
+    A worker that was only suspended may wake up and finish the same piece, so results must be equal and written
+    atomically.
 
     Args:
-        folder ([`Folder`]): where the claims are.
-        expiry (`float`): seconds without a sign of life.
+        folder ([`Folder`]): the folder that the claims are stored in.
+        expiry (`float`): seconds without a heartbeat after which a worker counts as dead.
     """
 
     def __init__(self, folder: Folder, expiry: float = 60.0) -> None:
+        """Give the worker an identity; nothing is claimed yet."""
         process = psutil.Process()
         self.folder, self.expiry = folder, expiry
         self._me = {"id": uuid.uuid4().hex, "host": _host(), "pid": process.pid, "started": process.create_time()}
+        # Content of each claim of others, and the time of this machine's clock at which it was first read.
         self._seen: dict[str, tuple[bytes | None, float]] = {}
 
     def take(self, piece: str, turns: Mapping[str, int]) -> str | None:
-        """Claim a piece: the name of the claim, or `None` where another worker has it.
+        """Claim a piece.
 
         Args:
-            piece (`str`): a file name. Look for the file itself again once the claim is taken.
-            turns (`Mapping`): what [`last_turns`] found in the folder.
+            piece (`str`): the name of the file that the worker will write. Check again that it is missing once the
+                claim is taken: another worker may have finished it and released its claim meanwhile.
+            turns (`Mapping`): the number of the newest claim on each piece, from [`last_turns`].
+
+        Returns:
+            `str` or `None`: the name of the claim; `None` if another worker holds the piece.
         """
         turn = turns.get(piece, -1)
         if turn >= 0 and not self._is_dead(f"{piece}.claim-{turn}"):
@@ -146,17 +196,17 @@ class Claims:
 
     @contextlib.contextmanager
     def renewing(self, claim: str, done: Callable[[], int]) -> Iterator[None]:
-        """Keep a claim alive, and give it back at the end.
+        """Renew a claim in the background, and release it at the end.
 
         Args:
-            claim (`str`): what `take` gave.
-            done (`Callable`): how many rows of it are done, which others can read, see `rows_elsewhere`.
+            claim (`str`): the name that `take` returned.
+            done (`Callable`): returns the rows of the piece that are done, which is published with the heartbeat.
         """
         ended = threading.Event()
 
         def renew() -> None:
-            while not ended.wait(min(5.0, self.expiry / 6)):
-                with contextlib.suppress(Exception):  # a full disk, or an object store's: for the worker to report
+            while not ended.wait(min(5.0, self.expiry / 6)):  # five missed heartbeats do not expire a claim
+                with contextlib.suppress(Exception):  # of a full disk, say; the worker will meet and report it
                     self.folder.write(claim, self._sign(done()))
 
         beat = threading.Thread(target=renew, daemon=True)
@@ -169,19 +219,20 @@ class Claims:
             self.release(claim)
 
     def release(self, claim: str) -> None:
-        """Remove a claim, and those that it has taken over."""
+        """Remove a claim, and the claims of dead workers that it has replaced."""
         piece, turn = claim.rsplit(".claim-", 1)
         for earlier in range(int(turn) + 1):
             with contextlib.suppress(OSError):
                 self.folder.remove(f"{piece}.claim-{earlier}")
 
     def rows_elsewhere(self, names: Collection[str]) -> int:
-        """Rows that other workers have done of pieces that are not finished yet, by the claims among `names`."""
+        """Return the rows that other workers have done of unfinished pieces, according to the claims among `names`."""
         open_claims = {piece: turn for piece, turn in last_turns(names).items() if piece not in names}
         owners = [_parse(self.folder.read(f"{piece}.claim-{turn}")) for piece, turn in open_claims.items()]
         return sum(owner.get("rows", 0) for owner in owners if owner.get("id") != self._me["id"])
 
     def _sign(self, rows: int) -> bytes:
+        # "at" makes every heartbeat differ from the last one; nobody compares it with a clock.
         return json.dumps({**self._me, "rows": rows, "at": time.time()}).encode()
 
     def _is_dead(self, claim: str) -> bool:
@@ -197,10 +248,10 @@ class Claims:
 
 
 def last_turns(names: Collection[str]) -> dict[str, int]:
-    """Of every piece that is claimed, the number of the claim that counts: the last."""
+    """Return the number of the newest claim on each piece that is claimed; only that one is valid."""
     last: dict[str, int] = {}
-    for found in filter(None, map(CLAIM.fullmatch, names)):
-        last[found["piece"]] = max(int(found["turn"]), last.get(found["piece"], 0))
+    for claim in filter(None, map(CLAIM.fullmatch, names)):
+        last[claim["piece"]] = max(int(claim["turn"]), last.get(claim["piece"], 0))
     return last
 
 
@@ -209,22 +260,22 @@ def _create(path: Path, content: bytes) -> None:
         try:
             file.write(content)
             file.flush()
-        except OSError:  # a full disk: an empty claim would keep others away
+        except OSError:  # a full disk: an empty claim would block other workers
             path.unlink()
             raise
 
 
 def _parse(content: bytes | None) -> dict[str, Any]:
-    """A claim, which is empty for the moment between its making and its writing."""
+    """Return the owner of a claim; an empty dict for the moment between its creation and its first write."""
     try:
-        found = json.loads(content or b"{}")
+        owner = json.loads(content or b"{}")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _host() -> str:
-    """This machine since it was started, and its container: where a process id means one process."""
+    """Return a name for this machine since its boot, and its container: within it a process id means one process."""
     names = [platform.node()]
     with contextlib.suppress(OSError):  # Linux only
         names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -232,6 +283,7 @@ def _host() -> str:
 
 
 def _runs(pid: int, started: float) -> bool:
+    """Return True if this process is running; its start time tells it from a later one with the same id."""
     try:
         process = psutil.Process(pid)
         alive: bool = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2

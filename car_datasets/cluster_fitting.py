@@ -20,7 +20,7 @@ from car_datasets import vectors
 from car_datasets.collectives import Processes
 from car_datasets.covariance import Covariance, project
 from car_datasets.kmeans import Chunks, KMeansSettings, fit_kmeans
-from car_datasets.parallel import all_processes, device_for, from_main, note_that_torch_runs
+from car_datasets.parallel import all_processes, device_for, from_main
 from car_datasets.vectors import Matrix, Positions, embedding_batches, read_embeddings
 
 if TYPE_CHECKING:
@@ -167,7 +167,6 @@ def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
     Returns:
         [`Numbers`]: equal in all processes.
     """
-    note_that_torch_runs()
     with all_processes() as processes:
         basis = _fit_basis(dataset, column, settings, processes)
         device = clustering_device()
@@ -282,7 +281,6 @@ def _fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Number
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
 
-    note_that_torch_runs()
     matrix, _ = read_embeddings(dataset, column)
     clusters = number_of_clusters(settings.k, len(matrix))
     if (matrix == matrix[0]).all():  # one row, or equal ones: PCA would divide by a variance of 0

@@ -30,7 +30,7 @@ from car_datasets.cluster_fitting import (
 )
 from car_datasets.collectives import Processes
 from car_datasets.kmeans import nearest
-from car_datasets.parallel import all_processes, mend_threads_after_fork
+from car_datasets.parallel import all_processes, mend_threads_after_fork, note_that_torch_runs
 from car_datasets.results import write_whole
 from car_datasets.rows import refuse_overwrite, refuse_tables
 from car_datasets.vectors import BATCH, Matrix, as_arrow, beside, column_batches, matrix_of
@@ -136,6 +136,7 @@ class ClusterModel:
                 than rows, a setting is invalid, or processes pass different rows.
         """
         settings = checked_fit(k, explained_variance, seed, n_init, kmeans, kmeans_sample)
+        note_that_torch_runs()
         return cls(
             *ENGINES[kmeans](dataset, embedding_column, settings),
             seed=settings.seed,

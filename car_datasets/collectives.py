@@ -1,7 +1,7 @@
-"""What the processes of a launcher compute together: `Processes`.
+"""Computations that the processes of a launcher share: `Processes`.
 
-Does: say which part of the rows is whose, add and join what all have found, raise on all what failed on one.
-Does not: start processes, or know which there are (parallel.py).
+Does: deal out rows, sum and gather results over gloo, raise on every process what failed on one.
+Does not: start processes, or find out how many there are.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-T = TypeVar("T")
-U = TypeVar("U")
+Part = TypeVar("Part")
+Joined = TypeVar("Joined")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a launcher at work on one thing: each calls the same methods in the same order, and what fails on one
-    is raised on all, so that none waits for one that has failed. Alone nothing is sent.
+    """The processes of a launcher, each of which calls the same methods in the same order.
+
+    If any process raises, every process raises, so that none blocks in a collective. With one process no communication
+    takes place.
 
     Args:
-        rank (`int`): the number of this process; count (`int`): of all.
-        group (`ProcessGroup`, *optional*): what they speak through, over gloo.
+        rank (`int`): index of this process.
+        count (`int`): number of processes.
+        group (`ProcessGroup`, *optional*): the gloo group they communicate in; unused if `count` is 1.
     """
 
     rank: int = 0
@@ -32,51 +35,64 @@ class Processes:
     group: Any = None
 
     def share(self, rows: int, step: int) -> range:
-        """This process's part of `rows`: in the order of the ranks, cut at multiples of `step`, so that it may be empty."""
+        """Return the contiguous rows of this process, in the order of the ranks.
+
+        Args:
+            rows (`int`): number of rows of all processes.
+            step (`int`): shares are cut at multiples of `step`, so a share can be empty.
+        """
+        # -(-a // b) rounds up, so that the shares of all ranks meet without a gap.
         first, after = (-(-rank * -(-rows // step) // self.count) * step for rank in (self.rank, self.rank + 1))
         return range(first, min(after, rows)) if first < rows else range(0)
 
-    def each(self, compute: Callable[[], T]) -> T:
-        """What `compute()` gives here, once it is through on every process."""
+    def each(self, compute: Callable[[], Part]) -> Part:
+        """Return this process's `compute()`, once every process has finished its own."""
         if self.count == 1:
             return compute()
-        found, error = _attempt(compute)
+        result, error = _attempt(compute)
         errors: list[Exception | None] = [None] * self.count
         torch.distributed.all_gather_object(errors, error, self.group)
         _raise_first(errors)
-        return cast("T", found)
+        return cast("Part", result)
 
-    def joined(self, compute: Callable[[], T], join: Callable[[list[T]], U]) -> U:
-        """`join` of what `compute()` gives on each, in the order of the ranks; the main process joins, all get the result."""
+    def joined(self, compute: Callable[[], Part], join: Callable[[list[Part]], Joined]) -> Joined:
+        """Gather `compute()` of every process, and return `join` of them on every process.
+
+        Args:
+            compute (`Callable`): called on every process; the result must be picklable.
+            join (`Callable`): called on the main process alone, with the results in the order of the ranks.
+        """
         if self.count == 1:
             return join([compute()])
         mine = _attempt(compute)
         parts: list[Any] | None = [None] * self.count if self.rank == 0 else None
         torch.distributed.gather_object(mine, parts, 0, self.group)
-        found: list[Any] = [None]
-        if parts is not None:
+        outcome: list[Any] = [None]
+        if parts is not None:  # the main process
             failed = [part for part in parts if part[1] is not None]
-            found = [failed[0] if failed else _attempt(lambda: join([part for part, _ in parts]))]
-        torch.distributed.broadcast_object_list(found, 0, self.group)
-        result, error = found[0]
+            outcome = [failed[0] if failed else _attempt(lambda: join([part for part, _ in parts]))]
+        torch.distributed.broadcast_object_list(outcome, 0, self.group)
+        result, error = outcome[0]
         _raise_first([error])
-        return cast("U", result)
+        return cast("Joined", result)
 
     def added(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The sum of what `compute()` gives on each, tensors of one shape, to the same bits on all."""
+        """Return the sum of `compute()` over all processes, bit for bit the same on each; all shapes must be equal."""
         total = self.each(compute)
         if self.count > 1:
+            # gloo cannot sum tensors on a GPU, so those go through the launcher's own NCCL group, where there is one.
             over_nccl = total.is_cuda and "nccl" in torch.distributed.get_backend_config()
             torch.distributed.all_reduce(total, group=None if over_nccl else self.group)
         return total
 
 
-def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What it gives, or the error that it raises, as one that can be sent."""
+def _attempt(compute: Callable[[], Part]) -> tuple[Part | None, Exception | None]:
+    """Return the result of `compute()` and no error, or no result and an error that can be pickled."""
     try:
         return compute(), None
     except Exception as error:
         try:
+            # Some exceptions can be pickled but not restored, for example if __init__ takes other arguments than args.
             pickle.loads(pickle.dumps(error))
         except Exception:
             return None, RuntimeError(f"{type(error).__name__}: {error}")

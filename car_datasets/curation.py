@@ -20,7 +20,7 @@ from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, refuse_taken, select_as_published
 from car_datasets.overview import Overview
-from car_datasets.parallel import from_main, is_main_process
+from car_datasets.parallel import from_main, is_main_process, start_processes
 from car_datasets.projection import check_projection
 from car_datasets.receipt import describe_source, make_receipt, pinned_source
 from car_datasets.recipe import Recipe
@@ -85,6 +85,7 @@ def curate(
         FileNotFoundError: there is no such file.
     """
     settings = (recipe or Recipe()).changed(**changes)
+    start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
     names = (*RESULT_FILES, *ORIGINAL_FILES) if settings.procedure == "paper" else RESULT_FILES
     folder = None if output_dir is None else fresh_folder(Path(output_dir), names)
     opened = open_dataset(

@@ -1,8 +1,8 @@
-"""What a folder of shards belongs to: these texts, in this order, read by this stage, cut into pieces of this size.
+"""Manifests, which bind a folder of shards to the rows, their order, the stage, and the size of a shard.
 
-Does: digest the contents of columns, describe a run as plain values, name what differs between two.
-Does not: use the fingerprint of a dataset, which is another for the same rows in another file, folder or machine, and
-random where a step before could not be hashed.
+Does: digest the contents of columns, describe a run as plain values, name the differences between two runs.
+Does not: use the fingerprint of a dataset, which depends on its files and folder, and is random after an unhashable
+step.
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ import pyarrow.compute as pc
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from car_datasets.stage import Stage
+
 FORMAT = 1
-WINDOW = 8_192  # rows that are digested together; part of the digest
-# What changes no number beyond the tolerance, or says in other words what a revision pins: a run that ran out of memory may
-# go on with a smaller batch, and on a machine where the same model lies in another folder.
+WINDOW = 8_192  # rows that are digested together; another number would give other digests
+# Fields that a stage with a pinned `revision` may change within a run, because they change no number beyond the
+# tolerance, or name what the revision pins: a run that ran out of memory is resumed with smaller batches, or from
+# another model folder.
 FREE_FIELDS = ("model_id", "tokenizer", "engine", "batch_tokens")
 
 
-def describe_run(dataset: Dataset, stage: Any, columns: Sequence[str], shard_rows: int) -> dict[str, Any]:
-    """The manifest of a run, as plain values; equal manifests give equal shards.
+def describe_run(dataset: Dataset, stage: Stage, columns: Sequence[str], shard_rows: int) -> dict[str, Any]:
+    """Return the manifest of a run, as plain values; equal manifests give equal shards.
 
     Args:
-        dataset (`Dataset`): with `columns`, which are the ones that the stage reads.
-        stage: a frozen dataclass with `output_features`, such as [`QualityScorer`].
+        dataset (`Dataset`): the rows.
+        stage ([`Stage`]): a dataclass; the manifest holds the name of its class and its fields.
+        columns (`list[str]`): the columns that the stage reads, to whose content the run is bound.
         shard_rows (`int`): rows in a shard.
+
+    Raises:
+        ValueError: a field of the stage is not a plain value.
     """
-    found = {
+    manifest = {
         "format": FORMAT,
         "rows": len(dataset),
         "shard_rows": shard_rows,
@@ -43,19 +50,33 @@ def describe_run(dataset: Dataset, stage: Any, columns: Sequence[str], shard_row
         "content": content_digest(dataset, columns),
         "stage": type(stage).__name__,
         "features": stage.output_features().to_dict(),
-        **{field.name: getattr(stage, field.name) for field in fields(stage) if field.name not in FREE_FIELDS},
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found))  # tuples as the lists that will be read back
-    return plain
+    settings = {field.name: getattr(stage, field.name) for field in fields(stage)}  # type: ignore[arg-type]
+    free = FREE_FIELDS if "revision" in settings else ()
+    for name, value in settings.items():
+        if name not in free:  # a field named like an entry above must not replace it
+            manifest[f"stage.{name}" if name in manifest else name] = _plain_value(value, name, stage)
+    return {name: json.loads(json.dumps(value)) for name, value in manifest.items()}
+
+
+def _plain_value(value: Any, name: str, stage: Stage) -> Any:
+    """Return a field as JSON reads it back, with tuples as lists; raise ValueError if it is not a plain value."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"fn={type(stage).__name__}: the field {name} is a {type(value).__name__}, to which shards cannot be bound "
+            f"({error}). Make it a string, number, boolean, None, or a list or dict of them."
+        ) from error
 
 
 def run_id(manifest: dict[str, Any]) -> str:
-    """A name for a run: 16 hexadecimal digits, equal for equal manifests."""
+    """Return a name for a run: 16 hexadecimal digits, equal for equal manifests."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """What two manifests differ in, for a message: `dtype ('float32' there, 'bfloat16' now)`."""
+    """Return the differences of two manifests for a message: `dtype ('float32' there, 'bfloat16' now)`."""
     names = [name for name in (*now, *earlier) if earlier.get(name) != now.get(name)]
     return ", ".join(
         f"{name} ({str(earlier.get(name))[:40]!r} there, {str(now.get(name))[:40]!r} now)"
@@ -64,9 +85,9 @@ def differences(earlier: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def content_digest(dataset: Dataset, columns: Sequence[str]) -> str:
-    """sha256 over the values of some columns, in row order: equal for equal values, however they are stored.
+    """Return the sha256 of the values of some columns, in row order: equal for equal values, however they are stored.
 
-    Chunks, offsets, memory-mapped or not, `string` or `large_string`, an index over shuffled rows: none of it counts.
+    Chunks, offsets, memory mapping, `string` or `large_string`, or an index over shuffled rows make no difference.
     """
     content = hashlib.sha256()
     for batch in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=WINDOW):
@@ -77,14 +98,15 @@ def content_digest(dataset: Dataset, columns: Sequence[str]) -> str:
 
 
 def _feed(content: Any, array: pa.Array) -> None:
-    """Values and nulls of an array, as bytes that two arrays share only if they are equal."""
+    """Update `content` with the nulls and values of an array, as bytes that differ for arrays that differ."""
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
+    # Nulls first: what lies in the buffers under a null is undefined, so only the other values are digested.
     content.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)))
     array, kind = array.drop_null(), array.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         array = array.cast(pa.large_binary())
-        content.update(pc.binary_length(array).to_numpy())
+        content.update(pc.binary_length(array).to_numpy())  # else ["ab", ""] would equal ["a", "b"]
         _, starts, data = array.buffers()
         if len(array) and data is not None:
             ends = np.frombuffer(starts, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
@@ -96,5 +118,5 @@ def _feed(content: Any, array: pa.Array) -> None:
         for field, values in zip(kind, array.flatten(), strict=True):
             content.update(f"{field.name} ".encode())
             _feed(content, values)
-    else:  # no text: numbers in a text column, which the stage refuses or marks
+    else:  # numbers and other types, as Python writes them
         content.update(repr(array.to_pylist()).encode())

@@ -21,7 +21,7 @@ from car_datasets import hub
 from car_datasets.columns import add_columns
 from car_datasets.embedding import TextEmbedder
 from car_datasets.estimation import LARGE, estimate_scoring
-from car_datasets.parallel import is_main_process, process_rank
+from car_datasets.parallel import is_main_process, process_rank, start_processes
 from car_datasets.recipe import Recipe
 from car_datasets.rows import refuse_overwrite
 from car_datasets.scoring import QualityScorer
@@ -82,6 +82,7 @@ def score_and_embed(
     Raises:
         ValueError: a model does not exist, or a column of this or a later stage is taken.
     """
+    start_processes()
     stages = _stages(dataset, settings, token, embed)
     folders = [None if shard_dir is None else _shards_of(stage, shard_dir) for _, stage in stages]
     begun = shard_dir is not None and ("://" in str(shard_dir) or any(Path(shard_dir).glob("*/part-*")))

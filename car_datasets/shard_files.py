@@ -1,8 +1,8 @@
-"""The folder of a run over shards: which run it belongs to, finished shards, put there whole and read back.
+"""The folder of a run in shards: a manifest that names the run, finished shards, and claims on the others.
 
-Does: bind a folder to a manifest, refuse another run's, put a shard where all see it, open what is finished, tell what is
-torn, remove what killed workers have left, show how far all workers are.
-Does not: know where rows come from (shards.py, stream_shards.py), or score.
+Does: bind a folder to one run, write shards atomically and read them back, detect torn ones, remove what killed workers
+have left behind, show the progress of all workers.
+Does not: know where rows come from, or choose which shard is scored next.
 """
 
 from __future__ import annotations
@@ -13,242 +13,327 @@ import json
 import logging
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from car_datasets.claims import CLAIM, Claims, Folder
+from car_datasets.claims import CLAIM, Claims, Folder, ShardStorage
+from car_datasets.columns import read_columns
 from car_datasets.hub_folder import HubFolder
-from car_datasets.manifest import differences, run_id
+from car_datasets.manifest import describe_run, differences, run_id
 from car_datasets.parallel import is_main_process
+from car_datasets.rows import refuse_taken
 from car_datasets.shard_parts import PART, part_name, read_part, write_part
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
+    from car_datasets.stage import Stage
+
 MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
 
-class SharedRun:
-    """What a process does with the folder of its run; a subclass knows the rows.
+class RunOptions(NamedTuple):
+    """How a run is stored and shared.
 
     Args:
-        manifest (`dict`): see [`describe_run`].
-        shard_dir, expiry, token: see [`score_in_shards`].
+        shard_dir (`str`, *optional*): a folder, an fsspec URL, or a folder in a dataset repository; by default a folder
+            in the cache of `datasets`.
+        shard_rows (`int`, *optional*): rows in a shard; a number by the time that a run is made.
+        expiry (`float`): seconds without a heartbeat after which a worker on another machine counts as dead.
+        token (`str`, *optional*): for a folder on the Hub.
+    """
+
+    shard_dir: str | os.PathLike[str] | None
+    shard_rows: int | None
+    expiry: float
+    token: str | None = None
+
+
+class SharedRun(ABC):
+    """Base class for a worker of a resumable run that stores its shards in a folder; subclasses provide the rows.
+
+    Args:
+        table (`Dataset`): the rows that the manifest describes: all rows, or the first ones of a stream.
+        stage ([`Stage`]): adds the columns.
+        options ([`RunOptions`]): folder, size of a shard, and expiry of claims.
+        more (`dict`, *optional*): entries of the manifest that replace those of `table`.
+
+    Attributes:
+        copies (`Path`): local folder that parts are read from: the folder of the run if it is local, else one in the
+            cache.
+        done (`int`): rows of the current shard that have been scored.
+        whole (`dict`): finished shards by number, memory-mapped.
+
+    Raises:
+        ValueError: a new column already exists, the stage cannot read the rows or has fields that are not plain values,
+            or the folder cannot be one of shards.
     """
 
     def __init__(
-        self,
-        manifest: dict[str, Any],
-        shard_dir: str | os.PathLike[str] | None,
-        expiry: float,
-        token: str | None = None,
+        self, table: Dataset, stage: Stage, options: RunOptions, more: Mapping[str, Any] | None = None
     ) -> None:
+        """Describe the run and open its folder, in which nothing is written yet."""
         from datasets import config
 
-        self.manifest = manifest
-        self.id = run_id(manifest)
+        self.stage, self.shard_rows = stage, options.shard_rows or len(table)
+        refuse_taken(table.column_names, stage)
+        self.table = table.with_format(None)
+        self.reads = read_columns(table.column_names, stage, with_index=False)
+        self.manifest = {**describe_run(self.table, stage, self.reads, self.shard_rows), **(more or {})}
+        self.id = run_id(self.manifest)
         cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
-        self.folder = _open(_on_one_machine(cache) if shard_dir is None else os.fspath(shard_dir), token)
-        # Where parts are read from: a URL's are fetched once. Two streams may begin alike, and so have one id.
+        location = _on_one_machine(cache) if options.shard_dir is None else os.fspath(options.shard_dir)
+        self.folder = _open(location, options.token)
+        # Two streams that begin alike have one id, so copies are kept apart by the address of the folder.
         place = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         self.copies = self.folder.local or cache / place
-        # Where claims are impossible, the workers of one machine still share their own.
-        self.claims = Claims(self.folder if isinstance(self.folder, Folder) else Folder(self.copies), expiry)
-        self.done = 0  # rows of the shard at hand
+        # On the Hub only the workers of one machine can claim, in their local folder.
+        self.claims = Claims(self.folder if isinstance(self.folder, Folder) else Folder(self.copies), options.expiry)
+        self.done = 0
         self.whole: dict[int, Dataset] = {}
         self._torn: set[int] = set()
 
+    @abstractmethod
     def expected_rows(self, shard: int, fingerprint: str) -> int:
-        """Rows that a finished shard must have, whose part bears this fingerprint."""
-        raise NotImplementedError
+        """Return the rows that a finished shard must have; `fingerprint` is the one stored in its part file."""
 
+    @abstractmethod
     def may_write(self, names: set[str]) -> bool:
-        """Whether this run may have something to put there, given what is there."""
-        raise NotImplementedError
+        """Return True if this run may still write a shard, given the names of the files in the folder."""
+
+    @property
+    def claims_are_shared(self) -> bool:
+        """Return True if all workers claim in the folder of the run; False if each machine has claims of its own."""
+        return self.claims.folder is self.folder
+
+    @property
+    def pause(self) -> float:
+        """Return the seconds to wait before looking again whether other workers have finished or died."""
+        return min(self.folder.patience, self.claims.expiry / 6)
 
     def fingerprint(self, shard: int) -> str:
-        """What binds a part to its run and its place: how the fingerprint begins that `datasets` finds in it."""
+        """Return the prefix of the fingerprint that binds the part file of a shard to its run and its number."""
         return f"{self.id}-{shard:05d}"
 
+    def new_columns(self, batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        """Return the stage's new columns for a batch of `rows` rows.
+
+        Raises:
+            ValueError: they are not the columns that the stage declares, or have another number of rows.
+        """
+        new = self.stage(batch)
+        wrong = {name: len(values) for name, values in new.items() if len(values) != rows}
+        declared = list(self.stage.output_features())
+        if set(new) != set(declared) or wrong:
+            raise ValueError(
+                f"fn={type(self.stage).__name__} returned the columns {list(new)} for {rows} rows"
+                f"{f', with {wrong} values' if wrong else ''}. A stage must return one value per row for each of the "
+                f"columns that output_features() declares: {declared}."
+            )
+        return new
+
     def names(self) -> set[str]:
-        """What is in the folder, and the claims, wherever they are."""
+        """Return the names of the files in the folder, and of the claims, wherever those are kept."""
         with self.explaining("the folder", "read"):
             names = self.folder.names()
-        if self.claims.folder is self.folder:
+        if self.claims_are_shared:
             return names
         return names | {name for name in self.claims.folder.names() if CLAIM.fullmatch(name)}
 
     def bind(self) -> None:
-        """Write the manifest, or find an equal one. Two runs that write theirs at once are told apart by their shards.
+        """Write the manifest, or check that the one in the folder is equal.
+
+        Two runs that write theirs at the same time are not told apart here, but by the fingerprints of their shards.
 
         Raises:
-            ValueError: the folder is another run's, or holds something else.
+            ValueError: the folder belongs to another run, or holds other files.
+            OSError: the folder cannot be read or written.
         """
         with self.explaining(MANIFEST, "read"):
             earlier = self.folder.read(MANIFEST)
         if earlier is None:
-            there = [name for name in self.folder.names() if not name.startswith(".")]
-            if there and MANIFEST not in there:
+            present = [name for name in self.folder.names() if not name.startswith(".")]
+            if present and MANIFEST not in present:
                 raise ValueError(
-                    f"shard_dir={str(self.folder)!r} holds {sorted(there)[:3]} and no {MANIFEST}: it is no folder of shards. "
-                    "Name a new or an empty one (--shards DIR)."
+                    f"shard_dir={str(self.folder)!r} holds {sorted(present)[:3]} and no {MANIFEST}: it is not a folder "
+                    "of shards. Pass a new or empty one (--shards DIR)."
                 )
             with self.explaining(MANIFEST):
                 self.folder.make()
                 self.folder.write(MANIFEST, json.dumps(self.manifest, indent=2).encode())
                 earlier = self.folder.read(MANIFEST)
-        elif not self.folder.claimable and self.may_write(self.folder.names()):
-            self.folder.make()  # before an hour of work that may not be put there
+        elif not self.claims_are_shared and self.may_write(self.folder.names()):
+            self.folder.make()  # checks the token now, before an hour of work that could not be uploaded
         try:
-            found = json.loads(earlier or b"")
+            stored = json.loads(earlier or b"")
         except ValueError:
-            found = {}
-        if found != self.manifest:
+            stored = {}
+        if stored != self.manifest:
             raise ValueError(
-                f"shard_dir={str(self.folder)!r} belongs to another run: {differences(found, self.manifest)}. Name another "
-                "folder (--shards DIR), or delete this one."
+                f"shard_dir={str(self.folder)!r} belongs to another run: {differences(stored, self.manifest)}. Pass "
+                "another folder (--shards DIR), or delete this one."
             )
 
     def claim(self, shard: int, turns: Mapping[str, int]) -> str | None:
-        """Claim a shard: the name of the claim, or `None` where another worker has it, see [`~Claims.take`]."""
+        """Claim a shard.
+
+        Args:
+            shard (`int`): its number.
+            turns (`Mapping`): the number of the newest claim on each part file, from [`last_turns`].
+
+        Returns:
+            `str` or `None`: the name of the claim; `None` if another worker holds the shard.
+        """
         with self.explaining(part_name(shard)):
-            if self.claims.folder is not self.folder:
+            if not self.claims_are_shared:
                 self.claims.folder.make()
             return self.claims.take(part_name(shard), turns)
 
     def write(self, shard: int, features: Features, batches: Iterable[dict[str, Any]], suffix: str = "") -> None:
-        """Write a shard here, whole or not at all; in place where the folder is here, else where it waits for `put`.
+        """Write a shard atomically: in place if the folder is local, else to a local file that `put` uploads.
 
         Args:
-            features (`Features`): of its columns.
-            batches (`Iterable`): its rows, as columns.
-            suffix (`str`): of its fingerprint.
+            shard (`int`): its number.
+            features (`Features`): types of its columns.
+            batches (`Iterable`): its columns, batch by batch.
+            suffix (`str`): appended to its fingerprint.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         path = self._own(shard)
         with self.explaining(path.name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another worker took over, finished, and swept our file away
+            # Another worker may have taken over the claim, finished, and swept our temporary file away.
+            with contextlib.suppress(FileNotFoundError):
                 write_part(path, features, batches, self.fingerprint(shard) + suffix)
 
     def put(self, shard: int) -> None:
-        """Put a shard that was written here where all see it.
+        """Upload a shard that was written, if the folder is remote, and read it back.
 
         Raises:
-            OSError: it cannot be put there, or does not read back.
+            OSError: it cannot be uploaded, or does not read back.
         """
         path, own = self.copies / part_name(shard), self._own(shard)
         if self.folder.local is None:
-            with self.explaining(path.name), contextlib.suppress(FileNotFoundError):  # as above
+            with (
+                self.explaining(path.name),
+                contextlib.suppress(FileNotFoundError),
+            ):  # swept by another worker, as in write
                 path.unlink(missing_ok=True)
                 if self.folder.upload(own, path.name, replace=shard in self._torn):
                     os.replace(own, path)
                 else:
-                    own.unlink()  # another machine was first: its numbers are everyone's, and are fetched
+                    own.unlink()  # another machine was first: all workers use its numbers, which are downloaded below
         if not self.is_whole(shard, {path.name}):
-            raise OSError(f"shard_dir={str(self.folder)!r}: {path.name} was written and does not read back whole.")
+            raise OSError(f"shard_dir={str(self.folder)!r}: {path.name} was written, but does not read back complete.")
 
     def waits(self, shard: int) -> bool:
-        """Whether this shard was scored here before, by a run that could not put it where all see it."""
+        """Return True if a finished copy of this shard exists locally but was never uploaded."""
         if self.folder.local is not None:
             return False
-        with contextlib.suppress(ValueError):  # another run's
+        with contextlib.suppress(ValueError):  # a file of another run
             return not isinstance(self._read(shard, self._own(shard)), str)
         return False
 
     def _own(self, shard: int) -> Path:
-        """Where a shard is written: under a name of its own where others may bring the same one."""
+        """Return the path that a shard is written to, which is not that of a downloaded part if it will be uploaded."""
         name = part_name(shard)
         return self.copies / (name if self.folder.local is not None else f"unput-{name}")
 
     def is_whole(self, shard: int, names: set[str]) -> bool:
-        """Whether a shard is finished; one that is torn is not, and is scored again.
+        """Return True if a shard is finished; a torn one is not, and is scored again.
+
+        Args:
+            shard (`int`): its number.
+            names (`set[str]`): names of the files in the folder.
 
         Raises:
-            OSError: it cannot be read, whatever is in it: its rows may well be there, and are not to be scored again.
+            OSError: the part file cannot be read. It may be complete, so it is not scored again.
             ValueError: it belongs to another run.
         """
         name = part_name(shard)
         if shard not in self.whole and name in names:
-            with self.explaining(name, "read"), contextlib.suppress(FileNotFoundError):  # gone since we looked
+            with self.explaining(name, "read"), contextlib.suppress(FileNotFoundError):  # removed since `names`
                 if self.folder.local is None and not (self.copies / name).exists():
                     self.copies.mkdir(parents=True, exist_ok=True)
                     self.folder.download(name, self.copies / name)
-            found = self._read(shard, self.copies / name)
-            if not isinstance(found, str):
-                self.whole[shard] = found
+            part = self._read(shard, self.copies / name)
+            if not isinstance(part, str):
+                self.whole[shard] = part
             else:
                 if shard not in self._torn:
-                    logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, name, found)
+                    logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, name, part)
                 self._torn.add(shard)
                 if self.folder.local is None:
                     (self.copies / name).unlink(missing_ok=True)
         return shard in self.whole
 
     def _read(self, shard: int, path: Path) -> Dataset | str:
-        """The part of a shard that lies here, memory-mapped, or what is wrong with it."""
+        """Return the part in a local file, memory-mapped, or a message that says how it is torn."""
         with self.explaining(path.name, "read"):
-            found = read_part(path)
-        if isinstance(found, str):
-            return found
-        part, fingerprint = found
+            content = read_part(path)
+        if isinstance(content, str):
+            return content
+        part, fingerprint = content
         if not f"{fingerprint}-".startswith(f"{self.fingerprint(shard)}-"):
             raise ValueError(
-                f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or name another folder "
-                "(--shards DIR)."
+                f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or pass another "
+                "folder (--shards DIR)."
             )
         expected = self.expected_rows(shard, fingerprint)
         return part if len(part) == expected else f"{len(part)} of {expected} rows"
 
     def sweep(self, names: set[str]) -> None:
-        """Remove what killed workers have left, once every shard is there."""
+        """Remove claims and temporary files that killed workers have left behind, once every shard is finished."""
         for name in names:
             ours = PART.match(name.lstrip(".")) or name.startswith(f".{MANIFEST}.")
             if ours and not PART.fullmatch(name):
                 with contextlib.suppress(OSError):
                     self.claims.folder.remove(name)
-        if self.folder.local is None:  # and what waited here to be put there
+        if self.folder.local is None:  # local files that were never uploaded
             for path in self.copies.glob("*part-*"):
                 if not PART.fullmatch(path.name):
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def explaining(self, name: str, doing: str = "written") -> Iterator[None]:
-        """A disk that is full or fails, or a folder that is closed to us, as an error that says what to do."""
+        """Raise an OSError that says what to do for one of a full or failing disk, or of missing permissions."""
         try:
             yield
         except OSError as error:
-            mend = "make room or mend the folder" if doing == "written" else "mend the folder"
+            mend = "Free disk space or repair the folder" if doing == "written" else "Repair the folder"
             raise OSError(
-                f"shard_dir={str(self.folder)!r}: {name} cannot be {doing}: {error}. Shards that are finished stay: {mend}, and "
-                "run the same again."
+                f"shard_dir={str(self.folder)!r}: {name} cannot be {doing}: {error}. Finished shards are kept. {mend}, "
+                "then run the same command again to resume."
             ) from error
 
     @contextlib.contextmanager
     def progress(
         self, description: str, total: int | None, rows_in: Callable[[int], int]
     ) -> Iterator[Callable[..., None]]:
-        """One bar for all workers, on the main process: what is finished, and what claims say of the rest.
+        """Show one progress bar for all workers, on the main process, from the finished shards and the claims.
 
         Args:
-            total (`int`, *optional*): rows of the run, where they are known.
-            rows_in (`Callable`): of a shard, at most.
+            description (`str`): label of the bar.
+            total (`int`, *optional*): rows of the run, if known.
+            rows_in (`Callable`): maximal number of rows of a shard.
 
         Yields:
-            `Callable`: shows how far they are, given the names in the folder, or at most once a second without.
+            `Callable`: updates the bar: at once if given the names in the folder, else if the last look is old enough.
         """
         from datasets.utils import tqdm
 
         with tqdm(total=total, desc=description, unit=" examples", disable=not is_main_process()) as bar:
-            looked = [0.0]
+            looked = [0.0]  # time of the last look at the folder, in seconds; a list, so that the functions can set it
 
             def draw(names: set[str]) -> None:
                 looked[0] = time.monotonic()
                 finished = sum(rows_in(int(part[1])) for part in map(PART.fullmatch, names) if part)
+                # A claim that is taken over may tell fewer rows than before; a bar cannot go back.
                 bar.update(max(0, finished + self.claims.rows_elsewhere(names) + self.done - bar.n))
 
             def show(names: set[str] | None = None) -> None:
@@ -258,34 +343,31 @@ class SharedRun:
                     draw(names)
                 elif time.monotonic() - looked[0] >= 2 * self.folder.patience:
                     looked[0] = time.monotonic()
-                    with contextlib.suppress(Exception):  # in the middle of a shard, whose rows are worth more
+                    with contextlib.suppress(Exception):  # a failing look must not end a shard that is being scored
                         draw(self.names())
 
             yield show
 
 
 def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
-    """A name that is empty would be the working directory, or the root: often a variable that is not set.
-
-    Raises:
-        ValueError: it is.
-    """
+    """Raise ValueError for an empty name (of an unset variable, say), which would be the working directory."""
     if not os.fspath(shard_dir).strip():
-        raise ValueError("shard_dir='' names no folder; pass one (--shards DIR), or leave it out.")
+        raise ValueError("shard_dir='' is empty. Pass a folder (--shards DIR), or leave it out.")
 
 
-def _open(location: str | Path, token: str | None) -> Folder | HubFolder:
+def _open(location: str | Path, token: str | None) -> ShardStorage:
     refuse_blank(location)
+    # Buckets on the Hub are object stores, which fsspec can write; dataset repositories take commits.
     on_the_hub = str(location).startswith("hf://") and not str(location).startswith("hf://buckets/")
     return HubFolder(str(location), token) if on_the_hub else Folder(location)
 
 
 def _on_one_machine(cache: Path) -> Path:
-    """The default folder, which processes on several machines may not have in common."""
+    """Return the default folder; raise ValueError if processes run on several machines, which do not share it."""
     here, everywhere = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if here != everywhere:
         raise ValueError(
-            f"{everywhere} processes run on several machines: pass shard_dir=... (--shards DIR), a folder that all see, or a "
-            "URL such as s3://..."
+            f"{everywhere} processes run on several machines: pass shard_dir=... (--shards DIR), a folder that all "
+            "share, or a URL such as s3://..."
         )
     return cache

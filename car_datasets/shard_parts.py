@@ -1,4 +1,8 @@
-"""The files of a run in shards: how one is written, and whether what lies there is one, whole, and of this run."""
+"""Part files: each holds the new columns of one shard, as an Arrow stream.
+
+Does: write one atomically, read one memory-mapped, tell a torn one from one that cannot be read.
+Does not: know which run a part belongs to; its fingerprint tells.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +23,19 @@ PART = re.compile(r"part-(\d+)\.arrow")
 
 
 def part_name(shard: int) -> str:
-    """The file of a shard."""
+    """Return the name of the part file of a shard."""
     return f"part-{shard:05d}.arrow"
 
 
 def write_part(path: Path, features: Features, batches: Iterable[dict[str, Any]], fingerprint: str) -> None:
-    """Write the new columns of a shard, whole or not at all.
+    """Write the new columns of a shard atomically.
 
     Args:
-        path (`Path`): the file.
+        path (`Path`): the part file.
         features (`Features`): types of the columns.
-        batches (`Iterable`): columns as the stage gave them, batch by batch.
-        fingerprint (`str`): what binds a part to its run and its place; `datasets` takes it for the fingerprint of the part.
+        batches (`Iterable`): columns as the stage returned them, batch by batch.
+        fingerprint (`str`): binds the part to its run and its number; `datasets` takes it for the fingerprint of the
+            part.
     """
     from datasets.arrow_writer import ArrowWriter
 
@@ -47,10 +52,10 @@ def write_part(path: Path, features: Features, batches: Iterable[dict[str, Any]]
 
 
 def read_part(path: Path) -> tuple[Dataset, str] | str:
-    """A part, memory-mapped, and its fingerprint, or how it is torn.
+    """Return the part in a file, memory-mapped, and its fingerprint, or a message that says how the file is torn.
 
     Raises:
-        OSError: it cannot be read, whatever is in it.
+        OSError: the file cannot be read. It may be complete.
     """
     from datasets import Dataset
 
@@ -61,7 +66,7 @@ def read_part(path: Path) -> tuple[Dataset, str] | str:
     except (pa.ArrowInvalid, FileNotFoundError) as error:
         return str(error)
     except OSError as error:
-        if error.errno is None:  # Arrow's own, on a file that ends early; those of the system have a number
+        if error.errno is None:  # raised by Arrow for a file that ends early; errors of the system have a number
             return str(error)
         raise
     return part, str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))

@@ -1,8 +1,8 @@
-"""A stream read shard by shard, as typed tables that can be told apart and gone back to.
+"""Reading a stream shard by shard, as typed tables with digests.
 
-Does: cut a stream in its own order, settle the types of its columns by its first rows, refuse what does not fit them, go to
-where the stream was.
-Does not: know whether it arrives there: the digest of what it reads tells (stream_shards.py).
+Does: cut a stream in its own order, infer the types of its columns from its first rows, refuse rows that do not fit
+them, restore a saved state.
+Does not: check that a restored state leads to the same rows; callers compare digests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from car_datasets.manifest import content_digest
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-HEAD = 1_000  # first rows, which tell the types and bind the folder
+HEAD = 1_000  # number of first rows, which give the types and name the run
 DECLARE = "Name the types of all columns: stream.cast(Features(...)), or from_generator(..., features=Features(...))."
 
 Row = dict[str, Any]
@@ -26,7 +26,15 @@ State = dict[str, Any]
 
 
 class Piece(NamedTuple):
-    """A shard of a stream in memory: its number, its rows as they came, as a table, its digest, and the stream's state before."""
+    """A shard of a stream in memory.
+
+    Args:
+        shard (`int`): its number.
+        rows (`list[dict]`): the rows as the stream yielded them.
+        table (`Dataset`): the same rows with the types of the run.
+        digest (`str`): 16 hexadecimal digits of the sha256 of the table.
+        state (`dict`): the stream's `state_dict()` before the shard.
+    """
 
     shard: int
     rows: list[Row]
@@ -36,19 +44,23 @@ class Piece(NamedTuple):
 
 
 class StreamReader:
-    """Reads a stream shard by shard, forwards; `shard` is the number of the next.
+    """A reader that cuts a stream into shards.
 
     Args:
-        stream (`IterableDataset`): of any format.
+        stream (`IterableDataset`): in any format.
         shard_rows (`int`): rows in a shard.
 
-    `head` holds the first rows as a table, `features` the types: the stream's own, or those of the first rows.
+    Attributes:
+        shard (`int`): number of the next shard.
+        head (`Dataset`): the first rows.
+        features (`Features`): the types that the stream declares, else those of the first rows.
 
     Raises:
-        ValueError: there are no rows, or their types are unclear.
+        ValueError: the stream is empty, or the types of its first rows are unclear.
     """
 
     def __init__(self, stream: IterableDataset, shard_rows: int) -> None:
+        """Read the first rows."""
         from datasets import Features
 
         self.stream, self.shard_rows, self.shard = stream.with_format(None), shard_rows, 0
@@ -64,11 +76,12 @@ class StreamReader:
         self.head = self._table(self._pending)
 
     def read(self) -> Piece | None:
-        """The next shard, or `None` at the end of the stream.
+        """Return the next shard, or `None` at the end of the stream.
 
         Raises:
-            ValueError: rows have other columns or types than the first.
+            ValueError: rows have other columns or types than the first rows.
         """
+        # The first rows have been read already, so the state before shard 0 is not the current one.
         state = self.stream.state_dict() if self.shard else self._start
         rows = self._pending + list(islice(self._rows, self.shard_rows - len(self._pending)))
         self._pending = []
@@ -79,7 +92,7 @@ class StreamReader:
         return Piece(self.shard - 1, rows, table, content_digest(table, table.column_names)[-16:], state)
 
     def jump(self, shard: int, state: State) -> Piece | None:
-        """Read a shard before which the stream had this state; `None` where the stream cannot take it or has no more rows."""
+        """Return the shard that follows a saved state; `None` if the stream rejects the state or has no more rows."""
         try:
             self._go(shard, state)
             return self.read()
@@ -87,7 +100,7 @@ class StreamReader:
             return None
 
     def restart(self) -> None:
-        """Read from the first row again."""
+        """Go back to the first row."""
         self._go(0, self._start)
 
     def _go(self, shard: int, state: State) -> None:
@@ -95,20 +108,21 @@ class StreamReader:
         self._rows, self._pending, self.shard = iter(self.stream), [], shard
 
     def _table(self, rows: list[Row]) -> Dataset:
+        """Return rows as a table with the types of the run; raise ValueError if they do not fit."""
         from datasets import Dataset
         from datasets.table import InMemoryTable
 
         columns, schema = _columns(rows), self.features.arrow_schema
         start = self.shard * self.shard_rows
         if not self._declared:
-            found = self._inferred(columns, start)
-            changed = [name for name in found.names if not _fits(found, schema, name)]
+            inferred = self._inferred(columns, start)
+            changed = [name for name in inferred.names if not _fits(inferred, schema, name)]
         else:
             changed = [name for name in columns if name not in self.features]
         if changed:
             raise ValueError(
-                f"{self._where(start, len(rows))}: the columns {changed} have other types than in the first rows, or were not "
-                f"there. {DECLARE}"
+                f"{self._where(start, len(rows))}: the columns {changed} have other types than in the first rows, or "
+                f"did not exist. {DECLARE}"
             )
         columns = {name: columns.get(name, [None] * len(rows)) for name in self.features}
         encoded = self.features.encode_batch(columns) if self._declared else columns
@@ -126,16 +140,16 @@ class StreamReader:
 
 
 def _columns(rows: list[Row]) -> dict[str, list[Any]]:
-    """Rows as columns; of a name that only some rows have, null elsewhere."""
+    """Return rows as columns, with nulls in rows that lack a column."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _fits(found: pa.Schema, schema: pa.Schema, name: str) -> bool:
-    """Whether values of the type found can be written as the type that the first rows had, and nothing is lost."""
+def _fits(inferred: pa.Schema, schema: pa.Schema, name: str) -> bool:
+    """Return True if the inferred type of a column can be written as the type of the first rows without loss."""
     if name not in schema.names:
         return False
-    parts = [pa.schema([pa.field(name, each.field(name).type)]) for each in (schema, found)]
+    parts = [pa.schema([pa.field(name, each.field(name).type)]) for each in (schema, inferred)]
     try:
         both = pa.unify_schemas(parts, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError):

@@ -1,16 +1,14 @@
-"""A stream in shards: rows that fit in no memory are scored in their own order, and written with their new columns.
+"""Scoring a stream in shards: rows are scored in the order of the stream, and written with their new columns.
 
-Does: claim and score the shards that a stream is cut into (stream_reader.py), go on where a run was cut off, make sure that
-the rows are those that were scored.
-Does not: need to know how many rows there are, trust a saved state (the last finished shard is read again, and compared),
-or ask a stream for another order than its own.
+Does: claim and score the shards of a stream, resume an interrupted run, check that the rows are those that were scored.
+Does not: need the number of rows, trust a saved state (the last finished shard is read again and compared), or reorder
+rows.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,69 +16,63 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from car_datasets.claims import last_turns
-from car_datasets.columns import batch_rows, read_columns
-from car_datasets.manifest import describe_run
-from car_datasets.rows import refuse_taken
-from car_datasets.shard_files import SharedRun
+from car_datasets.columns import batch_rows
+from car_datasets.shard_files import RunOptions, SharedRun
 from car_datasets.shard_parts import PART, part_name
 from car_datasets.stream_reader import Piece, State, StreamReader
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
+    from car_datasets.stage import Stage
+
 STATE = re.compile(r"\.?state-(\d+)\.json.*")
 logger = logging.getLogger(__name__)
 
 
 class StreamedRun(SharedRun):
-    """One process's part in a run over the shards of a stream; see [`score_in_shards`].
+    """One worker of a run over the shards of a stream, whose length is unknown.
 
     Args:
-        stream (`IterableDataset`): the same rows in the same order in every process, every time.
-        stage: [`QualityScorer`] or [`TextEmbedder`].
-        shard_dir, shard_rows, expiry, token: see [`score_in_shards`].
+        stream (`IterableDataset`): the same rows in the same order in every process and every run.
+        stage ([`Stage`]): adds the columns.
+        options ([`RunOptions`]): folder, size of a shard, and expiry of claims.
+
+    Raises:
+        ValueError: `shard_dir` is missing, the stream is empty, its types are unclear, or it has a new column already.
     """
 
-    def __init__(
-        self,
-        stream: IterableDataset,
-        stage: Any,
-        shard_dir: str | os.PathLike[str] | None,
-        shard_rows: int,
-        expiry: float,
-        token: str | None = None,
-    ) -> None:
-        if shard_dir is None:
+    def __init__(self, stream: IterableDataset, stage: Stage, options: RunOptions) -> None:
+        """Read the first rows, which name the run, and open its folder."""
+        if options.shard_dir is None:
             raise ValueError(
                 "shard_dir=None: a stream has no name before it is read. Pass shard_dir=<a folder or URL>."
             )
-        self.stage, self.shard_rows = stage, shard_rows
-        self.reader = StreamReader(stream, shard_rows)
-        names = list(self.reader.features)
-        refuse_taken(names, stage)
-        self.reads = read_columns(names, stage, with_index=False)
-        manifest = describe_run(self.reader.head, stage, self.reads, shard_rows)
-        manifest |= {"rows": "a stream", "source": json.loads(json.dumps(self.reader.features.to_dict()))}
-        super().__init__(manifest, shard_dir, expiry, token)
-        self.digests: dict[int, str] = {}  # of shards that are finished, or have been read
-        self.waiting: dict[int, State] = {}  # shards that other workers have, and where the stream was before them
+        self.reader = StreamReader(stream, options.shard_rows or 1)
+        source = json.loads(json.dumps(self.reader.features.to_dict()))
+        super().__init__(self.reader.head, stage, options, {"rows": "a stream", "source": source})
+        self.digests: dict[int, str] = {}  # of shards that are finished or have been read
+        self.waiting: dict[
+            int, State
+        ] = {}  # shards that other workers have claimed, and the state of the stream before them
 
     def expected_rows(self, shard: int, fingerprint: str) -> int:
-        """Rows of a shard, which are known once it has been read, and stand in its fingerprint with their digest."""
+        """Return the number of rows of a shard from its fingerprint, which also holds the digest of the rows."""
         _, _, rows, digest = fingerprint.split("-")
         if self.digests.setdefault(shard, digest) != digest:
-            raise ValueError(self._foreign(f"{part_name(shard)} holds other rows than were read here"))
+            raise ValueError(self._foreign(f"{part_name(shard)} holds other rows than this stream"))
         return int(rows)
 
     def may_write(self, names: set[str]) -> bool:
-        """Always: nobody knows where the stream ends."""
+        """Return True: shards may always follow, because the length of the stream is unknown."""
         return True
 
     def finish(self, description: str) -> Dataset:
-        """Bind the folder, read the stream to its end, wait for what others are at, and open all shards.
+        """Bind the folder, score the stream to its end, wait for other workers, and return all shards as one dataset.
 
         Raises:
-            ValueError, OSError: see [`score_in_shards`].
+            ValueError: the folder belongs to another run, the rows have changed, or an error of the stage.
+            OSError: the folder cannot be read or written.
         """
         from datasets import concatenate_datasets
 
@@ -93,7 +85,7 @@ class StreamedRun(SharedRun):
                     self.waiting[piece.shard] = piece.state
             shards = range(self.reader.shard)
             while self._wait(show):
-                time.sleep(min(self.folder.patience, self.claims.expiry / 6))
+                time.sleep(self.pause)
             names = self.names()
             show(names)
         self._refuse_more_than(len(shards), names)
@@ -101,7 +93,7 @@ class StreamedRun(SharedRun):
         return concatenate_datasets([self.whole[shard] for shard in shards])
 
     def _skip_finished(self, names: set[str]) -> None:
-        """Go on behind the shards that are finished; the last of them is read again."""
+        """Skip the finished shards, but read the last of them again to check that the rows are the same."""
         finished = 0
         while self.is_whole(finished, names):
             finished += 1
@@ -110,11 +102,11 @@ class StreamedRun(SharedRun):
             self._read_again(finished - 1, state)
 
     def _read_again(self, shard: int, state: State) -> Piece:
-        """A shard whose digest is known, by a state of the stream if that leads to the same rows, else from the start."""
+        """Return a shard of known digest, from a saved state if that leads to the same rows, else from the start."""
         piece = self.reader.jump(shard, state)
         if piece is not None and piece.digest == self.digests[shard]:
             return piece
-        logger.warning("The stream does not go on where it was before shard %d: it is read from its start.", shard)
+        logger.warning("The stream does not resume where it was before shard %d: it is read from its start.", shard)
         self.reader.restart()
         while (piece := self.reader.read()) is not None:
             self._check(piece)
@@ -123,19 +115,19 @@ class StreamedRun(SharedRun):
         raise ValueError(self._foreign(f"it ends before row {shard * self.shard_rows}"))
 
     def _check(self, piece: Piece) -> None:
-        """Refuse a shard that has been read or scored with other rows."""
+        """Raise ValueError if this shard was read or scored before with other rows."""
         if self.digests.setdefault(piece.shard, piece.digest) != piece.digest:
             start = piece.shard * self.shard_rows
             raise ValueError(self._foreign(f"rows {start} to {start + len(piece.rows) - 1} are not what they were"))
 
     def _foreign(self, what: str) -> str:
         return (
-            f"shard_dir={str(self.folder)!r} belongs to another stream, or this one has changed or has no fixed order: {what}. "
-            "Name another folder; shuffle by a seed."
+            f"shard_dir={str(self.folder)!r} belongs to another stream, or this one has changed or has no fixed order: "
+            f"{what}. Pass another folder, and shuffle with a seed."
         )
 
     def _wait(self, show: Callable[..., None]) -> bool:
-        """Whether other workers are still at shards that this one has read past; those of dead workers are done here."""
+        """Return True if other workers still hold shards that were read past; score those of dead workers here."""
         names = self.names()
         show(names)
         for shard in list(self.waiting):
@@ -144,7 +136,7 @@ class StreamedRun(SharedRun):
         return bool(self.waiting)
 
     def _take(self, shard: int, piece: Piece | None, show: Callable[..., None]) -> bool:
-        """Score a shard, which may have to be read again, unless it is finished or another worker has it."""
+        """Score a shard, read again if `piece` is None; return False if another worker has claimed it."""
         names = self.names()
         if self.is_whole(shard, names):
             return True
@@ -152,7 +144,7 @@ class StreamedRun(SharedRun):
         if claim is None:
             return False
         with self.claims.renewing(claim, lambda: self.done):
-            if not self.is_whole(shard, self.names()):  # it may have been finished since we looked
+            if not self.is_whole(shard, self.names()):  # another worker may have finished it before the claim was taken
                 piece = piece or self._read_again(shard, self.waiting[shard])
                 self._save_state(piece)
                 if not self.waits(shard):
@@ -164,6 +156,7 @@ class StreamedRun(SharedRun):
         return True
 
     def _scored(self, piece: Piece, show: Callable[..., None]) -> Iterator[dict[str, Any]]:
+        """Yield the columns of a shard and the new ones, batch by batch."""
         start = piece.shard * self.shard_rows
         step = batch_rows()
         for at in range(0, len(piece.rows), step):
@@ -171,11 +164,12 @@ class StreamedRun(SharedRun):
             numbers = list(range(start + at, start + at + len(rows)))
             texts = {name: [row.get(name) for row in rows] for name in self.reads}
             try:
-                new = self.stage({**texts, "source_index": numbers})
+                # The position in the stream names a row in the stage's messages, unless it reads a column of that name.
+                new = self.new_columns({"source_index": numbers, **texts}, len(rows))
             except ValueError as error:
                 raise ValueError(
-                    f"Rows {numbers[0]} to {numbers[-1]} of the stream: {error} Shards that are finished stay in "
-                    f"shard_dir={str(self.folder)!r}: mend the source and run the same again."
+                    f"Rows {numbers[0]} to {numbers[-1]} of the stream: {error} Finished shards are kept in "
+                    f"shard_dir={str(self.folder)!r}. Correct the source, then run the same command again to resume."
                 ) from error
             source = piece.table.data.slice(at, len(rows))
             yield {**{name: source[name] for name in source.column_names}, **new}
@@ -183,28 +177,28 @@ class StreamedRun(SharedRun):
             show()
 
     def _save_state(self, piece: Piece) -> None:
-        """Write where the stream was before a shard, unless its state holds more than plain values."""
+        """Save the state of the stream before a shard, unless it holds more than plain values."""
         with suppress(TypeError):
             content = json.dumps(piece.state)
             if json.loads(content) == piece.state:
-                with self.explaining(_state_name(piece.shard)), suppress(FileNotFoundError):  # swept by who took over
+                with self.explaining(_state_name(piece.shard)), suppress(FileNotFoundError):  # swept after a takeover
                     self.claims.folder.write(_state_name(piece.shard), content.encode())
 
     def _saved_state(self, shard: int) -> State | None:
         try:
-            found = json.loads(self.claims.folder.read(_state_name(shard)) or b"")
+            state = json.loads(self.claims.folder.read(_state_name(shard)) or b"")
         except ValueError:
             return None
-        return found if isinstance(found, dict) else None
+        return state if isinstance(state, dict) else None
 
     def _refuse_more_than(self, count: int, names: set[str]) -> None:
-        """Refuse parts of a stream that was longer."""
+        """Raise ValueError if the folder holds shards beyond the end of the stream."""
         beyond = [name for name in sorted(names) if (part := PART.fullmatch(name)) and int(part[1]) >= count]
         if beyond:
             raise ValueError(self._foreign(f"it ends before row {count * self.shard_rows}, and {beyond[0]} is there"))
 
     def sweep(self, names: set[str]) -> None:
-        """Remove what killed workers have left, and the states before all shards but the last, where rows may be added."""
+        """Remove what killed workers have left behind, and all states but the last, which added rows would need."""
         super().sweep(names)
         for name in self.claims.folder.names() - {_state_name(max(self.whole))}:
             if STATE.fullmatch(name):

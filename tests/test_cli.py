@@ -320,7 +320,7 @@ def test_source_that_cannot_be_read_is_one_line(name: str, content: bytes, messa
     [
         (("score", "rows.json", "-o", "scored.csv"), "scored.csv: name a .parquet file"),
         (("score", "rows.json"), "--output FILE, or --shards DIR"),
-        (("score", "rows.json", "--shards", ""), "shard_dir='' names no folder"),
+        (("score", "rows.json", "--shards", ""), "shard_dir='' is empty"),
         (("score", "nope.json", "-o", "scored.parquet"), "no such file or folder"),
         (("score", "someone/no-such-dataset", "-o", "scored.parquet"), "someone/no-such-dataset"),
         (("score", "rows.json", "-o", "rows.json/scored.parquet"), "rows.json.* is a file"),

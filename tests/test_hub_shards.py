@@ -144,7 +144,7 @@ def test_what_was_scored_when_the_hub_went_away_is_not_scored_again(
     calls, message = score(hub, tiny_iqs)
     assert 0 < calls < 6
     assert message.startswith(f"OSError: shard_dir={WORK!r}: ")
-    assert "the Hub could not be asked" in message and "Shards that are finished stay" in message
+    assert "the Hub could not be asked" in message and "Finished shards are kept" in message
     hub.mend()
     assert score(hub, tiny_iqs) == [6 - calls, expected]
 
@@ -158,7 +158,11 @@ def test_what_was_scored_when_the_hub_went_away_is_not_scored_again(
         (WORK, "hf_wrong", "(401). HF_TOKEN wins over `hf auth login`"),
         ("hf://datasets/you/work/run-1", "hf_me_writes", "may not write to repositories of 'you'"),
         ("hf://datasets/company/work", "hf_me_writes", "may not write to repositories of 'company'"),
-        ("hf://datasets/work", "hf_me_writes", "names no dataset repository; say hf://datasets/you/name"),
+        (
+            "hf://datasets/work",
+            "hf_me_writes",
+            "is not the address of a dataset repository. Pass hf://datasets/you/name",
+        ),
     ],
 )
 def test_where_nothing_may_be_written_nothing_is_scored(

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from car_datasets import ClusterModel, QualityScorer, cluster_filter, loaded_scorer, map_across_gpus, select_car
-from car_datasets.parallel import device_for, from_main, is_main_process, process_rank
+from car_datasets.parallel import alone, device_for, from_main, is_main_process, process_rank, start_processes
 from tests.conftest import ROOT
 
 
@@ -31,6 +31,24 @@ def test_ranks_wrap_around_the_gpus() -> None:
 
 def test_alone_this_is_the_main_process() -> None:
     assert (process_rank(), is_main_process(), from_main(lambda: 3)) == ((0, 1), True, 3)
+
+
+def test_getters_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a launcher, before the processes have met, and where no other process ever comes."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)  # calling it would be a TypeError
+    assert process_rank() == (1, 3)
+    assert not is_main_process()
+    with alone():
+        assert process_rank() == (0, 1)
+        assert is_main_process()
+        start_processes()
+        assert from_main(lambda: 3) == 3
+    assert device_for().type in ("cpu", "cuda")
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(TypeError):
+        start_processes()
 
 
 # --- map_across_gpus
@@ -129,7 +147,7 @@ def test_a_guarded_script_runs_and_an_unguarded_one_is_told(tmp_path: Path) -> N
     done = run(str(tmp_path / "bad.py"))
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith('would start workers again. Put the call under `if __name__ == "__main__":`.')
-    assert "bad.py, line 11" in done.stderr
+    assert 'bad.py", line 11' in done.stderr
 
 
 @pytest.mark.parametrize("command", [["-"], ["-c", SCRIPT + "main()\n"]])

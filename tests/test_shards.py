@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import resource
@@ -9,12 +10,14 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
 from car_datasets import QualityScorer, TextEmbedder, cluster_filter, curate, score_in_shards, select_car, shards
 from car_datasets.claims import Claims, Folder
@@ -112,7 +115,7 @@ def test_a_folder_of_something_else_is_left_alone(tiny_iqs: str, rows: Dataset, 
         score_in_shards(rows, QualityScorer(tiny_iqs), tmp_path)
     assert parts(tmp_path) == ["thesis.tex"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="run the same again"):
+    with pytest.raises(OSError, match="run the same command again"):
         score_in_shards(rows, QualityScorer(tiny_iqs), tmp_path / "file" / "shards")
 
 
@@ -121,9 +124,9 @@ def test_a_name_that_is_empty_is_no_folder(
     tiny_iqs: str, tiny_embedder: str, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"shard_dir='' names no folder"):
+    with pytest.raises(ValueError, match=r"shard_dir='' is empty"):
         score_in_shards(rows, QualityScorer(tiny_iqs), blank)
-    with pytest.raises(ValueError, match=r"shard_dir='' names no folder"):
+    with pytest.raises(ValueError, match=r"shard_dir='' is empty"):
         curate(rows, n1=2, k=2, scorer=tiny_iqs, embedder=tiny_embedder, shard_dir=blank)
     assert parts(tmp_path) == []
 
@@ -172,7 +175,9 @@ def test_a_shard_that_cannot_be_fetched_is_an_error_and_not_scored_again(
     calls.clear()
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "download", fail)
-        with pytest.raises(OSError, match=r"part-00002\.arrow cannot be read: connection reset.*run the same again"):
+        with pytest.raises(
+            OSError, match=r"part-00002\.arrow cannot be read: connection reset.*run the same command again"
+        ):
             score_in_shards(rows, scorer, url, shard_rows=4)
     assert score_in_shards(rows, scorer, url, shard_rows=4).to_dict() == first.to_dict()
     assert calls == []
@@ -230,8 +235,85 @@ def test_who_does_not_wait_takes_what_is_free_and_says_what_is_left(
 
 @pytest.mark.parametrize("wrong", [cluster_filter, select_car, len, lambda batch: batch])
 def test_what_is_no_stage_is_told_where_to_go(rows: Dataset, tmp_path: Path, wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"is no QualityScorer .* map_across_gpus\(dataset"):
+    with pytest.raises(ValueError, match=r"is not a Stage.* map_across_gpus\(dataset"):
         score_in_shards(rows, wrong, tmp_path)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A stage that is neither scorer nor embedder: the length of the answer, in a unit."""
+
+    unit: float = 1.0
+    rows: str = "a field that is named like an entry of the manifest"
+    cut: int = 0  # rows that a faulty stage drops
+    extra: Any = None
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        return ("length",)
+
+    def output_features(self) -> Features:
+        return Features({"length": Value("float32")})
+
+    def __call__(self, batch: Any, rank: int | None = None) -> dict[str, Any]:
+        assert list(batch) == ["instruction", "output", "page"]
+        return {"length": [len(text) / self.unit for text in batch["output"][self.cut :]]}
+
+
+@dataclass(frozen=True)
+class AnswersOnly(Lengths):
+    """A stage that says which columns it reads."""
+
+    def read_columns(self, column_names: Sequence[str]) -> list[str]:
+        return ["output"]
+
+    def __call__(self, batch: Any, rank: int | None = None) -> dict[str, Any]:
+        assert set(batch) <= {"output", "source_index"}
+        return {"length": [len(text) / self.unit for text in batch["output"]]}
+
+
+def test_any_stage_is_scored_resumed_and_bound_to_its_fields(rows: Dataset, tmp_path: Path) -> None:
+    found = score_in_shards(rows, Lengths(), tmp_path / "all", shard_rows=4)
+    assert found.column_names == ["instruction", "output", "page", "length"]
+    assert found.features["length"] == Value("float32")
+    assert found["length"][:] == [len(text) for text in rows["output"][:]]
+    manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
+    assert manifest["reads"] == ["instruction", "output", "page"]
+    assert (manifest["stage"], manifest["unit"], manifest["rows"]) == ("Lengths", 1.0, 23)
+    before = (tmp_path / "all" / "part-00003.arrow").stat().st_mtime_ns
+    (tmp_path / "all" / "part-00002.arrow").unlink()
+    assert fill_shards(rows, Lengths(), tmp_path / "all", shard_rows=4) == 0
+    assert (tmp_path / "all" / "part-00003.arrow").stat().st_mtime_ns == before
+    other_page = rows.remove_columns("page").add_column("page", [0] * 23)
+    for changed, stage, message in (
+        (rows, Lengths(unit=2.0), r"another run: unit"),
+        (rows, Lengths(rows="x"), r"another run: stage\.rows"),
+        (rows, AnswersOnly(), r"another run: reads"),
+        (other_page, Lengths(), r"another run: content"),  # it reads all columns
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_in_shards(changed, stage, tmp_path / "all", shard_rows=4)
+    narrow = score_in_shards(rows, AnswersOnly(), tmp_path / "one", shard_rows=4)
+    assert narrow["length"][:] == found["length"][:]
+    assert (
+        len(score_in_shards(other_page, AnswersOnly(), tmp_path / "one", shard_rows=4)) == 23
+    )  # it does not read `page`
+    stream = score_in_shards(rows.to_iterable_dataset(), AnswersOnly(), tmp_path / "stream", shard_rows=4)
+    assert stream.to_dict() == found.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (Lengths(extra=object()), r"fn=Lengths: the field extra is a object, to which shards cannot be bound"),
+        (Lengths(cut=1), r"fn=Lengths returned the columns \['length'\] for 4 rows, with \{'length': 3\} values"),
+        (Lengths, r"fn=Lengths is not a Stage"),
+    ],
+)
+def test_a_faulty_stage_is_named(rows: Dataset, tmp_path: Path, stage: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score_in_shards(rows, stage, tmp_path / "new", shard_rows=4)
+    assert not list(tmp_path.glob("new/part-*"))
 
 
 def test_bad_arguments_end_before_anything_is_written(tiny_iqs: str, rows: Dataset, tmp_path: Path) -> None:
@@ -351,7 +433,7 @@ def test_a_full_disk_is_a_clear_error_and_costs_no_finished_shard(
     message = in_child(score_until_the_disk_is_full, QualityScorer(tiny_iqs), rows, str(tmp_path))
     assert message.startswith("OSError: shard_dir=")
     assert "part-00002.arrow cannot be written" in message
-    assert "Shards that are finished stay" in message
+    assert "Finished shards are kept" in message
     assert parts(tmp_path) == ["manifest.json", "part-00000.arrow", "part-00001.arrow"]
     score_in_shards(rows, QualityScorer(tiny_iqs), tmp_path, shard_rows=4)
     assert calls == [4, 4, 4, 3]

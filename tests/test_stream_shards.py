@@ -191,7 +191,7 @@ def test_a_row_without_text_is_named_and_finished_shards_are_kept(
     types = Features({"instruction": Value("string"), "output": Value("string"), "page": Value("int64")})
     scorer, bad = QualityScorer(tiny_iqs), changed(content(), 17, output=None)
     with pytest.raises(
-        ValueError, match=r"Rows 16 to 19 of the stream: .* 1 null \(rows 17\).*finished stay in shard_dir"
+        ValueError, match=r"Rows 16 to 19 of the stream: .* 1 null \(rows 17\).*Finished shards are kept in shard_dir"
     ):
         score_in_shards(stream_of(bad, features=types), scorer, tmp_path / "a", shard_rows=4)
     assert parts(tmp_path / "a")[:5] == PARTS[:5]
