@@ -233,7 +233,7 @@ def test_what_was_written_but_not_pushed_is_not_trained_again(
     assert pushed == [(Path(settings.output), "me/scorer")] * 2
     assert digests.file_digest(Path(settings.output) / "model.safetensors") == before
     assert str(Path(settings.train).parent) not in (Path(settings.output) / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         train_scorer(pushing)
 
 
@@ -268,7 +268,7 @@ def test_a_run_that_had_lost_patience_trains_no_further(
         ({"template": "papers"}, "template='papers' is not known"),
         ({"layerwise_decay": float("nan")}, "layerwise_decay=nan must be at least 0 and at most 1"),
         ({"warmup_steps": -5}, "warmup_steps=-5 must be at least 0"),
-        ({"hidden_sizes": ["a"]}, "must be positive whole numbers"),
+        ({"hidden_sizes": ["a"]}, "must be a list of positive integers"),
     ],
 )
 def test_a_bad_setting_is_named(settings: ScorerTraining, changes: dict[str, object], message: str) -> None:
@@ -298,7 +298,7 @@ def test_bad_input_ends_before_training(settings: ScorerTraining, tmp_path: Path
         ({"train": crossing}, "The split crosses"),
         ({"train": str(one_class)}, "one class only"),
         ({"valid": str(one_class)}, "same score"),
-        ({"output": str(tmp_path / "taken")}, "is there already"),
+        ({"output": str(tmp_path / "taken")}, "already exists"),
         ({"encoder": str(hub.default_scorer_folder())}, "is a 'car_iqs' model, not a plain encoder"),
         ({"encoder": str(decoder)}, "is a 't5' model, not a plain encoder"),
         ({"max_tokens": 9999}, "has 512 positions"),
