@@ -48,8 +48,8 @@ def claim(checkpoints: Path, settings: Settings, processes: int) -> None:
         differ = [name for name, value in run.items() if earlier.get(name) != value]
         if differ:
             raise ValueError(
-                f"{checkpoints} holds an unfinished run with another {', '.join(differ)} (see its {RUN_FILE}). To resume, "
-                "restore these; to start anew, delete the folder."
+                f"{checkpoints} holds an unfinished run with another {', '.join(differ)} (see its {RUN_FILE}). To "
+                "resume, restore these; to start anew, delete the folder."
             )
     elif checkpoints.exists() and any(checkpoints.iterdir()):
         raise ValueError(f"{checkpoints} already exists and was not created by a training run; move it away.")

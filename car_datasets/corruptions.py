@@ -1,6 +1,6 @@
 """Make copies of answers that are certainly worse (corruptions), and copies of equal quality (changes of style).
 
-Does: eight corruptions, which a good scorer ranks below the row, and three changes of style, which a good scorer ignores.
+Does: eight corruptions, which a good scorer ranks below the row, and three changes of style, which it ignores.
 Does not: score or train.
 
 Training and evaluation use different phrases, so that evaluation does not measure the memory of a phrase.
@@ -17,8 +17,8 @@ from car_datasets.templates import Exchange
 
 Change = Callable[[Exchange, random.Random, str], str]  # row, generator, "train" or "evaluate" -> new response
 
-# The seeds of the shipped head draw from these tuples: any edit, even of the order, changes its weights. A phrase that is
-# listed twice, or empty, is drawn more often.
+# The seeds of the shipped head draw from these tuples: any edit, even of the order, changes its weights. A phrase
+# that is listed twice is drawn more often.
 REFUSALS = {
     "train": (
         "I'm sorry, but I cannot help with that.",
@@ -186,8 +186,8 @@ def corrupt(
         kind (`str`): a name in `CORRUPTIONS` or `STYLES`, or `"mismatched"`.
         rows (`Sequence[Exchange]`): the rows; they are not modified.
         seed (`int`): equal seeds give equal copies.
-        phrases (`str`): `"train"` or `"evaluate"`: which set of phrases to draw from. With `"train"`, the point at which an
-            answer is cut varies, too.
+        phrases (`str`): `"train"` or `"evaluate"`: which set of phrases to draw from. With `"train"`, the point at
+            which an answer is cut varies, too.
         paired (`bool`): rows 2i and 2i + 1 are a pair; `"mismatched"` then never gives a row the answer of its partner.
 
     Raises:

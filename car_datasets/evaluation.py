@@ -1,7 +1,7 @@
 """Evaluate a scorer on pairs: accuracy against two baselines, corrupted copies, and changes of style.
 
-Does: measure accuracy on text as given and cleaned, how often a row outranks its corrupted copy, and how far a change of
-style shifts the score, all with bootstrap intervals.
+Does: measure accuracy on text as given and cleaned, how often a row outranks its corrupted copy, and how far a change
+of style shifts the score, all with bootstrap intervals.
 Does not: train, or read files.
 """
 
@@ -44,15 +44,15 @@ class Evaluation:
         accuracy (`dict`): `"as given"` and `"cleaned"`, each with `rows`, the share of rows on the right side of the
             threshold; `pairs`, the share of pairs in the right order; `kendall`, tau-b of scores and 0/1 labels; `auc`,
             the share of all (worse, better) combinations in the right order.
-        baselines (`dict`): the same for `"length"` (the longer text is better) and `"bag of words"`. `"length"` lacks `rows`
-            unless other pairs gave it a threshold.
+        baselines (`dict`): the same for `"length"` (the longer text is better) and `"bag of words"`. `"length"` lacks
+            `rows` unless other pairs gave it a threshold.
         bag_of_words_from (`str`): the data that the bag of words was trained on.
-        corruptions (`dict`): for each kind, `outranked`, the share of rows that score higher than their own corrupted copy
-            (a tie counts half), and `rows`, the number of rows that could be corrupted in this way.
-        styles (`dict`): for each kind, `shift`, the mean of score(changed) - score(row) in standard deviations of the scores
-            of all rows, and `rows`, the number of rows that could be changed.
-        escapes (`dict`): comparison with the same text, its escapes typed out: `changed`, the number of scores that differ
-            at all, `largest`, the largest difference, and `rows`, the number of texts that differ.
+        corruptions (`dict`): for each kind, `outranked`, the share of rows that score higher than their own corrupted
+            copy (a tie counts half), and `rows`, the number of rows that could be corrupted in this way.
+        styles (`dict`): for each kind, `shift`, the mean of score(changed) - score(row) in standard deviations of the
+            scores of all rows, and `rows`, the number of rows that could be changed.
+        escapes (`dict`): comparison with the same text, its escapes typed out: `changed`, the number of scores that
+            differ at all, `largest`, the largest difference, and `rows`, the number of texts that differ.
     """
 
     model: str
@@ -128,8 +128,8 @@ def evaluate_scorer(
         seed (`int`): seed of bootstrap and corruptions.
 
     Raises:
-        ValueError: there are fewer than 2 pairs, `other` shares instructions with them, `samples` is below 1, or a score is
-            not finite.
+        ValueError: there are fewer than 2 pairs, `other` shares instructions with them, `samples` is below 1, or a
+            score is not finite.
     """
     if len(pairs) < 2:
         raise ValueError(f"pairs: {len(pairs)} given; intervals need at least 2. Add pairs.")
@@ -234,7 +234,7 @@ class _Tables:
 
     def escapes(self) -> dict[str, Any]:
         """Compare the scores of the rows as given with those of the same rows with escapes typed out."""
-        # Both are scored in the same order, so that equal texts share a batch with the same texts and score exactly alike.
+        # Both are scored in the same order, so that equal texts share a batch with equal texts and score exactly alike.
         typed = [Exchange(*(json.dumps(part)[1:-1] for part in row)) for row in self.as_given]
         scores = []
         for rows in (self.as_given, typed):

@@ -25,9 +25,9 @@ class Copies:
     """Matrices of the training rows and of their copies; row i of each matrix belongs to row i of `rows`.
 
     Args:
-        rows: the rows, with the worse half of pair i in row 2i and the better half in row 2i + 1.
-        styled: restyled copies of the rows, one matrix per draw, which must score the same as the rows.
-        corrupted: corrupted copies of the rows, one matrix per draw, which must score less than the rows.
+        rows: the worse half of pair i in row 2i, the better half in row 2i + 1.
+        styled: restyled copies, one matrix per draw, which must score the same as the rows.
+        corrupted: corrupted copies, one matrix per draw, which must score less than the rows.
     """
 
     rows: Any
@@ -64,8 +64,8 @@ def fit_words(
         style_weight (`float`): weight of all restyled copies of a row together; the row has 1.
 
     Returns:
-        Weights (2 ** bits,), intercept, and the cross-validated logits of all matrices, (rows, 1) each. Quality is
-        fitted on top of the latter, because it must correct this regression as it behaves on unseen text.
+        Weights (2 ** bits,), intercept, and cross-validated logits of all matrices, (rows, 1) each: quality, which is
+        fitted on top of them, must correct this regression as it behaves on unseen text.
     """
     from scipy.sparse import vstack
     from sklearn.linear_model import LogisticRegression
@@ -122,12 +122,11 @@ def fit_quality(
     """Fit quality on top of the words' logits: expert labels and their order in each pair, insensitive to style.
 
     The loss is the sum of: cross-entropy on the labels; half a logistic loss on the difference within each pair;
-    `consistency` times (a quarter of the mean square plus the squared mean of the shift in logit by each style);
-    `margin_weight` times a logistic loss that ranks a row above its corrupted copy by a margin of 1.
+    `consistency` x (a quarter of the mean square plus the squared mean of the shift in logit by each style);
+    `margin_weight` x a logistic loss that ranks a row above its corrupted copy by a margin of 1.
 
     Args:
-        features ([`Copies`]): projected features, (rows, axes) each.
-        words ([`Copies`]): logits of the word regression, (rows, 1) each.
+        features, words ([`Copies`]): projected features, (rows, axes) each, and word logits, (rows, 1) each.
         labels (`(rows,)`): 0, 1, 0, 1, ...
         voters ([`Voters`]): the networks to train, in place.
         consistency, margin_weight (`float`): weights of two terms of the loss.
@@ -153,7 +152,7 @@ def fit_quality(
 def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any) -> Voters:
     """Fit integrity: rows of any label or style against corrupted copies, by class and by a margin over their own copy.
 
-    `features` are scaled, (rows, width) each; `schedule` is `epochs`, `pairs_per_batch`, `learning_rate`, `weight_decay`.
+    `features` are scaled, (rows, width) each; `schedule` is the same as in [`fit_quality`].
     """
 
     def loss(rows: Tensor, step: int) -> Tensor:
@@ -176,12 +175,11 @@ def _descend(
     learning_rate: float,
     weight_decay: float,
 ) -> Voters:
-    """Minimise a loss of (rows of the batch, step) with AdamW and a one-cycle learning rate; batches keep pairs together."""
+    """Minimise a loss of (rows, step) with AdamW and a one-cycle learning rate, in batches of pairs."""
     optimiser = torch.optim.AdamW(voters.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps = epochs * -(-pairs // pairs_per_batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, learning_rate, total_steps=steps + 1
-    )  # + 1: it steps last, too
+    # One more than the steps taken: the scheduler is also stepped after the last one.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps + 1)
     voters.train()
     step = 0
     for _ in range(epochs):

@@ -60,8 +60,8 @@ class HeadTraining(Settings):
     Args:
         train, valid (`str`): files of pairs: CSV (`src,score` or `src,pos,neg`) or JSON Lines (`chosen`, `rejected`).
         output (`str`): a new folder for the model.
-        seed (`int`), seeds (`int`): train with the seeds `seed`, `seed + 1`, ... The first model is kept; the card shows the
-            figures of all. Equal seeds give equal files on one kind of machine.
+        seed (`int`), seeds (`int`): train with the seeds `seed`, `seed + 1`, ... The first model is kept; the card
+            shows the figures of all. Equal seeds give equal files on one kind of machine.
         members, hidden_size (`int`), dropout (`float`): number of quality networks, their hidden units and dropout.
         axes (`int`): principal axes of the features to which the quality networks are limited.
         epochs (`int`), learning_rate, weight_decay (`float`): optimisation of the quality networks.
@@ -69,13 +69,12 @@ class HeadTraining(Settings):
         margin_weight (`float`): weight of the loss that separates the quality of a row from that of its corrupted copy.
         word_bits (`int`): bits of the hash of words and word pairs.
         word_strength (`float`): inverse regularisation of the word regression (scikit-learn's `C`).
-        word_style_weight (`float`): weight of all restyled copies of a row together in the word regression; the row has 1.
+        word_style_weight (`float`): weight in the word regression of all restyled copies of a row; the row has 1.
         corruption_draws (`int`): corrupted copies per row.
         integrity_size, integrity_epochs (`int`), integrity_dropout, integrity_learning_rate, integrity_weight_decay
             (`float`): hidden units and optimisation of the integrity network.
         penalty (`float`): the most that a corrupted answer loses.
-        penalty_offset (`float`), penalty_slope (`float`): the integrity logit, negated, at which half of the penalty
-            applies, and the slope there.
+        penalty_offset, penalty_slope (`float`): negated integrity logit at which half of it applies; the slope there.
         pairs_per_batch (`int`): batch size of both optimisations, in pairs.
     """
 
@@ -132,11 +131,10 @@ class Material(NamedTuple):
 
 
 def train_head(settings: HeadTraining) -> dict[str, Any]:
-    """Train the head and write `config.json`, `model.safetensors`, `README.md` and `figures.json` into `settings.output`.
+    """Train the head and write configuration, weights, figures and card into `settings.output`.
 
     Returns:
-        `dict`: the figures of [`evaluate_scorer`] on `valid` for the model that was kept; under `seeds`, mean and
-        deviation of the main figures over all seeds; `training_pairs`.
+        `dict`: the figures of the kept model on `valid`, their spread over the `seeds`, and `training_pairs`.
 
     Raises:
         ValueError: the folder exists, a file cannot be read, or both files share questions; raised before training.
@@ -151,7 +149,7 @@ def train_head(settings: HeadTraining) -> dict[str, Any]:
 
 
 def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
-    """Return features and words of all rows and copies; drop pairs with an empty answer, which counts as a corruption."""
+    """Return features and words of rows and copies; drop pairs with an empty answer, which is a corruption."""
     kept = [Pair(*(cleaned(row) for row in pair)) for pair in pairs]
     kept = [pair for pair in kept if all(row.response for row in pair)]
     logger.info("%d of %d pairs have both answers.", len(kept), len(pairs))
@@ -169,7 +167,7 @@ def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
 
 
 def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pair]) -> dict[str, Any]:
-    """Fit a head for every seed on the same material, evaluate each as saved, and keep the first in `settings.output`."""
+    """Fit a head per seed on the same material, evaluate each as saved, keep the first in `settings.output`."""
     folder = Path(settings.output)
     # Deterministic, so all seeds share it.
     words = fit_words(material.words, material.labels.numpy(), settings.word_strength, settings.word_style_weight)

@@ -21,10 +21,12 @@ def pair_metrics(worse: Scores, better: Scores, threshold: float = 0.5) -> dict[
         threshold (`float`): rows with a score above it count as good.
 
     Returns:
-        `dict`: `rows`, the share of rows on the right side of the threshold (most likely the definition of CaR's 84.25 %);
-        `pairs`, the share of pairs whose better half scores higher, ties counted half; `kendall`, tau-b of scores and 0/1
-        labels, CaR's criterion for choosing a checkpoint; `auc`, the share of all (worse, better) combinations in the right
-        order, ties counted half.
+        `dict`: four shares or correlations by name.
+
+        - `rows`: rows on the right side of the threshold, most likely the definition of CaR's 84.25 %.
+        - `pairs`: pairs whose better half scores higher, ties counted half.
+        - `kendall`: tau-b of scores and 0/1 labels, CaR's criterion for choosing a checkpoint.
+        - `auc`: combinations (worse, better) of all rows in the right order, ties counted half.
     """
     auc = _auc(worse, better)
     return {
@@ -44,7 +46,7 @@ def kendall(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
 
 
 def best_threshold(worse: Scores, better: Scores) -> float:
-    """Return the threshold with the highest row accuracy on these scores; the middle one if several are equally good."""
+    """Return the threshold with the highest row accuracy on these scores, the middle one of equally good ones."""
     # Accuracy only changes at a score, so midpoints between neighbouring scores are all that need trying.
     ordered = np.unique(np.concatenate([worse, better]))
     between = np.append((ordered[1:] + ordered[:-1]) / 2, ordered[-1])  # above the last one no row counts as good
@@ -86,8 +88,8 @@ def with_intervals(
     return figures
 
 
-# An evaluation calls the next two functions some 1,000 times for each interval. Both only sort, and are much faster than
-# scikit-learn's `roc_auc_score` and SciPy's `kendalltau`, to which the tests compare them.
+# The bootstrap calls the next two functions 1,000 times for each set of figures. Both only sort, and are much faster
+# than scikit-learn's `roc_auc_score` and SciPy's `kendalltau`, with which the tests compare them.
 
 
 def _auc(worse: Scores, better: Scores) -> float:
@@ -99,7 +101,8 @@ def _auc(worse: Scores, better: Scores) -> float:
 
 
 def _tau_b(worse: Scores, better: Scores, auc: float) -> float:
-    """Return tau-b, which for two classes is a scaled AUC: (2 AUC - 1) n1 n2 / sqrt(n1 n2 x pairs without a tied score)."""
+    """Return Kendall's tau-b of scores and two classes, which is a scaled AUC."""
+    # (2 AUC - 1) n1 n2 / sqrt(n1 n2 x pairs of rows without a tied score)
     n1, n2 = len(worse), len(better)
     counts = np.unique(np.concatenate([worse, better]), return_counts=True)[1].astype(np.int64)
     total = (n1 + n2) * (n1 + n2 - 1) // 2

@@ -1,7 +1,7 @@
 """Read pairs of a worse and a better answer, the data that scorers are trained and evaluated on.
 
-Does: read CaR's two CSV formats (`src,score` and `src,pos,neg`) and JSON Lines with `chosen`, `rejected` and an optional
-`prompt`, as text or as chat messages; name the row of everything that cannot be read.
+Does: read CaR's two CSV formats (`src,score` and `src,pos,neg`) and JSON Lines with `chosen`, `rejected` and an
+optional `prompt`, as text or as chat messages; name the row of everything that cannot be read.
 Does not: split files or score.
 """
 
@@ -47,15 +47,15 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
     Args:
         path (`str`): `.csv` with the columns `src` and `score` (rows 2i and 2i + 1 are a pair, the higher score is the
-            better half) or `src`, `pos` and `neg` (the original's ranking files; both answers get the same instruction);
-            `.jsonl` or `.json` with `chosen` and `rejected`, and with `prompt` unless they contain it. The answer of a chat
-            is its last one; all earlier messages become part of the instruction.
+            better half) or `src`, `pos` and `neg` (the original's ranking files; both answers get the same
+            instruction); `.jsonl` or `.json` with `chosen` and `rejected`, and with `prompt` unless they contain it.
+            The answer of a chat is its last one; all earlier messages become part of the instruction.
 
     An empty answer is kept, with a warning. It is an error if both instruction and answer are empty.
 
     Raises:
-        ValueError: a column is missing, a text is empty, two rows of a pair have the same score, or the file has another
-            format; the message counts rows from 1.
+        ValueError: a column is missing, a text is empty, two rows of a pair have the same score, or the file has
+            another format; the message counts rows from 1.
     """
     content = _read(path)
     columns = set(content[0])
@@ -74,12 +74,12 @@ def read_labelled_rows(path: str | Path) -> LabelledRows:
     """Read a file of pairs or of scored rows as rows and labels.
 
     Args:
-        path (`str`): a file in any format of [`read_pairs`]. The scores of a `src,score` file are kept as they are; in all
-            other formats the label is 0 for the worse and 1 for the better half.
+        path (`str`): a file in any format of [`read_pairs`]. The scores of a `src,score` file are kept as they are; in
+            all other formats the label is 0 for the worse and 1 for the better half.
 
     Raises:
-        ValueError: the file cannot be read as pairs or scored rows, a label is not a number in [0, 1], or all labels are
-            equal.
+        ValueError: the file cannot be read as pairs or scored rows, a label is not a number in [0, 1], or all labels
+            are equal.
     """
     content = _read(path)
     if {"src", "score"} <= set(content[0]):
@@ -90,7 +90,7 @@ def read_labelled_rows(path: str | Path) -> LabelledRows:
         labelled = LabelledRows([row for pair in pairs for row in pair], labels)
     if len(set(labelled.labels.tolist())) == 1:
         raise ValueError(
-            f"{path}: every label is {labelled.labels[0]:g}; a model learns nothing from one class only. Add other rows."
+            f"{path}: every label is {labelled.labels[0]:g}; a model learns nothing from one class only. Add others."
         )
     return labelled
 
@@ -108,8 +108,8 @@ def refuse_crossing(train: Sequence[Exchange], valid: Sequence[Exchange], names:
     crossing = [i for i, row in enumerate(valid, 1) if question(row) in known]
     if crossing:
         raise ValueError(
-            f"The split crosses: {len(crossing)} of the {len(valid)} rows of {names[1]} (the first: row {crossing[0]}) have "
-            f"an instruction that {names[0]} contains too. `car-datasets prepare` makes a split that does not cross."
+            f"The split crosses: {len(crossing)} of the {len(valid)} rows of {names[1]} (the first: row {crossing[0]}) "
+            f"have an instruction that {names[0]} contains too. `car-datasets prepare` makes splits that do not cross."
         )
 
 
@@ -238,8 +238,8 @@ def parse_text(path: str | Path, number: int, text: str | None) -> Exchange:
     match = _PARTS.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(
-            f"{path}, row {number}: a text must have the form 'Instruction: ... Input: ... Response: ...' (Input may be "
-            f"missing); it begins with {str(text or '')[:40]!r}."
+            f"{path}, row {number}: a text must have the form 'Instruction: ... Input: ... Response: ...' (Input may "
+            f"be missing); it begins with {str(text or '')[:40]!r}."
         )
     instruction, _, context = match["asked"].partition(" Input: ")
     return _checked(path, number, Exchange(instruction.removeprefix(" "), context, match["response"].removeprefix(" ")))

@@ -39,7 +39,8 @@ class Audit:
     Args:
         pairs (`float`): share of pairs that the probe ranks right.
         auc (`float`): share of all (worse, better) combinations of rows that it ranks right.
-        clues (`tuple[Clue]`): the most revealing tokens, with the shares of worse and of better texts that contain them.
+        clues (`tuple[Clue]`): the most revealing tokens, with the shares of worse and of better texts that contain
+            them.
     """
 
     pairs: float
@@ -65,8 +66,8 @@ def read_revisions(path: str | Path) -> list[Pair]:
     """Read a JSON list of revisions.
 
     Args:
-        path (`str`): the file. Each entry has `original` and `revised`, or `input` and `output` as in CaR's own file. Each
-            of the two is a text of the form "Instruction: ... Input: ... Response: ...", or an object with
+        path (`str`): the file. Each entry has `original` and `revised`, or `input` and `output` as in CaR's own file.
+            Each of the two is a text of the form "Instruction: ... Input: ... Response: ...", or an object with
             `instruction`, `input` and `output`.
 
     Raises:
@@ -140,9 +141,9 @@ def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
 def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.int64]:
     """Return a group number for each pair; pairs linked by a chain of near-duplicates share one.
 
-    Two pairs are near-duplicates if any of their halves have the same instruction and input, or if the cosine between the
-    TF-IDF vectors of their better halves (words and word pairs of question and answer) is at least `similarity`. All
-    text is cleaned first.
+    Two pairs are near-duplicates if any of their halves have the same instruction and input, or if the cosine between
+    the TF-IDF vectors of their better halves (words and word pairs of question and answer) is at least `similarity`.
+    All text is cleaned first.
 
     Args:
         pairs (`Sequence[Pair]`): the pairs.
@@ -222,7 +223,9 @@ def prepare(
     clean_text: bool = True,
     similarity: float | None = 0.8,
 ) -> Prepared:
-    """Write `score_{train,valid,test}.csv` (src, score), `ranking_{train,valid,test}.csv` (src, pos, neg) and `report.json`.
+    """Write training, validation and test files in two formats, and `report.json`, into a new folder.
+
+    The files are `score_{train,valid,test}.csv` (src, score) and `ranking_{train,valid,test}.csv` (src, pos, neg).
 
     With `clean_text=False, similarity=None` the pairs and splits are those of the original's files.
 
@@ -236,8 +239,8 @@ def prepare(
         similarity (`float`, *optional*): cosine from which two pairs count as near-duplicates; `None` skips the search.
 
     Raises:
-        ValueError: rapidfuzz is not installed, the folder exists, an argument or an entry of the file is invalid, or one of
-            the files would be empty.
+        ValueError: rapidfuzz is not installed, the folder exists, an argument or an entry of the file is invalid, or
+            one of the files would be empty.
     """
     _edit_distance()  # a missing extra is an error before anything is read
     folder = Path(output)
@@ -252,8 +255,8 @@ def prepare(
     empty = [side for side, part in zip(SIDES, parts, strict=True) if not part]
     if empty:
         raise ValueError(
-            f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Provide more "
-            f"revisions, or raise similarity={similarity}."
+            f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Provide "
+            f"more revisions, or raise similarity={similarity}."
         )
     audits = {
         name: audit_labels(pairs, flag, groups.tolist()) for name, flag in (("as given", False), ("cleaned", True))

@@ -1,6 +1,6 @@
 """Fit a bag-of-words probe: a baseline for scorers, and a detector of labels that leak through single tokens.
 
-Does: fit a logistic regression on the set of tokens in a text, rank pairs with it, name the tokens that reveal the label.
+Does: fit a logistic regression on the set of tokens in a text, rank pairs, name the tokens that reveal the label.
 Does not: use the order, meaning or number of tokens.
 """
 
@@ -73,7 +73,7 @@ def cross_validated(
 
 
 def clues(worse: Sequence[str], better: Sequence[str], top: int = 10) -> list[Clue]:
-    """Return the tokens that reveal the label most: those with both a large weight and different shares on both sides."""
+    """Return the most revealing tokens: those with a large weight and different shares on both sides."""
     probe = fit_probe(worse, better)
     counter, model = probe[0], probe[-1]
     tokens = counter.get_feature_names_out()

@@ -42,25 +42,24 @@ FEWEST_TEXTS = 20  # the ranges of activations of fewer texts are not reliable
 def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str | os.PathLike[str]) -> Path:
     """Write an int8 copy of a scorer's encoder, for `QualityScorer(..., engine=folder)`.
 
-    Weights and the inputs of matrix products become 8-bit integers. Each has a scale of its own, which is fixed here from
-    the activations for `texts`. Attention, normalisation and the residual stream are computed in float32.
+    Weights and the inputs of matrix products become 8-bit integers. Each has a scale of its own, which is fixed here
+    from the activations for `texts`. Attention, normalisation and the residual stream are computed in float32.
 
     Args:
         scorer ([`QualityScorer`]): a scorer in float32, without an engine.
         texts (`Sequence[Text]`): a few hundred texts similar to those that will be scored.
-        folder (`str`): a folder without an engine. `encoder.xml`, `encoder.bin` and `engine.json` are written there; the
-            last one records the model, its revision and the versions of the libraries.
+        folder (`str`): a folder without an engine. `encoder.xml`, `encoder.bin` and `engine.json` are written there;
+            the last one records the model, its revision and the versions of the libraries.
 
     Returns:
         `Path`: the folder.
 
     Raises:
-        ValueError: the extra `openvino` is not installed, the folder already contains an engine, there are fewer than 20
-            texts, or the scorer has an engine or is not in float32.
+        ValueError: the extra `openvino` is not installed, the folder already contains an engine, there are fewer than
+            20 texts, or the scorer has an engine or is not in float32.
     """
-    path = fresh_folder(
-        Path(folder), (RECORD_FILE,), "folder"
-    )  # the record is written last, so without it there is no engine
+    # The record is written last, so a folder without it contains no engine.
+    path = fresh_folder(Path(folder), (RECORD_FILE,), "folder")
     if len(texts) < FEWEST_TEXTS:
         raise ValueError(
             f"texts: {len(texts)} given; calibration needs at least {FEWEST_TEXTS}, better 300 (--rows 300)."

@@ -155,7 +155,7 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
 def write_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path` and move it there at the end, so that `path` is complete or absent.
 
-    The folder is removed if the block raises. What a killed process left under the temporary name is removed at the start.
+    The folder is removed if the block raises. Leftovers of a killed process are removed at the start.
     """
     temporary = path.with_name(f"{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

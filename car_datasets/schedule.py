@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from car_datasets.modeling_iqs import IQSModel
 
-# The number of a layer in a parameter's name: `layer.3.` in BERT and RoBERTa, `layers.3.`, `h.3.` or `block.3.` elsewhere.
+# The number of a layer in a parameter's name: `layer.3.` in BERT, `layers.3.`, `h.3.` or `block.3.` elsewhere.
 _LAYER = re.compile(r"\b(?:layer|layers|h|block|blocks)\.(\d+)\.")
 
 
@@ -21,7 +21,7 @@ def parameter_groups(
     layerwise_decay: float,
     keep_embeddings_frozen: bool = True,
 ) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: head and layer mix at one rate, the encoder's layers at rates that decay downwards.
+    """Return AdamW's parameter groups, with rates that decay from the encoder's top layer downwards.
 
     Layer i of n (0 is next to the embeddings) learns at `encoder_learning_rate * layerwise_decay ** (n - 1 - i)`: the
     top layer fastest, since lower layers are more general (Howard and Ruder 2018, sec. 3.2). The original's code does

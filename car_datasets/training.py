@@ -51,14 +51,16 @@ class ScorerTraining(Settings):
         revision (`str`): branch, tag or commit of the encoder, if it is a Hub id.
         train (`str`): training file: CSV with `src,score` or `src,pos,neg`, or JSON Lines with `chosen` and `rejected`.
         valid (`str`): validation file of pairs, in one of the same formats.
-        output (`str`): a new folder for the model. Until it is complete, checkpoints are kept in `<output>.checkpoints`.
-        template (`str`): text template, stored in the model's configuration and used again whenever it scores. `"paper"`
-            trains on the texts exactly as the files contain them.
+        output (`str`): a new folder for the model. Until it is complete, checkpoints are kept in
+            `<output>.checkpoints`.
+        template (`str`): text template, stored in the model's configuration and used again whenever it scores.
+            `"paper"` trains on the texts exactly as the files contain them.
         seed (`int`): seeds the initial weights, the order of the examples and dropout.
         layer_mix (`str`): `"sparsemax"` or `"softmax"` weights over the encoder's layers.
         layer_norm (`bool`): normalise each layer before the mix.
         pooling (`str`): `"avg"` or `"max"` over tokens, or `"cls"`, the first token.
-        hidden_sizes (`list[int]`): widths of the head's hidden layers; empty for a linear head. Not used for `"ranking"`.
+        hidden_sizes (`list[int]`): widths of the head's hidden layers; empty for a linear head. Not used for
+            `"ranking"`.
         activation (`str`): name of the `torch.nn` activation between the head's layers.
         dropout (`float`): dropout in the head, and of entire layers in the mix.
         max_tokens (`int`): tokens read of a text, special tokens included.
@@ -75,7 +77,8 @@ class ScorerTraining(Settings):
         accumulation (`int`): batches per optimiser step.
         mixed_precision (`str`): `"no"`, `"fp16"` (needs a GPU) or `"bf16"`.
         group_by_length (`bool`): batch texts of similar length, which saves padding but makes the order less random.
-        patience (`int`): epochs without a better Kendall tau on `valid` after which training stops. The best epoch is kept.
+        patience (`int`): epochs without a better Kendall tau on `valid` after which training stops. The best epoch is
+            kept.
         push_to (`str`): Hub id to push the model to; `""` does not push.
         private (`bool`): require the Hub repository to be private.
     """
@@ -139,8 +142,8 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
     with the same settings: it resumes from the last complete checkpoint and ends with the same weights.
 
     Returns:
-        `dict`: the figures of [`evaluate_scorer`] on `valid`, with `best_kendall` and the number of training `examples`;
-        empty in all processes but the main one.
+        `dict`: the figures of [`evaluate_scorer`] on `valid`, with `best_kendall` and the number of training
+        `examples`; empty in all processes but the main one.
 
     Raises:
         ValueError: settings, files, encoder or folders are invalid; raised before training starts.
@@ -156,7 +159,7 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
     if arguments.n_gpu > 1:
         # `Trainer` would fall back to DataParallel, which changes the batch size and is not reproducible.
         raise ValueError(
-            f"{arguments.n_gpu} GPUs are visible to one process: use `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
+            f"One process sees {arguments.n_gpu} GPUs: use `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
     model, tokenizer = build_model(settings, token)
     with arguments.main_process_first(local=False):
@@ -214,8 +217,8 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
         raise ValueError(f"encoder={settings.encoder!r} is a {encoder_config.model_type!r} model, not a plain encoder.")
     if getattr(encoder_config, "pad_token_id", None) is None:
         raise ValueError(
-            f"encoder={settings.encoder!r} ({encoder_config.model_type!r}) has no padding token, so it is not an encoder; "
-            "name a model such as 'FacebookAI/xlm-roberta-large'."
+            f"encoder={settings.encoder!r} ({encoder_config.model_type!r}) has no padding token, so it is not an "
+            "encoder; name a model such as 'FacebookAI/xlm-roberta-large'."
         )
     if settings.max_tokens > positions:
         raise ValueError(
@@ -235,7 +238,7 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ValueError(
-            f"encoder={settings.encoder!r}: its weights file lacks weights that its configuration requires: {missing[:5]}. "
+            f"encoder={settings.encoder!r}: its file lacks weights that its configuration requires: {missing[:5]}. "
             "Download or save the encoder again."
         )
     model.encoder.load_state_dict(pretrained.state_dict(), strict=False)  # not strict: no score uses the pooler
@@ -243,7 +246,7 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
 
 
 def _read_training(settings: ScorerTraining, valid: Sequence[Pair]) -> list[Any]:
-    """Read pairs for the ranking model or (row, label) for IQS; raise ValueError if `valid` has a question of theirs."""
+    """Read pairs for the ranking model or (row, label) for IQS; refuse questions that `valid` shares."""
     examples: list[Any]
     if settings.kind == "ranking":
         examples = read_pairs(settings.train)

@@ -31,10 +31,10 @@ def regression_examples(
 
 
 def ranking_examples(pairs: Sequence[Pair], tokenizer: Any, template: str, max_tokens: int) -> list[dict[str, Any]]:
-    """Tokenise pairs for the ranking model: `question_ids`, `input_ids` (the better answer), `rejected_ids` and `labels`.
+    """Tokenise pairs for the ranking model, one example per pair.
 
-    The question is the one of the better half, as in the original's files. The label is always 1: the first answer is
-    the better one.
+    An example has `question_ids`, `input_ids` (the better answer), `rejected_ids` and `labels`. The question is the one
+    of the better half, as in the original's files. The label is always 1: the first answer is the better one.
 
     Args:
         pairs (`Sequence[Pair]`): worse and better answers.

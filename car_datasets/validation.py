@@ -29,7 +29,9 @@ class BudgetTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate all examples, as `Trainer` does; `compute_metrics` gets predictions and labels in no particular order.
+        """Evaluate all examples, as `Trainer` does.
+
+        `compute_metrics` gets predictions and labels in no particular order.
 
         Args:
             dataloader (`DataLoader`): only its `dataset` is read.
@@ -50,7 +52,7 @@ class BudgetTrainer(Trainer):
 
         def forward(places: list[int]) -> tuple[Tensor, Tensor, Tensor]:
             batch = self.data_collator([own[i] for i in places])
-            # The unwrapped model: the wrapper synchronises at every batch, and processes have different numbers of them.
+            # Not the wrapped model, which synchronises at every batch: processes have different numbers of batches.
             loss, scores, labels = self.prediction_step(model, batch, prediction_loss_only=False)
             if loss is None or not isinstance(scores, Tensor) or not isinstance(labels, Tensor):
                 raise TypeError("The model must return loss, scores and labels.")
