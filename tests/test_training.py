@@ -19,6 +19,7 @@ from car_datasets import IQSModel, QualityScorer, digests, hub, repositories
 from car_datasets.checkpoints import last_whole_checkpoint
 from car_datasets.metrics import pair_metrics
 from car_datasets.pairs import read_pairs
+from car_datasets.results import write_folder
 from car_datasets.schedule import parameter_groups
 from car_datasets.templates import Text, render
 from car_datasets.training import ScorerTraining, build_model, train_scorer
@@ -352,6 +353,20 @@ def test_the_last_whole_checkpoint_is_the_one_with_most_steps(tmp_path: Path) ->
         (folder / "trainer_state.json").write_text(state)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_whole_checkpoint(tmp_path / "none") is None
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "left").write_text("by a run that was killed")
+    with pytest.raises(OSError, match="disk full"), write_folder(tmp_path / "out") as partial:
+        (partial / "one").write_text("1")
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
+    with write_folder(tmp_path / "out") as partial:
+        (partial / "deeper").mkdir()
+        (partial / "deeper" / "one").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "deeper", "one"]
 
 
 @pytest.mark.slow
