@@ -71,9 +71,9 @@ def train(
     changes = {**{name: value for name, value in given.items() if value is not None}, **_parse_settings(set_ or [])}
     from car_datasets.head_training import HeadTraining, train_head
     from car_datasets.settings import read_kind
-    from car_datasets.training import OBJECTIVES, ScorerTraining, train_scorer
+    from car_datasets.training import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
 
-    if read_kind(config, ("head", *OBJECTIVES)) == "head":
+    if read_kind(config, ("head", *OBJECTIVE_OF_KIND)) == "head":
         settings: Any = HeadTraining.from_yaml(config, **changes)
         figures = train_head(settings)
     else:

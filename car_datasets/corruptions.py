@@ -1,10 +1,9 @@
-"""Copies of an answer that are worse for certain, and copies that are no better: what a quality score must tell apart.
+"""Make copies of answers that are certainly worse (corruptions), and copies of equal quality (changes of style).
 
-Does: eight corruptions (a good scorer ranks the row above its corrupted copy) and three changes of style (a good scorer
-does not move), each a function of the question, the answer and a random generator.
-Does not: score anything (evaluation.py), or train on anything (training.py).
+Does: eight corruptions, which a good scorer ranks below the row, and three changes of style, which it ignores.
+Does not: score or train.
 
-Training sees other phrases than evaluation, so that a table measures the habit and not the memory of a phrase.
+Training and evaluation use different phrases, so that evaluation does not measure the memory of a phrase.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from car_datasets.templates import Exchange
 
 Change = Callable[[Exchange, random.Random, str], str]  # row, generator, "train" or "evaluate" -> new response
 
+# The seeds of the shipped head draw from these tuples: any edit, even of the order, changes its weights. A phrase
+# that is listed twice is drawn more often.
 REFUSALS = {
     "train": (
         "I'm sorry, but I cannot help with that.",
@@ -104,7 +105,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences and lines of a text, in order, without the white space between them."""
+    """Return the sentences and lines of a text, in order, without the white space between them."""
     return [part for part in _SENTENCE.split(text.strip()) if part]
 
 
@@ -129,7 +130,8 @@ def _shuffled_sentences(row: Exchange, rng: random.Random, phrases: str) -> str:
 
 
 def _reordered(parts: list[str], rng: random.Random) -> list[str]:
-    """Another order, where there is one: half of all shuffles of two sentences leave them as they are."""
+    """Return the parts in another order, if one exists."""
+    # Half of all shuffles of two sentences leave them as they are, so one shuffle is not enough.
     copy = list(parts)
     while copy == parts and len(set(parts)) > 1:
         rng.shuffle(copy)
@@ -162,7 +164,7 @@ def _filler(row: Exchange, rng: random.Random, phrases: str) -> str:
     return f"{before} {row.response} {after}".strip()
 
 
-# `mismatched`, the answer of another row, needs those rows: see `mismatched` below.
+# The eighth corruption, `mismatched`, needs all rows and so is a function of its own.
 CORRUPTIONS: dict[str, Change] = {
     "truncated": _truncated,
     "repeated": _repeated,
@@ -178,16 +180,18 @@ STYLES: dict[str, Change] = {"opening": _opening, "bullets": _bullets, "filler":
 def corrupt(
     kind: str, rows: Sequence[Exchange], seed: int = 0, phrases: str = "evaluate", paired: bool = False
 ) -> list[Exchange | None]:
-    """The rows with one kind of change, `None` where a row cannot have it (one word has no other order).
+    """Return a copy of every row with one kind of change; `None` if a row cannot have it (one word has no other order).
 
     Args:
         kind (`str`): a name in `CORRUPTIONS` or `STYLES`, or `"mismatched"`.
-        rows (`Sequence[Exchange]`): the rows as they are; never changed.
-        seed (`int`): the same seed gives the same copies.
-        phrases (`str`): `"train"` or `"evaluate"`: whose phrases; training's also vary where an answer is cut.
+        rows (`Sequence[Exchange]`): the rows; they are not modified.
+        seed (`int`): equal seeds give equal copies.
+        phrases (`str`): `"train"` or `"evaluate"`: which set of phrases to draw from. With `"train"`, the point at
+            which an answer is cut varies, too.
+        paired (`bool`): rows 2i and 2i + 1 are a pair; `"mismatched"` then never gives a row the answer of its partner.
 
     Raises:
-        ValueError: the kind or the half is not known.
+        ValueError: `kind` or `phrases` is unknown.
     """
     changes = {**CORRUPTIONS, **STYLES}
     if kind != "mismatched" and kind not in changes:
@@ -202,7 +206,8 @@ def corrupt(
 
 
 def _is_changed(kind: str, copy: Exchange, row: Exchange) -> bool:
-    """Half of one word is no word: an empty answer is a corruption of its own."""
+    """Return True if a copy has other words than its row, and is empty only if `kind` is `"empty"`."""
+    # Truncating a single word leaves nothing, and an empty answer is a corruption of its own.
     words = copy.response.split()
     return words != row.response.split() and (kind == "empty" or bool(words))
 
@@ -210,9 +215,16 @@ def _is_changed(kind: str, copy: Exchange, row: Exchange) -> bool:
 def mismatched(
     rows: Sequence[Exchange], rng: random.Random, candidates: int = 8, paired: bool = False
 ) -> list[Exchange | None]:
-    """Each row with the answer of another: of `candidates` near it in length, one at random, to another instruction.
+    """Return every row with the answer of another row of similar length and a different instruction, or `None`.
 
-    `paired`: rows 2i and 2i + 1 are a pair, and never get each other's answer, though their instructions may differ.
+    Similar length, so that the length does not reveal the mismatch.
+
+    Args:
+        rows (`Sequence[Exchange]`): the rows; they are not modified.
+        rng (`random.Random`): chooses among the candidates.
+        candidates (`int`): number of rows, nearest in length, to choose from.
+        paired (`bool`): rows 2i and 2i + 1 are a pair, and never get each other's answer, though their instructions may
+            differ.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].response))
     copies: list[Exchange | None] = [None] * len(rows)
@@ -227,15 +239,20 @@ def mismatched(
 
 
 def draw_corruptions(rows: Sequence[Exchange], seed: int, weights: Mapping[str, float]) -> list[Exchange]:
-    """One corrupted copy of each row, of a kind drawn by weight from those that it can have; training's phrases.
+    """Return one corrupted copy of each row, of a kind drawn by weight from those that the row can have.
 
-    An empty answer or a refusal is always possible, so every row has one.
+    The phrases are those of training. With `"empty"` and `"refusal"` in `weights` every row has at least one copy.
+
+    Args:
+        rows (`Sequence[Exchange]`): the rows; they are not modified.
+        seed (`int`): equal seeds give equal copies.
+        weights (`Mapping[str, float]`): relative frequency of each kind of corruption.
     """
     rng = random.Random(f"draw-{seed}")
     copies = {kind: corrupt(kind, rows, seed, "train") for kind in weights}
-    found = []
+    drawn = []
     for i in range(len(rows)):
         possible = {kind: copy for kind in weights if (copy := copies[kind][i]) is not None}
         [kind] = rng.choices(list(possible), [weights[kind] for kind in possible])
-        found.append(possible[kind])
-    return found
+        drawn.append(possible[kind])
+    return drawn

@@ -1,8 +1,8 @@
-"""MEASURE: what a scorer knows, what it falls for, and what moves it though it should not.
+"""Evaluate a scorer on pairs: accuracy against two baselines, corrupted copies, and changes of style.
 
-Does: rank a file of pairs, as given and cleaned, beside two baselines that understand nothing; count how often a row
-outranks its own corrupted copy; measure how far a change of mere style moves the score.
-Does not: train (training.py), or read files (pairs.py).
+Does: measure accuracy on text as given and cleaned, how often a row outranks its corrupted copy, and how far a change
+of style shifts the score, all with bootstrap intervals.
+Does not: train, or read files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from car_datasets.corruptions import CORRUPTIONS, STYLES, corrupt
-from car_datasets.metrics import Figures, best_threshold, pair_metrics, with_intervals
+from car_datasets.metrics import Figures, Scores, best_threshold, pair_metrics, with_intervals
 from car_datasets.pairs import Pair, as_given, cleaned, refuse_crossing
 from car_datasets.probe import cross_validated, fit_probe, probe_scores
 from car_datasets.publishing import without_nan
@@ -26,30 +26,33 @@ from car_datasets.templates import Exchange, Text, render
 if TYPE_CHECKING:
     from rich.table import Table
 
-Scores = npt.NDArray[np.floating[Any]]
-Halves = tuple[Scores, Scores]  # of the worse and of the better answers
-Measure = Callable[[npt.NDArray[np.int64]], Mapping[str, float]]  # places to figures
+Halves = tuple[Scores, Scores]  # of the worse and of the better answers, (pairs,) each
+TextHalves = tuple[list[Text], list[Text]]
+Measure = Callable[[npt.NDArray[np.int64]], Mapping[str, float]]  # indices of pairs -> figures
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of [`evaluate_scorer`]. Every figure is `{"value", "low", "high"}`: the value and its 95 % interval.
+    """The result of [`evaluate_scorer`]. Every figure is `{"value", "low", "high"}`: the value and its 95 % interval.
 
     Args:
-        model, revision (`str`), engine (`str`, *optional*): which weights, and what ran the encoder if not torch.
-        pairs (`int`): how many.
-        threshold (`float`), threshold_from (`str`): of row accuracy, and what chose it.
-        accuracy (`dict`): `"as given"` and `"cleaned"`, each `rows`, `pairs`, `kendall` and `auc`, see
-            [`~car_datasets.metrics.pair_metrics`].
-        baselines (`dict`): `"length"` (the longer text is better) and `"bag of words"`, as `accuracy`. The length has a
-            row accuracy only where other data gave it a threshold.
-        bag_of_words_from (`str`): what the bag of words was trained on.
-        corruptions (`dict`): per kind, `outranked`, the share of rows that score higher than their own corrupted copy
-            (a tie is half), and `rows`, how many could be corrupted in this way.
-        styles (`dict`): per kind, `shift`, mean of score(changed) - score(row) in units of the standard deviation of all
-            rows' scores, and `rows`.
-        escapes (`dict`): the same text with its escapes typed out: `changed`, rows whose score is not exactly the same,
-            `largest`, the largest difference, and `rows`.
+        model, revision (`str`): id and immutable revision of the scorer.
+        engine (`str`, *optional*): folder of the engine that ran the encoder; `None` for torch.
+        pairs (`int`): number of pairs.
+        threshold (`float`): score above which a row counts as good, for `rows`.
+        threshold_from (`str`): `"fixed"` or `"chosen on other pairs"`.
+        accuracy (`dict`): `"as given"` and `"cleaned"`, each with `rows`, the share of rows on the right side of the
+            threshold; `pairs`, the share of pairs in the right order; `kendall`, tau-b of scores and 0/1 labels; `auc`,
+            the share of all (worse, better) combinations in the right order.
+        baselines (`dict`): the same for `"length"` (the longer text is better) and `"bag of words"`. `"length"` lacks
+            `rows` unless other pairs gave it a threshold.
+        bag_of_words_from (`str`): the data that the bag of words was trained on.
+        corruptions (`dict`): for each kind, `outranked`, the share of rows that score higher than their own corrupted
+            copy (a tie counts half), and `rows`, the number of rows that could be corrupted in this way.
+        styles (`dict`): for each kind, `shift`, the mean of score(changed) - score(row) in standard deviations of the
+            scores of all rows, and `rows`, the number of rows that could be changed.
+        escapes (`dict`): comparison with the same text, its escapes typed out: `changed`, the number of scores that
+            differ at all, `largest`, the largest difference, and `rows`, the number of texts that differ.
     """
 
     model: str
@@ -66,11 +69,11 @@ class Evaluation:
     escapes: dict[str, Any]
 
     def to_json(self) -> str:
-        """All figures as JSON; `null` where no row could be measured."""
+        """Return all figures as JSON, with `null` for figures without a single row."""
         return json.dumps(without_nan(asdict(self)), indent=2, allow_nan=False)
 
     def to_tables(self) -> list[Table]:
-        """Three tables for a terminal: accuracy, corruptions, style."""
+        """Return three tables for a terminal: accuracy, corruptions, style."""
         from rich.table import Table
 
         by = "" if self.engine is None else f" in int8 ({self.engine})"
@@ -87,11 +90,11 @@ class Evaluation:
             "[95 % interval]"
         )
         corruptions = Table("corruption", "row outranks its copy", "rows", title_justify="left")
-        for kind, found in self.corruptions.items():
-            corruptions.add_row(kind, _percent(found["outranked"]), f"{found['rows']:,}")
+        for kind, row in self.corruptions.items():
+            corruptions.add_row(kind, _percent(row["outranked"]), f"{row['rows']:,}")
         styles = Table("change of style", "shift in standard deviations", "rows", title_justify="left")
-        for kind, found in self.styles.items():
-            styles.add_row(kind, _number(found["shift"], "+.3f"), f"{found['rows']:,}")
+        for kind, row in self.styles.items():
+            styles.add_row(kind, _number(row["shift"], "+.3f"), f"{row['rows']:,}")
         changed = f"{self.escapes['changed']:,} scores change, by {self.escapes['largest']:.2g} at most"
         styles.add_row("escapes typed out", changed, f"{self.escapes['rows']:,}")
         return [accuracy, corruptions, styles]
@@ -113,30 +116,32 @@ def _number(figure: Mapping[str, float], form: str) -> str:
 def evaluate_scorer(
     scorer: QualityScorer, pairs: Sequence[Pair], *, other: Sequence[Pair] = (), samples: int = 1000, seed: int = 0
 ) -> Evaluation:
-    """Measure a scorer on pairs.
+    """Evaluate a scorer on pairs of a worse and a better answer.
 
     Args:
-        scorer ([`QualityScorer`]): any; its own template renders the text.
-        pairs (`Sequence[Pair]`): see [`~car_datasets.pairs.read_pairs`].
-        other (`Sequence[Pair]`, *optional*): pairs of the same kind, such as the training file: they choose the
+        scorer ([`QualityScorer`]): the scorer; text is rendered with its own template.
+        pairs (`Sequence[Pair]`): the pairs, as read by [`read_pairs`].
+        other (`Sequence[Pair]`, *optional*): other pairs of the same kind, such as the training file. They choose the
             thresholds of row accuracy and train the bag of words. Without them the threshold is 0.5 and the bag of
             words is cross-validated on `pairs`.
-        samples (`int`): bootstrap samples behind each interval; whole pairs are drawn.
-        seed (`int`): of bootstrap and corruptions.
+        samples (`int`): bootstrap samples for each interval; pairs are drawn, not rows.
+        seed (`int`): seed of bootstrap and corruptions.
 
     Raises:
-        ValueError: there are fewer than 2 pairs, `samples` is below 1, or a score is not finite.
+        ValueError: there are fewer than 2 pairs, `other` shares instructions with them, `samples` is below 1, or a
+            score is not finite.
     """
     if len(pairs) < 2:
-        raise ValueError(f"pairs: {len(pairs)} given; intervals need at least 2.")
+        raise ValueError(f"pairs: {len(pairs)} given; intervals need at least 2. Add pairs.")
     refuse_crossing([r for p in other for r in p], [r for p in pairs for r in p], ("other", "pairs"))
 
     def figures(measure: Measure, count: int = len(pairs)) -> Figures:
         return with_intervals(measure, count, samples, seed)
 
     def accuracy(halves: Halves, threshold: float | None) -> Figures:
-        found = figures(lambda at: pair_metrics(halves[0][at], halves[1][at], threshold or 0.0))
-        return {name: figure for name, figure in found.items() if name != "rows" or threshold is not None}
+        by_name = figures(lambda at: pair_metrics(halves[0][at], halves[1][at], threshold or 0.0))
+        # Without a threshold the share of rows on its right side means nothing.
+        return {name: figure for name, figure in by_name.items() if name != "rows" or threshold is not None}
 
     given, clean_text = _texts(pairs, as_given), _texts(pairs, lambda row: _cleaned_text(row, scorer))
     cleaned_halves = _score_halves(scorer, clean_text)
@@ -168,9 +173,6 @@ def evaluate_scorer(
     )
 
 
-TextHalves = tuple[list[Text], list[Text]]
-
-
 def _texts(pairs: Sequence[Pair], form: Callable[[Exchange], Text]) -> TextHalves:
     return [form(pair.worse) for pair in pairs], [form(pair.better) for pair in pairs]
 
@@ -180,15 +182,18 @@ def _cleaned_text(row: Exchange, scorer: QualityScorer) -> Text:
 
 
 def _score_halves(scorer: QualityScorer, texts: TextHalves) -> Halves:
-    found = _score(scorer, [*texts[0], *texts[1]])
-    return found[: len(texts[0])], found[len(texts[0]) :]
+    scores = _score(scorer, [*texts[0], *texts[1]])
+    return scores[: len(texts[0])], scores[len(texts[0]) :]
 
 
 def _score(scorer: QualityScorer, texts: Sequence[Text]) -> npt.NDArray[np.float64]:
-    found = scorer.score_texts(texts).scores.astype(np.float64)
-    if not np.isfinite(found).all():
-        raise ValueError(f"{(~np.isfinite(found)).sum()} of {len(found)} scores of {scorer.model_id} are not finite.")
-    return found
+    scores = scorer.score_texts(texts).scores.astype(np.float64)
+    finite = np.isfinite(scores)
+    if not finite.all():
+        raise ValueError(
+            f"{(~finite).sum()} of {len(scores)} scores of {scorer.model_id} are not finite; check its weights."
+        )
+    return scores
 
 
 def _lengths(texts: TextHalves) -> Halves:
@@ -206,27 +211,30 @@ def _bag_of_words(texts: TextHalves, other: TextHalves) -> Halves:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the tables share: the rows, worse and better in turn, as given and cleaned, and the scores of the latter."""
+    """The data that the corruption, style and escape figures share."""
 
     scorer: QualityScorer
-    as_given: list[Exchange]
-    rows: list[Exchange]
-    halves: Halves
+    as_given: list[Exchange]  # worse and better in turn
+    rows: list[Exchange]  # the same rows, cleaned
+    halves: Halves  # scores of `rows`
     figures: Callable[[Measure, int], Figures]
     seed: int
 
     def corruption(self, kind: str) -> dict[str, Any]:
+        """Return the share of rows that outrank their corrupted copy, and the number of rows with a copy."""
         difference = self._differences(corrupt(kind, self.rows, self.seed, paired=True))
         won = np.where(np.isnan(difference), np.nan, (difference < 0) + 0.5 * (difference == 0))
         return {"outranked": self._mean(won), "rows": int(np.isfinite(won).sum())}
 
     def style(self, kind: str) -> dict[str, Any]:
-        spread = float(np.std(np.concatenate(self.halves))) or np.nan  # equal scores have no unit to measure in
+        """Return the mean shift of the score in standard deviations, and the number of rows with a copy."""
+        spread = float(np.std(np.concatenate(self.halves))) or np.nan  # if all scores are equal, there is no unit
         difference = self._differences(corrupt(kind, self.rows, self.seed)) / spread
         return {"shift": self._mean(difference), "rows": int(np.isfinite(difference).sum())}
 
     def escapes(self) -> dict[str, Any]:
-        """The rows with the line breaks that they came with, scored twice in one order: equal texts meet equal company."""
+        """Compare the scores of the rows as given with those of the same rows with escapes typed out."""
+        # Both are scored in the same order, so that equal texts share a batch with equal texts and score exactly alike.
         typed = [Exchange(*(json.dumps(part)[1:-1] for part in row)) for row in self.as_given]
         scores = []
         for rows in (self.as_given, typed):
@@ -237,17 +245,18 @@ class _Tables:
         return {"changed": int((difference > 0).sum()), "largest": float(difference.max()), "rows": count}
 
     def _differences(self, copies: Sequence[Exchange | None]) -> npt.NDArray[np.float64]:
-        """score(copy) - score(row), NaN where there is no copy; shape (pairs, 2)."""
+        """Return score(copy) - score(row), NaN for rows without a copy; shape (pairs, 2)."""
         places = [i for i, copy in enumerate(copies) if copy is not None]
         rows = np.stack(self.halves, axis=1).ravel()
-        found = np.full(len(rows), np.nan)
+        differences = np.full(len(rows), np.nan)
         texts = [render(copy, str(self.scorer.template)) for copy in copies if copy is not None]
         if texts:
-            found[places] = _score(self.scorer, texts) - rows[places]
-        return found.reshape(-1, 2)
+            differences[places] = _score(self.scorer, texts) - rows[places]
+        return differences.reshape(-1, 2)
 
     def _mean(self, values: npt.NDArray[np.float64]) -> dict[str, float]:
-        """Only pairs with a copy are drawn: a sample of the others would have no mean."""
+        """Return the mean over all rows that have a value, with its interval; `values` has the shape (pairs, 2)."""
+        # Only pairs with a value are drawn: a sample without any would have no mean.
         values = values[np.isfinite(values).any(axis=1)]
         if not len(values):
             return dict.fromkeys(("value", "low", "high"), float("nan"))

@@ -1,15 +1,13 @@
-"""Train the head of the embedded default: small networks on the frozen encoder's states, and the words of the answer.
+"""Train the head of the embedded scorer on the states of its frozen encoder and the words of the answer.
 
-Does: read pairs, clean them as the scorer will, make copies in other styles and broken copies, compute the encoder's
-features once, fit the head for several seeds, write configuration, weights, figures and card.
-Does not: train an encoder (training.py), or say how the parts are fitted (head_fitting.py).
-
-The weights in `car_datasets/models/iqs-minilm` come from configs/train_iqs_minilm.yaml.
+Does: clean pairs, make restyled and corrupted copies, encode all once, fit the head for several seeds, write the model.
+Does not: train an encoder. The shipped weights come from the training file `train_iqs_minilm.yaml`.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from car_datasets.layers import SegmentHead
 from car_datasets.modeling_iqs import IQSModel
 from car_datasets.pairs import Pair, cleaned, read_pairs, refuse_crossing
 from car_datasets.publishing import write_card, write_figures
+from car_datasets.results import write_folder
 from car_datasets.scoring import QualityScorer
 from car_datasets.segments import hashed_words, segment_features
 from car_datasets.settings import Settings
@@ -37,7 +36,7 @@ from car_datasets.templates import CLEAN_TEMPLATE, Exchange, render
 
 logger = logging.getLogger(__name__)
 
-# How often each corruption is drawn for training: the harder to tell, the more often.
+# Relative frequency of each corruption in training: the harder it is to detect, the more frequent.
 CORRUPTION_WEIGHTS: Mapping[str, float] = {
     "mismatched": 6.0,
     "shuffled_sentences": 5.0,
@@ -48,32 +47,35 @@ CORRUPTION_WEIGHTS: Mapping[str, float] = {
     "refusal": 1.0,
     "empty": 0.5,
 }
-# Of CaR's APE_score_train.csv: the card of a head that was trained on it says what that text is.
+# CaR's APE_score_train.csv: the card of a head that was trained on this file describes its content.
 CAR_TRAINING_SHA256 = "3f269b42f54190f34bb4e5ba634942159c766122a20939538657682d5392935b"
+# (style, seed) of each restyled copy of the rows.
 STYLE_DRAWS = (("opening", 0), ("opening", 1), ("filler", 0), ("bullets", 0))
 
 
 @dataclass(frozen=True)
 class HeadTraining(Settings):
-    """The settings of [`train_head`].
+    """The settings of [`train_head`]; the defaults are those of the shipped head.
 
     Args:
-        train, valid (`str`): files for [`~car_datasets.pairs.read_pairs`].
-        output (`str`): a new folder.
-        seed (`int`), seeds (`int`): trainings with the seeds `seed`, `seed + 1`, ...; the first is kept, the figures of all
-            are on the card. The same seed gives the same file on one kind of machine.
-        members, hidden_size (`int`), dropout (`float`): of the networks that vote on quality.
-        axes (`int`): principal axes of the features that they are trained on.
-        epochs (`int`), learning_rate, weight_decay (`float`): of the same.
-        consistency (`float`): weight of what a change of style may not move; margin_weight (`float`): of what a corruption
-            must move, in quality; see [`~car_datasets.head_fitting.fit_quality`].
-        word_bits (`int`), word_strength, word_style_weight (`float`): of the words of the answer, see
-            [`~car_datasets.head_fitting.fit_words`].
-        corruption_draws (`int`): broken copies of each row.
-        integrity_size, integrity_epochs (`int`), integrity_dropout, integrity_learning_rate, integrity_weight_decay.
-        penalty (`float`): what a broken answer loses; penalty_offset (`float`): how far into the broken side integrity must
-            be before half of it is lost, in logits; penalty_slope (`float`): how steeply.
-        pairs_per_batch (`int`): in both optimisations.
+        train, valid (`str`): files of pairs: CSV (`src,score` or `src,pos,neg`) or JSON Lines (`chosen`, `rejected`).
+        output (`str`): a new folder for the model.
+        seed (`int`), seeds (`int`): train with the seeds `seed`, `seed + 1`, ... The first model is kept; the card
+            shows the figures of all. Equal seeds give equal files on one kind of machine.
+        members, hidden_size (`int`), dropout (`float`): number of quality networks, their hidden units and dropout.
+        axes (`int`): principal axes of the features to which the quality networks are limited.
+        epochs (`int`), learning_rate, weight_decay (`float`): optimisation of the quality networks.
+        consistency (`float`): weight of the penalty on a change of quality when only the style changes.
+        margin_weight (`float`): weight of the loss that separates the quality of a row from that of its corrupted copy.
+        word_bits (`int`): bits of the hash of words and word pairs.
+        word_strength (`float`): inverse regularisation of the word regression (scikit-learn's `C`).
+        word_style_weight (`float`): weight in the word regression of all restyled copies of a row; the row has 1.
+        corruption_draws (`int`): corrupted copies per row.
+        integrity_size, integrity_epochs (`int`), integrity_dropout, integrity_learning_rate, integrity_weight_decay
+            (`float`): hidden units and optimisation of the integrity network.
+        penalty (`float`): the most that a corrupted answer loses.
+        penalty_offset, penalty_slope (`float`): negated integrity logit at which half of it applies; the slope there.
+        pairs_per_batch (`int`): batch size of both optimisations, in pairs.
     """
 
     kind: str = "head"
@@ -108,7 +110,7 @@ class HeadTraining(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind != "head":
-            raise ValueError(f"kind={self.kind!r}: these are the settings of kind='head'.")
+            raise ValueError(f"kind={self.kind!r}: HeadTraining takes kind='head' only.")
         counts = ("seeds", "members", "hidden_size", "axes", "epochs", "corruption_draws")
         self.refuse_outside(1, None, *counts, "integrity_size", "integrity_epochs", "pairs_per_batch")
         self.refuse_outside(1e-9, None, "learning_rate", "integrity_learning_rate", "word_strength", "penalty_slope")
@@ -119,7 +121,7 @@ class HeadTraining(Settings):
 
 
 class Material(NamedTuple):
-    """All that the head is fitted on: labels, scaling, and features and words of rows and copies."""
+    """The data that a head is fitted on: labels (rows,), the features' mean and scale (width,), features and words."""
 
     labels: Tensor
     mean: Tensor
@@ -129,18 +131,17 @@ class Material(NamedTuple):
 
 
 def train_head(settings: HeadTraining) -> dict[str, Any]:
-    """Train the head and write `config.json`, `model.safetensors`, `README.md` and `figures.json` into `settings.output`.
+    """Train the head and write configuration, weights, figures and card into `settings.output`.
 
     Returns:
-        `dict`: the [`~car_datasets.evaluation.Evaluation`] on `valid` of the model that was kept, and under `seeds` the
-        main figures of every seed.
+        `dict`: the figures of the kept model on `valid`, their spread over the `seeds`, and `training_pairs`.
 
     Raises:
-        ValueError: before training: the folder is there already, a file cannot be read, or the two files share questions.
+        ValueError: the folder exists, a file cannot be read, or both files share questions; raised before training.
     """
     folder = Path(settings.output)
     if folder.exists():
-        raise ValueError(f"output={settings.output!r} is there already; name a new folder.")
+        raise ValueError(f"output={settings.output!r} already exists; name a new folder.")
     train, valid = read_pairs(settings.train), read_pairs(settings.valid)
     sides = [[row for pair in pairs for row in pair] for pairs in (train, valid)]
     refuse_crossing(sides[0], sides[1], (settings.train, settings.valid))
@@ -148,7 +149,7 @@ def train_head(settings: HeadTraining) -> dict[str, Any]:
 
 
 def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
-    """Rows, copies and their features; pairs with an empty answer are left out, since emptiness is a corruption here."""
+    """Return features and words of rows and copies; drop pairs with an empty answer, which is a corruption."""
     kept = [Pair(*(cleaned(row) for row in pair)) for pair in pairs]
     kept = [pair for pair in kept if all(row.response for row in pair)]
     logger.info("%d of %d pairs have both answers.", len(kept), len(pairs))
@@ -156,8 +157,9 @@ def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
     styled = [[c or row for c, row in zip(corrupt(k, rows, s, "train"), rows, strict=True)] for k, s in STYLE_DRAWS]
     corrupted = [draw_corruptions(rows, s, CORRUPTION_WEIGHTS) for s in range(settings.corruption_draws)]
     encoder, tokenizer, config = _frozen_encoder(settings)
-    read = Copies(rows, styled, corrupted).each(lambda texts: read_rows(encoder, tokenizer, config, texts))
-    features, words = read.each(lambda found: found[0]), read.each(lambda found: found[1])
+    encoded = Copies(rows, styled, corrupted).each(lambda texts: read_rows(encoder, tokenizer, config, texts))
+    features, words = encoded.each(lambda both: both[0]), encoded.each(lambda both: both[1])
+    # The head repeats this scaling when it scores, so it is that of the rows alone, for the copies as well.
     mean, scale = features.rows.mean(dim=0), features.rows.std(dim=0) + 1e-3
     scaled = features.each(lambda f: f.sub_(mean).div_(scale).clamp_(-6, 6))
     labels = torch.tensor([0.0, 1.0]).repeat(len(kept))
@@ -165,19 +167,22 @@ def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
 
 
 def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pair]) -> dict[str, Any]:
-    """Fit every seed on the same material, measure each, write the first."""
+    """Fit a head per seed on the same material, evaluate each as saved, keep the first in `settings.output`."""
     folder = Path(settings.output)
-    partial = folder.with_name(f"{folder.name}.partial")
+    # Deterministic, so all seeds share it.
     words = fit_words(material.words, material.labels.numpy(), settings.word_strength, settings.word_style_weight)
-    found: list[Evaluation] = []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        place = partial if seed == settings.seed else partial / "other-seed"
-        head = fit_head(settings.changed(seed=seed), material, *words)
-        _save(place, _config(settings), head)
-        found.append(evaluate_scorer(QualityScorer(str(place)), valid))
-    figures = {**asdict(found[0]), "model": folder.name, "seeds": _over_seeds(found)}
-    figures["training_pairs"] = len(material.labels) // 2
-    return _finish(settings, partial, folder, figures)
+    evaluations: list[Evaluation] = []
+    with write_folder(folder) as partial:
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            place = partial if seed == settings.seed else partial / "other-seed"
+            head = fit_head(settings.changed(seed=seed), material, *words)
+            _save(place, _config(settings), head)
+            evaluations.append(evaluate_scorer(QualityScorer(str(place)), valid))
+        shutil.rmtree(partial / "other-seed", ignore_errors=True)
+        figures = {**asdict(evaluations[0]), "model": folder.name, "seeds": _over_seeds(evaluations)}
+        figures["training_pairs"] = len(material.labels) // 2
+        _describe(settings, partial, figures)
+    return figures
 
 
 def fit_head(
@@ -187,8 +192,8 @@ def fit_head(
     intercept: float,
     logits: Copies,
 ) -> SegmentHead:
-    """One head: beside the words of [`~car_datasets.head_fitting.fit_words`] quality, then integrity."""
-    torch.manual_seed(settings.seed)
+    """Fit quality on top of the results of `fit_words` (the last three arguments), then integrity; return one head."""
+    torch.manual_seed(settings.seed)  # all random numbers below follow from it, so their order is part of the result
     features, labels = material.features, material.labels
     axes = principal_axes(features.rows, min(settings.axes, *features.rows.shape))
     quality = fit_quality(
@@ -213,6 +218,7 @@ def fit_head(
         weight_decay=settings.integrity_weight_decay,
     )
     head = SegmentHead(_config(settings))
+    # Projection, intercept, slope and offset are folded into the weights, so that the head needs none of them.
     with torch.no_grad():
         head.mean.copy_(material.mean)
         head.scale.copy_(material.scale)
@@ -229,16 +235,17 @@ def fit_head(
 
 
 def read_rows(encoder: Any, tokenizer: Any, config: IQSConfig, rows: Sequence[Exchange]) -> tuple[Tensor, Any]:
-    """[`segment_features`] of rows, (rows, width) float32, and their [`hashed_words`] as a sparse matrix."""
+    """Return features of rows, (rows, width) float32, and their hashed words, a sparse (rows, 2 ** bits) matrix."""
     from scipy.sparse import csr_matrix
 
     texts = [render(row, config.template) for row in rows]
-    found = tokenise(tokenizer, [t.whole for t in texts], config.max_tokens, [len(t.question) + 1 for t in texts])
+    # The answer begins after the question and one space.
+    tokens = tokenise(tokenizer, [t.whole for t in texts], config.max_tokens, [len(t.question) + 1 for t in texts])
     features = torch.empty((len(rows), SegmentHead.width(config)))
     entries: list[tuple[Any, Any, Any]] = []
-    for batch in token_batches([len(ids) for ids in found.ids], CPU_BUDGET):
-        input_ids, mask = pad([found.ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
-        start = torch.tensor([found.answer_starts[i] for i in batch])
+    for batch in token_batches([len(ids) for ids in tokens.ids], CPU_BUDGET):
+        input_ids, mask = pad([tokens.ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
+        start = torch.tensor([tokens.answer_starts[i] for i in batch])
         with torch.inference_mode():
             states = encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
             features[batch] = segment_features(states, mask, start)
@@ -276,13 +283,13 @@ def _config(settings: HeadTraining) -> IQSConfig:
     )
 
 
-def _over_seeds(found: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation over the seeds of every figure on cleaned text, corruptions and styles."""
+def _over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
+    """Return mean and sample standard deviation over the seeds: accuracy on cleaned text, corruptions and styles."""
     values: dict[str, list[float]] = {}
-    for one in found:
-        figures = {**one.accuracy["cleaned"]}
-        figures |= {kind: at["outranked"] for kind, at in one.corruptions.items()}
-        figures |= {kind: at["shift"] for kind, at in one.styles.items()}
+    for evaluation in evaluations:
+        figures = {**evaluation.accuracy["cleaned"]}
+        figures |= {kind: row["outranked"] for kind, row in evaluation.corruptions.items()}
+        figures |= {kind: row["shift"] for kind, row in evaluation.styles.items()}
         for name, figure in figures.items():
             values.setdefault(name, []).append(figure["value"])
     spread = {name: float(np.std(list_, ddof=1)) if len(list_) > 1 else 0.0 for name, list_ in values.items()}
@@ -294,19 +301,16 @@ def _save(folder: Path, config: IQSConfig, head: SegmentHead) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    kept = {"mean", "scale"}  # a scale of 1e-3 has few digits in half precision
-    state = {f"head.{n}": (w if n in kept else w.half()).contiguous() for n, w in head.state_dict().items()}
+    full = {"mean", "scale"}  # stay in float32: a scale of 1e-3 has few digits in half precision
+    state = {f"head.{n}": (w if n in full else w.half()).contiguous() for n, w in head.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def _finish(settings: HeadTraining, partial: Path, folder: Path, figures: dict[str, Any]) -> dict[str, Any]:
-    """Card and figures; the folder gets its name when all of it is there."""
-    import shutil
-
-    shutil.rmtree(partial / "other-seed", ignore_errors=True)
-    write_figures(partial, figures)
+def _describe(settings: HeadTraining, folder: Path, figures: dict[str, Any]) -> None:
+    """Write `figures.json` and the card."""
+    write_figures(folder, figures)
     write_card(
-        partial,
+        folder,
         "default_scorer_card.md.jinja",
         settings=settings,
         files=[Path(name).name for name in (settings.train, settings.valid)],
@@ -315,5 +319,3 @@ def _finish(settings: HeadTraining, partial: Path, folder: Path, figures: dict[s
         config=_config(settings),
         pairs=figures["training_pairs"],
     )
-    partial.replace(folder)
-    return figures

@@ -1,8 +1,8 @@
-"""Pairs of a worse and a better answer, out of the files they come in: what scorers are trained and measured on.
+"""Read pairs of a worse and a better answer, the data that scorers are trained and evaluated on.
 
-Does: read CaR's two CSV formats (`src,score` and `src,pos,neg`) and JSON Lines with (chosen, rejected) or (prompt, chosen,
-rejected), as text or as chat messages; name the row of everything that cannot be read.
-Does not: clean text (templates.py), split files (preparation.py) or score (evaluation.py).
+Does: read CaR's two CSV formats (`src,score` and `src,pos,neg`) and JSON Lines with `chosen`, `rejected` and an
+optional `prompt`, as text or as chat messages; name the row of everything that cannot be read.
+Does not: split files or score.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _HH_TURN = "\n\nAssistant:"
 
 
 class Pair(NamedTuple):
-    """Two answers of which the second is better; its instruction may be better as well."""
+    """A worse and a better answer; the instruction of the better half may be revised, too."""
 
     worse: Exchange
     better: Exchange
 
 
 class LabelledRows(NamedTuple):
-    """Rows and their labels, float32 in [0, 1]; where the file held pairs, rows 2i and 2i + 1 are one."""
+    """Rows and their labels, float32 in [0, 1]; if the file contains pairs, rows 2i and 2i + 1 are one pair."""
 
     rows: list[Exchange]
     labels: npt.NDArray[np.float32]
@@ -47,15 +47,15 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
     Args:
         path (`str`): `.csv` with the columns `src` and `score` (rows 2i and 2i + 1 are a pair, the higher score is the
-            better one) or `src`, `pos` and `neg` (the original's ranking files; both answers get the same instruction);
-            `.jsonl` or `.json` with `chosen` and `rejected`, and `prompt` if they do not hold it; of chats the last
-            answer counts, after all that was said before.
+            better half) or `src`, `pos` and `neg` (the original's ranking files; both answers get the same
+            instruction); `.jsonl` or `.json` with `chosen` and `rejected`, and with `prompt` unless they contain it.
+            The answer of a chat is its last one; all earlier messages become part of the instruction.
 
-    An empty answer is kept, with a warning; `Instruction` and answer both empty are an error.
+    An empty answer is kept, with a warning. It is an error if both instruction and answer are empty.
 
     Raises:
-        ValueError: a column is missing, a text is empty, two rows of a pair have the same score, or the file is of
-            another kind; rows are counted from 1.
+        ValueError: a column is missing, a text is empty, two rows of a pair have the same score, or the file has
+            another format; the message counts rows from 1.
     """
     content = _read(path)
     columns = set(content[0])
@@ -71,61 +71,72 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def read_labelled_rows(path: str | Path) -> LabelledRows:
-    """Read the same files as rows and labels: graded ones of a `src,score` file as they are, else 0 (worse) and 1 (better).
+    """Read a file of pairs or of scored rows as rows and labels.
+
+    Args:
+        path (`str`): a file in any format of [`read_pairs`]. The scores of a `src,score` file are kept as they are; in
+            all other formats the label is 0 for the worse and 1 for the better half.
 
     Raises:
-        ValueError: as for [`read_pairs`]; a label is not a number in [0, 1], or all are the same.
+        ValueError: the file cannot be read as pairs or scored rows, a label is not a number in [0, 1], or all labels
+            are equal.
     """
     content = _read(path)
     if {"src", "score"} <= set(content[0]):
-        found = _labelled(path, content)
+        labelled = _labelled(path, content)
     else:
         pairs = read_pairs(path)
         labels = np.tile(np.array([0, 1], dtype=np.float32), len(pairs))
-        found = LabelledRows([row for pair in pairs for row in pair], labels)
-    if len(set(found.labels.tolist())) == 1:
-        raise ValueError(f"{path}: every label is {found.labels[0]:g}; a model learns nothing from one class only.")
-    return found
+        labelled = LabelledRows([row for pair in pairs for row in pair], labels)
+    if len(set(labelled.labels.tolist())) == 1:
+        raise ValueError(
+            f"{path}: every label is {labelled.labels[0]:g}; a model learns nothing from one class only. Add others."
+        )
+    return labelled
 
 
 def refuse_crossing(train: Sequence[Exchange], valid: Sequence[Exchange], names: tuple[str, str]) -> None:
-    """Raise a ValueError if the two files share a row: what is measured on it is then remembered, not judged.
+    """Raise ValueError if training and validation rows share an instruction, because accuracy would measure memory.
 
-    Rows are compared cleaned. The same instruction with other answers on both sides crosses as well.
+    Instruction and input are compared, cleaned and without case; the answers may differ.
+
+    Args:
+        train, valid (`Sequence[Exchange]`): the rows.
+        names (`tuple[str, str]`): their names for the message.
     """
     known = {question(row) for row in train}
     crossing = [i for i, row in enumerate(valid, 1) if question(row) in known]
     if crossing:
         raise ValueError(
-            f"The split crosses: {len(crossing)} of the {len(valid)} rows of {names[1]} (the first: row {crossing[0]}) have "
-            f"an instruction that {names[0]} holds too. `car-datasets prepare` makes a split that keeps them on one side."
+            f"The split crosses: {len(crossing)} of the {len(valid)} rows of {names[1]} (the first: row {crossing[0]}) "
+            f"have an instruction that {names[0]} contains too. `car-datasets prepare` makes splits that do not cross."
         )
 
 
 def question(row: Exchange) -> tuple[str, str]:
-    """Instruction and input, cleaned and without case: what two rows share that ask the same."""
+    """Return instruction and input, cleaned and case-folded: a key that is equal for rows that ask the same."""
     return clean(row.instruction).casefold(), clean(row.input).casefold()
 
 
 def as_given(row: Exchange) -> Text:
-    """The text in the form of the original's training files, nothing cleaned."""
+    """Return the text in the form of the original's training files, without cleaning."""
     asked = f"Instruction: {row.instruction} Input: {row.input}" if row.input else f"Instruction: {row.instruction}"
     return Text(asked, f"Response: {row.response}")
 
 
 def cleaned(row: Exchange) -> Exchange:
-    """Every part through [`~car_datasets.templates.clean`]."""
+    """Return the row with typed-out escapes decoded, quotes straightened and white space folded in every part."""
     return Exchange(*(clean(part) for part in row))
 
 
 def _read(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
+        raise ValueError(f"There is no file {path}; check the path.")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # as bytes: text mode would change line ends within answers
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}.") from error
+        raise ValueError(f"{path} is not UTF-8: {error}. Convert it to UTF-8.") from error
     if path.suffix == ".csv":
         rows: list[Any] = _read_csv(path, text)
     elif path.suffix in (".jsonl", ".json"):
@@ -133,13 +144,13 @@ def _read(path: str | Path) -> list[dict[str, Any]]:
     else:
         raise ValueError(f"{path}: pairs are read from .csv, .jsonl or .json files.")
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} holds no rows." if not rows else f"{path} must hold one object per row.")
+        raise ValueError(f"{path} holds no rows." if not rows else f"{path} must hold one JSON object per row.")
     return rows
 
 
 def _read_csv(path: Path, text: str) -> list[Any]:
     limit = csv.field_size_limit()
-    csv.field_size_limit(max(limit, len(text)))  # 128 KiB is too little for some answers
+    csv.field_size_limit(max(limit, len(text)))  # the default, 128 KiB, is too small for some answers
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         rows: list[Any] = list(reader)
@@ -147,13 +158,14 @@ def _read_csv(path: Path, text: str) -> list[Any]:
         raise ValueError(f"{path} is not CSV: {error}.") from error
     finally:
         csv.field_size_limit(limit)
-    names = [name for name in reader.fieldnames or () if name]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path} has the columns {names}; each may be there only once.")
+    columns = [name for name in reader.fieldnames or () if name]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{path} has the columns {columns}; each may occur only once.")
     for number, row in enumerate(rows, 1):
+        # DictReader collects surplus cells under the key None.
         if any(row.get(None, ())):
             raise ValueError(
-                f"{path}, row {number} has more cells than columns; a text that holds a comma must be quoted."
+                f"{path}, row {number} has more cells than columns; a text that contains a comma must be quoted."
             )
     return rows
 
@@ -161,9 +173,10 @@ def _read_csv(path: Path, text: str) -> list[Any]:
 def _read_json(path: Path, text: str) -> list[Any]:
     try:
         if text.lstrip().startswith("["):
-            found: list[Any] = json.loads(text)
-            return found
-        return [json.loads(line) for line in text.split("\n") if line.strip()]  # a string may hold other line ends
+            rows: list[Any] = json.loads(text)
+            return rows
+        # Not splitlines(): strings may contain other line separators, such as U+2028.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 
@@ -182,15 +195,15 @@ def _labelled(path: str | Path, content: Sequence[Mapping[str, Any]]) -> Labelle
         try:
             label = float(given)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
-            label = np.nan
+            label = np.nan  # fails the next comparison
         if not 0 <= label <= 1:
             raise ValueError(f"{path}, row {i + 1}: score={given!r:.80} must be a number from 0 to 1.")
         labels[i] = label
     return LabelledRows([parse_text(path, i, row.get("src")) for i, row in enumerate(content, 1)], labels)
 
 
-def _pair_up(path: str | Path, found: LabelledRows) -> list[Pair]:
-    rows, labels = found
+def _pair_up(path: str | Path, labelled: LabelledRows) -> list[Pair]:
+    rows, labels = labelled
     if len(rows) % 2:
         raise ValueError(f"{path} holds {len(rows)} rows: rows 1 and 2, 3 and 4, ... must be pairs.")
     equal = np.flatnonzero(labels[::2] == labels[1::2])
@@ -213,12 +226,20 @@ def _ranked(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
 
 
 def parse_text(path: str | Path, number: int, text: str | None) -> Exchange:
-    """A text of the original's form, `Instruction: ... Input: ... Response: ...`, back into its parts."""
+    """Parse a text of the original's form, `Instruction: ... Input: ... Response: ...`, into its parts.
+
+    Args:
+        path (`str`), number (`int`): file and row, for the messages.
+        text (`str`, *optional*): the text; `Input:` may be missing.
+
+    Raises:
+        ValueError: the text has another form, or instruction and response are both empty.
+    """
     match = _PARTS.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError(
-            f"{path}, row {number}: a text must have the form 'Instruction: ... Input: ... Response: ...' (Input may be left "
-            f"out); it begins with {str(text or '')[:40]!r}."
+            f"{path}, row {number}: a text must have the form 'Instruction: ... Input: ... Response: ...' (Input may "
+            f"be missing); it begins with {str(text or '')[:40]!r}."
         )
     instruction, _, context = match["asked"].partition(" Input: ")
     return _checked(path, number, Exchange(instruction.removeprefix(" "), context, match["response"].removeprefix(" ")))
@@ -227,8 +248,8 @@ def parse_text(path: str | Path, number: int, text: str | None) -> Exchange:
 def _checked(path: str | Path, number: int, row: Exchange) -> Exchange:
     if not row.instruction.strip() and not row.response.strip():
         raise ValueError(f"{path}, row {number}: the text is empty.")
-    row = Exchange(*(join_surrogates(part) for part in row))
-    if not row.response.strip():  # row 270 of CaR's own training file is such a one
+    row = Exchange(*(join_surrogates(part) for part in row))  # a lone surrogate cannot be encoded
+    if not row.response.strip():  # as in row 270 of CaR's training file
         logger.warning("%s, row %d: the answer is empty.", path, number)
     return row
 
@@ -245,26 +266,28 @@ def _preference(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
         elif prompt is not None:
             sides.append(_checked(path, number, Exchange(prompt, "", answer)))
         else:
-            sides.append(_whole_conversation(path, number, answer))
+            sides.append(_parse_conversation(path, number, answer))
     return Pair(*sides)
 
 
 def _last_exchange(path: str | Path, number: int, side: str, messages: list[Any]) -> Exchange:
-    found = exchanges_of({"messages": [messages]}, SCHEMAS["messages"])[0]
-    if isinstance(found, str):
-        raise ValueError(f"{path}, row {number}: {side} is no chat ({found}).")
-    before = "\n".join(f"{e.instruction}\n{e.response}" for e in found[:-1])
-    return _checked(path, number, found[-1]._replace(instruction=f"{before}\n{found[-1].instruction}".strip()))
+    """Return the last answer of a chat, with all earlier messages as part of its instruction."""
+    exchanges = exchanges_of({"messages": [messages]}, SCHEMAS["messages"])[0]
+    if isinstance(exchanges, str):  # the reason why these messages are not a chat
+        raise ValueError(f"{path}, row {number}: {side} is not a valid chat ({exchanges}).")
+    *earlier, last = exchanges
+    before = "\n".join(f"{e.instruction}\n{e.response}" for e in earlier)
+    return _checked(path, number, last._replace(instruction=f"{before}\n{last.instruction}".strip()))
 
 
-def _whole_conversation(path: str | Path, number: int, text: str) -> Exchange:
-    """Prompt and answer in one text: with CaR's marks, or as Anthropic's HH-RLHF writes them."""
+def _parse_conversation(path: str | Path, number: int, text: str) -> Exchange:
+    """Parse prompt and answer out of one text, in CaR's form or in that of Anthropic's HH-RLHF."""
     if _PARTS.fullmatch(text):
         return parse_text(path, number, text)
     asked, mark, answer = text.rpartition(_HH_TURN)
     if not mark:
         raise ValueError(
-            f"{path}, row {number}: there is no prompt, and the text holds neither 'Response:' nor 'Assistant:', so "
-            "where the answer begins is not known. Add a prompt column."
+            f"{path}, row {number}: there is no prompt, and the text contains neither 'Response:' nor 'Assistant:' to "
+            "mark the start of the answer. Add a prompt column."
         )
     return _checked(path, number, Exchange(asked.strip().removeprefix("Human:").strip(), "", answer.strip()))

@@ -1,15 +1,15 @@
-"""Expert revisions to training files: which pairs are kept, how they are split, and what would give the label away.
+"""Turn expert revisions into training, validation and test files, and audit their labels for leaks.
 
-Does: drop the smallest edits, split 8 : 1 : 1 as the original does, keep near-duplicate pairs on one side, clean the
-text, write both of the original's CSV formats, and audit the labels with a probe that reads single tokens only.
-Does not: train (training.py), or read preference pairs (pairs.py).
+Does: drop the smallest edits, split 8 : 1 : 1 as the original does, keep near-duplicate pairs in one split, clean the
+text, write both of the original's CSV formats, and test whether single tokens reveal the labels.
+Does not: train, or read preference pairs.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,16 +28,19 @@ if TYPE_CHECKING:
 SIDES = ("train", "valid", "test")
 # The original drops 1,211 of its 3,751 revisions.
 PUBLISHED_SHARE = 1211 / 3751
-LEAK = 0.9  # pairs that a bag of words may rank right before the labels are called leaking; cleaned, CaR's give 0.86
+# Labels leak if a bag of words ranks more than this share of the pairs right. CaR's pairs, cleaned, give 0.86.
+LEAK = 0.9
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a bag of words learns from the pairs, cross-validated: a share near 1 means that the label leaks.
+    """The cross-validated accuracy of a bag of words on the pairs; a value near 1 means that the labels leak.
 
     Args:
-        pairs (`float`): share of pairs that the probe ranks right; auc (`float`): over rows.
-        clues (`tuple[Clue]`): the tokens that say most, with the share of worse and of better texts that hold them.
+        pairs (`float`): share of pairs that the probe ranks right.
+        auc (`float`): share of all (worse, better) combinations of rows that it ranks right.
+        clues (`tuple[Clue]`): the most revealing tokens, with the shares of worse and of better texts that contain
+            them.
     """
 
     pairs: float
@@ -46,12 +49,12 @@ class Audit:
 
     @property
     def leaks(self) -> bool:
-        """Whether single tokens rank more than 90 % of the pairs right."""
+        """Return True if single tokens rank more than 90 % of the pairs right."""
         return self.pairs > LEAK
 
 
 class Prepared(NamedTuple):
-    """Where the files are and what became of the revisions."""
+    """The written files, the counts of revisions per step, the pairs moved to training, and the audits by text form."""
 
     files: dict[str, Path]
     counts: dict[str, int]
@@ -60,20 +63,22 @@ class Prepared(NamedTuple):
 
 
 def read_revisions(path: str | Path) -> list[Pair]:
-    """Read a JSON list of revisions: objects with `original` and `revised`, or `input` and `output` as CaR's own file.
+    """Read a JSON list of revisions.
 
-    Each side is a text of the form "Instruction: ... Input: ... Response: ...", or an object with `instruction`, `input`
-    and `output`.
+    Args:
+        path (`str`): the file. Each entry has `original` and `revised`, or `input` and `output` as in CaR's own file.
+            Each of the two is a text of the form "Instruction: ... Input: ... Response: ...", or an object with
+            `instruction`, `input` and `output`.
 
     Raises:
-        ValueError: the file or an entry is not of that form (entries are counted from 1).
+        ValueError: the file or an entry is not of that form; the message counts entries from 1.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, list) or not content:
-        raise ValueError(f"{path} must hold a list of revisions, each with original and revised.")
+        raise ValueError(f"{path} must hold a list of revisions, objects with original and revised.")
     return [_revision(path, number, entry) for number, entry in enumerate(content, 1)]
 
 
@@ -81,8 +86,8 @@ def _revision(path: str | Path, number: int, entry: Any) -> Pair:
     for names in (("original", "revised"), ("input", "output")):
         if isinstance(entry, dict) and set(names) <= set(entry):
             return Pair(*(_side(path, number, name, entry[name]) for name in names))
-    seen = list(entry) if isinstance(entry, dict) else type(entry).__name__
-    raise ValueError(f"{path}, entry {number}: needs original and revised (or input and output); it has {seen}.")
+    given = list(entry) if isinstance(entry, dict) else type(entry).__name__
+    raise ValueError(f"{path}, entry {number}: needs original and revised (or input and output); it has {given}.")
 
 
 def _side(path: str | Path, number: int, name: str, value: Any) -> Exchange:
@@ -93,53 +98,59 @@ def _side(path: str | Path, number: int, name: str, value: Any) -> Exchange:
     parts = [join_surrogates(field) for field in fields if isinstance(field, str)]
     if len(parts) < 3 or not (parts[0] + parts[2]).strip():
         raise ValueError(
-            f"{path}, entry {number}: {name} must be a text, or an object with instruction, input and output, not {value!r:.80}."
+            f"{path}, entry {number}: {name} must be a text, or an object with instruction, input and output, "
+            f"not {value!r:.80}."
         )
     return Exchange(*parts)
 
 
-def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance, in characters (Myers 1999 in the form of Hyyrö 2003: one column is one integer)."""
-    if not first or not second:
-        return len(first) + len(second)
-    everything, last = (1 << len(first)) - 1, 1 << (len(first) - 1)
-    where: dict[str, int] = {}
-    for i, character in enumerate(first):
-        where[character] = where.get(character, 0) | 1 << i
-    up, down, distance = everything, 0, len(first)
-    for character in second:
-        match = where.get(character, 0)
-        vertical = match | down
-        diagonal = (((match & up) + up) ^ up) | match
-        rise, fall = down | ~(diagonal | up), up & diagonal
-        distance += bool(rise & last) - bool(fall & last)
-        rise, fall = rise << 1 | 1, fall << 1
-        up, down = (fall | ~(vertical | rise)) & everything, rise & vertical & everything
-    return distance
+def _edit_distance() -> Callable[[str, str], int]:
+    """Return rapidfuzz's Levenshtein distance in characters; raise ValueError if the extra `train` is not installed."""
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ImportError as error:
+        raise ValueError("prepare needs rapidfuzz: pip install 'car-datasets[train]'.") from error
+    return Levenshtein.distance
 
 
 def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
-    """The pairs without those whose halves differ least: a share below 1, or a number of pairs.
+    """Return the pairs without those whose halves differ least, sorted by edit distance.
 
-    What is left comes in the order of the distance, as in the original, whose split depends on it.
+    The original sorts by distance as well, and its random split depends on that order.
+
+    Args:
+        pairs (`Sequence[Pair]`): all pairs.
+        drop (`float`): share (below 1) or number of pairs to drop.
 
     Raises:
-        ValueError: `drop` is negative or no number, or leaves fewer than 10 pairs.
+        ValueError: `drop` is negative or NaN, or leaves fewer than 10 pairs, or rapidfuzz is not installed.
     """
+    edit_distance = _edit_distance()
     known = 0 <= drop <= len(pairs)
     count = round(drop * len(pairs)) if drop < 1 else int(drop) if known else 0
     if not known or len(pairs) - count < 10:
-        raise ValueError(f"drop={drop:g} of {len(pairs)} pairs leaves too few to split; at least 10 must stay.")
+        raise ValueError(
+            f"drop={drop:g} of {len(pairs)} pairs leaves too few to split; at least 10 must stay. Lower drop."
+        )
     distances = [edit_distance(as_given(pair.worse).whole, as_given(pair.better).whole) for pair in pairs]
+    # A stable sort: equal distances keep the order of the file.
     order = sorted(range(len(pairs)), key=distances.__getitem__)
     return [pairs[i] for i in order[count:]]
 
 
 def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.int64]:
-    """A group number for each pair; two pairs share it if a chain of near-duplicates links them.
+    """Return a group number for each pair; pairs linked by a chain of near-duplicates share one.
 
-    Near means the same instruction and input in either half, or a cosine of at least `similarity` between TF-IDF vectors
-    of the words and word pairs of the better halves, question and answer; all cleaned.
+    Two pairs are near-duplicates if any of their halves have the same instruction and input, or if the cosine between
+    the TF-IDF vectors of their better halves (words and word pairs of question and answer) is at least `similarity`.
+    All text is cleaned first.
+
+    Args:
+        pairs (`Sequence[Pair]`): the pairs.
+        similarity (`float`): cosine, above 0 and at most 1.
+
+    Returns:
+        int64 of shape `(pairs,)`.
     """
     from scipy.sparse import csr_matrix, vstack
     from scipy.sparse.csgraph import connected_components
@@ -147,9 +158,11 @@ def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.
 
     texts = [as_given(cleaned(pair.better)).whole for pair in pairs]
     vectors = TfidfVectorizer(ngram_range=(1, 2), dtype=np.float32).fit_transform(texts)
+    # In blocks of rows, so that the products below the threshold need not all be in memory.
     blocks = [vectors[i : i + 1000] @ vectors.T for i in range(0, len(texts), 1000)]
     near = vstack([csr_matrix((b.data >= similarity, b.indices, b.indptr), shape=b.shape) for b in blocks])
     near.eliminate_zeros()
+    # The second relation: a sparse matrix pairs x questions, whose product with itself links pairs of equal questions.
     numbers: dict[tuple[str, str], int] = {}
     asked = [[numbers.setdefault(question(row), len(numbers)) for row in pair] for pair in pairs]
     at = (np.repeat(np.arange(len(pairs)), 2), np.ravel(asked))
@@ -160,10 +173,17 @@ def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.
 
 
 def split_pairs(pairs: Sequence[Pair], seed: int, groups: npt.NDArray[np.int64]) -> tuple[list[list[Pair]], int]:
-    """8 : 1 : 1 with scikit-learn's `train_test_split`, twice, as in the original; a group that is cut goes to training.
+    """Split pairs 8 : 1 : 1; groups that the split would cut are moved to training.
+
+    As in the original, scikit-learn's `train_test_split` is called twice with the same seed.
+
+    Args:
+        pairs (`Sequence[Pair]`): the pairs, in the order of [`drop_smallest_edits`].
+        seed (`int`): seed of the split.
+        groups (`(pairs,)` int64): group of each pair.
 
     Returns:
-        The pairs of train, valid and test, and how many were moved to training.
+        The pairs of train, valid and test, and the number of pairs that were moved to training.
     """
     from sklearn.model_selection import train_test_split
 
@@ -172,20 +192,26 @@ def split_pairs(pairs: Sequence[Pair], seed: int, groups: npt.NDArray[np.int64])
     side = np.zeros(len(pairs), dtype=np.int64)
     side[valid], side[test] = 1, 2
     spread: dict[int, set[int]] = {}
-    for group, where in zip(groups.tolist(), side.tolist(), strict=True):
-        spread.setdefault(group, set()).add(where)
+    for group, place in zip(groups.tolist(), side.tolist(), strict=True):
+        spread.setdefault(group, set()).add(place)
     stray = [i for i in [*valid, *test] if len(spread[int(groups[i])]) > 1]
     kept = [[i for i in part if i not in set(stray)] for part in (valid, test)]
     return [[pairs[i] for i in part] for part in ([*train, *stray], *kept)], len(stray)
 
 
 def audit_labels(pairs: Sequence[Pair], clean_text: bool, groups: Sequence[int] | None = None) -> Audit:
-    """Let a bag of words guess which half is the better one, on the text as given or cleaned; see [`Audit`]."""
+    """Measure how well a bag of words tells the better half of each pair, and name the most revealing tokens.
+
+    Args:
+        pairs (`Sequence[Pair]`): the pairs.
+        clean_text (`bool`): clean the text first.
+        groups (`Sequence[int]`, *optional*): pairs of one group stay in one fold of the cross-validation.
+    """
     halves = [
         [as_given(cleaned(row) if clean_text else row).whole for row in half] for half in zip(*pairs, strict=True)
     ]
-    found = pair_metrics(*cross_validated(halves[0], halves[1], groups))
-    return Audit(found["pairs"], found["auc"], tuple(clues(halves[0], halves[1])))
+    figures = pair_metrics(*cross_validated(halves[0], halves[1], groups))
+    return Audit(figures["pairs"], figures["auc"], tuple(clues(halves[0], halves[1])))
 
 
 def prepare(
@@ -197,27 +223,31 @@ def prepare(
     clean_text: bool = True,
     similarity: float | None = 0.8,
 ) -> Prepared:
-    """Write `score_{train,valid,test}.csv` (src, score), `ranking_{train,valid,test}.csv` (src, pos, neg) and `report.json`.
+    """Write training, validation and test files in two formats, and `report.json`, into a new folder.
 
-    With `clean_text=False, similarity=None` these are the original's files, pair for pair.
+    The files are `score_{train,valid,test}.csv` (src, score) and `ranking_{train,valid,test}.csv` (src, pos, neg).
+
+    With `clean_text=False, similarity=None` the pairs and splits are those of the original's files.
 
     Args:
-        revisions (`str`): see [`read_revisions`].
+        revisions (`str`): JSON list of objects with `original` and `revised`, each a text of the form
+            "Instruction: ... Input: ... Response: ..." or an object with `instruction`, `input` and `output`.
         output (`str`): a new folder.
-        drop (`float`): share (below 1) or number of pairs with the smallest Levenshtein distance to leave out.
-        seed (`int`): of the split.
-        clean_text (`bool`): decode typed-out escapes, straighten quotes, fold white space.
-        similarity (`float`, *optional*): cosine from which two pairs count as near-duplicates; `None` to not look.
+        drop (`float`): share (below 1) or number of pairs with the smallest Levenshtein distance to drop.
+        seed (`int`): seed of the split.
+        clean_text (`bool`): decode typed-out escapes, straighten quotes and fold white space.
+        similarity (`float`, *optional*): cosine from which two pairs count as near-duplicates; `None` skips the search.
 
     Raises:
-        ValueError: the folder is there already, an argument or an entry of the file is not as said above, or one of the
-            files would be empty.
+        ValueError: rapidfuzz is not installed, the folder exists, an argument or an entry of the file is invalid, or
+            one of the files would be empty.
     """
+    _edit_distance()  # a missing extra is an error before anything is read
     folder = Path(output)
     if folder.exists():
-        raise ValueError(f"output={str(output)!r} is there already; name a new folder.")
+        raise ValueError(f"output={str(output)!r} already exists; name a new folder.")
     if similarity is not None and not 0 < similarity <= 1:
-        raise ValueError(f"similarity={similarity} must be above 0 and at most 1, or None.")
+        raise ValueError(f"similarity={similarity} must be above 0 and at most 1, or None to skip the search.")
     everything = read_revisions(revisions)
     pairs = drop_smallest_edits(everything, drop)
     groups = np.arange(len(pairs)) if similarity is None else near_duplicates(pairs, similarity)
@@ -225,8 +255,8 @@ def prepare(
     empty = [side for side, part in zip(SIDES, parts, strict=True) if not part]
     if empty:
         raise ValueError(
-            f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Bring more "
-            f"revisions, or raise similarity={similarity}."
+            f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Provide "
+            f"more revisions, or raise similarity={similarity}."
         )
     audits = {
         name: audit_labels(pairs, flag, groups.tolist()) for name, flag in (("as given", False), ("cleaned", True))
@@ -247,7 +277,7 @@ def prepare(
 
 
 def audit_table(name: str, audit: Audit) -> Table:
-    """The tokens that give the label away, for a terminal."""
+    """Return a table of the tokens that reveal the label, for a terminal."""
     from rich.table import Table
 
     verdict = "THE LABELS LEAK" if audit.leaks else "no more than style words"
@@ -268,7 +298,8 @@ def _score_rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
 
 
 def _triples(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
-    """The instruction is always the revised one, as in the original."""
+    """Return (question, better answer, worse answer); the question is the revised one, as in the original."""
+    # The trailing space is the original's: it joins question and answer without another.
     return [(f"{as_given(p.better).question} ", as_given(p.better).answer, as_given(p.worse).answer) for p in pairs]
 
 

@@ -1,7 +1,7 @@
-"""A scorer's encoder to 8-bit integers, calibrated on the user's own texts, and how much that changes and saves.
+"""Quantise a scorer's encoder to int8, calibrated on given texts, and compare its scores and speed with float32.
 
-Does: convert, quantise and write an engine's folder; score the same texts in float32 and in int8 and compare.
-Does not: run an engine (openvino_encoder.py), or measure a scorer against labels (evaluation.py).
+Does: convert and quantise the encoder, write an engine's folder, score the same texts in float32 and in int8.
+Does not: run an engine, or evaluate a scorer against labels.
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from rich.table import Table
 
-FEWEST_TEXTS = 20  # ranges of activations from fewer are chance
+FEWEST_TEXTS = 20  # the ranges of activations of fewer texts are not reliable
 
 
 def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str | os.PathLike[str]) -> Path:
     """Write an int8 copy of a scorer's encoder, for `QualityScorer(..., engine=folder)`.
 
-    Weights and the inputs of matrix products become 8-bit integers, each on a scale of its own that is fixed here, from
-    what the encoder does with `texts`. Attention, normalisation and the residual stream are computed in float32.
+    Weights and the inputs of matrix products become 8-bit integers. Each has a scale of its own, which is fixed here
+    from the activations for `texts`. Attention, normalisation and the residual stream are computed in float32.
 
     Args:
-        scorer ([`QualityScorer`]): in float32, without an engine.
-        texts (`Sequence[Text]`): of the kind that will be scored; a few hundred.
-        folder (`str`): takes `encoder.xml`, `encoder.bin` and `engine.json`, which says whose encoder this is and what
-            made it.
+        scorer ([`QualityScorer`]): a scorer in float32, without an engine.
+        texts (`Sequence[Text]`): a few hundred texts similar to those that will be scored.
+        folder (`str`): a folder without an engine. `encoder.xml`, `encoder.bin` and `engine.json` are written there;
+            the last one records the model, its revision and the versions of the libraries.
 
     Returns:
         `Path`: the folder.
 
     Raises:
-        ValueError: the extra is not installed, the folder holds an engine already, there are too few texts, or the scorer
-            is not in float32.
+        ValueError: the extra `openvino` is not installed, the folder already contains an engine, there are fewer than
+            20 texts, or the scorer has an engine or is not in float32.
     """
-    path = fresh_folder(Path(folder), (RECORD_FILE,), "folder")  # written last: a folder without it is nothing yet
+    # The record is written last, so a folder without it contains no engine.
+    path = fresh_folder(Path(folder), (RECORD_FILE,), "folder")
     if len(texts) < FEWEST_TEXTS:
         raise ValueError(
             f"texts: {len(texts)} given; calibration needs at least {FEWEST_TEXTS}, better 300 (--rows 300)."
@@ -75,13 +76,13 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
         [part for text in texts for part in text] if scorer.objective == "ranking" else [text.whole for text in texts]
     )
     ids = tokenise(loaded.tokenizer, read, loaded.model.config.max_tokens).ids
-    # One text at a time: padding would take part in the ranges.
+    # One text at a time, because padding would count in the ranges of activations.
     samples = [[tensor.numpy() for tensor in pad([row], 0, torch.device("cpu"))] for row in ids]
-    logging.getLogger("nncf").setLevel(
-        logging.ERROR
-    )  # its own set_log_level also turns down handlers that others have added
+    # Not nncf's own set_log_level, which also lowers the level of handlers that the caller has added.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns of branches; test_openvino_encoder.py holds what they come to
+        warnings.simplefilter("ignore")  # tracing warns of data-dependent branches, whose result the tests check
+        # Two lengths, so that the traced graph contains the mask and dynamic shapes.
         example = pad([ids[0], ids[0][:-1]], loaded.tokenizer.pad_token_id, torch.device("cpu"))
         converted = openvino.convert_model(_HiddenStates(loaded.model.encoder), example_input=example)
     quantised = nncf.quantize(
@@ -90,7 +91,9 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
         subset_size=len(samples),
         model_type=nncf.ModelType.TRANSFORMER,
     )
-    gc.collect()  # nncf's `Core`s must go in the thread that made them, see `_core` in openvino_encoder.py
+    # nncf's `Core` objects must be freed in the thread that created them: freed in another one, they leave a dangling
+    # signal stack, and the next signal is a segmentation fault (OpenVINO 2026.4).
+    gc.collect()
     record = {
         "model": scorer.model_id,
         "revision": scorer.revision,
@@ -111,14 +114,17 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
 def sample_texts(
     dataset: Dataset, scorer: QualityScorer, rows: int, others: int | None = None, seed: int = 42
 ) -> tuple[list[Text], list[Text]]:
-    """Texts of randomly drawn rows, as the scorer reads them; rows that cannot be scored are passed over.
+    """Draw rows at random and return their texts, as the scorer reads them; rows that cannot be scored are skipped.
 
     Args:
-        rows (`int`): how many to calibrate on, at most.
-        others (`int`, *optional*): how many others to compare on, at most; as many by default.
+        dataset (`Dataset`): the rows to draw from.
+        scorer ([`QualityScorer`]): gives schema, columns and template.
+        rows (`int`): most rows to calibrate on.
+        others (`int`, *optional*): most other rows to compare on; defaults to `rows`.
+        seed (`int`): seed of the draw.
 
     Returns:
-        Texts of the first and of the others. A chat has one per exchange, all of them on one side.
+        The texts to calibrate on and those to compare on. A chat gives one text per exchange, all in the same list.
     """
     drawn = np.random.default_rng(seed).permutation(len(dataset))
 
@@ -132,14 +138,14 @@ def sample_texts(
 
 @dataclass(frozen=True)
 class Agreement:
-    """What an engine changes and saves, measured by [`compare_engines`].
+    """Agreement and speed of int8 compared with float32, measured by [`compare_engines`].
 
     Args:
-        texts (`int`): how many were scored.
+        texts (`int`): number of scored texts.
         spearman (`float`): rank correlation of the scores in float32 and in int8.
-        top_tenth (`float`): share of the best tenth by float32 that is in the best tenth by int8.
-        largest (`float`): largest difference of two scores of one text.
-        float32_rows_per_second, int8_rows_per_second (`float`): from text to score, tokenisation included.
+        top_tenth (`float`): share of the best tenth by float32 that is also in the best tenth by int8.
+        largest (`float`): largest absolute difference between the two scores of a text.
+        float32_rows_per_second, int8_rows_per_second (`float`): texts scored per second, tokenisation included.
     """
 
     texts: int
@@ -150,35 +156,38 @@ class Agreement:
     int8_rows_per_second: float
 
     def to_table(self) -> Table:
-        """One table for a terminal."""
+        """Return a table for a terminal."""
         from rich.table import Table
 
-        table = Table("int8 beside float32", f"{self.texts:,} texts", title_justify="left")
+        table = Table("int8 compared with float32", f"{self.texts:,} texts", title_justify="left")
         table.add_row("Spearman of the scores", f"{self.spearman:.4f}")
-        table.add_row("best tenth in common", f"{100 * self.top_tenth:.1f} %")
-        table.add_row("largest difference of a score", f"{self.largest:.3f}")
+        table.add_row("shared part of the best tenth", f"{100 * self.top_tenth:.1f} %")
+        table.add_row("largest difference between scores", f"{self.largest:.3f}")
         speeds = self.int8_rows_per_second, self.float32_rows_per_second
-        table.add_row("rows per second", f"{speeds[0]:.0f} beside {speeds[1]:.0f}: {speeds[0] / speeds[1]:.2f} times")
+        table.add_row(
+            "rows per second", f"{speeds[0]:.0f} compared with {speeds[1]:.0f}: {speeds[0] / speeds[1]:.2f} times"
+        )
         return table
 
 
 def compare_engines(scorer: QualityScorer, quick: QualityScorer, texts: Sequence[Text]) -> Agreement:
-    """Score texts in float32 and by an engine, in turn, twice each; the better time of each counts.
+    """Score texts in float32 and with an engine, alternately and twice each; the faster run of each counts.
 
     Args:
-        scorer, quick ([`QualityScorer`]): without and with an engine.
-        texts (`Sequence[Text]`): others than those that it was calibrated on.
+        scorer ([`QualityScorer`]): a scorer in float32, without an engine.
+        quick ([`QualityScorer`]): the same scorer with an engine.
+        texts (`Sequence[Text]`): texts that the engine was not calibrated on.
 
     Raises:
         ValueError: there are fewer than 10 texts.
     """
     if len(texts) < 10:
-        raise ValueError(f"texts: {len(texts)} given; a rank correlation needs at least 10.")
+        raise ValueError(f"texts: {len(texts)} given; a rank correlation needs at least 10. Add texts.")
     both = {"float32": scorer, "int8": quick}
     scores: dict[str, npt.NDArray[np.float32]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in both}
     for one in both.values():
-        one.score_texts(texts[:10])  # loads the weights
+        one.score_texts(texts[:10])  # loads the weights, so that loading is not timed
     for _ in range(2):
         for name, one in both.items():
             start = time.perf_counter()
@@ -200,7 +209,7 @@ def compare_engines(scorer: QualityScorer, quick: QualityScorer, texts: Sequence
 
 
 class _HiddenStates(nn.Module):
-    """An encoder as a function of two tensors to all of its hidden states, which is what can be converted."""
+    """An encoder that takes two tensors and returns all hidden states as a tuple, a form that OpenVINO can convert."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

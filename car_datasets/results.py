@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -149,3 +150,24 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `path` and move it there at the end, so that `path` is complete or absent.
+
+    The folder is removed if the block raises. Leftovers of a killed process are removed at the start.
+    """
+    temporary = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for part in temporary.rglob("*"):
+            if part.is_file():
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())  # contents must reach the disk before the name does
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,4 +1,4 @@
-"""Rows and pairs to what a model is trained on: token ids and labels, and padded batches of them."""
+"""Turn rows and pairs into training examples (token ids and labels), padded batches, and the validation metric."""
 
 from __future__ import annotations
 
@@ -18,16 +18,29 @@ from car_datasets.templates import PAPER_TEMPLATE, Exchange, Text, render
 def regression_examples(
     rows: Sequence[tuple[Exchange, float]], tokenizer: Any, template: str, max_tokens: int
 ) -> list[dict[str, Any]]:
-    """Rows and labels to `input_ids` and `labels`."""
+    """Tokenise labelled rows for the regression model, one example with `input_ids` and `labels` per row.
+
+    Args:
+        rows (`Sequence[tuple[Exchange, float]]`): rows and their labels in [0, 1].
+        tokenizer: the encoder's tokenizer, of transformers.
+        template (`str`): name of the text template.
+        max_tokens (`int`): tokens read of a text, special tokens included.
+    """
     ids = tokenise(tokenizer, [_text(row, template).whole for row, _ in rows], max_tokens).ids
     return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
 
 
 def ranking_examples(pairs: Sequence[Pair], tokenizer: Any, template: str, max_tokens: int) -> list[dict[str, Any]]:
-    """Pairs to `question_ids`, `input_ids` (the better answer) and `rejected_ids`.
+    """Tokenise pairs for the ranking model, one example per pair.
 
-    The question is the better half's, as in the original's files. The label says that the
-    first answer is the better.
+    An example has `question_ids`, `input_ids` (the better answer), `rejected_ids` and `labels`. The question is the one
+    of the better half, as in the original's files. The label is always 1: the first answer is the better one.
+
+    Args:
+        pairs (`Sequence[Pair]`): worse and better answers.
+        tokenizer: the encoder's tokenizer, of transformers.
+        template (`str`): name of the text template.
+        max_tokens (`int`): tokens read of a question or of an answer, special tokens included.
     """
     better = [_text(pair.better, template) for pair in pairs]
     worse = [_text(pair.worse, template) for pair in pairs]
@@ -37,17 +50,17 @@ def ranking_examples(pairs: Sequence[Pair], tokenizer: Any, template: str, max_t
         "rejected_ids": [text.answer for text in worse],
     }
     ids = {name: tokenise(tokenizer, texts, max_tokens).ids for name, texts in parts.items()}
-    return [{**{name: found[i] for name, found in ids.items()}, "labels": 1.0} for i in range(len(pairs))]
+    return [{**{name: rows[i] for name, rows in ids.items()}, "labels": 1.0} for i in range(len(pairs))]
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads a batch of examples, each kind of text to its own longest."""
+    """A callable that pads a batch of examples, each kind of text to its own longest."""
 
     pad_token_id: int
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`*_ids` and their masks, int64 of shape (batch, longest), and `labels`, float32 of shape (batch,)."""
+        """Return `*_ids` and their masks, int64 (batch, longest), and `labels`, float32 (batch,)."""
         masks = {"input_ids": "attention_mask", "question_ids": "question_mask", "rejected_ids": "rejected_mask"}
         batch = {"labels": torch.tensor([example["labels"] for example in examples])}
         for name, mask in masks.items():
@@ -57,13 +70,20 @@ class Collator:
 
 
 def _text(row: Exchange, template: str) -> Text:
-    """For the paper's template the text of the file itself, in which an empty input leaves no trace, as the original did."""
+    """Return the text to train on; for the paper's template the file's own text, as in the original's training."""
+    # The paper's inference template leaves two spaces where the input is empty; its training files do not.
     return as_given(row) if template == PAPER_TEMPLATE else render(row, template)
 
 
 def compute_kendall(prediction: Any) -> dict[str, float]:
-    """Tau-b of scores and labels; for the ranking model, as in the original, (concordant - discordant) / pairs."""
+    """Return Kendall's tau-b of scores and labels, the metric that chooses the best epoch.
+
+    The ranking model scores both answers of a pair: for it, as in the original, (concordant - discordant) / pairs.
+
+    Args:
+        prediction (`EvalPrediction`): `predictions`, shape (examples, 1) or (pairs, 2), and `label_ids`.
+    """
     scores = np.asarray(prediction.predictions)
-    if scores.shape[-1] == 2:
+    if scores.shape[-1] == 2:  # better and worse answer
         return {"kendall": float(np.sign(scores[:, 0] - scores[:, 1]).mean())}
     return {"kendall": kendall(scores[:, 0], prediction.label_ids)}

@@ -63,7 +63,7 @@ def test_training_learns_and_is_deterministic(settings: HeadTraining, tmp_path: 
 
 
 def test_bad_input_ends_before_training(settings: HeadTraining, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         train_head(settings.changed(output=str(tmp_path)))
     with pytest.raises(ValueError, match="The split crosses"):
         train_head(settings.changed(output=str(tmp_path / "new"), valid=settings.train))

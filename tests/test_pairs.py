@@ -258,7 +258,7 @@ def test_cleaned_and_question() -> None:
     [
         ("csv", "src,label\na,0\n", r"has the columns \['src', 'label'\]; pairs need src and score"),
         ("jsonl", '{"prompt": "a", "chosen": "b"}', r"has the columns \['prompt', 'chosen'\]"),
-        ("csv", "src,score,score\na,0,1\n", "each may be there only once"),
+        ("csv", "src,score,score\na,0,1\n", "each may occur only once"),
         ("csv", "src,score\nInstruction: a Response: b,0,1\n", "row 1 has more cells than columns"),
         ("csv", "src,pos,neg\nInstruction: a,Response: b,Response: c\nInstruction: a,b\n", "row 2: src, pos and neg"),
         ("csv", "pos,neg,src\nResponse: a,Response: b\n", "row 1: src, pos and neg must be texts"),
@@ -266,8 +266,8 @@ def test_cleaned_and_question() -> None:
         ("csv", "", "holds no rows"),
         ("json", "[]", "holds no rows"),
         ("jsonl", "\n \n", "holds no rows"),
-        ("json", '["a"]', "must hold one object per row"),
-        ("jsonl", "null", "must hold one object per row"),
+        ("json", '["a"]', "must hold one JSON object per row"),
+        ("jsonl", "null", "must hold one JSON object per row"),
         ("jsonl", '{"chosen": ', "is not JSON"),
         ("json", "[" * 100_000, "is not JSON"),
         ("parquet", "PAR1", r"pairs are read from \.csv, \.jsonl or \.json files"),
@@ -285,7 +285,11 @@ def test_cleaned_and_question() -> None:
         ),
         ("jsonl", '{"prompt": 5, "chosen": [], "rejected": []}', "row 1: prompt and rejected must be"),
         ("jsonl", '{"prompt": {"a": 1}, "chosen": [], "rejected": []}', "row 1: prompt and rejected must be"),
-        ("jsonl", '{"prompt": "a", "chosen": [], "rejected": []}', r"rejected is no chat \(no_assistant_turn\)"),
+        (
+            "jsonl",
+            '{"prompt": "a", "chosen": [], "rejected": []}',
+            r"rejected is not a valid chat \(no_assistant_turn\)",
+        ),
         ("jsonl", '{"prompt": " ", "chosen": "b", "rejected": "\\n"}', "row 1: the text is empty"),
     ],
 )
@@ -309,7 +313,7 @@ def test_a_split_that_crosses() -> None:
     refuse_crossing(train, [*SEA], ("train.csv", "valid.csv"))
     refuse_crossing(train, [SUM.worse._replace(input="3")], ("train.csv", "valid.csv"))
     with pytest.raises(
-        ValueError, match=r"1 of the 2 rows of valid\.csv \(the first: row 2\) .* that train\.csv holds too"
+        ValueError, match=r"1 of the 2 rows of valid\.csv \(the first: row 2\) .* that train\.csv contains too"
     ):
         refuse_crossing(train, valid, ("train.csv", "valid.csv"))
 

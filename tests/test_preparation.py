@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
 from sklearn.model_selection import train_test_split
 from typer.testing import CliRunner
 
@@ -24,7 +26,6 @@ from car_datasets.preparation import (
     audit_labels,
     audit_table,
     drop_smallest_edits,
-    edit_distance,
     near_duplicates,
     prepare,
     read_revisions,
@@ -98,7 +99,8 @@ TEXTS = st.one_of(st.text(max_size=20), st.text("ab", max_size=80), st.text("aé
 @given(TEXTS, TEXTS)
 @settings(deadline=None, max_examples=200)
 def test_edit_distance_is_that_of_the_table(first: str, second: str) -> None:
-    assert edit_distance(first, second) == edit_distance(second, first) == slow_distance(first, second)
+    distance = Levenshtein.distance
+    assert distance(first, second) == distance(second, first) == slow_distance(first, second)
 
 
 def test_edit_distance_by_hand() -> None:
@@ -109,7 +111,13 @@ def test_edit_distance_by_hand() -> None:
         ("a" * 500, "a" * 499 + "b", 1),
         ("naïve", "naive", 1),
     ]
-    assert [edit_distance(first, second) for first, second, _ in known] == [expected for *_, expected in known]
+    assert [Levenshtein.distance(first, second) for first, second, _ in known] == [expected for *_, expected in known]
+
+
+def test_without_rapidfuzz_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(ValueError, match=r"rapidfuzz: pip install 'car-datasets\[train\]'"):
+        prepare(tmp_path / "not-there.json", tmp_path / "out")
 
 
 # --- dropping
@@ -118,7 +126,7 @@ def test_edit_distance_by_hand() -> None:
 @pytest.mark.parametrize(("drop", "dropped"), [(0, 0), (0.5, 10), (0.26, 5), (1, 1), (7, 7), (10.0, 10)])
 def test_the_smallest_edits_are_dropped(drop: float, dropped: int) -> None:
     pairs = made_up(20)
-    distances = [edit_distance(as_given(worse).whole, as_given(better).whole) for worse, better in pairs]
+    distances = [slow_distance(as_given(worse).whole, as_given(better).whole) for worse, better in pairs]
     order = sorted(range(20), key=lambda i: (distances[i], i))
     assert drop_smallest_edits(pairs, drop) == [pairs[i] for i in order[dropped:]]
 
@@ -135,7 +143,7 @@ def test_at_least_ten_pairs_must_stay(drop: float) -> None:
 def test_the_split_of_the_original(revisions: Path, pairs: list[Pair], tmp_path: Path) -> None:
     """Sorted by distance, the front cut off, then scikit-learn's `train_test_split` twice; nothing cleaned."""
     found = prepare(revisions, tmp_path / "out", drop=30, clean_text=False, similarity=None)
-    kept = sorted(pairs, key=lambda pair: edit_distance(as_given(pair.worse).whole, as_given(pair.better).whole))[30:]
+    kept = sorted(pairs, key=lambda pair: slow_distance(as_given(pair.worse).whole, as_given(pair.better).whole))[30:]
     train, rest = train_test_split(kept, test_size=0.2, random_state=42)
     expected = [train, *train_test_split(rest, test_size=0.5, random_state=42)]
     assert [len(part) for part in expected] == [48, 6, 6]
@@ -305,7 +313,7 @@ def test_a_similarity_that_is_none(similarity: float, revisions: Path, tmp_path:
 
 
 def test_an_existing_output_is_not_overwritten(revisions: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is there already; name a new folder"):
+    with pytest.raises(ValueError, match="already exists; name a new folder"):
         prepare(revisions, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -19,6 +19,7 @@ from car_datasets import IQSModel, QualityScorer, digests, hub, repositories
 from car_datasets.checkpoints import last_whole_checkpoint
 from car_datasets.metrics import pair_metrics
 from car_datasets.pairs import read_pairs
+from car_datasets.results import write_folder
 from car_datasets.schedule import parameter_groups
 from car_datasets.templates import Text, render
 from car_datasets.training import ScorerTraining, build_model, train_scorer
@@ -233,7 +234,7 @@ def test_what_was_written_but_not_pushed_is_not_trained_again(
     assert pushed == [(Path(settings.output), "me/scorer")] * 2
     assert digests.file_digest(Path(settings.output) / "model.safetensors") == before
     assert str(Path(settings.train).parent) not in (Path(settings.output) / "README.md").read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="already exists"):
         train_scorer(pushing)
 
 
@@ -268,7 +269,7 @@ def test_a_run_that_had_lost_patience_trains_no_further(
         ({"template": "papers"}, "template='papers' is not known"),
         ({"layerwise_decay": float("nan")}, "layerwise_decay=nan must be at least 0 and at most 1"),
         ({"warmup_steps": -5}, "warmup_steps=-5 must be at least 0"),
-        ({"hidden_sizes": ["a"]}, "must be positive whole numbers"),
+        ({"hidden_sizes": ["a"]}, "must be a list of positive integers"),
     ],
 )
 def test_a_bad_setting_is_named(settings: ScorerTraining, changes: dict[str, object], message: str) -> None:
@@ -298,7 +299,7 @@ def test_bad_input_ends_before_training(settings: ScorerTraining, tmp_path: Path
         ({"train": crossing}, "The split crosses"),
         ({"train": str(one_class)}, "one class only"),
         ({"valid": str(one_class)}, "same score"),
-        ({"output": str(tmp_path / "taken")}, "is there already"),
+        ({"output": str(tmp_path / "taken")}, "already exists"),
         ({"encoder": str(hub.default_scorer_folder())}, "is a 'car_iqs' model, not a plain encoder"),
         ({"encoder": str(decoder)}, "is a 't5' model, not a plain encoder"),
         ({"max_tokens": 9999}, "has 512 positions"),
@@ -352,6 +353,20 @@ def test_the_last_whole_checkpoint_is_the_one_with_most_steps(tmp_path: Path) ->
         (folder / "trainer_state.json").write_text(state)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_whole_checkpoint(tmp_path / "none") is None
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "left").write_text("by a run that was killed")
+    with pytest.raises(OSError, match="disk full"), write_folder(tmp_path / "out") as partial:
+        (partial / "one").write_text("1")
+        raise OSError("disk full")
+    assert list(tmp_path.iterdir()) == []
+    with write_folder(tmp_path / "out") as partial:
+        (partial / "deeper").mkdir()
+        (partial / "deeper" / "one").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "deeper", "one"]
 
 
 @pytest.mark.slow
