@@ -108,8 +108,3 @@ class Covariance:
         largest = np.abs(components).argmax(axis=1)
         signs = np.sign(components[np.arange(kept), largest])
         return components * signs[:, None], float(shares[kept - 1])
-
-
-def project(vectors: Matrix, mean: Matrix, components: Matrix) -> Matrix:
-    """Return the coordinates `(rows, kept)` of vectors `(rows, dimension)` on components `(kept, dimension)`."""
-    return (vectors - mean) @ components.T
