@@ -238,7 +238,7 @@ def test_no_tokenizer_says_what_to_pass(layout: Path, tmp_path: Path) -> None:
 def test_two_checkpoints_are_not_guessed_between(layout: Path) -> None:
     path = next(layout.glob("checkpoints/*.ckpt"))
     shutil.copy(path, path.with_name("epoch=2.ckpt"))
-    with pytest.raises(ValueError, match="holds 2 checkpoints"):
+    with pytest.raises(ValueError, match="contains 2 checkpoints"):
         IQSModel.from_pretrained(layout)
     assert IQSModel.from_pretrained(path) is not None
 
