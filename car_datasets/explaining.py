@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices
+from car_datasets.settings import is_whole_number
 from car_datasets.vectors import Matrix, count_vectors, embedding_batches, unit_rows
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def explain(
 def _position(seen: Overview, row: int | str, index_column: str) -> int:
     rows = len(seen.scores)
     if seen.ids is None:
-        if isinstance(row, (int, np.integer)) and not isinstance(row, bool) and 0 <= row < rows:
+        if is_whole_number(row) and 0 <= row < rows:
             return int(row)
         raise ValueError(f"row={row!r} is no row: the pool has the rows 0 to {rows - 1}.")
     found = np.flatnonzero(np.asarray(seen.ids.to_pandas() == row))

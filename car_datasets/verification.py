@@ -19,7 +19,7 @@ from datasets import Dataset
 from car_datasets import repositories
 from car_datasets.asking import asking
 from car_datasets.cluster_fitting import number_of_clusters
-from car_datasets.curation import select_by
+from car_datasets.recipe_stages import select_by
 from car_datasets.dataset_card import data_folder_of
 from car_datasets.formatting import find_schema
 from car_datasets.loading import open_dataset
@@ -257,7 +257,14 @@ class _Checks:
     def _counts(self, scored: Dataset) -> str:
         receipt, recipe = self.found.receipt, self.recipe
         try:
-            report = SelectionReport.from_selection(scored, self.found.selected, seed=recipe.seed, **recipe.names)
+            report = SelectionReport.from_selection(
+                scored,
+                self.found.selected,
+                score_column=recipe.score_column,
+                cluster_column=recipe.cluster_column,
+                index_column=recipe.index_column,
+                seed=recipe.seed,
+            )
             k = number_of_clusters(recipe.k, report.rows_scored)
         except ValueError as error:
             raise Difference(f"nothing can be counted: {error}") from error
@@ -277,6 +284,7 @@ class _Checks:
         return f"the receipt's counts are those of {len(scored)} rows"
 
     def _digest(self, scored: Dataset) -> str:
-        if pool_digest(scored, **self.recipe.names) != self.found.receipt.scored_sha256:
+        names = self.recipe.names
+        if pool_digest(scored, names.score, names.cluster, names.index) != self.found.receipt.scored_sha256:
             raise Difference(f"indices, scores and clusters of {SCORED} do not have the receipt's sha256")
         return f"indices, scores and clusters of {len(scored)} rows have the receipt's sha256"
