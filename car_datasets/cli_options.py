@@ -147,9 +147,9 @@ def parse_columns(text: str) -> dict[str, str]:
     Raises:
         ValueError: the text is not a list of role=column pairs.
     """
-    pairs = [pair.strip().split("=", 1) for pair in text.split(",") if pair.strip()]
-    if any(len(pair) != 2 or not all(part.strip() for part in pair) for pair in pairs):
-        raise ValueError(f"--columns {text}: write role=column pairs, as in instruction=task,response=answer.")
+    pairs = [part.split("=", 1) for part in text.split(",") if part]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"--columns {text}: write role=column pairs, as instruction=task,response=answer.")
     return {role.strip(): column.strip() for role, column in pairs}
 
 

@@ -159,7 +159,8 @@ def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> 
         output_column=recipe.embedding_column,
         **_reading(recipe),
     )
-    if recipe.embedder is not None:  # without one, embedder_revision is invalid: the default encoder has its pin in the code
+    # The default encoder is pinned in the code, and a recipe without an embedder must not name a revision.
+    if recipe.embedder is not None:
         pinned = pinned.changed(embedder_revision=embedder.revision)
     return Stages(pinned, scorer, embedder, fit, procedure)
 

@@ -19,7 +19,6 @@ from datasets import Dataset
 from car_datasets import repositories
 from car_datasets.asking import asking
 from car_datasets.cluster_fitting import number_of_clusters
-from car_datasets.recipe_stages import select_by
 from car_datasets.dataset_card import data_folder_of
 from car_datasets.formatting import find_schema
 from car_datasets.loading import open_dataset
@@ -28,6 +27,7 @@ from car_datasets.pushing import REPORT_FILE, read_report, read_result
 from car_datasets.reading_back import first_difference, load_split
 from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, indices_digest, pool_digest
 from car_datasets.recipe import Recipe
+from car_datasets.recipe_stages import select_by
 from car_datasets.reporting import SelectionReport
 from car_datasets.rescoring import Difference, score_again
 from car_datasets.retrying import READING_WAITS
