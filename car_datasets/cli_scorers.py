@@ -27,7 +27,7 @@ def prepare(
     similarity: Annotated[
         float, typer.Option(help="Cosine from which two pairs are near-duplicates, kept on one side; 0 to not look.")
     ] = 0.8,
-    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, fold white space.")] = True,
+    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, collapse white space.")] = True,
 ) -> None:
     """Split expert revisions into training, validation and test files, in both of the original's formats; audit for leaks."""
     from car_datasets.preparation import PUBLISHED_SHARE, audit_table

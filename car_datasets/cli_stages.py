@@ -182,7 +182,7 @@ def explore(
 def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
     done = ", ".join(f"{folder} holds {rows - others:,} of {rows:,} rows" for folder, others in left.items())
     rest = "the others are with other workers" if any(left.values()) else "none is left"
-    typer.echo(f"{done}; {rest}. car-datasets curate SOURCE --output DIR --shards {shards} goes on from there.")
+    typer.echo(f"{done}; {rest}. car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.")
 
 
 def load_source(source: str, recipe: Recipe, token: str | None) -> tuple[Dataset, Dataset]:

@@ -207,7 +207,7 @@ def test_score_without_an_output_fills_shards_that_curate_takes(
     assert result.exit_code == 0, result.output
     assert result.stdout == (
         f"{shards}/scores holds 24 of 24 rows, {shards}/embeddings holds 24 of 24 rows; none is left. "
-        f"car-datasets curate SOURCE --output DIR --shards {shards} goes on from there.\n"
+        f"car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "shards"]
     for stage in (QualityScorer, TextEmbedder):

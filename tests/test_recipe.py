@@ -18,6 +18,7 @@ from car_datasets.plots import PLOT_FILES
 from car_datasets.procedures import PROCEDURES, Amounts, Procedure
 from car_datasets.recipe_stages import resolve
 from car_datasets.results import RESULT_FILES
+from car_datasets.settings import is_whole_number
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("train_"))
@@ -569,3 +570,10 @@ def test_another_embedder_does_not_keep_the_revision_of_the_one_before() -> None
     assert recipe.changed(embedder="me/two").embedder_revision is None
     assert recipe.changed(embedder=None).embedder_revision is None
     assert recipe.changed(n1=5).embedder_revision == "abc"
+
+
+@pytest.mark.parametrize(
+    ("value", "whole"), [(3, True), (np.int64(3), True), (True, False), (3.0, False), ("3", False)]
+)
+def test_a_bool_is_no_whole_number(value: Any, whole: bool) -> None:
+    assert is_whole_number(value) is whole
