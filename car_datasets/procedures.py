@@ -36,10 +36,12 @@ class Amounts:
 
 
 def _keep_order(pool: Dataset, names: ColumnNames) -> Dataset:
+    """Return the pool in the order of the source."""
     return pool
 
 
 def _no_files(selected: Dataset, pool: Dataset, objective: str, names: ColumnNames) -> dict[str, Dataset]:
+    """Return no extra files."""
     return {}
 
 
