@@ -1,4 +1,4 @@
-"""The app that the commands hang on, and what they have in common: errors in one line, quiet models, tables."""
+"""The typer app, and what its commands have in common: errors in one line, quiet models, tables."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ app = typer.Typer(
 )
 
 
-GRACE = 5.0  # seconds in which the launcher ends this process, if the main one has failed by the same mistake
+GRACE = 5.0  # seconds for the launcher to end this process, if the main one made the same mistake
 
 
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """A user's mistake ends with one line and exit code 2; anything else is our bug and keeps its traceback.
+    """End a user's mistake with one line and exit code 2; anything else is our bug and keeps its traceback.
 
-    Under `accelerate launch` or `torchrun` the main process speaks for all, unless another one alone fails.
+    Under `accelerate launch` or `torchrun` only the main process prints, unless another one alone fails.
     """
 
     @wraps(command)
@@ -52,7 +52,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """No output and no progress bars; set before the libraries that draw them are imported."""
+    """Suppress output and progress bars; set before the libraries that draw them are imported."""
     os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     with contextlib.redirect_stdout(io.StringIO()):
         yield
@@ -66,7 +66,7 @@ def print_table(table: Any) -> None:
 
 
 def quiet_models() -> None:
-    """One progress bar per stage is ours; the weights' own are noise here."""
+    """Turn off the progress bars of weights; each stage has a bar of its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging as transformers_logging
 
@@ -81,6 +81,8 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Pick the best and most diverse subset of an instruction-tuning dataset."""

@@ -1,13 +1,32 @@
-"""The options of the commands, each written once, and what their text means."""
+"""The options of the commands, each written once: those of a recipe come from the fields of `Recipe`."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
+from car_datasets.recipe import Recipe
 from car_datasets.tokens import clean_token
+
+Command = Callable[..., None]
+
+
+class Option(NamedTuple):
+    """The type of an option, annotated with its help, and its default."""
+
+    annotation: Any
+    default: Any = None
+
+
+def option(kind: Any, help: str, default: Any = None, *flags: str, **settings: Any) -> Option:
+    """Return an option with a help text; `flags` and `settings` are those of `typer.Option`."""
+    return Option(Annotated[kind, typer.Option(*flags, help=help, **settings)], default)
 
 
 def _parse_token(text: str | None) -> str | None:
@@ -18,80 +37,141 @@ def _parse_token(text: str | None) -> str | None:
 
 
 Source = Annotated[str, typer.Argument(help="Hub id, .json, .jsonl, .csv or .parquet file, or a folder.")]
-Name = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
-Split = Annotated[str | None, typer.Option(help="Split, where the source has several.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub dataset.")]
-Token = Annotated[
-    str | None,
-    typer.Option(
-        envvar="HF_TOKEN",
-        show_envvar=True,
-        callback=_parse_token,
-        help="For private sources and models, --shards on the Hub, and to push.",
-    ),
-]
-Public = Annotated[bool, typer.Option("--public", help="The repository is a public one.  [default: private]")]
-Check = Annotated[bool, typer.Option("--check", help="Read back what was pushed, and compare it row for row.")]
-SchemaName = Annotated[str, typer.Option(help="alpaca, prompt/completion, messages, conversations, ...; auto looks.")]
-Columns = Annotated[str | None, typer.Option(help="Your column names: instruction=task,response=answer.")]
-ScorerModel = Annotated[str | None, typer.Option(help="An IQS model: Hub id or folder.  [default: the embedded one]")]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="For a scorer in the original's layout: folder or Hub id of its base model's tokenizer."),
-]
-Embedder = Annotated[str | None, typer.Option(help="A sentence-transformers model.  [default: the scorer's own]")]
-Turns = Annotated[str | None, typer.Option(help="Score of a chat: mean, min, last or sum.  [default: mean]")]
-Engine = Annotated[str | None, typer.Option(help="Score by the int8 encoder in this folder, see quantise.")]
-Procedure = Annotated[str | None, typer.Option(help="default, or paper: the published rules, oddities included.")]
-Runs = Annotated[int | None, typer.Option(help="k-means runs, of which the best is kept.  [default: 1]")]
-KMeans = Annotated[
-    str | None, typer.Option("--kmeans", help="torch, or sklearn: on all rows, as the paper.  [default: by procedure]")
-]
-KMeansSample = Annotated[
-    int | None,
-    typer.Option("--kmeans-sample", help="Rows per cluster to fit on, where there are more; 0: all.  [default: 256]"),
-]
-OnInvalid = Annotated[str, typer.Option(help="Rows that cannot be scored: error, or mark.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="Of the encoder: float32, or bfloat16, which is fast on a GPU.  [default: float32]")
-]
-BatchTokens = Annotated[int | None, typer.Option(help="Padded tokens in one forward pass.  [default: by device]")]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile the encoder: for many rows on a GPU.")]
-EmbeddingDtype = Annotated[str | None, typer.Option(help="Of the embeddings: float32 or float16.  [default: float32]")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A new folder for the result.")]
 OutputFile = Annotated[
     Path, typer.Option("--output", "-o", help="A new .parquet file; or .json, the original's format.")
 ]
-Shards = Annotated[
-    str | None,
-    typer.Option(help="A folder or URL for finished shards: a second run, or more processes, go on with the rest."),
-]
-N1 = Annotated[str | None, typer.Option(help="Rows by score: a number, or a share such as 0.05.  [default: 1000]")]
-N2 = Annotated[int | None, typer.Option(help="Rows from every cluster.  [default: 1]")]
-Budget = Annotated[int | None, typer.Option(help="Rows in all; n1 then follows.")]
-Clusters = Annotated[str | None, typer.Option("--k", help="Clusters: a number, or sqrt for int(sqrt(rows / 2)).")]
-Projection = Annotated[str | None, typer.Option(help="Of the map: pca, tsne, or umap (an extra).  [default: pca]")]
-Seed = Annotated[int | None, typer.Option(help="Of clustering and controls.  [default: 42]")]
-AllowWorse = Annotated[bool, typer.Option("--allow-worse", help="Do not refuse a selection below the pool's mean.")]
-IndexColumn = Annotated[str | None, typer.Option(help="Your row id.  [default: source_index]")]
-ScoreColumn = Annotated[str | None, typer.Option(help="Name of the score column.  [default: iqs_score]")]
-EmbeddingColumn = Annotated[str | None, typer.Option(help="Name of the embedding column.  [default: embedding]")]
-ClusterColumn = Annotated[str | None, typer.Option(help="Name of the cluster column.  [default: cluster]")]
+
+SHARED = {
+    "token": option(
+        str | None,
+        "For private sources and models, --shards on the Hub, and to push.",
+        envvar="HF_TOKEN",
+        show_envvar=True,
+        callback=_parse_token,
+    ),
+    "shards": option(
+        str | None,
+        "A folder or URL for finished shards: a second run resumes from them, more processes share the work.",
+    ),
+    "public": option(bool, "Make the repository public.  [default: private]", False, "--public"),
+    "check": option(bool, "Read back what was pushed, and compare it row for row.", False, "--check"),
+}
+FLAGS = [f.name for f in fields(Recipe)]  # every setting of a recipe has an option
 
 
-def parse_count(n1: str | None) -> int | float | None:
-    """`--n1`: a whole number is a count, a number with a point is a share."""
-    if n1 is None:
-        return None
+def add_options(*shared: str, **own: Option) -> Callable[[Command], Command]:
+    """Add options to a command, which receives them in its `**` parameter.
+
+    Args:
+        shared (`str`): keys of `SHARED`.
+        own ([`Option`]): options of this command alone, by the name of the argument.
+    """
+    options = {**own, **{name: SHARED[name] for name in shared}}
+
+    def decorate(command: Command) -> Command:
+        return _with_parameters(command, command, options, drop=inspect.Parameter.VAR_KEYWORD)
+
+    return decorate
+
+
+def recipe_options(*names: str, **helps: str) -> Callable[[Command], Command]:
+    """Add options for fields of [`Recipe`] to a command, which receives those given as the dict `changes`.
+
+    Every option defaults to None, "not given", so that an option wins over a recipe file even with the default's value.
+
+    Args:
+        names (`str`): fields of [`Recipe`].
+        helps (`str`): further fields, with a help text that fits this command better than the field's own.
+    """
+    wanted = [*names, *helps]
+    known = {f.name: f for f in fields(Recipe)}
+    options = {name: _recipe_option(known[name], helps.get(name)) for name in wanted}
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            given = {name: arguments.pop(name) for name in wanted}
+            changes = {name: _PARSERS.get(name, _as_it_is)(v) for name, v in given.items() if v is not None}
+            command(**arguments, changes=changes)
+
+        return _with_parameters(run, command, options, drop="changes")
+
+    return decorate
+
+
+def _recipe_option(setting: Any, help: str | None) -> Option:
+    """Return the option of a field of `Recipe`; its help ends with the recipe's default."""
+    flag = setting.metadata["flag"] or f"--{setting.name.replace('_', '-')}"
+    kind = _TEXT.get(setting.name, setting.type)
+    shown = setting.metadata["shown"] or setting.default
+    if kind is bool:  # both forms, so that a recipe file's true can be overridden as well as its false
+        shown, flag = flag[2:] if setting.default else f"no-{flag[2:]}", f"{flag}/--no-{flag[2:]}"
+    text = setting.metadata["help"] if help is None else help
+    if "[default: " not in text and shown not in (None, ()):
+        text = f"{text}  [default: {shown}]"
+    return option(kind | None, text, None, flag)
+
+
+def _with_parameters(command: Command, like: Command, options: dict[str, Option], drop: Any) -> Command:
+    """Give a command the signature that typer reads: that of `like`, with options in the place of one parameter.
+
+    Args:
+        command (`Callable`): what typer calls.
+        like (`Callable`): the function whose parameters it has.
+        options (`dict`): the options to add, by name.
+        drop (`str` or `inspect._ParameterKind`): name or kind of the parameter that collects them.
+    """
+    types = get_type_hints(inspect.unwrap(like), include_extras=True)
+    kept = [
+        p.replace(kind=p.KEYWORD_ONLY, annotation=types.get(p.name, p.annotation))
+        for p in inspect.signature(like).parameters.values()
+        if drop not in (p.name, p.kind)
+    ]
+    new = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.annotation)
+        for name, each in options.items()
+    ]
+    command.__signature__ = inspect.Signature([*kept, *new])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*kept, *new]}
+    return command
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return the mapping of `--columns role=column,...`.
+
+    Raises:
+        ValueError: the text is not a list of role=column pairs.
+    """
+    pairs = [part.split("=", 1) for part in text.split(",") if part]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"--columns {text}: write role=column pairs, as instruction=task,response=answer.")
+    return {role.strip(): column.strip() for role, column in pairs}
+
+
+def parse_count(n1: str) -> int | float:
+    """Return the number of `--n1`: a whole number is a count, a number with a point is a share.
+
+    Raises:
+        ValueError: the text is not a number.
+    """
     try:
         return int(n1) if n1.lstrip("+-").isdecimal() else float(n1)
     except ValueError as error:
         raise ValueError(f"--n1 {n1}: pass a number of rows, or a share such as 0.05.") from error
 
 
-def parse_clusters(k: str | None) -> int | str | None:
-    """`--k`: a number, or `sqrt`."""
-    if k is None or k == "sqrt":
+def parse_clusters(k: str) -> int | str:
+    """Return the number of `--k`, or `"sqrt"`.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if k == "sqrt":
         return k
     try:
         return int(k)
@@ -99,9 +179,6 @@ def parse_clusters(k: str | None) -> int | str | None:
         raise ValueError(f"--k {k}: pass a number, or sqrt.") from error
 
 
-def parse_columns(text: str | None) -> dict[str, str]:
-    """`--columns`: `role=column` pairs with commas between."""
-    pairs = [part.split("=", 1) for part in (text or "").split(",") if part]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"--columns {text}: write role=column pairs, as instruction=task,response=answer.")
-    return {role.strip(): column.strip() for role, column in pairs}
+# Settings that are text on the command line, and how that text is read.
+_TEXT: dict[str, Any] = dict.fromkeys(("columns", "n1", "k"), str)
+_PARSERS: dict[str, Callable[[Any], Any]] = {"columns": parse_columns, "n1": parse_count, "k": parse_clusters}

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from car_datasets import cli_options as o
 from car_datasets.cli_app import app, one_line_errors, print_table, quiet_models
-from car_datasets.cli_options import parse_columns
+from car_datasets.cli_options import Output, Source, add_options, option, recipe_options
+from car_datasets.recipe import Recipe
 
 
 @app.command(epilog="Example: car-datasets prepare revisions.json --output expert-pairs")
@@ -23,13 +23,13 @@ def prepare(
         float | None,
         typer.Option(help="Smallest edits to leave out: a share below 1, or a number.  [default: 0.323, as CaR]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = Recipe.seed,
     similarity: Annotated[
         float, typer.Option(help="Cosine from which two pairs are near-duplicates, kept on one side; 0 to not look.")
     ] = 0.8,
-    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, fold white space.")] = True,
+    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, collapse white space.")] = True,
 ) -> None:
-    """Expert revisions to training, validation and test files, in both of the original's formats, with an audit for leaks."""
+    """Split expert revisions into training, validation and test files, in both of the original's formats; audit for leaks."""
     from car_datasets.preparation import PUBLISHED_SHARE, audit_table
     from car_datasets.preparation import prepare as prepare_files
 
@@ -52,6 +52,7 @@ def prepare(
 
 @app.command(epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer")
 @one_line_errors
+@add_options("token")
 def train(
     config: Annotated[Path, typer.Argument(help="A training file, such as those in configs/train_*.yaml.")],
     train: Annotated[str | None, typer.Option(help="File of pairs or scored rows.  [default: the file's]")] = None,
@@ -59,11 +60,11 @@ def train(
         str | None, typer.Option(help="File of pairs to choose the epoch by.  [default: the file's]")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="A new folder.  [default: the file's]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.  [default: the file's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and dropout.  [default: the file's]")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other key of the file: --set epochs=2; may be repeated.")
     ] = None,
-    token: o.Token = None,
+    **options: Any,
 ) -> None:
     """Train a scorer: the head of the embedded one, or a whole model (IQS or ranking) as the original does."""
     quiet_models()
@@ -78,7 +79,7 @@ def train(
         figures = train_head(settings)
     else:
         settings = ScorerTraining.from_yaml(config, **changes)
-        figures = train_scorer(settings, token)
+        figures = train_scorer(settings, options["token"])
     if figures:  # the other processes of a distributed run have none
         pairs = figures["accuracy"]["cleaned"]["pairs"]
         typer.echo(
@@ -89,6 +90,14 @@ def train(
 
 @app.command(epilog="Example: car-datasets evaluate car-datasets/iqs-minilm --pairs expert_score_valid.csv")
 @one_line_errors
+@add_options(
+    "token",
+    tokenizer=option(str | None, Recipe.__dataclass_fields__["tokenizer"].metadata["help"]),
+    revision=option(str | None, "Branch, tag or commit of a Hub model."),
+    engine=option(str | None, "Also measure the int8 encoder in this folder, and compare it with the float32 one."),
+    samples=option(int | None, "Bootstrap samples behind each interval."),
+    seed=option(int, "Seed of bootstrap and corruptions.", 0),
+)
 def evaluate(
     model: Annotated[str, typer.Argument(help="An IQS model: Hub id or folder; car-datasets/iqs-minilm comes along.")],
     pairs: Annotated[Path, typer.Option(help="CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected).")],
@@ -97,14 +106,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Other pairs, to choose the threshold and train the bag of words on."),
     ] = None,
-    tokenizer: o.Tokenizer = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="Measure the int8 encoder in this folder as well, beside the float32 one.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Bootstrap samples behind each interval.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of bootstrap and corruptions.")] = 0,
-    token: o.Token = None,
+    **options: Any,
 ) -> None:
     """Measure a scorer: accuracy with intervals and baselines, corrupted copies, changes of style."""
     quiet_models()
@@ -116,16 +118,18 @@ def evaluate(
     from car_datasets.evaluation import evaluate_scorer
     from car_datasets.scoring import QualityScorer
 
-    scorer = QualityScorer(model, revision, token, tokenizer)
+    engine, token = options["engine"], options["token"]
+    scorer = QualityScorer(model, options["revision"], token, options["tokenizer"])
+    drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
     quick = None if engine is None else replace(scorer, engine=engine)  # refused here, before anything is measured
-    found = evaluate_scorer(scorer, measured, other=rest, samples=samples, seed=seed)
+    found = evaluate_scorer(scorer, measured, other=rest, **drawing)
     tables, figures = found.to_tables(), json.loads(found.to_json())
     if quick is not None:
         from car_datasets.publishing import without_nan
         from car_datasets.quantisation import compare_engines
         from car_datasets.templates import render
 
-        by_engine = evaluate_scorer(quick, measured, other=rest, samples=samples, seed=seed)
+        by_engine = evaluate_scorer(quick, measured, other=rest, **drawing)
         texts = [render(row, str(scorer.template)) for pair in measured for row in pair]
         agreement = compare_engines(scorer, quick, texts)
         tables += [*by_engine.to_tables(), agreement.to_table()]
@@ -139,19 +143,17 @@ def evaluate(
 
 @app.command(epilog="Example: car-datasets quantise alpaca_data.json --output int8")
 @one_line_errors
+@recipe_options(
+    *("scorer", "scorer_revision", "tokenizer", "name", "split", "revision", "schema", "columns"),
+    seed="Seed of the choice of rows.",
+)
+@add_options("token")
 def quantise(
-    source: o.Source,
-    output: o.Output,
-    scorer: o.ScorerModel = None,
-    tokenizer: o.Tokenizer = None,
+    source: Source,
+    output: Output,
+    changes: dict[str, Any],
     rows: Annotated[int, typer.Option(help="Rows of the source to calibrate on; as many others to compare on.")] = 300,
-    name: o.Name = None,
-    split: o.Split = None,
-    revision: o.Revision = None,
-    token: o.Token = None,
-    schema: o.SchemaName = "auto",
-    columns: o.Columns = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of rows.")] = 42,
+    **options: Any,
 ) -> None:
     """Write a scorer's encoder in int8, for `--engine DIR` on the CPU; needs the extra: pip install 'car-datasets[openvino]'."""
     quiet_models()
@@ -160,18 +162,17 @@ def quantise(
 
     fresh_folder(output, (RECORD_FILE,), "--output")
     import_openvino("nncf")
-    from car_datasets.hub import DEFAULT_SCORER
-    from car_datasets.loading import load_instructions, open_dataset
+    from car_datasets.cli_stages import load_source
     from car_datasets.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
     from car_datasets.scoring import QualityScorer
 
     if rows < FEWEST_TEXTS:
         raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
-    reading: dict[str, Any] = {"schema": schema, "columns": parse_columns(columns), "on_invalid": "mark"}
-    opened = open_dataset(source, name, split, revision=revision, token=token, columns=reading["columns"])
-    dataset = load_instructions(opened, **reading)
-    whole = QualityScorer(scorer or DEFAULT_SCORER, token=token, tokenizer=tokenizer, **reading)
-    texts, others = sample_texts(dataset, whole, rows, seed=seed)
+    recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
+    _, dataset = load_source(source, recipe, token)
+    reading: dict[str, Any] = {"schema": recipe.schema, "columns": recipe.columns, "on_invalid": recipe.on_invalid}
+    whole = QualityScorer(recipe.scorer, recipe.scorer_revision, token, recipe.tokenizer, **reading)
+    texts, others = sample_texts(dataset, whole, rows, seed=recipe.seed)
     quantise_encoder(whole, texts, output)
     typer.echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
     if len(others) >= FEWEST_TEXTS:
@@ -182,21 +183,22 @@ def quantise(
 
 @app.command(epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large")
 @one_line_errors
+@recipe_options("tokenizer")
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="A .ckpt file, or a folder or Hub id in the original's layout.")],
     output: Annotated[Path, typer.Argument(help="A new folder.")],
-    tokenizer: o.Tokenizer = None,
+    changes: dict[str, Any],
 ) -> None:
     """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer."""
     quiet_models()
     from car_datasets.modeling_iqs import convert_checkpoint
 
-    convert_checkpoint(checkpoint, output, tokenizer)
+    convert_checkpoint(checkpoint, output, changes.get("tokenizer"))
     typer.echo(f"The model is in {output}.")
 
 
 def _parse_settings(given: list[str]) -> dict[str, Any]:
-    """`--set key=value`; the value is read as YAML."""
+    """Return the settings of `--set key=value`; the value is read as YAML."""
     import yaml
 
     wrong = [text for text in given if "=" not in text]

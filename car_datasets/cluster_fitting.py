@@ -21,6 +21,7 @@ from car_datasets.collectives import Processes
 from car_datasets.covariance import Covariance, project
 from car_datasets.kmeans import Chunks, KMeansSettings, fit_kmeans
 from car_datasets.parallel import all_processes, device_for, from_main
+from car_datasets.settings import is_whole_number
 from car_datasets.vectors import Matrix, Positions, embedding_batches, read_embeddings
 
 if TYPE_CHECKING:
@@ -311,28 +312,24 @@ def checked_fit(
             counted.
     """
     k, seed, n_init, kmeans_sample = (_plain(value) for value in (k, seed, n_init, kmeans_sample))
-    if k != "sqrt" and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+    if k != "sqrt" and (not is_whole_number(k) or k < 1):
         raise ValueError(f"k={k!r} must be 'sqrt' or a whole number of clusters, at least 1.")
-    real = isinstance(explained_variance, (int, float, np.floating)) and not isinstance(explained_variance, bool)
+    real = is_whole_number(explained_variance) or isinstance(explained_variance, (float, np.floating))
     if not real or not 0 < explained_variance <= 1:
         raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
-    if not _is_whole(n_init) or n_init < 1:
+    if not is_whole_number(n_init) or n_init < 1:
         raise ValueError(f"n_init={n_init!r} must be at least 1, a whole number of runs.")
-    if not _is_whole(seed) or not 0 <= seed < 2**32:
+    if not is_whole_number(seed) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
     if kmeans not in ENGINES:
         raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {tuple(ENGINES)}.")
-    if not _is_whole(kmeans_sample) or kmeans_sample < 0:
+    if not is_whole_number(kmeans_sample) or kmeans_sample < 0:
         raise ValueError(f"kmeans_sample={kmeans_sample!r} must be a number of rows per cluster, or 0 for all rows.")
     return FitSettings(k, float(explained_variance), seed, n_init, kmeans, kmeans_sample)
 
 
 def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)  # True is an int in Python
 
 
 def number_of_clusters(k: int | str, rows: int) -> int:
@@ -344,6 +341,6 @@ def number_of_clusters(k: int | str, rows: int) -> int:
     k = _plain(k)
     if k == "sqrt":
         k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= rows:
+    if not is_whole_number(k) or not 1 <= k <= rows:
         raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that can be clustered.")
     return k

@@ -1,7 +1,7 @@
-"""The whole road in one call: `curate`.
+"""`curate`: the entire pipeline in one call.
 
 Does: load, score and embed, cluster, select and report, with every check before the first expensive stage.
-Does not: hold logic of a stage; each is a call that a user can make alone.
+Does not: hold the logic of a stage; each can be called alone.
 """
 
 from __future__ import annotations
@@ -12,34 +12,23 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
 
-from car_datasets import hub
-from car_datasets.cluster_fitting import checked_fit, number_of_clusters
-from car_datasets.clustering import ClusterModel
-from car_datasets.column_names import ColumnNames
+from car_datasets.cluster_fitting import number_of_clusters
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
-from car_datasets.original import PROCEDURES, rank_rows, refuse_taken, select_as_published
+from car_datasets.original import refuse_taken
 from car_datasets.overview import Overview
 from car_datasets.parallel import from_main, is_main_process, start_processes
+from car_datasets.procedures import find_procedure
 from car_datasets.projection import check_projection
 from car_datasets.receipt import describe_source, make_receipt, pinned_source
 from car_datasets.recipe import Recipe
-from car_datasets.recipe_stages import score_and_embed, scorer_of
+from car_datasets.recipe_stages import Stages, fit_settings, resolve
 from car_datasets.reporting import SelectionReport
-from car_datasets.results import (
-    ORIGINAL_FILES,
-    RESULT_FILES,
-    fresh_folder,
-    unfinished,
-    write_original_files,
-    write_result,
-)
-from car_datasets.scoring import QualityScorer
-from car_datasets.selection import refuse_impossible, select_car
+from car_datasets.results import RESULT_FILES, fresh_folder, unfinished, write_result, write_table
 
 
 class Curated(NamedTuple):
-    """What [`curate`] returns: the chosen rows, the whole pool with its columns, and the figures."""
+    """The result of [`curate`]: the selected rows, the entire pool with its new columns, and the figures."""
 
     selected: Dataset
     scored: Dataset
@@ -55,10 +44,11 @@ def curate(
     shard_dir: str | os.PathLike[str] | None = None,
     **changes: Any,
 ) -> Curated:
-    """Load, score and embed, cluster, select and report; everything that can be wrong is checked before the first stage.
+    """Load, score, embed, cluster, select and report; every setting is checked before the first stage runs.
 
-    Under `accelerate launch` or `torchrun` every process calls this and returns the same; they share the scoring and
-    the clustering, the main one writes. With `shard_dir`, or in several processes, the same call goes on after a kill.
+    Under `accelerate launch` or `torchrun` every process calls this and returns the same result: the processes share
+    scoring and clustering, and the main one writes. If a run is interrupted, call it again with the same arguments to
+    resume (needs `shard_dir` or more than one process).
 
     Example:
 
@@ -67,145 +57,93 @@ def curate(
     ```
 
     Args:
-        source: see [`load_instructions`].
+        source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a folder
+            of such files or of `save_to_disk`, or a dataset in memory.
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list of
             rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html` and, with
             matplotlib, four `plot_*.png`. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
         token (`str`, *optional*): for private sources and models; never stored.
-        shard_dir (`str`, *optional*): score in shards and keep them there, so that a second run, or more processes, go on
-            with what is missing; see [`score_in_shards`], which several processes use in any case.
+        shard_dir (`str`, *optional*): a folder or URL for finished shards of scores and embeddings, so that a second run,
+            or more processes, compute only what is missing.
         changes: fields of [`Recipe`] by name, which win over `recipe`.
 
     Returns:
         [`Curated`]: `(selected, scored, report)`.
 
     Raises:
-        ValueError: bad settings, bad input, or a folder that holds a result already.
-        FileNotFoundError: there is no such file.
+        ValueError: a setting or the source is invalid, or the folder already holds a result.
+        FileNotFoundError: the source does not exist.
     """
-    settings = (recipe or Recipe()).changed(**changes)
+    recipe = (recipe or Recipe()).changed(**changes)
+    procedure = find_procedure(recipe.procedure)
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
-    names = (*RESULT_FILES, *ORIGINAL_FILES) if settings.procedure == "paper" else RESULT_FILES
-    folder = None if output_dir is None else fresh_folder(Path(output_dir), names)
+    folder = None if output_dir is None else fresh_folder(Path(output_dir), (*RESULT_FILES, *procedure.files))
     opened = open_dataset(
-        source, settings.name, settings.split, revision=settings.revision, token=token, columns=settings.columns
+        source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
     )
     dataset = load_instructions(
         opened.with_format(None),
-        schema=settings.schema,
-        columns=settings.columns,
-        on_invalid=settings.on_invalid,
-        index_column=settings.index_column,
+        schema=recipe.schema,
+        columns=recipe.columns,
+        on_invalid=recipe.on_invalid,
+        index_column=recipe.index_column,
     )
-    _check_numbers(dataset, settings)
-    if folder is not None and settings.procedure == "paper":
-        refuse_taken(dataset.column_names, {settings.score_column: "score", settings.cluster_column: "label"})
-    origin = describe_source(source, opened, settings) if folder is not None and is_main_process() else {}
-    settings = pinned_source(settings, source, opened)
-    scorer = scorer_of(settings, token)
-    settings = settings.changed(scorer_revision=scorer.revision)  # branches may move while this runs
-    if settings.embedder is not None:
-        pin = hub.pin_revision(settings.embedder, settings.embedder_revision, token)
-        settings = settings.changed(embedder_revision=pin)
-    pool = score_and_embed(dataset, settings, token, shard_dir=shard_dir)
-    if settings.procedure == "paper":
-        pool = rank_rows(pool, settings.score_column)
-    pool = _add_clusters(pool, settings)
-    without_vectors = pool.remove_columns(settings.embedding_column)
-    selected = select_by(settings, without_vectors)
-    columns = ColumnNames(
-        settings.score_column, settings.cluster_column, settings.index_column, settings.embedding_column
-    )
-    overview = Overview.of(pool, selected, seed=settings.seed, names=columns)
+    _check_settings(dataset, recipe)
+    if folder is not None and procedure.files:
+        refuse_taken(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
+    # The main process alone writes the receipt, and reads the source again for its digest.
+    origin = describe_source(source, opened, recipe) if folder is not None and is_main_process() else {}
+    stages = resolve(pinned_source(recipe, source, opened), token)
+
+    pool = stages.score(dataset, token=token, shard_dir=shard_dir)
+    pool = stages.cluster(procedure.order(pool, recipe.names))
+    without_vectors = pool.remove_columns(recipe.embedding_column)
+    selected = stages.select(without_vectors)
+    overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names)
     report = SelectionReport.from_overview(overview)
-    curated = Curated(selected, pool if settings.keep_embeddings else without_vectors, report)
+
+    curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
     if folder is not None:
-        own_index = settings.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, overview, settings, scorer, origin, own_index))
+        own_index = recipe.index_column in opened.column_names
+        from_main(lambda: _write_files(folder, curated, overview, stages, origin, own_index))
     return curated
+
+
+def _check_settings(dataset: Dataset, recipe: Recipe) -> None:
+    """Raise ValueError if a setting cannot work with the rows that can be scored; nothing is looked up or computed."""
+    check_projection(recipe.projection)
+    rows = len(dataset)
+    if recipe.on_invalid == "mark":
+        rows -= len(unscorable_rows(dataset, find_schema(dataset.column_names, recipe.schema, recipe.columns)))
+        if rows == 0:
+            raise ValueError(
+                f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
+            )
+    clusters = number_of_clusters(recipe.k, rows)
+    fit_settings(recipe)
+    find_procedure(recipe.procedure).check(rows, clusters, recipe.amounts)
 
 
 def _write_files(
     folder: Path,
     curated: Curated,
     overview: Overview,
-    settings: Recipe,
-    scorer: QualityScorer,
+    stages: Stages,
     origin: dict[str, Any],
     own_index: bool,
 ) -> None:
+    """Write the result into a folder; with `own_index` the source has the index column."""
     selected, scored, report = curated
-    without_vectors = overview.pool.remove_columns(settings.embedding_column)
-    receipt = make_receipt(origin, settings, scorer, without_vectors, selected, report)
+    recipe, scorer, names = stages.recipe, stages.scorer, stages.recipe.names
+    without_vectors = overview.pool.remove_columns(recipe.embedding_column)
+    receipt = make_receipt(origin, recipe, scorer, without_vectors, selected, report)
     with unfinished(folder):
-        pictures = report.pictures(overview, settings.projection)
+        pictures = report.pictures(overview, recipe.projection)
         files = {"receipt.json": receipt.to_json().encode(), **pictures}
-        write_result(folder, selected, scored, report, files, settings.score_column, settings.cluster_column)
-        if settings.procedure == "paper":
-            index_column = "" if own_index else settings.index_column  # the user's own stays
-            names = {**settings.names, "index_column": index_column}
-            write_original_files(folder, selected, without_vectors, scorer.objective, **names)
-
-
-def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
-    """What k, n1, n2, budget and the procedure can be wrong about before there are scores."""
-    if settings.procedure not in PROCEDURES:
-        raise ValueError(f"procedure={settings.procedure!r} is not known; choose one of {PROCEDURES}.")
-    check_projection(settings.projection)
-    rows = len(dataset)
-    if settings.on_invalid == "mark":
-        rows -= len(unscorable_rows(dataset, find_schema(dataset.column_names, settings.schema, settings.columns)))
-        if rows == 0:
-            raise ValueError(
-                f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
-            )
-    clusters = number_of_clusters(settings.k, rows)
-    checked_fit(
-        settings.k,
-        settings.explained_variance,
-        settings.seed,
-        settings.n_init,
-        settings.kmeans_engine,
-        settings.kmeans_sample,
-    )
-    if settings.procedure == "default":
-        refuse_impossible(rows, clusters, settings.n1, settings.n2, settings.budget)
-    else:
-        _refuse_unpublished(settings)
-
-
-def select_by(settings: Recipe, pool: Dataset) -> Dataset:
-    """SELECT of a recipe on a scored, clustered dataset: by [`select_car`], or by the published rule."""
-    if settings.procedure == "paper":
-        _refuse_unpublished(settings)
-        return select_as_published(pool, int(settings.n1), settings.n2, **settings.names)
-    return select_car(
-        pool, settings.n1, settings.n2, budget=settings.budget, allow_worse=settings.allow_worse, **settings.names
-    )
-
-
-def _refuse_unpublished(settings: Recipe) -> None:
-    numbers = (settings.n1, settings.n2)
-    if settings.budget is not None or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError(
-            f"procedure='paper' takes whole numbers n1={settings.n1} and n2={settings.n2} that are not negative, and no "
-            f"budget={settings.budget}."
-        )
-
-
-def _add_clusters(pool: Dataset, settings: Recipe) -> Dataset:
-    """CLUSTER of a recipe; several processes share it and get the same labels."""
-    model = ClusterModel.fit(
-        pool,
-        settings.embedding_column,
-        k=settings.k,
-        explained_variance=settings.explained_variance,
-        seed=settings.seed,
-        n_init=settings.n_init,
-        kmeans=settings.kmeans_engine,
-        kmeans_sample=settings.kmeans_sample,
-        output_column=settings.cluster_column,
-        distance_column=f"{settings.cluster_column}_distance",
-    )
-    return model.label(pool, across_processes=True)
+        write_result(folder, selected, scored, report, files, recipe.score_column, recipe.cluster_column)
+        if own_index:
+            names = replace(names, index="")  # the original's files hold every column of the source
+        extra = stages.procedure.tables(selected, without_vectors, scorer.objective, recipe.names)
+        for name, table in extra.items():
+            write_table(table, folder / name, names)

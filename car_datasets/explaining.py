@@ -16,6 +16,7 @@ import numpy.typing as npt
 from car_datasets.column_names import ColumnNames
 from car_datasets.overview import Overview
 from car_datasets.selection import Indices
+from car_datasets.settings import is_whole_number
 from car_datasets.vectors import Matrix, unit_rows
 
 if TYPE_CHECKING:
@@ -137,9 +138,8 @@ def explain(
 def _position(overview: Overview, row: int | str) -> int:
     """Return the position of a row in the pool; raise ValueError if it does not exist."""
     rows = len(overview.scores)
-    # bool is an int in Python, and True would mean row 1.
     if overview.ids is None:
-        if isinstance(row, (int, np.integer)) and not isinstance(row, bool) and 0 <= row < rows:
+        if is_whole_number(row) and 0 <= row < rows:
             return int(row)
         raise ValueError(f"row={row!r} does not exist: the pool has the rows 0 to {rows - 1}.")
     matches = np.flatnonzero(np.asarray(overview.ids.to_pandas() == row))

@@ -32,7 +32,6 @@ from car_datasets.selection import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PROCEDURES = ("default", "paper")
 RANKING_FILES = {"regression": "ranking_IQS_result.json", "ranking": "ranking_Comet_result.json"}
 CLUSTERING_FILE = "clustering_result.json"
 SELECTED_FILE = "CaR_selected_result.json"

@@ -21,6 +21,7 @@ from car_datasets import digests, hub
 from car_datasets.formatting import find_schema
 from car_datasets.recipe_stages import scorer_of
 from car_datasets.selection import numbers_of
+from car_datasets.settings import is_whole_number
 from car_datasets.version import __version__
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
 def _refuse_others(record: Mapping[str, Any], wanted: Mapping[str, type], shown: str) -> None:
     for name, kind in wanted.items():
         value = record.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not (is_whole_number(value) if kind is int else isinstance(value, kind)):
             seen = f"is {value!r:.80}" if name in record else "is missing"
             raise ValueError(
                 f"{shown}{name} {seen}; a receipt has {KINDS[kind]} there. Take the file that was written."
@@ -172,7 +173,7 @@ def make_receipt(
         counts=counts_of(report),
         selected_sha256=indices_digest(selected[settings.index_column][:]),
         versions={"car-datasets": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        scored_sha256=pool_digest(pool, **settings.names),
+        scored_sha256=pool_digest(pool, settings.score_column, settings.cluster_column, settings.index_column),
     )
 
 

@@ -1,74 +1,117 @@
-"""`Recipe`: the settings of `curate` as a dataclass and as YAML, each checked by type and name."""
+"""`Recipe`: the settings of `curate` as a dataclass and as YAML, each checked by type and name.
 
-from __future__ import annotations
+Does: say once what every setting is called, its default, and the help text of its command-line option.
+Does not: run anything, or look a model up.
+"""
 
+# No `from __future__ import annotations`: types that are text could not be read once `__module__` is set, below.
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from car_datasets import hub
+from car_datasets.column_names import ColumnNames
 from car_datasets.formatting import as_column_names
 from car_datasets.settings import Settings
+
+if TYPE_CHECKING:
+    from car_datasets.procedures import Amounts
+
+NAMES = ColumnNames()
+
+
+def _setting(default: Any, help: str, *, flag: str | None = None, shown: str | None = None) -> Any:
+    """Return a field of `Recipe` with its option.
+
+    Args:
+        default: the default of the field.
+        help (`str`): the help text of the option, without the default.
+        flag (`str`, *optional*): the option, if it is not called like the field.
+        shown (`str`, *optional*): what the help shows as the default where the field's own says nothing, such as None.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "shown": shown})
 
 
 @dataclass(frozen=True)
 class Recipe(Settings):
-    """The settings of [`curate`]; every field has the meaning that it has in the stage that it belongs to.
+    """The settings of [`curate`], one for each choice of a stage.
 
     Args:
-        name, split, revision (`str`, *optional*): of the source, see [`load_instructions`].
-        schema, columns, index_column, on_invalid: see [`load_instructions`].
-        scorer, scorer_revision, template, turns, uncertainty, dtype, batch_tokens, embedding_dtype, compile, engine: see
-            [`QualityScorer`].
-        embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; `None`: the scorer's own encoder
-            where that is one (one forward pass for both), else the default.
-        k, explained_variance, seed, n_init, kmeans, kmeans_sample: see [`ClusterModel.fit`]; `seed` also draws the report's
-            controls; without `kmeans` it is `"sklearn"` for `procedure="paper"`, else `"torch"`.
-        n1, n2, budget, allow_worse: see [`select_car`].
-        score_column, embedding_column, cluster_column (`str`): the new columns (`iqs_tokens`, ... follow the first).
-        procedure (`str`): `"default"`, or `"paper"`: clusters fitted on the score-sorted rows and the published rule of
-            selection, see original.py; the result then holds the original's three files as well.
-        tokenizer (`str`, *optional*): for a scorer in the original's layout, see [`QualityScorer`].
-        keep_embeddings (`bool`): write the embeddings into `scored.parquet`, for clustering it again.
-        projection (`str`): of the map in plots and page: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+        name, split, revision (`str`, *optional*): configuration, split and commit of a source on the Hub; a source with a
+            single split needs no name.
+        schema (`str`): `"alpaca"`, `"messages"`, ..., or `"auto"` to recognise it from the column names.
+        columns (`Mapping[str, str]`): columns under other names: `{"instruction": "task", "response": "answer"}`.
+        index_column (`str`): the column that identifies a row, added as the row's number unless the source has it.
+        on_invalid (`str`): `"error"` refuses rows that cannot be scored, `"mark"` keeps them without a score.
+        scorer, scorer_revision (`str`): an IQS model, on the Hub or in a folder, and its branch, tag, commit or digest.
+        template (`str`, *optional*): the text that is scored; defaults to the one the scorer was trained with.
+        turns (`str`): how the exchanges of a chat make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
+        uncertainty (`bool`): also add the standard deviation over the members of the scorer's head.
+        dtype (`str`): of the encoder: `"float32"`, `"bfloat16"` or `"float16"`.
+        embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; None takes the scorer's own encoder
+            if that is one (one forward pass for both), else the default encoder.
+        k (`int` or `"sqrt"`): clusters; `"sqrt"` is the paper's int(sqrt(rows / 2)).
+        explained_variance (`float`): PCA keeps the fewest components that hold this share of the variance.
+        seed (`int`): of k-means and of the report's control samples.
+        n_init (`int`): k-means runs, of which the best is kept.
+        kmeans (`str`, *optional*): `"torch"` or `"sklearn"`; None takes the one of the procedure.
+        kmeans_sample (`int`): with `"torch"`, fit on so many rows per cluster if there are more; 0 fits on all.
+        n1 (`int` or `float`): rows by score, or a share of the scored rows.
+        n2 (`int`): rows from every cluster.
+        budget (`int`, *optional*): rows in all; n1 then follows.
+        allow_worse (`bool`): accept a selection whose mean score is below the pool's.
+        score_column, embedding_column, cluster_column (`str`): the new columns; `iqs_tokens`, ... follow the first.
+        procedure (`str`): `"default"`, or `"paper"`: the published rule on clusters of the score-sorted rows, which also
+            writes the original's three files; or another key of `PROCEDURES`.
+        tokenizer (`str`, *optional*): the base model's tokenizer, for a scorer in the original's layout.
+        batch_tokens (`int`, *optional*): padded tokens in one forward pass; None chooses by the device.
+        embedding_dtype (`str`): of the embedding column: `"float32"` or `"float16"`.
+        compile (`bool`): compile the encoder; worthwhile only for large datasets on a GPU.
+        engine (`str`, *optional*): a folder with the scorer's encoder in int8, for the CPU.
+        keep_embeddings (`bool`): write the embeddings into `scored.parquet`, to cluster it again later.
+        projection (`str`): of the map in plots and page: `"pca"`, `"tsne"`, or `"umap"` (needs umap-learn).
     """
 
-    name: str | None = None
-    split: str | None = None
-    revision: str | None = None
-    schema: str = "auto"
-    columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
-    index_column: str = "source_index"
-    on_invalid: str = "error"
-    scorer: str = hub.DEFAULT_SCORER
-    scorer_revision: str | None = None
-    template: str | None = None
-    turns: str = "mean"
-    uncertainty: bool = False
-    dtype: str = "float32"
-    embedder: str | None = None
-    embedder_revision: str | None = None
-    k: int | str = "sqrt"
-    explained_variance: float = 0.95
-    seed: int = 42
-    n_init: int = 1
-    kmeans: str | None = None
-    kmeans_sample: int = 256
-    n1: int | float = 1000
-    n2: int = 1
-    budget: int | None = None
-    allow_worse: bool = False
-    score_column: str = "iqs_score"
-    embedding_column: str = "embedding"
-    cluster_column: str = "cluster"
-    procedure: str = "default"
-    tokenizer: str | None = None
-    batch_tokens: int | None = None
-    embedding_dtype: str = "float32"
-    compile: bool = False
-    engine: str | None = None
-    keep_embeddings: bool = True
-    projection: str = "pca"
+    name: str | None = _setting(None, "Configuration of a Hub dataset.")
+    split: str | None = _setting(None, "Split, if the source has several.")
+    revision: str | None = _setting(None, "Branch, tag or commit of a Hub dataset.")
+    schema: str = _setting("auto", "alpaca, prompt/completion, messages, conversations, ...; auto recognises it.")
+    columns: Mapping[str, str] | tuple[tuple[str, str], ...] = _setting(
+        (), "Your column names: instruction=task,response=answer."
+    )
+    index_column: str = _setting(NAMES.index, "Column that identifies a row; added if there is none.")
+    on_invalid: str = _setting("error", "Rows that cannot be scored: error, or mark to keep them without a score.")
+    scorer: str = _setting(hub.DEFAULT_SCORER, "An IQS model: Hub id or folder.")
+    scorer_revision: str | None = _setting(None, "Branch, tag or commit of the scorer; of a folder, its digest.")
+    template: str | None = _setting(None, "Text that is scored: clean-1, or paper.", shown="the scorer's own")
+    turns: str = _setting("mean", "Score of a chat from its exchanges: mean, min, last or sum.")
+    uncertainty: bool = _setting(False, "Also add how far the members of the scorer's head disagree.")
+    dtype: str = _setting("float32", "Precision of the encoder: float32, or bfloat16 or float16, fast on a GPU.")
+    embedder: str | None = _setting(None, "A sentence-transformers model.", shown="the scorer's own encoder")
+    embedder_revision: str | None = _setting(None, "Branch, tag or commit of --embedder.")
+    k: int | str = _setting("sqrt", "Clusters: a number, or sqrt for int(sqrt(rows / 2)).")
+    explained_variance: float = _setting(0.95, "Share of the variance that PCA keeps before k-means.")
+    seed: int = _setting(42, "Seed of k-means and of the report's control samples.")
+    n_init: int = _setting(1, "k-means runs, of which the best is kept.")
+    kmeans: str | None = _setting(None, "torch, or sklearn: on all rows, as the paper.", shown="by procedure")
+    kmeans_sample: int = _setting(256, "Rows per cluster to fit on, if there are more; 0: all.")
+    n1: int | float = _setting(1000, "Rows by score: a number, or a share such as 0.05.")
+    n2: int = _setting(1, "Rows from every cluster.")
+    budget: int | None = _setting(None, "Rows in all; n1 then follows.")
+    allow_worse: bool = _setting(False, "Accept a selection whose mean score is below the pool's.")
+    score_column: str = _setting(NAMES.score, "Name of the score column.")
+    embedding_column: str = _setting(NAMES.embedding, "Name of the embedding column.")
+    cluster_column: str = _setting(NAMES.cluster, "Name of the cluster column.")
+    procedure: str = _setting("default", "default, or paper: the published rules, oddities included.")
+    tokenizer: str | None = _setting(
+        None, "For a scorer in the original's layout: folder or Hub id of its base model's tokenizer."
+    )
+    batch_tokens: int | None = _setting(None, "Padded tokens in one forward pass.", shown="by device")
+    embedding_dtype: str = _setting("float32", "Type of the embedding column: float32 or float16.")
+    compile: bool = _setting(False, "Compile the encoder: for many rows on a GPU.")
+    engine: str | None = _setting(None, "Score with the int8 encoder in this folder, see `quantise`.")
+    keep_embeddings: bool = _setting(True, "Keep the embeddings in scored.parquet.", flag="--embeddings")
+    projection: str = _setting("pca", "Projection of the map: pca, tsne, or umap (an extra).")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,22 +121,38 @@ class Recipe(Settings):
                 f"embedder_revision={self.embedder_revision!r} needs an embedder=... that it is a revision of."
             )
 
-    def changed(self, **changes: Any) -> Recipe:
-        """As in [`Settings`]; another scorer does not keep the revision, tokenizer and engine of the one before."""
+    def changed(self, **changes: Any) -> "Recipe":
+        """Return a copy with other values.
+
+        Another scorer does not keep revision, tokenizer and engine of the previous one, nor another embedder its revision.
+
+        Raises:
+            ValueError: a name is not a field, or a value does not have the field's type.
+        """
         if changes.get("scorer", self.scorer) != self.scorer:
             changes = {"scorer_revision": None, "tokenizer": None, "engine": None, **changes}
+        if changes.get("embedder", self.embedder) != self.embedder:
+            changes = {"embedder_revision": None, **changes}
         return super().changed(**changes)
 
     @property
-    def kmeans_engine(self) -> str:
-        """`kmeans`, or the one of the procedure."""
-        return self.kmeans or ("sklearn" if self.procedure == "paper" else "torch")
+    def names(self) -> ColumnNames:
+        """Return the names of the columns that the stages add."""
+        return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column)
 
     @property
-    def names(self) -> dict[str, str]:
-        """The columns that SELECT and REPORT read, as their arguments."""
-        return {
-            "score_column": self.score_column,
-            "cluster_column": self.cluster_column,
-            "index_column": self.index_column,
-        }
+    def amounts(self) -> "Amounts":
+        """Return how many rows to select."""
+        from car_datasets.procedures import Amounts  # here, because the command line reads this class for its help
+
+        return Amounts(self.n1, self.n2, self.budget, self.allow_worse)
+
+    @property
+    def kmeans_engine(self) -> str:
+        """Return `kmeans`, or the engine of the procedure if that is None."""
+        from car_datasets.procedures import find_procedure
+
+        return self.kmeans or find_procedure(self.procedure).kmeans
+
+
+Recipe.__module__ = "car_datasets"  # where users import it from; pickles and fingerprints survive a move of this file

@@ -17,6 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from car_datasets.settings import is_whole_number
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -114,7 +116,7 @@ def _check_counts(rows: int, n2: int, budget: int | None) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 0
+    return is_whole_number(value) and int(value) >= 0
 
 
 def _rows_by_score(n1: int | float, rows: int) -> int:

@@ -1,32 +1,43 @@
-"""`Settings`: what recipes and training files have in common, a dataclass that is YAML on disk and names every mistake."""
+"""`Settings`: the base of recipes and training files, a dataclass of plain values that is YAML on disk.
+
+Does: check every value by type and every key by name; read and write YAML.
+Does not: know any one setting.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import numbers
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
 
 Kind = TypeVar("Kind", bound="Settings")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of dataclasses of plain values: checked by type when made, read from and written to YAML."""
+    """The base class of dataclasses of plain values: checked by type when made, read from and written to YAML."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
+            # A whole number is a valid float, but True is not a number, although Python has bool as a kind of int.
             accepted = int | float if kind is float else list if get_origin(kind) is list else kind
             if name != "columns" and (not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)):
                 raise ValueError(f"{name}={value!r} must be of the type {getattr(kind, '__name__', kind)}.")
 
     def refuse_outside(self, low: float, high: float | None, *names: str) -> None:
-        """Raise a ValueError for a number below `low`, above `high` (`None`: not finite), or not a number."""
+        """Raise ValueError if a field is not a number from `low` to `high`; with `high=None`, any finite number.
+
+        Args:
+            low, high (`float`): the limits, which are allowed values themselves.
+            names (`str`): the fields to check.
+        """
         for name in names:
             value = getattr(self, name)
             if not low <= value <= (sys.float_info.max if high is None else high):
@@ -35,15 +46,15 @@ class Settings:
 
     @classmethod
     def from_yaml(cls: type[Kind], path: str | os.PathLike[str], **changes: Any) -> Kind:
-        """Read a file; `changes` win over it.
+        """Read the settings from a YAML file; `changes` win over the file.
 
         Raises:
-            ValueError: it is not YAML, or holds a key that is not a field (the nearest known one is named).
+            ValueError: the file is not YAML, or holds a key that is not a field (the message names the nearest field).
         """
         return cls().changed(**{**_read_yaml(path), **changes})
 
     def to_yaml(self) -> str:
-        """The settings as YAML that [`~Settings.from_yaml`] reads back."""
+        """Return the settings as YAML that [`~Settings.from_yaml`] reads back."""
         import yaml
 
         content = asdict(self)
@@ -53,10 +64,10 @@ class Settings:
         return text
 
     def changed(self: Kind, **changes: Any) -> Kind:
-        """A copy with other values.
+        """Return a copy with other values.
 
         Raises:
-            ValueError: a name is not one of the fields, or a value not of its type.
+            ValueError: a name is not a field, or a value does not have the field's type.
         """
         known = [f.name for f in fields(self)]
         for name in changes:
@@ -66,17 +77,22 @@ class Settings:
                 raise ValueError(f"A {type(self).__name__.lower()} has no {name!r}{meant} Known: {known}.")
         kinds = get_type_hints(type(self))
         for name, value in changes.items():
-            if kinds[name] is float and isinstance(value, str):  # YAML reads 1e-5 as text, for want of a point
+            if kinds[name] is float and isinstance(value, str):  # YAML 1.1 reads 1e-5 as text: it wants 1.0e-5
                 with contextlib.suppress(ValueError):
                     changes[name] = float(value)
         return replace(self, **changes)
 
 
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Return True if a value is a whole number, Python's or numpy's, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def read_kind(path: str | os.PathLike[str], known: Sequence[str]) -> str:
-    """The `kind` of a training file, which says whose settings it holds.
+    """Return the `kind` of a training file, which tells which class reads it.
 
     Raises:
-        ValueError: it has none, or one that is not known.
+        ValueError: the file has no `kind`, or one that is not in `known`.
     """
     kind = _read_yaml(path).get("kind")
     if kind not in known:

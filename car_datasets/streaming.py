@@ -26,6 +26,7 @@ from car_datasets.selection import (
     ranks_of,
     refuse_worse,
 )
+from car_datasets.settings import is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -78,7 +79,7 @@ def select_car_streaming(
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    counts = [n for n in (n1, n2, batch_size) if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 0]
+    counts = [n for n in (n1, n2, batch_size) if not is_whole_number(n) or n < 0]
     if counts or n1 + n2 == 0 or batch_size < 1:
         raise ValueError(
             f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole "

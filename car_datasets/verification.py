@@ -19,8 +19,6 @@ from datasets import Dataset
 from car_datasets import repositories
 from car_datasets.asking import asking
 from car_datasets.cluster_fitting import number_of_clusters
-from car_datasets.column_names import ColumnNames
-from car_datasets.curation import select_by
 from car_datasets.dataset_card import data_folder_of
 from car_datasets.formatting import find_schema
 from car_datasets.loading import open_dataset
@@ -29,6 +27,7 @@ from car_datasets.pushing import REPORT_FILE, read_report, read_result
 from car_datasets.reading_back import first_difference, load_split
 from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, indices_digest, pool_digest
 from car_datasets.recipe import Recipe
+from car_datasets.recipe_stages import select_by
 from car_datasets.reporting import SelectionReport
 from car_datasets.rescoring import Difference, score_again
 from car_datasets.retrying import READING_WAITS
@@ -258,8 +257,7 @@ class _Checks:
     def _counts(self, scored: Dataset) -> str:
         receipt, recipe = self.found.receipt, self.recipe
         try:
-            names = ColumnNames(recipe.score_column, recipe.cluster_column, recipe.index_column)
-            report = SelectionReport.from_selection(scored, self.found.selected, names=names, seed=recipe.seed)
+            report = SelectionReport.from_selection(scored, self.found.selected, names=recipe.names, seed=recipe.seed)
             k = number_of_clusters(recipe.k, report.rows_scored)
         except ValueError as error:
             raise Difference(f"nothing can be counted: {error}") from error
@@ -279,6 +277,7 @@ class _Checks:
         return f"the receipt's counts are those of {len(scored)} rows"
 
     def _digest(self, scored: Dataset) -> str:
-        if pool_digest(scored, **self.recipe.names) != self.found.receipt.scored_sha256:
+        names = self.recipe.names
+        if pool_digest(scored, names.score, names.cluster, names.index) != self.found.receipt.scored_sha256:
             raise Difference(f"indices, scores and clusters of {SCORED} do not have the receipt's sha256")
         return f"indices, scores and clusters of {len(scored)} rows have the receipt's sha256"

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from click.testing import Result
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from car_datasets import ClusterModel, QualityScorer, TextEmbedder, __version__
+from car_datasets import ClusterModel, QualityScorer, Recipe, TextEmbedder, __version__
 from car_datasets.cli import app
 from car_datasets.results import RESULT_FILES
 
@@ -107,12 +108,44 @@ def test_options_have_no_default_of_their_own_beside_the_recipe() -> None:
     own = {
         name: p.default for name, p in inspect.signature(curate).parameters.items() if p.default not in (None, False)
     }
-    assert own == {
-        "source": inspect.Parameter.empty,
-        "output": inspect.Parameter.empty,
-        "schema": "auto",
-        "on_invalid": "error",
-    }
+    assert own == {"source": inspect.Parameter.empty, "output": inspect.Parameter.empty}
+    assert {f.name for f in fields(Recipe)} <= set(inspect.signature(curate).parameters)
+
+
+def test_help_loads_no_heavy_library() -> None:
+    heavy = ("torch", "transformers", "datasets", "sklearn", "pyarrow")
+    code = f"import sys, car_datasets.cli; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_shows_the_defaults_of_the_recipe() -> None:
+    text = " ".join(run("curate", "--help").stdout.split())
+    for flag, default in (("--seed", "42"), ("--n1", "1000"), ("--explained-variance", "0.95"), ("--kmeans", "by")):
+        assert re.search(rf"{flag} <.{{0,90}}\[default: {default}", text), flag
+    assert all(flag in text for flag in ("--no-compile", "--no-allow-worse", "--no-uncertainty", "--no-embeddings"))
+
+
+def test_an_option_wins_over_a_recipe_file_even_with_the_default_value(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def watched(source: str, output: Path, recipe: Recipe, **_: Any) -> None:
+        seen.append(recipe)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr("car_datasets.curation.curate", watched)
+    (tmp_path / "recipe.yaml").write_text(
+        "schema: messages\non_invalid: mark\ncompile: true\nuncertainty: true\nallow_worse: true\n"
+        "keep_embeddings: false\nn1: 7\nexplained_variance: 0.5\n"
+    )
+    options = ("--schema", "auto", "--on-invalid", "error", "--no-compile", "--no-uncertainty", "--no-allow-worse")
+    options += ("--embeddings", "--n1", "1000", "--explained-variance", "0.95")
+    run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml", *options)
+    run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
+    assert seen[0] == Recipe()
+    assert (seen[1].schema, seen[1].compile, seen[1].keep_embeddings) == ("messages", True, False)
 
 
 # --- the work
@@ -174,7 +207,7 @@ def test_score_without_an_output_fills_shards_that_curate_takes(
     assert result.exit_code == 0, result.output
     assert result.stdout == (
         f"{shards}/scores holds 24 of 24 rows, {shards}/embeddings holds 24 of 24 rows; none is left. "
-        f"car-datasets curate SOURCE --output DIR --shards {shards} goes on from there.\n"
+        f"car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "shards"]
     for stage in (QualityScorer, TextEmbedder):

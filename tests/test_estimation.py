@@ -74,6 +74,6 @@ def test_a_large_dataset_is_announced(
     large: int, tiny_iqs: str, pairs: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recipe_stages, "LARGE", large)
-    recipe_stages.score_and_embed(pairs, Recipe(scorer=tiny_iqs), embed=False)
+    recipe_stages.resolve(Recipe(scorer=tiny_iqs), embed=False).score(pairs)
     assert ("to score 6 rows" in capsys.readouterr().err) == (large == 6)
     assert estimation.LARGE >= 1000

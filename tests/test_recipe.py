@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from car_datasets import QualityScorer, Recipe, TextEmbedder, curate
+from car_datasets import QualityScorer, Recipe, TextEmbedder, curate, formatting, loading
 from car_datasets.curation import Curated
 from car_datasets.plots import PLOT_FILES
+from car_datasets.procedures import PROCEDURES, Amounts, Procedure
+from car_datasets.recipe_stages import resolve
 from car_datasets.results import RESULT_FILES
+from car_datasets.settings import is_whole_number
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("train_"))
@@ -234,6 +237,62 @@ def test_one_pass_equals_the_two_stages_apart(by_default: Curated) -> None:
     assert np.abs(np.array(scores) - np.array(rows["iqs_score"][:])).max() < 1e-5
     assert np.abs(np.array(vectors) - np.array(rows["embedding"][:])).max() < 1e-5
     assert max(rows["iqs_tokens"][:]) > 256  # the embedder reads no further, the scorer does
+
+
+def test_one_run_makes_one_scorer_and_reads_the_schema_once(
+    sample_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[str] = []
+    read: list[str] = []
+    ordinary, find_schema = QualityScorer.__post_init__, formatting.find_schema
+
+    def counted(self: QualityScorer, token: str | None) -> None:
+        made.append(self.model_id)
+        ordinary(self, token)
+
+    monkeypatch.setattr(QualityScorer, "__post_init__", counted)
+    monkeypatch.setattr(loading, "find_schema", lambda *given: (read.append("schema"), find_schema(*given))[1])
+    rows = Dataset.from_list([{k: r[k] for k in ("instruction", "input", "output")} for r in sample_rows[:12]])
+    curate(rows, tmp_path / "out", n1=4, k=2, allow_worse=True)
+    assert made == [Recipe.scorer]
+    assert read == ["schema"]
+
+
+def test_a_resolved_recipe_has_its_revisions(tiny: dict[str, Any]) -> None:
+    stages = resolve(Recipe(**tiny))
+    assert stages.embedder is not None
+    assert stages.recipe.scorer_revision == stages.scorer.revision
+    assert stages.recipe.embedder_revision == stages.embedder.revision
+    shared = resolve(Recipe())
+    assert (shared.embedder, shared.scorer.embedding_column) == (None, "embedding")
+    assert shared.scorer == QualityScorer(embedding_column="embedding", diagnostics=True)
+
+
+# --- another procedure
+
+
+def test_a_procedure_of_ones_own(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The best n1 rows by score alone; more would be a mistake that is found before the models are called."""
+
+    def check(rows: int, clusters: int, amounts: Amounts) -> None:
+        if amounts.n1 > rows:
+            raise ValueError(f"n1={amounts.n1} is above {rows}.")
+
+    def select(pool: Dataset, amounts: Amounts, names: Any) -> Dataset:
+        chosen = pool.sort(names.score, reverse=True).select(range(int(amounts.n1)))
+        return (
+            chosen.add_column("selected_by", ["score"] * len(chosen))
+            .add_column("score_rank", list(range(1, len(chosen) + 1)))
+            .add_column("cluster_rank", [0] * len(chosen))
+        )
+
+    monkeypatch.setitem(PROCEDURES, "toy", Procedure(check, select))
+    selected, scored, report = curate(short_rows(), tmp_path / "out", procedure="toy", **tiny)
+    assert sorted(files_of(tmp_path / "out")) == sorted(RESULT_FILES)
+    assert selected["iqs_score"][:] == sorted(scored["iqs_score"][:], reverse=True)[:5]
+    assert report.selected_by == {"score": 5, "cluster": 0, "both": 0}
+    with pytest.raises(ValueError, match="n1=99 is above 24"):
+        curate(short_rows(), procedure="toy", **{**tiny, "n1": 99})
 
 
 # --- rows that cannot be scored
@@ -504,3 +563,17 @@ def test_another_scorer_does_not_keep_the_tokenizer_of_the_one_before() -> None:
     assert paper.changed(n1=5).tokenizer == paper.tokenizer
     assert Recipe(engine="int8").changed(scorer="./mine").engine is None
     assert Recipe(engine="int8").changed(n1=5).engine == "int8"
+
+
+def test_another_embedder_does_not_keep_the_revision_of_the_one_before() -> None:
+    recipe = Recipe(embedder="me/one", embedder_revision="abc")
+    assert recipe.changed(embedder="me/two").embedder_revision is None
+    assert recipe.changed(embedder=None).embedder_revision is None
+    assert recipe.changed(n1=5).embedder_revision == "abc"
+
+
+@pytest.mark.parametrize(
+    ("value", "whole"), [(3, True), (np.int64(3), True), (True, False), (3.0, False), ("3", False)]
+)
+def test_a_bool_is_no_whole_number(value: Any, whole: bool) -> None:
+    assert is_whole_number(value) is whole

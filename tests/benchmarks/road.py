@@ -21,7 +21,7 @@ from car_datasets import ClusterModel, IQSConfig, IQSModel, Recipe, SelectionRep
 from car_datasets.embedding import load_sentence_transformer
 from car_datasets.loading import load_instructions
 from car_datasets.parallel import device_for
-from car_datasets.recipe_stages import score_and_embed
+from car_datasets.recipe_stages import resolve
 from tests.benchmarks.table import Line, best_of
 from tests.benchmarks.texts import rows, texts
 
@@ -42,10 +42,11 @@ def measure() -> Iterator[Line]:
 
 
 def _our_way(found: Sequence[dict[str, Any]]) -> dict[str, float]:
-    score_and_embed(load_instructions(Dataset.from_list(list(found[:4]))), Recipe())  # the models are loaded
+    stages = resolve(Recipe())
+    stages.score(load_instructions(Dataset.from_list(list(found[:4]))))  # the models are loaded
     seconds: dict[str, float] = {}
     seconds["load"], dataset = best_of(1, lambda: load_instructions(Dataset.from_list(list(found))))
-    seconds["score and embed"], pool = best_of(1, lambda: score_and_embed(dataset, Recipe()))
+    seconds["score and embed"], pool = best_of(1, lambda: stages.score(dataset))
     seconds["cluster"], pool = best_of(1, lambda: ClusterModel.fit(pool, seed=SEED).label(pool))
     seconds["select"], chosen = best_of(1, lambda: select_car(pool, N1, N2))
     seconds["report"], _ = best_of(1, lambda: SelectionReport.from_selection(pool, chosen))
