@@ -245,8 +245,10 @@ def _open(source: str) -> Dataset:
 
 
 def _write(dataset: Dataset, output: Path, **names: str) -> None:
+    from car_datasets.column_names import ColumnNames
     from car_datasets.parallel import from_main
     from car_datasets.results import write_table
 
-    from_main(lambda: write_table(dataset, output, **names))
+    columns = ColumnNames(**{name.removesuffix("_column"): column for name, column in names.items()})
+    from_main(lambda: write_table(dataset, output, columns))
     typer.echo(f"{len(dataset):,} rows are in {output}.")

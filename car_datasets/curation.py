@@ -7,6 +7,8 @@ Does not: hold logic of a stage; each is a call that a user can make alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +17,22 @@ from datasets import Dataset, DatasetDict
 from car_datasets import hub
 from car_datasets.cluster_fitting import checked_fit, number_of_clusters
 from car_datasets.clustering import ClusterModel
+from car_datasets.column_names import ColumnNames
 from car_datasets.formatting import find_schema
 from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
 from car_datasets.original import PROCEDURES, rank_rows, refuse_taken, select_as_published
 from car_datasets.overview import Overview
 from car_datasets.parallel import from_main, is_main_process
 from car_datasets.projection import check_projection
-from car_datasets.receipt import describe_source, make_receipt, pinned_source
+from car_datasets.receipt import (
+    RECEIPT_FILE,
+    Receipt,
+    describe_source,
+    make_receipt,
+    pinned_source,
+    portable_settings,
+    scorer_pins,
+)
 from car_datasets.recipe import Recipe
 from car_datasets.recipe_stages import score_and_embed, scorer_of
 from car_datasets.reporting import SelectionReport
@@ -137,12 +148,15 @@ def _write_files(
     with unfinished(folder):
         names = {**settings.names, "embedding_column": settings.embedding_column}
         pictures = report.pictures(pool, seen, settings.projection, **names)
-        files = {"receipt.json": receipt.to_json().encode(), **pictures}
-        write_result(folder, selected, scored, report, files, settings.score_column, settings.cluster_column)
+        files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}
+        columns = ColumnNames(
+            settings.score_column, settings.cluster_column, settings.index_column, settings.embedding_column
+        )
+        write_result(folder, selected, scored, report, files, columns)
         if settings.procedure == "paper":
-            index_column = "" if own_index else settings.index_column  # the user's own stays
-            names = {**settings.names, "index_column": index_column}
-            write_original_files(folder, selected, without_vectors, scorer.objective, **names)
+            if own_index:
+                columns = replace(columns, index="")  # a row index of the user's own stays in the original's files
+            write_original_files(folder, selected, without_vectors, scorer.objective, columns)
 
 
 def _check_numbers(dataset: Dataset, settings: Recipe) -> None:
@@ -206,3 +220,38 @@ def _add_clusters(pool: Dataset, settings: Recipe) -> Dataset:
         distance_column=f"{settings.cluster_column}_distance",
     )
     return model.label(pool, across_processes=True)
+
+
+def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None = None) -> bool:
+    """Return True if `curate(source, ..., settings)` would now read the same rows by the same models as a receipt says.
+
+    Args:
+        receipt ([`Receipt`]): the receipt of an existing result.
+        source (`str`), settings ([`Recipe`]): what [`curate`] would be called with. The Hub is asked for the source's
+            current commit, and files are read for their digests.
+        token (`str`, *optional*): for private sources and models; never stored.
+    """
+    wanted = portable_settings(settings).items()
+    # A run fills in the revisions that it was not given, so these are compared only if they are asked for.
+    filled_in = ("scorer_revision", "embedder_revision")
+    given = {name: value for name, value in wanted if name != "revision" and (value or name not in filled_in)}
+    if any(receipt.recipe.get(name) != value for name, value in given.items()):
+        return False
+    if not _is_source(receipt.source, source, settings, token):
+        return False
+    # A branch may have moved since, and a folder may hold another model under the same name.
+    pins = scorer_pins(scorer_of(settings, token))
+    if any(receipt.scorer.get(name) != pin for name, pin in pins.items()):
+        return False
+    if settings.embedder is None:
+        return True
+    return receipt.embedder["revision"] == hub.pin_revision(settings.embedder, settings.embedder_revision, token)
+
+
+def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
+    if Path(source).expanduser().exists():
+        return known == describe_source(source, None, settings)
+    names = ("kind", "id", "name", "split")
+    if [known.get(name) for name in names] != ["hub", source, settings.name, settings.split]:
+        return False
+    return bool(known["revision"] == hub.pin_dataset(source, settings.revision, token, FileNotFoundError))

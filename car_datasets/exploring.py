@@ -23,6 +23,7 @@ from car_datasets.overview import Overview
 from car_datasets.page_rows import text_columns, texts_of
 from car_datasets.projection import map_of
 from car_datasets.report_page import columns_of_ours
+from car_datasets.results import SCORED_TABLE, read_tables
 from car_datasets.selection import Indices
 from car_datasets.vectors import Matrix, read_embeddings, unit_rows
 
@@ -105,23 +106,18 @@ def atlas_table(folder: str | os.PathLike[str], projection: str = "pca", **names
     Raises:
         ValueError: the folder holds no result, or one without embeddings.
     """
-    from datasets import Dataset
-
     folder = Path(folder)
-    for name in ("scored.parquet", "selected.parquet"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
-    pool, selected = (Dataset.from_parquet(str(folder / name)) for name in ("scored.parquet", "selected.parquet"))
+    selected, pool = read_tables(folder)
     vectors = names.pop("embedding_column", "embedding")
     if vectors not in pool.column_names:
         raise ValueError(
-            f"{str(folder / 'scored.parquet')!r} has no column {vectors!r}; curate without --no-embeddings, or name yours "
+            f"{str(folder / SCORED_TABLE)!r} has no column {vectors!r}; curate without --no-embeddings, or name yours "
             "(--embedding-column)."
         )
     seen = Overview.of(pool, selected, **names)  # type: ignore[arg-type]
     pool_map = map_of(pool, seen, vectors, projection, limit=len(pool))
     if pool_map is None:
-        raise ValueError(f"No row of {str(folder / 'scored.parquet')!r} has an embedding.")
+        raise ValueError(f"No row of {str(folder / SCORED_TABLE)!r} has an embedding.")
     ours = columns_of_ours(embedding_column=vectors, **names)
     chosen = pool.select(pool_map.rows.tolist())
     texts = texts_of(pool, pool_map.rows.tolist(), text_columns(pool, ours))

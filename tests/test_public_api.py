@@ -10,6 +10,7 @@ import pytest
 import car_datasets
 
 PACKAGE = Path(car_datasets.__file__).parent
+UNDER_PACKAGE = {"Receipt"}  # classes whose `__module__` is the package, so that moving a module changes no fingerprint
 
 
 def test_all_is_sorted_and_complete() -> None:
@@ -18,7 +19,8 @@ def test_all_is_sorted_and_complete() -> None:
     assert dir(car_datasets) == car_datasets.__all__
     for name in car_datasets._HOME:
         found = getattr(car_datasets, name)
-        assert found.__module__ == f"car_datasets.{car_datasets._HOME[name]}"
+        home = "car_datasets" if name in UNDER_PACKAGE else f"car_datasets.{car_datasets._HOME[name]}"
+        assert found.__module__ == home
     with pytest.raises(AttributeError, match="no_such_name"):
         car_datasets.no_such_name  # noqa: B018
 
@@ -36,7 +38,8 @@ def _public_functions() -> list[tuple[str, object]]:
         if path.stem == "__main__":
             continue
         for name, value in vars(module).items():
-            if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            home = (module.__name__, "car_datasets")
+            if name.startswith("_") or getattr(value, "__module__", None) not in home:
                 continue
             if inspect.isfunction(value):
                 found.append((f"{path.stem}.{name}", value))
