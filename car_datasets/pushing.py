@@ -164,7 +164,7 @@ def _refuse_bad_names(split: str, config_name: str, also: Sequence[str]) -> None
     refuse_split_names(split, also)
     if not re.fullmatch(r"\w[\w.-]*", config_name) or config_name in ("data", PLOTS):
         raise ValueError(
-            f"config_name={config_name!r} cannot be the name of a configuration and of its folder; choose another, such as 'car'."
+            f"config_name={config_name!r} cannot be the name of a configuration and its folder; choose another, as 'car'."
         )
 
 

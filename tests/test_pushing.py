@@ -253,7 +253,7 @@ def test_a_second_selection_does_not_take_the_receipt_of_the_first(hub: Hub, res
         assert "Push to another repository, one for each selection" in done.stderr
     assert (hub.repo("me/car").sha, hub.count("PUT", "/large/")) == (before.sha, uploads)
     code = START + "pushing.push_selection(Dataset.from_dict({'a': [sys.argv[1]]}), 'me/car', config_name='plain')"
-    for word in ("x", "y"):  # rows without a receipt may stand beside it, and be pushed again
+    for word in ("x", "y"):  # rows without a receipt may be pushed in addition, and again
         hub.run(code, word, check=True)
         files = hub.repo("me/car").files()
         assert files["receipt.json"] == (result / "receipt.json").read_bytes() and "report.json" in files
