@@ -86,8 +86,8 @@ def _refuse_push(repo: str, private: bool, token: str | None) -> None:
 
 def _is_there(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
     """Return True if the same command was interrupted after it wrote the result, while it was pushing."""
-    from car_datasets.pushing import read_result
-    from car_datasets.receipt import made_by
+    from car_datasets.curation import made_by
+    from car_datasets.results import read_result
 
     try:
         receipt = read_result(folder).receipt
@@ -120,6 +120,9 @@ def demo(
 
 
 def _say_where(folder: Path) -> None:
-    typer.echo(f"The selection is in {folder / 'selected.parquet'} and {folder / 'selected.json'},")
-    typer.echo(f"the figures are in {folder / 'report.html'} (open it in a browser) and {folder / 'report.md'},")
-    typer.echo(f"and the entire pool with its scores is in {folder / 'scored.parquet'}.")
+    from car_datasets.report_page import PAGE_FILE
+    from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
+
+    typer.echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
+    typer.echo(f"the figures are in {folder / PAGE_FILE} (open it in a browser) and {folder / SUMMARY_FILE},")
+    typer.echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")

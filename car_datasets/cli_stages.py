@@ -189,12 +189,12 @@ def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
 
 def load_source(source: str, recipe: Recipe, token: str | None) -> tuple[Dataset, Dataset]:
     """Return a source as it was opened, and with its rows checked and numbered."""
-    from car_datasets.loading import load_instructions, open_dataset
+    from car_datasets.loading import check_rows, open_dataset
 
     opened = open_dataset(
         source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
     )
-    dataset = load_instructions(
+    dataset = check_rows(
         opened,
         schema=recipe.schema,
         columns=recipe.columns,
@@ -212,8 +212,10 @@ def _open(source: str) -> Dataset:
 
 
 def _write(dataset: Dataset, output: Path, **names: str) -> None:
+    from car_datasets.column_names import ColumnNames
     from car_datasets.parallel import from_main
     from car_datasets.results import write_table
 
-    from_main(lambda: write_table(dataset, output, **names))
+    columns = ColumnNames(**{name.removesuffix("_column"): column for name, column in names.items()})
+    from_main(lambda: write_table(dataset, output, columns))
     typer.echo(f"{len(dataset):,} rows are in {output}.")

@@ -1,7 +1,7 @@
-"""What a dataset repository holds that a push would hide, or leave such that it cannot be loaded or checked.
+"""Refuse a push that would hide data files of a repository, or leave it impossible to load or verify.
 
-Does: refuse such a push, in words that say what was seen and where else to go.
-Does not: ask a Hub, or change a card (dataset_card.py).
+Does: say in the error message what was seen, and where to push instead.
+Does not: send requests to a Hub; change a card.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from car_datasets.receipt import Receipt
+from car_datasets.receipt import RECEIPT_FILE, Receipt
+from car_datasets.results import REPORT_FILE
 
 TABLES = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".xml", ".h5", ".hdf5")
 DATA_FILES = (*TABLES, ".zip", ".tar")
-# Data where the name says so; beside data they are notes and pictures of a card.
+# Data only if the folder or the name says so; otherwise notes, and pictures of a card.
 MAYBE_DATA = (".txt", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4")
 SPLIT_WORDS = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # `datasets` finds splits by them
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
-NOT_ROWS = ("receipt.json", "report.json", "dataset_infos.json")
+NOT_ROWS = (RECEIPT_FILE, REPORT_FILE, "dataset_infos.json")
 ELSEWHERE = "Push to another repository"
 
 
 def refuse_hidden_data(files: Iterable[str], ours: Collection[str], repo_id: str) -> None:
-    """A header with `configs` hides every data file that it does not name.
+    """Raise ValueError if there are other data files, because a header with `configs` hides all that it does not name.
 
     Args:
-        files (`Iterable`): all names in the repository; ours (`Collection`): those of them that the push replaces.
-        repo_id (`str`): for the message.
+        files (`Iterable`): all names in the repository.
+        ours (`Collection`): the names that the push replaces.
+        repo_id (`str`): for the error message.
 
     Raises:
-        ValueError: there are data files beside ours.
+        ValueError: the repository holds data files that the push does not replace.
     """
     others = [name for name in files if _is_data(name) and name not in ours and name not in NOT_ROWS]
     if others:
@@ -44,43 +46,62 @@ def refuse_hidden_data(files: Iterable[str], ours: Collection[str], repo_id: str
 
 
 class Standing(NamedTuple):
-    """The selection whose receipt a repository holds: its source and its rows, and where its card says that it is."""
+    """The selection whose receipt a repository holds.
+
+    Args:
+        source (`dict`): the source of its rows.
+        selected_sha256 (`str`): the digest of its rows.
+        place (`tuple[str, str]`, *optional*): configuration and split that the card names.
+        made (`tuple`): scorer, embedder and settings.
+    """
 
     source: dict[str, Any]
     selected_sha256: str
     place: tuple[str, str] | None
-    made: tuple[Mapping[str, Any], ...] = ()  # scorer, embedder and settings
+    made: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def read(cls, receipt: bytes, place: tuple[str, str] | None) -> Standing:
-        """From a `receipt.json`; one that this version cannot read is of another selection than any."""
+        """Parse a `receipt.json`.
+
+        Args:
+            receipt (`bytes`): the content of the file.
+            place (`tuple[str, str]`, *optional*): configuration and split that the card names.
+        """
         try:
             known = Receipt.from_json(receipt)
-        except ValueError:
+        except ValueError:  # of another version; compares as another selection than any
             return cls({}, "", place)
         return cls(known.source, known.selected_sha256, place, (known.scorer, known.embedder, known.recipe))
 
     def is_of(self, receipt: Receipt | None) -> bool:
-        """Whether this is the selection of a receipt."""
+        """Return True if a receipt is of this selection: the same source and the same rows."""
         return receipt is not None and (self.source, self.selected_sha256) == (receipt.source, receipt.selected_sha256)
 
     def has_scores_of(self, receipt: Receipt | None) -> bool:
-        """Whether the scores and clusters of its pool are those of a receipt, so that both choose the same from it."""
+        """Return True if a receipt is of this selection and of the same scores and clusters of its pool."""
         made = None if receipt is None else (receipt.scorer, receipt.embedder, receipt.recipe)
         return self.is_of(receipt) and made == self.made
 
 
 def refuse_second_selection(standing: Standing, config_name: str, split: str, repo_id: str) -> None:
-    """A repository has one receipt, one report and one section of a card, and so one selection that can be checked.
+    """Raise ValueError for another selection than the one that a repository holds.
+
+    A repository has one receipt, one report and one section of a card, and so one selection that can be verified.
+
+    Args:
+        standing ([`Standing`]): the selection that the repository holds.
+        config_name, split (`str`): where the other was to be pushed.
+        repo_id (`str`): for the error message.
 
     Raises:
-        ValueError: always; call it where another selection would go beside the one that stands there.
+        ValueError: always.
     """
     where = "" if standing.place is None else " in configuration {!r}, split {!r}".format(*standing.place)
     name = standing.source.get("id") or standing.source.get("name")
     raise ValueError(
-        f"repo_id={repo_id!r} holds the receipt of another selection{f' from {name!r}' if name else ''}{where}. Beside it, as "
-        f"config_name={config_name!r}, split={split!r}, this one would take its place in receipt, report and card, and the "
+        f"repo_id={repo_id!r} holds the receipt of another selection{f' from {name!r}' if name else ''}{where}. Pushed as "
+        f"config_name={config_name!r}, split={split!r}, this one would replace its receipt, report and card, and the "
         f"other could not be verified any more. {ELSEWHERE}, one for each selection."
     )
 
@@ -92,16 +113,18 @@ def refuse_unloadable(
     files: Collection[str],
     repo_id: str,
 ) -> None:
-    """`datasets` opens all configurations of a repository with one reader, that of the first, and wants one default.
+    """Raise ValueError if a configuration, old or new, could not be loaded after the push.
+
+    `datasets` opens all configurations of a repository with the reader of the first, and allows one default.
 
     Args:
-        configs (`Mapping`): name of a configuration to what the header says of it.
+        configs (`Mapping`): configuration to its entry in the header.
         config_name (`str`), splits (`Collection`): what is pushed; it replaces splits of the same name.
         files (`Collection`): all names in the repository.
-        repo_id (`str`): for the message.
+        repo_id (`str`): for the error message.
 
     Raises:
-        ValueError: after the push, one of them, old or new, could not be loaded.
+        ValueError: a configuration does not name its files, has files of another format, or is a second default.
     """
     for name, config in configs.items():
         shown = f"repo_id={repo_id!r}: its card's header has the configuration {name!r}"
@@ -112,12 +135,20 @@ def refuse_unloadable(
                 "name its files in `data_files` there."
             )
         kept = [path for split, path in _paths(config) if name != config_name or split not in splits]
-        foreign = [file for path in kept for file in _matches(path, files) if _is_other_format(file)]
-        if foreign:
+        if foreign := _first_foreign(kept, files):
             raise ValueError(
-                f"{shown} of {foreign[0]!r}, and `datasets` reads all files of a repository in one format, which is Parquet for "
+                f"{shown} of {foreign!r}, and `datasets` reads all files of a repository in one format, which is Parquet for "
                 f"a push. {ELSEWHERE} (another config_name does not help), or make that file Parquet."
             )
+    _refuse_second_default(configs, config_name, repo_id)
+
+
+def _first_foreign(patterns: Iterable[str], files: Collection[str]) -> str | None:
+    """Return the first file of these patterns that is not Parquet."""
+    return next((file for each in patterns for file in _matches(each, files) if _is_other_format(file)), None)
+
+
+def _refuse_second_default(configs: Mapping[str, Mapping[str, Any]], config_name: str, repo_id: str) -> None:
     marked = [name for name, config in configs.items() if config.get("default") and name != "default"]
     if config_name == "default" and marked:
         raise ValueError(
@@ -128,21 +159,24 @@ def refuse_unloadable(
 
 
 def refuse_unknown_splits(config: Mapping[str, Any], config_name: str, known: Collection[str], repo_id: str) -> None:
-    """Where a header tells the rows of some splits, `datasets` loads nothing if there are others.
+    """Raise ValueError if a header names a split without its number of rows.
+
+    If a header has the number of rows of some splits, `datasets` cannot load any others.
 
     Args:
-        config (`Mapping`), config_name (`str`): what the header says of the configuration that is pushed to, and its name.
-        known (`Collection`): the splits whose rows the header will tell, and those that go.
-        repo_id (`str`): for the message.
+        config (`Mapping`): entry of the header for the configuration that is pushed to.
+        config_name (`str`): name of that configuration.
+        known (`Collection`): the splits whose rows the header will have after the push, and those that are deleted.
+        repo_id (`str`): for the error message.
 
     Raises:
-        ValueError: the header names files of another split and does not tell its rows.
+        ValueError: the header names files of another split, and not its rows.
     """
     others = [split for split, _ in _paths(config) if split not in known]
     if others:
         raise ValueError(
             f"repo_id={repo_id!r}: its card's header names files of the split {others[0]!r} in the configuration "
-            f"{config_name!r}, and not its rows (`dataset_info`); with ours beside it neither could be loaded. {ELSEWHERE}, or "
+            f"{config_name!r}, and not its rows (`dataset_info`); with ours added neither could be loaded. {ELSEWHERE}, or "
             "give ours a name of its own: config_name='car' (--config-name car)."
         )
 
@@ -153,7 +187,7 @@ def _is_data(name: str) -> bool:
         plain = plain.removesuffix(packed)
     if plain.endswith(DATA_FILES):
         return True
-    # as a split's name `datasets` takes a word between these characters, of a file or a folder
+    # `datasets` takes such a word between these characters, in the name of a file or folder, as the name of a split.
     says_so = plain.startswith("data/") or re.search(rf"(^|[-._ 0-9/])({SPLIT_WORDS})[-._ 0-9/]", plain)
     return plain.endswith(MAYBE_DATA) and bool(says_so) and not plain.startswith("plots/")
 
@@ -164,16 +198,16 @@ def _is_other_format(name: str) -> bool:
 
 
 def _paths(config: Mapping[str, Any]) -> list[tuple[str | None, str]]:
-    """Split (`None` where the header names none) and pattern of its files, in all the forms that a header may have."""
+    """Return (split, pattern) for the files of a configuration, in every form that a header may have; split may be `None`."""
     data_files = config.get("data_files") or []
-    found: list[tuple[str | None, str]] = []
+    pairs: list[tuple[str | None, str]] = []
     for each in [data_files] if isinstance(data_files, str) else data_files:
         split, path = (each["split"], each["path"]) if isinstance(each, dict) else (None, each)
-        found += [(split, one) for one in ([path] if isinstance(path, str) else path)]
-    return found
+        pairs += [(split, one) for one in ([path] if isinstance(path, str) else path)]
+    return pairs
 
 
 def _matches(pattern: str, files: Iterable[str]) -> list[str]:
-    """The files that a pattern of the header names; the pattern itself where there is none, as its ending may tell."""
+    """Return the data files that a pattern names, or the pattern itself if there are none, since it may have a suffix."""
     patterns = (pattern, pattern.removeprefix("./"), pattern.removeprefix("**/"))
     return [name for name in files if _is_data(name) and any(fnmatchcase(name, each) for each in patterns)] or [pattern]

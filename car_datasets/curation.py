@@ -7,22 +7,33 @@ Does not: hold the logic of a stage; each can be called alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
 
+from car_datasets import hub
 from car_datasets.cluster_fitting import number_of_clusters
 from car_datasets.formatting import find_schema
-from car_datasets.loading import load_instructions, open_dataset, unscorable_rows
+from car_datasets.loading import check_rows, open_dataset, unscorable_rows
 from car_datasets.original import refuse_taken
 from car_datasets.overview import Overview
 from car_datasets.parallel import from_main, is_main_process, start_processes
 from car_datasets.procedures import find_procedure
 from car_datasets.projection import check_projection
-from car_datasets.receipt import describe_source, make_receipt, pinned_source
+from car_datasets.receipt import (
+    RECEIPT_FILE,
+    Receipt,
+    describe_source,
+    make_receipt,
+    pinned_source,
+    portable_settings,
+    scorer_pins,
+)
 from car_datasets.recipe import Recipe
-from car_datasets.recipe_stages import Stages, fit_settings, resolve
+from car_datasets.recipe_stages import Stages, fit_settings, resolve, scorer_of
 from car_datasets.reporting import SelectionReport
 from car_datasets.results import RESULT_FILES, fresh_folder, unfinished, write_result, write_table
 
@@ -82,7 +93,7 @@ def curate(
     opened = open_dataset(
         source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
     )
-    dataset = load_instructions(
+    dataset = check_rows(
         opened.with_format(None),
         schema=recipe.schema,
         columns=recipe.columns,
@@ -140,10 +151,45 @@ def _write_files(
     receipt = make_receipt(origin, recipe, scorer, without_vectors, selected, report)
     with unfinished(folder):
         pictures = report.pictures(overview, recipe.projection)
-        files = {"receipt.json": receipt.to_json().encode(), **pictures}
-        write_result(folder, selected, scored, report, files, recipe.score_column, recipe.cluster_column)
+        files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}
+        write_result(folder, selected, scored, report, files, names)
         if own_index:
             names = replace(names, index="")  # the original's files hold every column of the source
         extra = stages.procedure.tables(selected, without_vectors, scorer.objective, recipe.names)
         for name, table in extra.items():
             write_table(table, folder / name, names)
+
+
+def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None = None) -> bool:
+    """Return True if `curate(source, ..., settings)` would now read the same rows by the same models as a receipt says.
+
+    Args:
+        receipt ([`Receipt`]): the receipt of an existing result.
+        source (`str`), settings ([`Recipe`]): what [`curate`] would be called with. The Hub is asked for the source's
+            current commit, and files are read for their digests.
+        token (`str`, *optional*): for private sources and models; never stored.
+    """
+    wanted = portable_settings(settings).items()
+    # A run fills in the revisions that it was not given, so these are compared only if they are asked for.
+    filled_in = ("scorer_revision", "embedder_revision")
+    given = {name: value for name, value in wanted if name != "revision" and (value or name not in filled_in)}
+    if any(receipt.recipe.get(name) != value for name, value in given.items()):
+        return False
+    if not _is_source(receipt.source, source, settings, token):
+        return False
+    # A branch may have moved since, and a folder may hold another model under the same name.
+    pins = scorer_pins(scorer_of(settings, token))
+    if any(receipt.scorer.get(name) != pin for name, pin in pins.items()):
+        return False
+    if settings.embedder is None:
+        return True
+    return receipt.embedder["revision"] == hub.pin_revision(settings.embedder, settings.embedder_revision, token)
+
+
+def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
+    if Path(source).expanduser().exists():
+        return known == describe_source(source, None, settings)
+    names = ("kind", "id", "name", "split")
+    if [known.get(name) for name in names] != ["hub", source, settings.name, settings.split]:
+        return False
+    return bool(known["revision"] == hub.pin_dataset(source, settings.revision, token, FileNotFoundError))

@@ -1,7 +1,7 @@
-"""The card of a pushed selection: the header that `datasets` loads by, and a section of ours between two markers.
+"""Write the card of a pushed selection: the header that `datasets` loads by, and our section between two markers.
 
-Does: keep what others wrote, header and text; replace our section; name the splits that a push would break.
-Does not: invent a licence or a language; render templates (publishing.py); ask a Hub.
+Does: keep what others wrote in header and text; replace our section; refuse a push that would break other splits.
+Does not: invent a licence or a language; send requests to a Hub.
 """
 
 from __future__ import annotations
@@ -14,19 +14,36 @@ from car_datasets.conflicts import refuse_hidden_data, refuse_unknown_splits, re
 from car_datasets.publishing import card_templates
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from datasets import DatasetInfo, Features, SplitInfo
     from huggingface_hub import DatasetCard
 
     from car_datasets.receipt import Receipt
     from car_datasets.reporting import SelectionReport
 
-BEGIN, END = "<!-- car_datasets: begin -->", "<!-- car_datasets: end -->"
+END = "<!-- car_datasets: end -->"
+BEGIN = re.compile(r"<!-- car_datasets: begin(?: config=(?P<config>\S+) split=(?P<split>\S+))? -->")
+SECTION = re.compile(f"{BEGIN.pattern}.*?{END}", flags=re.DOTALL)
 TAGS = ("car", "data-selection", "instruction-tuning")
-CARRIED = ("license", "license_name", "license_link", "language")  # from the source's card
+CARRIED = ("license", "license_name", "license_link", "language")  # copied from the source's card
+
+
+class Target(NamedTuple):
+    """The repository, configuration and split that the selected rows are pushed to."""
+
+    repo_id: str
+    config_name: str
+    split: str
 
 
 class SplitFiles(NamedTuple):
-    """A split in the repository: its files, rows, bytes in memory and bytes on disk."""
+    """A split as written for the repository.
+
+    Args:
+        names (`list[str]`): its files.
+        rows (`int`): number of rows.
+        num_bytes (`int`): size in memory.
+        size (`int`): size of the files.
+    """
 
     names: list[str]
     rows: int
@@ -35,7 +52,7 @@ class SplitFiles(NamedTuple):
 
 
 def data_folder_of(config_name: str) -> str:
-    """The folder of a configuration's files, as `push_to_hub` names it."""
+    """Return the folder of a configuration's files, named as `Dataset.push_to_hub` names it."""
     return "data" if config_name == "default" else config_name
 
 
@@ -44,98 +61,171 @@ def _line(error: Exception) -> str:
 
 
 def place_of(text: str) -> tuple[str, str] | None:
-    """Configuration and split of the selection that our section of a card is about; `None` where there is no section."""
-    section = re.search(f"{BEGIN}(.*?){END}", text, flags=re.DOTALL)
-    call = section and re.search(r'load_dataset\("[^"]*", (?:"([^"]*)", )?split="([^"]*)"\)', section[1])
+    """Return configuration and split of the selection that our section of a card describes, `None` without a section."""
+    section = SECTION.search(text)
+    if section is None:
+        return None
+    if section["config"]:
+        return section["config"], section["split"]
+    # To be removed in 0.3: cards of 0.1 have no names in the marker, only an example of how to load the selection.
+    call = re.search(r'load_dataset\("[^"]*", (?:"([^"]*)", )?split="([^"]*)"\)', section[0])
     return (call[1] or "default", call[2]) if call else None
 
 
 def stale_files(
     files: Iterable[str], config_name: str, splits: Mapping[str, SplitFiles], dropped: Iterable[str] = ()
 ) -> list[str]:
-    """Files of an earlier push of these splits, which the new ones do not replace, and those of splits that go."""
+    """Return the files to delete: those of dropped splits, and those of an earlier push that the new files do not replace."""
     new = {name for split in splits.values() for name in split.names}
     pattern = "|".join(map(re.escape, [*splits, *dropped]))
     ours = re.compile(rf"{re.escape(data_folder_of(config_name))}/({pattern})-\d{{5}}-of-\d{{5}}\.parquet")
     return [name for name in files if ours.fullmatch(name) and name not in new]
 
 
-def with_header(
-    card: str,
-    files: Iterable[str],
-    config_name: str,
-    features: Features,
-    splits: Mapping[str, SplitFiles],
-    repo_id: str,
-    dropped: Collection[str] = (),
-) -> tuple[DatasetCard, dict[str, int]]:
-    """The card with `configs` and `dataset_info` that hold these splits beside the others, and the rows of each of them.
+class Header(NamedTuple):
+    """The header of a card, and the two parts of it that `datasets` loads by.
 
     Args:
-        card (`str`): the repository's, `""` for none.
-        files (`Iterable`): all names in the repository.
-        config_name (`str`), features (`Features`), splits (`Mapping`): what is pushed.
-        repo_id (`str`): for messages.
-        dropped (`Collection[str]`): splits of this configuration that go.
+        card (`DatasetCard`): the card; [`merge_header`] changes its header.
+        infos (`Mapping`): configuration to `DatasetInfo`, from `dataset_info`.
+        configs (`Mapping`): configuration to its entry in `configs`.
+    """
+
+    card: DatasetCard
+    infos: Mapping[str, DatasetInfo]
+    configs: Mapping[str, dict[str, Any]]
+
+    def files_by_split(self, config_name: str) -> list[dict[str, Any]] | None:
+        """Return the entries of `data_files`, or `None` if `datasets` has to find the splits of its files by itself."""
+        entries = self.configs.get(config_name, {}).get("data_files") or []
+        if entries and all(isinstance(entry, dict) for entry in entries):
+            return list(entries)
+        # A new configuration alongside those that a header names has no files yet.
+        return [] if self.configs and config_name not in self.configs else None
+
+    def other_splits(self, config_name: str, replaced: Collection[str]) -> dict[str, SplitInfo]:
+        """Return the splits of a configuration that stay as they are."""
+        info = self.infos.get(config_name)
+        splits = (info and info.splits) or {}
+        return {name: split for name, split in splits.items() if name not in replaced}
+
+
+def read_header(card: str, repo_id: str) -> Header:
+    """Parse a card.
+
+    Args:
+        card (`str`): the text of the card, `""` if there is none.
+        repo_id (`str`): for the error message.
 
     Raises:
-        ValueError: another split of this configuration has other columns, or what is there, or what is pushed, could not be
-            loaded afterwards, see [`~car_datasets.conflicts.refuse_unloadable`].
+        ValueError: the header is invalid.
     """
-    from datasets import DatasetInfo, SplitDict, SplitInfo
     from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
     try:
-        found = DatasetCard(card or "---\n{}\n---\n")
-        infos = DatasetInfosDict.from_dataset_card_data(found.data)
-        configs = MetadataConfigs.from_dataset_card_data(found.data)
-    except Exception as error:  # the YAML library's errors, and others by what the header holds
+        parsed = DatasetCard(card or "---\n{}\n---\n")
+        infos = DatasetInfosDict.from_dataset_card_data(parsed.data)
+        configs = MetadataConfigs.from_dataset_card_data(parsed.data)
+    except Exception as error:  # the YAML library's errors, and others that depend on what the header holds
         raise ValueError(
             f"repo_id={repo_id!r}: its card's header cannot be read ({_line(error)}). Mend README.md there."
         ) from error
-    config = configs.get(config_name, {})
-    files = list(files)
-    refuse_unloadable(configs, config_name, (*splits, *dropped), files, repo_id)
-    named = config.get("data_files") or []
-    if not configs or (config_name in configs and (not named or not all(isinstance(each, dict) for each in named))):
+    return Header(parsed, infos, configs)
+
+
+def check_header(
+    header: Header,
+    target: Target,
+    features: Features,
+    splits: Mapping[str, SplitFiles],
+    files: Collection[str],
+    dropped: Collection[str] = (),
+) -> None:
+    """Raise ValueError if a push would leave a repository that cannot be loaded, or hide data that is there.
+
+    Args:
+        header ([`Header`]): of the card in the repository.
+        target ([`Target`]), features (`Features`), splits (`Mapping`): what is pushed.
+        files (`Collection[str]`): all names in the repository.
+        dropped (`Collection[str]`): splits of this configuration that the push deletes.
+
+    Raises:
+        ValueError: another split of this configuration has other columns; data files are in no split that the header names;
+            or `datasets` could not load the repository after the push.
+    """
+    repo_id, config_name, _ = target
+    replaced = (*splits, *dropped)
+    refuse_unloadable(header.configs, config_name, replaced, files, repo_id)
+    implicit = header.files_by_split(config_name) is None
+    if implicit:
         new = [name for split in splits.values() for name in split.names]
         refuse_hidden_data(files, {*new, *stale_files(files, config_name, splits)}, repo_id)
-        config.pop("data_files", None)
-    info = infos.get(config_name, DatasetInfo())
-    old = {name: split for name, split in (info.splits or {}).items() if name not in (*splits, *dropped)}
-    if old and info.features is not None and info.features != features:
-        differing = sorted(
-            name for name in {*info.features, *features} if info.features.get(name) != features.get(name)
-        )
+    others = header.other_splits(config_name, replaced)
+    known = header.infos[config_name].features if others else None
+    if known is not None and known != features:
+        differing = sorted(name for name in {*known, *features} if known.get(name) != features.get(name))
         raise ValueError(
-            f"repo_id={repo_id!r} holds the split(s) {sorted(old)} with other columns or types ({differing}), and all splits of "
-            "one configuration must have the same. Push them all again together (also=..., --also), or beside them: "
-            "config_name='another' (--config-name another)."
+            f"repo_id={repo_id!r} holds the split(s) {sorted(others)} with other columns or types ({differing}), and all splits "
+            "of one configuration must have the same. Push them all again together (also=..., --also), or push these rows "
+            "under another configuration: config_name='another' (--config-name another)."
         )
-    refuse_unknown_splits(config, config_name, (*splits, *dropped, *old), repo_id)
-    total = SplitDict({name: SplitInfo(name, split.num_bytes, split.num_examples) for name, split in old.items()})
+    if not implicit:
+        config = header.configs.get(config_name, {})
+        refuse_unknown_splits(config, config_name, (*replaced, *others), repo_id)
+
+
+def merge_header(
+    header: Header,
+    target: Target,
+    features: Features,
+    splits: Mapping[str, SplitFiles],
+    dropped: Collection[str] = (),
+) -> dict[str, int]:
+    """Write pushed splits into `configs` and `dataset_info` of a header that [`check_header`] accepted.
+
+    Args:
+        header ([`Header`]): its card is changed.
+        target ([`Target`]), features (`Features`), splits (`Mapping`): what is pushed.
+        dropped (`Collection[str]`): splits of this configuration that the push deletes.
+
+    Returns:
+        `dict[str, int]`: rows of each split of this configuration after the push.
+    """
+    from datasets import DatasetInfo, SplitDict, SplitInfo
+    from datasets.info import DatasetInfosDict
+    from datasets.utils.metadata import MetadataConfigs
+
+    config_name = target.config_name
+    others = header.other_splits(config_name, (*splits, *dropped))
+    total = SplitDict({name: SplitInfo(name, split.num_bytes, split.num_examples) for name, split in others.items()})
     total |= {name: SplitInfo(name, split.num_bytes, split.rows) for name, split in splits.items()}
     merged = DatasetInfo(features=features, splits=total)
     merged.dataset_size = sum(split.num_bytes for split in total.values())
-    merged.download_size = None if old else sum(split.size for split in splits.values())  # of old ones not known
-    DatasetInfosDict({config_name: merged}).to_dataset_card_data(found.data)
-    paths = {each["split"]: each["path"] for each in config.get("data_files", []) if each["split"] not in dropped}
+    # The header has no sizes on disk for single splits, so with other splits the sum is not known.
+    merged.download_size = None if others else sum(split.size for split in splits.values())
+    DatasetInfosDict({config_name: merged}).to_dataset_card_data(header.card.data)
+    named = header.files_by_split(config_name) or []
+    paths = {entry["split"]: entry["path"] for entry in named if entry["split"] not in dropped}
     paths |= {name: f"{data_folder_of(config_name)}/{name}-*" for name in splits}
-    config["data_files"] = [{"split": name, "path": path} for name, path in paths.items()]
-    MetadataConfigs({config_name: config}).to_dataset_card_data(found.data)
-    return found, {name: each.num_examples for name, each in total.items()}
+    entries = [{"split": name, "path": path} for name, path in paths.items()]
+    config = {**header.configs.get(config_name, {}), "data_files": entries}
+    MetadataConfigs({config_name: config}).to_dataset_card_data(header.card.data)
+    return {name: split.num_examples for name, split in total.items()}
 
 
 def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None, rows: int) -> dict[str, Any]:
-    """Fill in what the header does not say yet, from the source's card and the receipt; gives what was carried over.
+    """Fill in what the header does not say yet, from the source's card and the receipt.
 
     Args:
-        card (`DatasetCard`): of [`with_header`]; its header is changed.
+        card (`DatasetCard`): its header is changed.
         receipt ([`Receipt`], *optional*): names the source.
-        source_card (`str`, *optional*): the text of its card; `None` or `""` if there is none to be had.
-        rows (`int`): of all splits.
+        source_card (`str`, *optional*): the text of the source's card; `None` or `""` if it is not available.
+        rows (`int`): number of rows of all splits.
+
+    Returns:
+        `dict`: licence and language of the source, and under `stated` the header's own licence if that is another.
     """
     source = {} if receipt is None else receipt.source
     carried = _carried_from(source_card, source)
@@ -154,12 +244,13 @@ def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None
 
 
 def forget(card: DatasetCard, source: Mapping[str, Any], source_card: str | None) -> None:
-    """Take out of the header what an earlier push carried over from a source that the rows no longer come from.
+    """Remove from the header what an earlier push copied from a source that the rows no longer come from.
 
     Args:
         card (`DatasetCard`): its header is changed.
-        source (`Mapping`), source_card (`str`, *optional*): of the earlier receipt. Where its card cannot be had, nobody can
-            tell what came from there, and no licence or language stays.
+        source (`Mapping`): the source of the earlier receipt.
+        source_card (`str`, *optional*): the text of that source's card. If it is not available, nobody can tell what was
+            copied from there, so licence and language are removed.
     """
     if source.get("kind") != "hub":
         return
@@ -172,12 +263,12 @@ def forget(card: DatasetCard, source: Mapping[str, Any], source_card: str | None
 
 
 def _carried_from(source_card: str | None, source: Mapping[str, Any]) -> dict[str, Any]:
-    """Licence and language of a source's card; the link to the licence's text leads there from anywhere."""
+    """Return licence and language of a source's card, with a relative link to the licence's text made absolute."""
     from huggingface_hub import DatasetCard
 
     try:
         known = DatasetCard(source_card or "---\n{}\n---\n").data.to_dict()
-    except Exception:  # as above; then nothing is known about it
+    except Exception:  # an invalid card of someone else's must not stop the push
         return {}
     carried = {name: known[name] for name in CARRIED if known.get(name)}
     link = carried.get("license_link")
@@ -188,39 +279,43 @@ def _carried_from(source_card: str | None, source: Mapping[str, Any]) -> dict[st
 
 
 def _items(value: Any) -> list[Any]:
-    """A header's entry that may be one value or a list of them."""
+    """Return an entry of a header, which may be one value or a list of values, as a list."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def size_category(rows: int) -> str:
-    """The Hub's name for so many rows, such as `"1K<n<10K"`."""
+    """Return the Hub's category for a number of rows, such as `"1K<n<10K"`."""
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     over = sum(rows >= 10**power for power in range(3, 13))
     return "n<1K" if over == 0 else "n>1T" if over == 10 else f"{names[over - 1]}<n<{names[over]}"
 
 
-def with_section(text: str, section: str, repo_id: str) -> str:
-    """A card's text with our section: in the place of the one that is there, or after what others wrote.
+def with_section(text: str, section: str, target: Target) -> str:
+    """Return a card's text with our section, which replaces an earlier one or follows what others wrote.
+
+    Args:
+        text (`str`): the card without its header.
+        section (`str`): what [`render_section`] returned.
+        target ([`Target`]): where the selection is; its names go into the marker, by which [`place_of`] finds them.
 
     Raises:
-        ValueError: our section begins there and does not end: what follows may be ours or not.
+        ValueError: an earlier section begins and does not end, so it is unclear what follows it.
     """
-    marked = f"{BEGIN}\n{section.strip()}\n{END}"
-    if re.search(f"{BEGIN}.*?{END}", text, flags=re.DOTALL):
-        return re.sub(f"{BEGIN}.*?{END}", lambda _: marked, text, count=1, flags=re.DOTALL)
-    if BEGIN in text:
+    begin = f"<!-- car_datasets: begin config={target.config_name} split={target.split} -->"
+    marked = f"{begin}\n{section.strip()}\n{END}"
+    if SECTION.search(text):
+        return SECTION.sub(lambda _: marked, text, count=1)
+    if unended := BEGIN.search(text):
         raise ValueError(
-            f"repo_id={repo_id!r}: its card has {BEGIN!r} and no {END!r} after it. Delete the first in README.md there, with "
-            "what belongs to it, or put the second where our section ends."
+            f"repo_id={target.repo_id!r}: its card has {unended[0]!r} and no {END!r} after it. In README.md there, delete the "
+            "first and the section that follows it, or add the second at the end of that section."
         )
-    before = text.strip() or f"# {repo_id.split('/')[-1]}"
+    before = text.strip() or f"# {target.repo_id.split('/')[-1]}"
     return f"{before}\n\n{marked}\n"
 
 
 def render_section(
-    repo_id: str,
-    config_name: str,
-    split: str,
+    target: Target,
     splits: Mapping[str, int],
     columns: list[str],
     report: SelectionReport | None,
@@ -228,7 +323,15 @@ def render_section(
     carried: Mapping[str, Any],
     plots: list[str],
 ) -> str:
-    """Our section of the card, from `hub_cards/selection_section.md.jinja`."""
+    """Render our section of the card, as Markdown without its markers.
+
+    Args:
+        target ([`Target`]): where the selection is.
+        splits (`Mapping[str, int]`): split to its rows; columns (`list[str]`): the columns of all splits.
+        report ([`SelectionReport`], *optional*), receipt ([`Receipt`], *optional*): those of the selection.
+        carried (`Mapping`): what [`describe`] returned about licence and language.
+        plots (`list[str]`): names of images in the repository.
+    """
     from car_datasets.recipe import Recipe
 
     recipe = None if receipt is None else Recipe().changed(**receipt.recipe).to_yaml()
@@ -236,9 +339,7 @@ def render_section(
         card_templates()
         .get_template("selection_section.md.jinja")
         .render(
-            repo_id=repo_id,
-            config_name=config_name,
-            split=split,
+            **target._asdict(),
             splits=splits,
             columns=columns,
             report=report,
@@ -249,4 +350,5 @@ def render_section(
             plots=plots,
         )
     )
-    return text.replace(BEGIN, "").replace(END, "")
+    # A marker in a column's or file's name would end our section early.
+    return text.replace("<!-- car_datasets:", "<! car_datasets:")

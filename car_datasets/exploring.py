@@ -23,6 +23,7 @@ from car_datasets.explaining import Nearest
 from car_datasets.overview import Overview
 from car_datasets.page_rows import texts_of
 from car_datasets.projection import map_of
+from car_datasets.results import SCORED_TABLE
 from car_datasets.vectors import Matrix, unit_rows
 
 NEAREST = 10
@@ -123,7 +124,7 @@ def atlas_table(
     pool_map = map_of(overview, projection, limit=len(overview.pool))
     if pool_map is None:
         raise ValueError(
-            f"No row of {str(Path(folder) / 'scored.parquet')!r} has an embedding in the column {names.embedding!r}; "
+            f"No row of {str(Path(folder) / SCORED_TABLE)!r} has an embedding in the column {names.embedding!r}; "
             "name another: names=ColumnNames(embedding=...) (--embedding-column)."
         )
     rows = pool_map.rows
@@ -147,16 +148,10 @@ def atlas_table(
 
 def _read_folder(folder: Path, names: ColumnNames) -> Overview:
     """Read the pool and the selection that `curate` wrote; raise ValueError if they are not there."""
-    from datasets import Dataset
-
-    pool_file, selected_file = folder / "scored.parquet", folder / "selected.parquet"
-    for file in (pool_file, selected_file):
-        if not file.is_file():
-            raise ValueError(f"{str(folder)!r} holds no {file.name}; name a folder that `car-datasets curate` wrote.")
-    pool, selected = Dataset.from_parquet(str(pool_file)), Dataset.from_parquet(str(selected_file))
+    selected, pool = read_tables(folder)
     if names.embedding not in pool.column_names:
         raise ValueError(
-            f"{str(pool_file)!r} has no column {names.embedding!r}; curate without --no-embeddings, or name your "
+            f"{str(folder / SCORED_TABLE)!r} has no column {names.embedding!r}; curate without --no-embeddings, or name your "
             "embedding column: names=ColumnNames(embedding=...) (--embedding-column)."
         )
     return Overview.of(pool, selected, names=names)

@@ -1,55 +1,56 @@
-"""PUSH: `push_selection`, a selection on its way to the Hub, with its card and its receipt, in one commit.
+"""PUSH: push a selection with its card and its receipt to the Hub, in one commit.
 
 Does: check token, owner and visibility before anything is written; write Parquet; commit splits, card, receipt, report and
-plots at once, again after what passes.
-Does not: talk to the Hub itself (repositories.py), read back what was pushed (reading_back.py), lay out splits (splits.py),
-or write the card's text (dataset_card.py).
+plots at once, retrying on transient errors.
+Does not: use `Dataset.push_to_hub`, which makes a commit of every 50 files and fails when another push comes in between.
 
-`datasets`' own push_to_hub commits 50 files at a time and does not come through a conflict with another push, and a card
-and a receipt would need commits of their own. Here a reader sees all of a push or nothing of it.
+The card and the receipt would need further commits. Here a reader sees all of a push, or nothing of it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, Features
 from huggingface_hub import DatasetCard
 
 from car_datasets import repositories
+from car_datasets.column_names import ColumnNames
 from car_datasets.conflicts import Standing, refuse_second_selection
 from car_datasets.dataset_card import (
     END,
     SplitFiles,
+    Target,
+    check_header,
     data_folder_of,
     describe,
     forget,
+    merge_header,
     place_of,
+    read_header,
     render_section,
     stale_files,
-    with_header,
     with_section,
 )
 from car_datasets.reading_back import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting import SelectionReport
 from car_datasets.repositories import Pushed, Repository
-from car_datasets.results import UNFINISHED
+from car_datasets.results import REPORT_FILE, Result, read_result
 from car_datasets.retrying import reason
 from car_datasets.splits import CONTROLS, SCORED, refuse_split_names, selection_splits
 
-SHARD_BYTES = 500_000_000
-MOST_SHARDS = 50  # of a commit, for all its splits together
-REPORT_FILE = "report.json"
-PLOTS = "plots"
+SHARD_BYTES = 500_000_000  # in memory; about the size that push_to_hub gives its files
+MOST_SHARDS = 50  # data files of one commit, for all its splits together
+PLOTS = "plots"  # the folder of the plots in the repository
 
 
 def push_selection(
@@ -67,7 +68,9 @@ def push_selection(
     check: bool = False,
     token: str | None = None,
 ) -> Pushed:
-    """Push a selection with its card and its receipt, in one commit; the same call again goes on, or changes nothing.
+    """Push a selection with its card and its receipt, in one commit.
+
+    If the push is interrupted, make the same call again to resume; if it was complete, the call changes nothing.
 
     Example:
 
@@ -77,27 +80,29 @@ def push_selection(
     ```
 
     Args:
-        dataset (`Dataset` or `str`): the selected rows, or the folder that [`curate`] wrote, which brings the next three.
-        repo_id (`str`): `"owner/name"` of a dataset repository; made if it is not there.
-        scored (`Dataset`, *optional*), report ([`SelectionReport`], *optional*), receipt ([`Receipt`], *optional*): of the
-            same selection, for more splits and for the card.
-        split (`str`): the name of the split that holds `dataset`.
-        also (`Sequence[str]`, *optional*): more splits, out of `"scored"` (the whole pool), `"random_control"` and
-            `"length_matched_control"`. By default the first, where there is a pool: [`verify`] selects from it again.
-        private (`bool`): visibility of the repository; one that is there must have it already.
-        config_name (`str`): all splits of a configuration have the same columns; other columns need another one.
+        dataset (`Dataset` or `str`): the selected rows, or the folder that [`curate`] wrote. With a folder, the next three
+            arguments are read from it.
+        repo_id (`str`): `"owner/name"` of a dataset repository; created if it does not exist.
+        scored (`Dataset`, *optional*): the pool that the rows were selected from, for more splits.
+        report ([`SelectionReport`], *optional*), receipt ([`Receipt`], *optional*): those of the selection, for the card.
+        split (`str`): name of the split that holds the selected rows.
+        also (`Sequence[str]`, *optional*): more splits, out of `"scored"` (the entire pool), `"random_control"` and
+            `"length_matched_control"`. Defaults to `"scored"` if there is a pool, because [`verify`] selects from it again.
+        private (`bool`): visibility of the repository; an existing repository must have this visibility.
+        config_name (`str`): configuration of the splits. All splits of a configuration have the same columns.
         embeddings (`bool`): push the embeddings of the pool as well.
-        check (`bool`): read everything back by commit and compare it, row for row.
-        token (`str`, *optional*): else that of `HF_TOKEN` or `hf auth login`; never stored.
+        check (`bool`): read everything back from the commit and compare it row by row.
+        token (`str`, *optional*): defaults to that of `HF_TOKEN` or `hf auth login`; never stored.
 
     Returns:
         [`Pushed`]: `(url, sha)`, the repository's page and the commit.
 
     Raises:
-        ValueError: there are no rows, a name cannot be, the token, the owner or the visibility does not allow it, or what the
-            repository holds could not be loaded or checked afterwards; nothing was uploaded then. Or the Hub refuses the upload.
-        ConnectionError: the Hub does not answer. Nothing is visible there, and the same call goes on; or, with `check`, it
-            was pushed and cannot be read back, and the message has URL and commit.
+        ValueError: there are no rows, a name is invalid, token, owner or visibility do not permit the push, or the
+            repository could not be loaded or verified after it (in all these cases nothing was committed); or the Hub
+            refuses the upload.
+        ConnectionError: the Hub does not answer. Nothing is visible there, and the same call resumes; or, with `check`, the
+            rows were pushed and cannot be read back, and the message has URL and commit.
     """
     _refuse_bad_names(split, config_name, also or ())
     result = _result(dataset, scored, report, receipt)
@@ -111,12 +116,17 @@ def push_selection(
         written = {name: _write_shards(table, Path(place), config_name, name, most) for name, table in tables.items()}
         files = {name: Path(place, name) for each in written.values() for name in each.names}
         files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
-        contents = _Contents(repo_id, config_name, split, tables[split], written, result, source_card, token)
+        push = Push(Target(repo_id, config_name, split), tables[split].features, written, result, source_card)
+
+        def finish(repository: Repository) -> tuple[dict[str, bytes], list[str]]:
+            plan = _plan(push, repository, token)
+            return {**plan.files, "README.md": plan.card.encode()}, plan.deletions
+
         try:
-            done = repositories.commit_dataset(repo_id, files, contents.beside, f"Upload {', '.join(tables)}", token)
+            done = repositories.commit_dataset(repo_id, files, finish, f"Upload {', '.join(tables)}", token)
         except ConnectionError as error:
             raise ConnectionError(
-                f"{str(error).rstrip('.')}. Nothing is visible in {repo_id}; the same command goes on."
+                f"{str(error).rstrip('.')}. Nothing is visible in {repo_id}; run the same command again to resume."
             ) from error
         except (OSError, RuntimeError) as error:
             raise ValueError(f"repo_id={repo_id!r}: the Hub refuses the upload ({reason(error)}).") from error
@@ -126,16 +136,6 @@ def push_selection(
         except ConnectionError as error:
             raise ConnectionError(f"Pushed to {done.url}, commit {done.sha}, but {error}.") from error
     return done
-
-
-class Result(NamedTuple):
-    """A selection and what is known about it; as [`curate`] returns and writes it."""
-
-    selected: Dataset
-    scored: Dataset | None = None
-    report: SelectionReport | None = None
-    receipt: Receipt | None = None
-    plots: Sequence[Path] = ()
 
 
 def _result(dataset: object, scored: Dataset | None, report: SelectionReport | None, receipt: Receipt | None) -> Result:
@@ -156,59 +156,38 @@ def _result(dataset: object, scored: Dataset | None, report: SelectionReport | N
     return result
 
 
-def read_result(folder: Path) -> Result:
-    """The files that [`curate`] wrote into a folder.
-
-    Raises:
-        ValueError: one of them is missing, or a run was cut off writing them.
-    """
-    names = ("selected.parquet", "scored.parquet", REPORT_FILE, RECEIPT_FILE)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or (folder / UNFINISHED).exists():
-        state = f"has no {', '.join(missing)}" if missing else "was not written to the end"
-        raise ValueError(f"{folder} {state}: pass a folder that `car-datasets curate` wrote, or run it again.")
-    selected, scored = (Dataset.from_parquet(str(folder / name)) for name in names[:2])
-    report = read_report((folder / REPORT_FILE).read_bytes(), str(folder / REPORT_FILE))
-    return Result(selected, scored, report, Receipt.read(folder), sorted(folder.rglob("*.png")))
-
-
-def read_report(text: bytes, shown: str) -> SelectionReport:
-    """The content of a `report.json`; a ValueError, which calls it `shown`, where it is none."""
-    try:
-        return SelectionReport.from_dict(json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{shown} is no report that `car-datasets curate` wrote ({error!r}); curate again.") from error
-
-
 def _refuse_bad_names(split: str, config_name: str, also: Sequence[str]) -> None:
     if not re.fullmatch(r"\w+(\.\w+)*", split):
-        raise ValueError(f"split={split!r}: a split's name has letters, digits, underscores, and points between them.")
+        raise ValueError(f"split={split!r}: use letters, digits and underscores, with dots between them.")
     if split == "all":
-        raise ValueError("split='all': `datasets` keeps that name for all splits together; choose another.")
+        raise ValueError("split='all': `datasets` reserves that name for all splits together; choose another.")
     refuse_split_names(split, also)
     if not re.fullmatch(r"\w[\w.-]*", config_name) or config_name in ("data", PLOTS):
-        raise ValueError(f"config_name={config_name!r} cannot be the name of a configuration and of its folder.")
+        raise ValueError(
+            f"config_name={config_name!r} cannot be the name of a configuration and its folder; choose another, as 'car'."
+        )
 
 
 def _tables(result: Result, split: str, also: Sequence[str], embeddings: bool) -> dict[str, Dataset]:
     recipe = {} if result.receipt is None else result.receipt.recipe
+    kinds = ("score", "cluster", "index", "embedding")
+    names = ColumnNames(**{kind: recipe[f"{kind}_column"] for kind in kinds if f"{kind}_column" in recipe})
     return selection_splits(
         result.selected,
         result.scored,
         also,
         split=split,
-        score_column=recipe.get("score_column", "iqs_score"),
-        index_column=recipe.get("index_column", "source_index"),
-        left_out=None if embeddings else recipe.get("embedding_column", "embedding"),
+        names=names,
+        left_out=None if embeddings else names.embedding,
         seed=42 if result.report is None else result.report.seed,
     )
 
 
 def _write_shards(table: Dataset, place: Path, config_name: str, split: str, most: int) -> SplitFiles:
-    """Write a split as at most so many Parquet files. Equal rows give equal bytes: what the Hub has already is not sent again."""
-    size = int(
-        table.data.nbytes * len(table) / max(1, len(table.data))
-    )  # where rows were chosen, data holds all of them
+    """Write a split as Parquet files, `most` at most."""
+    # Equal rows give equal bytes, so the Hub is not sent again what it has.
+    # A selection shares the table of its pool, so `data.nbytes` counts all rows of the pool.
+    size = int(table.data.nbytes * len(table) / max(1, len(table.data)))
     count = max(1, min(most, len(table), math.ceil(size / SHARD_BYTES)))
     names = [f"{data_folder_of(config_name)}/{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
     for i, name in enumerate(names):
@@ -218,7 +197,7 @@ def _write_shards(table: Dataset, place: Path, config_name: str, split: str, mos
 
 
 def _source_card(source: Mapping[str, Any], token: str | None) -> str | None:
-    """The card of the dataset that rows come from, for its licence; `None` where it cannot be had."""
+    """Read the card of the dataset that rows come from, for its licence; return `None` if it is not available."""
     if source.get("kind") != "hub":
         return None
     try:
@@ -227,65 +206,144 @@ def _source_card(source: Mapping[str, Any], token: str | None) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """What a commit holds beside the data, which depends on what the repository holds by then."""
+class Case(Enum):
+    """What a push means for the selection that the repository holds already, which its `receipt.json` tells."""
 
-    repo_id: str
-    config_name: str
-    split: str
-    table: Dataset
-    written: Mapping[str, SplitFiles]
+    FIRST = "no receipt is there"
+    SAME = "the selection that is there"
+    RESCORED = "the selected rows that are there, in the same split, chosen from other scores or with other settings"
+    REPLACES = "other rows, in the split of the selection that is there"
+    ALONGSIDE = "rows without receipt and report, in another split than the selection that is there"
+    REFUSED = "another selection, in another split than the selection that is there"
+
+
+@dataclass(frozen=True)
+class Push:
+    """The content of a push, as far as it does not depend on the repository.
+
+    Args:
+        target ([`Target`]): repository, configuration and split of the selected rows.
+        features (`Features`): the columns of all splits.
+        splits (`Mapping`): split to its files.
+        result ([`Result`]): the selection.
+        source_card (`str`, *optional*): the card of the dataset that the rows come from.
+    """
+
+    target: Target
+    features: Features
+    splits: Mapping[str, SplitFiles]
     result: Result
     source_card: str | None
-    token: str | None
 
-    def beside(self, seen: Repository) -> tuple[dict[str, bytes], list[str]]:
-        """Card, receipt and report, and the names of what they and the data replace."""
-        report, receipt = self.result.report, self.result.receipt
-        features = self.table.features
-        place = place_of(seen.card)
-        standing = self._standing(seen)
-        taken = f"{data_folder_of(self.config_name)}/{self.split}-"
-        here = (self.config_name, self.split)
-        replaces = place == here if place else any(name.startswith(taken) for name in seen.files)
-        another = standing is not None and not standing.is_of(receipt)
-        if standing is not None and another and not replaces and (report is not None or receipt is not None):
-            refuse_second_selection(standing, *here, self.repo_id)
-        # pool and controls of a selection that goes do not stay beside the next one
-        goes = standing is not None and replaces and not standing.has_scores_of(receipt)
-        dropped = {SCORED, *CONTROLS} - set(self.written) if goes else set()
-        where = (seen.card, seen.files, self.config_name)
-        card, rows = with_header(*where, features, self.written, self.repo_id, dropped)
-        files: dict[str, bytes] = {}
-        gone = stale_files(seen.files, self.config_name, self.written, dropped)
-        about = [name for name in seen.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
-        unmarked = standing is None and END not in seen.card
-        if report is not None or receipt is not None or replaces or not about or unmarked:
-            if standing is not None and another and standing.source != (receipt and receipt.source):
-                forget(card, standing.source, _source_card(standing.source, self.token))
-            self._describe(card, rows)
-            if receipt is not None:
-                files[RECEIPT_FILE] = receipt.to_json().encode()
-            if report is not None:
-                files[REPORT_FILE] = report.to_json().encode()
-            new = {*files, *(f"{PLOTS}/{plot.name}" for plot in self.result.plots)}
-            gone += [name for name in about if name not in new]  # of the selection that was there
-        files["README.md"] = str(card).encode()
-        return files, gone
+    def case_in(self, repository: Repository, standing: Standing | None) -> Case:
+        """Return what this push means for the selection in a repository.
 
-    def _standing(self, seen: Repository) -> Standing | None:
-        if RECEIPT_FILE not in seen.files:
-            return None
-        return Standing.read(
-            repositories.read_dataset_file(self.repo_id, RECEIPT_FILE, seen.sha, self.token), place_of(seen.card)
-        )
+        Args:
+            repository ([`Repository`]): its files and its card.
+            standing ([`Standing`], *optional*): the selection whose receipt it holds.
+        """
+        receipt = self.result.receipt
+        bare = receipt is None and self.result.report is None
+        replaces = self._replaces_selection(repository)
+        if standing is None:
+            described = _descriptions(repository) and END in repository.card
+            return Case.ALONGSIDE if bare and not replaces and described else Case.FIRST
+        if standing.is_of(receipt):
+            return Case.RESCORED if replaces and not standing.has_scores_of(receipt) else Case.SAME
+        if replaces:
+            return Case.REPLACES
+        return Case.ALONGSIDE if bare else Case.REFUSED
 
-    def _describe(self, card: DatasetCard, rows: Mapping[str, int]) -> None:
-        receipt, report = self.result.receipt, self.result.report
-        carried = describe(card, receipt, self.source_card, sum(rows.values()))
-        plots = [f"{PLOTS}/{plot.name}" for plot in self.result.plots]
-        section = render_section(
-            self.repo_id, self.config_name, self.split, rows, self.table.column_names, report, receipt, carried, plots
-        )
-        card.text = with_section(card.text, section, self.repo_id)
+    def _replaces_selection(self, repository: Repository) -> bool:
+        place = place_of(repository.card)
+        if place is not None:
+            return place == (self.target.config_name, self.target.split)
+        # The card may have lost our section; then the names of the files tell.
+        start = f"{data_folder_of(self.target.config_name)}/{self.target.split}-"
+        return any(name.startswith(start) for name in repository.files)
+
+
+class PushPlan(NamedTuple):
+    """What a commit holds in addition to the data.
+
+    Args:
+        case ([`Case`]): what the push means for the selection that is there.
+        card (`str`): the new card.
+        files (`dict[str, bytes]`): name to content of receipt and report.
+        deletions (`list[str]`): files that the commit deletes.
+    """
+
+    case: Case
+    card: str
+    files: dict[str, bytes]
+    deletions: list[str]
+
+
+def plan_push(
+    push: Push, repository: Repository, standing: Standing | None, old_source_card: str | None = None
+) -> PushPlan:
+    """Decide what a commit adds, changes and deletes in addition to the data; sends no requests.
+
+    Args:
+        push ([`Push`]): what is pushed.
+        repository ([`Repository`]): what the repository holds.
+        standing ([`Standing`], *optional*): the selection whose receipt it holds.
+        old_source_card (`str`, *optional*): the card of that selection's source, if that is another than the push's.
+
+    Raises:
+        ValueError: the push would hide or break what the repository holds.
+    """
+    target, result = push.target, push.result
+    case = push.case_in(repository, standing)
+    if standing is not None and case is Case.REFUSED:
+        refuse_second_selection(standing, target.config_name, target.split, target.repo_id)
+    # A pool or controls of the earlier selection would be taken for those of the new one.
+    dropped = {SCORED, *CONTROLS} - set(push.splits) if case in (Case.RESCORED, Case.REPLACES) else set()
+    header = read_header(repository.card, target.repo_id)
+    check_header(header, target, push.features, push.splits, repository.files, dropped)
+    rows = merge_header(header, target, push.features, push.splits, dropped)
+    deletions = stale_files(repository.files, target.config_name, push.splits, dropped)
+    files: dict[str, bytes] = {}
+    if case is not Case.ALONGSIDE:
+        if standing is not None and _source_changes(case, standing, result.receipt):
+            forget(header.card, standing.source, old_source_card)
+        _describe(header.card, push, rows)
+        if result.receipt is not None:
+            files[RECEIPT_FILE] = result.receipt.to_json().encode()
+        if result.report is not None:
+            files[REPORT_FILE] = result.report.to_json().encode()
+        kept = {*files, *_plot_names(result)}
+        deletions += [name for name in _descriptions(repository) if name not in kept]
+    return PushPlan(case, str(header.card), files, deletions)
+
+
+def _source_changes(case: Case, standing: Standing, receipt: Receipt | None) -> bool:
+    return case is Case.REPLACES and standing.source != (None if receipt is None else receipt.source)
+
+
+def _descriptions(repository: Repository) -> list[str]:
+    """Return the files of a repository that describe a selection: receipt, report and plots."""
+    return [name for name in repository.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
+
+
+def _plot_names(result: Result) -> list[str]:
+    return [f"{PLOTS}/{plot.name}" for plot in result.plots]
+
+
+def _describe(card: DatasetCard, push: Push, rows: Mapping[str, int]) -> None:
+    receipt, report = push.result.receipt, push.result.report
+    carried = describe(card, receipt, push.source_card, sum(rows.values()))
+    plots = _plot_names(push.result)
+    section = render_section(push.target, rows, list(push.features), report, receipt, carried, plots)
+    card.text = with_section(card.text, section, push.target)
+
+
+def _plan(push: Push, repository: Repository, token: str | None) -> PushPlan:
+    """Plan a push with what has to be asked of the Hub: the receipt that is there, and the card of its source."""
+    standing = old_source_card = None
+    if RECEIPT_FILE in repository.files:
+        receipt = repositories.read_dataset_file(push.target.repo_id, RECEIPT_FILE, repository.sha, token)
+        standing = Standing.read(receipt, place_of(repository.card))
+        if _source_changes(push.case_in(repository, standing), standing, push.result.receipt):
+            old_source_card = _source_card(standing.source, token)
+    return plan_push(push, repository, standing, old_source_card)

@@ -1,7 +1,7 @@
-"""What was pushed, read back: a split at a commit, past every cache, and compared with what it should be, row for row.
+"""Read back what was pushed, at an exact commit and without a cache, and compare it row by row.
 
-Does: load a split of a dataset repository, again where the Hub fails for a moment; name the first difference of two datasets.
-Does not: push (pushing.py), or know a receipt (verification.py).
+Does: load a split of a dataset repository, retrying on transient errors; name the first difference between two datasets.
+Does not: push; read a receipt.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from car_datasets.tokens import clean_token
 def compare_pushed(
     repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = "default", token: str | None = None
 ) -> None:
-    """Load splits from a commit, past every cache, and compare them with `tables`, row for row.
+    """Load splits from a commit into an empty cache and compare them with `tables`, row by row.
+
+    Args:
+        repo_id (`str`), sha (`str`): the dataset repository and the commit.
+        tables (`Mapping[str, Dataset]`): split to the rows that it should hold.
+        config_name (`str`): the configuration of the splits.
+        token (`str`, *optional*): for private repositories; never stored.
 
     Raises:
-        ValueError: they differ; the first row and column are named.
-        ConnectionError: they could not be read back, which says nothing about them.
+        ValueError: they differ; the message names the first row and column.
+        ConnectionError: they could not be read back, which says nothing about their content.
     """
     with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
         for name, table in tables.items():
@@ -40,10 +46,10 @@ def compare_pushed(
 def load_split(
     repo_id: str, config_name: str, split: str, sha: str, token: str | None = None, cache_dir: str | None = None
 ) -> Dataset:
-    """A split of a dataset repository at a commit; a Hub that fails for a moment is asked again.
+    """Load a split of a dataset repository at a commit, retrying on transient errors.
 
     Raises:
-        ValueError: there is no such configuration or split, the Hub refuses it, or its files cannot be read.
+        ValueError: the configuration or split does not exist, the Hub refuses it, or its files cannot be read.
         ConnectionError: the Hub does not answer.
     """
     shown = f"{repo_id!r}, split {split!r}"
@@ -61,7 +67,7 @@ def load_split(
 
 
 def first_difference(expected: Dataset, seen: Dataset) -> str | None:
-    """The first difference of two datasets in words, `None` if there is none; NaN equals NaN."""
+    """Return the first difference between two datasets in words, `None` if they are equal; NaN equals NaN."""
     if expected.features != seen.features:
         return f"the columns are {seen.features}, expected {expected.features}"
     if len(expected) != len(seen):
@@ -72,6 +78,7 @@ def first_difference(expected: Dataset, seen: Dataset) -> str | None:
             continue
         for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), 1000 * number):
             for column in wanted:
+                # NaN != NaN, but their representations are equal.
                 if repr(wanted[column]) != repr(found[column]):
                     return f"row {row}, column {column!r}: {_short(found[column])}, expected {_short(wanted[column])}"
     return None

@@ -24,7 +24,7 @@ from car_datasets.clustering import ClusterModel
 from car_datasets.columns import add_columns
 from car_datasets.embedding import TextEmbedder
 from car_datasets.estimation import LARGE, estimate_scoring
-from car_datasets.parallel import is_main_process, process_rank, start_processes
+from car_datasets.parallel import is_main_process, process_rank
 from car_datasets.procedures import Procedure, find_procedure
 from car_datasets.recipe import Recipe
 from car_datasets.rows import refuse_overwrite

@@ -1,7 +1,7 @@
-"""Scores again: some rows of a selection through the scorer that its receipt names.
+"""Score some rows of a selection again with the scorer that its receipt names, and compare.
 
-Does: load that scorer, compare it with the receipt, score rows that were drawn, with and without a score, and compare.
-Does not: load an embedder that is another model than the scorer's encoder, or anything else of `verify` (verification.py).
+Does: load that scorer and compare it with the receipt; draw rows, with and without a score, and compare their scores.
+Does not: load the embedder if it is another model than the scorer's encoder; run the other checks of `verify`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from car_datasets.rows import Rows
 from car_datasets.scoring import QualityScorer
 from car_datasets.selection import read_numbers
 
-# How far a score moves with its company and with the machine, by the encoder's dtype; int8 is asked for as float32.
+# How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says float32.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
 
 
 class Difference(Exception):
-    """A check that failed, in words."""
+    """A check of `verify` that failed; the message says what was found and what the receipt says."""
 
 
 def score_again(
@@ -37,21 +37,22 @@ def score_again(
     models: dict[str, str | None] | None = None,
     token: str | None = None,
 ) -> str:
-    """Score rows of a table again and compare them with the scores that they have.
+    """Score rows of a table again and compare the results with the scores in the table.
 
     Args:
         table (`Dataset`): the selection or its pool.
-        receipt ([`Receipt`]), recipe ([`Recipe`]): of that selection.
-        count (`int`), seed (`int`): how many rows, and of their draw; those without a score are drawn as well.
-        models (`dict`, *optional*): `scorer`, `engine` and `tokenizer`, where these were folders.
-        token (`str`, *optional*): for private models.
+        receipt ([`Receipt`]), recipe ([`Recipe`]): those of the selection.
+        count (`int`): number of rows to draw; rows without a score are drawn as well.
+        seed (`int`): seed of the draw.
+        models (`dict`, *optional*): folders of `scorer`, `engine` and `tokenizer`, for models that were folders.
+        token (`str`, *optional*): for private models; never stored.
 
     Returns:
-        `str`: what was compared, and how closely.
+        `str`: a sentence about what was compared, and how closely.
 
     Raises:
-        Difference: a score is another, there is one too many or too few, or the scorer is not what the receipt says.
-        ValueError: a model cannot be had.
+        Difference: a score differs, is missing or is there for a row that has none, or the scorer is not the receipt's.
+        ValueError: a model cannot be loaded.
     """
     scorer = _scorer(receipt, recipe, count, models or {}, token)
     _compare_models(receipt, recipe, scorer)
@@ -60,7 +61,7 @@ def score_again(
     rows = table.select(drawn.tolist())
     batch = rows.remove_columns([name for name in scorer.output_columns if name in rows.column_names])[:]
     tolerances = np.full(len(drawn), TOLERANCES[recipe.dtype])
-    if recipe.turns == "sum":  # each exchange may move that far
+    if recipe.turns == "sum":  # the score of every exchange may move that far
         schema = find_schema(batch, scorer.schema, scorer.columns)
         tolerances *= np.maximum(1, Rows.from_batch(batch, schema, str(scorer.template), "mark").counts)
     pairs = zip(read_numbers(rows, column, np.nan), scorer(batch)[column], tolerances, strict=True)
@@ -84,13 +85,17 @@ def _scorer(
     missing = [name for name in models if models[name] is None and _was_folder(name, receipt, recipe)]
     if missing:
         options = ", ".join(f"{name}=... (--{name})" for name in missing)
-        raise ValueError(f"rescore={count}: these were folders, and the receipt does not say where: {options}.")
+        raise ValueError(
+            f"rescore={count}: these were folders, whose paths are not in the receipt. Pass them: {options}."
+        )
     given = {name: value or getattr(recipe, name) for name, value in models.items()}
-    # "mark": that a row can be scored no longer is a difference, and not the end of the run
+    # With "mark", a row that cannot be scored any more is reported as a difference instead of ending the run.
     settings = recipe.changed(**given, scorer_revision=recipe.scorer_revision, on_invalid="mark")
     scorer = scorer_of(settings, token, embed=False)
     if (scorer.engine_revision or "") != receipt.scorer.get("engine_revision", ""):
-        raise ValueError(f"engine={scorer.engine!r} is not the int8 encoder of the receipt.")
+        raise ValueError(
+            f"engine={scorer.engine!r} is not the int8 encoder of the receipt. Pass the folder that was used."
+        )
     return scorer
 
 
@@ -104,7 +109,7 @@ def _was_folder(name: str, receipt: Receipt, recipe: Recipe) -> bool:
 
 
 def _compare_models(receipt: Receipt, recipe: Recipe, scorer: QualityScorer) -> None:
-    """The receipt's words on the models, but for their names, which folders may change."""
+    """Compare the models with the receipt, except for their names, because a folder may have been renamed."""
     if str(scorer.template) != receipt.template:
         raise Difference(f"the scorer's template is {str(scorer.template)!r}, by the receipt {receipt.template!r}")
     pairs = {"scorer": (scorer_record(scorer), receipt.scorer)}

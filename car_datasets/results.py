@@ -1,46 +1,174 @@
-"""The files of a result, each written under a temporary name and moved into place when it is whole."""
+"""RESULT: the folder that [`curate`] writes: the names of its files, writing it and reading it back.
+
+Does: refuse to overwrite a result; write each file atomically; read a finished folder.
+Does not: compute anything that it writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+from datasets import Dataset
 
 from car_datasets.column_names import ColumnNames
-from car_datasets.original import CLUSTERING_FILE, RANKING_FILES, SELECTED_FILE, original_columns, write_original
+from car_datasets.original import original_columns, write_original
 from car_datasets.plots import PLOT_FILES
+from car_datasets.procedures import PROCEDURES
+from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.report_page import PAGE_FILE
+from car_datasets.reporting import SelectionReport
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from car_datasets.reporting import SelectionReport
-
-ORIGINAL_FILES = (*RANKING_FILES.values(), CLUSTERING_FILE, SELECTED_FILE)
+SELECTED_TABLE = "selected.parquet"
+SELECTED_JSON = "selected.json"  # the selected rows in the original's format
+SCORED_TABLE = "scored.parquet"
+REPORT_FILE = "report.json"
+SUMMARY_FILE = "report.md"
 RESULT_FILES = (
-    "selected.parquet",
-    "selected.json",
-    "scored.parquet",
-    "receipt.json",
+    SELECTED_TABLE,
+    SELECTED_JSON,
+    SCORED_TABLE,
+    RECEIPT_FILE,
     *PLOT_FILES,
     PAGE_FILE,
-    "report.json",
-    "report.md",
+    REPORT_FILE,
+    SUMMARY_FILE,
 )
+UNFINISHED = ".unfinished"  # a file of this name marks a folder that is being written
 
 
-UNFINISHED = ".unfinished"
+class Result(NamedTuple):
+    """A selection and what is known about it: the content of a folder that [`curate`] wrote.
+
+    Args:
+        selected (`Dataset`): the selected rows.
+        scored (`Dataset`, *optional*): the entire pool with its scores and clusters.
+        report ([`SelectionReport`], *optional*): the figures of the selection.
+        receipt ([`Receipt`], *optional*): what the selection was made from and with.
+        plots (`Sequence[Path]`): PNG files.
+    """
+
+    selected: Dataset
+    scored: Dataset | None = None
+    report: SelectionReport | None = None
+    receipt: Receipt | None = None
+    plots: Sequence[Path] = ()
 
 
-def fresh_folder(folder: Path, names: Sequence[str] = RESULT_FILES, argument: str = "output_dir") -> Path:
-    """The folder, if it can take files of these names.
+def read_result(folder: Path) -> Result:
+    """Read the files that [`curate`] wrote into a folder.
 
     Raises:
-        ValueError: it is a file or lies in one, or holds such files already, of a run that was not cut off writing them.
+        ValueError: a file is missing or invalid, or the run was interrupted while it wrote them.
+    """
+    names = (SELECTED_TABLE, SCORED_TABLE, REPORT_FILE, RECEIPT_FILE)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or (folder / UNFINISHED).exists():
+        state = f"has no {', '.join(missing)}" if missing else "was not written to the end"
+        raise ValueError(f"{folder} {state}: pass a folder that `car-datasets curate` wrote, or run it again.")
+    selected, scored = read_tables(folder)
+    report = read_report((folder / REPORT_FILE).read_bytes(), str(folder / REPORT_FILE))
+    return Result(selected, scored, report, Receipt.read(folder), sorted(folder.rglob("*.png")))
+
+
+def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
+    """Read the selected rows and the scored pool of a folder, without report and receipt.
+
+    Raises:
+        ValueError: one of the two files is missing.
+    """
+    for name in (SCORED_TABLE, SELECTED_TABLE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
+    return Dataset.from_parquet(str(folder / SELECTED_TABLE)), Dataset.from_parquet(str(folder / SCORED_TABLE))
+
+
+def read_report(text: bytes, shown: str) -> SelectionReport:
+    """Parse the content of a `report.json`.
+
+    Args:
+        text (`bytes`): the content of the file.
+        shown (`str`): the name of the file in the error message.
+
+    Raises:
+        ValueError: it is not a report.
+    """
+    try:
+        return SelectionReport.from_dict(json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{shown} is not a report that `car-datasets curate` wrote ({error!r}); curate again."
+        ) from error
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path) -> Iterator[None]:
+    """Mark a folder as unfinished while its files are written, so that an interrupted run can be repeated."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / UNFINISHED).exists():
+        extra = (name for procedure in PROCEDURES.values() for name in procedure.files)
+        for name in (*RESULT_FILES, *extra):
+            for left in folder.glob(f".{name}.*"):  # temporary files of an interrupted write_whole
+                left.unlink()
+    (folder / UNFINISHED).touch()
+    yield
+    # The marker may be gone: two runs started after the same interruption both write this folder, with equal files.
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def write_table(dataset: Dataset, path: Path, names: ColumnNames) -> None:
+    """Write the dataset of one stage: Parquet, or for a `.json` path the original's format without our other columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        plain = original_columns(dataset, names)
+        write_whole(path, lambda temporary: write_original(plain, temporary, names))
+    else:
+        write_whole(path, dataset.to_parquet)
+
+
+def write_result(
+    folder: Path,
+    selected: Dataset,
+    scored: Dataset,
+    report: SelectionReport,
+    files: Mapping[str, bytes],
+    names: ColumnNames,
+) -> None:
+    """Write the files of [`curate`]; the reports come last, so a folder that has them is complete.
+
+    Args:
+        folder (`Path`): made if it does not exist.
+        selected, scored (`Dataset`), report ([`SelectionReport`]): the selection, its pool and its figures.
+        files (`Mapping`): name to content of receipt, plots and page.
+        names ([`ColumnNames`]): the names of the added columns.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / SCORED_TABLE, scored.to_parquet)
+    write_whole(folder / SELECTED_TABLE, selected.to_parquet)
+    # A user's own column `score` or `label` stays here; curate refuses it before the original's files are written.
+    write_whole(folder / SELECTED_JSON, lambda path: write_original(selected, path, names, where_free=True))
+    for name, content in files.items():
+        write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
+    write_whole(folder / SUMMARY_FILE, lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
+    write_whole(folder / REPORT_FILE, lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
+
+
+def fresh_folder(folder: Path, names: Sequence[str], argument: str = "output_dir") -> Path:
+    """Return the folder if it holds no files of these names.
+
+    Args:
+        folder (`Path`): need not exist.
+        names (`Sequence[str]`): the files that will be written.
+        argument (`str`): the caller's argument in the error message.
+
+    Raises:
+        ValueError: the path is a file or lies in one, or holds such files from a run that finished writing them.
     """
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
@@ -53,24 +181,11 @@ def fresh_folder(folder: Path, names: Sequence[str] = RESULT_FILES, argument: st
     return folder
 
 
-@contextlib.contextmanager
-def unfinished(folder: Path) -> Iterator[None]:
-    """Mark a folder while its files are written, so that a run that is killed meanwhile can be run again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / UNFINISHED).exists():
-        for name in (*RESULT_FILES, *ORIGINAL_FILES):
-            for left in folder.glob(f".{name}.*"):  # what write_whole was at
-                left.unlink()
-    (folder / UNFINISHED).touch()
-    yield
-    (folder / UNFINISHED).unlink(missing_ok=True)  # two at once, after a kill of what had started one, write the same
-
-
 def fresh_file(path: Path) -> Path:
-    """The path, if a stage can write its dataset there.
+    """Return the path if a command can write its dataset there.
 
     Raises:
-        ValueError: it is there already, lies in a file, or is neither Parquet nor JSON.
+        ValueError: it exists, lies in a file, or is neither Parquet nor JSON.
     """
     if path.suffix not in (".parquet", ".json"):
         raise ValueError(f"--output {path}: name a .parquet file, or a .json file for the original's format.")
@@ -82,71 +197,14 @@ def fresh_file(path: Path) -> Path:
     return path
 
 
-def write_table(dataset: Dataset, path: Path, **names: str) -> None:
-    """Write the dataset of one stage: Parquet, or for a `.json` path the original's format without columns of ours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        columns = ColumnNames(**{name.removesuffix("_column"): column for name, column in names.items()})
-        plain = original_columns(dataset, columns)
-        write_whole(path, lambda temporary: write_original(plain, temporary, columns))
-    else:
-        write_whole(path, dataset.to_parquet)
-
-
-def write_result(
-    folder: Path,
-    selected: Dataset,
-    scored: Dataset,
-    report: SelectionReport,
-    files: Mapping[str, bytes],
-    score_column: str,
-    cluster_column: str,
-) -> None:
-    """Write the files of [`curate`], receipt, plots and page (`files`) among them; the reports come last, so a folder that has
-    them is complete."""
-    names = ColumnNames(score=score_column, cluster=cluster_column)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "scored.parquet", scored.to_parquet)
-    write_whole(folder / "selected.parquet", selected.to_parquet)
-    write_whole(folder / "selected.json", lambda path: write_original(selected, path, names, where_free=True))
-    for name, content in files.items():
-        write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
-    write_whole(folder / "report.md", lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
-    write_whole(folder / "report.json", lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
-
-
-def write_original_files(
-    folder: Path,
-    selected: Dataset,
-    ranked: Dataset,
-    objective: str,
-    *,
-    score_column: str,
-    cluster_column: str,
-    index_column: str,
-) -> None:
-    """Write the original's three files beside the others, without the columns that it does not have.
-
-    `objective` is the scorer's, `"regression"` (IQS) or `"ranking"` (Comet), after which the first file is called.
-    """
-    names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
-    ranking = original_columns(ranked, names)
-    chosen = original_columns(selected, names)
-    write_whole(
-        folder / RANKING_FILES[objective],
-        lambda path: write_original(ranking.remove_columns(cluster_column), path, names),
-    )
-    write_whole(folder / CLUSTERING_FILE, lambda path: write_original(ranking, path, names))
-    write_whole(folder / SELECTED_FILE, lambda path: write_original(chosen, path, names))
-
-
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Call `write(temporary_name)` and move the file to `path`; what is there under that name is always complete."""
+    """Write a file atomically: call `write(temporary_name)`, then move the file to `path`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # process ids repeat on another machine
     try:
         write(str(temporary))
+        # The content must reach the disk before the name does: a power failure could leave the name alone.
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # before its name: a machine that loses power must not keep the name alone
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

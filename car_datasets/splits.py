@@ -1,8 +1,7 @@
-"""The splits of a pushed selection: one table of rows in several views, all with the same columns.
+"""Lay out the splits of a pushed selection, all with the same columns.
 
-Does: bring `selected`, `scored` and the report's two controls to one set of columns, as one configuration of a Hub dataset
-demands.
-Does not: push (pushing.py), or choose rows (selection.py).
+Does: give `selected`, `scored` and the report's two controls one set of columns, as one configuration of a Hub dataset needs.
+Does not: push; choose rows.
 """
 
 from __future__ import annotations
@@ -30,26 +29,28 @@ def selection_splits(
     also: Sequence[str] = (),
     *,
     split: str = "selected",
-    score_column: str = "iqs_score",
-    index_column: str = "source_index",
+    names: ColumnNames = ColumnNames(),
     left_out: str | None = "embedding",
     seed: int = 42,
 ) -> dict[str, Dataset]:
-    """A selection as a split, and further ones, all with the same columns and types.
+    """Return a selection as a split, and further splits, all with the same columns and types.
 
     In `scored` and the controls, columns that only the selection has (`selected_by`, ...) are null for rows that were not
     selected; `selected` gets the columns that only the pool has.
 
     Args:
-        selected (`Dataset`), scored (`Dataset`, *optional*): as [`curate`] returns them.
-        also (`Sequence[str]`): `"scored"`, `"random_control"`, `"length_matched_control"`; the controls are the report's, of
-            the same `seed`.
+        selected (`Dataset`), scored (`Dataset`, *optional*): the selected rows and their pool, from [`curate`].
+        also (`Sequence[str]`): further splits, out of `"scored"`, `"random_control"` and `"length_matched_control"`.
         split (`str`): name of the split of `selected`.
-        score_column, index_column (`str`): as in [`select_car`].
+        names ([`ColumnNames`]): the names of the added columns.
         left_out (`str`, *optional*): a column of `scored` to leave out if `selected` does not have it.
+        seed (`int`): seed of the controls; with that of a report they are the rows that the report measured.
+
+    Returns:
+        `dict[str, Dataset]`: split to its rows.
 
     Raises:
-        ValueError: a split is not known, has another's name or needs `scored`, or a selected row is not in the pool.
+        ValueError: a split is unknown, has the name of another or needs `scored`, or a selected row is not in the pool.
     """
     refuse_split_names(split, also)
     selected = selected.with_format(None)
@@ -57,33 +58,39 @@ def selection_splits(
         if also:
             raise ValueError(f"also={tuple(also)} need the scored pool: pass scored=...")
         return {split: selected}
+    scored = _pool_columns(scored, selected, names.index, left_out)
+    positions = positions_in_pool(scored, selected, names.index)
+    added = [name for name in selected.column_names if name not in scored.column_names]
+    pool = _with_columns_of(scored, selected, positions, added)
+    rest = [name for name in scored.column_names if name not in selected.column_names]
+    order = [*selected.column_names, *rest]
+    features = Features({name: pool.features[name] for name in order})
+    filled = selected if not rest else beside(selected, pool.select(positions.tolist()).select_columns(rest))
+    splits = {split: filled, SCORED: pool}
+    if set(also) & set(CONTROLS):
+        scores = read_numbers(pool, names.score, np.nan)
+        lengths = row_lengths(scored, names)[0]
+        drawn = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
+        splits |= {name: pool.select(rows.tolist()) for name, rows in zip(CONTROLS, drawn, strict=True)}
+    return {name: splits[name].select_columns(order).cast(features) for name in (split, *also)}
+
+
+def _pool_columns(scored: Dataset, selected: Dataset, index_column: str, left_out: str | None) -> Dataset:
+    """Return the pool with a row index, and without the column that is left out."""
     scored = scored.with_format(None)
     if left_out in scored.column_names and left_out not in selected.column_names:
         scored = scored.remove_columns(left_out)
     if index_column not in scored.column_names:
         scored = scored.add_column(index_column, np.arange(len(scored), dtype=np.int64))
-    positions = positions_in_pool(scored, selected, index_column)
-    added = [name for name in selected.column_names if name not in scored.column_names]
-    pool = _with_columns_of(scored, selected, positions, added)
-    order = [*selected.column_names, *(name for name in scored.column_names if name not in selected.column_names)]
-    features = Features({name: pool.features[name] for name in order})
-    rest = [name for name in order if name not in selected.column_names]
-    whole = selected if not rest else beside(selected, pool.select(positions.tolist()).select_columns(rest))
-    found = {split: whole, SCORED: pool}
-    if set(also) & set(CONTROLS):
-        scores = read_numbers(pool, score_column, np.nan)
-        lengths = row_lengths(scored, ColumnNames(score=score_column))[0]
-        drawn = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
-        found |= {name: pool.select(rows.tolist()) for name, rows in zip(CONTROLS, drawn, strict=True)}
-    return {name: found[name].select_columns(order).cast(features) for name in (split, *also)}
+    return scored
 
 
 def refuse_split_names(split: str, also: Sequence[str]) -> None:
-    """Refuse names that no layout of splits has, before anything is read or asked.
+    """Raise ValueError for names of splits that cannot be, before anything is read or requested.
 
     Raises:
-        ValueError: `also` is one text or holds an unknown name, or `split` is the name of another split: the pool or a
-            control would stand where the selection is looked for.
+        ValueError: `also` is one string or holds an unknown name, or `split` is the name of the pool or of a control, which
+            would then be taken for the selection.
     """
     known = (SCORED, *CONTROLS)
     if isinstance(also, str):
@@ -98,7 +105,7 @@ def refuse_split_names(split: str, also: Sequence[str]) -> None:
 
 
 def _with_columns_of(pool: Dataset, selected: Dataset, positions: npt.NDArray[np.int64], names: list[str]) -> Dataset:
-    """The pool with columns of its selected rows, null for the others."""
+    """Return the pool with further columns of its selected rows, null for the others."""
     if not names:
         return pool
     places = np.full(len(pool), -1, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""VERIFY: is a pushed selection, or one in a folder, what its receipt says?
+"""VERIFY: check whether a pushed selection, or one in a folder, is what its receipt says.
 
-Does: load the source again at its revision and compare every row; select again from the pushed scores and clusters; on
-request score some rows again. Names the first difference.
-Does not: fit clusters again, whose last digits differ from one machine to the next.
+Does: load the source at its revision and compare every row; select again from the stored scores and clusters; score some
+rows again on request. Names the first difference.
+Does not: fit the clusters again, because their last digits differ between machines.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from car_datasets.dataset_card import data_folder_of
 from car_datasets.formatting import find_schema
 from car_datasets.loading import open_dataset
 from car_datasets.overview import positions_in_pool
-from car_datasets.pushing import REPORT_FILE, read_report, read_result
 from car_datasets.reading_back import first_difference, load_split
 from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, indices_digest, pool_digest
 from car_datasets.recipe import Recipe
 from car_datasets.recipe_stages import select_by
 from car_datasets.reporting import SelectionReport
 from car_datasets.rescoring import Difference, score_again
+from car_datasets.results import REPORT_FILE, read_report, read_result
 from car_datasets.retrying import READING_WAITS
 from car_datasets.selection import SELECTION_COLUMNS
 from car_datasets.splits import SCORED
 
 
 class Verification(NamedTuple):
-    """What [`verify`] found.
+    """The outcome of [`verify`].
 
     Args:
-        checked (`tuple[str, ...]`): what was looked at and is as it should be, in words.
-        skipped (`tuple[str, ...]`): what could not be looked at, and why.
-        difference (`str`, *optional*): the first difference, at which it stopped; `None`: all that was looked at matches.
+        checked (`tuple[str, ...]`): the checks that passed, in words.
+        skipped (`tuple[str, ...]`): the checks that were not possible, and why.
+        difference (`str`, *optional*): the first difference, at which the checks stopped; `None` if all checks passed.
     """
 
     checked: tuple[str, ...]
@@ -50,7 +50,7 @@ class Verification(NamedTuple):
 
     @property
     def matches(self) -> bool:
-        """Whether no difference was found."""
+        """Return True if no difference was found."""
         return self.difference is None
 
 
@@ -68,31 +68,33 @@ def verify(
     split: str = "selected",
     token: str | None = None,
 ) -> Verification:
-    """Check a selection against its receipt: its rows against the source, its choice against its scores.
+    """Check a selection against its receipt: its rows against the source, and its choice against its scores.
 
     Args:
         where (`str`): a folder that [`curate`] wrote, or a dataset repository that [`push_selection`] wrote.
-        source (`str`, *optional*): the file or folder that was curated, where that was no Hub dataset: the receipt has its
-            name and digest, not its place.
-        rescore (`int`): so many rows, drawn at random, are scored again, to within what the recipe's dtype
+        source (`str`, *optional*): the file or folder that was curated. Needed unless that was a Hub dataset, because a
+            receipt has the name and digest of a file, but not its path.
+        rescore (`int`): number of rows, drawn at random, to score again. Scores may differ by what the recipe's dtype
             allows (1e-5 in float32 and int8, 0.03 in bfloat16, 0.005 in float16).
-        seed (`int`): of that draw.
-        scorer, engine, tokenizer (`str`, *optional*): for `rescore`, where these were folders; compared by digest.
-        revision (`str`, *optional*), config_name, split (`str`): of the repository.
+        seed (`int`): seed of that draw.
+        scorer, engine, tokenizer (`str`, *optional*): folders of the models, for `rescore`; needed if they were folders
+            when the rows were curated. They are compared by digest.
+        revision (`str`, *optional*): branch, tag or commit of the repository.
+        config_name, split (`str`): configuration and split of the repository that hold the selected rows.
         token (`str`, *optional*): for private repositories; never stored.
 
     Returns:
-        [`Verification`]: what was looked at, and the first difference.
+        [`Verification`]: the checks that passed, those that were skipped, and the first difference.
 
     Raises:
-        ValueError: there is nothing to verify: no receipt, no source, or bad arguments.
-        FileNotFoundError: there is no such file.
+        ValueError: an argument is invalid, or there is no receipt or no source to compare with.
+        FileNotFoundError: the file does not exist.
         ConnectionError: the Hub does not answer, which says nothing about the selection.
     """
     if rescore < 0:
-        raise ValueError(f"rescore={rescore}: a number of rows.")
+        raise ValueError(f"rescore={rescore}: pass a number of rows that is not negative.")
     if seed < 0:
-        raise ValueError(f"seed={seed}: a number that is not negative.")
+        raise ValueError(f"seed={seed}: pass a number that is not negative.")
     found = _open(where, revision, config_name, split, token)
     models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer}
     try:
@@ -113,6 +115,8 @@ def verify(
 
 
 class _Found(NamedTuple):
+    """A selection to verify, read from a folder or from a repository."""
+
     receipt: Receipt
     selected: Dataset
     scored: Dataset | None
@@ -132,7 +136,7 @@ def _open(
     seen = repositories.read_repository(repo_id, revision, token, READING_WAITS)
     if RECEIPT_FILE not in seen.files:
         raise ValueError(
-            f"{where} has no {RECEIPT_FILE}; `car-datasets push` of a folder by `car-datasets curate` writes one."
+            f"{where} has no {RECEIPT_FILE}. Push a folder that `car-datasets curate` wrote: `car-datasets push` adds one."
         )
     with asking(repr(repo_id), "dataset", seen.sha):
         names = [name for name in (RECEIPT_FILE, REPORT_FILE) if name in seen.files]
@@ -141,14 +145,15 @@ def _open(
     report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
     start = f"{data_folder_of(config_name)}/{SCORED}-"
     has_pool = any(name.startswith(start) for name in seen.files)
-    selected = load_split(repo_id, config_name, split, seen.sha, token)  # by commit: no older copy will do
+    # Both splits and the receipt must be of one commit; a branch may move between two requests.
+    selected = load_split(repo_id, config_name, split, seen.sha, token)
     scored = load_split(repo_id, config_name, SCORED, seen.sha, token) if has_pool else None
     return _Found(receipt, selected, scored, report)
 
 
 @dataclass(frozen=True)
 class _Checks:
-    """The checks, in order; each gives words for what is as it should be, or raises a [`Difference`]."""
+    """The checks, in order. Each returns a sentence about what it compared, or raises a [`Difference`]."""
 
     found: _Found
     recipe: Recipe
@@ -158,7 +163,7 @@ class _Checks:
     def run(
         self, source: str | os.PathLike[str] | None, rescore: int, seed: int, models: dict[str, str | None]
     ) -> Iterator[str]:
-        """The words, one check after the other."""
+        """Yield the sentence of one check after the other."""
         receipt, selected, scored, _ = self.found
         yield self._indices()
         self._settings()
@@ -172,7 +177,7 @@ class _Checks:
         if rescore:
             table = selected if scored is None else scored
             yield score_again(table, receipt, self.recipe, rescore, seed, models, self.token)
-        if scored is not None:  # last: these name no row
+        if scored is not None:  # last, because unlike the others these cannot name the row that differs
             yield self._counts(scored)
             yield self._digest(scored)
 
@@ -188,7 +193,7 @@ class _Checks:
         return f"{len(selected)} selected rows have the receipt's indices"
 
     def _settings(self) -> None:
-        """What the receipt says twice; a recipe by itself would be believed."""
+        """Compare what the receipt says twice, since a changed recipe alone would go unnoticed."""
         receipt, recipe = self.found.receipt, self.recipe
         pairs = {"scorer.revision": (receipt.scorer["revision"], recipe.scorer_revision)}
         if recipe.embedder is not None:
@@ -231,7 +236,7 @@ class _Checks:
             if len(twice := np.flatnonzero(np.bincount(places) > 1)):
                 raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
             same = table.select_columns(source.column_names).cast(source.features)
-        except ValueError as error:  # Arrow's errors are some as well
+        except ValueError as error:  # Arrow's errors derive from it
             raise Difference(f"{name} does not fit the source: {error}") from error
         if difference := first_difference(source.select(places.tolist()), same):
             raise Difference(f"{name} is not what the source holds: {difference}")
@@ -266,7 +271,7 @@ class _Checks:
                 raise Difference(f"counts.{name} is {count!r}, by the receipt {receipt.counts[name]!r}")
         if report.clusters > k:
             raise Difference(f"the pool has {report.clusters} clusters, by the recipe k={k}")
-        if report.clusters < k:  # as where texts are equal
+        if report.clusters < k:  # possible in a true selection, when there are fewer distinct texts than k
             self.skipped.append(
                 f"k: the pool has {report.clusters} clusters of k={k}; only fitting again could tell why"
             )
@@ -277,7 +282,6 @@ class _Checks:
         return f"the receipt's counts are those of {len(scored)} rows"
 
     def _digest(self, scored: Dataset) -> str:
-        names = self.recipe.names
-        if pool_digest(scored, names.score, names.cluster, names.index) != self.found.receipt.scored_sha256:
+        if pool_digest(scored, self.recipe.names) != self.found.receipt.scored_sha256:
             raise Difference(f"indices, scores and clusters of {SCORED} do not have the receipt's sha256")
         return f"indices, scores and clusters of {len(scored)} rows have the receipt's sha256"

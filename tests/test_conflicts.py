@@ -8,10 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 
+from car_datasets import pushing
 from car_datasets.conflicts import Standing, refuse_hidden_data, refuse_unloadable
+from car_datasets.dataset_card import END, SplitFiles, Target
+from car_datasets.pushing import Case, Push, plan_push
 from car_datasets.receipt import Receipt
+from car_datasets.repositories import Repository
+from car_datasets.results import Result
 from tests.hub_server import Hub
 
 
@@ -84,11 +89,15 @@ def test_a_push_leaves_only_what_loads(hub: Hub) -> None:
     assert found[-2:] == [{**ours, "other": {"train": 2}}, {**ours, "default": {"train": 2}}]
 
 
-def test_which_selection_stands_there() -> None:
+def a_receipt() -> Receipt:
     model = {"model_id": "me/iqs", "revision": "a" * 40, "weights": "sha256:0"}
     counts = {"rows": 2, "scored": 2, "clusters": 1, "selected": 1, "rejected": {}, "marked": {}, "selected_by": {}}
     source = {"kind": "memory", "sha256": "c"}
-    first = Receipt(source, "alpaca", "clean-1", model, model, {"n1": 1}, counts, "0", {"torch": "2"})
+    return Receipt(source, "alpaca", "clean-1", model, model, {"n1": 1}, counts, "0", {"torch": "2"})
+
+
+def test_which_selection_stands_there() -> None:
+    first, model = a_receipt(), a_receipt().scorer
     standing = Standing.read(first.to_json().encode(), None)
     assert standing.is_of(first) and standing.has_scores_of(replace(first, versions={"torch": "3"}))
     for other in (replace(first, source={"kind": "memory", "sha256": "d"}), replace(first, selected_sha256="1"), None):
@@ -147,3 +156,65 @@ def test_what_goes_together_is_let_through() -> None:
     refuse_unloadable({"car": ours, "b": other, "default": other}, "car", ["selected"], files, "me/x")
     with pytest.raises(ValueError, match="'b' with no `data_files`"):
         refuse_unloadable({"car": ours, "b": {}}, "car", ["selected"], files, "me/x")
+
+
+POOL = "data/scored-00000-of-00001.parquet"
+HELD = ("README.md", "data/selected-00000-of-00001.parquet", POOL, "receipt.json", "plots/old.png")
+SECTION = f"<!-- car_datasets: begin config=default split=selected -->\nold\n{END}\n"
+OTHER = replace(a_receipt(), selected_sha256="1")
+RESCORED = replace(a_receipt(), scorer={**a_receipt().scorer, "revision": "b" * 40})
+PLANS: dict[str, tuple[Receipt | None, str, tuple[str, ...], Receipt | None, Case]] = {
+    # name: the receipt and the split that are pushed, the files and the receipt that are there, the case
+    "an empty repository": (a_receipt(), "selected", (), None, Case.FIRST),
+    "rows alone, nothing described": (None, "selected", (), None, Case.FIRST),
+    "the same again": (a_receipt(), "selected", HELD, a_receipt(), Case.SAME),
+    "the same under another name": (a_receipt(), "top", HELD, a_receipt(), Case.SAME),
+    "the same rows by other scores": (RESCORED, "selected", HELD, a_receipt(), Case.RESCORED),
+    "other scores under another name": (RESCORED, "top", HELD, a_receipt(), Case.SAME),
+    "other rows in its split": (OTHER, "selected", HELD, a_receipt(), Case.REPLACES),
+    "rows alone in its split": (None, "selected", HELD, a_receipt(), Case.REPLACES),
+    "rows alone in another split": (None, "top", HELD, a_receipt(), Case.ALONGSIDE),
+    "rows alone, a report without receipt": (None, "top", ("report.json",), None, Case.ALONGSIDE),
+    "a selection in another split": (OTHER, "top", HELD, a_receipt(), Case.REFUSED),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_a_push_does_to_the_selection_that_is_there(name: str) -> None:
+    receipt, split, held, there, case = PLANS[name]
+    rows = Dataset.from_dict({"text": ["a"]})
+    files = {split: SplitFiles([f"data/{split}-00000-of-00001.parquet"], 1, 8, 9)}
+    header = ""
+    if POOL in held:
+        first = Push(
+            Target("me/x", "default", "selected"),
+            rows.features,
+            {"selected": SplitFiles([HELD[1]], 1, 8, 9), "scored": SplitFiles([POOL], 2, 16, 18)},
+            Result(rows, receipt=there),
+            None,
+        )
+        header = plan_push(first, Repository("0" * 40, (), ""), None).card
+    elif held:
+        header = SECTION
+    repository = Repository("0" * 40, held, header)
+    push = Push(
+        Target("me/x", "default", split),
+        Features({"text": Value("string")}),
+        files,
+        Result(rows, receipt=receipt),
+        None,
+    )
+    standing = None if there is None else Standing.read(there.to_json().encode(), pushing.place_of(header))
+    assert push.case_in(repository, standing) is case
+    if case is Case.REFUSED:
+        with pytest.raises(ValueError, match="Push to another repository"):
+            plan_push(push, repository, standing)
+        return
+    plan = plan_push(push, repository, standing)
+    assert plan.case is case
+    assert set(plan.files) == ({"receipt.json"} if receipt is not None else set())
+    assert (POOL in plan.deletions) is (case in (Case.RESCORED, Case.REPLACES))
+    assert ("plots/old.png" in plan.deletions) is (held == HELD and case is not Case.ALONGSIDE)
+    assert ("receipt.json" in plan.deletions) is (case is Case.REPLACES and receipt is None)
+    described = pushing.place_of(plan.card)
+    assert described == (("default", "selected") if case is Case.ALONGSIDE else ("default", split))

@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset, Features, Value
+from huggingface_hub import DatasetCard
 
 from car_datasets import SelectionReport, select_car
 from car_datasets.dataset_card import (
-    BEGIN,
     END,
     SplitFiles,
+    Target,
+    check_header,
     describe,
     forget,
+    merge_header,
     place_of,
+    read_header,
     render_section,
     size_category,
-    with_header,
     with_section,
 )
 from car_datasets.receipt import Receipt
@@ -29,6 +32,20 @@ FEATURES = Features({"text": Value("string")})
 
 def files(name: str = "selected", rows: int = 3) -> dict[str, SplitFiles]:
     return {name: SplitFiles([f"data/{name}-00000-of-00001.parquet"], rows, 30, 20)}
+
+
+def with_header(
+    card: str, held: list[str], config_name: str, features: Features, splits: dict[str, SplitFiles], repo_id: str
+) -> tuple[DatasetCard, dict[str, int]]:
+    """The card after a push to a repository that holds these files, and the rows of each split."""
+    header, target = read_header(card, repo_id), Target(repo_id, config_name, "selected")
+    check_header(header, target, features, splits, held)
+    return header.card, merge_header(header, target, features, splits)
+
+
+X = Target("me/x", "default", "selected")
+BEGIN = "<!-- car_datasets: begin config=default split=selected -->"
+OLD_BEGIN = "<!-- car_datasets: begin -->"  # of 0.1
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +82,13 @@ def test_section_renders_whatever_is_known(
     known = None if source is None else receipt(**source)
     rows = {"selected": 12, "scored": 50, "random_control": 12}
     text = render_section(
-        "me/car", "small", "selected", rows, ["text"], report if with_report else None, known, carried, ["plots/a.png"]
+        Target("me/car", "small", "selected"),
+        rows,
+        ["text"],
+        report if with_report else None,
+        known,
+        carried,
+        ["plots/a.png"],
     )
     assert 'load_dataset("me/car", "small", split="selected")' in text
     assert "| `scored` | 50 |" in text
@@ -151,7 +174,7 @@ def test_licences_of_header_and_section_agree() -> None:
     def section(card: str, source: str) -> str:
         found, rows = with_header(card, [], "default", FEATURES, files(), "me/x")
         carried = describe(found, receipt(**HUB), source, 3)
-        return render_section("me/x", "default", "selected", rows, ["text"], None, None, carried, [])
+        return render_section(X, rows, ["text"], None, None, carried, [])
 
     two = "---\nlicense: [mit, cc-by-4.0]\n---\n"
     assert "its card says: `mit`, `cc-by-4.0`.\n" in section("", two)
@@ -192,28 +215,45 @@ def test_what_an_earlier_source_left_goes_and_the_users_words_stay() -> None:
     ],
 )
 def test_column_names_are_shown_as_they_are(name: str, shown: str) -> None:
-    text = render_section("me/x", "default", "selected", {"selected": 1}, ["a", name], None, None, {}, [])
+    text = render_section(X, {"selected": 1}, ["a", name], None, None, {}, [])
     assert f"Columns: `a`, {shown}.\n" in text
 
 
 def test_a_section_that_does_not_end_is_refused() -> None:
     with pytest.raises(ValueError, match=r"repo_id='me/x': its card has .*begin.* and no .*end"):
-        with_section(f"Mine.\n{BEGIN}\nold", "new", "me/x")
+        with_section(f"Mine.\n{BEGIN}\nold", "new", X)
 
 
 def test_where_a_section_is_about() -> None:
     assert place_of("# x") is None
     for config in ("default", "b"):
-        section = render_section("me/x", config, "top", {"top": 1}, ["a"], None, None, {}, [])
-        text = 'load_dataset("me/x", split="other")\n' + with_section("", section, "me/x")
+        target = Target("me/x", config, "top")
+        section = render_section(target, {"top": 1}, ["a"], None, None, {}, [])
+        text = 'load_dataset("me/x", split="other")\n' + with_section("", section, target)
         assert place_of(text) == (config, "top")
+        begin = f"<!-- car_datasets: begin config={config} split=top -->"
+        assert place_of(text.replace(begin, OLD_BEGIN)) == (config, "top")
+
+
+def test_an_edit_of_the_prose_does_not_move_a_section() -> None:
+    text = with_section("", "Load it any way you like.", Target("me/x", "b", "top"))
+    assert place_of(text) == ("b", "top")
+    assert place_of(with_section("", "No example.", X).replace(BEGIN, OLD_BEGIN)) is None
+
+
+def test_a_marker_in_a_name_does_not_end_the_section() -> None:
+    for name in (END, f"<!-- {END}", BEGIN):
+        section = render_section(X, {"selected": 1}, [name], None, None, {}, [])
+        assert "<!-- car_datasets:" not in section
 
 
 def test_section_takes_its_place() -> None:
-    first = with_section("", "one", "x")
+    first = with_section("", "one", X)
     assert first == f"# x\n\n{BEGIN}\none\n{END}\n"
-    assert with_section(first + "after\n", "two \\1", "x") == f"# x\n\n{BEGIN}\ntwo \\1\n{END}\nafter\n"
-    assert with_section("Mine.\n", "one", "x") == f"Mine.\n\n{BEGIN}\none\n{END}\n"
+    assert with_section(first + "after\n", "two \\1", X) == f"# x\n\n{BEGIN}\ntwo \\1\n{END}\nafter\n"
+    old = first.replace(BEGIN, OLD_BEGIN)
+    assert with_section(old + "after\n", "two", X) == f"# x\n\n{BEGIN}\ntwo\n{END}\nafter\n"
+    assert with_section("Mine.\n", "one", X) == f"Mine.\n\n{BEGIN}\none\n{END}\n"
 
 
 def test_sizes() -> None:

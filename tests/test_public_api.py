@@ -18,7 +18,9 @@ def test_all_is_sorted_and_complete() -> None:
     assert dir(car_datasets) == car_datasets.__all__
     for name in car_datasets._HOME:
         found = getattr(car_datasets, name)
-        assert found.__module__ == ("car_datasets" if inspect.isclass(found) else f"car_datasets.{car_datasets._HOME[name]}")
+        assert found.__module__ == (
+            "car_datasets" if inspect.isclass(found) else f"car_datasets.{car_datasets._HOME[name]}"
+        )
     with pytest.raises(AttributeError, match="no_such_name"):
         car_datasets.no_such_name  # noqa: B018
 

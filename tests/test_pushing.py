@@ -200,7 +200,11 @@ def test_a_card_that_is_there_keeps_what_is_not_ours(hub: Hub, result: Path) -> 
     card = files["README.md"].decode()
     assert files["notes.txt"] == b"kept"
     assert "license: mit" in card and "- mine\n" in card and "pretty_name: Mine" in card
-    assert card.index("Read this first.") < card.index("<!-- car_datasets: begin -->") < card.index("The end.")
+    assert (
+        card.index("Read this first.")
+        < card.index("<!-- car_datasets: begin config=default split=selected -->")
+        < card.index("The end.")
+    )
     assert card.count("car_datasets: begin") == 1 and "5 of 24 instruction rows" in card
     assert list(splits_of(hub, "me/car")) == ["selected", "scored"]
 
@@ -249,7 +253,7 @@ def test_a_second_selection_does_not_take_the_receipt_of_the_first(hub: Hub, res
         assert "Push to another repository, one for each selection" in done.stderr
     assert (hub.repo("me/car").sha, hub.count("PUT", "/large/")) == (before.sha, uploads)
     code = START + "pushing.push_selection(Dataset.from_dict({'a': [sys.argv[1]]}), 'me/car', config_name='plain')"
-    for word in ("x", "y"):  # rows without a receipt may stand beside it, and be pushed again
+    for word in ("x", "y"):  # rows without a receipt may be pushed in addition, and again
         hub.run(code, word, check=True)
         files = hub.repo("me/car").files()
         assert files["receipt.json"] == (result / "receipt.json").read_bytes() and "report.json" in files
@@ -442,7 +446,7 @@ def test_what_stays_is_said_in_one_line_and_the_same_command_goes_on(hub: Hub, r
     done = push(hub, result, "me/car")
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert "the Hub failed 8 times" in last and "503" in last and "the same command goes on" in last
+    assert "the Hub failed 8 times" in last and "503" in last and "run the same command again to resume" in last
     assert commits(hub, "me/car") == 0 and set(hub.repo("me/car").files()) == {".gitattributes"}
     uploads = hub.count("PUT", "/large/")
     hub.mend()
@@ -461,7 +465,7 @@ def test_the_server_goes_down_in_the_middle(hub: Hub, result: Path) -> None:
     hub.kill()
     printed = "".join(child.communicate(timeout=60))
     assert child.returncode == 2
-    assert "the same command goes on" in printed and "Traceback" not in printed, printed
+    assert "run the same command again to resume" in printed and "Traceback" not in printed, printed
     assert hub.token not in printed
 
 
@@ -562,7 +566,7 @@ def test_curate_asks_before_it_works_and_goes_on_after_a_kill(
     assert hub.run(COMMAND, *line, "--check").returncode == 2
     hub.fault("POST", "/commit/", times=1000, status=503)
     failed = hub.run(COMMAND, *line, "--push", "me/car")
-    assert failed.returncode == 2 and "the same command goes on" in failed.stderr
+    assert failed.returncode == 2 and "run the same command again to resume" in failed.stderr
     before = (tmp_path / "out" / "scored.parquet").stat().st_mtime_ns
     hub.mend()
     done = hub.run(COMMAND, *line, "--push", "me/car", "--check", check=True)

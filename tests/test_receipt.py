@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import QualityScorer, Recipe, curate, digests
-from car_datasets.receipt import Receipt, indices_digest, made_by, pool_digest, rows_digest
+from car_datasets.column_names import ColumnNames
+from car_datasets.curation import made_by
+from car_datasets.receipt import Receipt, indices_digest, pool_digest, rows_digest
 from car_datasets.version import __version__
 from tests.hub_server import Hub
 from tests.test_recipe import short_rows
@@ -46,7 +50,7 @@ def test_it_says_what_was_used(run: tuple[Path, Path, Dataset], tiny: dict[str, 
     assert counts == {"rows": 24, "scored": 24, "clusters": 3, "selected": len(selected)}
     assert receipt.selected_sha256 == indices_digest(selected["source_index"][:])
     pool = Dataset.from_parquet(str(folder / "scored.parquet"))
-    assert receipt.scored_sha256 == pool_digest(pool, "iqs_score", "cluster", "source_index")
+    assert receipt.scored_sha256 == pool_digest(pool, ColumnNames())
     assert receipt.versions["car-datasets"] == __version__ and "torch" in receipt.versions
     assert Receipt.from_json(receipt.to_json()) == receipt
     assert Recipe().changed(**receipt.recipe).k == 3
@@ -106,6 +110,12 @@ def test_another_model_in_a_folder_of_the_same_name_is_another(
         assert not made_by(receipt, str(source), settings.changed(**{model: str(place)})), model
 
 
+def test_reading_a_receipt_needs_no_torch() -> None:
+    code = "import sys, car_datasets.receipt; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 CURATE = """
 from car_datasets.cli import app
 app()
@@ -160,5 +170,6 @@ def test_digest_of_a_pool_is_of_its_order_scores_and_clusters() -> None:
         {"i": [1, 2], "s": [0.5, float("nan")], "c": [0, 1]},
         {"i": [1, 2], "s": [0.5, 1.5], "c": [0, None]},
     ]
-    seen = {pool_digest(Dataset.from_dict(pool), "s", "c", "i") for pool in pools}
+    names = ColumnNames(score="s", cluster="c", index="i")
+    seen = {pool_digest(Dataset.from_dict(pool), names) for pool in pools}
     assert len(seen) == len(pools)

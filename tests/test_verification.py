@@ -188,8 +188,8 @@ def broken(name: str, text: str) -> Callable[[Path], None]:
         (in_receipt(scorer={}), "receipt.json", "scorer.model_id is missing"),
         (broken("receipt.json", "3"), "receipt.json", "holds a int, not a record"),
         (broken("receipt.json", "{"), "receipt.json", "is not JSON"),
-        (broken("report.json", "{}"), "report.json", "is no report"),
-        (broken("report.json", "3"), "report.json", "is no report"),
+        (broken("report.json", "{}"), "report.json", "is not a report"),
+        (broken("report.json", "3"), "report.json", "is not a report"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_read_are_named(
@@ -217,7 +217,7 @@ def test_a_changed_source_and_a_missing_one(run: tuple[Path, Path], tmp_path: Pa
         verify(folder, source=source, rescore=1)
     with pytest.raises(ValueError, match=r"rescore=-1"):
         verify(folder, source=source, rescore=-1)
-    with pytest.raises(ValueError, match=r"seed=-1: a number that is not negative"):
+    with pytest.raises(ValueError, match=r"seed=-1: pass a number that is not negative"):
         verify(folder, source=source, rescore=1, seed=-1, scorer=str(source))
     with pytest.raises(ValueError, match=r"has no selected\.parquet"):
         verify(tmp_path)
