@@ -14,7 +14,15 @@ import pytest
 import torch
 from datasets import Dataset
 
-from car_datasets import ClusterModel, QualityScorer, cluster_filter, loaded_scorer, map_across_gpus, select_car
+from car_datasets import (
+    ClusterModel,
+    QualityScorer,
+    cluster_filter,
+    loaded_scorer,
+    map_across_gpus,
+    parallel,
+    select_car,
+)
 from car_datasets.parallel import alone, device_for, from_main, is_main_process, process_rank, start_processes
 from tests.conftest import ROOT
 
@@ -47,6 +55,7 @@ def test_getters_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert from_main(lambda: 3) == 3
     assert device_for().type in ("cpu", "cuda")
     assert not torch.distributed.is_initialized()
+    monkeypatch.setattr(parallel, "_accelerate_state", lambda: None)  # it would keep what it found for all other tests
     with pytest.raises(TypeError):
         start_processes()
 
