@@ -23,7 +23,7 @@ from car_datasets.explaining import Nearest
 from car_datasets.overview import Overview
 from car_datasets.page_rows import texts_of
 from car_datasets.projection import map_of
-from car_datasets.results import SCORED_TABLE
+from car_datasets.results import SCORED_TABLE, read_tables
 from car_datasets.vectors import Matrix, unit_rows
 
 NEAREST = 10

@@ -309,5 +309,5 @@ def test_no_column_of_ours_is_in_the_originals_files(score: str, tmp_path: Path)
     assert f"{score}_std" in ours
     pool = Dataset.from_dict({"output": ["a"], score: [1.0], "cluster": [3]} | {column: [0] for column in ours})
     assert original_columns(pool, names).column_names == ["output", score, "cluster"]
-    write_table(pool, tmp_path / "out.json", score_column=score)
+    write_table(pool, tmp_path / "out.json", names)
     assert json.loads((tmp_path / "out.json").read_text()) == [{"output": "a", "score": 1.0, "label": "3"}]

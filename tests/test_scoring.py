@@ -181,7 +181,7 @@ def test_mistakes_are_named_when_the_scorer_is_made(options: dict, message: str)
 
 def test_a_hub_that_may_not_be_asked_is_named() -> None:
     with pytest.raises(
-        ConnectionError, match=r"no-such-owner/no-such-model.*HF_HUB_OFFLINE=1 keeps the Hub from being asked"
+        ConnectionError, match=r"no-such-owner/no-such-model.*HF_HUB_OFFLINE=1 forbids requests to the Hub"
     ):
         QualityScorer("no-such-owner/no-such-model")
 
