@@ -19,8 +19,8 @@ test: $(VENV)/.installed-test  ## the tests, without the slow ones; ARGS="-k nam
 test-all: $(VENV)/.installed-test  ## all tests, and how much of the package they run
 	$(BIN)/python -m pytest -m "" --cov=car_datasets --cov-report=term
 
-lint: $(VENV)/.installed-test  ## ruff and mypy
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+lint: $(VENV)/.installed-test  ## ruff, mypy, and the one way of imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
 docs: $(VENV)/.installed-test  ## pages of the public API, in build/docs
 	$(BIN)/python .ci/docs.py build/docs

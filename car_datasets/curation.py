@@ -14,15 +14,9 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
 
-from car_datasets import hub
-from car_datasets.cluster_fitting import number_of_clusters
-from car_datasets.formatting import find_schema
-from car_datasets.loading import check_rows, open_dataset, unscorable_rows
-from car_datasets.original import refuse_taken
-from car_datasets.overview import Overview
-from car_datasets.parallel import from_main, is_main_process, start_processes
-from car_datasets.procedures import find_procedure
-from car_datasets.projection import check_projection
+from car_datasets.clustering.fitting import number_of_clusters
+from car_datasets.loading.schemas import find_schema
+from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.receipt import (
     RECEIPT_FILE,
     Receipt,
@@ -33,9 +27,15 @@ from car_datasets.receipt import (
     scorer_pins,
 )
 from car_datasets.recipe import Recipe
-from car_datasets.recipe_stages import Stages, fit_settings, resolve, scorer_of
-from car_datasets.reporting import SelectionReport
-from car_datasets.results import RESULT_FILES, fresh_folder, unfinished, write_result, write_table
+from car_datasets.reporting.overview import Overview, check_projection
+from car_datasets.reporting.report import SelectionReport
+from car_datasets.results import RESULT_FILES, unfinished, write_result, write_table
+from car_datasets.selection.procedures import find_procedure
+from car_datasets.selection.published import refuse_taken
+from car_datasets.stages import Stages, fit_settings, resolve, scorer_of
+from car_datasets.utils import revisions
+from car_datasets.utils.files import fresh_folder
+from car_datasets.utils.processes import from_main, is_main_process, start_processes
 
 
 class Curated(NamedTuple):
@@ -62,7 +62,6 @@ def curate(
     resume (needs `shard_dir` or more than one process).
 
     Example:
-
     ```python
     >>> selected, scored, report = curate("alpaca_data.json", "out", n1=1000, n2=1)
     ```
@@ -183,7 +182,7 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
         return False
     if settings.embedder is None:
         return True
-    return receipt.embedder["revision"] == hub.pin_revision(settings.embedder, settings.embedder_revision, token)
+    return receipt.embedder["revision"] == revisions.pin_revision(settings.embedder, settings.embedder_revision, token)
 
 
 def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
@@ -192,4 +191,4 @@ def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: s
     names = ("kind", "id", "name", "split")
     if [known.get(name) for name in names] != ["hub", source, settings.name, settings.split]:
         return False
-    return bool(known["revision"] == hub.pin_dataset(source, settings.revision, token, FileNotFoundError))
+    return bool(known["revision"] == revisions.pin_dataset(source, settings.revision, token, FileNotFoundError))

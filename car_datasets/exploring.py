@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from car_datasets.column_names import ColumnNames
-from car_datasets.explaining import Nearest
-from car_datasets.overview import Overview
-from car_datasets.page_rows import texts_of
-from car_datasets.projection import map_of
+from car_datasets.reporting.explaining import Nearest
+from car_datasets.reporting.overview import Overview, map_of
+from car_datasets.reporting.page import texts_of
 from car_datasets.results import SCORED_TABLE, read_tables
-from car_datasets.vectors import Matrix, unit_rows
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import Matrix, unit_rows
 
 NEAREST = 10
 NEIGHBOUR_ROWS = 20_000  # for more rows there are no neighbours: comparing all pairs would take minutes

@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from car_datasets import digests, hub
-from car_datasets.column_names import ColumnNames
-from car_datasets.formatting import find_schema
-from car_datasets.selection import numbers_of
-from car_datasets.settings import is_whole_number
-from car_datasets.version import __version__
+from car_datasets import __version__
+from car_datasets.loading.schemas import find_schema
+from car_datasets.utils import digests, revisions
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import numbers_of
+from car_datasets.utils.digests import indices_digest, rows_digest
+from car_datasets.utils.public import public
+from car_datasets.utils.settings import is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from car_datasets.recipe import Recipe
-    from car_datasets.reporting import SelectionReport
-    from car_datasets.scoring import QualityScorer
+    from car_datasets.reporting.report import SelectionReport
+    from car_datasets.scoring.scorer import QualityScorer
 
 RECEIPT_FILE = "receipt.json"
 FORMAT = 1
@@ -45,11 +47,13 @@ PACKAGES = (
     "transformers",
 )
 MODELS = ("scorer", "embedder", "tokenizer", "engine")  # settings that may be paths
+
 # What identifies a source of each kind. A Hub dataset also has a `revision`, which is None if it could not be found out.
 SOURCES = {"hub": ("id",), "file": ("name", "sha256"), "folder": ("name", "sha256"), "memory": ("sha256",)}
 KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error messages
 
 
+@public
 @dataclass(frozen=True)
 class Receipt:
     """A frozen record of what a selection was made from and with; the content of `receipt.json`.
@@ -120,10 +124,6 @@ class Receipt:
         if not path.is_file():
             raise ValueError(f"{folder} has no {RECEIPT_FILE}; folders that `car-datasets curate` writes have one.")
         return cls.from_json(path.read_bytes(), str(path))
-
-
-# Users know the class under this name; where the module lies is not part of the interface.
-Receipt.__module__ = "car_datasets"
 
 
 def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
@@ -240,19 +240,6 @@ def loaded_revision(opened: Dataset | None) -> str | None:
     return None
 
 
-def rows_digest(dataset: Dataset) -> str:
-    """Return the sha256 over the rows as JSON, for rows that no file holds."""
-    digest = hashlib.sha256()
-    for row in dataset.with_format(None):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
-
-
-def indices_digest(indices: list[Any]) -> str:
-    """Return the sha256 over the source indices of selected rows, in order, as a JSON list without spaces."""
-    return hashlib.sha256(json.dumps(indices, separators=(",", ":")).encode()).hexdigest()
-
-
 def pool_digest(pool: Dataset, names: ColumnNames) -> str:
     """Return the sha256 over indices, scores and clusters of a scored pool, in order.
 
@@ -297,10 +284,10 @@ def embedder_record(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:
     if settings.embedder is None and scorer.shares_encoder:
         shared = scorer.embedder()
         return _model(shared.model_id, str(shared.revision))
-    name = settings.embedder or hub.DEFAULT_ENCODER
-    return _model(name, hub.pin_revision(name, settings.embedder_revision))
+    name = settings.embedder or revisions.DEFAULT_ENCODER
+    return _model(name, revisions.pin_revision(name, settings.embedder_revision))
 
 
 def _model(name: str, revision: str) -> dict[str, str]:
-    weights = digests.weights_digest(hub.model_folder(name, revision))
+    weights = digests.weights_digest(revisions.model_folder(name, revision))
     return {"model_id": portable(name), "revision": revision, "weights": weights}

@@ -4,18 +4,20 @@ Does: say once what every setting is called, its default, and the help text of i
 Does not: run anything, or look a model up.
 """
 
-# No `from __future__ import annotations`: types that are text could not be read once `__module__` is set, below.
+# No `from __future__ import annotations`: the command line reads the types of the fields, which would be text.
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from car_datasets import hub
-from car_datasets.column_names import ColumnNames
-from car_datasets.formatting import as_column_names
-from car_datasets.settings import Settings
+from car_datasets.loading.schemas import as_column_names
+from car_datasets.utils import revisions
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.public import public
+from car_datasets.utils.settings import Settings
 
 if TYPE_CHECKING:
-    from car_datasets.procedures import Amounts
+    from car_datasets.selection.procedures import Amounts
 
 NAMES = ColumnNames()
 
@@ -32,6 +34,7 @@ def _setting(default: Any, help: str, *, flag: str | None = None, shown: str | N
     return field(default=default, metadata={"help": help, "flag": flag, "shown": shown})
 
 
+@public
 @dataclass(frozen=True)
 class Recipe(Settings):
     """The settings of [`curate`], one for each choice of a stage.
@@ -81,7 +84,7 @@ class Recipe(Settings):
     )
     index_column: str = _setting(NAMES.index, "Column that identifies a row; added if there is none.")
     on_invalid: str = _setting("error", "Rows that cannot be scored: error, or mark to keep them without a score.")
-    scorer: str = _setting(hub.DEFAULT_SCORER, "An IQS model: Hub id or folder.")
+    scorer: str = _setting(revisions.DEFAULT_SCORER, "An IQS model: Hub id or folder.")
     scorer_revision: str | None = _setting(None, "Branch, tag or commit of the scorer; of a folder, its digest.")
     template: str | None = _setting(None, "Text that is scored: clean-1, or paper.", shown="the scorer's own")
     turns: str = _setting("mean", "Score of a chat from its exchanges: mean, min, last or sum.")
@@ -143,16 +146,14 @@ class Recipe(Settings):
     @property
     def amounts(self) -> "Amounts":
         """Return how many rows to select."""
-        from car_datasets.procedures import Amounts  # here, because the command line reads this class for its help
+        # Imported here, because the command line reads this class for its help.
+        from car_datasets.selection.procedures import Amounts
 
         return Amounts(self.n1, self.n2, self.budget, self.allow_worse)
 
     @property
     def kmeans_engine(self) -> str:
         """Return `kmeans`, or the engine of the procedure if that is None."""
-        from car_datasets.procedures import find_procedure
+        from car_datasets.selection.procedures import find_procedure
 
         return self.kmeans or find_procedure(self.procedure).kmeans
-
-
-Recipe.__module__ = "car_datasets"  # where users import it from; pickles and fingerprints survive a move of this file

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset
 
-from car_datasets.column_names import ColumnNames
-from car_datasets.original import original_columns, write_original
-from car_datasets.plots import PLOT_FILES
-from car_datasets.procedures import PROCEDURES
 from car_datasets.receipt import RECEIPT_FILE, Receipt
-from car_datasets.report_page import PAGE_FILE
-from car_datasets.reporting import SelectionReport
+from car_datasets.reporting.page import PAGE_FILE
+from car_datasets.reporting.plots import PLOT_FILES
+from car_datasets.reporting.report import SelectionReport
+from car_datasets.selection.procedures import PROCEDURES
+from car_datasets.selection.published import original_columns, write_original
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.files import UNFINISHED, write_whole
 
 SELECTED_TABLE = "selected.parquet"
 SELECTED_JSON = "selected.json"  # the selected rows in the original's format
@@ -40,7 +38,6 @@ RESULT_FILES = (
     REPORT_FILE,
     SUMMARY_FILE,
 )
-UNFINISHED = ".unfinished"  # a file of this name marks a folder that is being written
 
 
 class Result(NamedTuple):
@@ -157,75 +154,3 @@ def write_result(
         write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
     write_whole(folder / SUMMARY_FILE, lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
     write_whole(folder / REPORT_FILE, lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
-
-
-def fresh_folder(folder: Path, names: Sequence[str], argument: str = "output_dir") -> Path:
-    """Return the folder if it holds no files of these names.
-
-    Args:
-        folder (`Path`): need not exist.
-        names (`Sequence[str]`): the files that will be written.
-        argument (`str`): the caller's argument in the error message.
-
-    Raises:
-        ValueError: the path is a file or lies in one, or holds such files from a run that finished writing them.
-    """
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{argument}={str(folder)!r}: {path} is a file; name a folder.")
-    taken = [] if (folder / UNFINISHED).exists() else [name for name in names if (folder / name).exists()]
-    if taken:
-        raise ValueError(
-            f"{argument}={str(folder)!r} already holds a result ({', '.join(taken)}). Name another folder or move it away."
-        )
-    return folder
-
-
-def fresh_file(path: Path) -> Path:
-    """Return the path if a command can write its dataset there.
-
-    Raises:
-        ValueError: it exists, lies in a file, or is neither Parquet nor JSON.
-    """
-    if path.suffix not in (".parquet", ".json"):
-        raise ValueError(f"--output {path}: name a .parquet file, or a .json file for the original's format.")
-    for parent in path.parents:
-        if parent.is_file():
-            raise ValueError(f"--output {path}: {parent} is a file; name a folder.")
-    if path.exists():
-        raise ValueError(f"--output {path} is there already; name another file or move it away.")
-    return path
-
-
-def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Write a file atomically: call `write(temporary_name)`, then move the file to `path`."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # process ids repeat on another machine
-    try:
-        write(str(temporary))
-        # The content must reach the disk before the name does: a power failure could leave the name alone.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path` and move it there at the end, so that `path` is complete or absent.
-
-    The folder is removed if the block raises. Leftovers of a killed process are removed at the start.
-    """
-    temporary = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for part in temporary.rglob("*"):
-            if part.is_file():
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())  # contents must reach the disk before the name does
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from car_datasets import cluster_filter, hub
+from car_datasets import cluster_filter
+from car_datasets.utils import files
 
 TOLERANCE = 1e-5
 
@@ -51,7 +52,7 @@ def places(order: str, rows: int) -> list[int]:
 
 def score(run: Run, folder: Path) -> Dataset:
     """The sample in the order of the run, with its place there as `id`, scored by `car-datasets score`."""
-    rows = json.loads(Path(hub.sample_file()).read_text(encoding="utf-8"))
+    rows = json.loads(Path(files.sample_file()).read_text(encoding="utf-8"))
     folder.mkdir()
     content = [{**rows[i], "id": i} for i in places(run.order, len(rows))]
     (folder / "rows.json").write_text(json.dumps(content), encoding="utf-8")

@@ -79,7 +79,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def sample_file() -> Path:
     """The rows that the package ships."""
-    return ROOT / "car_datasets" / "sample" / "instructions.json"
+    return ROOT / "car_datasets" / "assets" / "instructions.json"
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +176,7 @@ def tiny_iqs(make_tiny_iqs: Any) -> str:
 @pytest.fixture(scope="session")
 def needs_openvino() -> None:
     """Skips what needs the extra `openvino` where it is not installed; CI has it."""
-    from car_datasets.openvino_encoder import import_openvino
+    from car_datasets.scoring.iqs.openvino_encoder import import_openvino
 
     try:
         import_openvino("nncf")
@@ -192,7 +192,7 @@ def tiny_engine(
 ) -> str:
     """The int8 copy of `tiny_iqs`'s encoder, calibrated on the first 32 of the shipped rows."""
     from car_datasets import QualityScorer
-    from car_datasets.quantisation import quantise_encoder, sample_texts
+    from car_datasets.training.quantisation import quantise_encoder, sample_texts
 
     scorer = QualityScorer(tiny_iqs)
     texts, _ = sample_texts(Dataset.from_list(sample_rows[:32]), scorer, 32)

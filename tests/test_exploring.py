@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from car_datasets import select_car
 from car_datasets.cli import app
 from car_datasets.exploring import NEAREST, atlas_table, write_atlas
-from tests.test_plots import make_pool
+from tests.reporting.test_plots import make_pool
 
 needs_atlas = pytest.mark.skipif(
     importlib.util.find_spec("embedding_atlas") is None, reason="needs pip install 'car-datasets[explore]'"

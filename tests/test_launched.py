@@ -17,8 +17,8 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import ClusterModel, QualityScorer, TextEmbedder, curate, load_instructions
-from car_datasets.columns import add_columns
 from car_datasets.results import RESULT_FILES
+from car_datasets.scoring.stage import add_columns
 from tests.conftest import ROOT, WORDS
 from tests.workers import run_ranks
 
@@ -183,7 +183,7 @@ from accelerate import Accelerator, PartialState
 if "accelerator-first" in sys.argv:
     Accelerator()
 from car_datasets import curate
-from car_datasets.parallel import from_main, is_main_process, process_rank
+from car_datasets.utils.processes import from_main, is_main_process, process_rank
 source, output, scorer, embedder = sys.argv[1:5]
 selected, scored, report = curate(source, output, scorer=scorer, embedder=embedder, n1=20, keep_embeddings=False)
 scored.to_parquet(f"{output}-{process_rank()[0]}.parquet")
@@ -216,7 +216,7 @@ def test_a_script_sees_the_same_on_every_rank(
 CRASH = """
 import os, sys, time
 from car_datasets import QualityScorer
-from car_datasets.parallel import from_main
+from car_datasets.utils.processes import from_main
 ordinary = QualityScorer.__call__
 kind, rank = sys.argv[3:5]
 def broken(self, batch, rank_of_map=None):
@@ -351,7 +351,7 @@ def test_the_command_cluster_shares_and_says_it_once(tiny_embedder: str, rows: P
 @pytest.mark.parametrize("run", range(5))
 def test_a_short_script_ends_well(tmp_path: Path, run: int) -> None:
     """Left to itself, gloo ended every other such process by SIGABRT."""
-    (tmp_path / "short.py").write_text("from car_datasets.parallel import from_main\nfrom_main(lambda: None)\n")
+    (tmp_path / "short.py").write_text("from car_datasets.utils.processes import from_main\nfrom_main(lambda: None)\n")
     done = launch(TORCHRUN, 2, str(tmp_path / "short.py"))
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -368,7 +368,7 @@ def test_a_mistake_of_all_is_said_once(tiny_iqs: str, tmp_path: Path) -> None:
 def test_one_process_of_a_launcher_is_like_none(tiny_iqs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    from car_datasets.parallel import process_rank
+    from car_datasets.utils.processes import process_rank
 
     assert process_rank() == (0, 1)
     assert QualityScorer(tiny_iqs).score_texts([]).scores.shape == (0,)

@@ -9,18 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from car_datasets import hub
-from car_datasets.publishing import card_templates
+from car_datasets.utils import revisions
+from car_datasets.utils.files import card_templates
 from tests.conftest import ROOT
 
 FIND = """
-from car_datasets import hub
-print(sorted(p.name for p in hub.data_folder("configs").iterdir() if p.suffix in (".yaml", ".sbatch")))
-print(sorted(p.name for p in hub.data_folder("hub_cards").glob("*.jinja")))
-from car_datasets import report_page
-from pathlib import Path
-print(sorted(p.name for p in (Path(report_page.__file__).parent / "pages").iterdir()))
-print(hub.sample_file().is_file(), (hub.default_scorer_folder() / "model.safetensors").is_file(), hub.__file__)
+from car_datasets.utils import files, revisions
+print(sorted(p.name for p in files.data_folder("configs").iterdir() if p.suffix in (".yaml", ".sbatch")))
+print(sorted(p.name for p in files.data_folder("hub_cards").glob("*.jinja")))
+print(sorted(p.name for p in files.ASSETS.iterdir()))
+print(files.sample_file().is_file(), (revisions.default_scorer_folder() / "model.safetensors").is_file(), files.__file__)
 """
 
 
@@ -56,7 +54,7 @@ def test_found_in_a_wheel(tmp_path: Path) -> None:
     assert (unpacked / "car_datasets" / "py.typed").is_file()
     lines = run(FIND, tmp_path, str(unpacked))
     assert lines[:2] == [str(expected("configs")), str(expected("hub_cards"))]
-    assert lines[2] == str(["report.css", "report.html.jinja", "report.js"])
+    assert lines[2] == str(["instructions.json", "iqs-minilm", "report.css", "report.html.jinja", "report.js"])
     assert lines[3].startswith("True True")
     assert str(unpacked) in lines[3]
 
@@ -73,9 +71,9 @@ def test_the_shipped_card_is_the_template_with_the_shipped_figures() -> None:
     import json
 
     from car_datasets import IQSConfig
-    from car_datasets.head_training import HeadTraining
+    from car_datasets.training.head import HeadTraining
 
-    folder = hub.default_scorer_folder()
+    folder = revisions.default_scorer_folder()
     figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     settings = HeadTraining()
     card = (
@@ -93,4 +91,4 @@ def test_the_shipped_card_is_the_template_with_the_shipped_figures() -> None:
     assert (folder / "README.md").read_text(encoding="utf-8") == card
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "apache-2.0"
-    assert header["base_model"] == hub.DEFAULT_ENCODER
+    assert header["base_model"] == revisions.DEFAULT_ENCODER

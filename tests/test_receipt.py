@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from car_datasets import QualityScorer, Recipe, curate, digests
-from car_datasets.column_names import ColumnNames
+from car_datasets import QualityScorer, Recipe, __version__, curate
 from car_datasets.curation import made_by
-from car_datasets.receipt import Receipt, indices_digest, pool_digest, rows_digest
-from car_datasets.version import __version__
+from car_datasets.receipt import Receipt, pool_digest
+from car_datasets.utils import digests
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.digests import indices_digest, rows_digest
 from tests.hub_server import Hub
 from tests.test_recipe import short_rows
 

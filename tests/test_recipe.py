@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from car_datasets import QualityScorer, Recipe, TextEmbedder, curate, formatting, loading
+from car_datasets import QualityScorer, Recipe, TextEmbedder, curate
 from car_datasets.curation import Curated
-from car_datasets.plots import PLOT_FILES
-from car_datasets.procedures import PROCEDURES, Amounts, Procedure
-from car_datasets.recipe_stages import resolve
+from car_datasets.loading import schemas, sources
+from car_datasets.reporting.plots import PLOT_FILES
 from car_datasets.results import RESULT_FILES
-from car_datasets.settings import is_whole_number
+from car_datasets.selection.procedures import PROCEDURES, Amounts, Procedure
+from car_datasets.stages import resolve
+from car_datasets.utils.settings import is_whole_number
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("train_"))
@@ -244,14 +245,14 @@ def test_one_run_makes_one_scorer_and_reads_the_schema_once(
 ) -> None:
     made: list[str] = []
     read: list[str] = []
-    ordinary, find_schema = QualityScorer.__post_init__, formatting.find_schema
+    ordinary, find_schema = QualityScorer.__post_init__, schemas.find_schema
 
     def counted(self: QualityScorer, token: str | None) -> None:
         made.append(self.model_id)
         ordinary(self, token)
 
     monkeypatch.setattr(QualityScorer, "__post_init__", counted)
-    monkeypatch.setattr(loading, "find_schema", lambda *given: (read.append("schema"), find_schema(*given))[1])
+    monkeypatch.setattr(sources, "find_schema", lambda *given: (read.append("schema"), find_schema(*given))[1])
     rows = Dataset.from_list([{k: r[k] for k in ("instruction", "input", "output")} for r in sample_rows[:12]])
     curate(rows, tmp_path / "out", n1=4, k=2, allow_worse=True)
     assert made == [Recipe.scorer]

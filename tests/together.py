@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 
-from car_datasets import ClusterModel, cluster_fitting, clustering, kmeans, vectors
-from car_datasets.collectives import Processes
-from car_datasets.parallel import all_processes, alone, from_main
-from car_datasets.vectors import Matrix
+from car_datasets import ClusterModel
+from car_datasets.clustering import kmeans
+from car_datasets.utils import columns
+from car_datasets.utils.columns import Matrix
+from car_datasets.utils.processes import Processes, all_processes, alone, from_main
 
 PIECE = 64
 
 
 def in_pieces_of(rows: int) -> None:
     """Cut what is read, held and labelled by so many rows."""
-    vectors.BATCH = clustering.BATCH = kmeans.CHUNK = rows
+    columns.BATCH = columns.BATCH = kmeans.CHUNK = rows
 
 
 def dataset_of(rows: Any) -> Dataset:
@@ -101,7 +102,7 @@ def errors(rank: int) -> list[str]:
     rows, more = topics(400), topics(400)
     rows[[70, 200, 399]] = np.nan
     unequal = [*more[:300], *more[300:, :8]]
-    ordinary = cluster_fitting.embedding_batches
+    ordinary = columns.embedding_batches
 
     def broken(*given: Any) -> Any:
         if rank == 1:
@@ -122,12 +123,12 @@ def errors(rank: int) -> list[str]:
         (dataset_of([more[0], *more[:0:-1]] if rank else more), ordinary, {}),
         (dataset_of([more[0], *more[:0:-1]] if rank else more), ordinary, {"kmeans": "sklearn"}),
     ):
-        cluster_fitting.embedding_batches = breaking
+        columns.embedding_batches = breaking
         try:
             ClusterModel.fit(data, **settings)
         except (ValueError, RuntimeError) as error:
             told.append(f"{type(error).__name__}: {error}")
-    cluster_fitting.embedding_batches = ordinary
+    columns.embedding_batches = ordinary
     model = from_main(lambda: ClusterModel.fit(dataset_of(more)))  # by one process, for which no other must wait
     other = replace(model, centers=model.centers + rank)
     turned = [more[0], *more[:0:-1]] if rank else more

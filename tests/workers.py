@@ -27,7 +27,7 @@ WORKERS = multiprocessing.get_context("forkserver")
 WORKERS.set_forkserver_preload(
     [
         "car_datasets.curation",
-        "car_datasets.cli",
+        "car_datasets.cli.stages",
         "matplotlib.backends.backend_agg",
         "matplotlib.pyplot",
         "sentence_transformers",
@@ -89,9 +89,9 @@ def _move_home(old: str, home: str) -> None:
     """Replace what the libraries made of `HF_HOME` when they were imported."""
     for module in list(sys.modules.values()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
-            if isinstance(value, str) and value.startswith(old):
+            if type(value) is str and value.startswith(old):
                 setattr(module, name, home + value[len(old) :])
-            elif isinstance(value, Path) and str(value).startswith(old):
+            elif type(value) is type(Path()) and str(value).startswith(old):
                 setattr(module, name, Path(home + str(value)[len(old) :]))
 
 

@@ -17,10 +17,9 @@ import torch
 from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.decomposition import PCA
 
-from car_datasets.cluster_fitting import Projection, fit_components
-from car_datasets.covariance import Covariance
-from car_datasets.kmeans import Chunks, KMeansSettings, first_centers, fit_kmeans, nearest
-from car_datasets.vectors import BATCH, Matrix
+from car_datasets.clustering.fitting import Covariance, Projection, fit_components
+from car_datasets.clustering.kmeans import Chunks, KMeansSettings, first_centers, fit_kmeans, nearest
+from car_datasets.utils.columns import BATCH, Matrix
 from tests.benchmarks.synthetic import embeddings
 from tests.benchmarks.table import Line, best_of
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from car_datasets import QualityScorer, TextEmbedder
-from car_datasets.batching import tokenise
-from car_datasets.embedding import load_sentence_transformer
-from car_datasets.parallel import device_for
+from car_datasets.scoring.batching import tokenise
+from car_datasets.scoring.embedder import load_sentence_transformer
+from car_datasets.utils.processes import device_for
 from tests.benchmarks.table import Line, best_of
 from tests.benchmarks.texts import texts
 

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from car_datasets import IQSConfig, IQSModel, QualityScorer, hub
-from car_datasets.batching import padding_waste, tokenise
-from car_datasets.columns import add_columns
-from car_datasets.loaded_scorer import LoadedScorer, load_scorer
-from car_datasets.packing import can_pack
+from car_datasets import IQSConfig, IQSModel, QualityScorer
+from car_datasets.scoring.batching import padding_waste, tokenise
+from car_datasets.scoring.inference import LoadedScorer, load_scorer
+from car_datasets.scoring.iqs.packing import can_pack
+from car_datasets.scoring.stage import add_columns
+from car_datasets.utils import revisions
 from tests.benchmarks.encoding import flop
 from tests.benchmarks.table import Line
 from tests.benchmarks.texts import rows, texts
@@ -103,7 +104,7 @@ def save_large(folder: Path, shape: dict[str, int]) -> None:
     model = IQSModel(IQSConfig(encoder_config=encoder, template="clean-1"))
     torch.nn.init.normal_(model.layers.weight, std=0.1)
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(hub.default_encoder_folder())
+    tokenizer = AutoTokenizer.from_pretrained(revisions.default_encoder_folder())
     tokenizer.model_max_length = 510
     tokenizer.save_pretrained(folder)
     tokenizer.save_pretrained(folder / "encoder")
@@ -243,7 +244,7 @@ def gpu_busy(function: Callable[[], Any]) -> float:
 
 def clustering(count: int = 10_000_000, size: int = 243, k: int = 2236) -> Iterator[Line]:
     """A pass of Lloyd's algorithm, and a covariance, on ten million points that are on the GPU."""
-    from car_datasets.kmeans import one_pass
+    from car_datasets.clustering.kmeans import one_pass
 
     points = torch.randn(count, size, device=DEVICE)
     centers = points[:k].clone()

@@ -17,8 +17,8 @@ from datasets import Dataset, disable_progress_bars
 from datasets.table import InMemoryTable
 
 from car_datasets import ClusterModel, select_car
-from car_datasets.kmeans import KMeansSettings, fit_kmeans, one_pass
-from car_datasets.vectors import Matrix
+from car_datasets.clustering.kmeans import KMeansSettings, fit_kmeans, one_pass
+from car_datasets.utils.columns import Matrix
 from tests.benchmarks.clustering import pieces
 from tests.benchmarks.synthetic import embeddings
 from tests.benchmarks.table import Line, best_of

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import torch
 
-from car_datasets import IQSModel, hub
-from car_datasets.batching import CPU_BUDGET, pad, token_batches, tokenise
-from car_datasets.templates import Exchange, render
+from car_datasets import IQSModel
+from car_datasets.loading.templates import Exchange, render
+from car_datasets.scoring.batching import CPU_BUDGET, pad, token_batches, tokenise
+from car_datasets.utils import files, revisions
 from tests.benchmarks.table import Line
 
 ROUNDS = 3
@@ -20,10 +21,10 @@ def measure() -> Iterator[Line]:
     """The shipped sample's 384 rows; the least of several rounds each."""
     from transformers import AutoTokenizer
 
-    rows = json.loads(hub.sample_file().read_text(encoding="utf-8"))
+    rows = json.loads(files.sample_file().read_text(encoding="utf-8"))
     texts = [render(Exchange(row["instruction"], row["input"], row["output"])) for row in rows]
-    model = IQSModel.from_pretrained(hub.default_scorer_folder()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(hub.default_encoder_folder())
+    model = IQSModel.from_pretrained(revisions.default_scorer_folder()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(revisions.default_encoder_folder())
     found = tokenise(tokenizer, [t.whole for t in texts], 512, [len(t.question) + 1 for t in texts])
     batches = []
     for places in token_batches([len(ids) for ids in found.ids], CPU_BUDGET):

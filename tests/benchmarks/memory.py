@@ -63,12 +63,13 @@ def small_model(folder: Path) -> None:
     """A random IQS model of 2 layers and 32 units that reads MiniLM's tokens."""
     from transformers import AutoTokenizer, BertConfig
 
-    from car_datasets import IQSConfig, IQSModel, hub
+    from car_datasets import IQSConfig, IQSModel
+    from car_datasets.utils import revisions
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     encoder = BertConfig(vocab_size=30_522, max_position_embeddings=512, **sizes)
     IQSModel(IQSConfig(encoder_config=encoder, hidden_sizes=(16,), template="clean-1")).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(hub.default_encoder_folder()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(revisions.default_encoder_folder()).save_pretrained(folder)
 
 
 def _in_a_process(*arguments: str) -> dict[str, float]:
@@ -107,8 +108,8 @@ def _score(model: str, folder: str) -> None:
     from datasets import Dataset
 
     from car_datasets import QualityScorer
-    from car_datasets.columns import add_columns
-    from car_datasets.loading import load_instructions
+    from car_datasets.loading.sources import load_instructions
+    from car_datasets.scoring.stage import add_columns
 
     scorer = QualityScorer(model, diagnostics=True)
     scorer.score_texts(["Instruction: a Response: b"])
@@ -122,7 +123,7 @@ def _time(count: str) -> None:
     from datasets import Dataset
 
     from car_datasets import QualityScorer
-    from car_datasets.columns import add_columns
+    from car_datasets.scoring.stage import add_columns
 
     scorer, dataset = QualityScorer(), Dataset.from_list(rows(int(count))[1])
     scorer.score_texts(["Instruction: a Response: b"])

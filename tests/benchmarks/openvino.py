@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from car_datasets import QualityScorer, hub
-from car_datasets.quantisation import compare_engines, quantise_encoder, sample_texts
+from car_datasets import QualityScorer
+from car_datasets.training.quantisation import compare_engines, quantise_encoder, sample_texts
+from car_datasets.utils import files
 from tests.benchmarks.table import Line
 
 ALPACA = Path(__file__).parents[3] / "shared" / "data" / "alpaca_9k.json"
@@ -21,7 +22,7 @@ CALIBRATION, COMPARED = 300, 1000
 
 def measure() -> Iterator[Line]:
     """Rows of Alpaca from the project's data folder; without it the shipped sample, half to calibrate on."""
-    file = ALPACA if ALPACA.is_file() else hub.sample_file()
+    file = ALPACA if ALPACA.is_file() else files.sample_file()
     rows = json.loads(file.read_text(encoding="utf-8"))
     calibration = min(CALIBRATION, len(rows) // 2)
     scorer = QualityScorer()

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from car_datasets import ClusterModel, IQSConfig, IQSModel, Recipe, SelectionReport, TextEmbedder, hub, select_car
-from car_datasets.embedding import load_sentence_transformer
-from car_datasets.loading import load_instructions
-from car_datasets.parallel import device_for
-from car_datasets.recipe_stages import resolve
+from car_datasets import ClusterModel, IQSConfig, IQSModel, Recipe, SelectionReport, TextEmbedder, select_car
+from car_datasets.loading.sources import load_instructions
+from car_datasets.scoring.embedder import load_sentence_transformer
+from car_datasets.stages import resolve
+from car_datasets.utils import revisions
+from car_datasets.utils.processes import device_for
 from tests.benchmarks.table import Line, best_of
 from tests.benchmarks.texts import rows, texts
 
@@ -58,7 +59,7 @@ def _original_way(found: Sequence[str], items: Sequence[dict[str, Any]]) -> dict
     from sklearn.decomposition import PCA
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    folder = hub.default_encoder_folder()
+    folder = revisions.default_encoder_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = IQSModel(IQSConfig(encoder_config=AutoConfig.from_pretrained(folder))).eval()
     model.encoder.set_attn_implementation("eager")

@@ -19,8 +19,8 @@ from datasets import Dataset, disable_progress_bars
 from datasets.table import InMemoryTable
 
 from car_datasets import ClusterModel, SelectionReport, select_car
-from car_datasets.column_names import ColumnNames
 from car_datasets.results import write_result
+from car_datasets.utils.column_names import ColumnNames
 from tests.benchmarks.memory import resident, watching
 from tests.benchmarks.synthetic import embeddings
 from tests.benchmarks.table import Line, best_of

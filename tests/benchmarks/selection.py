@@ -9,7 +9,7 @@ import pandas as pd
 from datasets import Dataset
 
 from car_datasets import select_car
-from car_datasets.selection import choose
+from car_datasets.selection.rule import choose
 from tests.benchmarks.table import Line, best_of
 
 ROWS, CLUSTERS, N1, N2 = 10_000_000, 2_236, 10_000, 2  # clusters: int(sqrt(rows / 2))

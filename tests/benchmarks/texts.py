@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from car_datasets import hub
-from car_datasets.templates import Exchange, render
+from car_datasets.loading.templates import Exchange, render
+from car_datasets.utils import files
 
 ALPACA = Path(__file__).parents[3] / "shared" / "data" / "alpaca_9k.json"
 
@@ -17,7 +17,7 @@ def rows(count: int | None = None) -> tuple[str, list[dict[str, Any]]]:
     if ALPACA.is_file():
         found = json.loads(ALPACA.read_text(encoding="utf-8"))
         return "Alpaca rows", found[:count]
-    found = json.loads(hub.sample_file().read_text(encoding="utf-8"))
+    found = json.loads(files.sample_file().read_text(encoding="utf-8"))
     return "sample rows, repeated", [found[i % len(found)] for i in range(count or 9_229)]
 
 

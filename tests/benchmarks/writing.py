@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from car_datasets.vectors import beside, read_embeddings
+from car_datasets.utils.columns import beside, read_embeddings
 from tests.benchmarks.table import Line, best_of
 
 ROWS, SIZE = 20_000, 384

@@ -1,0 +1,216 @@
+"""The commands that make and measure scorers: prepare, train, evaluate, quantise, convert."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from car_datasets.cli.app import (
+    Output,
+    Source,
+    add_options,
+    app,
+    one_line_errors,
+    option,
+    print_table,
+    quiet_models,
+    recipe_options,
+)
+from car_datasets.recipe import Recipe
+
+
+@app.command(epilog="Example: car-datasets prepare revisions.json --output expert-pairs")
+@one_line_errors
+def prepare(
+    revisions: Annotated[Path, typer.Argument(help="JSON list of revisions: objects with original and revised.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the files.")],
+    drop: Annotated[
+        float | None,
+        typer.Option(help="Smallest edits to leave out: a share below 1, or a number.  [default: 0.323, as CaR]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = Recipe.seed,
+    similarity: Annotated[
+        float, typer.Option(help="Cosine from which two pairs are near-duplicates, kept on one side; 0 to not look.")
+    ] = 0.8,
+    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, collapse white space.")] = True,
+) -> None:
+    """Split expert revisions into training, validation and test files, in both of the original's formats; audit for leaks."""
+    from car_datasets.training.preparation import PUBLISHED_SHARE, audit_table
+    from car_datasets.training.preparation import prepare as prepare_files
+
+    found = prepare_files(
+        revisions,
+        output,
+        drop=PUBLISHED_SHARE if drop is None else drop,
+        seed=seed,
+        clean_text=clean,
+        similarity=similarity or None,
+    )
+    kept = ", ".join(f"{found.counts[side]:,} {side}" for side in ("train", "valid", "test"))
+    typer.echo(
+        f"{found.counts['revisions']:,} revisions, {found.counts['dropped']:,} smallest edits dropped; pairs: {kept} "
+        f"({found.moved:,} near-duplicates moved to train). The files are in {output}."
+    )
+    for name, audit in found.audits.items():
+        print_table(audit_table(name, audit))
+
+
+@app.command(epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer")
+@one_line_errors
+@add_options("token")
+def train(
+    config: Annotated[Path, typer.Argument(help="A training file, such as those in configs/train_*.yaml.")],
+    train: Annotated[str | None, typer.Option(help="File of pairs or scored rows.  [default: the file's]")] = None,
+    valid: Annotated[
+        str | None, typer.Option(help="File of pairs to choose the epoch by.  [default: the file's]")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A new folder.  [default: the file's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and dropout.  [default: the file's]")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other key of the file: --set epochs=2; may be repeated.")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Train a scorer: the head of the embedded one, or a whole model (IQS or ranking) as the original does."""
+    quiet_models()
+    given = {"train": train, "valid": valid, "output": output, "seed": seed}
+    changes = {**{name: value for name, value in given.items() if value is not None}, **_parse_settings(set_ or [])}
+    from car_datasets.training.head import HeadTraining, train_head
+    from car_datasets.training.train import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
+    from car_datasets.utils.settings import read_kind
+
+    if read_kind(config, ("head", *OBJECTIVE_OF_KIND)) == "head":
+        settings: Any = HeadTraining.from_yaml(config, **changes)
+        figures = train_head(settings)
+    else:
+        settings = ScorerTraining.from_yaml(config, **changes)
+        figures = train_scorer(settings, options["token"])
+    if figures:  # the other processes of a distributed run have none
+        pairs = figures["accuracy"]["cleaned"]["pairs"]
+        typer.echo(
+            f"The model is in {settings.output}; it ranks {100 * pairs['value']:.1f} % of the validation pairs right "
+            f"(95 % interval {100 * pairs['low']:.1f} to {100 * pairs['high']:.1f})."
+        )
+
+
+@app.command(epilog="Example: car-datasets evaluate car-datasets/iqs-minilm --pairs expert_score_valid.csv")
+@one_line_errors
+@add_options(
+    "token",
+    tokenizer=option(str | None, Recipe.__dataclass_fields__["tokenizer"].metadata["help"]),
+    revision=option(str | None, "Branch, tag or commit of a Hub model."),
+    engine=option(str | None, "Also measure the int8 encoder in this folder, and compare it with the float32 one."),
+    samples=option(int | None, "Bootstrap samples behind each interval."),
+    seed=option(int, "Seed of bootstrap and corruptions.", 0),
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An IQS model: Hub id or folder; car-datasets/iqs-minilm comes along.")],
+    pairs: Annotated[Path, typer.Option(help="CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected).")],
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this new file.")] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(help="Other pairs, to choose the threshold and train the bag of words on."),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Measure a scorer: accuracy with intervals and baselines, corrupted copies, changes of style."""
+    quiet_models()
+    from car_datasets.training.pairs import read_pairs
+
+    if json_ is not None and json_.exists():
+        raise ValueError(f"--json {json_} is there already; name another file or move it away.")
+    measured, rest = read_pairs(pairs), read_pairs(other) if other else []
+    from car_datasets.scoring.scorer import QualityScorer
+    from car_datasets.training.evaluation import evaluate_scorer
+
+    engine, token = options["engine"], options["token"]
+    scorer = QualityScorer(model, options["revision"], token, options["tokenizer"])
+    drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
+    quick = None if engine is None else replace(scorer, engine=engine)  # refused here, before anything is measured
+    found = evaluate_scorer(scorer, measured, other=rest, **drawing)
+    tables, figures = found.to_tables(), json.loads(found.to_json())
+    if quick is not None:
+        from car_datasets.loading.templates import render
+        from car_datasets.training.quantisation import compare_engines
+        from car_datasets.utils.files import without_nan
+
+        by_engine = evaluate_scorer(quick, measured, other=rest, **drawing)
+        texts = [render(row, str(scorer.template)) for pair in measured for row in pair]
+        agreement = compare_engines(scorer, quick, texts)
+        tables += [*by_engine.to_tables(), agreement.to_table()]
+        figures["int8"] = {**json.loads(by_engine.to_json()), "beside_float32": without_nan(asdict(agreement))}
+    for table in tables:
+        print_table(table)
+    if json_ is not None:
+        json_.parent.mkdir(parents=True, exist_ok=True)
+        json_.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command(epilog="Example: car-datasets quantise alpaca_data.json --output int8")
+@one_line_errors
+@recipe_options(
+    *("scorer", "scorer_revision", "tokenizer", "name", "split", "revision", "schema", "columns"),
+    seed="Seed of the choice of rows.",
+)
+@add_options("token")
+def quantise(
+    source: Source,
+    output: Output,
+    changes: dict[str, Any],
+    rows: Annotated[int, typer.Option(help="Rows of the source to calibrate on; as many others to compare on.")] = 300,
+    **options: Any,
+) -> None:
+    """Write a scorer's encoder in int8, for `--engine DIR` on the CPU; needs the extra: pip install 'car-datasets[openvino]'."""
+    quiet_models()
+    from car_datasets.scoring.iqs.openvino_encoder import RECORD_FILE, import_openvino
+    from car_datasets.utils.files import fresh_folder
+
+    fresh_folder(output, (RECORD_FILE,), "--output")
+    import_openvino("nncf")
+    from car_datasets.cli.stages import load_source
+    from car_datasets.scoring.scorer import QualityScorer
+    from car_datasets.training.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
+
+    if rows < FEWEST_TEXTS:
+        raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
+    recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
+    _, dataset = load_source(source, recipe, token)
+    reading: dict[str, Any] = {"schema": recipe.schema, "columns": recipe.columns, "on_invalid": recipe.on_invalid}
+    whole = QualityScorer(recipe.scorer, recipe.scorer_revision, token, recipe.tokenizer, **reading)
+    texts, others = sample_texts(dataset, whole, rows, seed=recipe.seed)
+    quantise_encoder(whole, texts, output)
+    typer.echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
+    if len(others) >= FEWEST_TEXTS:
+        print_table(compare_engines(whole, replace(whole, engine=str(output)), others).to_table())
+    else:
+        typer.echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
+
+
+@app.command(epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large")
+@one_line_errors
+@recipe_options("tokenizer")
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="A .ckpt file, or a folder or Hub id in the original's layout.")],
+    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    changes: dict[str, Any],
+) -> None:
+    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer."""
+    quiet_models()
+    from car_datasets.scoring.iqs.modeling_iqs import convert_checkpoint
+
+    convert_checkpoint(checkpoint, output, changes.get("tokenizer"))
+    typer.echo(f"The model is in {output}.")
+
+
+def _parse_settings(given: list[str]) -> dict[str, Any]:
+    """Return the settings of `--set key=value`; the value is read as YAML."""
+    import yaml
+
+    wrong = [text for text in given if "=" not in text]
+    if wrong:
+        raise ValueError(f"--set {wrong[0]}: write key=value, as in --set epochs=2.")
+    return {key.strip(): yaml.safe_load(value) for key, value in (text.split("=", 1) for text in given)}

@@ -1,0 +1,5 @@
+"""CLUSTER: PCA and k-means over the embeddings, and the label of every row."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

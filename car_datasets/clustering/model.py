@@ -1,0 +1,308 @@
+"""Cluster embeddings by PCA and k-means (CaR sec. 3.2): `ClusterModel`, a `.map` callable that is saved as safetensors.
+
+Does: fit on the embeddings of a dataset, give every row its cluster and its distance to the centre, save and load a
+model. Does not: compute embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from car_datasets.clustering.fitting import ENGINES, Identity, Projection, checked_fit, clustering_device, refuse_others
+from car_datasets.clustering.kmeans import nearest
+from car_datasets.utils.columns import (
+    BATCH,
+    Matrix,
+    as_arrow,
+    beside,
+    column_batches,
+    matrix_of,
+    refuse_overwrite,
+    refuse_tables,
+)
+from car_datasets.utils.files import write_whole
+from car_datasets.utils.processes import Processes, all_processes, mend_threads_after_fork, note_that_torch_runs
+from car_datasets.utils.public import public
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+CACHE_VERSION = "2"
+FORMATS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
+
+
+@public
+@dataclass(frozen=True, eq=False)
+class ClusterModel:
+    """A projection and k centres: `dataset.map(ClusterModel.fit(dataset), batched=True, with_rank=True)`.
+
+    Args:
+        mean (`(dimension,)` float32): mean of the embeddings that it was fitted on.
+        components (`(kept, dimension)` float32): principal components.
+        centers (`(k, kept)` float32): centres of k-means, in the projected space.
+        explained_variance (`float`): share of the variance that the kept components hold.
+        inertia (`float`): sum of squared distances of the rows that it was fitted on to their centres.
+        seed (`int`): seed of PCA and k-means.
+        embedding_column (`str`): column that is read.
+        output_column (`str`): column of labels that is added.
+        distance_column (`str`): column of distances to the centre that is added.
+    """
+
+    mean: Matrix
+    components: Matrix
+    centers: Matrix
+    explained_variance: float
+    inertia: float
+    seed: int
+    embedding_column: str = "embedding"
+    output_column: str = "cluster"
+    distance_column: str = "cluster_distance"
+    cache_version: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Bring the arrays into one layout; raise ValueError if both new columns have one name."""
+        # One type and layout in memory, so that equal models have equal fingerprints.
+        for name in ("mean", "components", "centers"):
+            object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.float32, order="C", copy=True))
+        if self.output_column == self.distance_column:
+            raise ValueError(
+                f"output_column and distance_column are both {self.output_column!r}; name one differently."
+            )
+        # Set here, since the default of a field is not part of the pickle that `datasets` hashes.
+        object.__setattr__(self, "cache_version", CACHE_VERSION)
+
+    @property
+    def k(self) -> int:
+        """Return the number of clusters."""
+        return len(self.centers)
+
+    @property
+    def digest(self) -> str:
+        """Return the sha256 over all numbers; models with equal digests give equal labels."""
+        content = hashlib.sha256()
+        for array in (self.mean, self.components, self.centers):
+            content.update(np.ascontiguousarray(array).tobytes())
+        return "sha256:" + content.hexdigest()
+
+    @classmethod
+    def fit(
+        cls,
+        dataset: Dataset,
+        embedding_column: str = "embedding",
+        *,
+        k: int | str = "sqrt",
+        explained_variance: float = 0.95,
+        seed: int = 42,
+        n_init: int = 1,
+        kmeans: str = "torch",
+        kmeans_sample: int = 256,
+        output_column: str = "cluster",
+        distance_column: str = "cluster_distance",
+    ) -> ClusterModel:
+        """Fit PCA and k-means on the embeddings of a dataset; rows without an embedding are left out.
+
+        Under `accelerate launch` or `torchrun` all processes call this with the same rows, share the passes over them,
+        and get one model: that of a single process, except for the last digits (some 1e-7 of a number, so a row can
+        change its cluster only if two centres are equally near). With `"sklearn"` the main process computes alone.
+
+        The rows that k-means is fitted on are held in memory, projected: all of them, or a sample.
+
+        Args:
+            dataset (`Dataset`): rows with a column of embeddings of equal length.
+            embedding_column (`str`): column of embeddings.
+            k (`int` or `"sqrt"`): number of clusters; `"sqrt"` is the paper's int(sqrt(rows / 2)).
+            explained_variance (`float`): PCA keeps the fewest components that hold this share; 1.0 keeps all.
+            seed (`int`): seed of k-means.
+            n_init (`int`): number of runs, of which the best is kept.
+            kmeans (`str`): engine. `"torch"`, or `"sklearn"` for scikit-learn's PCA and k-means (k-means++, Lloyd) on
+                all rows and with all of them in memory, as in the paper; slower.
+            kmeans_sample (`int`): for `"torch"`, rows per cluster to fit on. If there are more, that many are drawn,
+                and the centres are then corrected by two passes over all rows; 0 fits on all rows.
+            output_column (`str`): column of labels that the model adds.
+            distance_column (`str`): column of distances that the model adds.
+
+        Raises:
+            ValueError: the column is missing, embeddings are of unequal length or not finite, there are more clusters
+                than rows, a setting is invalid, or processes pass different rows.
+        """
+        settings = checked_fit(k, explained_variance, seed, n_init, kmeans, kmeans_sample)
+        note_that_torch_runs()
+        return cls(
+            *ENGINES[kmeans](dataset, embedding_column, settings),
+            seed=settings.seed,
+            embedding_column=embedding_column,
+            output_column=output_column,
+            distance_column=distance_column,
+        )
+
+    def output_features(self) -> Features:
+        """Return the types of the columns that this callable adds."""
+        from datasets import Features, Value
+
+        return Features({self.output_column: Value("int32"), self.distance_column: Value("float32")})
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
+        """Return the label (int32) and the distance to its centre (float32, projected space) of every row of a batch.
+
+        Args:
+            batch (`Mapping`): columns of a `.map(batched=True)` batch.
+            rank (`int`, *optional*): rank that `.map(with_rank=True)` passes; it chooses the GPU, if there is one.
+        """
+        refuse_tables(batch, "ClusterModel.label(dataset)")
+        self._refuse_columns(list(batch))
+        *arrays, missing = self._label(as_arrow(batch[self.embedding_column]), rank)
+        if missing.any():  # lists of numpy's own numbers, from which `.map` infers int32 and float32
+            arrays = [[None if gone else x for x, gone in zip(array, missing, strict=True)] for array in arrays]
+        return dict(zip((self.output_column, self.distance_column), arrays, strict=True))
+
+    def _refuse_columns(self, columns: list[str]) -> None:
+        """Raise ValueError if a column that would be added exists, or the embeddings are missing."""
+        refuse_overwrite(columns, (self.output_column, self.distance_column), "output_column=... to ClusterModel.fit")
+        if self.embedding_column not in columns:
+            raise ValueError(
+                f"The dataset has no column {self.embedding_column!r}; it has {columns}. Run TextEmbedder over it "
+                "first, or rename your column of embeddings."
+            )
+
+    def _label(self, rows: pa.Array | pa.ChunkedArray, rank: int | None = None) -> tuple[Any, Any, Any]:
+        """Return labels, distances, and a mask of the rows that have neither, each of shape `(rows,)`."""
+        mend_threads_after_fork()
+        matrix, present = matrix_of(rows, self.embedding_column)
+        labels, distances = np.zeros(len(rows), dtype=np.int32), np.zeros(len(rows), dtype=np.float32)
+        missing = np.ones(len(rows), dtype=bool)
+        if len(present) > 0:
+            labels[present], distances[present] = self.assign(matrix, rank)
+            missing[present] = False
+        return labels, distances, missing
+
+    def label_arrow(self, rows: pa.Array | pa.ChunkedArray) -> pa.Table:
+        """Return a table of the two columns that this callable adds, from a column of embeddings; nulls stay null."""
+        return self._table(*self._label(rows))
+
+    def _table(self, labels: Any, distances: Any, missing: Any) -> pa.Table:
+        columns = [pa.array(array, mask=missing) for array in (labels, distances)]
+        return pa.table(columns, names=(self.output_column, self.distance_column))
+
+    def label(self, dataset: Dataset, *, across_processes: bool = False) -> Dataset:
+        """Return what `dataset.map(self)` returns, without copying the other columns; embeddings are read from Arrow.
+
+        Args:
+            dataset (`Dataset`): rows with a column of embeddings.
+            across_processes (`bool`): share the work among the processes of `accelerate launch` or `torchrun`. All of
+                them call this with the same rows and all get the entire result. Without it each process labels all
+                rows.
+
+        Raises:
+            ValueError: a column is missing or would be overwritten, or processes pass different rows or models.
+        """
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        self._refuse_columns(dataset.column_names)
+        with all_processes() if across_processes else nullcontext(Processes()) as processes:
+            table = processes.joined(lambda: self._label_share(dataset, processes), _joined_labels)
+        return beside(dataset, Dataset(InMemoryTable(table)))
+
+    def _label_share(self, dataset: Dataset, processes: Processes) -> tuple[Identity | None, pa.Table]:
+        """Label this process's share of the rows, and return it with the fingerprint of its work."""
+        from datasets.utils import tqdm
+
+        share = processes.share(len(dataset), BATCH)
+        # Filled in place: small results kept from every batch would lie between the large buffers that are freed, and
+        # leave the process with holes as large as all embeddings.
+        labels, distances, missing = (np.empty(len(share), dtype=kind) for kind in (np.int32, np.float32, np.bool_))
+        done = 0
+        with tqdm(total=len(dataset), desc="Clustering", unit=" examples", disable=processes.rank > 0) as progress:
+            for batch in column_batches(dataset, self.embedding_column, share):
+                rows = slice(done, done := done + len(batch))
+                labels[rows], distances[rows], missing[rows] = self._label(batch)
+                # Only the main process shows a bar, and the others label as many rows in the same time.
+                progress.update(min(len(batch) * processes.count, progress.total - progress.n))
+        identity = Identity.of(dataset, self.embedding_column, (self.digest,), processes)
+        return identity, self._table(labels, distances, missing)
+
+    def assign(self, embeddings: Matrix, rank: int | None = None) -> tuple[npt.NDArray[np.int32], Matrix]:
+        """Return the label of every embedding and its distance to the centre, both of shape `(rows,)`.
+
+        Args:
+            embeddings (`(rows, dimension)` float32): any number of rows; `BATCH` of them are projected at a time.
+            rank (`int`, *optional*): rank of a `.map` worker; it chooses the GPU, if there is one.
+
+        Raises:
+            ValueError: the embeddings have another dimension than those that this model was fitted on.
+        """
+        if embeddings.ndim != 2 or embeddings.shape[1] != len(self.mean):
+            raise ValueError(
+                f"embeddings have the shape {embeddings.shape}; this model was fitted on {len(self.mean)} columns. "
+                "Embed the rows by the same model as those that it was fitted on."
+            )
+        labels = np.empty(len(embeddings), dtype=np.int32)
+        distances = np.empty(len(embeddings), dtype=np.float32)
+        project = Projection(self.mean, self.components, clustering_device(rank))
+        centers = torch.from_numpy(self.centers).to(project.device)
+        for start in range(0, len(embeddings), BATCH):
+            rows = slice(start, start + BATCH)
+            points = project(embeddings[rows])
+            nearest_labels, _ = nearest(points, centers)
+            labels[rows] = nearest_labels.cpu().numpy()
+            # Computed again from the difference: the distances of `nearest` lose their digits close to 0.
+            distances[rows] = (points - centers[nearest_labels]).norm(dim=1).cpu().numpy()
+        return labels, distances
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `cluster_model.safetensors` and `cluster_model.json` into `folder`.
+
+        If the process is killed meanwhile, the folder holds no model, never a mixture of two.
+        """
+        from safetensors.numpy import save_file
+
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        arrays = {"mean": self.mean, "components": self.components, "centers": self.centers}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        text = json.dumps(plain, indent=2) + "\n"
+        # The JSON file marks a complete model: an old one is deleted first, the new one is written last.
+        (path / "cluster_model.json").unlink(missing_ok=True)
+        write_whole(path / "cluster_model.safetensors", lambda name: save_file(arrays, name))
+        write_whole(path / "cluster_model.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> ClusterModel:
+        """Load a model that [`~ClusterModel.save_pretrained`] wrote.
+
+        Raises:
+            ValueError: the folder holds no cluster model, or one of an unknown version.
+        """
+        from safetensors.numpy import load_file
+
+        path = Path(folder)
+        if not (path / "cluster_model.json").is_file():
+            raise ValueError(
+                f"{str(folder)!r} holds no cluster model: there is no cluster_model.json. Write one by save_pretrained."
+            )
+        plain = json.loads((path / "cluster_model.json").read_text(encoding="utf-8"))
+        version = plain.pop("cache_version", None)
+        if version not in FORMATS:
+            raise ValueError(
+                f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {FORMATS}. "
+                "Fit it again."
+            )
+        return cls(**load_file(path / "cluster_model.safetensors"), **plain)
+
+
+def _joined_labels(parts: list[tuple[Identity | None, pa.Table]]) -> pa.Table:
+    """Join the labels of all processes, in the order of the rows."""
+    refuse_others("labels", [identity for identity, _ in parts])
+    return pa.concat_tables([table for _, table in parts])

@@ -1,0 +1,5 @@
+"""LOAD: open a source, recognise its schema and check its rows."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

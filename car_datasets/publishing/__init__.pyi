@@ -1,0 +1,2 @@
+from .push import push_selection as push_selection
+from .verification import verify as verify

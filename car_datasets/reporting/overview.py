@@ -1,0 +1,409 @@
+"""`Overview`: a pool and its selection as arrays, shared by all reports, with two control samples and a map.
+
+Does: read scores, clusters, lengths and statuses once; find the selected rows in the pool; draw controls and samples;
+project the embeddings of a sample to two dimensions (PCA, t-SNE, or UMAP if umap-learn is installed).
+Does not: read text, compute a figure, or draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from car_datasets.clustering.fitting import project
+from car_datasets.selection.rule import BY_CLUSTER, BY_SCORE, SELECTION_COLUMNS, Indices, ranks_of, ranks_within
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import (
+    Matrix,
+    check_columns,
+    count_vectors,
+    embedding_batches,
+    read_embeddings,
+    read_numbers,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LENGTH_BINS = 20  # the length-matched control has the selection's share of rows in each
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Overview:
+    """A pool and its selection, with one array entry per row of the pool.
+
+    Args:
+        pool (`Dataset`): scored and clustered, without a format. Its embedding column is read only on request.
+        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+        scores (`(rows,)` float64): NaN for a row without a score.
+        clusters (`(rows,)` int64): -1 for a row without a cluster.
+        lengths (`(rows,)` float64): length of every row in `length_unit`.
+        length_unit (`str`): `"tokens"` of the scored text, or `"characters"` of the row's strings.
+        statuses (`pyarrow.Array`, *optional*): the scorer's status of every row; `None` if the pool has no such column.
+        ids (`pyarrow.Array`, *optional*): the index column; `None` if rows are named by their position.
+        positions (`(selected,)` int64): the selected rows, in the order of the selection.
+        selected_by (`(selected,)` str): `"score"`, `"cluster"` or `"both"` for each of them.
+        random_control, length_matched_control (`(selected,)` int64): rows of the pool.
+        seed (`int`): for everything that is drawn at random.
+    """
+
+    pool: Dataset
+    names: ColumnNames
+    scores: Floats
+    clusters: Indices
+    lengths: Floats
+    length_unit: str
+    statuses: pa.Array | None
+    ids: pa.Array | None
+    positions: Indices
+    selected_by: npt.NDArray[np.str_]
+    random_control: Indices
+    length_matched_control: Indices
+    seed: int
+
+    @classmethod
+    def of(cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = 42) -> Overview:
+        """Read the columns of a pool and of the rows selected from it.
+
+        Args:
+            pool (`Dataset`): scored and clustered. Without an index column its rows are named by their position.
+            selected (`Dataset`): the rows that [`select_car`] took from it, with `selected_by` and the index column.
+            names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+            seed (`int`): for the two control samples.
+
+        Raises:
+            ValueError: a selected row is not in the pool, or a column is missing.
+        """
+        check_columns(pool.column_names, (names.score, names.cluster), ())
+        check_columns(selected.column_names, (names.index, "selected_by"), ())
+        pool, selected = pool.with_format(None), selected.with_format(None)
+        scores = read_numbers(pool, names.score, np.nan)
+        lengths, unit = row_lengths(pool, names)
+        positions = positions_in_pool(pool, selected, names.index)
+        random, matched = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
+        return cls(
+            pool=pool,
+            names=names,
+            scores=scores,
+            clusters=read_numbers(pool, names.cluster, -1),
+            lengths=lengths,
+            length_unit=unit,
+            statuses=_column(pool, names.status),
+            ids=_column(pool, names.index),
+            positions=positions,
+            selected_by=np.array(selected["selected_by"][:], dtype=np.str_),
+            random_control=random,
+            length_matched_control=matched,
+            seed=seed,
+        )
+
+    # columns that are read on request --------------------------------------------------------------------------------
+
+    @cached_property
+    def user_columns(self) -> list[str]:
+        """Return the pool's columns that no stage added."""
+        names = self.names
+        added = {names.score, names.cluster, names.index, names.embedding, *names.diagnostics, *SELECTION_COLUMNS}
+        return [column for column in self.pool.column_names if column not in added]
+
+    @cached_property
+    def embedded(self) -> int:
+        """Return the number of rows that have an embedding; 0 if the pool has no embedding column."""
+        return count_vectors(self.pool, self.names.embedding)
+
+    def embedding_batches(self) -> Iterator[tuple[Matrix, Indices]]:
+        """Yield the embeddings in float32 batches with the positions of their rows.
+
+        The column is read anew by every call and never held entirely, because it may be larger than the memory.
+
+        Raises:
+            ValueError: the pool has no embedding column, or one that does not hold finite vectors of one length.
+        """
+        return embedding_batches(self.pool, self.names.embedding)
+
+    def embeddings_of(self, rows: Indices) -> tuple[Matrix, Indices]:
+        """Return the embeddings of some rows as one float32 matrix, and which of `rows` (by index) have one.
+
+        Both are empty if none of the rows has an embedding.
+
+        Raises:
+            ValueError: the embedding column does not hold finite vectors of one length.
+        """
+        some = self.pool.select(rows.tolist())
+        if count_vectors(some, self.names.embedding) == 0:
+            return np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)
+        return read_embeddings(some, self.names.embedding)
+
+    # what follows from the arrays ------------------------------------------------------------------------------------
+
+    @cached_property
+    def scored(self) -> Indices:
+        """Return the positions of the rows that have a score."""
+        return np.flatnonzero(~np.isnan(self.scores))
+
+    @cached_property
+    def taken(self) -> npt.NDArray[np.bool_]:
+        """Return a mask over the pool that is True for selected rows."""
+        mask = np.zeros(len(self.scores), dtype=bool)
+        mask[self.positions] = True
+        return mask
+
+    @cached_property
+    def cluster_count(self) -> int:
+        """Return the number of clusters in the pool."""
+        return len(np.unique(self.clusters[self.clusters >= 0]))
+
+    @cached_property
+    def by_score(self) -> int:
+        """Return the n1 of the selection: the number of rows taken by score."""
+        return int(np.count_nonzero(self.selected_by != BY_CLUSTER))
+
+    @cached_property
+    def by_cluster(self) -> int:
+        """Return the n2 of the selection: the largest number of rows taken from one cluster."""
+        picks = self.positions[self.selected_by != BY_SCORE]
+        return int(self.cluster_ranks[picks].max()) if len(picks) else 0
+
+    @cached_property
+    def score_ranks(self) -> Indices:
+        """Return the rank of every row in the pool, 1 for the best; ties by row order, rows without a score last."""
+        return ranks_of(self.scores)
+
+    @cached_property
+    def cluster_ranks(self) -> Indices:
+        """Return the rank of every scored row in its cluster, 1 for the best; 0 without a cluster or a score."""
+        ranks = np.zeros(len(self.scores), dtype=np.int64)
+        order = np.argsort(self.score_ranks)[: len(self.scored)]
+        ranks[order] = ranks_within(self.clusters[order])
+        return ranks
+
+    @cached_property
+    def reasons(self) -> npt.NDArray[np.str_]:
+        """Return `selected_by` for every row of the pool, empty for rows that were not selected."""
+        reasons = np.full(len(self.scores), "", dtype="<U7")  # "cluster" is the longest reason
+        reasons[self.positions] = self.selected_by
+        return reasons
+
+    def score_length_correlation(self) -> dict[str, float]:
+        """Return `pearson` and `spearman` of scores and lengths over the scored rows; 0 if either is constant."""
+        from scipy.stats import pearsonr, spearmanr
+
+        scores, lengths = self.scores[self.scored], self.lengths[self.scored]
+        if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(lengths) == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        return {"pearson": float(pearsonr(scores, lengths)[0]), "spearman": float(spearmanr(scores, lengths)[0])}
+
+    def name_of(self, row: int) -> str | int:
+        """Return the index of the row at a position, or the position if the pool has no index column."""
+        name: str | int = row if self.ids is None else self.ids[row].as_py()
+        return name
+
+    def sample(self, limit: int, among: Indices | None = None) -> Indices:
+        """Draw a sample of rows, selected ones first.
+
+        Args:
+            limit (`int`): rows in the sample at most. Selected rows fill up to half of it, other rows the rest.
+            among (`(n,)` int64, *optional*): the rows to draw from, ascending; by default all scored rows.
+
+        Returns:
+            `(at most limit,)` int64: row positions, ascending.
+        """
+        rows = self.scored if among is None else among
+        if len(rows) <= limit:
+            return rows
+        rng = np.random.default_rng(self.seed)
+        taken = np.isin(rows, self.positions)
+        kept = rng.choice(rows[taken], min(int(taken.sum()), limit // 2), replace=False)
+        others = rng.choice(rows[~taken], min(int((~taken).sum()), limit - len(kept)), replace=False)
+        return np.sort(np.concatenate([kept, others]))
+
+
+def _column(dataset: Dataset, name: str) -> pa.Array | None:
+    """Return a column as one Arrow array, or `None` if the dataset has no such column."""
+    if name not in dataset.column_names:
+        return None
+    return dataset.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
+
+
+def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> Indices:
+    """Return the positions of the selected rows in the pool.
+
+    Args:
+        pool (`Dataset`), selected (`Dataset`): a pool, and rows of it.
+        index_column (`str`): identifies a row in both. If the pool does not have it, `selected` holds row positions.
+
+    Raises:
+        ValueError: a selected row is not in the pool, or several rows of the pool have the same index.
+    """
+    import pandas as pd
+
+    ids = _column(pool, index_column)
+    wanted = selected.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas()
+    known = pd.RangeIndex(len(pool)) if ids is None else pd.Index(ids.to_pandas())
+    if not known.is_unique:
+        raise ValueError(
+            f"The pool's index column {index_column!r} has the same value in several rows. Pass the name of a "
+            "column that identifies a row: index_column=..., or names=ColumnNames(index=...)."
+        )
+    places = known.get_indexer(wanted)
+    if (places < 0).any():
+        missing = wanted[places < 0]
+        raise ValueError(
+            f"{len(missing)} selected rows are not in the pool by {index_column!r}, the first {missing[:5].tolist()}. "
+            "Pass the pool that the selection was made from."
+        )
+    return np.asarray(places, dtype=np.int64)
+
+
+def draw_controls(lengths: Floats, positions: Indices, scored: Indices, seed: int) -> tuple[Indices, Indices]:
+    """Draw the random and the length-matched control, each with as many scored rows as were selected."""
+    rng = np.random.default_rng(seed)  # one generator for both, in this order: published controls depend on it
+    return rng.choice(scored, size=len(positions), replace=False), length_matched(lengths, positions, scored, rng)
+
+
+def row_lengths(dataset: Dataset, names: ColumnNames = ColumnNames()) -> tuple[Floats, str]:
+    """Return the length of every row and its unit: the scorer's token counts if they were kept, else characters."""
+    if names.tokens in dataset.column_names:
+        return np.asarray(read_numbers(dataset, names.tokens, 0), dtype=np.float64), "tokens"
+    # The status is our text, not the row's; embeddings have no characters and would be read in vain.
+    kept = [column for column in dataset.column_names if column not in (names.status, names.embedding)]
+    table = dataset.select_columns(kept).with_format("arrow")[:]
+    lengths = np.zeros(len(dataset), dtype=np.float64)
+    for column in table.columns:
+        lengths += _characters(column.combine_chunks())
+    return lengths, "characters"
+
+
+def _characters(values: pa.Array) -> Floats:
+    """Count the characters of all strings in every value, including those in lists and structs (a chat's turns)."""
+    import pyarrow.compute as pc
+
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return np.asarray(pc.utf8_length(values).fill_null(0), dtype=np.float64)
+    if pa.types.is_struct(kind):
+        return sum((_characters(part) for part in values.flatten()), np.zeros(len(values)))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        parents = np.asarray(pc.list_parent_indices(values))
+        return np.bincount(parents, _characters(pc.list_flatten(values)), minlength=len(values)).astype(np.float64)
+    return np.zeros(len(values))
+
+
+def length_matched(lengths: Floats, positions: Indices, scored: Indices, rng: np.random.Generator) -> Indices:
+    """Draw as many scored rows as were selected, with the selection's distribution over bins of length.
+
+    Args:
+        lengths (`(rows,)` float64): of the entire pool.
+        positions (`(selected,)` int64), scored (`(scored,)` int64): rows of the pool.
+        rng (`numpy.random.Generator`): draws without replacement.
+
+    Returns:
+        `(selected,)` int64: row positions, shortest bin first.
+    """
+    # Quantiles of a pool in which many rows share a length repeat; np.unique leaves fewer, larger bins.
+    edges = np.unique(np.quantile(lengths[scored], np.linspace(0, 1, LENGTH_BINS + 1)))[1:]
+    bin_of = np.digitize(lengths, edges)
+    wanted = np.bincount(bin_of[positions], minlength=len(edges) + 1)
+    drawn = [rng.choice(scored[bin_of[scored] == b], size=n, replace=False) for b, n in enumerate(wanted) if n]
+    return np.concatenate(drawn)
+
+
+PROJECTIONS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+MAP_ROWS = 10_000  # on the map of a plot; PCA is never fitted on more
+START_COMPONENTS = 50  # that t-SNE and UMAP start from, as scikit-learn advises
+
+
+class PoolMap(NamedTuple):
+    """Rows of a pool on a map.
+
+    Args:
+        rows (`(n,)` int64): row positions, ascending.
+        points (`(n, 2)` float64): their coordinates, from -1 to 1.
+        method (`str`): the projection by its full name, such as `"t-SNE"`.
+    """
+
+    rows: Indices
+    points: npt.NDArray[np.float64]
+    method: str
+
+
+def check_projection(method: str) -> None:
+    """Raise ValueError if the projection is not known, or needs umap-learn, which is not installed."""
+    if method not in PROJECTIONS:
+        raise ValueError(f"projection={method!r} is not known; choose one of {tuple(PROJECTIONS)}.")
+    if method == "umap":
+        _umap()
+
+
+def map_of(overview: Overview, method: str = "pca", limit: int = MAP_ROWS) -> PoolMap | None:
+    """Project a sample of the scored rows to two dimensions.
+
+    Args:
+        overview ([`Overview`]): of the pool.
+        method (`str`): `"pca"`, `"tsne"` or `"umap"`.
+        limit (`int`): rows on the map at most. Selected rows fill up to half of it, other rows the rest.
+
+    Returns:
+        [`PoolMap`] or `None`: `None` if none of these rows has an embedding.
+
+    Raises:
+        ValueError: the projection is not known, or needs umap-learn, which is not installed.
+    """
+    check_projection(method)
+    rows = overview.sample(limit)
+    matrix, present = overview.embeddings_of(rows)
+    if len(present) == 0:
+        return None
+    points = _project(matrix, method, overview.seed)
+    return PoolMap(rows[present], _within_bounds(points), PROJECTIONS[method])
+
+
+def _project(matrix: Matrix, method: str, seed: int) -> Matrix:
+    """Project `(rows, dimension)` embeddings to `(rows, 2)` points."""
+    if (matrix == matrix[0]).all():  # one row, or equal ones: no variance, and PCA would divide by zero
+        return np.zeros((len(matrix), 2), dtype=np.float32)
+    if len(matrix) < 4:  # too few rows for neighbourhoods
+        method = "pca"
+    points = _principal_points(matrix, 2 if method == "pca" else START_COMPONENTS, seed)
+    if method == "tsne":
+        from sklearn.manifold import TSNE
+
+        points = TSNE(perplexity=min(30.0, (len(matrix) - 1) / 3), init="pca", random_state=seed).fit_transform(points)
+    elif method == "umap":
+        points = _umap().UMAP(n_neighbors=min(15, len(matrix) - 1), random_state=seed).fit_transform(points)
+    # Embeddings of one dimension have one component; the second axis is then 0.
+    return np.pad(points[:, :2], ((0, 0), (0, 2 - min(2, points.shape[1]))))
+
+
+def _principal_points(matrix: Matrix, components: int, seed: int) -> Matrix:
+    """Project the rows on their first principal components, of which there are at most min(rows, dimension)."""
+    from sklearn.decomposition import PCA
+
+    every = -(-len(matrix) // MAP_ROWS)  # rounded up: at most MAP_ROWS rows, from all over the matrix
+    held = matrix[::every].astype(np.float64)  # covariance_eigh does not centre first, and float32 would lose digits
+    # An exact solver, whose signs are fixed: the largest entry of every component is positive.
+    pca = PCA(min(components, *held.shape), svd_solver="covariance_eigh", random_state=seed).fit(held)
+    return project(matrix, pca.mean_.astype(np.float32), pca.components_.astype(np.float32))
+
+
+def _umap() -> Any:
+    """Import umap-learn, or raise ValueError that says how to install it."""
+    try:
+        import umap
+    except ImportError as error:
+        raise ValueError("projection='umap' needs umap-learn: pip install 'car-datasets[umap]'.") from error
+    return umap
+
+
+def _within_bounds(points: Matrix) -> npt.NDArray[np.float64]:
+    """Centre the points and scale both axes alike, so that the wider one goes from -1 to 1; round to four digits."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    scaled = (points - (low + high) / 2) / max(float((high - low).max()) / 2, 1e-12)
+    return np.asarray(scaled, dtype=np.float64).round(4)

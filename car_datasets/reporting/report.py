@@ -1,0 +1,293 @@
+"""`SelectionReport`: the figures of a selection, compared with those of two controls of the same size.
+
+Does: count, measure and print, as a dataclass, JSON, Markdown, a table in the terminal, plots and a page.
+Does not: choose rows, or draw.
+
+The controls are there because self-scoring methods hardly beat random choice on large pools (arXiv 2410.09335), and
+because scores correlate with length: `random_control` is drawn at random from the scored rows,
+`length_matched_control` has the selection's distribution of lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from car_datasets.reporting.overview import Overview, check_projection, map_of
+from car_datasets.reporting.page import PAGE_FILE, render_page
+from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
+from car_datasets.selection.rule import BY_CLUSTER, Indices
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.public import public
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.table import Table
+
+logger = logging.getLogger(__name__)
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+SCORED_STATUSES = ("ok", "empty_response", "truncated")  # rows of any other status have no score
+
+
+@dataclass(frozen=True)
+class GroupFigures:
+    """Figures of one group of rows.
+
+    Args:
+        rows (`int`): rows in the group.
+        mean_score (`float`): mean score of the rows.
+        score_quantiles (`dict[str, float]`): scores by quantile; `"0.5"` is the median.
+        mean_length (`float`): mean length in the report's `length_unit`.
+        clusters (`int`): clusters that have a row in the group.
+    """
+
+    rows: int
+    mean_score: float
+    score_quantiles: dict[str, float]
+    mean_length: float
+    clusters: int
+
+
+@public
+@dataclass(frozen=True)
+class SelectionReport:
+    """The figures of a selection: what was selected, and why.
+
+    Args:
+        rows_in (`int`): rows in the pool.
+        rows_scored (`int`): rows that have a score.
+        rejected (`dict[str, int]`): rows without a score, by reason (`null`, `not_a_string`, `no_assistant_turn`, ...).
+        marked (`dict[str, int]`): rows that were scored but deserve a look (`empty_response`, `truncated`).
+        selected_by (`dict[str, int]`): rows that were selected by `score` only, by `cluster` only, or by `both`.
+        clusters (`int`): clusters in the pool.
+        clusters_by_score (`int`): clusters that the rows taken by score cover by themselves.
+        score_length_correlation (`dict[str, float]`): `pearson` and `spearman`, over the scored pool.
+        length_unit (`str`): `"tokens"` of the scored text, or `"characters"` of the row's strings.
+        pool ([`GroupFigures`]): of the scored rows.
+        selected ([`GroupFigures`]): of the selected rows.
+        random_control, length_matched_control ([`GroupFigures`]): of the two controls, which have the selection's size.
+        seed (`int`): of the controls.
+    """
+
+    rows_in: int
+    rows_scored: int
+    rejected: dict[str, int]
+    marked: dict[str, int]
+    selected_by: dict[str, int]
+    clusters: int
+    clusters_by_score: int
+    score_length_correlation: dict[str, float]
+    length_unit: str
+    pool: GroupFigures
+    selected: GroupFigures
+    random_control: GroupFigures
+    length_matched_control: GroupFigures
+    seed: int
+
+    @classmethod
+    def from_selection(
+        cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = 42
+    ) -> SelectionReport:
+        """Compute the figures of a selection and of the pool it comes from.
+
+        Args:
+            pool (`Dataset`): scored and clustered. Without an index column its rows are named by their position.
+            selected (`Dataset`): the rows that [`select_car`] took from it.
+            names ([`ColumnNames`]): the columns of score, cluster and row index.
+            seed (`int`): for the two controls.
+
+        Raises:
+            ValueError: a selected row is not in the pool, or a column is missing.
+        """
+        return cls.from_overview(Overview.of(pool, selected, names=names, seed=seed))
+
+    @classmethod
+    def from_overview(cls, overview: Overview) -> SelectionReport:
+        """Compute the figures of an [`Overview`], for callers that need it for more than one report."""
+        reasons = Counter(overview.selected_by.tolist())
+        statuses = _statuses(overview)
+        by_score = overview.positions[overview.selected_by != BY_CLUSTER]
+        return cls(
+            rows_in=len(overview.scores),
+            rows_scored=len(overview.scored),
+            rejected={k: n for k, n in statuses.items() if k not in SCORED_STATUSES},
+            marked={k: n for k, n in statuses.items() if k in SCORED_STATUSES and k != "ok"},
+            selected_by={name: reasons.get(name, 0) for name in ("score", "cluster", "both")},
+            clusters=overview.cluster_count,
+            clusters_by_score=_covered(overview.clusters[by_score]),
+            score_length_correlation=overview.score_length_correlation(),
+            length_unit=overview.length_unit,
+            pool=_figures(overview.scored, overview),
+            selected=_figures(overview.positions, overview),
+            random_control=_figures(overview.random_control, overview),
+            length_matched_control=_figures(overview.length_matched_control, overview),
+            seed=overview.seed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, figures: dict[str, Any]) -> SelectionReport:
+        """Create a report from the result of `to_dict`, such as the content of `report.json`."""
+        groups = ("pool", "selected", "random_control", "length_matched_control")
+        return cls(**{**figures, **{name: GroupFigures(**figures[name]) for name in groups}})
+
+    def to_json(self) -> str:
+        """Return all figures as JSON, with the fields of this class in order."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown: the counts as a list, and the four groups as a table."""
+        lines = ["# Selection report", "", *[f"- {line}" for line in self.sentences()], ""]
+        header, *rows = self.comparison()
+        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join(lines) + "\n"
+
+    def to_table(self) -> Table:
+        """Return the four groups as a `rich` table for the terminal, with the counts as its caption."""
+        from rich.table import Table
+
+        header, *rows = self.comparison()
+        table = Table(title="Selection report", caption="\n".join(self.sentences()), caption_justify="left")
+        for name in header:
+            table.add_column(name, justify="left" if name == header[0] else "right")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def plot(
+        self,
+        folder: str | os.PathLike[str],
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        projection: str = "pca",
+        names: ColumnNames = ColumnNames(),
+    ) -> list[Path]:
+        """Draw the selection: scores, map, clusters, lengths. Files of an earlier call in the same folder are replaced.
+
+        Args:
+            folder (`str`): for `plot_scores.png`, `plot_map.png`, `plot_clusters.png` and `plot_lengths.png`.
+            pool, selected (`Dataset`): the datasets that this report was made from; without embeddings there is no map.
+            projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+            names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+
+        Returns:
+            `list[Path]`: the files.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: the datasets do not belong together, the projection is not known, or it needs umap-learn.
+        """
+        check_projection(projection)
+        refuse_no_matplotlib()
+        overview = Overview.of(pool, selected, names=names, seed=self.seed)
+        files = draw(overview, map_of(overview, projection))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return [Path(folder) / name for name in files]
+
+    def to_html(
+        self, pool: Dataset, selected: Dataset, *, projection: str = "pca", names: ColumnNames = ColumnNames()
+    ) -> str:
+        """Return the selection as one HTML page that needs no network, with figures if matplotlib is installed.
+
+        Args:
+            pool, selected (`Dataset`): the datasets that this report was made from; without embeddings there is no map.
+            projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+            names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+
+        Raises:
+            ValueError: the datasets do not belong together, the projection is not known, or it needs umap-learn.
+        """
+        check_projection(projection)
+        overview = Overview.of(pool, selected, names=names, seed=self.seed)
+        return self.pictures(overview, projection)[PAGE_FILE].decode()
+
+    def pictures(self, overview: Overview, projection: str = "pca") -> dict[str, bytes]:
+        """Return the page, and the plots if matplotlib is installed, as files by name.
+
+        Args:
+            overview ([`Overview`]): that this report was made from.
+            projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+        """
+        drawable = can_draw()
+        if not drawable:
+            logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
+        pool_map = map_of(overview, projection)
+        plots = draw(overview, pool_map) if drawable else {}
+        page = render_page(overview, pool_map, plots, self.sentences(), self.comparison())
+        return {**plots, PAGE_FILE: page.encode()}
+
+    def sentences(self) -> list[str]:
+        """Return the counts in words."""
+        by, correlation = self.selected_by, self.score_length_correlation
+        total = max(1, self.selected.rows)
+        rejected, marked = sum(self.rejected.values()), sum(self.marked.values())
+        return [
+            f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
+            f"scored but marked: {marked:,}{_listed(self.marked)}",
+            f"{self.selected.rows:,} selected ({100 * total / max(1, self.rows_in):.2f} % of the rows in): "
+            f"{by['score']:,} by score, {by['both']:,} by both, "
+            f"{by['cluster']:,} added by clustering ({100 * by['cluster'] / total:.1f} %)",
+            f"{self.selected.clusters:,} of {self.clusters:,} clusters covered; "
+            f"the rows taken by score alone cover {self.clusters_by_score:,}",
+            f"score against length in {self.length_unit}: Pearson {correlation['pearson']:+.2f}, "
+            f"Spearman {correlation['spearman']:+.2f}",
+        ]
+
+    def comparison(self) -> list[list[str]]:
+        """Return a header and one row per figure, as text: pool, selected and the two controls."""
+        groups = (self.pool, self.selected, self.random_control, self.length_matched_control)
+        rows = [["", "pool", "selected", "random control", "length-matched control"]]
+        rows.append(["rows", *(f"{g.rows:,}" for g in groups)])
+        rows.append(["mean score", *(f"{g.mean_score:.3f}" for g in groups)])
+        for q in QUANTILES:
+            rows.append([_quantile_name(q), *(f"{g.score_quantiles[str(q)]:.3f}" for g in groups)])
+        rows.append([f"mean length ({self.length_unit})", *(f"{g.mean_length:.1f}" for g in groups)])
+        rows.append(["clusters", *(f"{g.clusters:,}" for g in groups)])
+        return rows
+
+
+def _quantile_name(q: float) -> str:
+    return {0.0: "lowest score", 0.5: "median score", 1.0: "highest score"}.get(q, f"{100 * q:.0f} % quantile")
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())})" if counts else ""
+
+
+def _statuses(overview: Overview) -> dict[str, int]:
+    """Count the rows by status, most frequent first; without a status column, by whether they have a score."""
+    if overview.statuses is not None:
+        return dict(Counter(overview.statuses.to_pylist()).most_common())
+    missing = int(np.isnan(overview.scores).sum())
+    return {"ok": len(overview.scores) - missing} | ({"no_score": missing} if missing else {})
+
+
+def _covered(clusters: Indices) -> int:
+    """Count the different clusters among those of some rows; rows without a cluster have a negative number."""
+    return len(np.unique(clusters[clusters >= 0]))
+
+
+def _figures(rows: Indices, overview: Overview) -> GroupFigures:
+    scores = overview.scores[rows]
+    quantiles = np.quantile(scores, QUANTILES)
+    return GroupFigures(
+        rows=len(rows),
+        mean_score=float(scores.mean()),
+        score_quantiles={str(q): float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
+        mean_length=float(overview.lengths[rows].mean()),
+        clusters=_covered(overview.clusters[rows]),
+    )

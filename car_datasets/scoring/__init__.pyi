@@ -1,0 +1,9 @@
+from .embedder import TextEmbedder as TextEmbedder
+from .engines import OnRay as OnRay
+from .engines import estimate_scoring as estimate_scoring
+from .engines import map_across_gpus as map_across_gpus
+from .scorer import QualityScorer as QualityScorer
+from .shards.run import fill_shards as fill_shards
+from .shards.run import score_in_shards as score_in_shards
+from .stage import Stage as Stage
+from .stage import add_columns as add_columns

@@ -1,0 +1,215 @@
+"""EMBED: `TextEmbedder`, a `.map` callable that adds the sentence embedding of each row's text.
+
+Does: run any sentence-transformers model over the same text that the scorer reads (CaR sec. 3.2), in batches of similar
+length; equal to `SentenceTransformer.encode` within 1e-5.
+Does not: reduce dimensions or cluster.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from car_datasets.loading.schemas import as_column_names, check_schema, find_schema
+from car_datasets.loading.templates import CLEAN_TEMPLATE
+from car_datasets.scoring.batching import in_order, pad, run_batches, token_budget, tokenise
+from car_datasets.scoring.stage import Rows, check_options, pin_model, refuse_taken, set_fields, text_columns
+from car_datasets.utils import revisions
+from car_datasets.utils.columns import refuse_tables
+from car_datasets.utils.processes import device_for
+from car_datasets.utils.public import public
+
+if TYPE_CHECKING:
+    from datasets import Features
+    from sentence_transformers import SentenceTransformer
+
+CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise it when numbers change
+
+
+@functools.lru_cache(maxsize=2)
+def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: torch.device) -> SentenceTransformer:
+    """Load a model, once per process and device; never part of a callable, so never hashed or pickled."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = revisions.model_folder(model_id, revision)
+    return SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": getattr(torch, dtype)})
+
+
+@public
+@dataclass(frozen=True)
+class TextEmbedder:
+    """A stage that adds the embedding of a row's text: `dataset.map(TextEmbedder(), batched=True, with_rank=True)`.
+
+    A frozen record of plain values: equal records have equal fingerprints in every process, so the second `.map` is
+    read from the cache. The embedding of a chat is the mean over its exchanges, rescaled to their mean length.
+
+    Args:
+        model_id (`str`): a sentence-transformers model, on the Hub or in a folder. The default needs no Hub.
+        revision (`str`, *optional*): branch, tag or commit. The field holds the immutable revision that it resolves to:
+            a commit SHA, or for a folder a content digest.
+        token (`str`, *optional*): for a private model; used to look it up and download it, never stored.
+        schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
+        columns (`Mapping[str, str]`): your names for the schema's columns, such as `{"response": "answer"}`.
+        template (`str`): the template of the embedded text; the default is the one that the default scorer reads.
+        output_column (`str`): the new column, float32 lists of the model's dimension.
+        on_invalid (`str`): a row without text raises (`"error"`) or gets a null (`"mark"`).
+        dtype (`str`): of the model, `"float32"`, `"bfloat16"` or `"float16"`.
+        batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
+            Halved when memory runs out.
+        embedding_dtype (`str`): of the column, `"float32"` or `"float16"`, which takes half the disk space.
+
+    Raises:
+        ValueError: the model does not exist, or an option is invalid.
+        ConnectionError: the Hub does not answer.
+    """
+
+    model_id: str = revisions.DEFAULT_ENCODER
+    revision: str | None = None
+    token: InitVar[str | None] = None
+    schema: str = "auto"
+    columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    template: str = CLEAN_TEMPLATE
+    output_column: str = "embedding"
+    on_invalid: str = "error"
+    dtype: str = "float32"
+    batch_tokens: int | None = None
+    embedding_dtype: str = "float32"
+    cache_version: str = field(init=False, repr=False)
+
+    def __post_init__(self, token: str | None) -> None:
+        columns = as_column_names(self.columns)
+        check_schema(self.schema, columns)
+        check_options(
+            template=self.template,
+            on_invalid=self.on_invalid,
+            dtype=self.dtype,
+            embedding_dtype=self.embedding_dtype,
+            batch_tokens=self.batch_tokens,
+            new_columns=self.output_columns,
+        )
+        model = pin_model(self.model_id, self.revision, token)
+        # The version is set here because a class attribute alone would not be part of the fingerprint.
+        set_fields(self, columns=columns, revision=model.revision, cache_version=CACHE_VERSION)
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """Return the name of the new column."""
+        return (self.output_column,)
+
+    def read_columns(self, column_names: Sequence[str]) -> list[str]:
+        """Return the columns of the text.
+
+        Raises:
+            ValueError: no schema fits.
+        """
+        return text_columns(column_names, self.schema, self.columns)
+
+    def output_features(self) -> Features:
+        """Return the type of the new column: lists of the model's dimension, for which the model is loaded."""
+        from datasets import Features, List, Value
+
+        return Features({self.output_column: List(Value(self.embedding_dtype), length=dimension(self._model()))})
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
+        """Return `{output_column: one vector per row}` for a batch of `.map(batched=True)`.
+
+        Raises:
+            ValueError: the batch already has the column, no schema fits, or a row has no text and `on_invalid="error"`.
+        """
+        refuse_tables(batch, "embed_texts(texts)")
+        refuse_taken(batch, self)
+        rows = Rows.from_batch(batch, find_schema(batch, self.schema, self.columns), self.template, self.on_invalid)
+        vectors = self.embed_texts([text.whole for text in rows.texts], rank)
+        return {self.output_column: rows.mean_vectors(vectors, self.embedding_dtype)}
+
+    def embed_texts(self, texts: Sequence[str], rank: int | None = None) -> npt.NDArray[np.float32]:
+        """Embed texts that are already in the template.
+
+        Args:
+            texts (`Sequence[str]`): one string per text.
+            rank (`int`, *optional*): index of the process among those of `.map(num_proc=...)`; chooses its GPU.
+
+        Returns:
+            A float32 array of shape `(texts, dimension)`, in the order of the texts.
+        """
+        model = self._model(rank)
+        if not texts:
+            return np.zeros((0, dimension(model)), dtype=np.float32)
+        longest = model.max_seq_length or 512
+        # Either way `lengths` only decides which texts share a batch; the embeddings do not depend on it.
+        if reads_plain_tokens(model):
+            ids = tokenise(model.tokenizer, texts, longest).ids
+            lengths = [len(row) for row in ids]
+
+            def encode(places: list[int]) -> Tensor:
+                input_ids, mask = pad([ids[i] for i in places], model.tokenizer.pad_token_id, model.device)
+                with torch.inference_mode():
+                    return model({"input_ids": input_ids, "attention_mask": mask})["sentence_embedding"]
+
+        else:
+            lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]  # some 4 bytes a token in English
+
+            def encode(places: list[int]) -> Tensor:
+                part = [texts[i] for i in places]
+                return model.encode(part, batch_size=len(part), convert_to_tensor=True, show_progress_bar=False)
+
+        config = getattr(getattr(model[0], "auto_model", None), "config", None)
+        units = getattr(config, "hidden_size", dimension(model))  # a Dense module on top may give fewer
+        budget = token_budget(model.device, units, self.batch_tokens)
+        ran = run_batches(lengths, budget, encode)
+        return in_order([places for places, _ in ran], [vectors for _, vectors in ran])
+
+    def _model(self, rank: int | None = None) -> SentenceTransformer:
+        return load_sentence_transformer(self.model_id, str(self.revision), self.dtype, device_for(rank))
+
+
+def dimension(model: SentenceTransformer) -> int:
+    """Return the length of the model's embeddings."""
+    name = (
+        "get_embedding_dimension" if hasattr(model, "get_embedding_dimension") else "get_sentence_embedding_dimension"
+    )
+    return int(getattr(model, name)())
+
+
+def reads_plain_tokens(model: SentenceTransformer) -> bool:
+    """Return True if `encode` passes a text's tokens to the model unchanged, so that all can be tokenised at once.
+
+    False for a model with a default prompt, with embeddings cut to fewer dimensions, or with another kind of first
+    module.
+    """
+    first = model[0]
+    tokenizer = model.tokenizer
+    return (
+        type(first).__name__ == "Transformer"
+        and type(first).__module__.startswith("sentence_transformers.")  # a model may bring code of its own
+        and not getattr(first, "do_lower_case", False)
+        and hasattr(tokenizer, "backend_tokenizer")
+        and tokenizer.pad_token_id is not None
+        and tokenizer.padding_side == "right"
+        and model.default_prompt_name is None
+        and model.truncate_dim is None
+    )
+
+
+def pool_tokens(model: SentenceTransformer, last_hidden_state: Tensor, mask: Tensor) -> Tensor:
+    """Apply the model's pooling (and normalisation, ...) to token states from another forward pass.
+
+    Args:
+        model (`SentenceTransformer`): its first module, the encoder, is skipped.
+        last_hidden_state (`Tensor` of shape `(batch, tokens, units)`): of an encoder equal to the model's.
+        mask (`Tensor` of shape `(batch, tokens)`): 1 for real tokens.
+
+    Returns:
+        `Tensor` of shape `(batch, dimension)`.
+    """
+    features = {"token_embeddings": last_hidden_state, "attention_mask": mask}
+    for module in list(model)[1:]:
+        features = module(features)
+    return features["sentence_embedding"]

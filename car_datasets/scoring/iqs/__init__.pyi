@@ -1,0 +1,2 @@
+from .configuration_iqs import IQSConfig as IQSConfig
+from .modeling_iqs import IQSModel as IQSModel

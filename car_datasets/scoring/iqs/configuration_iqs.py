@@ -1,0 +1,142 @@
+"""`IQSConfig`: the parts of an IQS model and how they are combined.
+
+Does: check every value by name.
+Does not: build a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from car_datasets.utils.public import public
+
+OBJECTIVE_NAMES = ("regression", "ranking")
+
+LAYER_MIXES = ("sparsemax", "softmax")
+POOLINGS = ("avg", "max", "cls")
+HEAD_NAMES = ("feed_forward", "segments")  # the keys of `HEADS`, which is next to the model
+
+
+@public
+class IQSConfig(PreTrainedConfig):
+    """Configuration of [`IQSModel`]. The defaults are the original's (`configs/models/instruction_score.yaml` of CaR).
+
+    Args:
+        encoder_config (`dict` or `PreTrainedConfig`, *optional*): the configuration of the encoder; defaults to the
+            shape of XLM-RoBERTa-large.
+        objective (`str`): `"regression"`: a head scores the entire text. `"ranking"`, the original's "Comet" variant:
+            question and answer are encoded apart and the score is `1 / (1 + distance)`.
+        head (`str`): `"feed_forward"`, the original's, reads the pooled combination of layers. `"segments"`, the
+            default scorer's, reads question and answer pooled apart and the words of the answer; `layer_mix`, `layer`,
+            `layer_norm` and `pooling` do not apply to it.
+        layer_mix (`str`): how the encoder's n + 1 hidden states (the embedding output counts as one) are combined:
+            `"sparsemax"` or `"softmax"` weights times `gamma`.
+        layer (`int`, *optional*): read this hidden state alone instead of a mix; 0 is the embedding output.
+        layer_norm (`bool`): normalise each layer over a text's tokens and units before the mix (ELMo's scheme).
+        pooling (`str`): `"avg"` over tokens (special tokens included), `"max"`, or `"cls"`, the first token.
+        hidden_sizes (`Sequence[int]`): widths of the head's hidden layers; empty for a linear head. With `"segments"`
+            two: the width of each member's network and that of the integrity network.
+        activation (`str`): name of a `torch.nn` activation, between the head's layers.
+        final_activation (`str`, *optional*): the same, after the last layer. `None`: scores are not bounded.
+        dropout (`float`): in training only: in the head, and of entire layers in a weighted mix, as in COMET.
+        max_tokens (`int`): tokens read of a text, special tokens included. The original's 510 is 514 positions - 4.
+        template (`str`): name of the text template that the weights were trained with.
+        members (`int`): with `"segments"`: networks that vote on quality.
+        word_bits (`int`): with `"segments"`: bits of the hash of words.
+        penalty (`float`): with `"segments"`: the most that a broken answer loses.
+        encoder_source (`dict`, *optional*): for a model whose weights file leaves out an unchanged encoder:
+            `{"model_id", "revision", "sha256"}` of the model that the encoder comes from.
+
+    Raises:
+        ValueError: a value is invalid; the message names the argument.
+    """
+
+    model_type = "car_iqs"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states"]  # `Trainer` gathers all other outputs
+
+    def __init__(
+        self,
+        encoder_config: dict[str, Any] | PreTrainedConfig | None = None,
+        objective: str = "regression",
+        head: str = "feed_forward",
+        layer_mix: str = "sparsemax",
+        layer: int | None = None,
+        layer_norm: bool = False,
+        pooling: str = "avg",
+        hidden_sizes: Sequence[int] = (2048, 1024),
+        activation: str = "Tanh",
+        final_activation: str | None = None,
+        dropout: float = 0.1,
+        max_tokens: int = 510,
+        template: str = "paper",
+        members: int = 1,
+        word_bits: int = 17,
+        penalty: float = 1.0,
+        encoder_source: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for argument, value, known in (
+            ("objective", objective, OBJECTIVE_NAMES),
+            ("head", head, HEAD_NAMES),
+            ("layer_mix", layer_mix, LAYER_MIXES),
+            ("pooling", pooling, POOLINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"{argument}={value!r} is not known; choose one of {known}.")
+        for argument, name in (("activation", activation), ("final_activation", final_activation)):
+            if name is not None and not hasattr(nn, name):
+                raise ValueError(f"{argument}={name!r} is not the name of a torch.nn activation, such as 'Tanh'.")
+        if head == "segments" and (objective != "regression" or len(hidden_sizes) != 2):
+            raise ValueError(
+                f"head='segments' needs objective='regression' and two hidden_sizes, not {objective!r} and "
+                f"{list(hidden_sizes)}."
+            )
+        self.encoder_config = _as_config(encoder_config)
+        self.objective = objective
+        self.head = head
+        self.layer_mix = layer_mix
+        self.layer = layer
+        self.layer_norm = layer_norm
+        self.pooling = pooling
+        self.hidden_sizes = list(hidden_sizes)
+        self.activation = activation
+        self.final_activation = final_activation
+        self.dropout = dropout
+        self.max_tokens = max_tokens
+        self.template = template
+        self.members = members
+        self.word_bits = word_bits
+        self.penalty = penalty
+        self.encoder_source = encoder_source
+        super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain values, the encoder's included."""
+        values: dict[str, Any] = super().to_dict()
+        values["encoder_config"] = self.encoder_config.to_dict()
+        return values
+
+
+def _as_config(encoder_config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
+    if isinstance(encoder_config, PreTrainedConfig):
+        return encoder_config
+    if encoder_config is None:
+        return AutoConfig.for_model(
+            "xlm-roberta",
+            vocab_size=250002,
+            hidden_size=1024,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+        )
+    return AutoConfig.for_model(**encoder_config)
+
+
+AutoConfig.register(IQSConfig.model_type, IQSConfig)

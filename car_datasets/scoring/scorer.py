@@ -1,0 +1,359 @@
+"""SCORE: `QualityScorer`, a `.map` callable that adds the IQS score of each row.
+
+Does: turn a batch of rows into texts, score them, put the numbers back in row order; on request also the embedding,
+from the same forward pass. A row's score does not depend on the rows around it (1e-5 in float32).
+Does not: load datasets, start processes, or give a score to a row that has no text.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from car_datasets.loading.schemas import OK, TRUNCATED, as_column_names, check_schema, find_schema
+from car_datasets.loading.templates import Text
+from car_datasets.scoring.embedder import TextEmbedder, load_sentence_transformer, pool_tokens
+from car_datasets.scoring.inference import LoadedScorer, TextScores, Weights, load_scorer, read_scorer_config
+from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
+from car_datasets.scoring.iqs.convert_comet import base_model, tokenizer_revision
+from car_datasets.scoring.iqs.openvino_encoder import pin_engine
+from car_datasets.scoring.stage import (
+    PinnedModel,
+    Rows,
+    check_options,
+    pin_model,
+    refuse_taken,
+    row_names,
+    set_fields,
+    text_columns,
+)
+from car_datasets.utils import digests, revisions
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import refuse_tables
+from car_datasets.utils.processes import device_for
+from car_datasets.utils.public import public
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise it when numbers change
+
+# How the score of a chat follows from the scores of its exchanges.
+TURNS: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "min": np.min, "sum": np.sum, "last": lambda s: s[-1]}
+
+# Revisions of tokenizers on the Hub, by the immutable revision of the checkpoint that they belong to and their id. A
+# scorer that is copied keeps its tokenizer's revision, and is made without asking the Hub.
+_TOKENIZER_PINS: dict[tuple[str, str], str | None] = {}
+
+
+@public
+@dataclass(frozen=True)
+class QualityScorer:
+    """A stage that adds the quality score of a row: `dataset.map(QualityScorer(), batched=True, with_rank=True)`.
+
+    A frozen record of plain values: equal records have equal fingerprints in every process, other weights, dtype or
+    template give another fingerprint, and the second `.map` is read from the cache. Higher is better; scores are not
+    bounded.
+
+    `dataclasses.replace(scorer, ...)` keeps the resolved revision, and asks no Hub for a model that this process has
+    resolved before.
+
+    Args:
+        model_id (`str`): an IQS model, on the Hub or in a folder. The default comes with the package and needs no Hub.
+        revision (`str`, *optional*): branch, tag or commit. The field holds the immutable revision that it resolves to:
+            a commit SHA, or for a folder a content digest.
+        token (`str`, *optional*): for a private model; used to look it up and download it, never stored.
+        tokenizer (`str`, *optional*): for a checkpoint in the original's layout: folder or Hub id of its base model's
+            tokenizer. Default: the base model that the checkpoint names.
+        schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
+        columns (`Mapping[str, str]`): your names for the schema's columns, such as `{"response": "answer"}`.
+        template (`str`, *optional*): defaults to the template the model was trained with; change it only for
+            experiments.
+        turns (`str`): how the score of a chat follows from its exchanges': `"mean"`, `"min"`, `"last"` or `"sum"`.
+        output_column (`str`): the new column, float32. `diagnostics` columns are named after it.
+        diagnostics (`bool`): also add `iqs_tokens` (int32: length of the entire text with special tokens, summed over
+            exchanges), `iqs_truncated` (bool: the model did not read the end) and `iqs_status`.
+        uncertainty (`bool`): also add `iqs_score_std`, the standard deviation over the members of the head, from the
+            same
+            pass: rank by `iqs_score - iqs_score_std` to prefer what they agree on. For models with several members,
+                such
+            as the default.
+        embedding_column (`str`, *optional*): also add the embedding, from the same forward pass, equal to what
+            [`TextEmbedder`] gives. For models whose encoder is an unchanged sentence-transformers model, such as the
+            default. Texts longer than that model's own limit (256 tokens for the default) take a second pass.
+        on_invalid (`str`): a row that cannot be scored raises (`"error"`), or gets a null score and its reason in
+            `iqs_status` (`"mark"`).
+        dtype (`str`): of the encoder, `"float32"`, `"bfloat16"` or `"float16"`; the head stays in float32.
+        batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
+            Halved when memory runs out.
+        embedding_dtype (`str`): of the embedding column, `"float32"` or `"float16"`, which takes half the disk space.
+        compile (`bool`): `torch.compile` the encoder. Compilation takes about a minute; worthwhile only for large
+            datasets on a GPU.
+        engine (`str`, *optional*): a folder with the encoder in int8 for OpenVINO, as written by
+            [`~car_datasets.training.quantise_encoder`]; on the CPU only. Scores and embeddings then come from it,
+            except the embeddings of texts that take a second pass.
+
+    In half precision on a GPU from Ampere on (torch >= 2.10), BERT and RoBERTa encoders read texts without padding.
+
+    Raises:
+        ValueError: the model does not exist, or an option is invalid or does not suit the model.
+        ConnectionError: the Hub does not answer.
+    """
+
+    model_id: str = revisions.DEFAULT_SCORER
+    revision: str | None = None
+    token: InitVar[str | None] = None
+    tokenizer: str | None = None
+    schema: str = "auto"
+    columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    template: str | None = None
+    turns: str = "mean"
+    output_column: str = "iqs_score"
+    diagnostics: bool = False
+    uncertainty: bool = False
+    embedding_column: str | None = None
+    on_invalid: str = "error"
+    dtype: str = "float32"
+    batch_tokens: int | None = None
+    embedding_dtype: str = "float32"
+    compile: bool = False
+    engine: str | None = None
+    tokenizer_revision: str | None = field(init=False, repr=False)
+    engine_revision: str | None = field(init=False, repr=False)
+    cache_version: str = field(init=False, repr=False)
+
+    def __post_init__(self, token: str | None) -> None:
+        columns = as_column_names(self.columns)
+        check_schema(self.schema, columns)
+        self._check_options()
+        model = pin_model(self.model_id, self.revision, token)
+        tokenizer_pin = self._pin_tokenizer(model, token)
+        config = read_scorer_config(self.model_id, model.revision, self.tokenizer, tokenizer_pin)
+        self._check_model(config)
+        engine = self.engine
+        set_fields(
+            self,
+            columns=columns,
+            revision=model.revision,
+            template=config.template if self.template is None else self.template,
+            tokenizer_revision=tokenizer_pin,
+            engine_revision=None if engine is None else pin_engine(engine, self.model_id, model.revision, self.dtype),
+            cache_version=CACHE_VERSION,  # set here, as a class attribute alone would not be part of the fingerprint
+        )
+
+    def _check_options(self) -> None:
+        """Raise ValueError for options that no model makes valid; without disk and network."""
+        check_options(
+            template=self.template,
+            on_invalid=self.on_invalid,
+            dtype=self.dtype,
+            embedding_dtype=self.embedding_dtype,
+            batch_tokens=self.batch_tokens,
+            new_columns=self.output_columns,
+        )
+        if self.turns not in TURNS:
+            raise ValueError(f"turns={self.turns!r} is not known; choose one of {sorted(TURNS)}.")
+        if self.engine is not None and self.compile:
+            raise ValueError(f"compile=True: engine={self.engine!r} is compiled already; leave one of them out.")
+
+    def _pin_tokenizer(self, model: PinnedModel, token: str | None) -> str | None:
+        """Resolve the tokenizer of a checkpoint in the original's layout, which is outside its folder.
+
+        Returns:
+            `str`: digests or a commit SHA; `None` for a model that has its tokenizer in its own folder.
+        """
+        checkpoint = digests.find_checkpoint(model.folder)
+        if checkpoint is None:
+            return None
+        base = base_model(checkpoint, self.tokenizer)
+        place = (model.revision, base)
+        if self.revision == model.revision and place in _TOKENIZER_PINS:
+            return _TOKENIZER_PINS[place]
+        pin = tokenizer_revision(base, token)
+        if not Path(base).is_dir():  # files of a folder may be overwritten: their digest is compared every time
+            _TOKENIZER_PINS[place] = pin
+        return pin
+
+    def _check_model(self, config: IQSConfig) -> None:
+        """Raise ValueError for options that this model does not support."""
+        if self.embedding_column is not None and config.encoder_source is None:
+            raise ValueError(
+                f"embedding_column={self.embedding_column!r}: {self.model_id} has an encoder of its own, which is not "
+                "a sentence embedder. Leave it out and map TextEmbedder() over the dataset as well."
+            )
+        if self.uncertainty and config.members < 2:
+            raise ValueError(f"uncertainty=True: the head of {self.model_id} has one member, which cannot disagree.")
+
+    @property
+    def objective(self) -> str:
+        """Return `"regression"` for IQS, `"ranking"` for the original's "Comet" variant."""
+        return str(self._config().objective)
+
+    @property
+    def shares_encoder(self) -> bool:
+        """Return True if `embedding_column` is possible: the encoder is an unchanged sentence-transformers model."""
+        return self._config().encoder_source is not None
+
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """Return the names of the columns that this stage adds, in order."""
+        names = ColumnNames(score=self.output_column)
+        columns = [names.score]
+        if self.uncertainty:
+            columns.append(names.std)
+        if self.diagnostics:
+            columns += [names.tokens, names.truncated, names.status]
+        elif self.on_invalid == "mark":
+            columns.append(names.status)
+        if self.embedding_column is not None:
+            columns.append(self.embedding_column)
+        return tuple(columns)
+
+    def output_features(self) -> Features:
+        """Return the types of the new columns; `.map(features=...)` needs them if a first batch is all null."""
+        from datasets import Features, Value
+
+        names = ColumnNames(score=self.output_column)
+        types: dict[str, Any] = {
+            names.score: Value("float32"),
+            names.std: Value("float32"),
+            names.tokens: Value("int32"),
+            names.truncated: Value("bool"),
+            names.status: Value("string"),
+        }
+        if self.embedding_column is not None:
+            types |= self.embedder().output_features()
+        return Features({name: types[name] for name in self.output_columns})
+
+    def read_columns(self, column_names: Sequence[str]) -> list[str]:
+        """Return the columns of the text.
+
+        Raises:
+            ValueError: no schema fits.
+        """
+        return text_columns(column_names, self.schema, self.columns)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
+        """Return the new columns for a batch of `.map(batched=True)`.
+
+        Raises:
+            ValueError: the batch already has one of the columns, no schema fits, a score is not a number, or a row
+                cannot be scored and `on_invalid="error"`.
+        """
+        refuse_tables(batch, "curate(dataset)")
+        refuse_taken(batch, self)
+        schema = find_schema(batch, self.schema, self.columns)
+        rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid)
+        texts = self.score_texts(rows.texts, rank)
+        scores = rows.fold(texts.scores, TURNS[self.turns])
+        self._refuse_nan(scores, batch)
+        columns = {self.output_column: scores, **self._diagnostics(rows, texts)}
+        if self.embedding_column is not None and texts.embeddings is not None:
+            columns[self.embedding_column] = rows.mean_vectors(texts.embeddings, self.embedding_dtype)
+        return {name: columns[name] for name in self.output_columns}
+
+    def _diagnostics(self, rows: Rows, texts: TextScores) -> dict[str, Any]:
+        """Return every column that says more about a score: its uncertainty, length, truncation and status."""
+        names = ColumnNames(score=self.output_column)
+        turn = TURNS[self.turns]
+        truncated = [bool(part.any()) for part in rows.split(texts.truncated)]
+        return {
+            # The members' scores of the row, not the texts': members may disagree on exchanges and agree on their mean.
+            names.std: rows.fold(texts.members, lambda members: np.std([turn(member) for member in members.T])),
+            names.tokens: np.array([part.sum() for part in rows.split(texts.tokens)], dtype=np.int32),
+            names.truncated: np.array(truncated),
+            names.status: [
+                TRUNCATED if cut and status == OK else status
+                for cut, status in zip(truncated, rows.status, strict=True)
+            ],
+        }
+
+    def score_texts(self, texts: Sequence[Text | str], rank: int | None = None) -> TextScores:
+        """Score texts that are already in the template.
+
+        Args:
+            texts (`Sequence`): [`Text`]s or strings. A ranking model needs question and answer apart, so no strings.
+            rank (`int`, *optional*): index of the process among those of `.map(num_proc=...)`; chooses its GPU.
+
+        Returns:
+            [`~car_datasets.scoring.inference.TextScores`]: scores, token counts and, if there is an `embedding_column`,
+            embeddings, in the order of the texts.
+
+        Raises:
+            ValueError: strings for a model that reads question and answer apart, without the mark between them.
+        """
+        if not texts:
+            empty = np.zeros(0, np.float32)
+            vectors = None if self.embedding_column is None else empty.reshape(0, 0)
+            return TextScores(empty, empty.astype(np.int32), empty.astype(bool), vectors, empty.reshape(0, 1))
+        loaded = self.load(device_for(rank))
+        if self.embedding_column is None:
+            return loaded.score_texts(texts, self.batch_tokens)
+        embedder = self.embedder()
+        sentences = load_sentence_transformer(embedder.model_id, str(embedder.revision), embedder.dtype, loaded.device)
+        scores = loaded.score_texts(texts, self.batch_tokens, functools.partial(pool_tokens, sentences))
+        limit, embeddings = sentences.max_seq_length, scores.embeddings
+        if limit is not None and embeddings is not None:
+            # The scorer reads further than the embedder, whose embedding must not depend on what follows its limit.
+            long = np.flatnonzero(scores.tokens > limit).tolist()
+            strings = [text if isinstance(text, str) else text.whole for text in (texts[i] for i in long)]
+            embeddings[long] = embedder.embed_texts(strings, rank)
+        return scores
+
+    def load(self, device: torch.device | None = None) -> LoadedScorer:
+        """Load model and tokenizer to a device, by default this process's; once per process, whatever the columns."""
+        weights = Weights(
+            self.model_id,
+            str(self.revision),
+            self.tokenizer,
+            self.tokenizer_revision,
+            self.dtype,
+            self.compile,
+            self.engine,
+            self.engine_revision,
+        )
+        return load_scorer(weights, device or device_for())
+
+    def embedder(self) -> TextEmbedder:
+        """Return the [`TextEmbedder`] that gives the same embeddings as `embedding_column`.
+
+        Raises:
+            ValueError: the model has an encoder of its own.
+        """
+        return _embedder_of(self)
+
+    def _config(self) -> IQSConfig:
+        return read_scorer_config(self.model_id, str(self.revision), self.tokenizer, self.tokenizer_revision)
+
+    def _refuse_nan(self, scores: Sequence[Any], batch: Mapping[str, Sequence[Any]]) -> None:
+        bad = [i for i, s in enumerate(scores) if s is not None and not np.isfinite(s)]
+        if bad:
+            raise ValueError(
+                f"{len(bad)} scores are not finite, rows {row_names(batch, bad)[:5]}. In half precision this is an "
+                "overflow: use dtype='float32'. Otherwise the weights are broken."
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
+    source = scorer._config().encoder_source
+    if source is None:
+        raise ValueError(f"{scorer.model_id} has an encoder of its own; choose a TextEmbedder(...) yourself.")
+    return TextEmbedder(
+        source["model_id"],
+        source["revision"],
+        schema=scorer.schema,
+        columns=scorer.columns,
+        template=str(scorer.template),
+        output_column=scorer.embedding_column or "embedding",
+        on_invalid=scorer.on_invalid,
+        dtype=scorer.dtype,
+        batch_tokens=scorer.batch_tokens,
+        embedding_dtype=scorer.embedding_dtype,
+    )

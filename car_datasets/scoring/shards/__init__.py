@@ -1,0 +1,5 @@
+"""Resumable scoring by many workers: shards that are claimed, scored and moved into place."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

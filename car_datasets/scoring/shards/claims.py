@@ -1,0 +1,156 @@
+"""Claims, which are files that only one worker can create, and the folder that they and the shards are stored in.
+
+Does: take, renew, release and take over claims; read and write files atomically in a local folder or behind an fsspec
+URL.
+Does not: know what is claimed, or compare the clocks of two machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from car_datasets.scoring.shards.storage import Folder
+
+CLAIM = re.compile(r"(?P<piece>.+)\.claim-(?P<turn>\d+)")
+
+
+class Claims:
+    """The claims of one worker on the pieces of work in a folder: leases that it renews by a heartbeat.
+
+    A claim on PIECE is the file `PIECE.claim-0`, which only one worker can create. It names its owner, and is rewritten
+    every few seconds as a heartbeat. The claim of a dead worker is not removed; whoever creates `PIECE.claim-1` takes
+    over, so that only one of several workers that notice the death succeeds. A worker counts as dead if it ran on this
+    machine and its process is gone, or if its claim has not changed for `expiry` seconds by the clock of the observer,
+    so that the clocks of the machines need not agree.
+
+    A worker that was only suspended may wake up and finish the same piece, so results must be equal and written
+    atomically.
+
+    Args:
+        folder ([`Folder`]): the folder that the claims are stored in.
+        expiry (`float`): seconds without a heartbeat after which a worker counts as dead.
+    """
+
+    def __init__(self, folder: Folder, expiry: float = 60.0) -> None:
+        """Give the worker an identity; nothing is claimed yet."""
+        process = psutil.Process()
+        self.folder, self.expiry = folder, expiry
+        self._me = {"id": uuid.uuid4().hex, "host": _host(), "pid": process.pid, "started": process.create_time()}
+        # Content of each claim of others, and the time of this machine's clock at which it was first read.
+        self._seen: dict[str, tuple[bytes | None, float]] = {}
+
+    def take(self, piece: str, turns: Mapping[str, int]) -> str | None:
+        """Claim a piece.
+
+        Args:
+            piece (`str`): the name of the file that the worker will write. Check again that it is missing once the
+                claim is taken: another worker may have finished it and released its claim meanwhile.
+            turns (`Mapping`): the number of the newest claim on each piece, from [`last_turns`].
+
+        Returns:
+            `str` or `None`: the name of the claim; `None` if another worker holds the piece.
+        """
+        turn = turns.get(piece, -1)
+        if turn >= 0 and not self._is_dead(f"{piece}.claim-{turn}"):
+            return None
+        claim = f"{piece}.claim-{turn + 1}"
+        return claim if self.folder.create(claim, self._sign(0)) else None
+
+    @contextlib.contextmanager
+    def renewing(self, claim: str, done: Callable[[], int]) -> Iterator[None]:
+        """Renew a claim in the background, and release it at the end.
+
+        Args:
+            claim (`str`): the name that `take` returned.
+            done (`Callable`): returns the rows of the piece that are done, which is published with the heartbeat.
+        """
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(min(5.0, self.expiry / 6)):  # five missed heartbeats do not expire a claim
+                with contextlib.suppress(Exception):  # of a full disk, say; the worker will meet and report it
+                    self.folder.write(claim, self._sign(done()))
+
+        beat = threading.Thread(target=renew, daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beat.join()
+            self.release(claim)
+
+    def release(self, claim: str) -> None:
+        """Remove a claim, and the claims of dead workers that it has replaced."""
+        piece, turn = claim.rsplit(".claim-", 1)
+        for earlier in range(int(turn) + 1):
+            with contextlib.suppress(OSError):
+                self.folder.remove(f"{piece}.claim-{earlier}")
+
+    def rows_elsewhere(self, names: Collection[str]) -> int:
+        """Return the rows that other workers have done of unfinished pieces, according to the claims among `names`."""
+        open_claims = {piece: turn for piece, turn in last_turns(names).items() if piece not in names}
+        owners = [_parse(self.folder.read(f"{piece}.claim-{turn}")) for piece, turn in open_claims.items()]
+        return sum(owner.get("rows", 0) for owner in owners if owner.get("id") != self._me["id"])
+
+    def _sign(self, rows: int) -> bytes:
+        # "at" makes every heartbeat differ from the last one; nobody compares it with a clock.
+        return json.dumps({**self._me, "rows": rows, "at": time.time()}).encode()
+
+    def _is_dead(self, claim: str) -> bool:
+        content, now = self.folder.read(claim), time.monotonic()
+        owner = _parse(content)
+        if owner.get("host") == self._me["host"] and not _runs(owner["pid"], owner["started"]):
+            return True
+        seen, since = self._seen.get(claim, (None, now))
+        if content != seen or claim not in self._seen:
+            self._seen[claim] = (content, now)
+            return False
+        return now - since > self.expiry
+
+
+def last_turns(names: Collection[str]) -> dict[str, int]:
+    """Return the number of the newest claim on each piece that is claimed; only that one is valid."""
+    last: dict[str, int] = {}
+    for claim in filter(None, map(CLAIM.fullmatch, names)):
+        last[claim["piece"]] = max(int(claim["turn"]), last.get(claim["piece"], 0))
+    return last
+
+
+def _parse(content: bytes | None) -> dict[str, Any]:
+    """Return the owner of a claim; an empty dict for the moment between its creation and its first write."""
+    try:
+        owner = json.loads(content or b"{}")
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _host() -> str:
+    """Return a name for this machine since its boot, and its container: within it a process id means one process."""
+    names = [platform.node()]
+    with contextlib.suppress(OSError):  # Linux only
+        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(names)
+
+
+def _runs(pid: int, started: float) -> bool:
+    """Return True if this process is running; its start time tells it from a later one with the same id."""
+    try:
+        process = psutil.Process(pid)
+        alive: bool = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2
+    except psutil.NoSuchProcess:
+        return False
+    return alive

@@ -1,0 +1,310 @@
+"""Storage of shards: a folder that all workers see, an fsspec URL, or a dataset repository (`hf://datasets/you/work/run-1`).
+
+Does: create, read, list and remove files, of which nobody sees a part. In a repository, a file is added by a commit on top
+of the one that was read, which the Hub refuses if another came first: of two workers that add the same file one succeeds.
+Does not: store claims in a repository: they need a heartbeat every few seconds, and the Hub limits commits per hour.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from car_datasets.utils.digests import file_digest
+from car_datasets.utils.files import write_whole
+from car_datasets.utils.hub import asking, clean_token, open_repository, refuse_unwritable, retry, who_am_i
+
+
+class ShardStorage(Protocol):
+    """A flat folder in which workers share the files of a run; a file is never seen half-written.
+
+    Attributes:
+        local (`Path`): path of the folder if it is local, else `None`.
+        patience (`float`): seconds that a waiting worker leaves between two looks at the folder.
+    """
+
+    patience: float
+
+    @property
+    def local(self) -> Path | None:
+        """Return the path of the folder if it is local, else `None`."""
+
+    def make(self) -> None:
+        """Create the folder, and raise ValueError if nothing may be written to it."""
+
+    def names(self) -> set[str]:
+        """Return the names of the files in it; an empty set if it does not exist."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or `None` if it does not exist."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file atomically."""
+
+    def upload(self, path: Path, name: str, replace: bool = False) -> bool:
+        """Store a local file atomically as `name`.
+
+        Args:
+            path (`Path`): the local file.
+            name (`str`): its name in the folder.
+            replace (`bool`): replace a file of that name even where the storage would keep it.
+
+        Returns:
+            `bool`: False if the folder keeps another worker's file instead.
+        """
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file to a local path atomically."""
+
+
+class Folder:
+    """A [`ShardStorage`] in a local folder or behind any fsspec URL (`s3://...`, `memory://...`), in which claims work.
+
+    Args:
+        location (`str` or `PathLike`): created when something is written.
+    """
+
+    patience = 0.5
+
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        """Open the folder, which need not exist."""
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
+
+        self.location = os.fspath(location)
+        self._fs, self._path = url_to_fs(self.location)
+        self.local = Path(self._path) if isinstance(self._fs, LocalFileSystem) else None
+
+    def __str__(self) -> str:
+        """Return the location."""
+        return self.location
+
+    def make(self) -> None:
+        """Create the folder and its parents."""
+        self._fs.makedirs(self._path, exist_ok=True)
+
+    def names(self) -> set[str]:
+        """Return the names of the files in it; an empty set if it does not exist."""
+        self._fs.invalidate_cache()  # object stores keep listings, which would hide the files of other workers
+        try:
+            return {str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._path, detail=False)}
+        except FileNotFoundError:
+            return set()
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or `None` if it does not exist."""
+        try:
+            content: bytes = self._fs.cat_file(self._at(name))
+        except FileNotFoundError:
+            return None
+        return content
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Create a file and return True, or return False if it exists; of several workers that try, one succeeds.
+
+        Local filesystems use O_EXCL, object stores a conditional put. On a filesystem that supports neither, several
+        workers may succeed; they then do the same work, with equal results.
+        """
+        try:
+            if self.local is not None:
+                _create(self.local / name, content)
+            else:
+                self._fs.pipe_file(self._at(name), content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file atomically, replacing any other of that name."""
+        if self.local is not None:
+            write_whole(self.local / name, lambda path: Path(path).write_bytes(content))
+        else:
+            self._fs.pipe_file(self._at(name), content)  # a put of an object store is atomic
+
+    def upload(self, path: Path, name: str, replace: bool = False) -> bool:
+        """Store a local file as `name`, replacing any other: under a temporary name first, then moved. Return True."""
+        partial = f".{name}.{uuid.uuid4().hex[:8]}"
+        self._fs.put_file(str(path), self._at(partial))
+        self._fs.mv(self._at(partial), self._at(name))
+        return True
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file to a local path atomically."""
+        write_whole(path, lambda partial: self._fs.get_file(self._at(name), partial))
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it exists."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self._path.rstrip('/')}/{name}"
+
+
+def _create(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:  # O_CREAT | O_EXCL
+        try:
+            file.write(content)
+            file.flush()
+        except OSError:  # a full disk: an empty claim would block other workers
+            path.unlink()
+            raise
+
+
+T = TypeVar("T")
+START = "hf://datasets/"
+ADDRESS = re.compile(START + r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+))?")
+logger = logging.getLogger(__name__)
+
+
+class HubFolder:
+    """A [`ShardStorage`] in a dataset repository.
+
+    Workers on one machine claim shards in a local folder instead; two machines may score the same shard, and the first
+    commit counts.
+
+    Args:
+        location (`str`): `hf://datasets/owner/name[@branch][/folder]`. The repository is created, as a private one,
+            when something is written.
+        token (`str`, *optional*): by default `HF_TOKEN` or the token of `hf auth login`.
+
+    Raises:
+        ValueError: the location is not the address of a dataset repository.
+    """
+
+    local = None
+    patience = 5.0  # a look takes two requests, and the Hub limits requests
+
+    def __init__(self, location: str, token: str | None = None) -> None:
+        """Parse the address; no request is made yet."""
+        from huggingface_hub import HfApi
+
+        match = ADDRESS.fullmatch(location.rstrip("/"))
+        if match is None:
+            raise ValueError(
+                f"shard_dir={location!r} is not the address of a dataset repository. Pass {START}you/name, or a folder "
+                f"in it: {START}you/name/run-1."
+            )
+        self.location = location
+        self.repo_id, self.revision, self.path = match["repo"], match["revision"], match["path"] or ""
+        self._token = clean_token(token)
+        self._api = HfApi(token=self._token)
+        self._head: str | None = None  # the commit of the last listing, at which files are read
+
+    def __str__(self) -> str:
+        """Return the location."""
+        return self.location
+
+    def make(self) -> None:
+        """Check that the token may write to the repository, and create it, as a private one, if it does not exist.
+
+        Raises:
+            ValueError: there is no token, or it may not write to the repository.
+        """
+        shown = f"shard_dir={self.location!r}"
+        refuse_unwritable(who_am_i(self._api.whoami, shown), self.repo_id, shown)
+        if not self._ask(lambda: self._api.repo_exists(self.repo_id, repo_type="dataset")):
+            open_repository(self.repo_id, True, self._token, repo_type="dataset", argument="shard_dir")
+        elif not self._ask(lambda: self._api.dataset_info(self.repo_id)).private:
+            logger.warning("%s is public: anyone can read the scores that are stored in it.", self)
+        if self.revision is not None:
+            branch = self.revision
+            self._ask(lambda: self._api.create_branch(self.repo_id, branch=branch, repo_type="dataset", exist_ok=True))
+
+    def names(self) -> set[str]:
+        """Return the names of the files in it; an empty set if it does not exist."""
+        return set(self._ask(self._files))
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or `None` if it does not exist."""
+
+        def attempt() -> bytes | None:
+            content: bytes | None = self._remote().cat_file(self._at_head(name)) if name in self._files() else None
+            return content
+
+        return self._ask(attempt)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Add a small file; one that exists is kept."""
+        self._add(name, content, lambda file: self.read(name) == content)
+
+    def upload(self, path: Path, name: str, replace: bool = False) -> bool:
+        """Add a local file, and return True if the folder then holds it.
+
+        Another worker's file of that name is kept, unless `replace` is set.
+        """
+        digest = file_digest(path)
+        return self._add(name, str(path), lambda file: file.lfs is not None and file.lfs.sha256 == digest, replace)
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file to a local path atomically."""
+
+        def attempt() -> None:
+            if self._head is None:
+                self._files()
+            write_whole(path, lambda partial: self._remote().get_file(self._at_head(name), partial))
+
+        self._ask(attempt)
+
+    def _add(self, name: str, content: bytes | str, is_same: Callable[[Any], bool], replace: bool = False) -> bool:
+        """Commit a file, and return True if the folder then holds it.
+
+        Args:
+            name (`str`): its name in the folder.
+            content (`bytes` or `str`): the content, or the path of a local file.
+            is_same (`Callable`): returns True if an entry of the repository has this content.
+            replace (`bool`): replace another file of that name.
+        """
+        from huggingface_hub import CommitOperationAdd
+
+        path = f"{self.path}/{name}" if self.path else name
+
+        def attempt() -> bool:
+            # Listed anew for every attempt: if only the response to a commit was lost, our own file is found here.
+            present = self._files().get(name)
+            if present is not None and (is_same(present) or not replace):
+                return is_same(present)
+            self._api.create_commit(
+                self.repo_id,
+                [CommitOperationAdd(path, content)],
+                commit_message=f"Add {path}",
+                repo_type="dataset",
+                revision=self.revision,
+                parent_commit=self._head,  # the Hub answers 412 if another commit came first; it is then tried again
+            )
+            return True
+
+        return self._ask(attempt)
+
+    def _files(self) -> dict[str, Any]:
+        """Return the entries of the folder by name, at the newest commit, which later reads refer to."""
+        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+        try:
+            self._head = str(self._api.dataset_info(self.repo_id, revision=self.revision).sha)
+            tree = list(
+                self._api.list_repo_tree(self.repo_id, self.path or None, revision=self._head, repo_type="dataset")
+            )
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+            return {}
+        return {entry.path.rsplit("/", 1)[-1]: entry for entry in tree}
+
+    def _remote(self) -> Any:
+        from huggingface_hub import HfFileSystem
+
+        # A cached instance would keep the listings of all commits, and grow with every shard.
+        return HfFileSystem(token=self._token, skip_instance_cache=True)
+
+    def _at_head(self, name: str) -> str:
+        return "/".join(filter(None, (f"datasets/{self.repo_id}@{self._head}", self.path, name)))
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """Return `call()`, repeated on transient errors; other errors name `shard_dir`."""
+        with asking(f"shard_dir={self.location!r}", "dataset", self.revision):
+            return retry(call)

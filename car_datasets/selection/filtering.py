@@ -1,0 +1,125 @@
+"""Cluster and select in one call, as a function of a `Dataset` or inside `.filter`: `cluster_filter`.
+
+Does: fit clusters, label all rows, select; refuse invalid numbers before the clusters are fitted.
+Does not: compute scores or embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from car_datasets.clustering.model import ClusterModel
+from car_datasets.selection.rule import SELECTION_COLUMNS, choose, refuse_impossible, refuse_worse, select_car
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
+from car_datasets.utils.processes import alone
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def cluster_filter(
+    dataset: Dataset | Mapping[str, Sequence[Any]],
+    *,
+    n1: int | float = 1000,
+    n2: int = 1,
+    budget: int | None = None,
+    k: int | str = "sqrt",
+    explained_variance: float = 0.95,
+    seed: int = 42,
+    n_init: int = 1,
+    kmeans: str = "torch",
+    kmeans_sample: int = 256,
+    score_column: str = "iqs_score",
+    embedding_column: str = "embedding",
+    allow_worse: bool = False,
+    num_rows: int | None = None,
+) -> Dataset | list[bool]:
+    """Cluster and select in one call, on a dataset that has scores and embeddings.
+
+    Called on a `Dataset`, it returns the selected rows with `cluster`, `cluster_distance` and the columns of the
+    selection:
+
+    ```python
+    >>> chosen = cluster_filter(dataset, n1=1000, n2=1)
+    ```
+
+    Passed to `.filter`, it decides which rows stay; they keep the dataset's own order and columns. It must get all rows
+    in one batch, which it checks by `num_rows`:
+
+    ```python
+    >>> dataset.filter(cluster_filter, batched=True, batch_size=None, fn_kwargs={"n1": 1000, "num_rows": len(dataset)})
+    ```
+
+    Args:
+        dataset (`Dataset`, or a batch of `.filter`): rows with `score_column` and `embedding_column`.
+        n1 (`int` or `float`): number of rows taken by score; a float in (0, 1) is that share of the scored rows.
+        n2 (`int`): number of rows taken from every cluster.
+        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2.
+        k (`int` or `"sqrt"`): number of clusters; `"sqrt"` is the paper's int(sqrt(rows / 2)).
+        explained_variance (`float`): PCA keeps the fewest components that hold this share; 1.0 keeps all.
+        seed (`int`): seed of k-means.
+        n_init (`int`): number of runs of k-means, of which the best is kept.
+        kmeans (`str`): engine, `"torch"` or `"sklearn"`.
+        kmeans_sample (`int`): for `"torch"`, rows per cluster to fit on; 0 fits on all rows.
+        score_column (`str`): column of scores; rows without a score are never selected.
+        embedding_column (`str`): column of embeddings; rows without one can only be selected by score.
+        allow_worse (`bool`): accept a selection whose mean score is below the pool's.
+        num_rows (`int`): in `.filter` only, `len(dataset)`.
+
+    Returns:
+        `Dataset`: the selected rows with all columns, best first; for a batch, `list[bool]`.
+
+    Raises:
+        ValueError: a column is missing or would be overwritten, a number does not fit, embeddings are invalid, the
+            selection is worse than the pool, or, in `.filter`, the batch is not the entire dataset.
+    """
+    from datasets import Dataset
+
+    fitting: dict[str, Any] = {
+        "k": k,
+        "explained_variance": explained_variance,
+        "seed": seed,
+        "n_init": n_init,
+        "kmeans": kmeans,
+        "kmeans_sample": kmeans_sample,
+    }
+    names = ColumnNames(score=score_column, embedding=embedding_column)
+    columns = dataset.column_names if hasattr(dataset, "column_names") else list(dataset)
+    new = SELECTION_COLUMNS if isinstance(dataset, Dataset) else ()
+    check_columns(columns, (names.score,), new)
+    if names.embedding not in columns:
+        raise ValueError(
+            f"The dataset has no column {names.embedding!r}; it has {columns}. Run TextEmbedder over it first, or pass "
+            "embedding_column=..."
+        )
+    if isinstance(dataset, Dataset):
+        refuse_overwrite(columns, (names.cluster, names.distance), "dataset.rename_column(...) on them")
+        # Before the fit, which takes longest. The number of clusters is known only after it; 1 is the least.
+        scored = int(np.count_nonzero(~np.isnan(read_numbers(dataset, names.score, np.nan))))
+        refuse_impossible(scored, 1, n1, n2, budget)
+        model = ClusterModel.fit(dataset, names.embedding, **fitting)
+        labelled = model.label(dataset, across_processes=True)
+        return select_car(labelled, n1, n2, budget=budget, score_column=names.score, allow_worse=allow_worse)
+    batch = {names.score: dataset[names.score], names.embedding: dataset[names.embedding]}
+    if num_rows != len(batch[names.score]):
+        raise ValueError(
+            f"cluster_filter saw a batch of {len(batch[names.score])} rows with num_rows={num_rows}: it must see the "
+            "whole dataset at once. Call dataset.filter(cluster_filter, batched=True, batch_size=None, "
+            "fn_kwargs={'num_rows': len(dataset), ...}), without num_proc."
+        )
+    pool = Dataset.from_dict(batch)
+    # Under a launcher, `.filter` may call one process only, while the others read its cache: it must not wait for them.
+    with alone():
+        labelled = ClusterModel.fit(pool, names.embedding, **fitting).label(pool)
+    scores = read_numbers(pool, names.score, np.nan)
+    clusters = np.asarray(read_numbers(labelled, names.cluster, -1), dtype=np.int64)
+    positions = choose(scores, clusters, n1, n2, budget).positions
+    if not allow_worse:
+        refuse_worse(scores, positions)
+    keep = np.zeros(num_rows, dtype=bool)
+    keep[positions] = True
+    return keep.tolist()

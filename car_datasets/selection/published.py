@@ -1,0 +1,187 @@
+"""Read, write and select as the original does, to compare with: `procedure="paper"` in a recipe.
+
+Does: read and write its result files (a JSON list of rows with `score`, and `label` as a string, best score first), and
+select by the published rule with its oddities.
+Does not: score or cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from car_datasets.selection.rule import (
+    BY_BOTH,
+    BY_CLUSTER,
+    BY_SCORE,
+    SELECTION_COLUMNS,
+    Choice,
+    add_selection,
+    ranks_within,
+)
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import read_numbers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RANKING_FILES = {"regression": "ranking_IQS_result.json", "ranking": "ranking_Comet_result.json"}
+CLUSTERING_FILE = "clustering_result.json"
+SELECTED_FILE = "CaR_selected_result.json"
+
+
+# Oddities of the published code (CaR, Clustering/cluster.py at 3357044), which the default procedure does not share:
+# - clusters are fitted on the rows sorted by score;
+# - a row equal by value to one already taken is left out, but only in the second stage;
+# - a cluster's best row that is among the top n1 already is not replaced by its next best;
+# - clusters come in descending order of their label as text ("9" before "89");
+# - n2 = 0 acts like 1.
+
+
+def rank_rows(dataset: Dataset, score_column: str = "iqs_score") -> Dataset:
+    """Return the rows with a score, best first; ties keep their order, as in the original's stable sort."""
+    scores = read_numbers(dataset, score_column, np.nan)
+    order = np.argsort(-scores, kind="stable")[: int(np.count_nonzero(~np.isnan(scores)))]
+    return dataset.select(order.tolist())
+
+
+def select_as_published(
+    dataset: Dataset,
+    n1: int = 1000,
+    n2: int = 1,
+    *,
+    score_column: str = "iqs_score",
+    cluster_column: str = "cluster",
+    index_column: str = "source_index",
+) -> Dataset:
+    """Select by the published rule, in the published order: the top n1, then what the clusters add.
+
+    Args:
+        dataset (`Dataset`): pool with a score and a cluster for every row.
+        n1 (`int`): number of rows taken by score, 1000 in the paper; all rows if it is above their number.
+        n2 (`int`): number of rows looked at in every cluster, 1 in the paper; 0 acts like 1.
+        score_column (`str`): column of scores.
+        cluster_column (`str`): column of clusters.
+        index_column (`str`): kept if the dataset has it, otherwise added: the row's position in order of score.
+
+    Returns:
+        `Dataset`: all columns of the chosen rows, and `selected_by`, `score_rank` and `cluster_rank`. Of rows equal by
+        value, in the columns that the original's files have, the second stage takes one.
+
+    Raises:
+        ValueError: n1 or n2 is negative, or a column is missing.
+    """
+    names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
+    ranked = rank_rows(dataset, score_column)
+    scores = read_numbers(ranked, score_column, np.nan)
+    labels = np.asarray(read_numbers(ranked, cluster_column, -1), dtype=np.int64)
+    if n1 < 0 or n2 < 0:
+        raise ValueError(f"n1={n1} and n2={n2} must not be negative; pass whole numbers of rows from 0 on.")
+    n1 = min(int(n1), len(ranked))  # the original takes all rows if n1 is above their number
+    looked_at = max(n2, 1)
+    within = ranks_within(labels)
+    top = np.arange(n1)
+    candidates = np.flatnonzero((within >= 1) & (within <= looked_at)).tolist()
+    candidates.sort(key=lambda i: (str(labels[i]), scores[i]), reverse=True)
+    rows = original_columns(ranked, names)  # the original compares rows as its files hold them
+    taken = set(_values(rows, top.tolist()))
+    added = []
+    for position, value in zip(candidates, _values(rows, candidates), strict=True):
+        if value not in taken:
+            taken.add(value)
+            added.append(position)
+    positions = np.concatenate([top, np.array(added, dtype=np.int64)])
+    in_top, in_cluster = positions < n1, within[positions] <= looked_at
+    reasons = np.where(in_top & in_cluster, BY_BOTH, np.where(in_top, BY_SCORE, BY_CLUSTER)).tolist()
+    return add_selection(ranked, Choice(positions, reasons, positions + 1, within[positions]), index_column)
+
+
+def original_columns(dataset: Dataset, names: ColumnNames) -> Dataset:
+    """Return the dataset without the columns that this package adds and the original's files do not have."""
+    ours = {*names.diagnostics, names.index, names.embedding, *SELECTION_COLUMNS}
+    return dataset.remove_columns([column for column in dataset.column_names if column in ours])
+
+
+def _values(rows: Dataset, positions: list[int]) -> list[str]:
+    """Return rows as text that is equal if they are equal by value."""
+    return [json.dumps(row, sort_keys=True, default=str) for row in rows.select(positions)] if positions else []
+
+
+def from_original(dataset: Dataset) -> Dataset:
+    """Return a dataset read from one of the original's result files with this package's names and types.
+
+    `score` becomes `iqs_score`; `label`, a number as a string, becomes `cluster`. Any other dataset is returned
+    unchanged.
+    """
+    columns = dataset.column_names
+    if "score" in columns and "iqs_score" not in columns:
+        dataset = dataset.rename_column("score", "iqs_score")
+    if "label" in columns and "cluster" not in columns:
+        labels = dataset["label"][:]
+        # Not str.isdigit, which holds for "²" too.
+        if all(re.fullmatch("[0-9]+", str(label)) for label in labels):
+            dataset = dataset.remove_columns("label").add_column(
+                "cluster", np.array([int(x) for x in labels], dtype=np.int32)
+            )
+    return dataset
+
+
+def refuse_taken(columns: Collection[str], renamed: Mapping[str, str]) -> None:
+    """Raise ValueError if the rows have a column of a name that the original's format uses, such as `score`.
+
+    Args:
+        columns (`Collection[str]`): columns of the rows.
+        renamed (`Mapping[str, str]`): from names of this package to those of the original's format.
+    """
+    if taken := [new for old, new in renamed.items() if old != new and new in columns]:
+        raise ValueError(
+            f"The rows have column(s) {taken} of their own, which the original's format uses: "
+            "rename them first, by dataset.rename_column(...)."
+        )
+
+
+def write_original(
+    dataset: Dataset, path: str | os.PathLike[str], names: ColumnNames, *, where_free: bool = False
+) -> None:
+    """Write rows as the original does: a JSON list, indented, `score` a number, `label` a string.
+
+    Args:
+        dataset (`Dataset`): rows to write, with all of their columns.
+        path (`str` or `PathLike`): file to write.
+        names ([`ColumnNames`]): `names.score` is written as `score`, `names.cluster` as `label`.
+        where_free (`bool`): if the dataset already has a column `score` or `label`, keep both under their own names.
+
+    Raises:
+        ValueError: the dataset already has a column `score` or `label`, and `where_free` is off.
+    """
+    columns = dataset.column_names
+    renamed = {old: new for old, new in ((names.score, "score"), (names.cluster, "label")) if old in columns}
+    if where_free:
+        renamed = {old: new for old, new in renamed.items() if old == new or new not in columns}
+    refuse_taken(columns, renamed)
+
+    def original(row: dict[str, Any]) -> dict[str, Any]:
+        values = {renamed.get(column, column): value for column, value in row.items()}
+        if names.cluster in renamed and row.get(names.cluster) is not None:
+            values["label"] = str(row[names.cluster])
+        return values
+
+    rows = [original(row) for row in dataset.with_format(None)]
+    text = json.dumps(_finite(rows), indent=4, ensure_ascii=False, default=str, allow_nan=False)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON lacks, by null at any depth of a value."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list) else value

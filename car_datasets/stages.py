@@ -1,0 +1,249 @@
+"""`resolve`: a recipe as the stages that run it, with every model looked up once.
+
+Does: make scorer, embedder and cluster settings of a recipe; refuse taken columns before anything runs; run SCORE, EMBED,
+CLUSTER and SELECT, here or in shards.
+Does not: load or check rows, report, or write results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from car_datasets.clustering.fitting import FitSettings, checked_fit
+from car_datasets.clustering.model import ClusterModel
+from car_datasets.loading.templates import CLEAN_TEMPLATE
+from car_datasets.recipe import Recipe
+from car_datasets.scoring.embedder import TextEmbedder
+from car_datasets.scoring.engines import LARGE, estimate_scoring
+from car_datasets.scoring.scorer import QualityScorer
+from car_datasets.scoring.shards.folder import refuse_blank
+from car_datasets.scoring.shards.run import fill_shards, score_in_shards
+from car_datasets.scoring.stage import add_columns
+from car_datasets.selection.procedures import Procedure, find_procedure
+from car_datasets.selection.rule import SELECTION_COLUMNS
+from car_datasets.utils import revisions
+from car_datasets.utils.columns import check_columns, refuse_overwrite
+from car_datasets.utils.processes import is_main_process, process_rank
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A recipe that is ready to run.
+
+    Args:
+        recipe ([`Recipe`]): the settings, with the immutable revisions of scorer and embedder.
+        scorer ([`QualityScorer`]): adds the score and, if it shares its encoder with the embedder, the embedding.
+        embedder ([`TextEmbedder`], *optional*): adds the embedding in a second pass; None if the scorer does, or if no
+            embeddings are wanted.
+        fit ([`FitSettings`]): the arguments of the cluster model's fit.
+        procedure ([`Procedure`]): the rule of selection.
+    """
+
+    recipe: Recipe
+    scorer: QualityScorer
+    embedder: TextEmbedder | None
+    fit: FitSettings
+    procedure: Procedure
+
+    def score(
+        self, dataset: Dataset, *, token: str | None = None, shard_dir: str | os.PathLike[str] | None = None
+    ) -> Dataset:
+        """Add scores and embeddings: in one pass if scorer and embedder share an encoder, else in two.
+
+        Args:
+            dataset (`Dataset`): checked rows.
+            token (`str`, *optional*): for a `shard_dir` on the Hub.
+            shard_dir (`str`, *optional*): keep finished shards there, so that another run resumes. Several processes share
+                the work in shards with and without it.
+
+        Raises:
+            ValueError: a column of this or a later stage is taken.
+        """
+        self.refuse_taken_columns(dataset)
+        folders = [None if shard_dir is None else _shard_folder(stage, shard_dir) for _, stage in self._passes()]
+        begun = shard_dir is not None and ("://" in str(shard_dir) or any(Path(shard_dir).glob("*/part-*")))
+        if len(dataset) >= LARGE and is_main_process() and not begun:
+            with contextlib.suppress(ValueError):  # rows that cannot be scored are reported by the stage itself
+                tqdm.write(str(estimate_scoring(dataset, self.scorer)), file=sys.stderr)
+        for (description, stage), folder in zip(self._passes(), folders, strict=True):
+            dataset = _add(dataset, stage, description, folder, token)
+        return dataset
+
+    def fill_shards(
+        self, dataset: Dataset, shard_dir: str | os.PathLike[str], *, token: str | None = None
+    ) -> dict[str, int]:
+        """Score and embed as one of many workers, without waiting for the others.
+
+        Returns:
+            `dict[str, int]`: for each folder of shards, the number of rows that other workers have claimed.
+        """
+        self.refuse_taken_columns(dataset)
+        # All folders first: a blank shard_dir is refused before the first pass.
+        folders = [(_shard_folder(stage, shard_dir), note, stage) for note, stage in self._passes()]
+        return {
+            folder: fill_shards(dataset, stage, folder, description=note, token=token)
+            for folder, note, stage in folders
+        }
+
+    def cluster(self, pool: Dataset) -> Dataset:
+        """Add clusters and distances to a scored pool; several processes share the work and get the same labels."""
+        names = self.recipe.names
+        model = ClusterModel.fit(
+            pool,
+            names.embedding,
+            **self.fit._asdict(),
+            output_column=names.cluster,
+            distance_column=names.distance,
+        )
+        return model.label(pool, across_processes=True)
+
+    def select(self, pool: Dataset) -> Dataset:
+        """Return the selected rows of a scored, clustered pool."""
+        return self.procedure.select(pool, self.recipe.amounts, self.recipe.names)
+
+    def refuse_taken_columns(self, dataset: Dataset) -> None:
+        """Raise ValueError if the dataset has a column that this or a later stage adds, or two stages add the same one."""
+        if self.embedder is None and self.scorer.embedding_column is None:  # scores alone: no later stage follows
+            refuse_overwrite(dataset.column_names, self.scorer.output_columns, "score_column= (--score-column)")
+            return
+        names = self.recipe.names
+        scores = [name for name in self.scorer.output_columns if name != self.scorer.embedding_column]
+        new = [*scores, names.embedding, names.cluster, names.distance]
+        every = [*new, *SELECTION_COLUMNS]
+        twice = sorted({name for name in every if every.count(name) > 1})
+        if twice:
+            raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
+        option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
+        refuse_overwrite(dataset.column_names, new, option)
+        check_columns(dataset.column_names, (), SELECTION_COLUMNS)
+
+    def _passes(self) -> list[tuple[str, QualityScorer | TextEmbedder]]:
+        """Return the stages that read text, in order, each with the description of its progress bar."""
+        if self.embedder is not None:
+            return [("Scoring", self.scorer), ("Embedding", self.embedder)]
+        return [("Scoring" if self.scorer.embedding_column is None else "Scoring and embedding", self.scorer)]
+
+
+def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> Stages:
+    """Return the stages of a recipe; every model is looked up, downloaded and pinned here, and only here.
+
+    Args:
+        recipe ([`Recipe`]): the settings.
+        token (`str`, *optional*): for private models; never stored.
+        embed (`bool`): False for scores alone.
+
+    Raises:
+        ValueError: a model does not exist, or a setting is invalid.
+    """
+    procedure = find_procedure(recipe.procedure)
+    fit = fit_settings(recipe)  # before the models: a wrong seed must not cost a download
+    scorer = scorer_of(recipe, token, embed)
+    # Branches may move while this runs: what is written down is what is loaded.
+    pinned = recipe.changed(scorer_revision=scorer.revision)
+    if not embed or scorer.embedding_column is not None:
+        return Stages(pinned, scorer, None, fit, procedure)
+    embedder = TextEmbedder(
+        recipe.embedder or revisions.DEFAULT_ENCODER,
+        recipe.embedder_revision,
+        token,
+        template=str(scorer.template),
+        output_column=recipe.embedding_column,
+        **_reading(recipe),
+    )
+    # The default encoder is pinned in the code, and a recipe without an embedder must not name a revision.
+    if recipe.embedder is not None:
+        pinned = pinned.changed(embedder_revision=embedder.revision)
+    return Stages(pinned, scorer, embedder, fit, procedure)
+
+
+def fit_settings(recipe: Recipe) -> FitSettings:
+    """Return the settings of the cluster model's fit.
+
+    Raises:
+        ValueError: one of them is invalid whatever the dataset.
+    """
+    return checked_fit(
+        recipe.k, recipe.explained_variance, recipe.seed, recipe.n_init, recipe.kmeans_engine, recipe.kmeans_sample
+    )
+
+
+def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> QualityScorer:
+    """Return the scorer of a recipe; with `embed`, it also embeds if scorer and embedder share an encoder."""
+    scorer = QualityScorer(
+        recipe.scorer,
+        recipe.scorer_revision,
+        token,
+        template=recipe.template,
+        turns=recipe.turns,
+        uncertainty=recipe.uncertainty,
+        tokenizer=recipe.tokenizer,
+        engine=recipe.engine,
+        output_column=recipe.score_column,
+        diagnostics=True,
+        compile=recipe.compile,
+        **_reading(recipe),
+    )
+    if embed and recipe.embedder is None and scorer.shares_encoder:
+        # Not dataclasses.replace, which would look the model up and hash its folder again, without the token. Equal fields
+        # make an equal fingerprint either way.
+        scorer = copy.copy(scorer)
+        object.__setattr__(scorer, "embedding_column", recipe.embedding_column)
+    return scorer
+
+
+def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
+    """Select from a scored, clustered pool by a recipe, without looking its models up."""
+    return find_procedure(recipe.procedure).select(pool, recipe.amounts, recipe.names)
+
+
+def embed_where_missing(
+    dataset: Dataset, column: str, embedder: str | None = None, template: str | None = None
+) -> Dataset:
+    """Add embeddings to a dataset that was scored elsewhere; a dataset that has `column` is returned as it is.
+
+    Args:
+        dataset (`Dataset`): with text of a known schema, unless it has `column`.
+        column (`str`): the embedding column.
+        embedder (`str`, *optional*): a sentence-transformers model; defaults to all-MiniLM-L6-v2.
+        template (`str`, *optional*): the text that is embedded; defaults to that of the default scorer, `"clean-1"`.
+    """
+    if column in dataset.column_names:
+        return dataset
+    stage = TextEmbedder(
+        embedder or revisions.DEFAULT_ENCODER, template=template or CLEAN_TEMPLATE, output_column=column
+    )
+    return _add(dataset, stage, "Embedding")
+
+
+def _reading(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments that scorer and embedder have in common."""
+    names = ("schema", "columns", "on_invalid", "dtype", "batch_tokens", "embedding_dtype")
+    return {name: getattr(recipe, name) for name in names}
+
+
+def _add(
+    dataset: Dataset,
+    stage: QualityScorer | TextEmbedder,
+    description: str,
+    folder: str | None = None,
+    token: str | None = None,
+) -> Dataset:
+    """Return the dataset with the columns of a stage, computed here, or by all processes in shards."""
+    if folder is None and process_rank()[1] == 1:
+        return add_columns(dataset, stage, description)
+    return score_in_shards(dataset, stage, folder, description=description, token=token)
+
+
+def _shard_folder(stage: QualityScorer | TextEmbedder, shard_dir: str | os.PathLike[str]) -> str:
+    """Return the folder of one stage's shards: scores and embeddings do not mix."""
+    refuse_blank(shard_dir)
+    return f"{os.fspath(shard_dir).rstrip('/')}/{'scores' if isinstance(stage, QualityScorer) else 'embeddings'}"

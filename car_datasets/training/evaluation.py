@@ -1,0 +1,272 @@
+"""Evaluate a scorer on pairs: accuracy against two baselines, corrupted copies, and changes of style.
+
+Does: measure accuracy on text as given and cleaned, how often a row outranks its corrupted copy, and how far a change
+of style shifts the score, all with bootstrap intervals.
+Does not: train, or read files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from car_datasets.loading.templates import Exchange, Text, render
+from car_datasets.scoring.scorer import QualityScorer
+from car_datasets.training.corruptions import CORRUPTIONS, STYLES, corrupt
+from car_datasets.training.measures import (
+    Figures,
+    Scores,
+    best_threshold,
+    cross_validated,
+    fit_probe,
+    pair_metrics,
+    probe_scores,
+    with_intervals,
+)
+from car_datasets.training.pairs import Pair, as_given, cleaned, refuse_crossing
+from car_datasets.utils.files import without_nan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Halves = tuple[Scores, Scores]  # of the worse and of the better answers, (pairs,) each
+TextHalves = tuple[list[Text], list[Text]]
+Measure = Callable[[npt.NDArray[np.int64]], Mapping[str, float]]  # indices of pairs -> figures
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of [`evaluate_scorer`]. Every figure is `{"value", "low", "high"}`: the value and its 95 % interval.
+
+    Args:
+        model, revision (`str`): id and immutable revision of the scorer.
+        engine (`str`, *optional*): folder of the engine that ran the encoder; `None` for torch.
+        pairs (`int`): number of pairs.
+        threshold (`float`): score above which a row counts as good, for `rows`.
+        threshold_from (`str`): `"fixed"` or `"chosen on other pairs"`.
+        accuracy (`dict`): `"as given"` and `"cleaned"`, each with `rows`, the share of rows on the right side of the
+            threshold; `pairs`, the share of pairs in the right order; `kendall`, tau-b of scores and 0/1 labels; `auc`,
+            the share of all (worse, better) combinations in the right order.
+        baselines (`dict`): the same for `"length"` (the longer text is better) and `"bag of words"`. `"length"` lacks
+            `rows` unless other pairs gave it a threshold.
+        bag_of_words_from (`str`): the data that the bag of words was trained on.
+        corruptions (`dict`): for each kind, `outranked`, the share of rows that score higher than their own corrupted
+            copy (a tie counts half), and `rows`, the number of rows that could be corrupted in this way.
+        styles (`dict`): for each kind, `shift`, the mean of score(changed) - score(row) in standard deviations of the
+            scores of all rows, and `rows`, the number of rows that could be changed.
+        escapes (`dict`): comparison with the same text, its escapes typed out: `changed`, the number of scores that
+            differ at all, `largest`, the largest difference, and `rows`, the number of texts that differ.
+    """
+
+    model: str
+    revision: str
+    engine: str | None
+    pairs: int
+    threshold: float
+    threshold_from: str
+    accuracy: dict[str, Figures]
+    baselines: dict[str, dict[str, Figures]]
+    bag_of_words_from: str
+    corruptions: dict[str, dict[str, Any]]
+    styles: dict[str, dict[str, Any]]
+    escapes: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Return all figures as JSON, with `null` for figures without a single row."""
+        return json.dumps(without_nan(asdict(self)), indent=2, allow_nan=False)
+
+    def to_tables(self) -> list[Table]:
+        """Return three tables for a terminal: accuracy, corruptions, style."""
+        from rich.table import Table
+
+        by = "" if self.engine is None else f" in int8 ({self.engine})"
+        accuracy = Table(title=f"{self.model}{by} on {self.pairs:,} pairs", title_justify="left")
+        for name in ("", "pairs", "rows", "Kendall tau-b", "AUC"):
+            accuracy.add_column(name)
+        for text, figures in self.accuracy.items():
+            accuracy.add_row(f"scorer, text {text}", *_accuracy_cells(figures))
+        for baseline, by_text in self.baselines.items():
+            for text, figures in by_text.items():
+                accuracy.add_row(f"{baseline}, text {text}", *_accuracy_cells(figures))
+        accuracy.caption = (
+            f"rows: threshold {self.threshold:.3f} ({self.threshold_from}); bag of words: {self.bag_of_words_from}; "
+            "[95 % interval]"
+        )
+        corruptions = Table("corruption", "row outranks its copy", "rows", title_justify="left")
+        for kind, row in self.corruptions.items():
+            corruptions.add_row(kind, _percent(row["outranked"]), f"{row['rows']:,}")
+        styles = Table("change of style", "shift in standard deviations", "rows", title_justify="left")
+        for kind, row in self.styles.items():
+            styles.add_row(kind, _number(row["shift"], "+.3f"), f"{row['rows']:,}")
+        changed = f"{self.escapes['changed']:,} scores change, by {self.escapes['largest']:.2g} at most"
+        styles.add_row("escapes typed out", changed, f"{self.escapes['rows']:,}")
+        return [accuracy, corruptions, styles]
+
+
+def _accuracy_cells(figures: Figures) -> list[str]:
+    rows = _percent(figures["rows"]) if "rows" in figures else "-"
+    return [_percent(figures["pairs"]), rows, _number(figures["kendall"], ".3f"), _number(figures["auc"], ".3f")]
+
+
+def _percent(figure: Mapping[str, float]) -> str:
+    return f"{100 * figure['value']:.1f} % [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
+
+
+def _number(figure: Mapping[str, float], form: str) -> str:
+    return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
+
+
+def evaluate_scorer(
+    scorer: QualityScorer, pairs: Sequence[Pair], *, other: Sequence[Pair] = (), samples: int = 1000, seed: int = 0
+) -> Evaluation:
+    """Evaluate a scorer on pairs of a worse and a better answer.
+
+    Args:
+        scorer ([`QualityScorer`]): the scorer; text is rendered with its own template.
+        pairs (`Sequence[Pair]`): the pairs, as read by [`read_pairs`].
+        other (`Sequence[Pair]`, *optional*): other pairs of the same kind, such as the training file. They choose the
+            thresholds of row accuracy and train the bag of words. Without them the threshold is 0.5 and the bag of
+            words is cross-validated on `pairs`.
+        samples (`int`): bootstrap samples for each interval; pairs are drawn, not rows.
+        seed (`int`): seed of bootstrap and corruptions.
+
+    Raises:
+        ValueError: there are fewer than 2 pairs, `other` shares instructions with them, `samples` is below 1, or a
+            score is not finite.
+    """
+    if len(pairs) < 2:
+        raise ValueError(f"pairs: {len(pairs)} given; intervals need at least 2. Add pairs.")
+    refuse_crossing([r for p in other for r in p], [r for p in pairs for r in p], ("other", "pairs"))
+
+    def figures(measure: Measure, count: int = len(pairs)) -> Figures:
+        return with_intervals(measure, count, samples, seed)
+
+    def accuracy(halves: Halves, threshold: float | None) -> Figures:
+        by_name = figures(lambda at: pair_metrics(halves[0][at], halves[1][at], threshold or 0.0))
+        # Without a threshold the share of rows on its right side means nothing.
+        return {name: figure for name, figure in by_name.items() if name != "rows" or threshold is not None}
+
+    given, clean_text = _texts(pairs, as_given), _texts(pairs, lambda row: _cleaned_text(row, scorer))
+    cleaned_halves = _score_halves(scorer, clean_text)
+    known = _texts(other, lambda row: _cleaned_text(row, scorer))
+    threshold = best_threshold(*_score_halves(scorer, known)) if other else 0.5
+    baselines: dict[str, dict[str, Figures]] = {"length": {}, "bag of words": {}}
+    for name, texts, rest in (("as given", given, _texts(other, as_given)), ("cleaned", clean_text, known)):
+        limit = best_threshold(*_lengths(rest)) if other else None
+        baselines["length"][name] = accuracy(_lengths(texts), limit)
+        baselines["bag of words"][name] = accuracy(_bag_of_words(texts, rest), 0.5)
+    rows = [row for pair in pairs for row in pair]
+    tables = _Tables(scorer, rows, [cleaned(row) for row in rows], cleaned_halves, figures, seed)
+    return Evaluation(
+        model=scorer.model_id,
+        revision=str(scorer.revision),
+        engine=scorer.engine,
+        pairs=len(pairs),
+        threshold=threshold,
+        threshold_from="chosen on other pairs" if other else "fixed",
+        accuracy={
+            "as given": accuracy(_score_halves(scorer, given), threshold),
+            "cleaned": accuracy(cleaned_halves, threshold),
+        },
+        baselines=baselines,
+        bag_of_words_from="trained on other pairs" if other else "cross-validated on these pairs",
+        corruptions={kind: tables.corruption(kind) for kind in ("mismatched", *CORRUPTIONS)},
+        styles={kind: tables.style(kind) for kind in STYLES},
+        escapes=tables.escapes(),
+    )
+
+
+def _texts(pairs: Sequence[Pair], form: Callable[[Exchange], Text]) -> TextHalves:
+    return [form(pair.worse) for pair in pairs], [form(pair.better) for pair in pairs]
+
+
+def _cleaned_text(row: Exchange, scorer: QualityScorer) -> Text:
+    return render(cleaned(row), str(scorer.template))
+
+
+def _score_halves(scorer: QualityScorer, texts: TextHalves) -> Halves:
+    scores = _score(scorer, [*texts[0], *texts[1]])
+    return scores[: len(texts[0])], scores[len(texts[0]) :]
+
+
+def _score(scorer: QualityScorer, texts: Sequence[Text]) -> npt.NDArray[np.float64]:
+    scores = scorer.score_texts(texts).scores.astype(np.float64)
+    finite = np.isfinite(scores)
+    if not finite.all():
+        raise ValueError(
+            f"{(~finite).sum()} of {len(scores)} scores of {scorer.model_id} are not finite; check its weights."
+        )
+    return scores
+
+
+def _lengths(texts: TextHalves) -> Halves:
+    worse, better = (np.array([len(text.whole) for text in half], dtype=np.float64) for half in texts)
+    return worse, better
+
+
+def _bag_of_words(texts: TextHalves, other: TextHalves) -> Halves:
+    worse, better = ([text.whole for text in half] for half in texts)
+    if not other[0]:
+        return cross_validated(worse, better)
+    probe = fit_probe(*([text.whole for text in half] for half in other))
+    return probe_scores(probe, worse), probe_scores(probe, better)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The data that the corruption, style and escape figures share."""
+
+    scorer: QualityScorer
+    as_given: list[Exchange]  # worse and better in turn
+    rows: list[Exchange]  # the same rows, cleaned
+    halves: Halves  # scores of `rows`
+    figures: Callable[[Measure, int], Figures]
+    seed: int
+
+    def corruption(self, kind: str) -> dict[str, Any]:
+        """Return the share of rows that outrank their corrupted copy, and the number of rows with a copy."""
+        difference = self._differences(corrupt(kind, self.rows, self.seed, paired=True))
+        won = np.where(np.isnan(difference), np.nan, (difference < 0) + 0.5 * (difference == 0))
+        return {"outranked": self._mean(won), "rows": int(np.isfinite(won).sum())}
+
+    def style(self, kind: str) -> dict[str, Any]:
+        """Return the mean shift of the score in standard deviations, and the number of rows with a copy."""
+        spread = float(np.std(np.concatenate(self.halves))) or np.nan  # if all scores are equal, there is no unit
+        difference = self._differences(corrupt(kind, self.rows, self.seed)) / spread
+        return {"shift": self._mean(difference), "rows": int(np.isfinite(difference).sum())}
+
+    def escapes(self) -> dict[str, Any]:
+        """Compare the scores of the rows as given with those of the same rows with escapes typed out."""
+        # Both are scored in the same order, so that equal texts share a batch with equal texts and score exactly alike.
+        typed = [Exchange(*(json.dumps(part)[1:-1] for part in row)) for row in self.as_given]
+        scores = []
+        for rows in (self.as_given, typed):
+            texts = [render(row, str(self.scorer.template)) for row in rows]
+            scores.append(np.stack(_score_halves(self.scorer, (texts[::2], texts[1::2]))))
+        difference = np.abs(scores[1] - scores[0]).ravel()
+        count = sum(copy != row for copy, row in zip(typed, self.as_given, strict=True))
+        return {"changed": int((difference > 0).sum()), "largest": float(difference.max()), "rows": count}
+
+    def _differences(self, copies: Sequence[Exchange | None]) -> npt.NDArray[np.float64]:
+        """Return score(copy) - score(row), NaN for rows without a copy; shape (pairs, 2)."""
+        places = [i for i, copy in enumerate(copies) if copy is not None]
+        rows = np.stack(self.halves, axis=1).ravel()
+        differences = np.full(len(rows), np.nan)
+        texts = [render(copy, str(self.scorer.template)) for copy in copies if copy is not None]
+        if texts:
+            differences[places] = _score(self.scorer, texts) - rows[places]
+        return differences.reshape(-1, 2)
+
+    def _mean(self, values: npt.NDArray[np.float64]) -> dict[str, float]:
+        """Return the mean over all rows that have a value, with its interval; `values` has the shape (pairs, 2)."""
+        # Only pairs with a value are drawn: a sample without any would have no mean.
+        values = values[np.isfinite(values).any(axis=1)]
+        if not len(values):
+            return dict.fromkeys(("value", "low", "high"), float("nan"))
+        sums, counts = np.nansum(values, axis=1), np.isfinite(values).sum(axis=1)
+        return self.figures(lambda at: {"mean": float(sums[at].sum() / counts[at].sum())}, len(values))["mean"]

@@ -1,0 +1,327 @@
+"""Train the head of the embedded scorer on the states of its frozen encoder and the words of the answer.
+
+Does: make restyled and corrupted copies of cleaned pairs, encode all once, fit the head for several seeds, write the model.
+Does not: train an encoder. The shipped weights come from the training file `train_iqs_minilm.yaml`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from car_datasets.loading.templates import CLEAN_TEMPLATE, Exchange, render
+from car_datasets.scoring.batching import CPU_BUDGET, pad, token_batches, tokenise
+from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
+from car_datasets.scoring.iqs.layers import SegmentHead, hashed_words, segment_features
+from car_datasets.scoring.iqs.modeling_iqs import IQSModel
+from car_datasets.scoring.scorer import QualityScorer
+from car_datasets.training.corruptions import corrupt, draw_corruptions
+from car_datasets.training.evaluation import Evaluation, evaluate_scorer
+from car_datasets.training.head_fitting import Copies, Voters, fit_integrity, fit_quality, fit_words, principal_axes
+from car_datasets.training.pairs import Pair, cleaned, read_pairs, refuse_crossing
+from car_datasets.utils import digests, revisions
+from car_datasets.utils.files import write_card, write_figures, write_folder
+from car_datasets.utils.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Relative frequency of each corruption in training: the harder it is to detect, the more frequent.
+CORRUPTION_WEIGHTS: Mapping[str, float] = {
+    "mismatched": 6.0,
+    "shuffled_sentences": 5.0,
+    "truncated": 3.0,
+    "echo": 2.5,
+    "repeated": 2.0,
+    "shuffled_words": 1.5,
+    "refusal": 1.0,
+    "empty": 0.5,
+}
+
+# CaR's APE_score_train.csv: the card of a head that was trained on this file describes its content.
+CAR_TRAINING_SHA256 = "3f269b42f54190f34bb4e5ba634942159c766122a20939538657682d5392935b"
+
+# (style, seed) of each restyled copy of the rows.
+STYLE_DRAWS = (("opening", 0), ("opening", 1), ("filler", 0), ("bullets", 0))
+
+
+@dataclass(frozen=True)
+class HeadTraining(Settings):
+    """The settings of [`train_head`]; the defaults are those of the shipped head.
+
+    Args:
+        train, valid (`str`): files of pairs: CSV (`src,score` or `src,pos,neg`) or JSON Lines (`chosen`, `rejected`).
+        output (`str`): a new folder for the model.
+        seed (`int`), seeds (`int`): train with the seeds `seed`, `seed + 1`, ... The first model is kept; the card
+            shows the figures of all. Equal seeds give equal files on one kind of machine.
+        members, hidden_size (`int`), dropout (`float`): number of quality networks, their hidden units and dropout.
+        axes (`int`): principal axes of the features to which the quality networks are limited.
+        epochs (`int`), learning_rate, weight_decay (`float`): optimisation of the quality networks.
+        consistency (`float`): weight of the penalty on a change of quality when only the style changes.
+        margin_weight (`float`): weight of the loss that separates the quality of a row from that of its corrupted copy.
+        word_bits (`int`): bits of the hash of words and word pairs.
+        word_strength (`float`): inverse regularisation of the word regression (scikit-learn's `C`).
+        word_style_weight (`float`): weight in the word regression of all restyled copies of a row; the row has 1.
+        corruption_draws (`int`): corrupted copies per row.
+        integrity_size, integrity_epochs (`int`), integrity_dropout, integrity_learning_rate, integrity_weight_decay
+            (`float`): hidden units and optimisation of the integrity network.
+        penalty (`float`): the most that a corrupted answer loses.
+        penalty_offset, penalty_slope (`float`): negated integrity logit at which half of it applies; the slope there.
+        pairs_per_batch (`int`): batch size of both optimisations, in pairs.
+    """
+
+    kind: str = "head"
+    train: str = "expert_score_train.csv"
+    valid: str = "expert_score_valid.csv"
+    output: str = "iqs-minilm"
+    seed: int = 0
+    seeds: int = 3
+    members: int = 4
+    hidden_size: int = 48
+    dropout: float = 0.4
+    axes: int = 512
+    epochs: int = 8
+    learning_rate: float = 7e-4
+    weight_decay: float = 0.2
+    consistency: float = 12.0
+    margin_weight: float = 2.0
+    word_bits: int = 17
+    word_strength: float = 10.0
+    word_style_weight: float = 6.0
+    corruption_draws: int = 4
+    integrity_size: int = 48
+    integrity_epochs: int = 12
+    integrity_dropout: float = 0.3
+    integrity_learning_rate: float = 3e-4
+    integrity_weight_decay: float = 0.1
+    penalty: float = 2.0
+    penalty_offset: float = 3.0
+    penalty_slope: float = 1.5
+    pairs_per_batch: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind != "head":
+            raise ValueError(f"kind={self.kind!r}: HeadTraining takes kind='head' only.")
+        counts = ("seeds", "members", "hidden_size", "axes", "epochs", "corruption_draws")
+        self.refuse_outside(1, None, *counts, "integrity_size", "integrity_epochs", "pairs_per_batch")
+        self.refuse_outside(1e-9, None, "learning_rate", "integrity_learning_rate", "word_strength", "penalty_slope")
+        self.refuse_outside(0, None, "seed", "weight_decay", "integrity_weight_decay", "consistency", "margin_weight")
+        self.refuse_outside(0, None, "word_style_weight", "penalty")
+        self.refuse_outside(0, 0.99, "dropout", "integrity_dropout")
+        self.refuse_outside(8, 24, "word_bits")
+
+
+class Material(NamedTuple):
+    """The data that a head is fitted on: labels (rows,), the features' mean and scale (width,), features and words."""
+
+    labels: Tensor
+    mean: Tensor
+    scale: Tensor
+    features: Copies
+    words: Copies
+
+
+def train_head(settings: HeadTraining) -> dict[str, Any]:
+    """Train the head and write configuration, weights, figures and card into `settings.output`.
+
+    Returns:
+        `dict`: the figures of the kept model on `valid`, their spread over the `seeds`, and `training_pairs`.
+
+    Raises:
+        ValueError: the folder exists, a file cannot be read, or both files share questions; raised before training.
+    """
+    folder = Path(settings.output)
+    if folder.exists():
+        raise ValueError(f"output={settings.output!r} already exists; name a new folder.")
+    train, valid = read_pairs(settings.train), read_pairs(settings.valid)
+    sides = [[row for pair in pairs for row in pair] for pairs in (train, valid)]
+    refuse_crossing(sides[0], sides[1], (settings.train, settings.valid))
+    return fit_and_write(settings, gather(settings, train), valid)
+
+
+def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
+    """Return features and words of rows and copies; drop pairs with an empty answer, which is a corruption."""
+    kept = [Pair(*(cleaned(row) for row in pair)) for pair in pairs]
+    kept = [pair for pair in kept if all(row.response for row in pair)]
+    logger.info("%d of %d pairs have both answers.", len(kept), len(pairs))
+    rows = [row for pair in kept for row in pair]
+    styled = [[c or row for c, row in zip(corrupt(k, rows, s, "train"), rows, strict=True)] for k, s in STYLE_DRAWS]
+    corrupted = [draw_corruptions(rows, s, CORRUPTION_WEIGHTS) for s in range(settings.corruption_draws)]
+    encoder, tokenizer, config = _frozen_encoder(settings)
+    encoded = Copies(rows, styled, corrupted).each(lambda texts: read_rows(encoder, tokenizer, config, texts))
+    features, words = encoded.each(lambda both: both[0]), encoded.each(lambda both: both[1])
+    # The head repeats this scaling when it scores, so it is that of the rows alone, for the copies as well.
+    mean, scale = features.rows.mean(dim=0), features.rows.std(dim=0) + 1e-3
+    scaled = features.each(lambda f: f.sub_(mean).div_(scale).clamp_(-6, 6))
+    labels = torch.tensor([0.0, 1.0]).repeat(len(kept))
+    return Material(labels, mean, scale, scaled, words)
+
+
+def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pair]) -> dict[str, Any]:
+    """Fit a head per seed on the same material, evaluate each as saved, keep the first in `settings.output`."""
+    folder = Path(settings.output)
+    # Deterministic, so all seeds share it.
+    words = fit_words(material.words, material.labels.numpy(), settings.word_strength, settings.word_style_weight)
+    evaluations: list[Evaluation] = []
+    with write_folder(folder) as partial:
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            place = partial if seed == settings.seed else partial / "other-seed"
+            head = fit_head(settings.changed(seed=seed), material, *words)
+            _save(place, _config(settings), head)
+            evaluations.append(evaluate_scorer(QualityScorer(str(place)), valid))
+        shutil.rmtree(partial / "other-seed", ignore_errors=True)
+        figures = {**asdict(evaluations[0]), "model": folder.name, "seeds": _over_seeds(evaluations)}
+        figures["training_pairs"] = len(material.labels) // 2
+        _describe(settings, partial, figures)
+    return figures
+
+
+def fit_head(
+    settings: HeadTraining,
+    material: Material,
+    coefficients: npt.NDArray[np.float64],
+    intercept: float,
+    logits: Copies,
+) -> SegmentHead:
+    """Fit quality on top of the results of `fit_words` (the last three arguments), then integrity; return one head."""
+    torch.manual_seed(settings.seed)  # all random numbers below follow from it, so their order is part of the result
+    features, labels = material.features, material.labels
+    axes = principal_axes(features.rows, min(settings.axes, *features.rows.shape))
+    quality = fit_quality(
+        features.each(lambda scaled: scaled @ axes),
+        logits,
+        labels,
+        Voters(axes.shape[1], settings.members, settings.hidden_size, settings.dropout),
+        consistency=settings.consistency,
+        margin_weight=settings.margin_weight,
+        epochs=settings.epochs,
+        pairs_per_batch=settings.pairs_per_batch,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    integrity = fit_integrity(
+        features,
+        Voters(features.rows.shape[1], 1, settings.integrity_size, settings.integrity_dropout),
+        len(labels) // 2,
+        epochs=settings.integrity_epochs,
+        pairs_per_batch=settings.pairs_per_batch,
+        learning_rate=settings.integrity_learning_rate,
+        weight_decay=settings.integrity_weight_decay,
+    )
+    head = SegmentHead(_config(settings))
+    # Projection, intercept, slope and offset are folded into the weights, so that the head needs none of them.
+    with torch.no_grad():
+        head.mean.copy_(material.mean)
+        head.scale.copy_(material.scale)
+        head.words.copy_(torch.from_numpy(coefficients))
+        head.quality.weight.copy_(quality.inside.weight @ axes.T)
+        head.quality.bias.copy_(quality.inside.bias)
+        head.quality_out.copy_(quality.out)
+        head.quality_bias.copy_(quality.bias + intercept)
+        head.integrity[0].weight.copy_(integrity.inside.weight)
+        head.integrity[0].bias.copy_(integrity.inside.bias)
+        head.integrity[2].weight.copy_(integrity.out * settings.penalty_slope)
+        head.integrity[2].bias.copy_((integrity.bias + settings.penalty_offset) * settings.penalty_slope)
+    return head
+
+
+def read_rows(encoder: Any, tokenizer: Any, config: IQSConfig, rows: Sequence[Exchange]) -> tuple[Tensor, Any]:
+    """Return features of rows, (rows, width) float32, and their hashed words, a sparse (rows, 2 ** bits) matrix."""
+    from scipy.sparse import csr_matrix
+
+    texts = [render(row, config.template) for row in rows]
+    # The answer begins after the question and one space.
+    tokens = tokenise(tokenizer, [t.whole for t in texts], config.max_tokens, [len(t.question) + 1 for t in texts])
+    features = torch.empty((len(rows), SegmentHead.width(config)))
+    entries: list[tuple[Any, Any, Any]] = []
+    for batch in token_batches([len(ids) for ids in tokens.ids], CPU_BUDGET):
+        input_ids, mask = pad([tokens.ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
+        start = torch.tensor([tokens.answer_starts[i] for i in batch])
+        with torch.inference_mode():
+            states = encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            features[batch] = segment_features(states, mask, start)
+            numbers, weights = hashed_words(input_ids, mask, start, config.word_bits)
+        at, column = np.nonzero(weights.numpy())
+        entries.append((np.asarray(batch)[at], numbers.numpy()[at, column], weights.numpy()[at, column]))
+    i, j, value = (np.concatenate(part) for part in zip(*entries, strict=True))
+    return features, csr_matrix((value, (i, j)), shape=(len(rows), 1 << config.word_bits))
+
+
+def _frozen_encoder(settings: HeadTraining) -> tuple[Any, Any, IQSConfig]:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return encoder, AutoTokenizer.from_pretrained(folder), _config(settings)
+
+
+def _config(settings: HeadTraining) -> IQSConfig:
+    from transformers import AutoConfig
+
+    source = {
+        "model_id": revisions.DEFAULT_ENCODER,
+        "revision": revisions.ENCODER_REVISION,
+        "sha256": revisions.ENCODER_SHA256,
+    }
+    return IQSConfig(
+        encoder_config=AutoConfig.from_pretrained(
+            revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
+        ),
+        head="segments",
+        hidden_sizes=(settings.hidden_size, settings.integrity_size),
+        dropout=settings.dropout,
+        max_tokens=512,
+        template=CLEAN_TEMPLATE,
+        members=settings.members,
+        word_bits=settings.word_bits,
+        penalty=settings.penalty,
+        encoder_source=source,
+        architectures=[IQSModel.__name__],
+    )
+
+
+def _over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
+    """Return mean and sample standard deviation over the seeds: accuracy on cleaned text, corruptions and styles."""
+    values: dict[str, list[float]] = {}
+    for evaluation in evaluations:
+        figures = {**evaluation.accuracy["cleaned"]}
+        figures |= {kind: row["outranked"] for kind, row in evaluation.corruptions.items()}
+        figures |= {kind: row["shift"] for kind, row in evaluation.styles.items()}
+        for name, figure in figures.items():
+            values.setdefault(name, []).append(figure["value"])
+    spread = {name: float(np.std(list_, ddof=1)) if len(list_) > 1 else 0.0 for name, list_ in values.items()}
+    return {name: {"mean": float(np.mean(list_)), "deviation": spread[name]} for name, list_ in values.items()}
+
+
+def _save(folder: Path, config: IQSConfig, head: SegmentHead) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    full = {"mean", "scale"}  # stay in float32: a scale of 1e-3 has few digits in half precision
+    state = {f"head.{n}": (w if n in full else w.half()).contiguous() for n, w in head.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def _describe(settings: HeadTraining, folder: Path, figures: dict[str, Any]) -> None:
+    """Write `figures.json` and the card."""
+    write_figures(folder, figures)
+    write_card(
+        folder,
+        "default_scorer_card.md.jinja",
+        settings=settings,
+        files=[Path(name).name for name in (settings.train, settings.valid)],
+        of_car=digests.file_digest(Path(settings.train)) == CAR_TRAINING_SHA256,
+        figures=figures,
+        config=_config(settings),
+        pairs=figures["training_pairs"],
+    )

@@ -1,0 +1,292 @@
+"""Read pairs of a worse and a better answer, the data that scorers are trained and evaluated on.
+
+Does: read CaR's two CSV formats (`src,score` and `src,pos,neg`) and JSON Lines with `chosen`, `rejected` and an
+optional `prompt`, as text or as chat messages; name the row of everything that cannot be read.
+Does not: split files or score.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from car_datasets.loading.schemas import SCHEMAS, exchanges_of
+from car_datasets.loading.templates import Exchange, Text, clean, join_surrogates
+
+logger = logging.getLogger(__name__)
+_PARTS = re.compile(r"\s*Instruction:(?P<asked>.*?) ?\bResponse:(?P<response>.*)", re.DOTALL)
+_HH_TURN = "\n\nAssistant:"
+
+
+class Pair(NamedTuple):
+    """A worse and a better answer; the instruction of the better half may be revised, too."""
+
+    worse: Exchange
+    better: Exchange
+
+
+class LabelledRows(NamedTuple):
+    """Rows and their labels, float32 in [0, 1]; if the file contains pairs, rows 2i and 2i + 1 are one pair."""
+
+    rows: list[Exchange]
+    labels: npt.NDArray[np.float32]
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read a file of pairs.
+
+    Args:
+        path (`str`): `.csv` with the columns `src` and `score` (rows 2i and 2i + 1 are a pair, the higher score is the
+            better half) or `src`, `pos` and `neg` (the original's ranking files; both answers get the same
+            instruction); `.jsonl` or `.json` with `chosen` and `rejected`, and with `prompt` unless they contain it.
+            The answer of a chat is its last one; all earlier messages become part of the instruction.
+
+    An empty answer is kept, with a warning. It is an error if both instruction and answer are empty.
+
+    Raises:
+        ValueError: a column is missing, a text is empty, two rows of a pair have the same score, or the file has
+            another format; the message counts rows from 1.
+    """
+    content = _read(path)
+    columns = set(content[0])
+    if {"chosen", "rejected"} <= columns:
+        pairs = [_preference(path, i, row) for i, row in enumerate(content, 1)]
+    elif {"src", "pos", "neg"} <= columns:
+        pairs = [_ranked(path, i, row) for i, row in enumerate(content, 1)]
+    elif {"src", "score"} <= columns:
+        pairs = _pair_up(path, _labelled(path, content))
+    else:
+        raise _wrong_columns(path, content)
+    return pairs
+
+
+def read_labelled_rows(path: str | Path) -> LabelledRows:
+    """Read a file of pairs or of scored rows as rows and labels.
+
+    Args:
+        path (`str`): a file in any format of [`read_pairs`]. The scores of a `src,score` file are kept as they are; in
+            all other formats the label is 0 for the worse and 1 for the better half.
+
+    Raises:
+        ValueError: the file cannot be read as pairs or scored rows, a label is not a number in [0, 1], or all labels
+            are equal.
+    """
+    content = _read(path)
+    if {"src", "score"} <= set(content[0]):
+        labelled = _labelled(path, content)
+    else:
+        pairs = read_pairs(path)
+        labels = np.tile(np.array([0, 1], dtype=np.float32), len(pairs))
+        labelled = LabelledRows([row for pair in pairs for row in pair], labels)
+    if len(set(labelled.labels.tolist())) == 1:
+        raise ValueError(
+            f"{path}: every label is {labelled.labels[0]:g}; a model learns nothing from one class only. Add others."
+        )
+    return labelled
+
+
+def refuse_crossing(train: Sequence[Exchange], valid: Sequence[Exchange], names: tuple[str, str]) -> None:
+    """Raise ValueError if training and validation rows share an instruction, because accuracy would measure memory.
+
+    Instruction and input are compared, cleaned and without case; the answers may differ.
+
+    Args:
+        train, valid (`Sequence[Exchange]`): the rows.
+        names (`tuple[str, str]`): their names for the message.
+    """
+    known = {question(row) for row in train}
+    crossing = [i for i, row in enumerate(valid, 1) if question(row) in known]
+    if crossing:
+        raise ValueError(
+            f"The split crosses: {len(crossing)} of the {len(valid)} rows of {names[1]} (the first: row {crossing[0]}) "
+            f"have an instruction that {names[0]} contains too. `car-datasets prepare` makes splits that do not cross."
+        )
+
+
+def question(row: Exchange) -> tuple[str, str]:
+    """Return instruction and input, cleaned and case-folded: a key that is equal for rows that ask the same."""
+    return clean(row.instruction).casefold(), clean(row.input).casefold()
+
+
+def as_given(row: Exchange) -> Text:
+    """Return the text in the form of the original's training files, without cleaning."""
+    asked = f"Instruction: {row.instruction} Input: {row.input}" if row.input else f"Instruction: {row.instruction}"
+    return Text(asked, f"Response: {row.response}")
+
+
+def cleaned(row: Exchange) -> Exchange:
+    """Return the row with typed-out escapes decoded, quotes straightened and white space folded in every part."""
+    return Exchange(*(clean(part) for part in row))
+
+
+def _read(path: str | Path) -> list[dict[str, Any]]:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}; check the path.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # as bytes: text mode would change line ends within answers
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Convert it to UTF-8.") from error
+    if path.suffix == ".csv":
+        rows: list[Any] = _read_csv(path, text)
+    elif path.suffix in (".jsonl", ".json"):
+        rows = _read_json(path, text)
+    else:
+        raise ValueError(f"{path}: pairs are read from .csv, .jsonl or .json files.")
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no rows." if not rows else f"{path} must hold one JSON object per row.")
+    return rows
+
+
+def _read_csv(path: Path, text: str) -> list[Any]:
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))  # the default, 128 KiB, is too small for some answers
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        rows: list[Any] = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
+    columns = [name for name in reader.fieldnames or () if name]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{path} has the columns {columns}; each may occur only once.")
+    for number, row in enumerate(rows, 1):
+        # DictReader collects surplus cells under the key None.
+        if any(row.get(None, ())):
+            raise ValueError(
+                f"{path}, row {number} has more cells than columns; a text that contains a comma must be quoted."
+            )
+    return rows
+
+
+def _read_json(path: Path, text: str) -> list[Any]:
+    try:
+        if text.lstrip().startswith("["):
+            rows: list[Any] = json.loads(text)
+            return rows
+        # Not splitlines(): strings may contain other line separators, such as U+2028.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def _wrong_columns(path: str | Path, content: Sequence[Mapping[str, Any]]) -> ValueError:
+    return ValueError(
+        f"{path} has the columns {list(content[0])}; pairs need src and score, or src, pos and neg, or chosen and "
+        "rejected (and prompt)."
+    )
+
+
+def _labelled(path: str | Path, content: Sequence[Mapping[str, Any]]) -> LabelledRows:
+    labels = np.empty(len(content), dtype=np.float32)
+    for i, row in enumerate(content):
+        given = row.get("score")
+        try:
+            label = float(given)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            label = np.nan  # fails the next comparison
+        if not 0 <= label <= 1:
+            raise ValueError(f"{path}, row {i + 1}: score={given!r:.80} must be a number from 0 to 1.")
+        labels[i] = label
+    return LabelledRows([parse_text(path, i, row.get("src")) for i, row in enumerate(content, 1)], labels)
+
+
+def _pair_up(path: str | Path, labelled: LabelledRows) -> list[Pair]:
+    rows, labels = labelled
+    if len(rows) % 2:
+        raise ValueError(f"{path} holds {len(rows)} rows: rows 1 and 2, 3 and 4, ... must be pairs.")
+    equal = np.flatnonzero(labels[::2] == labels[1::2])
+    if len(equal):
+        first = 2 * int(equal[0]) + 1
+        raise ValueError(
+            f"{path}, rows {first} and {first + 1} have the same score; a pair needs a worse and a better one."
+        )
+    return [
+        Pair(rows[i], rows[i + 1]) if labels[i] < labels[i + 1] else Pair(rows[i + 1], rows[i])
+        for i in range(0, len(rows), 2)
+    ]
+
+
+def _ranked(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
+    asked, *answers = (row.get(name) for name in ("src", "neg", "pos"))
+    if not isinstance(asked, str) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{path}, row {number}: src, pos and neg must be texts.")
+    return Pair(*(parse_text(path, number, f"{asked.rstrip()} {answer}") for answer in answers))
+
+
+def parse_text(path: str | Path, number: int, text: str | None) -> Exchange:
+    """Parse a text of the original's form, `Instruction: ... Input: ... Response: ...`, into its parts.
+
+    Args:
+        path (`str`), number (`int`): file and row, for the messages.
+        text (`str`, *optional*): the text; `Input:` may be missing.
+
+    Raises:
+        ValueError: the text has another form, or instruction and response are both empty.
+    """
+    match = _PARTS.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(
+            f"{path}, row {number}: a text must have the form 'Instruction: ... Input: ... Response: ...' (Input may "
+            f"be missing); it begins with {str(text or '')[:40]!r}."
+        )
+    instruction, _, context = match["asked"].partition(" Input: ")
+    return _checked(path, number, Exchange(instruction.removeprefix(" "), context, match["response"].removeprefix(" ")))
+
+
+def _checked(path: str | Path, number: int, row: Exchange) -> Exchange:
+    if not row.instruction.strip() and not row.response.strip():
+        raise ValueError(f"{path}, row {number}: the text is empty.")
+    row = Exchange(*(join_surrogates(part) for part in row))  # a lone surrogate cannot be encoded
+    if not row.response.strip():  # as in row 270 of CaR's training file
+        logger.warning("%s, row %d: the answer is empty.", path, number)
+    return row
+
+
+def _preference(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
+    sides = []
+    for side in ("rejected", "chosen"):
+        prompt, answer = row.get("prompt"), row.get(side)
+        if isinstance(answer, list) and (prompt is None or isinstance(prompt, (str, list))):
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
+            sides.append(_last_exchange(path, number, side, [*asked, *answer]))
+        elif not isinstance(answer, str) or not (prompt is None or isinstance(prompt, str)):
+            raise ValueError(f"{path}, row {number}: prompt and {side} must be text, or lists of messages.")
+        elif prompt is not None:
+            sides.append(_checked(path, number, Exchange(prompt, "", answer)))
+        else:
+            sides.append(_parse_conversation(path, number, answer))
+    return Pair(*sides)
+
+
+def _last_exchange(path: str | Path, number: int, side: str, messages: list[Any]) -> Exchange:
+    """Return the last answer of a chat, with all earlier messages as part of its instruction."""
+    exchanges = exchanges_of({"messages": [messages]}, SCHEMAS["messages"])[0]
+    if isinstance(exchanges, str):  # the reason why these messages are not a chat
+        raise ValueError(f"{path}, row {number}: {side} is not a valid chat ({exchanges}).")
+    *earlier, last = exchanges
+    before = "\n".join(f"{e.instruction}\n{e.response}" for e in earlier)
+    return _checked(path, number, last._replace(instruction=f"{before}\n{last.instruction}".strip()))
+
+
+def _parse_conversation(path: str | Path, number: int, text: str) -> Exchange:
+    """Parse prompt and answer out of one text, in CaR's form or in that of Anthropic's HH-RLHF."""
+    if _PARTS.fullmatch(text):
+        return parse_text(path, number, text)
+    asked, mark, answer = text.rpartition(_HH_TURN)
+    if not mark:
+        raise ValueError(
+            f"{path}, row {number}: there is no prompt, and the text contains neither 'Response:' nor 'Assistant:' to "
+            "mark the start of the answer. Add a prompt column."
+        )
+    return _checked(path, number, Exchange(asked.strip().removeprefix("Human:").strip(), "", answer.strip()))

@@ -1,0 +1,70 @@
+"""Name the columns that the stages add, and those that follow from them: `ColumnNames`.
+
+Does: state once what every column is called.
+Does not: read or check columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from car_datasets.utils.public import public
+
+
+@public
+@dataclass(frozen=True)
+class ColumnNames:
+    """The names of the columns that scoring, embedding and clustering add to a dataset.
+
+    Args:
+        score (`str`): quality score, float32. The diagnostics of the scorer are named after it.
+        cluster (`str`): k-means label, int32. The distance to the centre is named after it.
+        index (`str`): identity of a row: its position in the source, or an id column of the dataset.
+        embedding (`str`): sentence embedding, a list of float32 or float16.
+
+    Example:
+    ```python
+    >>> ColumnNames(score="my_score").tokens
+    'my_tokens'
+    ```
+    """
+
+    score: str = "iqs_score"
+    cluster: str = "cluster"
+    index: str = "source_index"
+    embedding: str = "embedding"
+
+    @property
+    def _stem(self) -> str:
+        # "iqs_score" gives "iqs_tokens"; a name without the suffix, such as "quality", gives "quality_tokens".
+        return self.score.removesuffix("_score")
+
+    @property
+    def tokens(self) -> str:
+        """Return the name of the column of lengths of the scored text in tokens, int32."""
+        return f"{self._stem}_tokens"
+
+    @property
+    def truncated(self) -> str:
+        """Return the name of the column that flags texts longer than the scorer reads, bool."""
+        return f"{self._stem}_truncated"
+
+    @property
+    def status(self) -> str:
+        """Return the name of the column of reasons why a row has no score, or deserves a look, string."""
+        return f"{self._stem}_status"
+
+    @property
+    def std(self) -> str:
+        """Return the name of the column of standard deviations over the members of the scorer's head, float32."""
+        return f"{self.score}_std"
+
+    @property
+    def distance(self) -> str:
+        """Return the name of the column of distances to the cluster's centre after PCA, float32."""
+        return f"{self.cluster}_distance"
+
+    @property
+    def diagnostics(self) -> tuple[str, ...]:
+        """Return the names of the columns that scoring and clustering add next to score and label."""
+        return (self.tokens, self.truncated, self.status, self.std, self.distance)

@@ -1,0 +1,168 @@
+"""Compute sha256 digests of files and of model folders.
+
+Does: hash each file once per process and content; find the checkpoint in a folder of the original CaR project.
+Does not: ask the Hub.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+
+# The files that make up a model. Pickled weights are not among them: they are converted first.
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+SETTLED = 3.0  # seconds; the coarsest clock of a common file system (FAT) has ticks of 2
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """Return the `.ckpt` file in a folder of the original CaR project's layout, or `None` if it has another layout.
+
+    The path may be the file itself, a folder with `checkpoints/` and `hparams.yaml`, or a folder of such folders, as on the
+    Hub. There `instruction_score` (IQS) wins; pass `.../instruction_comet` for the ranking variant.
+
+    Raises:
+        ValueError: a folder contains more than one checkpoint.
+    """
+    if path.is_file():
+        return path if path.suffix == ".ckpt" else None
+    if (path / "config.json").is_file():
+        return None
+    for folder in (path, path / "instruction_score", path / "instruction_comet"):
+        checkpoints = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
+        if len(checkpoints) > 1:
+            raise ValueError(
+                f"{folder} contains {len(checkpoints)} checkpoints: {[p.name for p in checkpoints]}. Pass the path of one."
+            )
+        if checkpoints:
+            return checkpoints[0]
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file in hexadecimal digits, from memory if this process has hashed the same content.
+
+    Remembering is safe because the size and both time stamps are part of the key. A write changes the modification time; a
+    tool that restores it (`cp -p`, `rsync -t`) still changes the status time, which no tool can set. Only a write in the
+    same tick of the file system's clock as the hashing could go unnoticed, so a file that was modified just now is hashed
+    without being remembered.
+    """
+    stat = path.stat()
+    if time.time() - stat.st_mtime < SETTLED:
+        return _sha256(path)
+    return _remembered_sha256(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered_sha256(path: Path, size: int, modified: int, changed: int) -> str:
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):  # 4 MiB: weights may be larger than memory
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """Return `"sha256:..."` over the names and contents of a model's files; replacing weights in place changes it.
+
+    Raises:
+        ValueError: the folder contains neither a `config.json` nor a checkpoint of the original CaR project.
+    """
+    if (checkpoint := find_checkpoint(folder)) is not None:
+        settings = [f / "hparams.yaml" for f in (checkpoint.parent, checkpoint.parent.parent)]
+        return files_digest(checkpoint.parent.parent, [checkpoint, *(f for f in settings if f.is_file())])
+    if not (folder / "config.json").is_file():
+        names = sorted(p.name for p in folder.iterdir())[:8]
+        raise ValueError(
+            f"{folder} is not a model folder: it has no config.json (it contains {names}). Pass a folder that "
+            "`save_pretrained` wrote."
+        )
+    files = sorted({p for pattern in MODEL_FILES for p in folder.rglob(pattern) if p.is_file()})
+    return files_digest(folder, files)
+
+
+def files_digest(folder: Path, files: Iterable[Path]) -> str:
+    """Return `"sha256:..."` over the contents of files and their names relative to `folder`, in the order given."""
+    lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n" for path in files]
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """Return `"sha256:..."` over the weights of a model folder alone, whatever its path and its other files."""
+    checkpoint = find_checkpoint(folder)
+    files = sorted(folder.rglob("*.safetensors")) if checkpoint is None else [checkpoint]
+    return files_digest(folder if checkpoint is None else checkpoint.parent, files)
+
+
+WINDOW = 8_192  # rows that are digested together; another number would give other digests
+
+
+def content_digest(dataset: Dataset, columns: Sequence[str]) -> str:
+    """Return the sha256 of the values of some columns, in row order: equal for equal values, however they are stored.
+
+    Chunks, offsets, memory mapping, `string` or `large_string`, or an index over shuffled rows make no difference.
+    """
+    import pyarrow as pa  # here, because the command line reads this module for its help
+
+    content = hashlib.sha256()
+    for batch in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=WINDOW):
+        for name in columns:
+            content.update(f"{name} {len(batch)} ".encode())
+            _feed(content, pa.concat_arrays(batch.column(name).chunks))
+    return "sha256:" + content.hexdigest()
+
+
+def _feed(content: Any, array: pa.Array) -> None:
+    """Update `content` with the nulls and values of an array, as bytes that differ for arrays that differ."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    # Nulls first: what lies in the buffers under a null is undefined, so only the other values are digested.
+    content.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)))
+    array, kind = array.drop_null(), array.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        array = array.cast(pa.large_binary())
+        content.update(pc.binary_length(array).to_numpy())  # else ["ab", ""] would equal ["a", "b"]
+        _, starts, data = array.buffers()
+        if len(array) and data is not None:
+            ends = np.frombuffer(starts, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+            content.update(memoryview(data)[ends[0] : ends[-1]])
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        content.update(pc.list_value_length(array).cast(pa.int64()).to_numpy())
+        _feed(content, array.flatten())
+    elif pa.types.is_struct(kind):
+        for field, values in zip(kind, array.flatten(), strict=True):
+            content.update(f"{field.name} ".encode())
+            _feed(content, values)
+    else:  # numbers and other types, as Python writes them
+        content.update(repr(array.to_pylist()).encode())
+
+
+def rows_digest(dataset: Dataset) -> str:
+    """Return the sha256 over the rows as JSON, for rows that no file holds."""
+    digest = hashlib.sha256()
+    for row in dataset.with_format(None):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def indices_digest(indices: list[Any]) -> str:
+    """Return the sha256 over the source indices of selected rows, in order, as a JSON list without spaces."""
+    return hashlib.sha256(json.dumps(indices, separators=(",", ":")).encode()).hexdigest()

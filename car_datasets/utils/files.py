@@ -1,0 +1,157 @@
+"""Files and folders: written atomically, refused if they would overwrite, and found in the package.
+
+Does: write a file or folder under a temporary name and move it into place; find the shipped assets, recipes and card
+templates; render a card.
+Does not: know what a file holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def data_folder(name: str) -> Path:
+    """Return the folder `configs/` or `hub_cards/`: inside the package in a wheel, next to it in a checkout."""
+    inside = PACKAGE / name
+    return inside if inside.is_dir() else PACKAGE.parent / name
+
+
+def sample_file() -> Path:
+    """Return the instruction rows that ship with the package: a JSON list in the format of the Alpaca dataset."""
+    return ASSETS / "instructions.json"
+
+
+def card_templates() -> Environment:
+    """Return the environment of the card templates.
+
+    Filters: `percent` and `number` format a figure with its 95 % interval; `code` removes from a name what could end a code
+    span or start markup; `span` writes any text as a code span, unchanged, with as many backticks as it needs.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(data_folder("hub_cards")), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters["percent"] = lambda figure: "{value:.1f} % ({low:.1f} to {high:.1f})".format(
+        **{name: 100 * value for name, value in figure.items()}
+    )
+    environment.filters["code"] = lambda text: "".join(c for c in str(text) if c not in "`'<>[]|" and c.isprintable())
+    environment.filters["span"] = code_span
+    environment.filters["number"] = lambda figure: "{value:.3f} ({low:.3f} to {high:.3f})".format(**figure)
+    return environment
+
+
+def code_span(text: str) -> str:
+    """Return any text as a code span in Markdown; characters that cannot be printed become Python escapes."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or '""'
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    around = " " if shown[0] in "` " or shown[-1] in "` " else ""  # Markdown strips one space from each side
+    return f"{fence}{around}{shown}{around}{fence}"
+
+
+def write_card(folder: Path, template: str, **values: Any) -> None:
+    """Render a card template to `README.md` in `folder`; every value that the template uses must be given."""
+    (folder / "README.md").write_text(card_templates().get_template(template).render(**values), encoding="utf-8")
+
+
+def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Write `figures.json`, without the entry `revision`."""
+    # The revision of a local folder is a digest of its files, this one among them.
+    content = without_nan({name: value for name, value in figures.items() if name != "revision"})
+    (folder / "figures.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def without_nan(content: Any) -> Any:
+    """Return the figures with `None` instead of NaN, which JSON does not have."""
+    if isinstance(content, dict):
+        return {name: without_nan(part) for name, part in content.items()}
+    return None if isinstance(content, float) and math.isnan(content) else content
+
+
+PACKAGE = Path(__file__).parents[1]
+ASSETS = PACKAGE / "assets"
+UNFINISHED = ".unfinished"  # a file of this name marks a folder that is being written
+
+
+def fresh_folder(folder: Path, names: Sequence[str], argument: str = "output_dir") -> Path:
+    """Return the folder if it holds no files of these names.
+
+    Args:
+        folder (`Path`): need not exist.
+        names (`Sequence[str]`): the files that will be written.
+        argument (`str`): the caller's argument in the error message.
+
+    Raises:
+        ValueError: the path is a file or lies in one, or holds such files from a run that finished writing them.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{argument}={str(folder)!r}: {path} is a file; name a folder.")
+    taken = [] if (folder / UNFINISHED).exists() else [name for name in names if (folder / name).exists()]
+    if taken:
+        raise ValueError(
+            f"{argument}={str(folder)!r} already holds a result ({', '.join(taken)}). Name another folder or move it away."
+        )
+    return folder
+
+
+def fresh_file(path: Path) -> Path:
+    """Return the path if a command can write its dataset there.
+
+    Raises:
+        ValueError: it exists, lies in a file, or is neither Parquet nor JSON.
+    """
+    if path.suffix not in (".parquet", ".json"):
+        raise ValueError(f"--output {path}: name a .parquet file, or a .json file for the original's format.")
+    for parent in path.parents:
+        if parent.is_file():
+            raise ValueError(f"--output {path}: {parent} is a file; name a folder.")
+    if path.exists():
+        raise ValueError(f"--output {path} is there already; name another file or move it away.")
+    return path
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Write a file atomically: call `write(temporary_name)`, then move the file to `path`."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # process ids repeat on another machine
+    try:
+        write(str(temporary))
+        # The content must reach the disk before the name does: a power failure could leave the name alone.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `path` and move it there at the end, so that `path` is complete or absent.
+
+    The folder is removed if the block raises. Leftovers of a killed process are removed at the start.
+    """
+    temporary = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for part in temporary.rglob("*"):
+            if part.is_file():
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())  # contents must reach the disk before the name does
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,286 @@
+"""Several processes: the ranks of `accelerate launch` or `torchrun`, their devices, and what they compute together.
+
+Does: tell the rank and the device of a process; deal out rows; sum and gather results over gloo; raise on every process what
+failed on one.
+Does not: start processes, or deal out shards of rows.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import contextvars
+import datetime
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+
+if TYPE_CHECKING:
+    pass
+
+Part = TypeVar("Part")
+Joined = TypeVar("Joined")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a launcher, each of which calls the same methods in the same order.
+
+    If any process raises, every process raises, so that none blocks in a collective. With one process no communication
+    takes place.
+
+    Args:
+        rank (`int`): index of this process.
+        count (`int`): number of processes.
+        group (`ProcessGroup`, *optional*): the gloo group they communicate in; unused if `count` is 1.
+    """
+
+    rank: int = 0
+    count: int = 1
+    group: Any = None
+
+    def share(self, rows: int, step: int) -> range:
+        """Return the contiguous rows of this process, in the order of the ranks.
+
+        Args:
+            rows (`int`): number of rows of all processes.
+            step (`int`): shares are cut at multiples of `step`, so a share can be empty.
+        """
+        # -(-a // b) rounds up, so that the shares of all ranks meet without a gap.
+        first, after = (-(-rank * -(-rows // step) // self.count) * step for rank in (self.rank, self.rank + 1))
+        return range(first, min(after, rows)) if first < rows else range(0)
+
+    def each(self, compute: Callable[[], Part]) -> Part:
+        """Return this process's `compute()`, once every process has finished its own."""
+        if self.count == 1:
+            return compute()
+        result, error = _attempt(compute)
+        errors: list[Exception | None] = [None] * self.count
+        torch.distributed.all_gather_object(errors, error, self.group)
+        _raise_first(errors)
+        return cast("Part", result)
+
+    def joined(self, compute: Callable[[], Part], join: Callable[[list[Part]], Joined]) -> Joined:
+        """Gather `compute()` of every process, and return `join` of them on every process.
+
+        Args:
+            compute (`Callable`): called on every process; the result must be picklable.
+            join (`Callable`): called on the main process alone, with the results in the order of the ranks.
+        """
+        if self.count == 1:
+            return join([compute()])
+        mine = _attempt(compute)
+        parts: list[Any] | None = [None] * self.count if self.rank == 0 else None
+        torch.distributed.gather_object(mine, parts, 0, self.group)
+        outcome: list[Any] = [None]
+        if parts is not None:  # the main process
+            failed = [part for part in parts if part[1] is not None]
+            outcome = [failed[0] if failed else _attempt(lambda: join([part for part, _ in parts]))]
+        torch.distributed.broadcast_object_list(outcome, 0, self.group)
+        result, error = outcome[0]
+        _raise_first([error])
+        return cast("Joined", result)
+
+    def added(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the sum of `compute()` over all processes, bit for bit the same on each; all shapes must be equal."""
+        total = self.each(compute)
+        if self.count > 1:
+            # gloo cannot sum tensors on a GPU, so those go through the launcher's own NCCL group, where there is one.
+            over_nccl = total.is_cuda and "nccl" in torch.distributed.get_backend_config()
+            torch.distributed.all_reduce(total, group=None if over_nccl else self.group)
+        return total
+
+
+def _attempt(compute: Callable[[], Part]) -> tuple[Part | None, Exception | None]:
+    """Return the result of `compute()` and no error, or no result and an error that can be pickled."""
+    try:
+        return compute(), None
+    except Exception as error:
+        try:
+            # Some exceptions can be pickled but not restored, for example if __init__ takes other arguments than args.
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return None, RuntimeError(f"{type(error).__name__}: {error}")
+        return None, error
+
+
+def _raise_first(errors: list[Exception | None]) -> None:
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+Result = TypeVar("Result")
+
+# Time that processes wait for the main one, which may compute for days; if it dies, the launcher ends the others.
+PATIENCE = datetime.timedelta(days=7)
+
+# Environment variables in which launchers state the number of processes, as accelerate reads them. If none is above 1,
+# accelerate need not be imported.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_alone = contextvars.ContextVar("alone", default=False)
+_IMPORTED_IN = os.getpid()
+
+
+def process_rank() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes that `accelerate launch` or `torchrun` started.
+
+    The answer comes from an initialised torch.distributed, else from `RANK` and `WORLD_SIZE`; nothing is initialised.
+    It is `(0, 1)` without a launcher and inside [`alone`].
+    """
+    if _alone.get():
+        return 0, 1
+    if _has_joined():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), count) if count > 1 else (0, 1)
+
+
+def is_main_process() -> bool:
+    """Return True if this process is the one that writes, prints and pushes."""
+    return process_rank()[0] == 0
+
+
+def start_processes() -> None:
+    """Join the other processes of a launcher through torch.distributed; do nothing without one, or if done before.
+
+    The first call waits for all processes, so call it early, where all arrive at about the same time.
+    """
+    if _alone.get():
+        return
+    if _is_launched() and not _has_joined():
+        _accelerate_state()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _has_joined():
+            # A plain Accelerator() on a machine without a GPU has told accelerate that there is one process.
+            torch.distributed.init_process_group("gloo")
+    if _has_joined():
+        atexit.unregister(_leave_gloo)  # so that it is registered once
+        atexit.register(_leave_gloo)
+
+
+def _is_launched() -> bool:
+    return any(int(os.environ.get(name, "1")) > 1 for name in SIZES)
+
+
+def _has_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _accelerate_state() -> Any:
+    """Return accelerate's state; without a GPU it must be told so, or it sees one process under torchrun."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _leave_gloo() -> None:
+    """Close the process group at exit: gloo's threads could end the process by SIGABRT (pytorch issue 190489)."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def all_processes() -> Iterator[Processes]:
+    """Open a group of all processes of the launcher, each of which must call this.
+
+    The group holds this process alone inside [`from_main`] and [`alone`], and without a launcher.
+    """
+    start_processes()
+    if _alone.get() or not _has_joined() or torch.distributed.get_world_size() == 1:
+        yield Processes()
+        return
+    rank, count = process_rank()
+    # A group of our own: the launcher's NCCL group would give up after ten minutes, and cannot send Python objects.
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield Processes(rank, count, group)
+    finally:
+        torch.distributed.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let the enclosed code run as if this were the only process, so that it waits for no other."""
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
+
+
+def from_main(compute: Callable[[], Result]) -> Result:
+    """Call `compute()` on the main process alone and return its result on every process; all must call this.
+
+    Args:
+        compute (`Callable`): takes no argument and returns something picklable. It starts when all processes have
+            arrived.
+
+    Raises:
+        Exception: what `compute()` raised, on every process, so that none waits for one that has failed.
+    """
+
+    def join(_: list[None]) -> Result:
+        with alone():
+            return compute()
+
+    with all_processes() as processes:
+        return processes.joined(lambda: None, join)
+
+
+def device_for(rank: int | None = None) -> torch.device:
+    """Return the device that a `.map` worker or a process of a launcher computes on.
+
+    Args:
+        rank (`int`, *optional*): the rank that `.map(with_rank=True, num_proc=n)` passes. Ranks beyond the number of
+            GPUs wrap around (`datasets` reuses old ranks when it resumes).
+
+    Returns:
+        `torch.device`: `cuda:rank`; without a rank `cuda:LOCAL_RANK` under a launcher, else the first GPU, Apple's GPU,
+        or the CPU.
+
+    Raises:
+        ValueError: this worker was forked after its parent had run torch.
+    """
+    if _forks["after torch ran"]:
+        raise ValueError(
+            "This worker was forked from a process that had run a model already, in which torch hangs. Start workers "
+            "with map_across_gpus(dataset, fn, num_proc=...), which spawns them, or a DataLoader with "
+            "multiprocessing_context='spawn'."
+        )
+    note_that_torch_runs()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    if rank is None and _is_launched() and not _has_joined():
+        # accelerate's state would wait here for all processes, though this one may be the only one to compute.
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(accelerator.type) if rank is not None else _accelerate_state().device
+    if device.type == "cuda" and device.index is None:  # models and batch sizes are kept by device: one name for each
+        return torch.device("cuda", torch.cuda.current_device() if rank is None else rank % torch.cuda.device_count())
+    return device
+
+
+# A fork copies memory but not threads: OpenMP in the child would wait forever for the threads of its parent.
+_forks = {"torch ran": False, "after torch ran": False}
+
+
+os.register_at_fork(after_in_child=lambda: _forks.update({"after torch ran": _forks["torch ran"]}))
+
+
+def note_that_torch_runs() -> None:
+    """Record that torch or scikit-learn starts threads now, so that workers forked later refuse to run a model.
+
+    [`device_for`] does so for every model; call it before other work on several threads. It cannot be found out
+    afterwards: neither torch nor OpenMP tells whether its threads have been started.
+    """
+    _forks["torch ran"] = True
+
+
+def mend_threads_after_fork() -> None:
+    """Restrict torch to one thread in a forked process (`.map(num_proc=n)`), which lacks its parent's threads."""
+    if os.getpid() != _IMPORTED_IN:
+        torch.set_num_threads(1)

@@ -1,0 +1,439 @@
+"""cli.py: every command does its work on real files, and a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from datasets import Dataset
+from typer.testing import CliRunner
+
+from car_datasets import ClusterModel, QualityScorer, Recipe, TextEmbedder, __version__
+from car_datasets.cli import app
+from car_datasets.results import RESULT_FILES
+
+COMMANDS = [str(command.callback.__name__) for command in app.registered_commands if command.callback is not None]
+TOKEN = "hf_ThisIsNotARealTokenButNobodyMaySeeIt"
+GOOD = '{"instruction": "a", "output": "b"}'
+
+
+def run(*arguments: Any, env: dict[str, str] | None = None) -> Result:
+    """The command line in this process, where the models stay loaded."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
+
+
+def run_process(*arguments: Any, cwd: Path, bars: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command line as a user has it, in a process of its own."""
+    command = [sys.executable, "-m", "car_datasets", *map(str, arguments)]
+    environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": str(int(not bars))}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def assert_mistake(code: int, errors: str, message: str) -> None:
+    assert code == 2, errors
+    assert re.fullmatch(rf"car-datasets: [^\n]*(?:{message})[^\n]*\n", errors), errors
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """24 rows as the original's JSON list."""
+    words = ["red", "green", "blue", "sea", "poem", "list", "sum"]
+    content = [
+        {"instruction": f"Write {words[i % 7]}.", "input": "", "output": " ".join(words[: 1 + i % 5]), "page": i // 2}
+        for i in range(24)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(content), encoding="utf-8")
+    return tmp_path / "rows.json"
+
+
+# --- help and version
+
+
+def test_the_commands_are_the_promised_ones() -> None:
+    assert sorted(COMMANDS) == [
+        "cluster",
+        "convert",
+        "curate",
+        "demo",
+        "estimate",
+        "evaluate",
+        "explore",
+        "prepare",
+        "push",
+        "quantise",
+        "score",
+        "select",
+        "train",
+        "verify",
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_whose_options_exist(command: str) -> None:
+    result = run(command, "--help", env={"HF_TOKEN": TOKEN})
+    assert result.exit_code == 0
+    [example] = re.findall(r"Example: (.*(?:\n +.*)*)", result.stdout)
+    words = shlex.split(example)
+    assert words[:2] == ["car-datasets", command]
+    assert {word for word in words if word.startswith("--")} <= set(
+        re.findall(r"--[\w-]+", result.stdout.split("Example")[0])
+    )
+    assert TOKEN not in result.output
+
+
+def test_no_arguments_list_the_commands() -> None:
+    assert all(command in run().output for command in COMMANDS)
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout.strip()) == (0, f"car-datasets {__version__}")
+
+
+def test_options_have_no_default_of_their_own_beside_the_recipe() -> None:
+    """A default in the command line would silently win over a recipe file."""
+    curate = next(
+        c.callback for c in app.registered_commands if c.callback is not None and c.callback.__name__ == "curate"
+    )
+    own = {
+        name: p.default for name, p in inspect.signature(curate).parameters.items() if p.default not in (None, False)
+    }
+    assert own == {"source": inspect.Parameter.empty, "output": inspect.Parameter.empty}
+    assert {f.name for f in fields(Recipe)} <= set(inspect.signature(curate).parameters)
+
+
+def test_help_loads_no_heavy_library() -> None:
+    heavy = ("torch", "transformers", "datasets", "sklearn", "pyarrow")
+    code = f"import sys, car_datasets.cli.stages; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_shows_the_defaults_of_the_recipe() -> None:
+    text = " ".join(run("curate", "--help").stdout.split())
+    for flag, default in (("--seed", "42"), ("--n1", "1000"), ("--explained-variance", "0.95"), ("--kmeans", "by")):
+        assert re.search(rf"{flag} <.{{0,90}}\[default: {default}", text), flag
+    assert all(flag in text for flag in ("--no-compile", "--no-allow-worse", "--no-uncertainty", "--no-embeddings"))
+
+
+def test_an_option_wins_over_a_recipe_file_even_with_the_default_value(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+
+    def watched(source: str, output: Path, recipe: Recipe, **_: Any) -> None:
+        seen.append(recipe)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr("car_datasets.curation.curate", watched)
+    (tmp_path / "recipe.yaml").write_text(
+        "schema: messages\non_invalid: mark\ncompile: true\nuncertainty: true\nallow_worse: true\n"
+        "keep_embeddings: false\nn1: 7\nexplained_variance: 0.5\n"
+    )
+    options = ("--schema", "auto", "--on-invalid", "error", "--no-compile", "--no-uncertainty", "--no-allow-worse")
+    options += ("--embeddings", "--n1", "1000", "--explained-variance", "0.95")
+    run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml", *options)
+    run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
+    assert seen[0] == Recipe()
+    assert (seen[1].schema, seen[1].compile, seen[1].keep_embeddings) == ("messages", True, False)
+
+
+# --- the work
+
+
+def test_curate_on_tiny_models(rows: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
+    models = ("--scorer", tiny_iqs, "--embedder", tiny_embedder, "--token", TOKEN)
+    result = run("curate", rows, "-o", tmp_path / "out", *models, "--budget", 6, "--k", 3, "--seed", 1, "--allow-worse")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(RESULT_FILES)
+    assert len(json.loads((tmp_path / "out" / "selected.json").read_text())) == 6
+    assert "Selection report" in result.stdout
+    assert str(tmp_path / "out" / "selected.parquet") in result.stdout
+    assert TOKEN not in result.output
+    assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+def test_curate_reads_a_recipe_and_options_win_over_it(
+    rows: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"scorer: {tiny_iqs}\nembedder: {tiny_embedder}\nn1: 3\nk: 2\nseed: 5\nindex_column: row\n")
+    result = run("curate", rows, "-o", tmp_path / "out", "--config", recipe, "--n1", 0.5, "--no-embeddings")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["selected_by"]["score"] + report["selected_by"]["both"] == 12  # --n1 0.5 of 24, not the recipe's 3
+    assert (report["clusters"], report["seed"]) == (2, 5)
+    columns = Dataset.from_parquet(str(tmp_path / "out" / "scored.parquet")).column_names
+    assert "row" in columns
+    assert "embedding" not in columns
+
+
+@pytest.mark.slow
+def test_stages_one_by_one_give_what_curate_gives(rows: Path, tmp_path: Path) -> None:
+    """On the embedded default, whose one pass gives the score and the embedding."""
+    scored, clustered, selected = (tmp_path / f"{name}.parquet" for name in ("scored", "clustered", "selected"))
+    for arguments in (
+        ("score", rows, "-o", scored),
+        ("cluster", scored, "-o", clustered, "--k", 3, "--save-model", tmp_path / "model"),
+        ("select", clustered, "-o", selected, "--n1", 4),
+        ("curate", rows, "-o", tmp_path / "out", "--k", 3, "--n1", 4),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+    assert Dataset.from_parquet(str(selected)).remove_columns("embedding").to_list() == (
+        Dataset.from_parquet(str(tmp_path / "out" / "selected.parquet")).to_list()
+    )
+    whole = Dataset.from_parquet(str(tmp_path / "out" / "scored.parquet"))
+    assert Dataset.from_parquet(str(clustered)).to_list() == whole.to_list()
+    assert ClusterModel.from_pretrained(tmp_path / "model").k == 3
+
+
+def test_score_without_an_output_fills_shards_that_curate_takes(
+    rows: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = tmp_path / "shards"
+    models = ("--scorer", tiny_iqs, "--embedder", tiny_embedder, "--turns", "min", "--on-invalid", "mark")
+    result = run("score", rows, "--shards", shards, *models)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (
+        f"{shards}/scores holds 24 of 24 rows, {shards}/embeddings holds 24 of 24 rows; none is left. "
+        f"car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "shards"]
+    for stage in (QualityScorer, TextEmbedder):
+        monkeypatch.setattr(stage, "__call__", lambda *_: pytest.fail("was scored already"))
+    result = run("curate", rows, "-o", tmp_path / "out", "--shards", shards, *models, "--n1", 4, "--k", 2)
+    assert result.exit_code == 0, result.output
+
+
+def test_score_alone_needs_no_room_for_later_columns(rows: Path, tiny_iqs: str, tmp_path: Path) -> None:
+    """Who brings embeddings and clusters of their own wants the score only."""
+    own = Dataset.from_json(str(rows)).add_column("embedding", [[1.0]] * 24).add_column("cluster", [0] * 24)
+    own.to_parquet(tmp_path / "own.parquet")
+    arguments = ("--scorer", tiny_iqs, "--no-embeddings", "--score-column", "quality")
+    result = run("score", tmp_path / "own.parquet", "-o", tmp_path / "scored.parquet", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "quality" in Dataset.from_parquet(str(tmp_path / "scored.parquet")).column_names
+
+
+def test_columns_named_on_the_command_line(tiny_iqs: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("task,answer\nName a sea.,red\nSum it.,\n")
+    arguments = ("--columns", "instruction=task, response=answer", "--scorer", tiny_iqs, "--no-embeddings")
+    result = run("score", tmp_path / "rows.csv", "-o", tmp_path / "scored.parquet", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert Dataset.from_parquet(str(tmp_path / "scored.parquet"))["iqs_status"][:] == ["ok", "empty_response"]
+
+
+@pytest.mark.slow
+def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = run_process("demo", "--output", "demo", "--budget", 30, cwd=tmp_path, bars=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == sorted(RESULT_FILES)
+    assert len(json.loads((tmp_path / "demo" / "selected.json").read_text(encoding="utf-8"))) == 30
+    assert "demo/selected.json" in done.stdout
+    assert "Scoring and embedding: 100%" in done.stderr
+    assert "Clustering: 100%" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+# --- mistakes
+
+MISTAKES: list[Any] = [
+    # content of source.json or its replacement, arguments after `curate source.json -o out`, message
+    pytest.param(None, (), "no such file or folder", id="missing file"),
+    pytest.param("", (), "is an empty file", id="empty file"),
+    pytest.param("[]", (), "is an empty list", id="empty list"),
+    pytest.param('["a"]', (), "is neither a list of objects nor JSON Lines", id="strings"),
+    pytest.param('{"data": [1]}', (), r"No known schema fits the columns \['data'\].*--columns", id="an object"),
+    pytest.param(
+        '[{"text": "a"}]', (), r"No known schema fits the columns \['text'\].*--columns", id="unknown columns"
+    ),
+    pytest.param(f"{GOOD}\n{GOOD[:20]}", (), "cannot be read as json", id="truncated lines"),
+    pytest.param(
+        f'{GOOD}\n{{"instruction": "a", "output": null}}', (), r"1 null \(rows 1\).*--on-invalid mark", id="null"
+    ),
+    pytest.param('[{"instruction": "a", "output": 1}]', (), r"1 not_a_string \(rows 0\)", id="a number"),
+    pytest.param('[{"messages": [{"role": "user", "content": "a"}]}]', (), "1 no_assistant_turn", id="chat"),
+    pytest.param(
+        '[{"instruction": "a", "output": "b", "iqs_score": 1}]', ("--n1", "1"), "--score-column", id="taken column"
+    ),
+    pytest.param('[{"instruction": "a", "output": "b", "source_index": null}]', (), "--index-column", id="null ids"),
+    pytest.param(f"{GOOD}\n{GOOD}", (), "n1=1000 must be between 0 and the 2 rows", id="n1 above the rows"),
+    pytest.param(GOOD, ("--n1", "-1"), "n1=-1 must be between", id="negative n1"),
+    pytest.param(GOOD, ("--n1", "1.5"), r"n1=1\.5: a fraction must lie between 0 and 1", id="fraction above 1"),
+    pytest.param(GOOD, ("--n1", "nan"), "n1=nan", id="n1 is no number"),
+    pytest.param(GOOD, ("--n1", "inf"), "n1=inf", id="n1 is infinite"),
+    pytest.param(GOOD, ("--n1", "1", "--n2", "-1"), "n2=-1 must be between", id="negative n2"),
+    pytest.param(GOOD, ("--budget", "7"), "budget=7 must be between", id="budget above the rows"),
+    pytest.param(GOOD, ("--n1", "1", "--k", "2"), "k=2 must be 'sqrt' or a number between 1 and the 1 rows", id="k"),
+    pytest.param(GOOD, ("--n1", "1", "--k", "-2"), "k=-2 must be", id="negative k"),
+    pytest.param(GOOD, ("--k", "many"), "--k many: pass a number, or sqrt", id="k is a word"),
+    pytest.param(GOOD, ("--k", "²"), "--k ²: pass a number, or sqrt", id="k is a superscript"),
+    pytest.param(GOOD, ("--schema", "vicuna"), "schema='vicuna' is not known", id="unknown schema"),
+    pytest.param(GOOD, ("--schema", "messages"), r"Columns \['messages'\] are not in the dataset", id="other schema"),
+    pytest.param(GOOD, ("--columns", "instruction"), "--columns instruction: write role=column pairs", id="columns"),
+    pytest.param(GOOD, ("--columns", "question=a"), r"columns has the keys \['question'\]", id="unknown role"),
+    pytest.param(GOOD, ("--split", "test"), "split='test' is not in the source", id="unknown split"),
+    pytest.param(GOOD, ("--n1", "1", "--turns", "max"), "turns='max' is not known", id="unknown turns"),
+    pytest.param(
+        GOOD, ("--n1", "1", "--on-invalid", "drop"), "on_invalid='drop' is not known", id="unknown on_invalid"
+    ),
+    pytest.param(GOOD, ("--n1", "1", "--scorer", "/no/model"), "no such folder", id="missing scorer"),
+    pytest.param(GOOD, ("--n1", "1", "--scorer", "me/none"), "model_id='me/none'", id="scorer not on the Hub"),
+    pytest.param(GOOD, ("--n1", "1", "--scorer", "."), "no config.json", id="folder without a model"),
+    pytest.param(GOOD, ("--n1", "1", "--embedder", "/no/model"), "no such folder", id="missing embedder"),
+    pytest.param(GOOD, ("--n1", "1", "--seed", "-1"), "seed=-1", id="negative seed"),
+    pytest.param(GOOD, ("--config", "nope.yaml"), "nope.yaml", id="missing recipe"),
+    pytest.param(GOOD, ("--config", "."), "[Dd]irectory|folder", id="recipe is a folder"),
+]
+
+
+@pytest.mark.parametrize(("content", "options", "message"), MISTAKES)
+def test_mistake_is_one_line_and_exit_code_2(
+    content: str | None, options: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("source.json").write_text(content, encoding="utf-8")
+    result = run("curate", "source.json", "-o", "out", *options, env={"HF_TOKEN": TOKEN})
+    assert_mistake(result.exit_code, result.stderr, message)
+    assert TOKEN not in result.output
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scorrer: x", "A recipe has no 'scorrer'; did you mean 'scorer'"),
+        ("[1]", "holds a list, not `key: value` lines"),
+        ("n1: [1", "recipe.yaml"),
+        ("n1: many", "n1='many'"),
+        ("columns: [a]", "columns"),
+        ("k: 1.5", r"k=1\.5 must be"),
+    ],
+)
+def test_mistake_in_a_recipe_is_one_line(text: str, message: str, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    result = run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
+    assert_mistake(result.exit_code, result.stderr, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.txt", b"text", r"the file extension '\.txt' is not known"),
+        ("rows.parquet", b"PAR1", r"rows\.parquet.*cannot be read as parquet"),
+        ("rows.parquet", b"PAR1" + b"\xff" * 99 + b"\x10\0\0\0PAR1", r"rows\.parquet.*cannot be read as parquet"),
+        ("rows.csv", b"instruction,output\ncaf\xe9,b\n", r"rows\.csv.*cannot be read as csv"),
+        ("rows.csv", b"instruction,output\n", r"rows\.csv.*has no rows"),
+        ("rows/part.jsonl", f"{GOOD}\n{GOOD[:20]}".encode(), "cannot be read"),
+        ("rows/.empty", b"", "folder without data"),
+    ],
+)
+def test_source_that_cannot_be_read_is_one_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    source = tmp_path / name.split("/")[0]
+    result = run("curate", source, "-o", tmp_path / "out")
+    assert_mistake(result.exit_code, result.stderr, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("score", "rows.json", "-o", "scored.csv"), "scored.csv: name a .parquet file"),
+        (("score", "rows.json"), "--output FILE, or --shards DIR"),
+        (("score", "rows.json", "--shards", ""), "shard_dir='' is empty"),
+        (("score", "nope.json", "-o", "scored.parquet"), "no such file or folder"),
+        (("score", "someone/no-such-dataset", "-o", "scored.parquet"), "someone/no-such-dataset"),
+        (("score", "rows.json", "-o", "rows.json/scored.parquet"), "rows.json.* is a file"),
+        (("cluster", "rows.json", "-o", "out.parquet", "--embedder", "./none"), "no such folder"),
+        (("convert", "rows.json", "out"), "not in the original's layout"),
+        (("convert", "./none", "out"), "no such folder"),
+        (("cluster", "nope.parquet", "-o", "out.parquet"), "no such file or folder"),
+        (("cluster", "rows.json", "-o", "out.parquet", "--cluster-column", "page"), "--cluster-column"),
+        (("cluster", "rows.json", "-o", "out.parquet", "--embedding-column", "output"), "not lists of numbers"),
+        (("select", "rows.json", "-o", "out.parquet"), r"has no column \['iqs_score', 'cluster'\]"),
+        (
+            ("select", "rows.json", "-o", "out.parquet", "--score-column", "output", "--cluster-column", "page"),
+            "'output' holds .*, not numbers",
+        ),
+        (
+            ("select", "rows.json", "-o", "out.parquet", "--score-column", "page", "--cluster-column", "page"),
+            "n1=1000 must be between 0 and the 24 rows",
+        ),
+        (("demo", "--output", "rows.json"), "is a file; name a folder"),
+        (("demo", "--output", "demo", "--budget", "100000"), "budget=100000 must be between"),
+    ],
+)
+def test_mistake_in_another_command_is_one_line(
+    arguments: tuple[str, ...], message: str, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows.parent)
+    result = run(*arguments)
+    assert_mistake(result.exit_code, result.stderr, message)
+    assert [path.name for path in rows.parent.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("curate", "rows.json"), "Missing option '--output'"),
+        (("curate", "rows.json", "-o", "out", "--n3", "1"), "No such option: --n3"),
+        (("curat",), "No such command 'curat'"),
+    ],
+)
+def test_words_that_are_no_command_line_show_the_usage(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ")
+    assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_mistake_in_a_process_of_its_own_prints_nothing_else(tmp_path: Path) -> None:
+    """Libraries log to the real stderr, where their lines would stand beside ours."""
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{GOOD[:20]}")
+    done = run_process("curate", "rows.jsonl", "--output", "out", cwd=tmp_path)
+    assert_mistake(done.returncode, done.stderr, "cannot be read as json")
+    assert done.stdout == ""
+
+
+# --- nothing is overwritten
+
+
+@pytest.mark.parametrize("command", ["score", "cluster", "select"])
+def test_file_that_is_there_is_not_overwritten(command: str, rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.parquet").write_text("mine")
+    result = run(command, rows, "-o", tmp_path / "out.parquet")
+    assert_mistake(result.exit_code, result.stderr, "is there already; name another file")
+    assert (tmp_path / "out.parquet").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", [["curate", "nope.json"], ["demo"]], ids=["curate", "demo"])
+def test_folder_that_holds_a_result_is_not_overwritten(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("mine")
+    result = run(*command, "-o", tmp_path)
+    assert_mistake(result.exit_code, result.stderr, "already holds a result")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert (tmp_path / "report.json").read_text() == "mine"
+
+
+def test_saved_cluster_model_is_not_overwritten(tmp_path: Path) -> None:
+    Dataset.from_dict({"embedding": [[float(i), i % 3] for i in range(9)]}).to_parquet(tmp_path / "in.parquet")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "cluster_model.json").write_text("mine")
+    result = run("cluster", tmp_path / "in.parquet", "-o", tmp_path / "out.parquet", "--save-model", tmp_path / "model")
+    assert_mistake(result.exit_code, result.stderr, "model")
+    assert (tmp_path / "model" / "cluster_model.json").read_text() == "mine"
+    assert not (tmp_path / "out.parquet").exists()

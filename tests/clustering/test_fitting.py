@@ -1,0 +1,148 @@
+"""How `ClusterModel.fit` finds its numbers: the default beside scikit-learn, the column read in pieces, bad settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
+from sklearn.decomposition import PCA
+
+from car_datasets import ClusterModel, Recipe, cluster_filter
+from car_datasets.clustering.fitting import ENGINES, FitSettings, Numbers, number_of_clusters, project
+from car_datasets.utils import columns
+from car_datasets.utils.columns import read_embeddings
+
+
+def embeddings(rows: int, width: int = 12, seed: int = 0) -> np.ndarray:
+    """About 30 topics, with less and less variance per column; of length 1."""
+    rng = np.random.default_rng(seed)
+    topics = rng.normal(size=(30, width)) * 0.9 ** np.arange(width)
+    found = topics[rng.integers(0, 30, rows)] + 0.4 * rng.normal(size=(rows, width)) * 0.9 ** np.arange(width)
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+
+def dataset_of(rows: Any, kind: Any = None) -> Dataset:
+    types = Features({"embedding": kind or List(Value("float32"))})
+    return Dataset.from_dict({"embedding": [None if r is None else list(r) for r in rows]}, features=types)
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return dataset_of(embeddings(2_000))
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "BATCH", 300)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("share", [0.5, 0.95, 1.0])
+def test_components_are_those_of_scikit_learn(data: Dataset, share: float) -> None:
+    model = ClusterModel.fit(data, explained_variance=share)
+    pca = PCA(None if share == 1 else share, svd_solver="full").fit(embeddings(2_000).astype(np.float64))
+    np.testing.assert_allclose(model.components, pca.components_, atol=1e-4)
+    np.testing.assert_allclose(model.mean, pca.mean_, atol=1e-6)
+    assert model.explained_variance == pytest.approx(pca.explained_variance_ratio_.sum(), abs=1e-6)
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize(("sample", "allowed"), [(256, 1.01), (0, 1.01), (16, 1.03)])
+def test_clusters_are_as_tight_as_scikit_learns(data: Dataset, sample: int, allowed: float) -> None:
+    references = [ClusterModel.fit(data, seed=seed, kmeans="sklearn").inertia for seed in range(3)]
+    found = [ClusterModel.fit(data, seed=seed, kmeans_sample=sample) for seed in range(3)]
+    assert np.mean([model.inertia for model in found]) <= allowed * np.mean(references)
+    for model in found:
+        assert model.inertia == pytest.approx((model.assign(embeddings(2_000))[1] ** 2).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("sample", [256, 0, 16])
+def test_the_way_the_column_is_stored_does_not_matter(data: Dataset, tmp_path: Path, sample: int) -> None:
+    expected = ClusterModel.fit(data, kmeans_sample=sample)
+    data.save_to_disk(tmp_path / "saved", num_shards=3)
+    kinds = (load_from_disk(tmp_path / "saved"), data.cast_column("embedding", List(Value("float32"), length=12)))
+    for stored in (*kinds, concatenate_datasets([data.select(range(700)), data.select(range(700, 2_000))])):
+        found = ClusterModel.fit(stored, kmeans_sample=sample)
+        np.testing.assert_allclose(found.centers, expected.centers, atol=1e-5)
+
+
+def test_half_precision_hardly_changes_the_clusters(data: Dataset) -> None:
+    half = data.cast_column("embedding", List(Value("float16"), length=12))
+    assert ClusterModel.fit(half).inertia == pytest.approx(ClusterModel.fit(data).inertia, rel=0.01)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_whole_batches_without_an_embedding(data: Dataset) -> None:
+    rows = [*[None] * 400, *embeddings(2_000), *[None] * 700]
+    model = ClusterModel.fit(dataset_of(rows), k=20)
+    labels = model.label(dataset_of(rows))["cluster"][:]
+    assert [label is None for label in labels] == [row is None for row in rows]
+    np.testing.assert_allclose(model.inertia, ClusterModel.fit(data, k=20).inertia, rtol=0.02)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kmeans_sample", [256, 2])
+def test_equal_rows_and_constant_columns(kmeans_sample: int) -> None:
+    equal = dataset_of([[1.0, 2.0, 3.0]] * 40)
+    model = ClusterModel.fit(equal, kmeans_sample=kmeans_sample)
+    assert (model.inertia, set(model.label(equal)["cluster"])) == (0, {0})
+    rows = embeddings(200)
+    rows[:, 3:] = 0.5
+    model = ClusterModel.fit(dataset_of(rows), kmeans_sample=kmeans_sample, explained_variance=0.9999)
+    assert len(model.components) <= 3
+
+
+def test_every_row_its_own_cluster() -> None:
+    data = dataset_of(embeddings(40))
+    for kmeans in ("torch", "sklearn"):
+        labels = ClusterModel.fit(data, k=40, kmeans=kmeans, explained_variance=1.0).label(data)["cluster"]
+        assert sorted(labels) == list(range(40))
+
+
+@pytest.mark.parametrize("fit", [ClusterModel.fit, lambda data, **options: cluster_filter(data, n1=5, **options)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kmeans": "faiss"}, r"kmeans='faiss' is not known; choose one of \('torch', 'sklearn'\)"),
+        ({"kmeans_sample": -1}, "kmeans_sample=-1 must be a number of rows per cluster, or 0 for all rows"),
+        ({"kmeans_sample": 2.5}, r"kmeans_sample=2\.5 must be"),
+        ({"kmeans_sample": True}, "kmeans_sample=True must be"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_named(data: Dataset, fit: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(data.add_column("iqs_score", np.arange(2_000.0)), **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine"),
+    [
+        ({}, "torch"),
+        ({"procedure": "paper"}, "sklearn"),
+        ({"procedure": "paper", "kmeans": "torch"}, "torch"),
+        ({"kmeans": "sklearn"}, "sklearn"),
+    ],
+    ids=str,
+)
+def test_the_paper_keeps_scikit_learn(settings: dict[str, str], engine: str) -> None:
+    assert Recipe(**settings).kmeans_engine == engine
+
+
+def fit_first_rows(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
+    """An engine from outside the package: the first k rows are the centres, and nothing is projected away."""
+    matrix, _ = read_embeddings(dataset, column)
+    k, width = number_of_clusters(settings.k, len(matrix)), matrix.shape[1]
+    mean, components = matrix.mean(axis=0), np.eye(width, dtype=np.float32)
+    return Numbers(mean, components, project(matrix[:k], mean, components), 1.0, 0.0)
+
+
+def test_an_engine_is_a_function_and_a_row_in_the_table(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "first rows", fit_first_rows)
+    model = ClusterModel.fit(data, k=7, kmeans="first rows")
+    assert model.label(data)["cluster"][:7] == list(range(7))
+    with pytest.raises(ValueError, match=r"choose one of \('torch', 'sklearn', 'first rows'\)"):
+        ClusterModel.fit(data, kmeans="faiss")

