@@ -125,11 +125,21 @@ def _child(command: list[str], environment: dict[str, str], no_home: str, cwd: s
         sys.stderr.flush()
 
 
+class Process(multiprocessing.context.ForkServerProcess):
+    """A child of the server, which whoever comes first must start with the environment that is the same for all."""
+
+    def start(self) -> None:
+        start_server()
+        super().start()
+
+
+WORKERS.Process = Process  # type: ignore[assignment]
+
+
 class Running:
     """A process that runs a command; as `subprocess.Popen` with text pipes."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], cwd: Path | str = ROOT) -> None:
-        start_server()
         self.args, self._folder = command, tempfile.TemporaryDirectory()
         self._out, self._err = (os.path.join(self._folder.name, name) for name in ("out", "err"))
         arguments = (command, dict(environment), NO_HOME, str(cwd), self._out, self._err)

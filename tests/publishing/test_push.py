@@ -282,7 +282,7 @@ def test_cards_in_other_encodings(hub: Hub) -> None:
     done = hub.run(START + code + "pushing.push_selection(rows, 'me/latin')")
     card = hub.repo("me/bom").files()["README.md"].decode()
     assert card.startswith("---\nlicense: mit\n") and card.count("---\n") == 2
-    assert "ValueError: 'me/latin': README.md there is not UTF-8" in done.stderr and commits(hub, "me/latin") == 1
+    assert "ValueError: 'me/latin': its README.md is not UTF-8" in done.stderr and commits(hub, "me/latin") == 1
 
 
 @pytest.mark.slow
@@ -563,7 +563,7 @@ def test_curate_asks_before_it_works_and_goes_on_after_a_kill(
     models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "5", "--k", "3"]
     line = ["curate", tmp_path / "rows.jsonl", "--output", tmp_path / "out", *models]
     refused = hub.run(COMMAND, *line, "--push", "you/car")
-    assert refused.returncode == 2 and "belongs to 'you'" in refused.stderr and not (tmp_path / "out").exists()
+    assert refused.returncode == 2 and "may not write to repositories of 'you'" in refused.stderr and not (tmp_path / "out").exists()
     assert hub.run(COMMAND, *line, "--check").returncode == 2
     hub.fault("POST", "/commit/", times=1000, status=503)
     failed = hub.run(COMMAND, *line, "--push", "me/car")
