@@ -13,8 +13,9 @@ from tests.hub_server import Hub
 
 START = """
 import json, sys
-from car_datasets import IQSModel, QualityScorer, digests, retrying
-retrying.READING_WAITS = (0.1, 0.1)
+from car_datasets import IQSModel, QualityScorer
+from car_datasets.utils import revisions
+revisions.READING_WAITS = (0.1, 0.1)
 def caught(call, *arguments, **options):
     try:
         return call(*arguments, **options)

@@ -14,8 +14,9 @@ WORK = "hf://datasets/me/work/run-1"
 SCORE = """
 import json, os, signal, sys, time
 from datasets import Dataset
-from car_datasets import QualityScorer, retrying, score_in_shards
-retrying.WAITS = (0.2,) * 6
+from car_datasets import QualityScorer, score_in_shards
+from car_datasets.utils import hub
+hub.WAITS = (0.2,) * 6
 model, place, kill_at = sys.argv[1:4]
 words = ["Red, green and blue.", "The sea is wide.", "6", "a, b, c", "Bad."]
 rows = Dataset.from_dict({"instruction": [f"Write a list of {i} colours." for i in range(23)],
