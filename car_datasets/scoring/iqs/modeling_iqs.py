@@ -284,6 +284,39 @@ class IQSModel(PreTrainedModel):
         return total / attention_mask.sum(dim=1, keepdim=True).to(states.dtype)
 
 
+def convert_checkpoint(
+    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], tokenizer: str | None = None
+) -> None:
+    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer, card.
+
+    Args:
+        checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
+        output (`str`): a new folder.
+        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer. Default: the `pretrained_model`
+            of the hyper-parameters.
+
+    Raises:
+        ValueError: `output` exists already, `checkpoint` is not in the original's layout, or its options or weights are
+            not those of a model of CaR.
+    """
+    if Path(output).exists():
+        raise ValueError(f"output={str(output)!r} exists already; name a new folder.")
+    file = digests.find_checkpoint(_find(checkpoint, {}))
+    if file is None:
+        raise ValueError(f"checkpoint={str(checkpoint)!r} holds no .ckpt file: it is not in the original's layout.")
+    reader = load_tokenizer(base_model(file, tokenizer))
+    model = IQSModel.from_pretrained(file, tokenizer=tokenizer)
+    check_tokenizer(reader, model.config)
+    reader.model_max_length = model.config.max_tokens  # else a user's tokenizer would not truncate
+    model.save_pretrained(output)
+    reader.save_pretrained(output)
+    name = Path(output).resolve().name
+    digest = digests.file_digest(file)
+    write_card(
+        Path(output), "converted_scorer_card.md.jinja", name=name, config=model.config, file=file.name, sha256=digest
+    )
+
+
 class EncodedTexts(NamedTuple):
     """A batch of texts after the encoder: all that a head can read.
 
@@ -354,11 +387,11 @@ def _source_encoder(config: IQSConfig, token: str | None) -> dict[str, Tensor]:
     """Load the encoder that a head was trained on, under the names of `IQSModel`; ValueError if its digest differs."""
     source = config.encoder_source or {}
     folder = revisions.model_folder(source["model_id"], source["revision"], token)
-    unused = ("pooler.", "embeddings.position_ids")
     digest = digests.file_digest(folder / "model.safetensors")
     if digest != source["sha256"]:
         raise ValueError(f"The head was trained on an encoder with sha256 {source['sha256']}; {folder} holds {digest}.")
     # The encoder is built without these (see `_without_pooler`), and unknown weights would be refused.
+    unused = ("pooler.", "embeddings.position_ids")
     weights = load_file(folder / "model.safetensors")
     return {f"encoder.{name}": tensor for name, tensor in weights.items() if not name.startswith(unused)}
 
@@ -366,39 +399,6 @@ def _source_encoder(config: IQSConfig, token: str | None) -> dict[str, Tensor]:
 def _without_pooler(encoder: PreTrainedConfig) -> dict[str, bool]:
     """Return the option that leaves out the pooler of BERT-like encoders, which no score uses."""
     return {"add_pooling_layer": False} if encoder.model_type in {"bert", "roberta", "xlm-roberta"} else {}
-
-
-def convert_checkpoint(
-    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], tokenizer: str | None = None
-) -> None:
-    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer, card.
-
-    Args:
-        checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
-        output (`str`): a new folder.
-        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer. Default: the `pretrained_model`
-            of the hyper-parameters.
-
-    Raises:
-        ValueError: `output` exists already, `checkpoint` is not in the original's layout, or its options or weights are
-            not those of a model of CaR.
-    """
-    if Path(output).exists():
-        raise ValueError(f"output={str(output)!r} exists already; name a new folder.")
-    file = digests.find_checkpoint(_find(checkpoint, {}))
-    if file is None:
-        raise ValueError(f"checkpoint={str(checkpoint)!r} holds no .ckpt file: it is not in the original's layout.")
-    reader = load_tokenizer(base_model(file, tokenizer))
-    model = IQSModel.from_pretrained(file, tokenizer=tokenizer)
-    check_tokenizer(reader, model.config)
-    reader.model_max_length = model.config.max_tokens  # else a user's tokenizer would not truncate
-    model.save_pretrained(output)
-    reader.save_pretrained(output)
-    name = Path(output).resolve().name
-    digest = digests.file_digest(file)
-    write_card(
-        Path(output), "converted_scorer_card.md.jinja", name=name, config=model.config, file=file.name, sha256=digest
-    )
 
 
 # So that `AutoModel.from_pretrained` builds an `IQSModel` for `IQSConfig`, once this module is imported.
