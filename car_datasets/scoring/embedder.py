@@ -1,7 +1,7 @@
 """EMBED: `TextEmbedder`, a `.map` callable that adds the sentence embedding of each row's text.
 
-Does: run any sentence-transformers model over the same text that the scorer reads (CaR sec. 3.2), in batches of similar
-length; equal to `SentenceTransformer.encode` within 1e-5.
+Does: run any sentence-transformers model on the text that the scorer reads (CaR sec. 3.2), in batches of similar
+length; the embeddings equal those of `SentenceTransformer.encode` within 1e-5.
 Does not: reduce dimensions or cluster.
 """
 
@@ -30,16 +30,8 @@ if TYPE_CHECKING:
     from datasets import Features
     from sentence_transformers import SentenceTransformer
 
+
 CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise it when numbers change
-
-
-@functools.lru_cache(maxsize=2)
-def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: torch.device) -> SentenceTransformer:
-    """Load a model, once per process and device; never part of a callable, so never hashed or pickled."""
-    from sentence_transformers import SentenceTransformer
-
-    folder = revisions.model_folder(model_id, revision)
-    return SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": getattr(torch, dtype)})
 
 
 @public
@@ -142,8 +134,9 @@ class TextEmbedder:
         model = self._model(rank)
         if not texts:
             return np.zeros((0, dimension(model)), dtype=np.float32)
-        longest = model.max_seq_length or 512
+        longest = model.max_seq_length or 512  # a model without a limit of its own: BERT's
         # Either way `lengths` only decides which texts share a batch; the embeddings do not depend on it.
+        # `encode` works for every model, but tokenises batch by batch while the device waits.
         if reads_plain_tokens(model):
             ids = tokenise(model.tokenizer, texts, longest).ids
             lengths = [len(row) for row in ids]
@@ -154,12 +147,14 @@ class TextEmbedder:
                     return model({"input_ids": input_ids, "attention_mask": mask})["sentence_embedding"]
 
         else:
-            lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]  # some 4 bytes a token in English
+            # An estimate: about 4 bytes a token in English, and two special tokens.
+            lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]
 
             def encode(places: list[int]) -> Tensor:
                 part = [texts[i] for i in places]
                 return model.encode(part, batch_size=len(part), convert_to_tensor=True, show_progress_bar=False)
 
+        # The budget depends on the width of the encoder, which sets the memory of a token.
         config = getattr(getattr(model[0], "auto_model", None), "config", None)
         units = getattr(config, "hidden_size", dimension(model))  # a Dense module on top may give fewer
         budget = token_budget(model.device, units, self.batch_tokens)
@@ -170,8 +165,20 @@ class TextEmbedder:
         return load_sentence_transformer(self.model_id, str(self.revision), self.dtype, device_for(rank))
 
 
+# Few entries, as each keeps a model in memory.
+@functools.lru_cache(maxsize=2)
+def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: torch.device) -> SentenceTransformer:
+    """Load a model, once per process and device; never part of a callable, so never hashed or pickled."""
+    from sentence_transformers import SentenceTransformer
+
+    # From the folder, not by the id: sentence-transformers would ask the Hub again.
+    folder = revisions.model_folder(model_id, revision)
+    return SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": getattr(torch, dtype)})
+
+
 def dimension(model: SentenceTransformer) -> int:
     """Return the length of the model's embeddings."""
+    # Newer versions of sentence-transformers have renamed the method.
     name = (
         "get_embedding_dimension" if hasattr(model, "get_embedding_dimension") else "get_sentence_embedding_dimension"
     )
@@ -189,10 +196,10 @@ def reads_plain_tokens(model: SentenceTransformer) -> bool:
     return (
         type(first).__name__ == "Transformer"
         and type(first).__module__.startswith("sentence_transformers.")  # a model may bring code of its own
-        and not getattr(first, "do_lower_case", False)
+        and not getattr(first, "do_lower_case", False)  # `encode` lowercases before it tokenises
         and hasattr(tokenizer, "backend_tokenizer")
         and tokenizer.pad_token_id is not None
-        and tokenizer.padding_side == "right"
+        and tokenizer.padding_side == "right"  # as `pad` does
         and model.default_prompt_name is None
         and model.truncate_dim is None
     )
@@ -209,6 +216,7 @@ def pool_tokens(model: SentenceTransformer, last_hidden_state: Tensor, mask: Ten
     Returns:
         `Tensor` of shape `(batch, dimension)`.
     """
+    # The keys by which the modules of sentence-transformers pass tensors on.
     features = {"token_embeddings": last_hidden_state, "attention_mask": mask}
     for module in list(model)[1:]:
         features = module(features)

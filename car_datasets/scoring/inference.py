@@ -1,6 +1,6 @@
 """Load a scorer once per process and device, and run texts through it.
 
-Does: load model and tokenizer, score texts in batches of similar length, with padding or without.
+Does: load model and tokenizer; score texts in batches of similar length, with padding or without.
 Does not: know rows or columns.
 """
 
@@ -25,6 +25,7 @@ from car_datasets.scoring.iqs.openvino_encoder import OpenVINOEncoder
 from car_datasets.scoring.iqs.packing import can_pack, first_position, pack, use_packing
 from car_datasets.utils import digests, revisions
 
+# A function of the last hidden state, of shape (texts, tokens, units), and its mask, that returns embeddings.
 _Pooling = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -70,17 +71,18 @@ class LoadedScorer(NamedTuple):
             texts (`Sequence`): [`Text`]s, or strings that are already in the template.
             batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the
                 device.
-            pooling (`Callable`, *optional*): a function of the last hidden state and its mask that returns embeddings.
+            pooling (`Callable`, *optional*): pools the last hidden state to embeddings; without it there are none.
 
         Raises:
-            ValueError: the model reads question and answer apart, and a string has no mark between them.
+            ValueError: the model reads question and answer separately, and a string has no mark between them.
         """
         if self.model.config.objective == "ranking":
             return self._rank_texts(texts, batch_tokens)
+        # A head that reads the answer separately is told its first token, which the tokenizer finds from the character.
         answers_at = None
         if HEADS[self.model.config.head].reads_answer_start:
             parts = [Text.split(text) if isinstance(text, str) else text for text in texts]
-            answers_at = [len(text.question) + 1 for text in parts]
+            answers_at = [len(text.question) + 1 for text in parts]  # one space joins question and answer
 
         def forward(batch: dict[str, Any]) -> tuple[Tensor, ...]:
             members, hidden_states = self.model.member_scores(**batch)
@@ -92,10 +94,11 @@ class LoadedScorer(NamedTuple):
         return TextScores(members.mean(axis=1), tokens, cut, embeddings[0] if embeddings else None, members)
 
     def _rank_texts(self, texts: Sequence[Text | str], batch_tokens: int | None) -> TextScores:
-        """Score texts by the ranking variant: question and answer are encoded apart, each up to the model's limit."""
+        """Score texts by the ranking variant, which encodes question and answer separately, each up to the limit."""
         if any(isinstance(text, str) for text in texts):
             raise ValueError("This model ranks an answer against its question: pass Text(question, answer).")
         parts = [part for text in texts for part in text]
+        # Questions and answers alternate: `vectors` has the shape (2 * texts, units).
         (vectors,), lengths = self._read(parts, batch_tokens, lambda batch: (self.model.pool(**batch)[0],))
         pairs = torch.from_numpy(vectors)
         scores = closeness(pairs[::2], pairs[1::2]).numpy()
@@ -128,7 +131,7 @@ class LoadedScorer(NamedTuple):
         windows: list[list[Any]] = []
         lengths: list[int] = []
         for tokens in tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at):
-            # `tokens` is bound as a default, so that each step keeps those of its own window.
+            # A default binds the value of `tokens` now; the name itself is reassigned by the loop.
             def step(places: list[int], tokens: Tokens = tokens) -> tuple[Tensor, ...]:
                 with torch.inference_mode():
                     return forward(self._batch(tokens, places))
@@ -136,6 +139,7 @@ class LoadedScorer(NamedTuple):
             ran = run_batches([len(ids) for ids in tokens.ids], budget, step)
             positions = [places for places, _ in ran]
             outputs = zip(*(output for _, output in ran), strict=True)
+            # Copied to the host window by window, so that the device holds the results of one window only.
             windows.append([in_order(positions, parts) for parts in outputs])
             lengths += tokens.lengths
         return [np.concatenate(parts) for parts in zip(*windows, strict=True)], np.array(lengths, dtype=np.int32)
@@ -147,7 +151,7 @@ class LoadedScorer(NamedTuple):
         batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         if tokens.answer_starts:
             batch["answer_start"] = to_device(np.array([tokens.answer_starts[i] for i in places]), self.device)
-        if self.packed:
+        if self.packed:  # the padded ids stay in the batch: heads read the padded grid
             config = self.model.config
             first = first_position(config.encoder_config)
             batch["packed"] = pack(ids, pad_id, first, config.max_tokens, self.device)
@@ -161,7 +165,8 @@ class Weights(NamedTuple):
         model_id (`str`): Hub id or folder.
         revision (`str`): commit SHA or content digest.
         tokenizer (`str`, *optional*): folder or Hub id of the tokenizer of a checkpoint in the original's layout.
-        tokenizer_pin (`str`, *optional*): its digest or commit.
+        tokenizer_pin (`str`, *optional*): its digest or commit. The two pins are part of the key under which the model
+            is cached, and are not read otherwise.
         dtype (`str`): of the encoder.
         compiled (`bool`): compile the encoder.
         engine (`str`, *optional*): a folder with the encoder in int8.
@@ -178,6 +183,7 @@ class Weights(NamedTuple):
     engine_pin: str | None = None
 
 
+# Few entries, as each keeps a model in memory.
 @functools.lru_cache(maxsize=2)
 def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     """Load model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled.
@@ -194,11 +200,13 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
             "GPU: set CUDA_VISIBLE_DEVICES to an empty string."
         )
 
+    # Loaded in float32 in any case: only the encoder is converted below.
     folder = revisions.model_folder(model_id, weights.revision)
     model = IQSModel.from_pretrained(folder, tokenizer=tokenizer)
     model.encoder.to(getattr(torch, dtype))  # not the head: in half precision it would give many texts the same score
     if engine is not None:
-        model.encoder = OpenVINOEncoder(engine)
+        model.encoder = OpenVINOEncoder(engine)  # drops the float32 encoder, the larger part of the model
+    # A checkpoint of the original brings no tokenizer, a head without encoder uses the tokenizer of its encoder.
     source, checkpoint = model.config.encoder_source, digests.find_checkpoint(folder)
     if checkpoint is not None:
         reader = load_tokenizer(base_model(checkpoint, tokenizer))
@@ -210,13 +218,13 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     if packed:
         use_packing(model.encoder)
     if weights.compiled:
-        model.encoder.compile(dynamic=True)
+        model.encoder.compile(dynamic=True)  # batches differ in both dimensions: static shapes would recompile for each
     return LoadedScorer(model.eval().to(device), reader, device, packed)
 
 
 @functools.lru_cache(maxsize=8)
 def read_scorer_config(model_id: str, revision: str, tokenizer: str | None, tokenizer_pin: str | None) -> IQSConfig:
-    """Read the configuration of a scorer, of one in the original's layout as well.
+    """Read the configuration of a scorer, also of one in the original's layout, without loading its weights.
 
     Args:
         model_id (`str`): Hub id or folder.

@@ -1,7 +1,7 @@
 """SCORE: `QualityScorer`, a `.map` callable that adds the IQS score of each row.
 
-Does: turn a batch of rows into texts, score them, put the numbers back in row order; on request also the embedding,
-from the same forward pass. A row's score does not depend on the rows around it (1e-5 in float32).
+Does: turn a batch of rows into texts, score them, and return the scores in row order; on request also the embeddings,
+from the same forward pass. A row's score does not depend on the rows in its batch (to 1e-5 in float32).
 Does not: load datasets, start processes, or give a score to a row that has no text.
 """
 
@@ -47,8 +47,8 @@ CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise i
 # How the score of a chat follows from the scores of its exchanges.
 TURNS: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "min": np.min, "sum": np.sum, "last": lambda s: s[-1]}
 
-# Revisions of tokenizers on the Hub, by the immutable revision of the checkpoint that they belong to and their id. A
-# scorer that is copied keeps its tokenizer's revision, and is made without asking the Hub.
+# Revisions of tokenizers on the Hub, by (immutable revision of their checkpoint, id of the tokenizer). A copy of a
+# scorer, as by `dataclasses.replace`, thus keeps its tokenizer's revision, and does not ask the Hub again.
 _TOKENIZER_PINS: dict[tuple[str, str], str | None] = {}
 
 
@@ -80,10 +80,8 @@ class QualityScorer:
         diagnostics (`bool`): also add `iqs_tokens` (int32: length of the entire text with special tokens, summed over
             exchanges), `iqs_truncated` (bool: the model did not read the end) and `iqs_status`.
         uncertainty (`bool`): also add `iqs_score_std`, the standard deviation over the members of the head, from the
-            same
-            pass: rank by `iqs_score - iqs_score_std` to prefer what they agree on. For models with several members,
-                such
-            as the default.
+            same forward pass: rank by `iqs_score - iqs_score_std` to prefer answers on which they agree. For models
+            with several members, such as the default.
         embedding_column (`str`, *optional*): also add the embedding, from the same forward pass, equal to what
             [`TextEmbedder`] gives. For models whose encoder is an unchanged sentence-transformers model, such as the
             default. Texts longer than that model's own limit (256 tokens for the default) take a second pass.
@@ -129,6 +127,7 @@ class QualityScorer:
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, token: str | None) -> None:
+        # What needs no disk and no network is checked first: an invalid option should not cost a download.
         columns = as_column_names(self.columns)
         check_schema(self.schema, columns)
         self._check_options()
@@ -137,6 +136,7 @@ class QualityScorer:
         config = read_scorer_config(self.model_id, model.revision, self.tokenizer, tokenizer_pin)
         self._check_model(config)
         engine = self.engine
+        # The fields hold what was resolved, so that equal stages have equal fingerprints and workers resolve nothing.
         set_fields(
             self,
             columns=columns,
@@ -173,6 +173,7 @@ class QualityScorer:
             return None
         base = base_model(checkpoint, self.tokenizer)
         place = (model.revision, base)
+        # Only for a scorer that was given the immutable revision: one made from a branch asks for the newest tokenizer.
         if self.revision == model.revision and place in _TOKENIZER_PINS:
             return _TOKENIZER_PINS[place]
         pin = tokenizer_revision(base, token)
@@ -203,13 +204,13 @@ class QualityScorer:
     @property
     def output_columns(self) -> tuple[str, ...]:
         """Return the names of the columns that this stage adds, in order."""
-        names = ColumnNames(score=self.output_column)
+        names = ColumnNames(score=self.output_column)  # derives the names of the further columns from this one
         columns = [names.score]
         if self.uncertainty:
             columns.append(names.std)
         if self.diagnostics:
             columns += [names.tokens, names.truncated, names.status]
-        elif self.on_invalid == "mark":
+        elif self.on_invalid == "mark":  # the reason of every null score
             columns.append(names.status)
         if self.embedding_column is not None:
             columns.append(self.embedding_column)
@@ -248,6 +249,7 @@ class QualityScorer:
         """
         refuse_tables(batch, "curate(dataset)")
         refuse_taken(batch, self)
+        # Found anew for every batch: a scorer that kept what it saw of a dataset would have another fingerprint.
         schema = find_schema(batch, self.schema, self.columns)
         rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid)
         texts = self.score_texts(rows.texts, rank)
@@ -256,6 +258,7 @@ class QualityScorer:
         columns = {self.output_column: scores, **self._diagnostics(rows, texts)}
         if self.embedding_column is not None and texts.embeddings is not None:
             columns[self.embedding_column] = rows.mean_vectors(texts.embeddings, self.embedding_dtype)
+        # `_diagnostics` computes all of its columns; those that were not asked for are dropped here.
         return {name: columns[name] for name in self.output_columns}
 
     def _diagnostics(self, rows: Rows, texts: TextScores) -> dict[str, Any]:
@@ -264,7 +267,8 @@ class QualityScorer:
         turn = TURNS[self.turns]
         truncated = [bool(part.any()) for part in rows.split(texts.truncated)]
         return {
-            # The members' scores of the row, not the texts': members may disagree on exchanges and agree on their mean.
+            # Members are compared on the score of the row: they may disagree on its exchanges and agree on their mean.
+            # `members` has the shape (texts of the row, members).
             names.std: rows.fold(texts.members, lambda members: np.std([turn(member) for member in members.T])),
             names.tokens: np.array([part.sum() for part in rows.split(texts.tokens)], dtype=np.int32),
             names.truncated: np.array(truncated),
@@ -278,7 +282,8 @@ class QualityScorer:
         """Score texts that are already in the template.
 
         Args:
-            texts (`Sequence`): [`Text`]s or strings. A ranking model needs question and answer apart, so no strings.
+            texts (`Sequence`): [`Text`]s or strings; for a ranking model, which encodes question and answer separately,
+                [`Text`]s only.
             rank (`int`, *optional*): index of the process among those of `.map(num_proc=...)`; chooses its GPU.
 
         Returns:
@@ -286,9 +291,9 @@ class QualityScorer:
             embeddings, in the order of the texts.
 
         Raises:
-            ValueError: strings for a model that reads question and answer apart, without the mark between them.
+            ValueError: strings without the mark between question and answer, for a model that reads the two separately.
         """
-        if not texts:
+        if not texts:  # a batch of rows that cannot be scored; the model need not be loaded
             empty = np.zeros(0, np.float32)
             vectors = None if self.embedding_column is None else empty.reshape(0, 0)
             return TextScores(empty, empty.astype(np.int32), empty.astype(bool), vectors, empty.reshape(0, 1))
@@ -301,6 +306,7 @@ class QualityScorer:
         limit, embeddings = sentences.max_seq_length, scores.embeddings
         if limit is not None and embeddings is not None:
             # The scorer reads further than the embedder, whose embedding must not depend on what follows its limit.
+            # Both have the same tokenizer, as the encoder is unchanged, so `tokens` counts for the embedder too.
             long = np.flatnonzero(scores.tokens > limit).tolist()
             strings = [text if isinstance(text, str) else text.whole for text in (texts[i] for i in long)]
             embeddings[long] = embedder.embed_texts(strings, rank)
@@ -340,6 +346,7 @@ class QualityScorer:
             )
 
 
+# Cached, as every batch asks for it, and a new one would resolve its revision again.
 @functools.lru_cache(maxsize=8)
 def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
     source = scorer._config().encoder_source

@@ -1,8 +1,8 @@
-"""`Stage`: the interface of callables that add columns, the parts that scorer and embedder share, and `add_columns`.
+"""`Stage`: the interface of callables that add columns, `add_columns`, and the parts that scorer and embedder share.
 
-Does: state the protocol that shards, estimates, Ray and the certificate rely on; turn a batch of rows into texts and numbers
-per text back into one value per row; add the columns of a stage to a dataset without copying its own.
-Does not: run a model, start processes, or know any one stage.
+Does: define the protocol that shards, estimates, Ray and verification rely on; add the columns of a stage to a dataset
+without copying its own; turn a batch of rows into texts, and values per text back into one value per row.
+Does not: run a model, start processes, or depend on any particular stage.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Stage(Protocol):
     def output_columns(self) -> tuple[str, ...]:
         """Return the names of the columns that the stage adds."""
 
+    # A method, not a property: a stage may have to load its model to know the dimension of its vectors.
     def output_features(self) -> Features:
         """Return the types of the columns that the stage adds."""
 
@@ -49,13 +50,70 @@ class Stage(Protocol):
         """Return the new columns for a batch of columns; `rank` is the index of the process."""
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-EMBEDDING_DTYPES = ("float32", "float16")
+def add_columns(dataset: Dataset, stage: Stage, description: str) -> Dataset:
+    """Return what `dataset.map(stage, batched=True)` gives, computed from the columns that the stage reads alone.
 
-# Folders of the Hub models that this process has resolved, by model id and commit. A commit never changes, so asking
-# again would only cost time, and a private model would be asked for without its token. Local folders are not kept here:
-# their files may be overwritten, so their digest is compared every time.
-_HUB_FOLDERS: dict[tuple[str, str], Path] = {}
+    The new columns have the stage's own types (`.map` would infer lists of any length for embeddings, and fail on a
+    first batch of nulls). Like those of `.map`, they are read from the cache the second time.
+
+    Args:
+        dataset (`Dataset`): without the columns that the stage adds.
+        stage (`Stage`): such as [`QualityScorer`] or [`TextEmbedder`].
+        description (`str`): of the progress bar.
+
+    Raises:
+        ValueError: the dataset already has a column that the stage adds, or the stage refuses the rows.
+    """
+    refuse_taken(dataset.column_names, stage)
+    read = read_columns(dataset.column_names, stage)
+    added = dataset.select_columns(read).map(
+        stage,
+        batched=True,
+        batch_size=batch_rows(),
+        with_rank=True,
+        desc=description,
+        features=stage.output_features(),
+        remove_columns=read,  # the cached file then holds the new columns alone
+    )
+    return beside(dataset, added)
+
+
+def read_columns(column_names: Sequence[str], stage: Stage, with_index: bool = True) -> list[str]:
+    """Return the columns that a stage is given: those that its `read_columns` method names, or all if it has none.
+
+    Args:
+        column_names (`Sequence[str]`): columns of the dataset.
+        stage (`Stage`): such as [`QualityScorer`].
+        with_index (`bool`): also `source_index` if the dataset has it. It names rows in messages and changes no result,
+            so the content that a run in shards is bound to leaves it out.
+
+    Raises:
+        ValueError: the stage finds no column that it can read.
+    """
+    own = getattr(stage, "read_columns", None)
+    read = list(column_names) if own is None else list(own(column_names))
+    if with_index and "source_index" in column_names and "source_index" not in read:
+        read.append("source_index")
+    return read
+
+
+def refuse_taken(column_names: Container[str], stage: Stage) -> None:
+    """Raise ValueError if the dataset already has a column that the stage adds."""
+    # The options of scorer and embedder; another stage may have neither.
+    options = [f"{name}=..." for name in ("output_column", "embedding_column") if hasattr(stage, name)]
+    option = " and ".join(options) or f"other output columns to {type(stage).__name__}"
+    refuse_overwrite(column_names, stage.output_columns, option)
+
+
+# Rows per call of a stage. A GPU needs many, as it finishes a thousand rows before the next thousand are tokenised. On
+# a CPU more rows would delay the progress bar, and fewer would leave more padding (3.5 % of the tokens at 1,000 rows of
+# Alpaca, 2.0 % at 2,000, 1.2 % at 4,000).
+CPU_ROWS, ACCELERATOR_ROWS = 2_000, 16_384
+
+
+def batch_rows() -> int:
+    """Return how many rows a stage is given at a time on this machine."""
+    return ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS
 
 
 class PinnedModel(NamedTuple):
@@ -68,6 +126,12 @@ class PinnedModel(NamedTuple):
 
     revision: str
     folder: Path
+
+
+# Folders of the Hub models that this process has resolved, by model id and commit. A commit never changes, so asking
+# again would only cost time, and a private model would be asked for without its token. Local folders are not kept here:
+# their files may be overwritten, so their digest is compared every time.
+_HUB_FOLDERS: dict[tuple[str, str], Path] = {}
 
 
 def pin_model(model_id: str, revision: str | None = None, token: str | None = None) -> PinnedModel:
@@ -84,19 +148,24 @@ def pin_model(model_id: str, revision: str | None = None, token: str | None = No
         ValueError: the model does not exist, or does not have that revision.
         ConnectionError: the Hub does not answer.
     """
+    # A branch or tag never matches: the keys hold commits only.
     if revision is not None and (model_id, revision) in _HUB_FOLDERS:
         return PinnedModel(revision, _HUB_FOLDERS[model_id, revision])
     pinned = revisions.pin_revision(model_id, revision, token)
     folder = revisions.model_folder(model_id, pinned, token)
-    if not pinned.startswith("sha256:"):
+    if not pinned.startswith("sha256:"):  # a commit, not the digest of a folder
         _HUB_FOLDERS[model_id, pinned] = folder
     return PinnedModel(pinned, folder)
 
 
 def set_fields(record: Any, **values: Any) -> None:
-    """Set fields of a frozen dataclass; for its `__post_init__` alone, as equal records must stay equal afterwards."""
+    """Set fields of a frozen dataclass; only for its `__post_init__`, after which the record must not change."""
     for name, value in values.items():
         object.__setattr__(record, name, value)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+EMBEDDING_DTYPES = ("float32", "float16")
 
 
 def check_options(
@@ -120,7 +189,7 @@ def check_options(
         ("embedding_dtype", embedding_dtype, EMBEDDING_DTYPES),
     ):
         if value not in allowed:
-            choices = [choice for choice in allowed if choice is not None]
+            choices = [choice for choice in allowed if choice is not None]  # None is the default, not a name
             raise ValueError(f"{option}={value!r} is not known; choose one of {choices}.")
 
 
@@ -130,7 +199,7 @@ def text_columns(column_names: Iterable[str], schema: str, columns: Any) -> list
     Args:
         column_names (`Iterable[str]`): all columns of the dataset.
         schema (`str`): name of the schema, or `"auto"`.
-        columns: the user's own names for the columns of the schema.
+        columns: names that the dataset gives to the schema's columns, where they differ from the schema's own.
 
     Raises:
         ValueError: no schema fits.
@@ -163,6 +232,7 @@ class Rows:
         rows = format_batch(batch, schema, template)
         bad = [i for i, row in enumerate(rows) if row.status in UNSCORABLE]
         if bad and on_invalid == "error":
+            # Without `source_index` the rows are numbered within the batch, and the message has to say so.
             where = "" if "source_index" in batch else " of this batch"
             names = row_names(batch, bad)
             raise ValueError(invalid_rows_message([rows[i].status for i in bad], names, len(rows), where))
@@ -185,7 +255,7 @@ class Rows:
             An array of shape `(rows, dimension)`, which `datasets` stores without a Python object per number; if some
             rows have no vector, a list with `None` for those.
         """
-        if all(count == 1 for count in self.counts):
+        if all(count == 1 for count in self.counts):  # no chats: the vectors are in row order already
             return vectors.astype(dtype)
         means = [_mean_vector(part) for part in self.split(vectors)]
         present = [mean.astype(dtype) for mean in means if mean is not None]
@@ -200,7 +270,7 @@ def _mean_vector(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | 
     if len(vectors) == 1:
         return vectors[0]
     mean = vectors.mean(axis=0)
-    # The mean of different directions is shorter than they are; a chat would look like an outlier to k-means.
+    # The mean of vectors of different directions is shorter than they are: k-means would take a chat for an outlier.
     length = float(np.linalg.norm(mean))
     scale = float(np.linalg.norm(vectors, axis=1).mean()) / length if length > 0 else 1.0
     return np.asarray(mean * scale, dtype=np.float32)
@@ -210,67 +280,3 @@ def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> l
     """Return how a message names these rows: by `source_index` if the batch has it, else by position in the batch."""
     index = batch.get("source_index")
     return [index[i] if index is not None else i for i in positions]
-
-
-def refuse_taken(column_names: Container[str], stage: Stage) -> None:
-    """Raise ValueError if the dataset already has a column that the stage adds."""
-    options = [f"{name}=..." for name in ("output_column", "embedding_column") if hasattr(stage, name)]
-    option = " and ".join(options) or f"other output columns to {type(stage).__name__}"
-    refuse_overwrite(column_names, stage.output_columns, option)
-
-
-# A GPU is through a thousand rows before the next thousand are tokenised; on a CPU more would delay the progress bar,
-# and fewer leave more padding (3.5 % at 1,000 rows of Alpaca, 2.0 % at 2,000, 1.2 % at 4,000).
-CPU_ROWS, ACCELERATOR_ROWS = 2_000, 16_384
-
-
-def add_columns(dataset: Dataset, stage: Stage, description: str) -> Dataset:
-    """Return what `dataset.map(stage, batched=True)` gives, computed from the columns that the stage reads alone.
-
-    The new columns have the stage's own types (`.map` would infer lists of any length for embeddings, and fail on a
-    first batch of nulls). Like those of `.map`, they are read from the cache the second time.
-
-    Args:
-        dataset (`Dataset`): without the columns that the stage adds.
-        stage (`Stage`): such as [`QualityScorer`] or [`TextEmbedder`].
-        description (`str`): of the progress bar.
-
-    Raises:
-        ValueError: the dataset already has a column that the stage adds, or the stage refuses the rows.
-    """
-    refuse_taken(dataset.column_names, stage)
-    read = read_columns(dataset.column_names, stage)
-    added = dataset.select_columns(read).map(
-        stage,
-        batched=True,
-        batch_size=batch_rows(),
-        with_rank=True,
-        desc=description,
-        features=stage.output_features(),
-        remove_columns=read,
-    )
-    return beside(dataset, added)
-
-
-def read_columns(column_names: Sequence[str], stage: Stage, with_index: bool = True) -> list[str]:
-    """Return the columns that a stage is given: those its own `read_columns` method names, without one all.
-
-    Args:
-        column_names (`Sequence[str]`): columns of the dataset.
-        stage (`Stage`): such as [`QualityScorer`].
-        with_index (`bool`): also `source_index` if the dataset has it. It names rows in messages and changes no result,
-            so the content that a run in shards is bound to leaves it out.
-
-    Raises:
-        ValueError: the stage finds no column that it can read.
-    """
-    own = getattr(stage, "read_columns", None)
-    read = list(column_names) if own is None else list(own(column_names))
-    if with_index and "source_index" in column_names and "source_index" not in read:
-        read.append("source_index")
-    return read
-
-
-def batch_rows() -> int:
-    """Return how many rows a stage is given at a time on this machine."""
-    return ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS

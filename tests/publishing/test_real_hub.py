@@ -20,7 +20,6 @@ from pathlib import Path
 from datasets import load_dataset
 from huggingface_hub import HfApi
 from car_datasets import IQSModel, QualityScorer, curate, load_instructions, push_selection, score_in_shards
-from car_datasets.utils import revisions
 
 model, sample, out, suffix = sys.argv[1:]
 api = HfApi()
@@ -62,7 +61,8 @@ def test_the_loop_on_the_public_hub(
 ) -> None:
     if not request.config.getoption("--real-hub"):
         pytest.skip(
-            "pushes to the public Hub; before a release: HF_TOKEN=... python -m pytest --real-hub tests/publishing/test_real_hub.py"
+            "pushes to the public Hub; before a release: "
+            "HF_TOKEN=... python -m pytest --real-hub tests/publishing/test_real_hub.py"
         )
     token = REAL_TOKEN
     if not token:

@@ -43,6 +43,8 @@ def test_minutes_are_those_of_the_whole_dataset() -> None:
 def test_what_it_cannot_time_is_refused(tiny_iqs: str, pairs: Dataset) -> None:
     with pytest.raises(ValueError, match="sample=0"):
         estimate_scoring(pairs, QualityScorer(tiny_iqs, diagnostics=True), 0)
+    with pytest.raises(ValueError, match="has no rows"):
+        estimate_scoring(pairs.select([]), QualityScorer(tiny_iqs))
     empty = Dataset.from_list([{**row, "output": None} for row in pairs])
     with pytest.raises(ValueError, match="None of 6 rows"):
         estimate_scoring(empty, QualityScorer(tiny_iqs, diagnostics=True, on_invalid="mark"))

@@ -1,6 +1,6 @@
-"""`IQSConfig`: the parts of an IQS model and how they are combined.
+"""`IQSConfig`: the configuration of an IQS model, which names its parts and how they are combined.
 
-Does: check every value by name.
+Does: check the values, and name the argument in the error.
 Does not: build a model.
 """
 
@@ -15,10 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from car_datasets.utils.public import public
 
 OBJECTIVE_NAMES = ("regression", "ranking")
-
 LAYER_MIXES = ("sparsemax", "softmax")
 POOLINGS = ("avg", "max", "cls")
-HEAD_NAMES = ("feed_forward", "segments")  # the keys of `HEADS`, which is next to the model
+# The keys of `HEADS`, which is defined with the model: a configuration must be checked without building one.
+HEAD_NAMES = ("feed_forward", "segments")
 
 
 @public
@@ -29,10 +29,10 @@ class IQSConfig(PreTrainedConfig):
         encoder_config (`dict` or `PreTrainedConfig`, *optional*): the configuration of the encoder; defaults to the
             shape of XLM-RoBERTa-large.
         objective (`str`): `"regression"`: a head scores the entire text. `"ranking"`, the original's "Comet" variant:
-            question and answer are encoded apart and the score is `1 / (1 + distance)`.
+            question and answer are encoded separately and the score is `1 / (1 + distance)`.
         head (`str`): `"feed_forward"`, the original's, reads the pooled combination of layers. `"segments"`, the
-            default scorer's, reads question and answer pooled apart and the words of the answer; `layer_mix`, `layer`,
-            `layer_norm` and `pooling` do not apply to it.
+            default scorer's, reads question and answer, pooled separately, and the words of the answer; `layer_mix`,
+            `layer`, `layer_norm` and `pooling` do not apply to it.
         layer_mix (`str`): how the encoder's n + 1 hidden states (the embedding output counts as one) are combined:
             `"sparsemax"` or `"softmax"` weights times `gamma`.
         layer (`int`, *optional*): read this hidden state alone instead of a mix; 0 is the embedding output.
@@ -58,6 +58,7 @@ class IQSConfig(PreTrainedConfig):
     model_type = "car_iqs"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["hidden_states"]  # `Trainer` gathers all other outputs
 
+    # Every argument needs a default: transformers builds `IQSConfig()` to save only the values that differ from it.
     def __init__(
         self,
         encoder_config: dict[str, Any] | PreTrainedConfig | None = None,
@@ -102,7 +103,9 @@ class IQSConfig(PreTrainedConfig):
         self.layer = layer
         self.layer_norm = layer_norm
         self.pooling = pooling
-        self.hidden_sizes = list(hidden_sizes)
+        self.hidden_sizes = list(
+            hidden_sizes
+        )  # as JSON gives it back, so that a configuration equals the one that was saved
         self.activation = activation
         self.final_activation = final_activation
         self.dropout = dropout
@@ -117,7 +120,7 @@ class IQSConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, the encoder's included."""
         values: dict[str, Any] = super().to_dict()
-        values["encoder_config"] = self.encoder_config.to_dict()
+        values["encoder_config"] = self.encoder_config.to_dict()  # else an object, which JSON cannot hold
         return values
 
 
@@ -132,11 +135,12 @@ def _as_config(encoder_config: dict[str, Any] | PreTrainedConfig | None) -> PreT
             num_hidden_layers=24,
             num_attention_heads=16,
             intermediate_size=4096,
-            max_position_embeddings=514,
+            max_position_embeddings=514,  # 512, and 2 as positions are counted from the padding token's id + 1
             type_vocab_size=1,
             layer_norm_eps=1e-5,
         )
-    return AutoConfig.for_model(**encoder_config)
+    return AutoConfig.for_model(**encoder_config)  # by the entry `model_type`
 
 
+# So that `AutoConfig.from_pretrained` knows `model_type`, once this module is imported.
 AutoConfig.register(IQSConfig.model_type, IQSConfig)

@@ -1,6 +1,6 @@
 """Convert the original's checkpoints (COMET on Lightning) to the configuration and weights of an `IQSModel`.
 
-Does: read the pickle without running its code, rename the weights, derive the encoder's shape from them, load the base
+Does: read the pickle without running its code; rename the weights; derive the encoder's shape from them; load the base
 model's tokenizer exactly as its file says.
 Does not: find the checkpoint, import Lightning or COMET, or build a model.
 """
@@ -29,6 +29,26 @@ ENCODERS = {"XLM-RoBERTa": "xlm-roberta", "BERT": "bert"}
 # Number of attention heads by width, for widths that leave no doubt: the base and large sizes of both families.
 ATTENTION_HEADS = {768: 12, 1024: 16}
 
+# Beginnings of the names of the weights in a checkpoint.
+_ENCODER = "encoder.model."
+_MIX = "layerwise_attention.scalar_parameters."
+_GAMMA = "layerwise_attention.gamma"
+_HEAD = "estimator.ff."
+
+# Left out: a table of positions that old versions saved, a pooler that no score uses, two constants of layer dropout.
+_UNUSED = (
+    f"{_ENCODER}embeddings.position_ids",
+    f"{_ENCODER}pooler.",
+    "layerwise_attention.dropout_mask",
+    "layerwise_attention.dropout_fill",
+)
+
+# `tokenizer.json` does not say which token has which role. By padding token, which differs between the two families.
+_SPECIAL_TOKENS = {
+    "<pad>": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
+    "[PAD]": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
+}
+
 
 class Converted(NamedTuple):
     """A converted checkpoint.
@@ -50,8 +70,7 @@ def convert(checkpoint: Path, tokenizer: str | None = None) -> Converted:
     Args:
         checkpoint (`Path`): a `.ckpt` file.
         tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer; a folder's `config.json` also
-            tells the number of attention heads, which no weight does. Default: the `pretrained_model` of the
-            hyper-parameters: a folder of that name next to the checkpoint's folders if there is one, else a Hub id.
+            tells the number of attention heads, which no weight does. Default: what [`base_model`] returns.
 
     Raises:
         ValueError: the file is not a checkpoint of CaR, has unknown options or weights, or does not determine the shape
@@ -65,6 +84,87 @@ def convert(checkpoint: Path, tokenizer: str | None = None) -> Converted:
     if unknown:
         raise ValueError(f"{checkpoint} holds weights that no model of CaR has: {unknown[:5]}.")
     return Converted(_config(options, state, base, checkpoint), state, base)
+
+
+def base_model(checkpoint: Path, tokenizer: str | None = None) -> str:
+    """Return the folder or Hub id that has the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint (`Path`): a `.ckpt` file.
+        tokenizer (`str`, *optional*): is returned if given. Default: the `pretrained_model` of the hyper-parameters: a
+            folder of that name next to the checkpoint's folders if there is one, else a Hub id.
+
+    Raises:
+        ValueError: the checkpoint cannot be read.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    name = str(_read_options(checkpoint).get("pretrained_model", ""))
+    # Checkpoints lie in <root>/<variant>/checkpoints/, and a base model may lie next to any of these folders.
+    for folder in list(checkpoint.resolve().parents)[:4]:
+        if name and (folder / name / "tokenizer.json").is_file():
+            return str(folder / name)
+    return name
+
+
+def load_tokenizer(base: str, token: str | None = None) -> Any:
+    """Load the base model's tokenizer exactly as its `tokenizer.json` says, so that ids equal the original's.
+
+    transformers 5 builds XLM-RoBERTa's normaliser and pre-tokeniser itself and ignores the file's, which gives other
+    ids for files that older converters wrote. Reading the file as a plain fast tokenizer keeps the file's.
+
+    Args:
+        base (`str`): a folder or a Hub id that holds `tokenizer.json`.
+        token (`str`, *optional*): for a private repository.
+
+    Raises:
+        ValueError: there is no `tokenizer.json`; the message says what to pass.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = (
+        Path(base) / "tokenizer.json"
+        if base and Path(base).is_dir()
+        else revisions.download_file(base, "tokenizer.json", token)
+    )
+    if file is None or not file.is_file():
+        raise ValueError(
+            f"The original's checkpoints bring no tokenizer, and tokenizer={base!r} holds no tokenizer.json. Pass the "
+            "folder or Hub id of the base model's: tokenizer='FacebookAI/xlm-roberta-large' (--tokenizer)."
+        )
+    vocabulary = {entry["content"] for entry in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
+    names = _SPECIAL_TOKENS["<pad>" if "<pad>" in vocabulary else "[PAD]"]
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **{k: v for k, v in names.items() if v in vocabulary})
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Raise ValueError if the weights cannot have been trained with this tokenizer."""
+    encoder = config.encoder_config
+    if tokenizer.pad_token_id != encoder.pad_token_id or len(tokenizer) > encoder.vocab_size:
+        raise ValueError(
+            f"The tokenizer ({len(tokenizer)} tokens, padding is {tokenizer.pad_token_id}) is not the encoder's "
+            f"({encoder.vocab_size} tokens, padding is {encoder.pad_token_id}). Name its own: tokenizer=... "
+            "(--tokenizer)."
+        )
+
+
+def tokenizer_revision(base: str, token: str | None = None) -> str | None:
+    """Resolve a tokenizer to an immutable revision.
+
+    Args:
+        base (`str`): a folder or a Hub id.
+        token (`str`, *optional*): for a private repository.
+
+    Returns:
+        `str`: digests of the folder's files, or the Hub's commit SHA; `None` if the Hub does not tell.
+    """
+    if base and Path(base).is_dir():
+        files = [Path(base) / name for name in ("tokenizer.json", "config.json")]
+        return " ".join(digests.file_digest(file) for file in files if file.is_file())
+    try:
+        return revisions.pin_revision(base, None, token) if base else None
+    except (ValueError, ConnectionError):  # the tokenizer may be in the cache anyway; if not, loading says so
+        return None
 
 
 def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
@@ -82,9 +182,9 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
         ValueError: the file is refused, or is not a Lightning checkpoint.
     """
     try:
-        # torch maps its zip format only; the format before torch 1.6 is read as ever.
+        # torch maps its zip format only; the format before torch 1.6 is read into memory.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError as error:  # raised by torch for any name that is not on its allow-list
         reason = str(error).strip().splitlines()[0]
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         asks = f" but asks for {wanted[1]}" if wanted else ""
@@ -104,19 +204,6 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     return dict(content)
 
 
-def _read_mapped(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint, mapped; once per process, until the file changes."""
-    state = checkpoint.stat()
-    return _mapped_checkpoint(checkpoint.resolve(), (state.st_ino, state.st_size, state.st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=2)
-def _mapped_checkpoint(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
-    # Kept for the hyper-parameters and the shapes, which are asked for several times. 2.2 GB of weights cost nothing
-    # here, as mapped pages are read when the model is loaded and can be dropped by the system afterwards.
-    return read_checkpoint(path, mapped=True)
-
-
 def _read_options(checkpoint: Path) -> dict[str, Any]:
     """Return the hyper-parameters of a checkpoint; they win over those of the `hparams.yaml` of its folder."""
     content = _read_mapped(checkpoint)
@@ -131,7 +218,7 @@ def _read_options(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_hparams(checkpoint: Path) -> dict[str, Any]:
-    """Read `hparams.yaml` one folder up, where the original keeps it, or next to the checkpoint."""
+    """Read `hparams.yaml` one folder up, where the original keeps it, or next to the checkpoint; empty if none."""
     for folder in (checkpoint.parent.parent, checkpoint.parent):
         if (folder / "hparams.yaml").is_file():
             try:
@@ -142,62 +229,42 @@ def _read_hparams(checkpoint: Path) -> dict[str, Any]:
     return {}
 
 
-def base_model(checkpoint: Path, tokenizer: str | None = None) -> str:
-    """Return the folder or Hub id that has the tokenizer of a checkpoint.
+def _read_mapped(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint, mapped; once per process, until the file changes."""
+    state = checkpoint.stat()
+    return _mapped_checkpoint(checkpoint.resolve(), (state.st_ino, state.st_size, state.st_mtime_ns))
 
-    Args:
-        checkpoint (`Path`): a `.ckpt` file.
-        tokenizer (`str`, *optional*): is returned if given. Default: the `pretrained_model` of the hyper-parameters: a
-            folder of that name next to the checkpoint's folders if there is one, else a Hub id.
 
-    Raises:
-        ValueError: the checkpoint cannot be read.
-    """
-    if tokenizer is not None:
-        return tokenizer
-    name = str(_read_options(checkpoint).get("pretrained_model", ""))
-    for folder in list(checkpoint.resolve().parents)[:4]:
-        if name and (folder / name / "tokenizer.json").is_file():
-            return str(folder / name)
-    return name
+@functools.lru_cache(maxsize=2)
+def _mapped_checkpoint(path: Path, stamp: tuple[int, int, int]) -> dict[str, Any]:
+    # Kept for the hyper-parameters and the shapes, which are asked for several times. 2.2 GB of weights cost nothing
+    # here, as mapped pages are read when the model is loaded and can be dropped by the system afterwards.
+    return read_checkpoint(path, mapped=True)
 
 
 def _encoder_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "encoder.model."
-    names = [n for n in weights if n.startswith(prefix) and not n.startswith(_UNUSED)]
-    return {"encoder." + n.removeprefix(prefix): weights[n] for n in names}
-
-
-# Left out: a table of positions that old versions saved, a pooler that no score uses, two constants of layer dropout.
-_UNUSED = (
-    "encoder.model.embeddings.position_ids",
-    "encoder.model.pooler.",
-    "layerwise_attention.dropout_mask",
-    "layerwise_attention.dropout_fill",
-)
+    names = [n for n in weights if n.startswith(_ENCODER) and not n.startswith(_UNUSED)]
+    return {"encoder." + n.removeprefix(_ENCODER): weights[n] for n in names}
 
 
 def _mix_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "layerwise_attention.scalar_parameters."
-    scalars = {int(n.removeprefix(prefix)): w for n, w in weights.items() if n.startswith(prefix)}
-    if not scalars:
+    scalars = {int(n.removeprefix(_MIX)): w for n, w in weights.items() if n.startswith(_MIX)}
+    if not scalars:  # the model reads a single layer
         return {}
     if sorted(scalars) != list(range(len(scalars))):
         raise ValueError(f"The checkpoint's layer mix has the weights {sorted(scalars)}; some are missing.")
-    if "layerwise_attention.gamma" not in weights:
-        raise ValueError("The checkpoint's layer mix lacks the weight 'layerwise_attention.gamma'.")
+    if _GAMMA not in weights:
+        raise ValueError(f"The checkpoint's layer mix lacks the weight {_GAMMA!r}.")
     mix = torch.cat([scalars[i].reshape(-1) for i in range(len(scalars))])
-    return {"layers.weight": mix, "layers.gamma": weights["layerwise_attention.gamma"]}
+    return {"layers.weight": mix, "layers.gamma": weights[_GAMMA]}
 
 
 def _head_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "estimator.ff."
-    return {"head." + n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    return {"head." + n.removeprefix(_HEAD): w for n, w in weights.items() if n.startswith(_HEAD)}
 
 
 def _used_names(weights: Mapping[str, Tensor]) -> list[str]:
-    known = ("encoder.model.", "layerwise_attention.scalar_parameters.", "layerwise_attention.gamma", "estimator.ff.")
-    return [n for n in weights if n.startswith((*known, *_UNUSED))]
+    return [n for n in weights if n.startswith((_ENCODER, _MIX, _GAMMA, _HEAD, *_UNUSED))]
 
 
 def _config(options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, checkpoint: Path) -> dict[str, Any]:
@@ -206,6 +273,7 @@ def _config(options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, 
 
     def read(name: str, *types: type) -> Any:
         value = options.get(name)
+        # In Python a bool is an int, so `True` would pass for a number.
         if name not in options or not isinstance(value, types) or isinstance(value, bool) != (types == (bool,)):
             wanted = " or ".join(t.__name__ for t in types)
             raise ValueError(f"{checkpoint}: the hyper-parameter {name}={value!r} must be a {wanted}.")
@@ -300,69 +368,3 @@ def _base_config(base: str, ask_hub: bool) -> dict[str, Any]:
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
-
-
-def load_tokenizer(base: str, token: str | None = None) -> Any:
-    """Load the base model's tokenizer exactly as its `tokenizer.json` says, so that ids equal the original's.
-
-    transformers 5 builds XLM-RoBERTa's normaliser and pre-tokeniser itself and ignores the file's, which gives other
-    ids for files that older converters wrote. Reading the file as a plain fast tokenizer keeps the file's.
-
-    Args:
-        base (`str`): a folder or a Hub id that holds `tokenizer.json`.
-        token (`str`, *optional*): for a private repository.
-
-    Raises:
-        ValueError: there is no `tokenizer.json`; the message says what to pass.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    file = (
-        Path(base) / "tokenizer.json"
-        if base and Path(base).is_dir()
-        else revisions.download_file(base, "tokenizer.json", token)
-    )
-    if file is None or not file.is_file():
-        raise ValueError(
-            f"The original's checkpoints bring no tokenizer, and tokenizer={base!r} holds no tokenizer.json. Pass the "
-            "folder or Hub id of the base model's: tokenizer='FacebookAI/xlm-roberta-large' (--tokenizer)."
-        )
-    vocabulary = {entry["content"] for entry in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
-    names = _SPECIAL_TOKENS["<pad>" if "<pad>" in vocabulary else "[PAD]"]
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), **{k: v for k, v in names.items() if v in vocabulary})
-
-
-def tokenizer_revision(base: str, token: str | None = None) -> str | None:
-    """Resolve a tokenizer to an immutable revision.
-
-    Args:
-        base (`str`): a folder or a Hub id.
-        token (`str`, *optional*): for a private repository.
-
-    Returns:
-        `str`: digests of the folder's files, or the Hub's commit SHA; `None` if the Hub does not tell.
-    """
-    if base and Path(base).is_dir():
-        files = [Path(base) / name for name in ("tokenizer.json", "config.json")]
-        return " ".join(digests.file_digest(file) for file in files if file.is_file())
-    try:
-        return revisions.pin_revision(base, None, token) if base else None
-    except (ValueError, ConnectionError):  # the tokenizer may be in the cache all the same; if not, loading says so
-        return None
-
-
-def check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Raise ValueError if the weights cannot have been trained with this tokenizer."""
-    encoder = config.encoder_config
-    if tokenizer.pad_token_id != encoder.pad_token_id or len(tokenizer) > encoder.vocab_size:
-        raise ValueError(
-            f"The tokenizer ({len(tokenizer)} tokens, padding is {tokenizer.pad_token_id}) is not the encoder's "
-            f"({encoder.vocab_size} tokens, padding is {encoder.pad_token_id}). Name its own: tokenizer=... "
-            "(--tokenizer)."
-        )
-
-
-_SPECIAL_TOKENS = {
-    "<pad>": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
-    "[PAD]": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
-}

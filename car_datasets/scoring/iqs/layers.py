@@ -1,7 +1,7 @@
 """Parts of an IQS model: the combination of the encoder's layers, pooled features, the heads, and the ranking score.
 
-Does: functions and modules of tensors, each with its own few settings: question and answer pooled apart, the words of the
-answer hashed, vectors to scores.
+Does: combine and normalise hidden states; pool question and answer separately; hash the words of the answer; compute
+scores from vectors.
 Does not: run an encoder.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 
-MARK = 2  # tokens of the mark before every answer, "response" and ":", which tell nothing about its words
+MARK = 2  # tokens of the mark before every answer, "response" and ":", which are the same for all answers
 
 
 def segment_features(hidden_states: Sequence[Tensor], mask: Tensor, answer_start: Tensor) -> Tensor:
@@ -39,8 +39,10 @@ def segment_features(hidden_states: Sequence[Tensor], mask: Tensor, answer_start
     parts = []
     for states in hidden_states:
         states = states.float()
+        # weights: (batch, 2, tokens), each row the mean over question or answer. An empty part has the mean 0.
         question, answer = (weights @ states).unbind(1)
         square = (weights[:, 1:] @ states.square()).squeeze(1)
+        # E[x^2] - E[x]^2: clamped, as rounding can make it negative, and the square root's gradient is infinite at 0.
         parts += [question, answer, (square - answer.square()).clamp(min=1e-6).sqrt()]
     return torch.cat([*parts, parts[-3] * parts[-2], counts.log1p()], dim=1)
 
@@ -58,11 +60,11 @@ def hashed_words(input_ids: Tensor, mask: Tensor, answer_start: Tensor, bits: in
         `(numbers, weights)`, both of shape `(batch, 2 * tokens - 1)`: the weight is 0 for padding and for repeated
         numbers, and equal for all others of a text, so that each row of weights has length 1.
     """
-    ends = mask.sum(1, keepdim=True) - 1
+    ends = mask.sum(1, keepdim=True) - 1  # position of the separator, as padding is on the right
     positions = torch.arange(mask.shape[1], device=mask.device)
     word = (positions >= answer_start.unsqueeze(1) + MARK) & (positions < ends)
-    # Knuth's multiplicative hash in 32 bits. The constants are part of the trained weights: they decide each word's
-    # place.
+    # Knuth's multiplicative hash in 32 bits, of which the high ones are mixed best and are kept below. The constants
+    # are as much a part of the trained model as its weights: they decide which weight a word has.
     low = (1 << 32) - 1
     single = (input_ids * 2654435761) & low
     second = ((input_ids[:, 1:] * 97 + 40503) * 2246822519) & low
@@ -78,57 +80,6 @@ def hashed_words(input_ids: Tensor, mask: Tensor, answer_start: Tensor, bits: in
     return numbers.clamp(max=(1 << bits) - 1), weights
 
 
-class LayerCombination(nn.Module):
-    """A weighted sum of the encoder's hidden states: `gamma * sum(weight * state)`.
-
-    Args:
-        num_states (`int`): hidden states of the encoder, the embedding output included.
-        mix (`str`): `"sparsemax"` or `"softmax"`, which makes the weights sum to 1.
-        dropout (`float`): probability that a state is left out, in training only.
-    """
-
-    def __init__(self, num_states: int, mix: str, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.mix, self.dropout = mix, dropout
-        self.weight = nn.Parameter(torch.zeros(num_states))
-        self.gamma = nn.Parameter(torch.ones(1))
-
-    def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """Combine tensors of one shape into one of the same shape."""
-        scores = self.weight
-        if self.training and self.dropout:  # entire layers, as in COMET (and ELMo before it)
-            dropped = torch.rand_like(scores) < self.dropout
-            scores = scores.masked_fill(dropped & ~dropped.all(), -1e20)
-        weights = (sparsemax(scores) if self.mix == "sparsemax" else scores.softmax(0)).to(states[0].dtype)
-        mixed = weights[0] * states[0]
-        for weight, state in zip(weights[1:], states[1:], strict=True):
-            mixed = torch.addcmul(mixed, weight, state)
-        return self.gamma.to(mixed.dtype) * mixed
-
-
-def normalise_text(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Scale each text to zero mean and unit variance over its real tokens and all units, without an affine part.
-
-    Args:
-        hidden (`Tensor` of shape `(batch, tokens, units)`): one hidden state.
-        mask (`Tensor` of shape `(batch, tokens)`): 1 for real tokens.
-    """
-    real = mask.to(hidden.dtype).unsqueeze(-1)
-    count = real.sum(dim=(1, 2), keepdim=True) * hidden.shape[-1]
-    mean = (hidden * real).sum(dim=(1, 2), keepdim=True) / count
-    variance = (((hidden - mean) * real) ** 2).sum(dim=(1, 2), keepdim=True) / count
-    return (hidden - mean) / torch.sqrt(variance + 1e-12)
-
-
-def sparsemax(scores: Tensor) -> Tensor:
-    """Project a vector onto the probability simplex (Martins and Astudillo 2016, algorithm 1), with exact zeros."""
-    ordered = scores.sort(descending=True).values
-    cumulated = ordered.cumsum(0) - 1
-    ranks = torch.arange(1, len(scores) + 1, device=scores.device, dtype=scores.dtype)
-    support = int((ordered * ranks > cumulated).sum())
-    return (scores - cumulated[support - 1] / support).clamp(min=0)
-
-
 class SegmentHead(nn.Module):
     """The head of the default scorer: quality of the answer, minus a penalty if it is broken.
 
@@ -141,11 +92,13 @@ class SegmentHead(nn.Module):
         super().__init__()
         width = self.width(config)
         self.members, self.word_bits, self.penalty = config.members, config.word_bits, config.penalty
+        # Mean and standard deviation of the features in the training data; saved with the weights.
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         self.words = nn.Parameter(torch.zeros(1 << config.word_bits))
         size = config.hidden_sizes[0]
         self.quality = nn.Linear(width, self.members * size)
+        # The members' hidden layers are one matrix, so that all run in one product; each has its own output weights.
         self.quality_out = nn.Parameter(torch.randn(self.members, size) / size**0.5)
         self.quality_bias = nn.Parameter(torch.zeros(self.members))
         self.integrity = nn.Sequential(
@@ -176,8 +129,63 @@ class SegmentHead(nn.Module):
     def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return quality without the words, of shape `(batch, members)`, and integrity, of shape `(batch, 1)`."""
         scaled = ((features - self.mean) / self.scale).clamp(-6, 6)  # standard deviations; outliers would saturate tanh
-        hidden = torch.tanh(self.quality(scaled)).view(len(features), self.members, -1)
+        hidden = torch.tanh(self.quality(scaled)).view(len(features), self.members, -1)  # (batch, members, units)
         return (hidden * self.quality_out).sum(dim=-1) + self.quality_bias, self.integrity(scaled)
+
+
+class LayerCombination(nn.Module):
+    """A weighted sum of the encoder's hidden states: `gamma * sum(weight * state)`.
+
+    Args:
+        num_states (`int`): hidden states of the encoder, the embedding output included.
+        mix (`str`): `"sparsemax"` or `"softmax"`, which makes the weights sum to 1.
+        dropout (`float`): probability that a state is left out, in training only.
+    """
+
+    def __init__(self, num_states: int, mix: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.mix, self.dropout = mix, dropout
+        self.weight = nn.Parameter(torch.zeros(num_states))
+        self.gamma = nn.Parameter(torch.ones(1))
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Combine tensors of one shape into one of the same shape."""
+        scores = self.weight
+        if self.training and self.dropout:  # entire layers, as in COMET (and ELMo before it)
+            # -1e20 is COMET's own value. If all layers are dropped, none is.
+            dropped = torch.rand_like(scores) < self.dropout
+            scores = scores.masked_fill(dropped & ~dropped.all(), -1e20)
+        weights = (sparsemax(scores) if self.mix == "sparsemax" else scores.softmax(0)).to(states[0].dtype)
+        # Accumulated: stacking the states would take as much memory once more.
+        mixed = weights[0] * states[0]
+        for weight, state in zip(weights[1:], states[1:], strict=True):
+            mixed = torch.addcmul(mixed, weight, state)
+        return self.gamma.to(mixed.dtype) * mixed
+
+
+def normalise_text(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Scale each text to zero mean and unit variance over its real tokens and all units, without an affine part.
+
+    Args:
+        hidden (`Tensor` of shape `(batch, tokens, units)`): one hidden state.
+        mask (`Tensor` of shape `(batch, tokens)`): 1 for real tokens.
+    """
+    # Padding counts neither in the mean nor in the variance.
+    real = mask.to(hidden.dtype).unsqueeze(-1)
+    count = real.sum(dim=(1, 2), keepdim=True) * hidden.shape[-1]
+    mean = (hidden * real).sum(dim=(1, 2), keepdim=True) / count
+    variance = (((hidden - mean) * real) ** 2).sum(dim=(1, 2), keepdim=True) / count
+    return (hidden - mean) / torch.sqrt(variance + 1e-12)
+
+
+def sparsemax(scores: Tensor) -> Tensor:
+    """Project a vector onto the probability simplex (Martins and Astudillo 2016, algorithm 1), with exact zeros."""
+    # The support is the longest prefix of the sorted scores z with 1 + k * z_k > z_1 + ... + z_k.
+    ordered = scores.sort(descending=True).values
+    cumulated = ordered.cumsum(0) - 1
+    ranks = torch.arange(1, len(scores) + 1, device=scores.device, dtype=scores.dtype)
+    support = int((ordered * ranks > cumulated).sum())
+    return (scores - cumulated[support - 1] / support).clamp(min=0)
 
 
 def feed_forward(config: IQSConfig) -> nn.Sequential:
@@ -203,6 +211,5 @@ def closeness(question: Tensor, answer: Tensor) -> Tensor:
     Returns:
         `Tensor` of shape `(batch,)`, in (0, 1).
     """
-    # pairwise_distance adds 1e-6 to every difference, so equal texts do not give exactly 1; nor do they in the
-    # original.
+    # As in the original: pairwise_distance adds 1e-6 to every difference, so equal texts do not give exactly 1.
     return 1 / (1 + nn.functional.pairwise_distance(answer.float(), question.float()))

@@ -1,9 +1,9 @@
 """IQS, the instruction quality model, as an ordinary transformers model.
 
-Does: encoder -> combination of its layers -> pooling over tokens -> head -> one score per text. `IQSConfig()` is the
-original's architecture (CaR sec. 3.1, COMET's regression metric); the default scorer and the ranking variant, which has
-a distance instead of a head, are other configurations of the same parts.
-Does not: read text, make batches, or find weights.
+Does: compute one score per text by an encoder, a combination of its layers, pooling over tokens, and a head.
+`IQSConfig()` is the original's architecture (CaR sec. 3.1, COMET's regression metric); the default scorer and the
+ranking variant, which has a distance instead of a head, are other configurations of the same parts.
+Does not: read text, make batches, or train.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class IQSModel(PreTrainedModel):
     ```
     """
 
+    # Attributes that transformers reads from the class. The kinds of attention are those of the encoder.
     config_class = IQSConfig
     base_model_prefix = "encoder"
     _supports_sdpa = True
@@ -78,7 +79,8 @@ class IQSModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path (`str`): a Hub id or a folder. A folder, file or Hub id in the original's
-                layout is converted on the way. `car_datasets.utils.revisions.default_scorer_folder()` holds the default scorer.
+                layout is converted on the way. The default scorer is in the folder that
+                `car_datasets.utils.revisions.default_scorer_folder()` returns.
             tokenizer (`str`, *optional*): for the original's layout only: folder or Hub id of the base model's
                 tokenizer.
             kwargs: as in `PreTrainedModel.from_pretrained` (`dtype`, `revision`, `token`, `attn_implementation`, ...),
@@ -94,25 +96,29 @@ class IQSModel(PreTrainedModel):
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
         info = kwargs.pop("output_loading_info", False)
         tokenizer = kwargs.pop("tokenizer", None)
-        token = kwargs.get("token")
+        token = kwargs.get("token")  # before `_find`, which takes it out for a model on the Hub
+        # Given a `config`, transformers would pass fields of the configuration to the model's constructor.
+        options = inspect.signature(IQSConfig).parameters
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in options}
         place = _find(pretrained_model_name_or_path, kwargs)
+        # transformers takes weights from a folder or from `state_dict`, never both: `folder` is then None.
         folder: Path | None = place
         if (checkpoint := digests.find_checkpoint(place)) is not None:
             converted = convert(checkpoint, tokenizer)
-            options = inspect.signature(IQSConfig).parameters
-            changes = {name: kwargs.pop(name) for name in list(kwargs) if name in options}
             config = IQSConfig(**{**converted.config, **changes})
-            # Copies: the converted weights are views of the mapped file, which may be overwritten while the model
-            # lives.
+            # Copies: the converted weights are views of the mapped file, which may be overwritten later.
             state = {name: weight.clone() for name, weight in converted.state.items()}
             folder, kwargs["state_dict"] = None, _without_unused_mix(state, config)
         else:
             given = kwargs.pop("config", None)
             config = given or IQSConfig.from_pretrained(place)
+            if changes:
+                config = IQSConfig.from_dict({**config.to_dict(), **changes})  # checks the values, unlike setattr
             if config.encoder_source is not None:
                 head = load_file(place / "model.safetensors")
                 folder, kwargs["state_dict"] = None, {**head, **_source_encoder(config, token)}
         model, report = super().from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+        # Missing, unexpected and mismatched keys, each by transformers' own name for the kind.
         wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
         if wrong:
             raise ValueError(f"The weights in {pretrained_model_name_or_path} do not fit the configuration: {wrong}.")
@@ -120,6 +126,7 @@ class IQSModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save as in transformers, always with the encoder, which may have been trained since it was loaded."""
+        # Without the source, the model that is read back takes the encoder from the file.
         source, self.config.encoder_source = self.config.encoder_source, None
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -172,11 +179,13 @@ class IQSModel(PreTrainedModel):
         elif question_ids is None:
             raise ValueError("A ranking model scores an answer against its question: pass question_ids as well.")
         else:
+            # Three encodings at most: answer, question, and a worse answer; the vectors have the shape (batch, units).
             pooled, hidden_states = self.pool(input_ids, attention_mask, **kwargs)
             question, _ = self.pool(question_ids, question_mask, **kwargs)
             logits = closeness(question, pooled).unsqueeze(-1)
             if rejected_ids is not None:
                 rejected, _ = self.pool(rejected_ids, rejected_mask, **kwargs)
+                # In float32: in half precision, close vectors may have the distance 0.
                 loss = nn.functional.triplet_margin_loss(question.float(), pooled.float(), rejected.float())
                 both = torch.cat([logits, closeness(question, rejected).unsqueeze(-1)], dim=-1)
                 return SequenceClassifierOutput(loss=loss, logits=both, hidden_states=hidden_states)
@@ -207,7 +216,7 @@ class IQSModel(PreTrainedModel):
         kind = HEADS[self.config.head]
         if kind.reads_answer_start and answer_start is None:
             raise ValueError(
-                f"The head {self.config.head!r} reads question and answer apart: pass answer_start as well."
+                f"The head {self.config.head!r} reads question and answer separately: pass answer_start as well."
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -246,10 +255,11 @@ class IQSModel(PreTrainedModel):
         states for XLM-RoBERTa-large, would take more memory than the forward pass.
         """
         layer, norm = self.config.layer, self.config.layer_norm
+        # The ranking variant has no head whose precision could be taken.
         precision = self.head[0].weight.dtype if self.config.objective == "regression" else torch.float32
         read = hidden_states if layer is None else (hidden_states[layer],)
 
-        def prepared() -> Iterator[Tensor]:  # one at a time
+        def prepared() -> Iterator[Tensor]:  # one at a time, so that only one float32 copy is alive
             for states in read:
                 states = states.to(precision)
                 yield normalise_text(states, attention_mask) if norm and layer is None else states
@@ -265,13 +275,46 @@ class IQSModel(PreTrainedModel):
     def _pool(self, states: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.config.pooling == "cls":
             return states[:, 0]
-        # As in the original, which looks for pad *ids*: a text that spells out "<pad>" has some too. Its sum leaves
-        # them out and its denominator counts them.
+        # As in the original, which looks for pad *ids*: a text that spells out "<pad>" contains some too. The sum
+        # leaves them out, but the denominator counts them.
         real = (input_ids != self.config.encoder_config.pad_token_id).unsqueeze(-1)
         if self.config.pooling == "max":
             return states.masked_fill(~real, float("-inf")).max(dim=1).values
         total = (states * real).sum(dim=1)
         return total / attention_mask.sum(dim=1, keepdim=True).to(states.dtype)
+
+
+def convert_checkpoint(
+    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], tokenizer: str | None = None
+) -> None:
+    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer, card.
+
+    Args:
+        checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
+        output (`str`): a new folder.
+        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer. Default: the `pretrained_model`
+            of the hyper-parameters.
+
+    Raises:
+        ValueError: `output` exists already, `checkpoint` is not in the original's layout, or its options or weights are
+            not those of a model of CaR.
+    """
+    if Path(output).exists():
+        raise ValueError(f"output={str(output)!r} exists already; name a new folder.")
+    file = digests.find_checkpoint(_find(checkpoint, {}))
+    if file is None:
+        raise ValueError(f"checkpoint={str(checkpoint)!r} holds no .ckpt file: it is not in the original's layout.")
+    reader = load_tokenizer(base_model(file, tokenizer))
+    model = IQSModel.from_pretrained(file, tokenizer=tokenizer)
+    check_tokenizer(reader, model.config)
+    reader.model_max_length = model.config.max_tokens  # else a user's tokenizer would not truncate
+    model.save_pretrained(output)
+    reader.save_pretrained(output)
+    name = Path(output).resolve().name
+    digest = digests.file_digest(file)
+    write_card(
+        Path(output), "converted_scorer_card.md.jinja", name=name, config=model.config, file=file.name, sha256=digest
+    )
 
 
 class EncodedTexts(NamedTuple):
@@ -319,8 +362,8 @@ def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
     return scores
 
 
-# To add a head: a module, a function that scores with it, a line here, and its name in `HEAD_NAMES` of the
-# configuration.
+# To add a head, write a module and a function that scores with it, and add a line here and its name to `HEAD_NAMES`,
+# which is defined with the configuration.
 HEADS = {
     "feed_forward": HeadKind(feed_forward, _score_pooled, reads_pooled=True),
     "segments": HeadKind(SegmentHead, _score_segments, reads_answer_start=True),
@@ -336,7 +379,7 @@ def _find(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
 
 
 def _without_unused_mix(state: dict[str, Tensor], config: IQSConfig) -> dict[str, Tensor]:
-    """Leave out the layer mix of a model that reads a single layer; the original may have saved one all the same."""
+    """Leave out the layer mix of a model that reads a single layer; the original may have saved one anyway."""
     return state if config.layer is None else {n: w for n, w in state.items() if not n.startswith("layers.")}
 
 
@@ -344,10 +387,11 @@ def _source_encoder(config: IQSConfig, token: str | None) -> dict[str, Tensor]:
     """Load the encoder that a head was trained on, under the names of `IQSModel`; ValueError if its digest differs."""
     source = config.encoder_source or {}
     folder = revisions.model_folder(source["model_id"], source["revision"], token)
-    unused = ("pooler.", "embeddings.position_ids")
     digest = digests.file_digest(folder / "model.safetensors")
     if digest != source["sha256"]:
         raise ValueError(f"The head was trained on an encoder with sha256 {source['sha256']}; {folder} holds {digest}.")
+    # The encoder is built without these (see `_without_pooler`), and unknown weights would be refused.
+    unused = ("pooler.", "embeddings.position_ids")
     weights = load_file(folder / "model.safetensors")
     return {f"encoder.{name}": tensor for name, tensor in weights.items() if not name.startswith(unused)}
 
@@ -357,37 +401,5 @@ def _without_pooler(encoder: PreTrainedConfig) -> dict[str, bool]:
     return {"add_pooling_layer": False} if encoder.model_type in {"bert", "roberta", "xlm-roberta"} else {}
 
 
-def convert_checkpoint(
-    checkpoint: str | os.PathLike[str], output: str | os.PathLike[str], tokenizer: str | None = None
-) -> None:
-    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer, card.
-
-    Args:
-        checkpoint (`str`): a `.ckpt`, or a folder or Hub id in the original's layout.
-        output (`str`): a new folder.
-        tokenizer (`str`, *optional*): folder or Hub id of the base model's tokenizer. Default: the `pretrained_model`
-            of the hyper-parameters.
-
-    Raises:
-        ValueError: `output` exists already, `checkpoint` is not in the original's layout, or its options or weights are
-            not those of a model of CaR.
-    """
-    if Path(output).exists():
-        raise ValueError(f"output={str(output)!r} exists already; name a new folder.")
-    file = digests.find_checkpoint(_find(checkpoint, {}))
-    if file is None:
-        raise ValueError(f"checkpoint={str(checkpoint)!r} holds no .ckpt file: it is not in the original's layout.")
-    reader = load_tokenizer(base_model(file, tokenizer))
-    model = IQSModel.from_pretrained(file, tokenizer=tokenizer)
-    check_tokenizer(reader, model.config)
-    reader.model_max_length = model.config.max_tokens
-    model.save_pretrained(output)
-    reader.save_pretrained(output)
-    name = Path(output).resolve().name
-    digest = digests.file_digest(file)
-    write_card(
-        Path(output), "converted_scorer_card.md.jinja", name=name, config=model.config, file=file.name, sha256=digest
-    )
-
-
+# So that `AutoModel.from_pretrained` builds an `IQSModel` for `IQSConfig`, once this module is imported.
 AutoModel.register(IQSConfig, IQSModel)

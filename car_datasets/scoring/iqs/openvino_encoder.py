@@ -20,33 +20,12 @@ from transformers.modeling_outputs import BaseModelOutput
 from car_datasets.utils import digests
 
 MODEL_FILE, WEIGHTS_FILE, RECORD_FILE = ENGINE_FILES = ("encoder.xml", "encoder.bin", "engine.json")
-DAMAGED = "is damaged. Make the folder again: `car-datasets quantise SOURCE --output FOLDER`."
+QUANTISE = "car-datasets quantise SOURCE --output FOLDER"  # the command that makes the folder of an engine
+DAMAGED = f"is damaged. Make the folder again: `{QUANTISE}`."
 
-# Texts are padded to a multiple of this. The remainder of a vector register is summed in another order, and float noise
-# that changes the rounding of one integer moved scores by up to 0.05 with the length of the longest text in the batch.
+# Texts are padded to a multiple of this. The remainder of a vector register is summed in another order. That changes
+# the rounding of single integers, which moved scores by up to 0.05 with the length of the longest text in the batch.
 LANES = 16
-
-
-def import_openvino(*also: str) -> Any:
-    """Import `openvino` without telemetry: by default it and nncf report their use to their makers.
-
-    Args:
-        also (`str`): more modules that will be needed, such as `"nncf"`.
-
-    Raises:
-        ValueError: the extra is not installed.
-    """
-    missing = [name for name in ("openvino", *also) if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"engine: {' and '.join(missing)} cannot be imported. Install the extra: "
-            "pip install 'car-datasets[openvino]'"
-        )
-    # Without this package both use a stub. With it, `import openvino` alone would send an event.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
 
 
 def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
@@ -72,7 +51,7 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
     if missing:
         raise ValueError(
             f"engine={engine!r} is not the folder of an engine: it has no {', '.join(missing)}. Make one with "
-            "`car-datasets quantise SOURCE --output FOLDER`."
+            f"`{QUANTISE}`."
         )
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
@@ -82,20 +61,10 @@ def pin_engine(engine: str, model_id: str, revision: str, dtype: str) -> str:
     if made_for != revision:
         raise ValueError(
             f"engine={engine!r} was made for {record.get('model')} at revision {made_for}, not for {model_id} at "
-            f"{revision}. Make one for it: `car-datasets quantise SOURCE --output FOLDER --scorer {model_id}`."
+            f"{revision}. Make one for it: `{QUANTISE} --scorer {model_id}`."
         )
-    import_openvino()
+    import_openvino()  # an extra that is not installed should be an error here, not in a worker
     return digests.files_digest(folder, [folder / name for name in ENGINE_FILES])
-
-
-@functools.lru_cache(maxsize=1)
-def _core() -> Any:
-    """Return the one `Core` of this process, which is never freed."""
-    # A Core gives the thread that makes it a stack for signal handlers (on CPUs with AVX-512 at least), and frees that
-    # stack when it is freed itself. If that happens in another thread, as by Python's garbage collector, the first
-    # thread is left with a dangling stack, and its next signal with a Python handler, Ctrl-C too, is a segmentation
-    # fault (OpenVINO 2026.4).
-    return import_openvino().Core()
 
 
 class OpenVINOEncoder(nn.Module):
@@ -127,8 +96,41 @@ class OpenVINOEncoder(nn.Module):
         Returns:
             `BaseModelOutput`: its `hidden_states` are n + 1 tensors of shape `(batch, tokens, units)`.
         """
+        # Padding to a multiple of LANES: mask 0, so no text attends to it; it is cut off again below.
         tokens = input_ids.shape[1]
         more = (0, -tokens % LANES)
         inputs = [nn.functional.pad(tensor, more).numpy() for tensor in (input_ids, attention_mask)]
         states = tuple(torch.from_numpy(state)[:, :tokens] for state in self.compiled(inputs).values())
         return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states)
+
+
+@functools.lru_cache(maxsize=1)
+def _core() -> Any:
+    """Return the only `Core` of this process, which is never freed."""
+    # A Core gives the thread that makes it a stack for signal handlers (on CPUs with AVX-512 at least), and frees that
+    # stack when it is freed itself. If that happens in another thread, as by Python's garbage collector, the first
+    # thread is left with a dangling stack, and its next signal with a Python handler, Ctrl-C too, is a segmentation
+    # fault (OpenVINO 2026.4).
+    return import_openvino().Core()
+
+
+def import_openvino(*also: str) -> Any:
+    """Import `openvino` without telemetry: by default it and nncf report their use to their makers.
+
+    Args:
+        also (`str`): more modules that will be needed, such as `"nncf"`.
+
+    Raises:
+        ValueError: the extra is not installed.
+    """
+    missing = [name for name in ("openvino", *also) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"engine: {' and '.join(missing)} cannot be imported. Install the extra: "
+            "pip install 'car-datasets[openvino]'"
+        )
+    # Without this package both use a stub. With it, `import openvino` alone would send an event.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino

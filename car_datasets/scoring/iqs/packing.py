@@ -1,8 +1,8 @@
-"""Forward passes without padding: texts end to end in one row, each of which attends to itself alone.
+"""Forward passes without padding: texts are laid end to end in one row, and each attends to itself alone.
 
-Does: register torch's variable-length attention (torch >= 2.10, GPUs from Ampere on) with transformers, lay texts end
-to end, put the encoder's states back into the padded grid that heads read. Needs no flash-attn.
-Does not: change a score beyond rounding; on the CPU each text is attended to in turn, with the same result as padded.
+Does: register torch's variable-length attention (torch >= 2.10, GPUs from Ampere on) with transformers; lay texts end
+to end; put the encoder's states back into the padded grid that heads read. Needs no flash-attn.
+Does not: change a score beyond rounding. On the CPU, for tests, each text is attended to in turn.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from car_datasets.scoring.batching import to_device
 
-ATTENTION = "car_datasets_packed"
+ATTENTION = "car_datasets_packed"  # the name of `attend_packed` in transformers
 
 # Models that number positions from the padding token's id + 1.
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"}
@@ -50,6 +50,7 @@ def first_position(encoder_config: Any) -> int:
 
 def can_pack(encoder_config: Any, dtype: str, device: torch.device) -> bool:
     """Return True if packing is faster than padding: in half precision, on a GPU from Ampere on."""
+    # The kernel computes in half precision only.
     if device.type != "cuda" or dtype == "float32" or encoder_config.model_type not in PACKABLE:
         return False
     size = encoder_config.hidden_size // encoder_config.num_attention_heads
@@ -59,6 +60,7 @@ def can_pack(encoder_config: Any, dtype: str, device: torch.device) -> bool:
         from torch.nn.attention import varlen  # noqa: F401
     except ImportError:  # torch < 2.10
         return False
+    # 8.0 is Ampere.
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -66,6 +68,7 @@ def use_packing(encoder: nn.Module) -> None:
     """Switch the encoder to the attention of this module; from now on it reads [`Packed`] texts only."""
     from transformers import AttentionInterface
 
+    # transformers looks the function up by this name in every layer, so no class of a model is patched.
     AttentionInterface.register(ATTENTION, attend_packed)
     encoder.set_attn_implementation(ATTENTION)
 
@@ -82,11 +85,13 @@ def pack(ids: Sequence[Sequence[int]], pad_id: int, position: int, limit: int, d
     """
     lengths = [len(row) for row in ids]
     real, width = sum(lengths), max(lengths)
+    # Token j of text i is at i * width + j of the flattened padded batch of shape (texts, width).
     grid = np.concatenate([np.arange(n) + i * width for i, n in enumerate(lengths)])
     filler = -real % TOKENS_MULTIPLE if device.type == "cuda" and limit >= TOKENS_MULTIPLE else 0
-    texts = [*ids, [pad_id] * filler] if filler else ids
+    texts = [*ids, [pad_id] * filler] if filler else ids  # the filler is a text of its own, which no other attends to
     bounds = np.cumsum([0, *(len(row) for row in texts)])
     positions = np.concatenate([np.arange(len(row)) + position for row in texts])
+    # Types: int64 for ids and positions, as embeddings take them; int32 for the bounds, as the kernel takes them.
     return Packed(
         to_device(np.concatenate(texts).astype(np.int64)[None], device),
         to_device(positions[None], device),
@@ -118,6 +123,7 @@ def encode_packed(encoder: nn.Module, packed: Packed, shape: tuple[int, int], **
     )
 
     def spread(states: Tensor) -> Tensor:
+        # states: (1, tokens, units); the tokens beyond the grid are those of the filler.
         padded = states.new_zeros((shape[0] * shape[1], states.shape[-1]))
         padded[packed.grid] = states[0, : len(packed.grid)]
         return padded.view(*shape, -1)
@@ -142,7 +148,7 @@ def attend_packed(
         key (`Tensor` of shape `(1, heads, tokens, size)`): likewise.
         value (`Tensor` of shape `(1, heads, tokens, size)`): likewise.
         attention_mask (`Tensor`, *optional*): not used, as there is no padding.
-        scaling (`float`, *optional*): factor of the scores, if given 1 / sqrt(size).
+        scaling (`float`, *optional*): factor of the scores; if given, it must be 1 / sqrt(size), the kernel's own.
         kwargs: `cu_seq_lens_q` (`Tensor`) and `max_length_q` (`int`): [`Packed`]'s `bounds` and `longest`, by the names
             of transformers.
 
@@ -157,6 +163,7 @@ def attend_packed(
         raise ValueError(
             f"attention {ATTENTION!r} reads packed texts, with scores scaled by 1 / sqrt(head size), only."
         )
+    # Queries and keys have the same bounds, as each text attends to itself.
     if query.device.type == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -167,4 +174,4 @@ def attend_packed(
         nn.functional.scaled_dot_product_attention(*(part[:, :, start:end] for part in (query, key, value)))
         for start, end in itertools.pairwise(bounds.tolist())
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2), None  # (1, heads, tokens, size) to (1, tokens, heads, size)

@@ -1,7 +1,6 @@
-"""Claims, which are files that only one worker can create, and the folder that they and the shards are stored in.
+"""Claims of workers on pieces of work: files that only one worker can create, and that it renews by a heartbeat.
 
-Does: take, renew, release and take over claims; read and write files atomically in a local folder or behind an fsspec
-URL.
+Does: take, renew, release and take over claims; tell how many rows other workers have done.
 Does not: know what is claimed, or compare the clocks of two machines.
 """
 
@@ -23,7 +22,13 @@ import psutil
 
 from car_datasets.scoring.shards.storage import Folder
 
+EXPIRY = 60.0  # seconds without a heartbeat after which a worker counts as dead, unless the caller names another number
 CLAIM = re.compile(r"(?P<piece>.+)\.claim-(?P<turn>\d+)")
+
+
+def claim_name(piece: str, turn: int) -> str:
+    """Return the name of the file of a claim; every takeover of a piece raises `turn` by 1."""
+    return f"{piece}.claim-{turn}"
 
 
 class Claims:
@@ -43,7 +48,7 @@ class Claims:
         expiry (`float`): seconds without a heartbeat after which a worker counts as dead.
     """
 
-    def __init__(self, folder: Folder, expiry: float = 60.0) -> None:
+    def __init__(self, folder: Folder, expiry: float = EXPIRY) -> None:
         """Give the worker an identity; nothing is claimed yet."""
         process = psutil.Process()
         self.folder, self.expiry = folder, expiry
@@ -63,9 +68,9 @@ class Claims:
             `str` or `None`: the name of the claim; `None` if another worker holds the piece.
         """
         turn = turns.get(piece, -1)
-        if turn >= 0 and not self._is_dead(f"{piece}.claim-{turn}"):
+        if turn >= 0 and not self._is_dead(claim_name(piece, turn)):
             return None
-        claim = f"{piece}.claim-{turn + 1}"
+        claim = claim_name(piece, turn + 1)
         return claim if self.folder.create(claim, self._sign(0)) else None
 
     @contextlib.contextmanager
@@ -94,15 +99,17 @@ class Claims:
 
     def release(self, claim: str) -> None:
         """Remove a claim, and the claims of dead workers that it has replaced."""
-        piece, turn = claim.rsplit(".claim-", 1)
-        for earlier in range(int(turn) + 1):
+        parts = CLAIM.fullmatch(claim)
+        assert parts is not None  # `take` has made the name
+        # In ascending order: while a newer claim exists, an older one is not valid, so no moment looks unclaimed.
+        for turn in range(int(parts["turn"]) + 1):
             with contextlib.suppress(OSError):
-                self.folder.remove(f"{piece}.claim-{earlier}")
+                self.folder.remove(claim_name(parts["piece"], turn))
 
     def rows_elsewhere(self, names: Collection[str]) -> int:
         """Return the rows that other workers have done of unfinished pieces, according to the claims among `names`."""
-        open_claims = {piece: turn for piece, turn in last_turns(names).items() if piece not in names}
-        owners = [_parse(self.folder.read(f"{piece}.claim-{turn}")) for piece, turn in open_claims.items()]
+        open_claims = [claim_name(piece, turn) for piece, turn in last_turns(names).items() if piece not in names]
+        owners = [_parse(self.folder.read(claim)) for claim in open_claims]
         return sum(owner.get("rows", 0) for owner in owners if owner.get("id") != self._me["id"])
 
     def _sign(self, rows: int) -> bytes:
@@ -112,11 +119,12 @@ class Claims:
     def _is_dead(self, claim: str) -> bool:
         content, now = self.folder.read(claim), time.monotonic()
         owner = _parse(content)
+        # A process of this machine can be looked up, which tells at once; of any other only the heartbeat is seen.
         if owner.get("host") == self._me["host"] and not _runs(owner["pid"], owner["started"]):
             return True
         seen, since = self._seen.get(claim, (None, now))
         if content != seen or claim not in self._seen:
-            self._seen[claim] = (content, now)
+            self._seen[claim] = (content, now)  # the first look, or a heartbeat: the lease starts anew
             return False
         return now - since > self.expiry
 
@@ -150,6 +158,8 @@ def _runs(pid: int, started: float) -> bool:
     """Return True if this process is running; its start time tells it from a later one with the same id."""
     try:
         process = psutil.Process(pid)
+        # A zombie has ended, and waits for its parent to notice. Start times are compared with a tolerance in seconds,
+        # as psutil derives them from the time of the boot, which shifts when the system's clock is set.
         alive: bool = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2
     except psutil.NoSuchProcess:
         return False

@@ -1,9 +1,9 @@
-"""The folder of a run in shards: a manifest that names the run, part files of finished shards, and claims on the others.
+"""The folder of a run in shards: a manifest that identifies the run, part files of finished shards, claims on others.
 
-Does: bind a folder to one run by the contents of its columns, write part files atomically and read them back, detect torn
-ones, remove what killed workers have left behind, show the progress of all workers.
-Does not: know where rows come from, choose which shard is scored next, or use the fingerprint of a dataset, which depends
-on its files and is random after an unhashable step.
+Does: bind a folder to one run by the contents of its columns; write part files atomically and read them back; detect
+torn ones; remove what killed workers have left behind; show the progress of all workers.
+Does not: know where rows come from, choose which shard is scored next, or use the fingerprint of a dataset, which
+depends on its files and is random after a step that cannot be hashed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 
 from car_datasets.scoring.shards.claims import CLAIM, Claims
-from car_datasets.scoring.shards.storage import Folder, HubFolder, ShardStorage
-from car_datasets.scoring.stage import read_columns, refuse_taken
+from car_datasets.scoring.shards.storage import Folder, open_storage
+from car_datasets.scoring.stage import Stage, read_columns, refuse_taken
 from car_datasets.utils.digests import content_digest
 from car_datasets.utils.files import write_whole
 from car_datasets.utils.processes import is_main_process
@@ -33,124 +33,16 @@ from car_datasets.utils.processes import is_main_process
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-    from car_datasets.scoring.stage import Stage
 
-FORMAT = 1
+FORMAT = 1  # of the folder; part of the manifest, so that a run never resumes in a folder of another format
 
-# Fields that a stage with a pinned `revision` may change within a run, because they change no number beyond the
-# tolerance, or name what the revision pins: a run that ran out of memory is resumed with smaller batches, or from
-# another model folder.
+# Fields that a stage with a pinned `revision` may change within a run: `batch_tokens` changes no number beyond the
+# tolerance, so a run that ran out of memory is resumed with smaller batches; the others are places whose contents the
+# revisions pin, so it is resumed from a model folder at another path.
 FREE_FIELDS = ("model_id", "tokenizer", "engine", "batch_tokens")
 
-
-def describe_run(dataset: Dataset, stage: Stage, columns: Sequence[str], shard_rows: int) -> dict[str, Any]:
-    """Return the manifest of a run, as plain values; equal manifests give equal shards.
-
-    Args:
-        dataset (`Dataset`): the rows.
-        stage ([`Stage`]): a dataclass; the manifest holds the name of its class and its fields.
-        columns (`list[str]`): the columns that the stage reads, to whose content the run is bound.
-        shard_rows (`int`): rows in a shard.
-
-    Raises:
-        ValueError: a field of the stage is not a plain value.
-    """
-    manifest = {
-        "format": FORMAT,
-        "rows": len(dataset),
-        "shard_rows": shard_rows,
-        "reads": list(columns),
-        "content": content_digest(dataset, columns),
-        "stage": type(stage).__name__,
-        "features": stage.output_features().to_dict(),
-    }
-    settings = {field.name: getattr(stage, field.name) for field in fields(stage)}  # type: ignore[arg-type]
-    free = FREE_FIELDS if "revision" in settings else ()
-    for name, value in settings.items():
-        if name not in free:  # a field named like an entry above must not replace it
-            manifest[f"stage.{name}" if name in manifest else name] = _plain_value(value, name, stage)
-    return {name: json.loads(json.dumps(value)) for name, value in manifest.items()}
-
-
-def _plain_value(value: Any, name: str, stage: Stage) -> Any:
-    """Return a field as JSON reads it back, with tuples as lists; raise ValueError if it is not a plain value."""
-    try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"fn={type(stage).__name__}: the field {name} is a {type(value).__name__}, to which shards cannot be bound "
-            f"({error}). Make it a string, number, boolean, None, or a list or dict of them."
-        ) from error
-
-
-def run_id(manifest: dict[str, Any]) -> str:
-    """Return a name for a run: 16 hexadecimal digits, equal for equal manifests."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def differences(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return the differences of two manifests for a message: `dtype ('float32' there, 'bfloat16' now)`."""
-    names = [name for name in (*now, *earlier) if earlier.get(name) != now.get(name)]
-    return ", ".join(
-        f"{name} ({str(earlier.get(name))[:40]!r} there, {str(now.get(name))[:40]!r} now)"
-        for name in dict.fromkeys(names)
-    )
-
-
-PART = re.compile(r"part-(\d+)\.arrow")
-
-
-def part_name(shard: int) -> str:
-    """Return the name of the part file of a shard."""
-    return f"part-{shard:05d}.arrow"
-
-
-def write_part(path: Path, features: Features, batches: Iterable[dict[str, Any]], fingerprint: str) -> None:
-    """Write the new columns of a shard atomically.
-
-    Args:
-        path (`Path`): the part file.
-        features (`Features`): types of the columns.
-        batches (`Iterable`): columns as the stage returned them, batch by batch.
-        fingerprint (`str`): binds the part to its run and its number; `datasets` takes it for the fingerprint of the
-            part.
-    """
-    from datasets.arrow_writer import ArrowWriter
-
-    def write(temporary: str) -> None:
-        with (
-            pa.OSFile(temporary, "wb") as file,
-            ArrowWriter(features=features, stream=file, fingerprint=fingerprint) as writer,
-        ):
-            for batch in batches:
-                writer.write_batch(batch)
-            writer.finalize()
-
-    write_whole(path, write)
-
-
-def read_part(path: Path) -> tuple[Dataset, str] | str:
-    """Return the part in a file, memory-mapped, and its fingerprint, or a message that says how the file is torn.
-
-    Raises:
-        OSError: the file cannot be read. It may be complete.
-    """
-    from datasets import Dataset
-
-    try:
-        with pa.memory_map(str(path)) as file:
-            metadata = pa.ipc.open_stream(file).schema.metadata or {}
-        part = Dataset.from_file(str(path))
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        return str(error)
-    except OSError as error:
-        if error.errno is None:  # raised by Arrow for a file that ends early; errors of the system have a number
-            return str(error)
-        raise
-    return part, str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
-
-
 MANIFEST = "manifest.json"
+PART = re.compile(r"part-(\d+)\.arrow")
 logger = logging.getLogger(__name__)
 
 
@@ -160,13 +52,13 @@ class RunOptions(NamedTuple):
     Args:
         shard_dir (`str`, *optional*): a folder, an fsspec URL, or a folder in a dataset repository; by default a folder
             in the cache of `datasets`.
-        shard_rows (`int`, *optional*): rows in a shard; a number by the time that a run is made.
+        shard_rows (`int`): rows in a shard.
         expiry (`float`): seconds without a heartbeat after which a worker on another machine counts as dead.
         token (`str`, *optional*): for a folder on the Hub.
     """
 
     shard_dir: str | os.PathLike[str] | None
-    shard_rows: int | None
+    shard_rows: int
     expiry: float
     token: str | None = None
 
@@ -183,12 +75,13 @@ class SharedRun(ABC):
     Attributes:
         copies (`Path`): local folder that parts are read from: the folder of the run if it is local, else one in the
             cache.
+        shown (`str`): how messages name the folder.
         done (`int`): rows of the current shard that have been scored.
         whole (`dict`): finished shards by number, memory-mapped.
 
     Raises:
         ValueError: a new column already exists, the stage cannot read the rows or has fields that are not plain values,
-            or the folder cannot be one of shards.
+            or the folder cannot hold shards.
     """
 
     def __init__(
@@ -197,15 +90,17 @@ class SharedRun(ABC):
         """Describe the run and open its folder, in which nothing is written yet."""
         from datasets import config
 
-        self.stage, self.shard_rows = stage, options.shard_rows or len(table)
+        self.stage, self.shard_rows = stage, options.shard_rows
         refuse_taken(table.column_names, stage)
         self.table = table.with_format(None)
         self.reads = read_columns(table.column_names, stage, with_index=False)
         self.manifest = {**describe_run(self.table, stage, self.reads, self.shard_rows), **(more or {})}
         self.id = run_id(self.manifest)
         cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
-        location = _on_one_machine(cache) if options.shard_dir is None else os.fspath(options.shard_dir)
-        self.folder = _open(location, options.token)
+        location = _on_one_machine(cache) if options.shard_dir is None else options.shard_dir
+        refuse_blank(location)
+        self.folder = open_storage(location, options.token)
+        self.shown = f"shard_dir={str(self.folder)!r}"
         # Two streams that begin alike have one id, so copies are kept apart by the address of the folder.
         place = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
         self.copies = self.folder.local or cache / place
@@ -274,15 +169,17 @@ class SharedRun(ABC):
         with self.explaining(MANIFEST, "read"):
             earlier = self.folder.read(MANIFEST)
         if earlier is None:
+            # A manifest among the names came after the reading above, from another worker of this run or of another.
             present = [name for name in self.folder.names() if not name.startswith(".")]
             if present and MANIFEST not in present:
                 raise ValueError(
-                    f"shard_dir={str(self.folder)!r} holds {sorted(present)[:3]} and no {MANIFEST}: it is not a folder "
+                    f"{self.shown} holds {sorted(present)[:3]} and no {MANIFEST}: it is not a folder "
                     "of shards. Pass a new or empty one (--shards DIR)."
                 )
             with self.explaining(MANIFEST):
                 self.folder.make()
                 self.folder.write(MANIFEST, json.dumps(self.manifest, indent=2).encode())
+                # Read back: another run may have written its own meanwhile, and on the Hub the first one is kept.
                 earlier = self.folder.read(MANIFEST)
         elif not self.claims_are_shared and self.may_write(self.folder.names()):
             self.folder.make()  # checks the token now, before an hour of work that could not be uploaded
@@ -292,7 +189,7 @@ class SharedRun(ABC):
             stored = {}
         if stored != self.manifest:
             raise ValueError(
-                f"shard_dir={str(self.folder)!r} belongs to another run: {differences(stored, self.manifest)}. Pass "
+                f"{self.shown} belongs to another run: {differences(stored, self.manifest)}. Pass "
                 "another folder (--shards DIR), or delete this one."
             )
 
@@ -338,17 +235,15 @@ class SharedRun(ABC):
         """
         path, own = self.copies / part_name(shard), self._own(shard)
         if self.folder.local is None:
-            with (
-                self.explaining(path.name),
-                contextlib.suppress(FileNotFoundError),
-            ):  # swept by another worker, as in write
+            # FileNotFoundError: swept away by another worker, as in `write`.
+            with self.explaining(path.name), contextlib.suppress(FileNotFoundError):
                 path.unlink(missing_ok=True)
                 if self.folder.upload(own, path.name, replace=shard in self._torn):
                     os.replace(own, path)
                 else:
                     own.unlink()  # another machine was first: all workers use its numbers, which are downloaded below
         if not self.is_whole(shard, {path.name}):
-            raise OSError(f"shard_dir={str(self.folder)!r}: {path.name} was written, but does not read back complete.")
+            raise OSError(f"{self.shown}: {path.name} was written, but does not read back complete.")
 
     def waits(self, shard: int) -> bool:
         """Return True if a finished copy of this shard exists locally but was never uploaded."""
@@ -387,7 +282,7 @@ class SharedRun(ABC):
                 if shard not in self._torn:
                     logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, name, part)
                 self._torn.add(shard)
-                if self.folder.local is None:
+                if self.folder.local is None:  # downloaded again, once another worker has replaced it
                     (self.copies / name).unlink(missing_ok=True)
         return shard in self.whole
 
@@ -398,9 +293,10 @@ class SharedRun(ABC):
         if isinstance(content, str):
             return content
         part, fingerprint = content
+        # With the dash, so that no fingerprint is taken for a longer one; a stream appends the digest of the rows.
         if not f"{fingerprint}-".startswith(f"{self.fingerprint(shard)}-"):
             raise ValueError(
-                f"shard_dir={str(self.folder)!r}: {path.name} is a shard of another run. Move it away, or pass another "
+                f"{self.shown}: {path.name} is a shard of another run. Move it away, or pass another "
                 "folder (--shards DIR)."
             )
         expected = self.expected_rows(shard, fingerprint)
@@ -409,6 +305,7 @@ class SharedRun(ABC):
     def sweep(self, names: set[str]) -> None:
         """Remove claims and temporary files that killed workers have left behind, once every shard is finished."""
         for name in names:
+            # Temporary names start with a dot. Files of other names are not ours to remove.
             ours = PART.match(name.lstrip(".")) or name.startswith(f".{MANIFEST}.")
             if ours and not PART.fullmatch(name):
                 with contextlib.suppress(OSError):
@@ -426,7 +323,7 @@ class SharedRun(ABC):
         except OSError as error:
             mend = "Free disk space or repair the folder" if doing == "written" else "Repair the folder"
             raise OSError(
-                f"shard_dir={str(self.folder)!r}: {name} cannot be {doing}: {error}. Finished shards are kept. {mend}, "
+                f"{self.shown}: {name} cannot be {doing}: {error}. Finished shards are kept. {mend}, "
                 "then run the same command again to resume."
             ) from error
 
@@ -456,11 +353,12 @@ class SharedRun(ABC):
                 bar.update(max(0, finished + self.claims.rows_elsewhere(names) + self.done - bar.n))
 
             def show(names: set[str] | None = None) -> None:
-                if bar.disable:
+                if bar.disable:  # tqdm would ignore the numbers, but the look at the folder costs a request
                     return
                 if names is not None:
                     draw(names)
                 elif time.monotonic() - looked[0] >= 2 * self.folder.patience:
+                    # Set before the look: a storage that fails should not be asked again after every batch.
                     looked[0] = time.monotonic()
                     with contextlib.suppress(Exception):  # a failing look must not end a shard that is being scored
                         draw(self.names())
@@ -474,15 +372,9 @@ def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
         raise ValueError("shard_dir='' is empty. Pass a folder (--shards DIR), or leave it out.")
 
 
-def _open(location: str | Path, token: str | None) -> ShardStorage:
-    refuse_blank(location)
-    # Buckets on the Hub are object stores, which fsspec can write; dataset repositories take commits.
-    on_the_hub = str(location).startswith("hf://") and not str(location).startswith("hf://buckets/")
-    return HubFolder(str(location), token) if on_the_hub else Folder(location)
-
-
 def _on_one_machine(cache: Path) -> Path:
     """Return the default folder; raise ValueError if processes run on several machines, which do not share it."""
+    # Set by launchers (accelerate, torchrun): processes on this machine, and on all.
     here, everywhere = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     if here != everywhere:
         raise ValueError(
@@ -490,3 +382,108 @@ def _on_one_machine(cache: Path) -> Path:
             "share, or a URL such as s3://..."
         )
     return cache
+
+
+def describe_run(dataset: Dataset, stage: Stage, columns: Sequence[str], shard_rows: int) -> dict[str, Any]:
+    """Return the manifest of a run, as plain values; equal manifests give equal shards.
+
+    Args:
+        dataset (`Dataset`): the rows.
+        stage ([`Stage`]): a dataclass; the manifest holds the name of its class and its fields.
+        columns (`list[str]`): the columns that the stage reads, to whose content the run is bound.
+        shard_rows (`int`): rows in a shard.
+
+    Raises:
+        ValueError: a field of the stage is not a plain value.
+    """
+    manifest = {
+        "format": FORMAT,
+        "rows": len(dataset),
+        "shard_rows": shard_rows,
+        "reads": list(columns),
+        "content": content_digest(dataset, columns),
+        "stage": type(stage).__name__,
+        "features": stage.output_features().to_dict(),
+    }
+    settings = {field.name: getattr(stage, field.name) for field in fields(stage)}  # type: ignore[arg-type]
+    free = FREE_FIELDS if "revision" in settings else ()
+    for name, value in settings.items():
+        if name not in free:  # a field named like an entry above must not replace it
+            manifest[f"stage.{name}" if name in manifest else name] = _plain_value(value, name, stage)
+    # As JSON reads it back, so that it equals the manifest that another process reads from the folder.
+    return {name: json.loads(json.dumps(value)) for name, value in manifest.items()}
+
+
+def _plain_value(value: Any, name: str, stage: Stage) -> Any:
+    """Return a field as JSON reads it back, with tuples as lists; raise ValueError if it is not a plain value."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"fn={type(stage).__name__}: the field {name} is a {type(value).__name__}, to which shards cannot be bound "
+            f"({error}). Make it a string, number, boolean, None, or a list or dict of them."
+        ) from error
+
+
+def run_id(manifest: dict[str, Any]) -> str:
+    """Return a name for a run: 16 hexadecimal digits, equal for equal manifests."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the differences of two manifests for a message: `dtype ('float32' there, 'bfloat16' now)`."""
+    names = [name for name in (*now, *earlier) if earlier.get(name) != now.get(name)]
+    return ", ".join(
+        f"{name} ({str(earlier.get(name))[:40]!r} there, {str(now.get(name))[:40]!r} now)"
+        for name in dict.fromkeys(names)
+    )
+
+
+def part_name(shard: int) -> str:
+    """Return the name of the part file of a shard."""
+    return f"part-{shard:05d}.arrow"
+
+
+def write_part(path: Path, features: Features, batches: Iterable[dict[str, Any]], fingerprint: str) -> None:
+    """Write the new columns of a shard atomically.
+
+    Args:
+        path (`Path`): the part file.
+        features (`Features`): types of the columns.
+        batches (`Iterable`): columns as the stage returned them, batch by batch.
+        fingerprint (`str`): binds the part to its run and its number; `datasets` takes it for the fingerprint of the
+            part.
+    """
+    from datasets.arrow_writer import ArrowWriter
+
+    def write(temporary: str) -> None:
+        with (
+            pa.OSFile(temporary, "wb") as file,
+            ArrowWriter(features=features, stream=file, fingerprint=fingerprint) as writer,
+        ):
+            for batch in batches:
+                writer.write_batch(batch)
+            writer.finalize()
+
+    write_whole(path, write)
+
+
+def read_part(path: Path) -> tuple[Dataset, str] | str:
+    """Return the part in a file, memory-mapped, and its fingerprint, or a message that says how the file is torn.
+
+    Raises:
+        OSError: the file cannot be read. It may be complete.
+    """
+    from datasets import Dataset
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            metadata = pa.ipc.open_stream(file).schema.metadata or {}
+        part = Dataset.from_file(str(path))
+    except (pa.ArrowInvalid, FileNotFoundError) as error:  # torn at the start, or gone
+        return str(error)
+    except OSError as error:
+        if error.errno is None:  # raised by Arrow for a file that ends early; errors of the system have a number
+            return str(error)
+        raise
+    return part, str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))

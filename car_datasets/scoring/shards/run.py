@@ -1,7 +1,7 @@
 """Scoring in shards: `score_in_shards` is shared by any number of processes and machines, and resumable.
 
 Does: cut a dataset into shards, claim and score those that are missing, return them with the columns of the dataset.
-Does not: start processes or let them communicate; all that they share is a folder or a dataset repository.
+Does not: start processes, or let them communicate: all that they share is a folder or a dataset repository.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from car_datasets.scoring.shards.claims import last_turns
+from car_datasets.scoring.shards.claims import EXPIRY, last_turns
 from car_datasets.scoring.shards.folder import RunOptions, SharedRun, part_name
 from car_datasets.scoring.shards.stream import StreamedRun
 from car_datasets.scoring.stage import Stage, batch_rows, read_columns
@@ -23,10 +23,12 @@ from car_datasets.utils.columns import beside
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# A shard has 1/64 of the rows, so that 64 processes have work, but between 128 rows (a file each) and 65,536 (lost by a
-# kill).
+
+# A shard has 1/64 of the rows, so that 64 processes have work; but at least 128 rows, as each shard is a file, and at
+# most 65,536, as a killed process loses the rows of its current shard.
 SMALLEST, LARGEST, WANTED = 128, 65_536, 64
-STREAMED = 16_384  # rows in a shard of a stream, which are held in memory together
+STREAMED = 16_384  # rows in a shard of a stream; fewer, as they are held in memory together, as Python objects
+DESCRIPTION = "Scoring"  # of the progress bar
 
 
 def score_in_shards(
@@ -35,8 +37,8 @@ def score_in_shards(
     shard_dir: str | os.PathLike[str] | None = None,
     *,
     shard_rows: int | None = None,
-    expiry: float = 60.0,
-    description: str = "Scoring",
+    expiry: float = EXPIRY,
+    description: str = DESCRIPTION,
     token: str | None = None,
 ) -> Dataset:
     """Compute `dataset.map(fn)` in shards, in any number of processes on any number of machines; resumable.
@@ -84,12 +86,12 @@ def score_in_shards(
     from datasets import Dataset, IterableDataset
 
     _check(fn, shard_rows, expiry)
+    # The result of a stream is its rows and the new columns; that of a dataset joins the new columns to the dataset.
     if isinstance(dataset, IterableDataset):
-        return StreamedRun(dataset, fn, RunOptions(shard_dir, shard_rows or STREAMED, expiry, token)).finish(
-            description
-        )
-    run = _run_of(dataset, fn, RunOptions(shard_dir, shard_rows, expiry, token))
-    if len(dataset) == 0:
+        options = RunOptions(shard_dir, shard_rows or STREAMED, expiry, token)
+        return StreamedRun(dataset, fn, options).finish(description)
+    run = _run_of(dataset, fn, shard_dir, shard_rows, expiry, token)
+    if len(dataset) == 0:  # after `_run_of`, which makes the same checks as for any dataset
         types = fn.output_features()
         return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
     return beside(dataset, run.finish(description))
@@ -101,8 +103,8 @@ def fill_shards(
     shard_dir: str | os.PathLike[str],
     *,
     shard_rows: int | None = None,
-    expiry: float = 60.0,
-    description: str = "Scoring",
+    expiry: float = EXPIRY,
+    description: str = DESCRIPTION,
     token: str | None = None,
 ) -> int:
     """Score every unclaimed shard of [`score_in_shards`], then return without waiting for other workers.
@@ -136,7 +138,12 @@ def fill_shards(
             "dataset is an IterableDataset, which fill_shards does not support, because its length is unknown. Call "
             "score_in_shards(dataset, fn, shard_dir)."
         )
-    return _run_of(dataset, fn, RunOptions(shard_dir, shard_rows, expiry, token)).work(description, wait=False)
+    return _run_of(dataset, fn, shard_dir, shard_rows, expiry, token).work(description, wait=False)
+
+
+def default_rows(rows: int) -> int:
+    """Return the rows in a shard; they depend on `rows` alone, so that any number of processes can resume a run."""
+    return min(max(rows // WANTED, SMALLEST), LARGEST)
 
 
 def _check(fn: Any, shard_rows: int | None, expiry: float) -> None:
@@ -152,17 +159,19 @@ def _check(fn: Any, shard_rows: int | None, expiry: float) -> None:
         raise ValueError(f"shard_rows={shard_rows} must be at least 1 and expiry={expiry} above 0.")
 
 
-def _run_of(dataset: Dataset, fn: Stage, options: RunOptions) -> ShardedRun:
+def _run_of(
+    dataset: Dataset,
+    fn: Stage,
+    shard_dir: str | os.PathLike[str] | None,
+    shard_rows: int | None,
+    expiry: float,
+    token: str | None,
+) -> ShardedRun:
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset is a {type(dataset).__name__}; pass a Dataset or an IterableDataset, of one split.")
-    return ShardedRun(dataset, fn, options._replace(shard_rows=options.shard_rows or default_rows(len(dataset))))
-
-
-def default_rows(rows: int) -> int:
-    """Return the rows in a shard; they depend on `rows` alone, so that any number of processes can resume a run."""
-    return min(max(rows // WANTED, SMALLEST), LARGEST)
+    return ShardedRun(dataset, fn, RunOptions(shard_dir, shard_rows or default_rows(len(dataset)), expiry, token))
 
 
 class ShardedRun(SharedRun):
@@ -171,6 +180,7 @@ class ShardedRun(SharedRun):
     @cached_property
     def texts(self) -> Dataset:
         """Return the columns that the stage reads, and `source_index`, which names a row in a message."""
+        # A view of the Arrow table: nothing is copied.
         return self.table.select_columns(read_columns(self.table.column_names, self.stage))
 
     def expected_rows(self, shard: int, fingerprint: str) -> int:
@@ -187,6 +197,7 @@ class ShardedRun(SharedRun):
         from datasets import concatenate_datasets
 
         self.work(description, wait=True)
+        # The parts are memory-mapped, so the result may be larger than memory.
         return concatenate_datasets([self.whole[shard] for shard in self._shards()])
 
     def work(self, description: str, wait: bool) -> int:
@@ -203,6 +214,7 @@ class ShardedRun(SharedRun):
         with self.progress(description, len(self.table), lambda shard: len(self.rows_in(shard))) as show:
             while True:
                 names = self.names()
+                # `is_whole` also reads the parts, so that a torn one counts as missing.
                 missing = [shard for shard in self._shards() if not self.is_whole(shard, names)]
                 show(names)
                 if not missing:
@@ -210,15 +222,17 @@ class ShardedRun(SharedRun):
                 if not self.claims_are_shared:
                     random.shuffle(missing)  # so that another machine is unlikely to score the same shard
                 turns = last_turns(names)
+                # `any` stops after one shard was scored, as other workers have finished shards meanwhile: look again.
                 if not any(self._take(shard, turns, show) for shard in missing):
                     if not wait:
                         return sum(len(self.rows_in(shard)) for shard in missing)
                     time.sleep(self.pause)
+        # Not earlier: the claims of dead workers count the takeovers of a shard that is not finished.
         self.sweep(names)
         return 0
 
     def _shards(self) -> range:
-        return range(-(-len(self.table) // self.shard_rows))
+        return range(-(-len(self.table) // self.shard_rows))  # rounded up: the last shard may be shorter
 
     def rows_in(self, shard: int) -> range:
         """Return the rows of a shard."""
@@ -237,6 +251,7 @@ class ShardedRun(SharedRun):
         self.done = 0
         with self.claims.renewing(claim, lambda: self.done):
             if not self.is_whole(shard, self.names()):  # another worker may have finished it before the claim was taken
+                # A shard that was scored before but never uploaded only has to be put.
                 if not self.waits(shard):
                     batches = []
                     for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
@@ -246,5 +261,5 @@ class ShardedRun(SharedRun):
                         show()
                     self.write(shard, self.stage.output_features(), batches)
                 self.put(shard)
-        self.done = 0
+        self.done = 0  # the finished shard is counted by its file from now on
         return True

@@ -1,8 +1,8 @@
-"""Storage of shards: a folder that all workers see, an fsspec URL, or a dataset repository (`hf://datasets/you/work/run-1`).
+"""Storage of shards: a folder that all workers see, an fsspec URL, or a dataset repository (`hf://datasets/you/work`).
 
-Does: create, read, list and remove files, of which nobody sees a part. In a repository, a file is added by a commit on top
-of the one that was read, which the Hub refuses if another came first: of two workers that add the same file one succeeds.
-Does not: store claims in a repository: they need a heartbeat every few seconds, and the Hub limits commits per hour.
+Does: create, read, list and remove files atomically. In a repository, a file is added by a commit on top of the one
+that was read, which the Hub refuses if another came first: of two workers that add the same file, one succeeds.
+Does not: store claims in a repository, as they need a heartbeat every few seconds and the Hub limits commits per hour.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from car_datasets.utils.digests import file_digest
 from car_datasets.utils.files import write_whole
 from car_datasets.utils.hub import asking, clean_token, open_repository, refuse_unwritable, retry, who_am_i
 
+START = "hf://datasets/"
+ADDRESS = re.compile(START + r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+))?")
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
 
 class ShardStorage(Protocol):
     """A flat folder in which workers share the files of a run; a file is never seen half-written.
 
     Attributes:
-        local (`Path`): path of the folder if it is local, else `None`.
         patience (`float`): seconds that a waiting worker leaves between two looks at the folder.
     """
 
@@ -63,6 +67,22 @@ class ShardStorage(Protocol):
         """Copy a file to a local path atomically."""
 
 
+def open_storage(location: str | os.PathLike[str], token: str | None = None) -> ShardStorage:
+    """Return the storage at an address; nothing is created or requested yet.
+
+    Args:
+        location (`str` or `PathLike`): a folder, an fsspec URL, or `hf://datasets/...`.
+        token (`str`, *optional*): for a repository.
+
+    Raises:
+        ValueError: an address on the Hub is not that of a dataset repository.
+    """
+    address = os.fspath(location)
+    # Buckets on the Hub are object stores, which fsspec can write; repositories take commits.
+    on_the_hub = address.startswith("hf://") and not address.startswith("hf://buckets/")
+    return HubFolder(address, token) if on_the_hub else Folder(address)
+
+
 class Folder:
     """A [`ShardStorage`] in a local folder or behind any fsspec URL (`s3://...`, `memory://...`), in which claims work.
 
@@ -79,6 +99,7 @@ class Folder:
 
         self.location = os.fspath(location)
         self._fs, self._path = url_to_fs(self.location)
+        # Local paths bypass fsspec where the system's own calls are atomic (O_EXCL, rename).
         self.local = Path(self._path) if isinstance(self._fs, LocalFileSystem) else None
 
     def __str__(self) -> str:
@@ -125,10 +146,11 @@ class Folder:
         if self.local is not None:
             write_whole(self.local / name, lambda path: Path(path).write_bytes(content))
         else:
-            self._fs.pipe_file(self._at(name), content)  # a put of an object store is atomic
+            self._fs.pipe_file(self._at(name), content)  # object stores put an object atomically
 
     def upload(self, path: Path, name: str, replace: bool = False) -> bool:
         """Store a local file as `name`, replacing any other: under a temporary name first, then moved. Return True."""
+        # A dot and the name of the part, by which a sweep recognises what a killed worker has left.
         partial = f".{name}.{uuid.uuid4().hex[:8]}"
         self._fs.put_file(str(path), self._at(partial))
         self._fs.mv(self._at(partial), self._at(name))
@@ -148,19 +170,14 @@ class Folder:
 
 
 def _create(path: Path, content: bytes) -> None:
+    """Create a small file and write it; raise FileExistsError if it exists."""
     with path.open("xb") as file:  # O_CREAT | O_EXCL
         try:
             file.write(content)
             file.flush()
-        except OSError:  # a full disk: an empty claim would block other workers
+        except OSError:  # a full disk: an empty claim would block other workers until it expires
             path.unlink()
             raise
-
-
-T = TypeVar("T")
-START = "hf://datasets/"
-ADDRESS = re.compile(START + r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+))?")
-logger = logging.getLogger(__name__)
 
 
 class HubFolder:
@@ -178,6 +195,7 @@ class HubFolder:
         ValueError: the location is not the address of a dataset repository.
     """
 
+    # Parts are downloaded before they are read, as Arrow maps local files only.
     local = None
     patience = 5.0  # a look takes two requests, and the Hub limits requests
 
@@ -185,13 +203,14 @@ class HubFolder:
         """Parse the address; no request is made yet."""
         from huggingface_hub import HfApi
 
+        self.location = location
+        self._shown = f"shard_dir={location!r}"  # how messages name the argument
         match = ADDRESS.fullmatch(location.rstrip("/"))
         if match is None:
             raise ValueError(
-                f"shard_dir={location!r} is not the address of a dataset repository. Pass {START}you/name, or a folder "
+                f"{self._shown} is not the address of a dataset repository. Pass {START}you/name, or a folder "
                 f"in it: {START}you/name/run-1."
             )
-        self.location = location
         self.repo_id, self.revision, self.path = match["repo"], match["revision"], match["path"] or ""
         self._token = clean_token(token)
         self._api = HfApi(token=self._token)
@@ -207,12 +226,13 @@ class HubFolder:
         Raises:
             ValueError: there is no token, or it may not write to the repository.
         """
-        shown = f"shard_dir={self.location!r}"
-        refuse_unwritable(who_am_i(self._api.whoami, shown), self.repo_id, shown)
+        # Before any work: else a token that may not write would fail only once the first shard is finished.
+        refuse_unwritable(who_am_i(self._api.whoami, self._shown), self.repo_id, self._shown)
         if not self._ask(lambda: self._api.repo_exists(self.repo_id, repo_type="dataset")):
             open_repository(self.repo_id, True, self._token, repo_type="dataset", argument="shard_dir")
         elif not self._ask(lambda: self._api.dataset_info(self.repo_id)).private:
             logger.warning("%s is public: anyone can read the scores that are stored in it.", self)
+        # The Hub refuses commits to a branch that does not exist.
         if self.revision is not None:
             branch = self.revision
             self._ask(lambda: self._api.create_branch(self.repo_id, branch=branch, repo_type="dataset", exist_ok=True))
@@ -225,6 +245,7 @@ class HubFolder:
         """Return the content of a file, or `None` if it does not exist."""
 
         def attempt() -> bytes | None:
+            # The listing tells if the file exists, and sets the commit that `_at_head` names.
             content: bytes | None = self._remote().cat_file(self._at_head(name)) if name in self._files() else None
             return content
 
@@ -232,6 +253,7 @@ class HubFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Add a small file; one that exists is kept."""
+        # Small files are not stored by LFS, so their entries hold no sha256 to compare: the content is read.
         self._add(name, content, lambda file: self.read(name) == content)
 
     def upload(self, path: Path, name: str, replace: bool = False) -> bool:
@@ -239,6 +261,7 @@ class HubFolder:
 
         Another worker's file of that name is kept, unless `replace` is set.
         """
+        # The repository stores Arrow files by LFS, under the sha256 of their content.
         digest = file_digest(path)
         return self._add(name, str(path), lambda file: file.lfs is not None and file.lfs.sha256 == digest, replace)
 
@@ -246,7 +269,7 @@ class HubFolder:
         """Copy a file to a local path atomically."""
 
         def attempt() -> None:
-            if self._head is None:
+            if self._head is None:  # nothing was listed yet
                 self._files()
             write_whole(path, lambda partial: self._remote().get_file(self._at_head(name), partial))
 
@@ -268,8 +291,10 @@ class HubFolder:
         def attempt() -> bool:
             # Listed anew for every attempt: if only the response to a commit was lost, our own file is found here.
             present = self._files().get(name)
-            if present is not None and (is_same(present) or not replace):
-                return is_same(present)
+            if present is not None:
+                same = is_same(present)
+                if same or not replace:
+                    return same
             self._api.create_commit(
                 self.repo_id,
                 [CommitOperationAdd(path, content)],
@@ -288,11 +313,12 @@ class HubFolder:
 
         try:
             self._head = str(self._api.dataset_info(self.repo_id, revision=self.revision).sha)
+            # At that commit, not at the branch, which may have moved since: `_add` commits on top of `_head`.
             tree = list(
                 self._api.list_repo_tree(self.repo_id, self.path or None, revision=self._head, repo_type="dataset")
             )
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            return {}
+            return {}  # `make` creates the repository and the branch, a first commit the folder
         return {entry.path.rsplit("/", 1)[-1]: entry for entry in tree}
 
     def _remote(self) -> Any:
@@ -306,5 +332,5 @@ class HubFolder:
 
     def _ask(self, call: Callable[[], T]) -> T:
         """Return `call()`, repeated on transient errors; other errors name `shard_dir`."""
-        with asking(f"shard_dir={self.location!r}", "dataset", self.revision):
+        with asking(self._shown, "dataset", self.revision):
             return retry(call)

@@ -14,7 +14,7 @@ from tests.hub_server import Hub
 START = """
 import json, sys
 from car_datasets import IQSModel, QualityScorer
-from car_datasets.utils import digests, revisions
+from car_datasets.utils import revisions
 revisions.READING_WAITS = (0.1, 0.1)
 def caught(call, *arguments, **options):
     try:

@@ -54,6 +54,14 @@ def test_round_trip_through_auto_classes(options: dict, tmp_path: Path) -> None:
     assert torch.allclose(model(IDS, MASK).logits, again.eval()(IDS, MASK).logits, atol=1e-7)
 
 
+def test_fields_of_the_configuration_win_over_the_file(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    again = IQSModel.from_pretrained(tmp_path, pooling="max", max_tokens=7)
+    assert (again.config.pooling, again.config.max_tokens, again.config.hidden_sizes) == ("max", 7, [16])
+    with pytest.raises(ValueError, match="pooling='first'"):
+        IQSModel.from_pretrained(tmp_path, pooling="first")
+
+
 def test_defaults_are_the_original_architecture() -> None:
     config = IQSConfig()
     assert (config.layer_mix, config.pooling, config.hidden_sizes, config.activation) == (
