@@ -1,4 +1,4 @@
-"""The public API as pages, from its docstrings, into the folder given: `python .ci/docs.py build/docs`. A warning is an error."""
+"""Write pages of the public API, from its docstrings, to a folder: `python .ci/docs.py build/docs`. A warning is an error."""
 
 import sys
 import warnings
@@ -9,9 +9,10 @@ import pdoc
 import car_datasets
 
 warnings.simplefilter("error")
-# Classes are named after the package, from which users import them; pdoc looks there for the fields that have no docstring.
+# `public` names classes after the package, where pdoc looks for the source of fields that have no docstring.
 warnings.filterwarnings("ignore", "Cannot determine where")
-for name in car_datasets.__all__:  # names are loaded on first use, and pdoc looks for those that are there
+# Names are loaded on first use, but pdoc documents only those that are in the module already.
+for name in car_datasets.__all__:
     setattr(car_datasets, name, getattr(car_datasets, name))
 pdoc.render.configure(
     docformat="google", search=True, show_source=True, footer_text=f"car_datasets {car_datasets.__version__}"
