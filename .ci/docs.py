@@ -1,16 +1,23 @@
-"""Write pages of the public API, from its docstrings, to a folder: `python .ci/docs.py build/docs`. A warning is an error."""
+"""Write pages of the public API from its docstrings; a warning is an error.
+
+Usage: `python .ci/docs.py build/docs`.
+"""
 
 import sys
 import warnings
 from pathlib import Path
 
 import pdoc
+import pdoc.doc_pyi
 
 import car_datasets
 
 warnings.simplefilter("error")
 # `public` names classes after the package, where pdoc looks for the source of fields that have no docstring.
 warnings.filterwarnings("ignore", "Cannot determine where")
+# Our stubs only list names. For a module that has one, pdoc evaluates the signatures of all inherited methods, and those
+# of transformers name types of packages that are not installed.
+pdoc.doc_pyi.include_typeinfo_from_stub_files = lambda module: None
 # Names are loaded on first use, but pdoc documents only those that are in the module already.
 for name in car_datasets.__all__:
     setattr(car_datasets, name, getattr(car_datasets, name))
