@@ -1,17 +1,25 @@
-"""The public API as pages, from its docstrings, into the folder given: `python .ci/docs.py build/docs`. A warning is an error."""
+"""Write pages of the public API from its docstrings; a warning is an error.
+
+Usage: `python .ci/docs.py build/docs`.
+"""
 
 import sys
 import warnings
 from pathlib import Path
 
 import pdoc
+import pdoc.doc_pyi
 
 import car_datasets
 
 warnings.simplefilter("error")
-# Classes are named after the package, from which users import them; pdoc looks there for the fields that have no docstring.
+# `public` names classes after the package, where pdoc looks for the source of fields that have no docstring.
 warnings.filterwarnings("ignore", "Cannot determine where")
-for name in car_datasets.__all__:  # names are loaded on first use, and pdoc looks for those that are there
+# Our stubs only list names. For a module that has one, pdoc evaluates the signatures of all inherited methods, and those
+# of transformers name types of packages that are not installed.
+pdoc.doc_pyi.include_typeinfo_from_stub_files = lambda module: None
+# Names are loaded on first use, but pdoc documents only those that are in the module already.
+for name in car_datasets.__all__:
     setattr(car_datasets, name, getattr(car_datasets, name))
 pdoc.render.configure(
     docformat="google", search=True, show_source=True, footer_text=f"car_datasets {car_datasets.__version__}"

@@ -1,5 +1,9 @@
-"""Every Python snippet and every car-datasets command of the README runs, in order, in a folder with an alpaca file."""
+"""README: every Python snippet and car-datasets command runs, in order, in a folder with an alpaca file.
 
+CONTRIBUTING: the map names every module, and the diffs apply to the code.
+"""
+
+import importlib
 import os
 import re
 import shlex
@@ -14,10 +18,11 @@ from car_datasets.cli import app
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def test_commands_run(folder: Path) -> None:
         assert done.exit_code == 0, (line, done.output)
 
 
-def test_the_two_commands_stand_first_and_exist() -> None:
+def test_the_two_commands_come_first_and_exist() -> None:
     first = blocks("sh")[0]
     targets = re.findall(r"^make ([a-z-]+)", first, flags=re.MULTILINE)
     assert targets == ["demo", "test"]
@@ -61,3 +66,41 @@ def test_the_two_commands_stand_first_and_exist() -> None:
 def test_linked_files_exist() -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_every_import_path_exists() -> None:
+    for name in re.findall(r"`(?:from )?(car_datasets(?:\.\w+)+)", README):
+        module, _, attribute = name.rpartition(".")
+        found = importlib.import_module(module)
+        assert hasattr(found, attribute) or importlib.import_module(name), name
+
+
+def test_the_map_names_every_module() -> None:
+    folder, listed = "", []
+    for first in re.findall(r"^\| (\S+) \|", CONTRIBUTING, flags=re.MULTILINE):
+        if first.startswith("**"):
+            folder = "" if first == "**root**" else first.strip("*`")
+        elif first.endswith(".py`"):
+            listed.append(folder + first.strip("`"))
+    package = ROOT / "car_datasets"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(listed) == sorted(modules)
+
+
+def test_the_diffs_change_lines_that_are_there() -> None:
+    checked = 0
+    for diff in blocks("diff", CONTRIBUTING):
+        lines: list[str] = []
+        for line in diff.splitlines():
+            if line.startswith(" # "):
+                lines = (ROOT / re.split(r"[:,]", line[3:])[0]).read_text(encoding="utf-8").splitlines()
+            elif not line.startswith("+"):
+                assert line[1:] in lines, line
+                checked += 1
+    assert checked > 5
+
+
+def test_the_tests_that_add_one_from_outside_exist() -> None:
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", CONTRIBUTING):
+        assert f"def {name}(" in texts, name

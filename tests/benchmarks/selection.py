@@ -1,4 +1,4 @@
-"""SELECT on ten million rows, beside the same rule in pandas; both must choose the same rows."""
+"""SELECT on ten million rows, compared with the same rule in pandas; both must choose the same rows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.benchmarks.table import Line, best_of
 
 ROWS, CLUSTERS, N1, N2 = 10_000_000, 2_236, 10_000, 2  # clusters: int(sqrt(rows / 2))
 RUNS = 3
+MOST = 1.5  # times the seconds of pandas: `choose` also ranks every row that it takes, in the pool and in its cluster
 
 
 def pandas_way(scores: np.ndarray, clusters: np.ndarray, n1: int, n2: int) -> np.ndarray:
@@ -24,7 +25,7 @@ def pandas_way(scores: np.ndarray, clusters: np.ndarray, n1: int, n2: int) -> np
 
 
 def measure() -> Iterator[Line]:
-    """`choose` on arrays as `select_car` reads them, without and with many equal scores; then a whole dataset."""
+    """Time `choose` on arrays as `select_car` reads them, without and with many equal scores; then a dataset."""
     rng = np.random.default_rng(0)
     clusters = rng.integers(0, CLUSTERS, ROWS)
     for kind, scores in (
@@ -35,10 +36,10 @@ def measure() -> Iterator[Line]:
         theirs, rows = best_of(1, lambda scores=scores: pandas_way(scores, clusters, N1, N2))
         if not np.array_equal(choice.positions, rows):
             raise AssertionError("choose and pandas chose different rows")
-        what = f"choose, {ROWS:,} rows, {CLUSTERS:,} clusters, n1={N1:,}, n2={N2}; {kind}; beside pandas"
-        yield Line(what, ours, theirs, target="<= 2 s", met=ours <= 2)
+        what = f"choose, {ROWS:,} rows, {CLUSTERS:,} clusters, n1={N1:,}, n2={N2}; {kind}; and in pandas"
+        yield Line(what, ours, theirs, target=f"<= {MOST} times", met=ours <= MOST * theirs)
     dataset = Dataset.from_dict({"iqs_score": scores, "cluster": clusters.astype(np.int32)})
     ours, chosen = best_of(RUNS, lambda: select_car(dataset, N1, N2))
     if chosen["source_index"][:] != rows.tolist():
         raise AssertionError("select_car and pandas chose different rows")
-    yield Line(f"select_car, a dataset of {ROWS:,} rows, two columns; beside pandas on arrays", ours, theirs)
+    yield Line(f"select_car, a dataset of {ROWS:,} rows, two columns; and pandas on arrays", ours, theirs)
