@@ -1,4 +1,4 @@
-"""Cluster and select in one call, as a function of a `Dataset` or inside `.filter`: `cluster_filter`.
+"""`cluster_filter`: cluster and select in one call, on a `Dataset` or inside `.filter`.
 
 Does: fit clusters, label all rows, select; refuse invalid numbers before the clusters are fitted.
 Does not: compute scores or embeddings.
@@ -7,18 +7,16 @@ Does not: compute scores or embeddings.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from car_datasets.clustering.model import ClusterModel
 from car_datasets.selection.rule import SELECTION_COLUMNS, choose, refuse_impossible, refuse_worse, select_car
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
 from car_datasets.utils.processes import alone
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def cluster_filter(
@@ -33,8 +31,8 @@ def cluster_filter(
     n_init: int = 1,
     kmeans: str = "torch",
     kmeans_sample: int = 256,
-    score_column: str = "iqs_score",
-    embedding_column: str = "embedding",
+    score_column: str = ColumnNames.score,
+    embedding_column: str = ColumnNames.embedding,
     allow_worse: bool = False,
     num_rows: int | None = None,
 ) -> Dataset | list[bool]:
@@ -77,8 +75,6 @@ def cluster_filter(
         ValueError: a column is missing or would be overwritten, a number does not fit, embeddings are invalid, the
             selection is worse than the pool, or, in `.filter`, the batch is not the entire dataset.
     """
-    from datasets import Dataset
-
     fitting: dict[str, Any] = {
         "k": k,
         "explained_variance": explained_variance,
@@ -88,6 +84,7 @@ def cluster_filter(
         "kmeans_sample": kmeans_sample,
     }
     names = ColumnNames(score=score_column, embedding=embedding_column)
+    # A batch of `.filter` is a mapping of columns; only a Dataset has column names, and gets new columns.
     columns = dataset.column_names if hasattr(dataset, "column_names") else list(dataset)
     new = SELECTION_COLUMNS if isinstance(dataset, Dataset) else ()
     check_columns(columns, (names.score,), new)
@@ -102,13 +99,14 @@ def cluster_filter(
         scored = int(np.count_nonzero(~np.isnan(read_numbers(dataset, names.score, np.nan))))
         refuse_impossible(scored, 1, n1, n2, budget)
         model = ClusterModel.fit(dataset, names.embedding, **fitting)
-        labelled = model.label(dataset, across_processes=True)
+        labelled = model.label(dataset, across_processes=True)  # like the fit, shared by the processes of a launcher
         return select_car(labelled, n1, n2, budget=budget, score_column=names.score, allow_worse=allow_worse)
+    # Two columns alone: the others would be converted to Arrow for nothing.
     batch = {names.score: dataset[names.score], names.embedding: dataset[names.embedding]}
     if num_rows != len(batch[names.score]):
         raise ValueError(
             f"cluster_filter saw a batch of {len(batch[names.score])} rows with num_rows={num_rows}: it must see the "
-            "whole dataset at once. Call dataset.filter(cluster_filter, batched=True, batch_size=None, "
+            "entire dataset at once. Call dataset.filter(cluster_filter, batched=True, batch_size=None, "
             "fn_kwargs={'num_rows': len(dataset), ...}), without num_proc."
         )
     pool = Dataset.from_dict(batch)
@@ -116,6 +114,7 @@ def cluster_filter(
     with alone():
         labelled = ClusterModel.fit(pool, names.embedding, **fitting).label(pool)
     scores = read_numbers(pool, names.score, np.nan)
+    # -1 marks a row without a cluster, as `choose` expects it.
     clusters = np.asarray(read_numbers(labelled, names.cluster, -1), dtype=np.int64)
     positions = choose(scores, clusters, n1, n2, budget).positions
     if not allow_worse:

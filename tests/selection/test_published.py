@@ -195,6 +195,12 @@ def test_no_rows_per_cluster_acts_like_one_in_the_original(scored: Dataset) -> N
     assert outputs(select_car(scored, n1=1, n2=0)) == ["2"]
 
 
+@pytest.mark.parametrize("numbers", [{"n1": 0.5}, {"n1": True}, {"n2": 1.5}, {"n2": -1}], ids=str)
+def test_a_share_of_the_rows_is_refused(numbers: dict[str, Any], scored: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"n1=.* and n2=.* must not be negative; pass whole numbers"):
+        select_as_published(scored, **numbers)
+
+
 def test_more_rows_than_there_are(scored: Dataset) -> None:
     assert len(select_as_published(scored, n1=99, n2=1)) == 5
     with pytest.raises(ValueError, match="n1=99"):

@@ -201,8 +201,8 @@ LET_GO_IN_A_THREAD = """
 import gc, os, signal, sys, threading
 from car_datasets import QualityScorer
 from car_datasets.scoring.inference import load_scorer
-from car_datasets.training.train.quantisation import quantise_encoder
-from car_datasets.loading.sources.templates import Exchange, render
+from car_datasets.training.quantisation import quantise_encoder
+from car_datasets.loading.templates import Exchange, render
 
 model, folder = sys.argv[1:]
 texts = [render(Exchange(f"Name {i} things.", "", "One, two, three. " * i)) for i in range(1, 25)]
