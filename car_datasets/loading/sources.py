@@ -32,6 +32,7 @@ from car_datasets.loading.files import FORMATS, check_json_start, csv_options, n
 from car_datasets.loading.schemas import ON_INVALID, UNSCORABLE, Schema, exchanges_of, find_schema, invalid_rows_message
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import is_text
 from car_datasets.utils.hub import READING_WAITS, asking, clean_token, reason, retry
 
 logger = logging.getLogger(__name__)
@@ -381,7 +382,7 @@ def _number_rows(dataset: Dataset, index_column: str) -> Dataset:
     # Arrow keeps the types apart that NumPy merges: a nullable integer column would arrive as floats.
     values = dataset.select_columns([index_column]).with_format("arrow")[:][index_column]
     kind = values.type
-    plain = pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    plain = pa.types.is_integer(kind) or is_text(kind)
     if not plain or values.null_count or len(values.unique()) != len(dataset):
         raise ValueError(
             f"The column {index_column!r} does not tell rows apart: it contains nulls, duplicates, or values that are "

@@ -26,6 +26,7 @@ from car_datasets.utils.columns import (
     check_columns,
     count_vectors,
     embedding_batches,
+    is_text,
     read_embeddings,
     read_numbers,
 )
@@ -109,7 +110,7 @@ class Overview:
             seed=seed,
         )
 
-    # columns that are read on request --------------------------------------------------------------------------------
+    # columns that are read on request -------------------------------------------------------------------------------------
 
     @cached_property
     def user_columns(self) -> list[str]:
@@ -126,7 +127,7 @@ class Overview:
     def embedding_batches(self) -> Iterator[tuple[Matrix, Indices]]:
         """Yield the embeddings in float32 batches with the positions of their rows.
 
-        The column is read anew by every call and never held entirely, because it may be larger than the memory.
+        Every call reads the column again, batch by batch, because it may be larger than memory.
 
         Raises:
             ValueError: the pool has no embedding column, or one that does not hold finite vectors of one length.
@@ -146,7 +147,7 @@ class Overview:
             return np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)
         return read_embeddings(some, self.names.embedding)
 
-    # what follows from the arrays ------------------------------------------------------------------------------------
+    # figures that follow from the arrays ----------------------------------------------------------------------------------
 
     @cached_property
     def scored(self) -> Indices:
@@ -245,9 +246,9 @@ def count_clusters(clusters: Indices) -> int:
 
 def _column(dataset: Dataset, name: str) -> pa.Array | None:
     """Return a column as one Arrow array, or `None` if the dataset has no such column."""
-    # In Arrow's format, a column is read without a Python object per row.
     if name not in dataset.column_names:
         return None
+    # In Arrow's format, a column is read without a Python object per row.
     return dataset.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
 
 
@@ -295,7 +296,7 @@ def row_lengths(dataset: Dataset, names: ColumnNames = ColumnNames()) -> tuple[F
 def _characters(values: pa.Array) -> Floats:
     """Count the characters of all strings in every value, including those in lists and structs (a chat's turns)."""
     kind = values.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if is_text(kind):
         return np.asarray(pc.utf8_length(values).fill_null(0), dtype=np.float64)
     if pa.types.is_struct(kind):
         return sum((_characters(part) for part in values.flatten()), np.zeros(len(values)))
@@ -337,7 +338,7 @@ class PoolMap(NamedTuple):
     Args:
         rows (`(n,)` int64): row positions, ascending.
         points (`(n, 2)` float64): their coordinates, from -1 to 1.
-        method (`str`): the projection by its full name, such as `"t-SNE"`.
+        method (`str`): the projection that was used by its full name, such as `"t-SNE"`.
     """
 
     rows: Indices
@@ -350,7 +351,7 @@ def map_of(overview: Overview, method: str = "pca", limit: int = MAP_ROWS) -> Po
 
     Args:
         overview ([`Overview`]): of the pool.
-        method (`str`): `"pca"`, `"tsne"` or `"umap"`.
+        method (`str`): `"pca"`, `"tsne"` or `"umap"`; fewer than four rows are always projected by PCA.
         limit (`int`): rows on the map at most. Selected rows fill up to half of it, other rows the rest.
 
     Returns:
@@ -364,6 +365,8 @@ def map_of(overview: Overview, method: str = "pca", limit: int = MAP_ROWS) -> Po
     matrix, present = overview.embeddings_of(rows)
     if len(present) == 0:
         return None
+    if len(matrix) < 4:  # too few rows for the neighbourhoods of t-SNE and UMAP
+        method = "pca"
     points = _project(matrix, method, overview.seed)
     return PoolMap(rows[present], _within_bounds(points), PROJECTIONS[method])
 
@@ -383,8 +386,6 @@ def _project(matrix: Matrix, method: str, seed: int) -> Matrix:
     """Project `(rows, dimension)` embeddings to `(rows, 2)` points."""
     if (matrix == matrix[0]).all():  # one row, or equal ones: PCA would divide by a variance of 0
         return np.zeros((len(matrix), 2), dtype=np.float32)
-    if len(matrix) < 4:  # too few rows for neighbourhoods
-        method = "pca"
     points = _principal_points(matrix, 2 if method == "pca" else START_COMPONENTS, seed)
     if method == "tsne":
         from sklearn.manifold import TSNE

@@ -23,6 +23,7 @@ from car_datasets.reporting.explaining import Explanation, explain_rows
 from car_datasets.reporting.overview import Floats, Overview, PoolMap
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
 from car_datasets.selection.rule import REASONS, Indices
+from car_datasets.utils.columns import is_text
 from car_datasets.utils.files import ASSETS
 
 PAGE_FILE = "report.html"
@@ -211,7 +212,7 @@ def _story(explanation: Explanation, text: list[tuple[str, str]]) -> dict[str, A
     }
 
 
-# which rows -----------------------------------------------------------------------------------------------------------
+# the rows on the page -------------------------------------------------------------------------------------------------
 
 
 def _tenths(overview: Overview) -> list[Indices]:
@@ -247,6 +248,9 @@ def _cluster_ends(overview: Overview) -> list[tuple[str, list[int], list[int]]]:
     return ends
 
 
+# the text of rows -----------------------------------------------------------------------------------------------------
+
+
 def texts_of(overview: Overview, rows: Sequence[int]) -> list[list[tuple[str, str]]]:
     """Return the text columns of some rows.
 
@@ -260,9 +264,6 @@ def texts_of(overview: Overview, rows: Sequence[int]) -> list[list[tuple[str, st
     return [[(name, _plain(values[name][i])) for name in columns] for i in range(len(rows))]
 
 
-# their text -----------------------------------------------------------------------------------------------------------
-
-
 def text_columns(overview: Overview) -> list[str]:
     """Return the columns that hold the user's text: strings, and chats."""
     schema = overview.pool.features.arrow_schema
@@ -270,13 +271,9 @@ def text_columns(overview: Overview) -> list[str]:
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    if _is_string(kind):
+    if is_text(kind):
         return True
     return any(_holds_text(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _plain(value: Any) -> str:
@@ -308,7 +305,7 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-# who is kept ----------------------------------------------------------------------------------------------------------
+# selection rates by group ---------------------------------------------------------------------------------------------
 
 
 def audit(overview: Overview) -> list[list[str]]:
@@ -349,7 +346,7 @@ def _by_column(overview: Overview) -> Iterator[tuple[str, str, npt.NDArray[np.bo
     table, schema, used = overview.pool.with_format("arrow"), overview.pool.features.arrow_schema, 0
     for name in overview.user_columns:
         kind = schema.field(name).type
-        if used == GROUPINGS or not (_is_string(kind) or pa.types.is_boolean(kind)):
+        if used == GROUPINGS or not (is_text(kind) or pa.types.is_boolean(kind)):
             continue
         values = table.select_columns([name])[:][name]
         if 2 <= pc.count_distinct(values).as_py() <= LEVELS:

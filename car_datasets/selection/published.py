@@ -44,8 +44,6 @@ SELECTED_FILE = "CaR_selected_result.json"
 # - a cluster's best row that is among the top n1 already is not replaced by its next best;
 # - clusters come in descending order of their label as text ("9" before "89");
 # - n2 = 0 acts like 1.
-
-
 def select_as_published(
     dataset: Dataset,
     n1: int = 1000,
@@ -83,7 +81,8 @@ def select_as_published(
     looked_at = max(n2, 1)
     within = ranks_within(labels)
     top = np.arange(n1)
-    candidates = np.flatnonzero((within >= 1) & (within <= looked_at)).tolist()
+    from_clusters = (within >= 1) & (within <= looked_at)  # 0 is a row without a cluster
+    candidates = np.flatnonzero(from_clusters).tolist()
     candidates.sort(key=lambda i: (str(labels[i]), scores[i]), reverse=True)
     rows = original_columns(ranked, names)  # the original compares rows as its files hold them
     taken = set(_values(rows, top.tolist()))
@@ -93,7 +92,7 @@ def select_as_published(
             taken.add(value)
             added.append(position)
     positions = np.concatenate([top, np.array(added, dtype=np.int64)])
-    in_top, in_cluster = positions < n1, within[positions] <= looked_at
+    in_top, in_cluster = positions < n1, from_clusters[positions]
     reasons = np.where(in_top & in_cluster, BY_BOTH, np.where(in_top, BY_SCORE, BY_CLUSTER)).tolist()
     return add_selection(ranked, Choice(positions, reasons, positions + 1, within[positions]), index_column)
 

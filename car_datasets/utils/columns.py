@@ -223,7 +223,7 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
         ValueError: the column is not numeric, or holds fractions where `missing` is a number.
     """
     # Arrow would cast the text "42" to a number.
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+    if is_text(values.type):
         raise ValueError(f"The column {column!r} holds {values.type}, not numbers.")
     kind = "float64" if math.isnan(missing) else "int64"
     try:
@@ -234,6 +234,11 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
         wanted = "whole numbers" if kind == "int64" else "numbers"
         raise ValueError(f"The column {column!r} holds {values.type}, not {wanted} throughout: {error}.") from error
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return True for either of Arrow's types of text, which differ only in the width of their offsets."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def beside(dataset: Dataset, new: Dataset) -> Dataset:

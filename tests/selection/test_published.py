@@ -213,6 +213,13 @@ def test_reasons_and_ranks_come_along(scored: Dataset) -> None:
     assert found["score_rank"][:] == [1, 2, 3, 5]
 
 
+def test_a_row_without_a_cluster_is_kept_by_its_score_alone() -> None:
+    pool = Dataset.from_dict({"iqs_score": [3.0, 2.0, 1.0], "cluster": [None, 0, 0], "output": ["a", "b", "c"]})
+    chosen = select_as_published(pool, n1=2, n2=1)
+    assert chosen["selected_by"][:] == ["score", "both"]
+    assert chosen["cluster_rank"][:] == [0, 1]
+
+
 def test_a_row_without_a_score_is_left_out() -> None:
     rows = Dataset.from_dict({"iqs_score": [0.1, None, 0.3], "cluster": [0, 0, 1], "output": ["a", "b", "c"]})
     assert outputs(select_as_published(rows, n1=3, n2=1)) == ["c", "a"]
