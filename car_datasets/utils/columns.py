@@ -114,8 +114,8 @@ def count_vectors(dataset: Dataset, column: str) -> int:
     """Return the number of rows that are not null in this column, or 0 if there is no such column."""
     if column not in dataset.column_names:
         return 0
-    values = dataset.select_columns([column]).with_format("arrow")[:][column]
-    return len(values) - int(values.null_count)
+    # Batch by batch: the rows of a filtered dataset are copied when they are read, and the column may exceed memory.
+    return sum(len(batch) - batch.null_count for batch in column_batches(dataset, column))
 
 
 def as_arrow(rows: Sequence[Any]) -> pa.Array:
@@ -155,16 +155,16 @@ def _chunk(chunk: pa.Array, column: str) -> Matrix:
     kind = chunk.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         raise ValueError(f"The column {column!r} holds {kind}, not lists of numbers.")
-    flat = chunk.drop_null().flatten()  # unlike `.values`, flatten() honours the offsets of a slice
-    rows = len(chunk) - chunk.null_count
-    lengths = np.unique(np.asarray(chunk.drop_null().value_lengths()))
+    vectors = chunk.drop_null()
+    flat = vectors.flatten()  # unlike `.values`, flatten() honours the offsets of a slice
+    lengths = np.unique(np.asarray(vectors.value_lengths()))
     if len(lengths) != 1 or lengths[0] == 0:
         raise ValueError(
             f"The column {column!r} holds embeddings of the lengths {lengths.tolist()}; all must have one length."
         )
     if not pa.types.is_floating(flat.type) and not pa.types.is_integer(flat.type):
         raise ValueError(f"The column {column!r} holds lists of {flat.type}, not of numbers.")
-    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(rows, -1)
+    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(vectors), -1)
 
 
 def _finite(matrix: Matrix) -> npt.NDArray[np.bool_]:
