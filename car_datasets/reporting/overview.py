@@ -110,7 +110,7 @@ class Overview:
             seed=seed,
         )
 
-    # columns that are read on request -------------------------------------------------------------------------------------
+    # columns that are read on request ---------------------------------------------------------------------------------
 
     @cached_property
     def user_columns(self) -> list[str]:
@@ -147,7 +147,7 @@ class Overview:
             return np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)
         return read_embeddings(some, self.names.embedding)
 
-    # figures that follow from the arrays ----------------------------------------------------------------------------------
+    # figures that follow from the arrays ------------------------------------------------------------------------------
 
     @cached_property
     def scored(self) -> Indices:
