@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const rows = data.rows;
 const byId = (id) => document.getElementById(id);
-const PAGE = 50;
+const PAGE = 50; // rows of the search shown at a time
 
 function element(tag, text, className) {
   const made = document.createElement(tag);
@@ -59,6 +59,7 @@ chooser(byId("cluster"), data.clusters.map((c, i) => [i, c.label]), (i) => {
 
 let limit = PAGE;
 const textOf = (row) => row.more || row.text;
+// A row that is named by text is found by that text; numbers only as entire words, or 7 would find 17 and 70.
 const haystacks = rows.map((row) => ((typeof row.id === "string" ? row.id + " " : "") + textOf(row)).toLowerCase());
 
 function search() {
@@ -108,10 +109,13 @@ function explain(row, origin) {
 const canvas = byId("map");
 let spots = []; // the rows that are shown, with their pixels
 if (canvas) {
+  // Kept rows last, so that they are drawn on top.
   const placed = rows.filter((row) => row.x !== null).sort((a, b) => Boolean(a.by) - Boolean(b.by));
   const scores = placed.map((row) => row.score).sort((a, b) => a - b);
+  // Colours span the middle 96 % of the scores: a few outliers would make all other rows look alike.
   const lowest = scores[Math.floor(0.02 * (scores.length - 1))], highest = scores[Math.ceil(0.98 * (scores.length - 1))];
   const context = canvas.getContext("2d");
+  // 4 % of margin, in units of the map, whose wider axis goes from -1 to 1.
   const widest = 1.04 * Math.max(0.1, ...placed.map((row) => Math.abs(row.x)));
   const tallest = 1.04 * Math.max(0.1, ...placed.map((row) => Math.abs(row.y)));
   const HIGHEST = 620; // pixels: the map and the words above it fit a screen
@@ -124,7 +128,7 @@ if (canvas) {
   }
 
   function drawMap() {
-    const scale = window.devicePixelRatio || 1;
+    const scale = window.devicePixelRatio || 1; // else the map is blurred on screens with dense pixels
     const wide = canvas.clientWidth;
     const unit = Math.min(wide / (2 * widest), HIGHEST / (2 * tallest));
     const high = Math.round(2 * tallest * unit);
@@ -152,7 +156,7 @@ if (canvas) {
   function nearest(event) {
     const box = canvas.getBoundingClientRect();
     const x = event.clientX - box.left, y = event.clientY - box.top;
-    let best = null, least = 144; // twelve pixels
+    let best = null, least = 144; // the square of twelve pixels
     for (const spot of spots) {
       const apart = (spot.x - x) ** 2 + (spot.y - y) ** 2;
       if (apart <= least) { best = spot; least = apart; }

@@ -1,7 +1,7 @@
 """Compute the numbers of a `ClusterModel` from a column of embeddings, by one of the engines in `ENGINES`.
 
-Does: check the settings of a fit; stream the embeddings into a covariance, whose memory does not grow with the rows, and
-project them onto its principal components; fit k-means. Each process of a launcher reads its own part.
+Does: check the settings of a fit; stream the embeddings into a covariance, whose memory does not grow with the rows,
+and project them onto its principal components; fit k-means. Each process of a launcher reads its own part.
 Does not: label rows, or save a model.
 """
 
@@ -26,21 +26,252 @@ from car_datasets.utils.settings import is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
 
 Doubles = npt.NDArray[np.float64]
-MatrixOrTensor = TypeVar("MatrixOrTensor", Matrix, "Tensor")
+MatrixOrTensor = TypeVar("MatrixOrTensor", Matrix, torch.Tensor)
+
+COMPARED = 512  # rows that processes compare to check that they have the same dataset
+# Share of a row's length by which two copies may differ: half precision on two kinds of GPU stays below it, the
+# embedding of another text is further away.
+ROUNDING = 0.02
 
 
-def project(matrix: MatrixOrTensor, mean: MatrixOrTensor, components: MatrixOrTensor) -> MatrixOrTensor:
-    """Return the coordinates of rows along principal components, `(rows, kept)`.
+class FitSettings(NamedTuple):
+    """The checked arguments of [`ClusterModel.fit`], as Python's own numbers.
 
     Args:
-        matrix (`(rows, dimension)` float32): rows, as a numpy array or a tensor; the other two are of the same kind.
-        mean (`(dimension,)` float32): mean of the rows that the components were computed from.
-        components (`(kept, dimension)` float32): directions of length 1.
+        k (`int` or `"sqrt"`): number of clusters; `"sqrt"` is int(sqrt(rows / 2)).
+        explained_variance (`float`): share of the variance in (0, 1] that PCA keeps; 1.0 keeps all components.
+        seed (`int`): seed of k-means.
+        n_init (`int`): number of runs of k-means, of which the best is kept.
+        kmeans (`str`): a key of `ENGINES`.
+        kmeans_sample (`int`): rows per cluster that k-means is fitted on; 0 for all rows.
     """
-    return (matrix - mean) @ components.T
+
+    k: int | str
+    explained_variance: float
+    seed: int
+    n_init: int
+    kmeans: str
+    kmeans_sample: int
+
+
+class Numbers(NamedTuple):
+    """The numbers of a model, in the order of the fields of `ClusterModel`.
+
+    Args:
+        mean (`(dimension,)` float32): mean of the embeddings.
+        components (`(kept, dimension)` float32): principal components.
+        centers (`(k, kept)` float32): centres of k-means in the projected space.
+        explained_variance (`float`): share of the variance that the components hold.
+        inertia (`float`): sum of squared distances of all rows to their centres.
+    """
+
+    mean: Matrix
+    components: Matrix
+    centers: Matrix
+    explained_variance: float
+    inertia: float
+
+
+Engine = Callable[["Dataset", str, FitSettings], Numbers]  # what `ENGINES` lists
+
+
+def checked_fit(
+    k: int | str, explained_variance: float, seed: int, n_init: int, kmeans: str, kmeans_sample: int
+) -> FitSettings:
+    """Return the settings of a fit, with numpy's numbers as Python's own; arguments as of [`FitSettings`].
+
+    Raises:
+        ValueError: a setting that no fit can have. A k above the number of rows is refused later, when they are
+            counted.
+    """
+    k, seed, n_init, kmeans_sample = (_plain(value) for value in (k, seed, n_init, kmeans_sample))
+    if k != "sqrt" and (not is_whole_number(k) or k < 1):
+        raise ValueError(f"k={k!r} must be 'sqrt' or a whole number of clusters, at least 1.")
+    real = is_whole_number(explained_variance) or isinstance(explained_variance, (float, np.floating))
+    if not real or not 0 < explained_variance <= 1:
+        raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
+    if not is_whole_number(n_init) or n_init < 1:
+        raise ValueError(f"n_init={n_init!r} must be at least 1, a whole number of runs.")
+    if not is_whole_number(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
+    if kmeans not in ENGINES:
+        raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {tuple(ENGINES)}.")
+    if not is_whole_number(kmeans_sample) or kmeans_sample < 0:
+        raise ValueError(f"kmeans_sample={kmeans_sample!r} must be a number of rows per cluster, or 0 for all rows.")
+    return FitSettings(k, float(explained_variance), seed, n_init, kmeans, kmeans_sample)
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy's integers as Python's, so that a saved model can hold them as JSON."""
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def number_of_clusters(k: int | str, rows: int) -> int:
+    """Return `k` as a number; `"sqrt"` is the paper's int(sqrt(rows / 2)), at least 1.
+
+    Raises:
+        ValueError: k is not positive, or larger than the number of rows.
+    """
+    k = _plain(k)
+    if k == "sqrt":
+        k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
+    if not is_whole_number(k) or not 1 <= k <= rows:
+        raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that can be clustered.")
+    return k
+
+
+def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
+    """Fit by a streamed PCA and k-means in torch, shared by the processes of a launcher.
+
+    The column is read once for the components, once for the rows to fit on, and, after a fit on a sample, three more
+    times.
+
+    Args:
+        dataset (`Dataset`): the rows to cluster, the same in every process.
+        column (`str`): column of embeddings.
+        settings ([`FitSettings`]): settings of the fit.
+
+    Returns:
+        [`Numbers`]: equal in all processes.
+    """
+    # One group for the entire fit: every process must take part in the same exchanges, in the same order.
+    with all_processes() as processes:
+        basis = _fit_basis(dataset, column, settings, processes)
+        device = clustering_device()
+        fitted = fit_kmeans(
+            Chunks(basis.lengths, lambda batches: (matrix for matrix, _ in _read(dataset, column, batches))),
+            Projection(basis.mean, basis.components, device),
+            KMeansSettings(
+                number_of_clusters(settings.k, sum(basis.lengths)),
+                settings.seed,
+                settings.n_init,
+                settings.kmeans_sample,
+            ),
+            device=device,
+            processes=processes,
+        )
+        centers = fitted.centers.cpu().numpy()
+        own = Numbers(basis.mean, basis.components, centers, basis.explained_variance, fitted.inertia)
+        # All take the main process's numbers: another kind of GPU may have rounded its own differently.
+        return processes.joined(lambda: own, lambda parts: parts[0])
+
+
+class Part(NamedTuple):
+    """The contribution of one process to a [`Basis`]; `covariance` is `None` if its batches hold no embedding."""
+
+    identity: Identity | None
+    covariance: Covariance | None
+    lengths: list[int]
+
+
+class Basis(NamedTuple):
+    """The result of the pass for PCA: the number of embeddings in each batch, and the projection."""
+
+    lengths: list[int]
+    mean: Matrix
+    components: Matrix
+    explained_variance: float
+
+
+def _fit_basis(dataset: Dataset, column: str, settings: FitSettings, processes: Processes) -> Basis:
+    """Measure this process's batches, then let the main process merge the parts of all and find the components."""
+    batches = processes.share(math.ceil(len(dataset) / columns.BATCH), 1)
+    try:
+        return processes.joined(
+            lambda: Part(Identity.of(dataset, column, settings, processes), *_measure(dataset, column, batches)),
+            lambda parts: _merged(parts, settings.explained_variance),
+        )
+    except ValueError:
+        if processes.count > 1:
+            # The error counts the bad rows of one process only. The main process therefore reads all rows again, and
+            # raises an error that counts all of them.
+            processes.joined(lambda: None, lambda _: deque(embedding_batches(dataset, column), maxlen=0))
+        raise
+
+
+def _measure(dataset: Dataset, column: str, batches: range) -> tuple[Covariance | None, list[int]]:
+    """Return the covariance of some batches, and the number of embeddings in each; one pass over the rows."""
+    lengths = [0] * len(batches)
+
+    def counted() -> Iterator[Matrix]:
+        for matrix, positions in _read(dataset, column, batches):
+            # By position, since batches without an embedding are skipped.
+            lengths[int(positions[0]) // columns.BATCH - batches.start] = len(matrix)
+            yield matrix
+
+    return Covariance.of_all(counted()), lengths
+
+
+def _read(dataset: Dataset, column: str, batches: range) -> Iterator[tuple[Matrix, Positions]]:
+    """Yield some of the batches in which [`embedding_batches`] reads the column, and the positions of their rows."""
+    # Without `rows`, a column without any embedding is an error; a part of the column may well have none.
+    if len(batches) * columns.BATCH >= len(dataset):
+        return embedding_batches(dataset, column)
+    rows = range(batches.start * columns.BATCH, min(batches.stop * columns.BATCH, len(dataset)))
+    return embedding_batches(dataset, column, rows) if batches else iter(())
+
+
+def _merged(parts: list[Part], explained_variance: float) -> Basis:
+    refuse_others("fits clusters to", [part.identity for part in parts])
+    covariances = [part.covariance for part in parts if part.covariance is not None]
+    if not covariances:
+        raise ValueError("There are no embeddings to fit on: run TextEmbedder over the rows first.")
+    for other in covariances[1:]:  # in the order of the ranks, so that the sum is the same on every run
+        covariances[0].merge(other)
+    lengths = [length for part in parts for length in part.lengths]
+    return Basis(lengths, *fit_components(covariances[0], explained_variance))
+
+
+def fit_components(covariance: Covariance, explained_variance: float) -> tuple[Matrix, Matrix, float]:
+    """Return mean and components in float32, and the share of the variance that the components hold."""
+    components, share = covariance.principal_components(explained_variance)
+    return covariance.mean.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32), share
+
+
+def fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
+    """Fit by scikit-learn's PCA and k-means, with the entire column in memory, in the main process alone.
+
+    Args:
+        dataset (`Dataset`): the rows to cluster, the same in every process.
+        column (`str`): column of embeddings.
+        settings ([`FitSettings`]): settings of the fit; `kmeans_sample` is not used.
+
+    Returns:
+        [`Numbers`]: equal in all processes.
+    """
+    with all_processes() as processes:
+        processes.joined(
+            lambda: Identity.of(dataset, column, settings, processes),
+            lambda identities: refuse_others("fits clusters to", identities),
+        )
+    return from_main(lambda: _fit_sklearn(dataset, column, settings))
+
+
+def _fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
+    matrix, _ = read_embeddings(dataset, column)
+    clusters = number_of_clusters(settings.k, len(matrix))
+    if (matrix == matrix[0]).all():  # one row, or equal ones: PCA would divide by a variance of 0
+        mean, components, share = matrix[0], np.eye(1, matrix.shape[1], dtype=np.float32), 1.0
+    else:
+        kept = None if settings.explained_variance == 1.0 else settings.explained_variance
+        # covariance_eigh is exact, and 15 times faster than the SVD that "auto" takes for wide embeddings.
+        pca = PCA(kept, svd_solver="covariance_eigh", random_state=settings.seed).fit(matrix)
+        mean, components = pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
+        share = float(pca.explained_variance_ratio_.sum())
+    # In float32, k-means++ draws other centres on some processors, whose sums differ in the last bit; in float64 all
+    # agree.
+    points = project(matrix, mean, components).astype(np.float64)
+    fitted = KMeans(clusters, n_init=settings.n_init, random_state=settings.seed).fit(points)
+    return Numbers(mean, components, fitted.cluster_centers_.astype(np.float32), share, float(fitted.inertia_))
+
+
+# To add an engine, write a function of this signature and name it here.
+ENGINES: dict[str, Engine] = {"torch": fit_torch, "sklearn": fit_sklearn}
 
 
 @dataclass
@@ -85,6 +316,7 @@ class Covariance:
 
     def merge(self, other: Covariance) -> None:
         """Add the rows that `other` has seen, in place."""
+        # Chan et al.: M = M1 + M2 + d d^T n1 n2 / (n1 + n2), with d the difference of the means.
         apart = other.mean - self.mean
         share = other.rows / (self.rows + other.rows)
         self.products += other.products
@@ -108,10 +340,11 @@ class Covariance:
         if np.trace(self.products) <= self.rows * dimension * rounding**2:
             return np.eye(1, dimension), 1.0
         values, vectors = np.linalg.eigh(self.products)  # in order of rising eigenvalues
-        shares = values[::-1].clip(min=0).cumsum()
+        shares = values[::-1].clip(min=0).cumsum()  # rounding can make the smallest eigenvalues negative
         shares /= shares[-1]
         kept = min(self.rows, dimension)
         if share < 1:
+            # The same search, side included, as in scikit-learn's PCA.
             kept = min(kept, int(np.searchsorted(shares, share, side="right")) + 1)
         components = vectors.T[::-1][:kept]
         # The sign of a component is arbitrary: make its largest entry positive, so that equal rows give equal models.
@@ -120,53 +353,62 @@ class Covariance:
         return components * signs[:, None], float(shares[kept - 1])
 
 
-COMPARED = 512  # rows that processes compare to check that they have the same dataset
-ROUNDING = 0.02  # of a row's length: half precision on two kinds of GPU stays below it, another text is further away
-
-
-class FitSettings(NamedTuple):
-    """The checked arguments of [`ClusterModel.fit`], as Python's own numbers.
+def project(matrix: MatrixOrTensor, mean: MatrixOrTensor, components: MatrixOrTensor) -> MatrixOrTensor:
+    """Return the coordinates of rows along principal components, `(rows, kept)`.
 
     Args:
-        k (`int` or `"sqrt"`): number of clusters; `"sqrt"` is int(sqrt(rows / 2)).
-        explained_variance (`float`): share of the variance in (0, 1] that PCA keeps; 1.0 keeps all components.
-        seed (`int`): seed of k-means.
-        n_init (`int`): number of runs of k-means, of which the best is kept.
-        kmeans (`str`): a key of `ENGINES`.
-        kmeans_sample (`int`): rows per cluster that k-means is fitted on; 0 for all rows.
+        matrix (`(rows, dimension)` float32): rows, as a numpy array or a tensor; the other two are of the same kind.
+        mean (`(dimension,)` float32): mean of the rows that the components were computed from.
+        components (`(kept, dimension)` float32): directions of length 1.
     """
-
-    k: int | str
-    explained_variance: float
-    seed: int
-    n_init: int
-    kmeans: str
-    kmeans_sample: int
+    return (matrix - mean) @ components.T
 
 
-class Numbers(NamedTuple):
-    """The numbers of a model, in the order of the fields of `ClusterModel`.
+@dataclass(frozen=True)
+class Projection:
+    """A callable that takes embeddings `(rows, dimension)` to points `(rows, kept)` on a device.
 
     Args:
         mean (`(dimension,)` float32): mean of the embeddings.
         components (`(kept, dimension)` float32): principal components.
-        centers (`(k, kept)` float32): centres of k-means in the projected space.
-        explained_variance (`float`): share of the variance that the components hold.
-        inertia (`float`): sum of squared distances of all rows to their centres.
+        device (`torch.device`): device to compute on.
     """
 
     mean: Matrix
     components: Matrix
-    centers: Matrix
-    explained_variance: float
-    inertia: float
+    device: torch.device
+
+    @cached_property
+    def _on_device(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # Copied once, not for every batch. A cached property writes to `__dict__`, which a frozen dataclass allows.
+        return torch.from_numpy(self.mean).to(self.device), torch.from_numpy(self.components).to(self.device)
+
+    def __call__(self, embeddings: Matrix) -> torch.Tensor:
+        """Return the points of a batch of embeddings, float32."""
+        # torch.tensor copies: torch.from_numpy warns of arrays that are views of Arrow's read-only buffers.
+        return project(torch.tensor(embeddings, device=self.device), *self._on_device)
 
 
-Engine = Callable[["Dataset", str, FitSettings], Numbers]  # `ENGINES` at the end of this file lists them
+def clustering_device(rank: int | None = None) -> torch.device:
+    """Return the CUDA device of this process or `.map` worker, or the CPU if there is none.
+
+    Other devices, such as Apple's, lack float64, which the sums of k-means need.
+
+    Args:
+        rank (`int`, *optional*): rank that `.map(with_rank=True)` passes.
+    """
+    return device_for(rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class Identity(NamedTuple):
-    """A fingerprint used to check that all processes work on the same data: the arguments, plus a sample of rows."""
+    """A fingerprint used to check that all processes work on the same data: the arguments, plus a sample of rows.
+
+    The rows are compared by value and not by a digest, since processes may have embedded them on different GPUs.
+
+    Args:
+        asked (`tuple`): number of rows, column, and arguments; must be equal.
+        rows (`(up to COMPARED, dimension)` float32): rows from all over the dataset; must be equal up to rounding.
+    """
 
     asked: tuple[Any, ...]
     rows: Matrix
@@ -188,145 +430,12 @@ class Identity(NamedTuple):
         """Return True if the rows are equal up to rounding, as of embeddings that were computed on another GPU."""
         if self.asked != other.asked or self.rows.shape != other.rows.shape:
             return False
+        # One number per row: the length of the difference, and that of the row.
         apart, size = (np.linalg.norm(matrix, axis=1) for matrix in (self.rows - other.rows, self.rows))
         missing = np.isnan(self.rows).any(axis=1)
         if (missing != np.isnan(other.rows).any(axis=1)).any():
             return False
         return bool((apart[~missing] <= ROUNDING * size[~missing] + 1e-6).all())
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A callable that takes embeddings `(rows, dimension)` to points `(rows, kept)` on a device.
-
-    Args:
-        mean (`(dimension,)` float32): mean of the embeddings.
-        components (`(kept, dimension)` float32): principal components.
-        device (`torch.device`): device to compute on.
-    """
-
-    mean: Matrix
-    components: Matrix
-    device: torch.device
-
-    @cached_property
-    def _on_device(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(self.mean).to(self.device), torch.from_numpy(self.components).to(self.device)
-
-    def __call__(self, embeddings: Matrix) -> torch.Tensor:
-        """Return the points of a batch of embeddings, float32."""
-        # torch.tensor copies: torch.from_numpy warns of arrays that are views of Arrow's read-only buffers.
-        return project(torch.tensor(embeddings, device=self.device), *self._on_device)
-
-
-def clustering_device(rank: int | None = None) -> torch.device:
-    """Return the CUDA device of this process or `.map` worker, or the CPU if there is none.
-
-    Other devices, such as Apple's, lack float64, which the sums of k-means need.
-
-    Args:
-        rank (`int`, *optional*): rank that `.map(with_rank=True)` passes.
-    """
-    return device_for(rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class Basis(NamedTuple):
-    """The result of the pass for PCA: rows that have an embedding per batch, and the projection."""
-
-    lengths: list[int]
-    mean: Matrix
-    components: Matrix
-    explained_variance: float
-
-
-class Part(NamedTuple):
-    """What one process contributes to a [`Basis`]; `covariance` is `None` if its batches hold no embedding."""
-
-    identity: Identity | None
-    covariance: Covariance | None
-    lengths: list[int]
-
-
-def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
-    """Fit by a streamed PCA and k-means in torch, shared by the processes of a launcher.
-
-    The column is read once for the components, once for the rows to fit on, and, after a fit on a sample, three more
-    times.
-
-    Args:
-        dataset (`Dataset`): the rows to cluster, the same in every process.
-        column (`str`): column of embeddings.
-        settings ([`FitSettings`]): settings of the fit.
-
-    Returns:
-        [`Numbers`]: equal in all processes.
-    """
-    with all_processes() as processes:
-        basis = _fit_basis(dataset, column, settings, processes)
-        device = clustering_device()
-        fitted = fit_kmeans(
-            Chunks(basis.lengths, lambda batches: (matrix for matrix, _ in _read(dataset, column, batches))),
-            Projection(basis.mean, basis.components, device),
-            KMeansSettings(
-                number_of_clusters(settings.k, sum(basis.lengths)),
-                settings.seed,
-                settings.n_init,
-                settings.kmeans_sample,
-            ),
-            device=device,
-            processes=processes,
-        )
-        centers = fitted.centers.cpu().numpy()
-        own = Numbers(basis.mean, basis.components, centers, basis.explained_variance, fitted.inertia)
-        # All take the main process's numbers: another kind of GPU may have rounded its own differently.
-        return processes.joined(lambda: own, lambda parts: parts[0])
-
-
-def _fit_basis(dataset: Dataset, column: str, settings: FitSettings, processes: Processes) -> Basis:
-    """Measure this process's batches, then let the main process merge the parts of all and find the components."""
-    batches = processes.share(math.ceil(len(dataset) / columns.BATCH), 1)
-    try:
-        return processes.joined(
-            lambda: Part(Identity.of(dataset, column, settings, processes), *_measure(dataset, column, batches)),
-            lambda parts: _merged(parts, settings.explained_variance),
-        )
-    except ValueError:
-        if processes.count > 1:
-            # The error counts the bad rows of one process; the main one reads all rows, and raises it for all of them.
-            processes.joined(lambda: None, lambda _: deque(embedding_batches(dataset, column), maxlen=0))
-        raise
-
-
-def _measure(dataset: Dataset, column: str, batches: range) -> tuple[Covariance | None, list[int]]:
-    """Return the covariance of some batches, and the number of embeddings in each; one pass over the rows."""
-    lengths = [0] * len(batches)
-
-    def counted() -> Iterator[Matrix]:
-        for matrix, positions in _read(dataset, column, batches):
-            # By position, since batches without an embedding are skipped.
-            lengths[int(positions[0]) // columns.BATCH - batches.start] = len(matrix)
-            yield matrix
-
-    return Covariance.of_all(counted()), lengths
-
-
-def _merged(parts: list[Part], explained_variance: float) -> Basis:
-    refuse_others("fits clusters to", [part.identity for part in parts])
-    covariances = [part.covariance for part in parts if part.covariance is not None]
-    if not covariances:
-        raise ValueError("There are no embeddings to fit on: run TextEmbedder over the rows first.")
-    for other in covariances[1:]:
-        covariances[0].merge(other)
-    lengths = [length for part in parts for length in part.lengths]
-    return Basis(lengths, *fit_components(covariances[0], explained_variance))
-
-
-def _read(dataset: Dataset, column: str, batches: range) -> Iterator[tuple[Matrix, Positions]]:
-    """Yield some of the batches in which [`embedding_batches`] reads the column, and the positions of their rows."""
-    if len(batches) * columns.BATCH >= len(dataset):
-        return embedding_batches(dataset, column)
-    rows = range(batches.start * columns.BATCH, min(batches.stop * columns.BATCH, len(dataset)))
-    return embedding_batches(dataset, column, rows) if batches else iter(())
 
 
 def refuse_others(does: str, identities: list[Identity | None]) -> None:
@@ -344,96 +453,3 @@ def refuse_others(does: str, identities: list[Identity | None]) -> None:
                 f"{other.asked}, not {main.asked}. Pass the same rows, in the same order, and settings in all "
                 "processes, or let each work on its own: `with car_datasets.utils.processes.alone(): ...`."
             )
-
-
-def fit_components(covariance: Covariance, explained_variance: float) -> tuple[Matrix, Matrix, float]:
-    """Return mean and components in float32, and the share of the variance that the components hold."""
-    components, share = covariance.principal_components(explained_variance)
-    return covariance.mean.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32), share
-
-
-def fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
-    """Fit by scikit-learn's PCA and k-means, with the entire column in memory, in the main process alone.
-
-    Args:
-        dataset (`Dataset`): the rows to cluster, the same in every process.
-        column (`str`): column of embeddings.
-        settings ([`FitSettings`]): settings of the fit; `kmeans_sample` is not used.
-
-    Returns:
-        [`Numbers`]: equal in all processes.
-    """
-    with all_processes() as processes:
-        processes.joined(
-            lambda: Identity.of(dataset, column, settings, processes),
-            lambda identities: refuse_others("fits clusters to", identities),
-        )
-    return from_main(lambda: _fit_sklearn(dataset, column, settings))
-
-
-def _fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
-
-    matrix, _ = read_embeddings(dataset, column)
-    clusters = number_of_clusters(settings.k, len(matrix))
-    if (matrix == matrix[0]).all():  # one row, or equal ones: PCA would divide by a variance of 0
-        mean, components, share = matrix[0], np.eye(1, matrix.shape[1], dtype=np.float32), 1.0
-    else:
-        kept = None if settings.explained_variance == 1.0 else settings.explained_variance
-        # covariance_eigh is exact, and 15 times faster than the SVD that "auto" takes for wide embeddings.
-        pca = PCA(kept, svd_solver="covariance_eigh", random_state=settings.seed).fit(matrix)
-        mean, components = pca.mean_.astype(np.float32), pca.components_.astype(np.float32)
-        share = float(pca.explained_variance_ratio_.sum())
-    # In float32, k-means++ draws other centres on some processors, whose sums differ in the last bit; in float64 all agree.
-    points = project(matrix, mean, components).astype(np.float64)
-    fitted = KMeans(clusters, n_init=settings.n_init, random_state=settings.seed).fit(points)
-    return Numbers(mean, components, fitted.cluster_centers_.astype(np.float32), share, float(fitted.inertia_))
-
-
-# To add an engine, write a function of this signature and name it here.
-ENGINES: dict[str, Engine] = {"torch": fit_torch, "sklearn": fit_sklearn}
-
-
-def checked_fit(
-    k: int | str, explained_variance: float, seed: int, n_init: int, kmeans: str, kmeans_sample: int
-) -> FitSettings:
-    """Return the settings of a fit, with numpy's numbers as Python's own; arguments as of [`FitSettings`].
-
-    Raises:
-        ValueError: a setting that no fit can have. A k above the number of rows is refused later, when they are
-            counted.
-    """
-    k, seed, n_init, kmeans_sample = (_plain(value) for value in (k, seed, n_init, kmeans_sample))
-    if k != "sqrt" and (not is_whole_number(k) or k < 1):
-        raise ValueError(f"k={k!r} must be 'sqrt' or a whole number of clusters, at least 1.")
-    real = is_whole_number(explained_variance) or isinstance(explained_variance, (float, np.floating))
-    if not real or not 0 < explained_variance <= 1:
-        raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
-    if not is_whole_number(n_init) or n_init < 1:
-        raise ValueError(f"n_init={n_init!r} must be at least 1, a whole number of runs.")
-    if not is_whole_number(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
-    if kmeans not in ENGINES:
-        raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {tuple(ENGINES)}.")
-    if not is_whole_number(kmeans_sample) or kmeans_sample < 0:
-        raise ValueError(f"kmeans_sample={kmeans_sample!r} must be a number of rows per cluster, or 0 for all rows.")
-    return FitSettings(k, float(explained_variance), seed, n_init, kmeans, kmeans_sample)
-
-
-def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, np.integer) else value
-
-
-def number_of_clusters(k: int | str, rows: int) -> int:
-    """Return `k` as a number; `"sqrt"` is the paper's int(sqrt(rows / 2)), at least 1.
-
-    Raises:
-        ValueError: k is not positive, or larger than the number of rows.
-    """
-    k = _plain(k)
-    if k == "sqrt":
-        k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
-    if not is_whole_number(k) or not 1 <= k <= rows:
-        raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that can be clustered.")
-    return k

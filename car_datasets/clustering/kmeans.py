@@ -3,6 +3,9 @@
 Does: fit on all points, or on a sample of them followed by full passes; assign points to their nearest centre; share
 the work among processes. Equal seeds give equal centres.
 Does not: hold more than the points it fits on and one block of distances; read rows or compute components.
+
+Results are the same on every run and on any number of processes: parallel sums are made by sorting, never by float
+atomics; shares are cut where a single process cuts its chunks; the parts are added in float64.
 """
 
 from __future__ import annotations
@@ -24,12 +27,9 @@ CPU_BLOCK, GPU_BLOCK = 2**18, 2**26  # distances in memory at a time: what the s
 MAX_ITERATIONS = 100
 TOLERANCE = 2e-4  # a pass that lowers the inertia by less than this share is the last
 BEYOND = 0.5  # how far beyond the mean of its points a centre first goes; 0.75 is too far
-CANDIDATES = 20  # points to choose each first centre from, two passes' time; 10 miss groups, all take ten times as long
-FULL_PASSES = 2  # over all points, after the fit on a sample
-
-
-# Results are the same on every run and on any number of processes: parallel sums are made by sorting, never by float
-# atomics; shares are cut where a single process cuts its chunks; the parts are added in float64.
+# Points per first centre to choose from. 20 take the time of two passes; 10 miss groups, all take ten times as long.
+CANDIDATES = 20
+FULL_PASSES = 2  # passes over all points after the fit on a sample
 
 
 class KMeansSettings(NamedTuple):
@@ -110,6 +110,7 @@ def fit_kmeans(
     rng = np.random.default_rng(seed)  # every process draws the same
     rows = sum(chunks.lengths)
     drawn = sample * k if 0 < sample * k < rows else rows
+    # Sorted, since the chunks are read in order.
     places = np.sort(rng.choice(rows, drawn, replace=False, shuffle=False))
     share = processes.share(drawn, CHUNK if device.type == "cpu" else GPU_CHUNK)
     held = processes.each(lambda: take(chunks, project, places, share))
@@ -126,10 +127,6 @@ def fit_kmeans(
         lambda: _inertia(map(project, chunks.read(own)), centers), lambda parts: float(sum(parts))
     )
     return Fitted(centers, inertia)
-
-
-def _inertia(points: Iterable[Tensor], centers: Tensor) -> float:
-    return sum(float(nearest(chunk, centers)[1].double().sum()) for chunk in points)
 
 
 def take(chunks: Chunks, project: Callable[[Matrix], Tensor], places: npt.NDArray[np.int64], share: range) -> Tensor:
@@ -218,6 +215,28 @@ def lloyd(points: Tensor, centers: Tensor, processes: Processes = ALONE) -> Fitt
     return Fitted(centers, current.inertia)
 
 
+def next_centers(current: Pass, centers: Tensor, beyond: float = 0.0) -> Tensor:
+    """Return the mean of every cluster's points, overshot by the share `beyond` of the way from the old centre.
+
+    An empty cluster moves to one of the points that are farthest from their centre.
+    """
+    sums, counts = current.sums.clone(), current.counts.clone()
+    empty = (counts == 0).nonzero().flatten().tolist()
+    for point, label in zip(current.far_points, current.far_labels.tolist(), strict=True) if empty else ():
+        # A point that is alone in its cluster, or equal to its centre, would only move the hole elsewhere.
+        if counts[label] > 1 and not torch.equal(point, centers[label]):
+            sums[label] -= point
+            counts[label] -= 1
+            cluster = empty.pop()
+            sums[cluster], counts[cluster] = point.double(), 1
+        if not empty:
+            break
+    means = (sums / counts.clamp(min=1).unsqueeze(1)).to(centers.dtype)
+    # Still empty if there are fewer different points than centres: the centre stays where it is.
+    means = torch.where((counts == 0).unsqueeze(1), centers, means)
+    return torch.where((current.counts == 0).unsqueeze(1), means, means + beyond * (means - centers))
+
+
 def pass_of_all(points: Iterable[Tensor], centers: Tensor, processes: Processes) -> Pass:
     """Return [`one_pass`] over the points of all processes, equal on each; `points` are those of this one."""
     if processes.count == 1:
@@ -246,6 +265,14 @@ def one_pass(points: Iterable[Tensor], centers: Tensor) -> Pass:
         farthest = distances.topk(min(len(centers), len(chunk)))
         far = _farthest([far, (chunk[farthest.indices], labels[farthest.indices], farthest.values)], len(centers))
     return Pass(sums, counts, float(inertia), *far)
+
+
+def _chunks(points: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the points in pieces that are small enough to be added up in float32."""
+    for tensor in points:
+        if len(tensor) == 0:
+            continue
+        yield from tensor.split(CHUNK if tensor.device.type == "cpu" else GPU_CHUNK)
 
 
 def _farthest(parts: Sequence[tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
@@ -286,31 +313,5 @@ def segment_sums(points: Tensor, labels: Tensor, k: int) -> Tensor:
     return torch.segment_reduce(points[order], "sum", lengths=torch.bincount(labels, minlength=k), axis=0)
 
 
-def next_centers(current: Pass, centers: Tensor, beyond: float = 0.0) -> Tensor:
-    """Return the mean of every cluster's points, overshot by the share `beyond` of the way from the old centre.
-
-    An empty cluster moves to one of the points that are farthest from their centre.
-    """
-    sums, counts = current.sums.clone(), current.counts.clone()
-    empty = (counts == 0).nonzero().flatten().tolist()
-    for point, label in zip(current.far_points, current.far_labels.tolist(), strict=True) if empty else ():
-        # A point that is alone in its cluster, or equal to its centre, would only move the hole elsewhere.
-        if counts[label] > 1 and not torch.equal(point, centers[label]):
-            sums[label] -= point
-            counts[label] -= 1
-            cluster = empty.pop()
-            sums[cluster], counts[cluster] = point.double(), 1
-        if not empty:
-            break
-    means = (sums / counts.clamp(min=1).unsqueeze(1)).to(centers.dtype)
-    # Still empty if there are fewer different points than centres: the centre stays where it is.
-    means = torch.where((counts == 0).unsqueeze(1), centers, means)
-    return torch.where((current.counts == 0).unsqueeze(1), means, means + beyond * (means - centers))
-
-
-def _chunks(points: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the points in pieces that are small enough to be added up in float32."""
-    for tensor in points:
-        if len(tensor) == 0:
-            continue
-        yield from tensor.split(CHUNK if tensor.device.type == "cpu" else GPU_CHUNK)
+def _inertia(points: Iterable[Tensor], centers: Tensor) -> float:
+    return sum(float(nearest(chunk, centers)[1].double().sum()) for chunk in points)

@@ -1,7 +1,8 @@
 """Cluster embeddings by PCA and k-means (CaR sec. 3.2): `ClusterModel`, a `.map` callable that is saved as safetensors.
 
 Does: fit on the embeddings of a dataset, give every row its cluster and its distance to the centre, save and load a
-model. Does not: compute embeddings.
+model.
+Does not: compute embeddings.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from datasets import Dataset, Features, Value
+from datasets.table import InMemoryTable
+from datasets.utils import tqdm
+from safetensors.numpy import load_file, save_file
 
 from car_datasets.clustering.fitting import ENGINES, Identity, Projection, checked_fit, clustering_device, refuse_others
 from car_datasets.clustering.kmeans import nearest
+from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     BATCH,
     Matrix,
@@ -36,10 +42,7 @@ from car_datasets.utils.files import write_whole
 from car_datasets.utils.processes import Processes, all_processes, mend_threads_after_fork, note_that_torch_runs
 from car_datasets.utils.public import public
 
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
-
-CACHE_VERSION = "2"
+CACHE_VERSION = "2"  # part of the fingerprint by which `datasets` finds cached labels
 FORMATS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
 
 
@@ -66,9 +69,9 @@ class ClusterModel:
     explained_variance: float
     inertia: float
     seed: int
-    embedding_column: str = "embedding"
-    output_column: str = "cluster"
-    distance_column: str = "cluster_distance"
+    embedding_column: str = ColumnNames.embedding
+    output_column: str = ColumnNames.cluster
+    distance_column: str = ColumnNames().distance
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ class ClusterModel:
                 f"output_column and distance_column are both {self.output_column!r}; name one differently."
             )
         # Set here, since the default of a field is not part of the pickle that `datasets` hashes.
+        # The dataclass is frozen, hence object.__setattr__.
         object.__setattr__(self, "cache_version", CACHE_VERSION)
 
     @property
@@ -100,7 +104,7 @@ class ClusterModel:
     def fit(
         cls,
         dataset: Dataset,
-        embedding_column: str = "embedding",
+        embedding_column: str = ColumnNames.embedding,
         *,
         k: int | str = "sqrt",
         explained_variance: float = 0.95,
@@ -108,8 +112,8 @@ class ClusterModel:
         n_init: int = 1,
         kmeans: str = "torch",
         kmeans_sample: int = 256,
-        output_column: str = "cluster",
-        distance_column: str = "cluster_distance",
+        output_column: str = ColumnNames.cluster,
+        distance_column: str = ColumnNames().distance,
     ) -> ClusterModel:
         """Fit PCA and k-means on the embeddings of a dataset; rows without an embedding are left out.
 
@@ -149,8 +153,6 @@ class ClusterModel:
 
     def output_features(self) -> Features:
         """Return the types of the columns that this callable adds."""
-        from datasets import Features, Value
-
         return Features({self.output_column: Value("int32"), self.distance_column: Value("float32")})
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rank: int | None = None) -> dict[str, Any]:
@@ -163,7 +165,8 @@ class ClusterModel:
         refuse_tables(batch, "ClusterModel.label(dataset)")
         self._refuse_columns(list(batch))
         *arrays, missing = self._label(as_arrow(batch[self.embedding_column]), rank)
-        if missing.any():  # lists of numpy's own numbers, from which `.map` infers int32 and float32
+        if missing.any():
+            # Arrays have no null. Lists of numpy's own numbers do, and `.map` still infers int32 and float32 from them.
             arrays = [[None if gone else x for x, gone in zip(array, missing, strict=True)] for array in arrays]
         return dict(zip((self.output_column, self.distance_column), arrays, strict=True))
 
@@ -178,8 +181,9 @@ class ClusterModel:
 
     def _label(self, rows: pa.Array | pa.ChunkedArray, rank: int | None = None) -> tuple[Any, Any, Any]:
         """Return labels, distances, and a mask of the rows that have neither, each of shape `(rows,)`."""
-        mend_threads_after_fork()
+        mend_threads_after_fork()  # `.map(num_proc=n)` may have forked this process after torch started its threads
         matrix, present = matrix_of(rows, self.embedding_column)
+        # Rows without an embedding keep these zeros, which the mask hides.
         labels, distances = np.zeros(len(rows), dtype=np.int32), np.zeros(len(rows), dtype=np.float32)
         missing = np.ones(len(rows), dtype=bool)
         if len(present) > 0:
@@ -207,9 +211,6 @@ class ClusterModel:
         Raises:
             ValueError: a column is missing or would be overwritten, or processes pass different rows or models.
         """
-        from datasets import Dataset
-        from datasets.table import InMemoryTable
-
         self._refuse_columns(dataset.column_names)
         with all_processes() if across_processes else nullcontext(Processes()) as processes:
             table = processes.joined(lambda: self._label_share(dataset, processes), _joined_labels)
@@ -217,8 +218,6 @@ class ClusterModel:
 
     def _label_share(self, dataset: Dataset, processes: Processes) -> tuple[Identity | None, pa.Table]:
         """Label this process's share of the rows, and return it with the fingerprint of its work."""
-        from datasets.utils import tqdm
-
         share = processes.share(len(dataset), BATCH)
         # Filled in place: small results kept from every batch would lie between the large buffers that are freed, and
         # leave the process with holes as large as all embeddings.
@@ -264,10 +263,8 @@ class ClusterModel:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `cluster_model.safetensors` and `cluster_model.json` into `folder`.
 
-        If the process is killed meanwhile, the folder holds no model, never a mixture of two.
+        If the process is killed in between, the folder holds no model, never a mixture of two.
         """
-        from safetensors.numpy import save_file
-
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         arrays = {"mean": self.mean, "components": self.components, "centers": self.centers}
@@ -285,8 +282,6 @@ class ClusterModel:
         Raises:
             ValueError: the folder holds no cluster model, or one of an unknown version.
         """
-        from safetensors.numpy import load_file
-
         path = Path(folder)
         if not (path / "cluster_model.json").is_file():
             raise ValueError(

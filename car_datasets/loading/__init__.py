@@ -1,4 +1,4 @@
-"""LOAD: open a source, recognise its schema and check its rows."""
+"""LOAD: open a source, recognise its schema, check its rows and render their texts."""
 
 import lazy_loader
 

@@ -7,12 +7,12 @@ Does not: load files, count tokens, or change a row: a rendered text is read by 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from car_datasets.loading.templates import Exchange, Text, render
 
-# Statuses of a row.
+# Statuses of a row. They are values of the status column and keys of reports, so renaming one breaks saved results.
 OK = "ok"
 EMPTY_RESPONSE = "empty_response"  # scored, but marked
 TRUNCATED = "truncated"  # scored, but the model did not see the end
@@ -20,8 +20,9 @@ NULL = "null"
 NOT_A_STRING = "not_a_string"
 NO_ASSISTANT_TURN = "no_assistant_turn"
 BAD_TURN = "bad_turn"
-ON_INVALID = ("error", "mark")
-UNSCORABLE = (NULL, NOT_A_STRING, NO_ASSISTANT_TURN, BAD_TURN)
+UNSCORABLE = (NULL, NOT_A_STRING, NO_ASSISTANT_TURN, BAD_TURN)  # a row of any other status has a score
+
+ON_INVALID = ("error", "mark")  # values of the argument: refuse a dataset with unscorable rows, or keep them unscored
 
 
 class FormattedRow(NamedTuple):
@@ -41,7 +42,8 @@ class Schema:
     Args:
         name (`str`): the schema's key in [`SCHEMAS`]; shown in receipts.
         instruction (`str`, *optional*): the column of the instruction.
-        input (`str`, *optional*): the column of the context. It may be missing from a dataset, and its values may be null.
+        input (`str`, *optional*): the column of the context. It may be missing from a dataset, and its values may be
+            null.
         response (`str`, *optional*): the column of the response.
         turns (`str`, *optional*): the column that contains a list of turns; then the three above are `None`.
         role (`str`, defaults to `"role"`): the key of a turn's role.
@@ -62,6 +64,8 @@ class Schema:
         return tuple(c for c in (self.instruction, self.response, self.turns) if c is not None)
 
 
+ROLE_NAMES = tuple(field.name for field in fields(Schema) if field.name != "name")  # the keys that `columns` may have
+
 # The one table of schemas: a new entry is recognised, can be named with `schema=`, and is listed by `schema_names`.
 SCHEMAS: dict[str, Schema] = {
     "alpaca": Schema("alpaca", "instruction", "input", "output"),
@@ -71,10 +75,8 @@ SCHEMAS: dict[str, Schema] = {
     "messages": Schema("messages", turns="messages"),
     "conversations": Schema("conversations", turns="conversations", role="from", content="value"),
 }
-ROLE_NAMES = ("instruction", "input", "response", "turns", "role", "content")
-
-# The spellings (in lower case) in OpenAI, ShareGPT and Vicuna files. The output of a tool is something that the assistant
-# is given to read, so it counts as part of the question.
+# The spellings (in lower case) in OpenAI, ShareGPT and Vicuna files. The output of a tool is something that the
+# assistant is given to read, so it counts as part of the question.
 ROLES: dict[str, str] = {
     "system": "system",
     "developer": "system",
@@ -123,16 +125,43 @@ def find_schema(
         if not known.turns and not (known.instruction and known.response):
             raise ValueError(f"columns={renamed} must name instruction and response, or turns.")
     else:
-        fields = {**asdict(SCHEMAS[schema]), **renamed}
-        if "input" not in renamed and fields["input"] not in available:
-            fields["input"] = None  # the schema's own input is optional, one that the user names is not
-        known = Schema(**fields)
+        settings = {**asdict(SCHEMAS[schema]), **renamed}
+        if "input" not in renamed and settings["input"] not in available:
+            settings["input"] = None  # the schema's own input is optional, one that the user names is not
+        known = Schema(**settings)
     missing = [c for c in (*known.required, known.input) if c is not None and c not in available]
     if missing:
         raise ValueError(
             f"Columns {missing} are not in the dataset, which has {available}. Name the right ones in `columns`."
         )
     return known
+
+
+def _recognise(column_names: list[str]) -> Schema:
+    """Return the only schema of [`SCHEMAS`] whose required columns are all there."""
+    fitting = [schema for schema in SCHEMAS.values() if all(c in column_names for c in schema.required)]
+    if not fitting:
+        raise ValueError(
+            f"No known schema fits the columns {column_names}. Known: {sorted(SCHEMAS)}. "
+            "Name the columns: columns={'instruction': ..., 'response': ...} (--columns instruction=...,response=...)."
+        )
+    if len(fitting) > 1:
+        raise ValueError(
+            f"The columns {column_names} fit several schemas: {[s.name for s in fitting]}. Choose one: "
+            f"schema={fitting[0].name!r} (--schema {fitting[0].name})."
+        )
+    [schema] = fitting
+    # Many Alpaca-like datasets leave out the column `input`.
+    return schema if schema.input in column_names else replace(schema, input=None)
+
+
+def check_schema(schema: str, columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
+    """Raise ValueError if the schema or a key of `columns` is unknown; no dataset is needed for this check."""
+    unknown = {role for role, _ in as_column_names(columns)} - set(ROLE_NAMES)
+    if unknown:
+        raise ValueError(f"columns has the keys {sorted(unknown)}; known are {', '.join(ROLE_NAMES)}.")
+    if schema != "auto" and schema not in SCHEMAS:
+        raise ValueError(f"schema={schema!r} is not known; choose one of {sorted(SCHEMAS)} or 'auto'.")
 
 
 def as_column_names(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -152,32 +181,6 @@ def as_column_names(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> t
     return pairs
 
 
-def check_schema(schema: str, columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
-    """Raise ValueError if the schema or a key of `columns` is unknown, for whatever dataset."""
-    unknown = {role for role, _ in as_column_names(columns)} - set(ROLE_NAMES)
-    if unknown:
-        raise ValueError(f"columns has the keys {sorted(unknown)}; known are {', '.join(ROLE_NAMES)}.")
-    if schema != "auto" and schema not in SCHEMAS:
-        raise ValueError(f"schema={schema!r} is not known; choose one of {sorted(SCHEMAS)} or 'auto'.")
-
-
-def _recognise(column_names: list[str]) -> Schema:
-    """Return the only schema of [`SCHEMAS`] whose required columns are all there."""
-    fitting = [schema for schema in SCHEMAS.values() if all(c in column_names for c in schema.required)]
-    if not fitting:
-        raise ValueError(
-            f"No known schema fits the columns {column_names}. Known: {sorted(SCHEMAS)}. "
-            "Name the columns: columns={'instruction': ..., 'response': ...} (--columns instruction=...,response=...)."
-        )
-    if len(fitting) > 1:
-        raise ValueError(
-            f"The columns {column_names} fit several schemas: {[s.name for s in fitting]}. Choose one: "
-            f"schema={fitting[0].name!r} (--schema {fitting[0].name})."
-        )
-    [schema] = fitting
-    return schema if schema.input in column_names else replace(schema, input=None)
-
-
 def format_batch(batch: Mapping[str, Sequence[Any]], schema: Schema, template: str) -> list[FormattedRow]:
     """Render the rows of a `.map` batch.
 
@@ -194,6 +197,7 @@ def format_batch(batch: Mapping[str, Sequence[Any]], schema: Schema, template: s
         if isinstance(exchanges, str):
             rows.append(FormattedRow([], exchanges))
         else:
+            # An empty response is text all the same: the row is scored, and only marked.
             empty = any(not e.response.strip() for e in exchanges)
             rows.append(FormattedRow([render(e, template) for e in exchanges], EMPTY_RESPONSE if empty else OK))
     return rows
@@ -231,13 +235,13 @@ def _chat_exchanges(turns: Any, schema: Schema) -> list[Exchange] | str:
     """Cut a chat into exchanges, or return the status that says why it has none."""
     if turns is None:
         return NULL
-    if isinstance(turns, str) or not isinstance(turns, Sequence):
+    if isinstance(turns, str) or not isinstance(turns, Sequence):  # a str is a Sequence too
         return BAD_TURN
     read: list[_Turn] = []
     for raw in turns:
         turn = _read_turn(raw, schema)
         if isinstance(turn, str):
-            return turn
+            return turn  # one invalid turn makes the row unscorable, rather than a score for a part of the chat
         if turn is not None:
             read.append(turn)
     return _cut_at_answers(read) or NO_ASSISTANT_TURN
@@ -262,8 +266,17 @@ def _read_turn(turn: Any, schema: Schema) -> _Turn | str | None:
     return _Turn(role, content) if isinstance(content, str) else NOT_A_STRING
 
 
+def _turn_keys(turn: Any, schema: Schema) -> tuple[str, str] | None:
+    """Return the keys of role and content: the schema's, or one of the two usual pairs, which many files mix."""
+    if isinstance(turn, Mapping):
+        for role, content in ((schema.role, schema.content), ("role", "content"), ("from", "value")):
+            if turn.get(role) is not None and content in turn:
+                return role, content
+    return None
+
+
 def _cut_at_answers(turns: Iterable[_Turn]) -> list[Exchange]:
-    """Make an exchange of every answer and what was asked since the previous one, after the system prompt."""
+    """Make one exchange per answer; its instruction is the system prompt and what was asked since the last answer."""
     system: list[str] = []
     asked: list[str] = []
     exchanges: list[Exchange] = []
@@ -280,15 +293,6 @@ def _cut_at_answers(turns: Iterable[_Turn]) -> list[Exchange]:
             asked = []
         previous = role
     return exchanges
-
-
-def _turn_keys(turn: Any, schema: Schema) -> tuple[str, str] | None:
-    """Return the keys of role and content: the schema's, or one of the two usual pairs, which many files mix."""
-    if isinstance(turn, Mapping):
-        for role, content in ((schema.role, schema.content), ("role", "content"), ("from", "value")):
-            if turn.get(role) is not None and content in turn:
-                return role, content
-    return None
 
 
 def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: int, where: str = "") -> str:

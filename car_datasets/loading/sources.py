@@ -31,6 +31,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from car_datasets.loading.files import FORMATS, check_json_start, csv_options, needs_rereading, reading, reread_json
 from car_datasets.loading.schemas import ON_INVALID, UNSCORABLE, Schema, exchanges_of, find_schema, invalid_rows_message
 from car_datasets.utils import revisions
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import is_text
 from car_datasets.utils.hub import READING_WAITS, asking, clean_token, reason, retry
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ def load_instructions(
     schema: str = "auto",
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = (),
     on_invalid: str = "error",
-    index_column: str = "source_index",
+    index_column: str = ColumnNames.index,
 ) -> Dataset:
     """Load an instruction dataset and check every row before anything expensive runs.
 
@@ -62,7 +64,8 @@ def load_instructions(
         revision (`str`, *optional*): branch, tag or commit of a Hub dataset. Defaults to its main branch.
         token (`str`, *optional*): a token for a private Hub dataset. Defaults to `HF_TOKEN` or `hf auth login`.
         cache_dir (`str`, *optional*): where `datasets` keeps its Arrow files.
-        schema (`str`, defaults to `"auto"`): a key of [`SCHEMAS`]. `"auto"` recognises the schema from the column names.
+        schema (`str`, defaults to `"auto"`): a key of [`SCHEMAS`]. `"auto"` recognises the schema from the column
+            names.
         columns (`Mapping[str, str]`, *optional*): columns whose names differ from the schema's, such as
             `{"instruction": "task", "response": "answer"}`.
         on_invalid (`str`, defaults to `"error"`): `"error"` refuses a dataset with rows that cannot be scored; `"mark"`
@@ -96,7 +99,7 @@ def open_dataset(
 ) -> Dataset:
     """Open a source without checking its rows.
 
-    Use it alone for datasets that are scored already; [`check_rows`] does the rest of [`load_instructions`].
+    Use it alone for datasets that are scored already; [`load_instructions`] calls it and then [`check_rows`].
 
     Args:
         source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a file, a folder, or a dataset in memory.
@@ -114,9 +117,10 @@ def open_dataset(
     Raises:
         FileNotFoundError: the file does not exist, and the Hub has no such dataset or revision that you may see.
         ConnectionError: the Hub cannot be reached; a cached revision never replaces the requested one.
-        ValueError: the file does not have the format that its name promises, `split` is missing or unknown, or there are
-            no rows.
+        ValueError: the file does not have the format that its name promises, `split` is missing or unknown, or there
+            are no rows.
     """
+    # No rows is an error here, before a model is downloaded for them.
     dataset = _one_split(_open(source, name, split, revision, token, cache_dir, dict(columns)), split)
     if len(dataset) == 0:
         shown = repr(str(source)) if isinstance(source, (str, Path)) else type(source).__name__
@@ -130,13 +134,14 @@ def check_rows(
     schema: str = "auto",
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = (),
     on_invalid: str = "error",
-    index_column: str = "source_index",
+    index_column: str = ColumnNames.index,
 ) -> Dataset:
     """Find the schema of an open dataset, check that its rows can be scored, and number them.
 
     Args:
         dataset (`Dataset`): a dataset from [`open_dataset`].
-        schema (`str`, defaults to `"auto"`): a key of [`SCHEMAS`]. `"auto"` recognises the schema from the column names.
+        schema (`str`, defaults to `"auto"`): a key of [`SCHEMAS`]. `"auto"` recognises the schema from the column
+            names.
         columns (`Mapping[str, str]`, *optional*): columns whose names differ from the schema's.
         on_invalid (`str`, defaults to `"error"`): `"error"` refuses rows that cannot be scored; `"mark"` keeps them.
         index_column (`str`, defaults to `"source_index"`): the row number in the source, added if it is not there.
@@ -149,9 +154,182 @@ def check_rows(
     """
     _check_on_invalid(on_invalid)
     known = find_schema(dataset.column_names, schema, columns)
+    # With "mark" the scorer finds the same rows again, and writes the reason into their status column.
     if on_invalid == "error":
         refuse_invalid_rows(dataset, known)
     return _number_rows(dataset, index_column)
+
+
+def _open(
+    source: Any,
+    name: str | None,
+    split: str | None,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | None,
+    columns: Mapping[str, str],
+) -> Any:
+    """Open a source before a split is chosen: an object in memory, else a path that exists, else a Hub id."""
+    if not isinstance(source, (str, Path)):
+        return source
+    if not str(source).strip():
+        raise ValueError("source is empty; pass a path, a Hub id, a Dataset or a DatasetDict.")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _open_file(path, columns, cache_dir)
+    if path.is_dir():
+        return _open_folder(path, name, columns, cache_dir)
+    # These can only mean a path; asking the Hub would hide a misspelt file name behind an error about repositories.
+    if path.suffix.lower() in FORMATS or path.is_absolute() or str(source).startswith((".", "~")):
+        raise FileNotFoundError(f"source={str(source)!r}: no such file or folder. Check the path.")
+    return _open_hub(str(source), name, split, revision, token, cache_dir)
+
+
+def _open_file(path: Path, columns: Mapping[str, str], cache_dir: str | None) -> DatasetDict:
+    """Load a data file with options that keep its text as it is."""
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(
+            f"source={str(path)!r}: the file extension {path.suffix!r} is not known; use one of {sorted(FORMATS)}."
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"source={str(path)!r} is an empty file; pass one that contains rows.")
+    options: dict[str, Any] = {}
+    if kind == "json":
+        check_json_start(path)
+    elif kind == "csv":
+        options = csv_options(path, columns)
+    with reading(path, kind):
+        try:
+            opened = load_dataset(kind, data_files=str(path), cache_dir=cache_dir, **options)
+        except (DatasetGenerationError, StopIteration):
+            if kind != "json":
+                raise
+            opened = None  # Python's parser may still read it, or gives a clearer reason why it cannot be read
+        if kind == "json" and (opened is None or needs_rereading(opened["train"])):
+            opened = DatasetDict({"train": reread_json(path, None if opened is None else opened["train"])})
+    return opened
+
+
+def _open_folder(path: Path, name: str | None, columns: Mapping[str, str], cache_dir: str | None) -> Any:
+    """Load a folder that `save_to_disk` wrote, or one of data files."""
+    # The files by which `datasets` itself tells a saved Dataset and a saved DatasetDict apart.
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    if not any(p.suffix.lower() in FORMATS for p in files):
+        raise ValueError(
+            f"source={str(path)!r} is a folder without data. Pass one that save_to_disk wrote, or one with files that "
+            f"end in {sorted(FORMATS)}."
+        )
+    tables = [p for p in files if FORMATS.get(p.suffix.lower()) == "csv"]
+    # One set of options serves all tables, since `datasets` wants the same columns in each; each table is checked.
+    options = [csv_options(table, columns) for table in tables]
+    with reading(path, "a folder of data files"):
+        opened = load_dataset(str(path), name, cache_dir=cache_dir, **(options[0] if options else {}))
+    if any(needs_rereading(split) for split in opened.values()):
+        raise ValueError(
+            f"source={str(path)!r} contains JSON whose values `datasets` would change (text that looks like a date, or "
+            "columns of mixed types). Load the files one by one."
+        )
+    return opened
+
+
+def _open_hub(
+    source: str, name: str | None, split: str | None, revision: str | None, token: str | None, cache_dir: str | None
+) -> Any:
+    """Load a dataset from the Hub at the commit that `revision` means now.
+
+    The commit is resolved before anything is loaded, so that a branch which moves meanwhile makes no difference.
+    """
+    resolved = revisions.is_commit(revision) or HF_HUB_OFFLINE  # offline, `datasets` looks the branch up in its cache
+    commit = revision if resolved else revisions.pin_dataset(source, revision, token, FileNotFoundError)
+    try:
+        with asking(f"source={source!r}", "dataset", revision, FileNotFoundError):
+            builder = builder_at_commit(source, name, commit, token, cache_dir)
+            # Offline this may be an old commit, which the user should see without asking for it.
+            level = logging.WARNING if HF_HUB_OFFLINE else logging.INFO
+            logger.log(level, "source=%r: commit %s is loaded.", source, builder.hash)
+            builder.download_and_prepare()
+            return builder.as_dataset(split)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"source={source!r} is not a local file or folder, and as a Hub id: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"source={source!r}: the header of its README.md is not valid YAML ({' '.join(str(error).split())}). "
+            "Correct it, or download the data files and pass their paths."
+        ) from error
+
+
+def load_split(
+    repo_id: str, config_name: str, split: str, sha: str, token: str | None = None, cache_dir: str | None = None
+) -> Dataset:
+    """Load a split of a dataset repository at a commit, retrying on transient errors.
+
+    Raises:
+        ValueError: the configuration or split does not exist, the Hub refuses it, or its files cannot be read.
+        ConnectionError: the Hub does not answer.
+    """
+    shown = f"{repo_id!r}, split {split!r}"
+
+    def load() -> Dataset:
+        builder = builder_at_commit(repo_id, config_name, sha, clean_token(token), cache_dir)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+
+    try:
+        with asking(shown, "dataset", sha):
+            return retry(load, READING_WAITS)
+    except DatasetsError as error:
+        raise ValueError(f"{shown}: its files cannot be read ({reason(error)}).") from error
+
+
+def builder_at_commit(
+    repo_id: str, name: str | None, revision: str | None, token: str | None = None, cache_dir: str | None = None
+) -> DatasetBuilder:
+    """Return the builder of a Hub dataset at exactly the commit `revision`, never at another one from the cache.
+
+    If the Hub fails, `datasets` falls back to any revision in its cache without a warning; that fallback is refused.
+
+    Args:
+        repo_id (`str`): `"owner/name"`.
+        name (`str`, *optional*): the configuration.
+        revision (`str`, *optional*): a commit. A branch, a tag or `None` is not checked: offline, its current commit
+            cannot be known.
+        token (`str`, *optional*): a token for a private dataset.
+        cache_dir (`str`, *optional*): where `datasets` keeps its Arrow files.
+
+    Raises:
+        ConnectionError: the cache holds another commit, and the Hub did not provide this one.
+    """
+    builder = load_dataset_builder(repo_id, name, revision=revision, token=token, cache_dir=cache_dir)
+    # For a Hub dataset `hash` is the commit that the builder reads; a cached builder carries that of its own commit.
+    if revisions.is_commit(revision) and str(builder.hash) != revision:
+        raise ConnectionError(
+            f"commit {revision} could not be loaded, and the cache holds {builder.hash}, which is a different commit"
+        )
+    return builder
+
+
+def _one_split(opened: Any, split: str | None) -> Dataset:
+    """Return the only split, or the one that was named; raise ValueError if it is unclear."""
+    if isinstance(opened, (IterableDataset, IterableDatasetDict)):
+        raise ValueError(
+            "source is a streaming dataset; load it without streaming=True, or pass the Dataset that "
+            "score_in_shards(stream, QualityScorer(), shard_dir) returns."
+        )
+    if isinstance(opened, DatasetDict):
+        if split is not None and split not in opened:
+            raise ValueError(f"split={split!r} is not in the source; it has {sorted(opened)}. Pass one of these.")
+        # No guess such as "train": the rows of the other splits would be left out without a word.
+        if split is None and len(opened) != 1:
+            raise ValueError(
+                f"The source has the splits {sorted(opened)}; say which, such as split='train' (--split train)."
+            )
+        opened = opened[split if split is not None else next(iter(opened))]
+    if not isinstance(opened, Dataset):
+        raise ValueError(f"source is a {type(opened).__name__}; pass a path, a Hub id, a Dataset or a DatasetDict.")
+    return opened
 
 
 def _check_on_invalid(on_invalid: str) -> None:
@@ -184,14 +362,15 @@ def unscorable_rows(dataset: Dataset, schema: Schema) -> dict[int, str]:
 def _all_plain_text(dataset: Dataset, schema: Schema) -> bool:
     """Return True if the Arrow types and null counts prove that every row can be scored.
 
-    This spares most datasets a pass over all their rows: text columns without a null cannot contain an invalid row. A null
-    input counts as an empty one, so only the required columns must be free of nulls.
+    This spares most datasets a pass over all their rows: text columns without a null cannot contain an invalid row. A
+    null input counts as an empty one, so only the required columns must be free of nulls.
     """
     if schema.turns is not None:
-        return False
+        return False  # the roles of a chat are values, which types say nothing about
     types = {getattr(dataset.features[c], "dtype", None) for c in schema.required}
     if schema.input is not None:
         types.add(getattr(dataset.features[schema.input], "dtype", None))
+    # `data` ignores the indices of a filtered dataset: nulls of dropped rows may count as well, but none is missed.
     nulls = sum(dataset.data.column(c).null_count for c in schema.required)
     return types <= {"string", "large_string"} and nulls == 0
 
@@ -203,179 +382,11 @@ def _number_rows(dataset: Dataset, index_column: str) -> Dataset:
     # Arrow keeps the types apart that NumPy merges: a nullable integer column would arrive as floats.
     values = dataset.select_columns([index_column]).with_format("arrow")[:][index_column]
     kind = values.type
-    plain = pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    plain = pa.types.is_integer(kind) or is_text(kind)
     if not plain or values.null_count or len(values.unique()) != len(dataset):
         raise ValueError(
             f"The column {index_column!r} does not tell rows apart: it contains nulls, duplicates, or values that are "
-            "neither integers nor text. Pass index_column=<another name> (--index-column) to number the rows there, or drop "
-            "the column."
+            "neither integers nor text. Pass index_column=<another name> (--index-column) to number the rows there, or "
+            "drop the column."
         )
     return dataset
-
-
-def _one_split(opened: Any, split: str | None) -> Dataset:
-    """Return the only split, or the one that was named; raise ValueError if it is unclear."""
-    if isinstance(opened, (IterableDataset, IterableDatasetDict)):
-        raise ValueError(
-            "source is a streaming dataset; load it without streaming=True, or pass the Dataset that "
-            "score_in_shards(stream, QualityScorer(), shard_dir) returns."
-        )
-    if isinstance(opened, DatasetDict):
-        if split is not None and split not in opened:
-            raise ValueError(f"split={split!r} is not in the source; it has {sorted(opened)}. Pass one of these.")
-        if split is None and len(opened) != 1:
-            raise ValueError(
-                f"The source has the splits {sorted(opened)}; say which, such as split='train' (--split train)."
-            )
-        opened = opened[split if split is not None else next(iter(opened))]
-    if not isinstance(opened, Dataset):
-        raise ValueError(f"source is a {type(opened).__name__}; pass a path, a Hub id, a Dataset or a DatasetDict.")
-    return opened
-
-
-def _open(
-    source: Any,
-    name: str | None,
-    split: str | None,
-    revision: str | None,
-    token: str | None,
-    cache_dir: str | None,
-    columns: Mapping[str, str],
-) -> Any:
-    """Return what the source holds, before a split is chosen: a path that exists, else a Hub id."""
-    if not isinstance(source, (str, Path)):
-        return source
-    if not str(source).strip():
-        raise ValueError("source is empty; pass a path, a Hub id, a Dataset or a DatasetDict.")
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _open_file(path, columns, cache_dir)
-    if path.is_dir():
-        return _open_folder(path, name, columns, cache_dir)
-    # These can only mean a path; asking the Hub would hide a misspelt file name behind an error about repositories.
-    if path.suffix.lower() in FORMATS or path.is_absolute() or str(source).startswith((".", "~")):
-        raise FileNotFoundError(f"source={str(source)!r}: no such file or folder. Check the path.")
-    return _open_hub(str(source), name, split, revision, token, cache_dir)
-
-
-def builder_at_commit(
-    repo_id: str, name: str | None, revision: str | None, token: str | None = None, cache_dir: str | None = None
-) -> DatasetBuilder:
-    """Return the builder of a Hub dataset at exactly the commit `revision`, never at another one from the cache.
-
-    If the Hub fails, `datasets` falls back to any revision in its cache without a warning. That fallback is refused here.
-
-    Args:
-        repo_id (`str`): `"owner/name"`.
-        name (`str`, *optional*): the configuration.
-        revision (`str`, *optional*): a commit. A branch, a tag or `None` is not checked: offline, the name of the commit
-            that it means cannot be known.
-        token (`str`, *optional*): a token for a private dataset.
-        cache_dir (`str`, *optional*): where `datasets` keeps its Arrow files.
-
-    Raises:
-        ConnectionError: the cache holds another commit, and the Hub did not provide this one.
-    """
-    builder = load_dataset_builder(repo_id, name, revision=revision, token=token, cache_dir=cache_dir)
-    if revisions.is_commit(revision) and str(builder.hash) != revision:
-        raise ConnectionError(
-            f"commit {revision} could not be loaded, and the cache holds {builder.hash}, which is a different commit"
-        )
-    return builder
-
-
-def _open_hub(
-    source: str, name: str | None, split: str | None, revision: str | None, token: str | None, cache_dir: str | None
-) -> Any:
-    """Load a dataset from the Hub at the commit that `revision` means now.
-
-    The commit is resolved before anything is loaded, so that a branch which moves in the meantime does not matter.
-    """
-    resolved = revisions.is_commit(revision) or HF_HUB_OFFLINE  # offline, `datasets` looks the branch up in its cache
-    commit = revision if resolved else revisions.pin_dataset(source, revision, token, FileNotFoundError)
-    try:
-        with asking(f"source={source!r}", "dataset", revision, FileNotFoundError):
-            builder = builder_at_commit(source, name, commit, token, cache_dir)
-            # Offline this may be an old commit, which the user should see without asking for it.
-            level = logging.WARNING if HF_HUB_OFFLINE else logging.INFO
-            logger.log(level, "source=%r: commit %s is loaded.", source, builder.hash)
-            builder.download_and_prepare()
-            return builder.as_dataset(split)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"source={source!r} is not a local file or folder, and as a Hub id: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"source={source!r}: the header of its README.md is not valid YAML ({' '.join(str(error).split())}). Correct it, "
-            "or download the data files and pass their paths."
-        ) from error
-
-
-def _open_file(path: Path, columns: Mapping[str, str], cache_dir: str | None) -> DatasetDict:
-    """Load a data file with options that keep its text as it is."""
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(
-            f"source={str(path)!r}: the file extension {path.suffix!r} is not known; use one of {sorted(FORMATS)}."
-        )
-    if path.stat().st_size == 0:
-        raise ValueError(f"source={str(path)!r} is an empty file; pass one that contains rows.")
-    options: dict[str, Any] = {}
-    if kind == "json":
-        check_json_start(path)
-    elif kind == "csv":
-        options = csv_options(path, columns)
-    with reading(path, kind):
-        try:
-            opened = load_dataset(kind, data_files=str(path), cache_dir=cache_dir, **options)
-        except (DatasetGenerationError, StopIteration):
-            if kind != "json":
-                raise
-            opened = None  # Python's parser may read it, or knows a better reason why it cannot be read
-        if kind == "json" and (opened is None or needs_rereading(opened["train"])):
-            opened = DatasetDict({"train": reread_json(path, None if opened is None else opened["train"])})
-    return opened
-
-
-def _open_folder(path: Path, name: str | None, columns: Mapping[str, str], cache_dir: str | None) -> Any:
-    """Load a folder that `save_to_disk` wrote, or one of data files."""
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    if not any(p.suffix.lower() in FORMATS for p in files):
-        raise ValueError(
-            f"source={str(path)!r} is a folder without data. Pass one that save_to_disk wrote, or one with files that end in "
-            f"{sorted(FORMATS)}."
-        )
-    tables = [p for p in files if FORMATS.get(p.suffix.lower()) == "csv"]
-    options = [csv_options(table, columns) for table in tables]
-    with reading(path, "a folder of data files"):
-        opened = load_dataset(str(path), name, cache_dir=cache_dir, **(options[0] if options else {}))
-    if any(needs_rereading(split) for split in opened.values()):
-        raise ValueError(
-            f"source={str(path)!r} contains JSON whose values `datasets` would change (text that looks like a date, or columns "
-            "of mixed types). Load the files one by one."
-        )
-    return opened
-
-
-def load_split(
-    repo_id: str, config_name: str, split: str, sha: str, token: str | None = None, cache_dir: str | None = None
-) -> Dataset:
-    """Load a split of a dataset repository at a commit, retrying on transient errors.
-
-    Raises:
-        ValueError: the configuration or split does not exist, the Hub refuses it, or its files cannot be read.
-        ConnectionError: the Hub does not answer.
-    """
-    shown = f"{repo_id!r}, split {split!r}"
-
-    def load() -> Dataset:
-        builder = builder_at_commit(repo_id, config_name, sha, clean_token(token), cache_dir)
-        builder.download_and_prepare()
-        return builder.as_dataset(split)
-
-    try:
-        with asking(shown, "dataset", sha):
-            return retry(load, READING_WAITS)
-    except DatasetsError as error:
-        raise ValueError(f"{shown}: its files cannot be read ({reason(error)}).") from error

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+# The version is part of the name, and the name part of fingerprints, receipts and configurations of models.
 PAPER_TEMPLATE = "paper"
 CLEAN_TEMPLATE = "clean-1"
 
@@ -49,9 +50,10 @@ class Text(NamedTuple):
 def render(exchange: Exchange, template: str = CLEAN_TEMPLATE) -> Text:
     """Render an exchange as the text that the quality model and the embedder read.
 
-    `"paper"` is CaR's inference template byte for byte: an empty input leaves two spaces before `Response:`, and nothing is
-    cleaned. `"clean-1"` passes each part through [`clean`] and omits ` Input: ` if there is no input, as CaR's own
-    *training* files do (its scoring script renders most rows in a form that the model did not see in training).
+    `"paper"` is CaR's inference template byte for byte: an empty input leaves two spaces before `Response:`, and
+    nothing is cleaned. `"clean-1"` passes each part through [`clean`] and omits ` Input: ` if there is no input, as
+    CaR's own *training* files do (its scoring script renders most rows in a form that the model did not see in
+    training).
 
     Raises:
         ValueError: the template is unknown.
@@ -74,10 +76,13 @@ def _clean(exchange: Exchange) -> Text:
 
 # Scores depend on the template, so a change of wording or of `clean` gets a new name; a published one is never edited.
 TEMPLATES: dict[str, Callable[[Exchange], Text]] = {PAPER_TEMPLATE: _paper, CLEAN_TEMPLATE: _clean}
+
+# `\uXXXX`, or a backslash and one of the letters and signs that JSON escapes (and Python: the single quote).
 _ESCAPE = re.compile(r"""\\(?:u([0-9a-fA-F]{4})|([nrtbf"'\\/]))""")
 _CONTROL = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _QUOTES = str.maketrans("‘’“”", "''\"\"")
+# JSON escapes characters beyond U+FFFF as two halves, which decoding one escape at a time leaves apart.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
@@ -89,18 +94,20 @@ def clean(text: str) -> str:
     price: `\nabla` in LaTeX loses its `\n`. Only the scored text is changed, never the row.
     """
     text = text.translate(_QUOTES)
+    # This ends: each replacement makes the text shorter.
     while (decoded := _ESCAPE.sub(_decode, text).translate(_QUOTES)) != text:  # a straightened quote can end an escape
         text = decoded
     return " ".join(join_surrogates(text).split())
 
 
-def join_surrogates(text: str) -> str:
-    """Join surrogate pairs to characters, and replace lone surrogates, which no file or tokenizer accepts, by U+FFFD."""
-    if _SURROGATE.search(text):
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def _decode(match: re.Match[str]) -> str:
     code, letter = match.groups()
     return chr(int(code, 16)) if code else _CONTROL.get(letter, letter)
+
+
+def join_surrogates(text: str) -> str:
+    """Join surrogate pairs to characters; replace lone surrogates, which no file or tokenizer accepts, by U+FFFD."""
+    if _SURROGATE.search(text):  # rare, so most texts are spared the round trip
+        # UTF-16 is the encoding that writes such characters as pairs, so its decoder joins them.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

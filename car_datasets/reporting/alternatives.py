@@ -1,7 +1,8 @@
 """`what_if`: what another n1, n2 or k would select, from existing scores and embeddings; no model runs.
 
 Does: apply CaR's rule over a grid of settings and compare each result with the present selection.
-Does not: select, or keep what it tries. Another k is an estimate: a run with that k clusters differently in detail.
+Does not: return the rows that other settings would select. Another k is an estimate: a run with that k clusters
+differently in detail.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from car_datasets.clustering.fitting import Covariance, project
 from car_datasets.clustering.kmeans import lloyd, nearest
-from car_datasets.reporting.overview import Overview
+from car_datasets.reporting.overview import Overview, count_clusters
 from car_datasets.selection.rule import Indices, choose
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix
@@ -24,8 +25,9 @@ from car_datasets.utils.columns import Matrix
 if TYPE_CHECKING:
     from datasets import Dataset
 
-QUICK_COMPONENTS, QUICK_ROWS = 16, 32  # components, and rows per cluster to fit on
-QUICK_COVARIANCE = 8_192  # rows, or up to twice as many, to find the components on
+# The quick clustering of another k: number of components, and of rows per cluster to fit on.
+QUICK_COMPONENTS, QUICK_ROWS = 16, 32
+QUICK_COVARIANCE = 8_192  # rows to find the components on; up to twice as many, since every n-th row is taken
 HEADER = ("n1", "n2", "k", "rows", "mean score", "clusters covered", "in common", "overlap")
 
 
@@ -122,6 +124,7 @@ def try_out(
         given = zip((n1, n2, k), present, strict=True)
         n1s, n2s, ks = (list(values) if values is not None else [value] for values, value in given)
         grid = [(a, b, c) for c, a, b in itertools.product(ks, n1s, n2s)]
+    # The present k keeps its own clusters; only other numbers are clustered anew.
     labels = quick_clusters(overview, {c for *_, c in grid} - {present[2]})
     labels[present[2]] = overview.clusters
     return [_try(overview, a, b, c, labels[c]) for a, b, c in grid]
@@ -133,7 +136,8 @@ def _around(present: tuple[int, int, int], rows: int, embedded: int) -> list[tup
     n1s = sorted({min(max(1, int(n1 * f)), rows) for f in (0.25, 0.5, 1, 2)} | {n1})
     n2s = sorted({0, 1, n2, *(b for b in (2, 5, 10) if b <= rows)})
     others = sorted({c for c in (k // 2, 2 * k) if 1 < c <= embedded // 2} - {k})
-    # n1 = n2 = 0 would select nothing.
+    # All pairs of n1 and n2 at the present k, then other k alone: each of those costs a clustering. n1 = n2 = 0 would
+    # select nothing.
     return [(a, b, k) for a, b in itertools.product(n1s, n2s) if a or b] + [(n1, n2, c) for c in others]
 
 
@@ -142,7 +146,7 @@ def _try(overview: Overview, n1: int, n2: int, k: int, clusters: Indices) -> Wha
     if len(choice) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows.")
     common = len(np.intersect1d(choice, overview.positions))
-    covered = len(np.unique(clusters[choice][clusters[choice] >= 0]))
+    covered = count_clusters(clusters[choice])
     overlap = common / (len(choice) + len(overview.positions) - common)
     return WhatIf(n1, n2, k, len(choice), float(overview.scores[choice].mean()), covered, common, overlap)
 
@@ -173,9 +177,10 @@ def quick_clusters(overview: Overview, ks: set[int]) -> dict[int, Indices]:
         rng = np.random.default_rng(overview.seed)
         rows = np.sort(rng.choice(len(points), min(len(points), QUICK_ROWS * k), replace=False))
         fitted_on = points[torch.from_numpy(rows)]
+        # Random first centres: on embeddings they do as well as k-means++, which is slower.
         first = torch.from_numpy(rng.choice(len(fitted_on), k, replace=False))
         centers = lloyd(fitted_on, fitted_on[first]).centers
-        labels[k] = np.full(len(overview.scores), -1)
+        labels[k] = np.full(len(overview.scores), -1)  # "no cluster", for rows without an embedding
         labels[k][present] = nearest(points, centers)[0].numpy()
     return labels
 

@@ -1,7 +1,8 @@
 """`explain`: why a row was selected or not.
 
-Does: the row's place among scores and in its cluster, the rows nearest to it, and the rule that decided, in words.
-Does not: decide anything.
+Does: find the row's place among the scores and in its cluster, the rows nearest to it, and the rule that decided, and
+put them into words.
+Does not: select anything.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from car_datasets.loading.schemas import OK, TRUNCATED
 from car_datasets.reporting.overview import Overview
-from car_datasets.selection.rule import Indices
+from car_datasets.selection.rule import BY_BOTH, BY_CLUSTER, BY_SCORE, Indices
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
 from car_datasets.utils.settings import is_whole_number
@@ -54,7 +56,7 @@ class Explanation:
         length (`float`): its length in `length_unit`.
         length_unit (`str`): `"tokens"` of the scored text, or `"characters"` of the row's strings.
         truncated (`bool`): True if the text was longer than the scorer reads.
-        status (`str`): `"ok"`, `"truncated"`, ..., or why there is no score (`"unknown"` if no column says it).
+        status (`str`): `"ok"`, `"truncated"`, ..., or why there is no score (`"unknown"` without a status column).
         cluster (`int`, *optional*): its cluster.
         cluster_size (`int`): scored rows in the cluster.
         cluster_rank (`int`): rank by score among them, 1 for the best; 0 without a cluster or a score.
@@ -128,7 +130,7 @@ def explain(
     Raises:
         ValueError: the row does not exist, or a column is missing.
     """
-    if not isinstance(neighbours, int) or neighbours < 0:
+    if not is_whole_number(neighbours) or neighbours < 0:
         raise ValueError(f"neighbours={neighbours!r} must be a whole number, 0 or more.")
     overview = Overview.of(pool, selected, names=names)
     return explain_rows(overview, [_position(overview, row)], neighbours)[0]
@@ -141,8 +143,9 @@ def _position(overview: Overview, row: int | str) -> int:
         if is_whole_number(row) and 0 <= row < rows:
             return int(row)
         raise ValueError(f"row={row!r} does not exist: the pool has the rows 0 to {rows - 1}.")
+    # pandas compares values of any type without raising; the index column may hold text, numbers or dates.
     matches = np.flatnonzero(np.asarray(overview.ids.to_pandas() == row))
-    if len(matches) == 0 or isinstance(row, bool):
+    if len(matches) == 0 or isinstance(row, bool):  # True == 1 in Python
         raise ValueError(
             f"row={row!r} is not in the pool's column {overview.names.index!r}, which starts with "
             f"{overview.ids[:3].to_pylist()}."
@@ -158,6 +161,7 @@ def explain_rows(overview: Overview, rows: Sequence[int], neighbours: int = 3) -
         rows (`Sequence[int]`): positions in the pool.
         neighbours (`int`): how many rows of its cluster to name for each.
     """
+    # All rows in one pass over the embeddings, which may be larger than memory: a page explains hundreds.
     sizes = dict(zip(*np.unique(overview.clusters[overview.scored], return_counts=True), strict=True))
     of_cluster, of_selection = _neighbours(overview, np.asarray(rows, dtype=np.int64), neighbours)
     explanations = []
@@ -165,18 +169,17 @@ def explain_rows(overview: Overview, rows: Sequence[int], neighbours: int = 3) -
         scored, cluster = not np.isnan(overview.scores[row]), int(overview.clusters[row])
         rank, within = int(overview.score_ranks[row]), int(overview.cluster_ranks[row])
         status = _status(overview, row, scored)
-        below = np.count_nonzero(overview.scores <= overview.scores[row]) if scored else 0
         explanations.append(
             Explanation(
                 row=overview.name_of(row),
-                selected_by=overview.reasons[row].item() or None,
+                selected_by=overview.reasons[row].item() or None,  # "" if not selected
                 why=_why(overview, row, status),
                 score=float(overview.scores[row]) if scored else None,
                 score_rank=rank if scored else 0,
-                percentile=100 * below / max(1, len(overview.scored)),
+                percentile=float(overview.percentiles[row]),
                 length=float(overview.lengths[row]),
                 length_unit=overview.length_unit,
-                truncated=status == "truncated",
+                truncated=status == TRUNCATED,
                 status=status,
                 cluster=cluster if cluster >= 0 else None,
                 cluster_size=int(sizes.get(cluster, 0)),
@@ -191,7 +194,7 @@ def explain_rows(overview: Overview, rows: Sequence[int], neighbours: int = 3) -
 def _status(overview: Overview, row: int, scored: bool) -> str:
     if overview.statuses is not None:
         return str(overview.statuses[row].as_py())
-    return "ok" if scored else "unknown"
+    return OK if scored else "unknown"
 
 
 def _why(overview: Overview, row: int, status: str) -> str:
@@ -200,11 +203,11 @@ def _why(overview: Overview, row: int, status: str) -> str:
     rank, within = int(overview.score_ranks[row]), int(overview.cluster_ranks[row])
     score = f"rank {rank:,} of {len(overview.scored):,} by score, where the best {n1:,} are taken"
     cluster = f"number {within:,} of its cluster, which gives its best {n2:,}" if within else "in no cluster"
-    if reason == "both":
+    if reason == BY_BOTH:
         return f"kept by both: {score}, and {cluster}."
-    if reason == "score":
+    if reason == BY_SCORE:
         return f"kept by score: {score}; it is {cluster}."
-    if reason == "cluster":
+    if reason == BY_CLUSTER:
         return f"kept by its cluster: {cluster}; it is {score}."
     if np.isnan(overview.scores[row]):
         return f"not kept: it has no score{'' if status == 'unknown' else f' ({status})'}."
@@ -241,7 +244,9 @@ class Nearest(NamedTuple):
                 earlier row.
             count (`int`): rows to keep, 1 or more.
         """
-        if count < similarities.shape[1]:  # sort few
+        # Drop all but `count` of the new rows before sorting: a batch has thousands, of which few are kept. They are
+        # put back in row order, so that the stable sort below gives ties to the earlier row.
+        if count < similarities.shape[1]:
             few = np.sort(np.argpartition(-similarities, count - 1, axis=1)[:, :count], axis=1)
             similarities, rows = np.take_along_axis(similarities, few, axis=1), rows[few]
         values = np.hstack([self.similarities, similarities])
@@ -256,15 +261,17 @@ def _neighbours(overview: Overview, rows: Indices, count: int) -> tuple[list[lis
     Returns:
         two lists with an entry per row: its neighbours, nearest first. Without embeddings all are empty.
     """
+    # By cosine similarity and not by distance after PCA, which only the cluster model knows: the pool alone is enough.
     of_cluster, of_selection = Nearest.none(len(rows)), Nearest.none(len(rows))
     vectors, present = overview.embeddings_of(rows)
     if len(present):
+        # One row per question; those without an embedding stay zero.
         asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
         asked[present] = unit_rows(vectors)
         known = np.asarray(asked.any(axis=1))[:, None]  # a vector of zeros has no direction, and no neighbours
         clusters = overview.clusters[rows][:, None]
         for matrix, positions in overview.embedding_batches():
-            similar = asked @ unit_rows(matrix).T
+            similar = asked @ unit_rows(matrix).T  # cosines, (asked, rows of the batch)
             other = known & (positions[None] != rows[:, None])
             if count:
                 same = (clusters >= 0) & (clusters == overview.clusters[positions])

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from car_datasets.clustering.fitting import project
 from car_datasets.selection.rule import BY_CLUSTER, BY_SCORE, SELECTION_COLUMNS, Indices, ranks_of, ranks_within
@@ -24,6 +26,7 @@ from car_datasets.utils.columns import (
     check_columns,
     count_vectors,
     embedding_batches,
+    is_text,
     read_embeddings,
     read_numbers,
 )
@@ -31,8 +34,11 @@ from car_datasets.utils.columns import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LENGTH_BINS = 20  # the length-matched control has the selection's share of rows in each
 Floats = npt.NDArray[np.float64]
+LENGTH_BINS = 20  # in each, the length-matched control has as many rows as the selection
+PROJECTIONS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
+MAP_ROWS = 10_000  # rows on the map of a plot; PCA is never fitted on more
+START_COMPONENTS = 50  # dimensions that t-SNE and UMAP start from, as scikit-learn advises
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +110,7 @@ class Overview:
             seed=seed,
         )
 
-    # columns that are read on request --------------------------------------------------------------------------------
+    # columns that are read on request ---------------------------------------------------------------------------------
 
     @cached_property
     def user_columns(self) -> list[str]:
@@ -121,7 +127,7 @@ class Overview:
     def embedding_batches(self) -> Iterator[tuple[Matrix, Indices]]:
         """Yield the embeddings in float32 batches with the positions of their rows.
 
-        The column is read anew by every call and never held entirely, because it may be larger than the memory.
+        Every call reads the column again, batch by batch, because it may be larger than memory.
 
         Raises:
             ValueError: the pool has no embedding column, or one that does not hold finite vectors of one length.
@@ -141,7 +147,7 @@ class Overview:
             return np.zeros((0, 0), dtype=np.float32), np.zeros(0, dtype=np.int64)
         return read_embeddings(some, self.names.embedding)
 
-    # what follows from the arrays ------------------------------------------------------------------------------------
+    # figures that follow from the arrays ------------------------------------------------------------------------------
 
     @cached_property
     def scored(self) -> Indices:
@@ -158,7 +164,7 @@ class Overview:
     @cached_property
     def cluster_count(self) -> int:
         """Return the number of clusters in the pool."""
-        return len(np.unique(self.clusters[self.clusters >= 0]))
+        return count_clusters(self.clusters)
 
     @cached_property
     def by_score(self) -> int:
@@ -177,9 +183,17 @@ class Overview:
         return ranks_of(self.scores)
 
     @cached_property
+    def percentiles(self) -> Floats:
+        """Return the share of the scored rows, in %, that score no better than each row; 0 without a score."""
+        # NaN sorts behind all numbers, so rows without a score would get 100.
+        below = np.searchsorted(np.sort(self.scores[self.scored]), self.scores, side="right")
+        return np.where(np.isnan(self.scores), 0.0, 100 * below / max(1, len(self.scored)))
+
+    @cached_property
     def cluster_ranks(self) -> Indices:
         """Return the rank of every scored row in its cluster, 1 for the best; 0 without a cluster or a score."""
         ranks = np.zeros(len(self.scores), dtype=np.int64)
+        # The positions of the scored rows, best first: rows without a score have the last ranks.
         order = np.argsort(self.score_ranks)[: len(self.scored)]
         ranks[order] = ranks_within(self.clusters[order])
         return ranks
@@ -225,10 +239,16 @@ class Overview:
         return np.sort(np.concatenate([kept, others]))
 
 
+def count_clusters(clusters: Indices) -> int:
+    """Return the number of different clusters among those of some rows; negative numbers mean no cluster."""
+    return len(np.unique(clusters[clusters >= 0]))
+
+
 def _column(dataset: Dataset, name: str) -> pa.Array | None:
     """Return a column as one Arrow array, or `None` if the dataset has no such column."""
     if name not in dataset.column_names:
         return None
+    # In Arrow's format, a column is read without a Python object per row.
     return dataset.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
 
 
@@ -242,8 +262,6 @@ def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> In
     Raises:
         ValueError: a selected row is not in the pool, or several rows of the pool have the same index.
     """
-    import pandas as pd
-
     ids = _column(pool, index_column)
     wanted = selected.select_columns([index_column]).with_format("arrow")[:][index_column].to_pandas()
     known = pd.RangeIndex(len(pool)) if ids is None else pd.Index(ids.to_pandas())
@@ -252,7 +270,7 @@ def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> In
             f"The pool's index column {index_column!r} has the same value in several rows. Pass the name of a "
             "column that identifies a row: index_column=..., or names=ColumnNames(index=...)."
         )
-    places = known.get_indexer(wanted)
+    places = known.get_indexer(wanted)  # -1 for a value that the pool does not have
     if (places < 0).any():
         missing = wanted[places < 0]
         raise ValueError(
@@ -262,17 +280,11 @@ def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> In
     return np.asarray(places, dtype=np.int64)
 
 
-def draw_controls(lengths: Floats, positions: Indices, scored: Indices, seed: int) -> tuple[Indices, Indices]:
-    """Draw the random and the length-matched control, each with as many scored rows as were selected."""
-    rng = np.random.default_rng(seed)  # one generator for both, in this order: published controls depend on it
-    return rng.choice(scored, size=len(positions), replace=False), length_matched(lengths, positions, scored, rng)
-
-
 def row_lengths(dataset: Dataset, names: ColumnNames = ColumnNames()) -> tuple[Floats, str]:
     """Return the length of every row and its unit: the scorer's token counts if they were kept, else characters."""
     if names.tokens in dataset.column_names:
         return np.asarray(read_numbers(dataset, names.tokens, 0), dtype=np.float64), "tokens"
-    # The status is our text, not the row's; embeddings have no characters and would be read in vain.
+    # The status is text of the scorer, not of the row. Embeddings have no characters, and are slow to read.
     kept = [column for column in dataset.column_names if column not in (names.status, names.embedding)]
     table = dataset.select_columns(kept).with_format("arrow")[:]
     lengths = np.zeros(len(dataset), dtype=np.float64)
@@ -283,17 +295,22 @@ def row_lengths(dataset: Dataset, names: ColumnNames = ColumnNames()) -> tuple[F
 
 def _characters(values: pa.Array) -> Floats:
     """Count the characters of all strings in every value, including those in lists and structs (a chat's turns)."""
-    import pyarrow.compute as pc
-
     kind = values.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if is_text(kind):
         return np.asarray(pc.utf8_length(values).fill_null(0), dtype=np.float64)
     if pa.types.is_struct(kind):
         return sum((_characters(part) for part in values.flatten()), np.zeros(len(values)))
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        # For every element of a list, the index of the row that it belongs to; the counts are added up by row.
         parents = np.asarray(pc.list_parent_indices(values))
         return np.bincount(parents, _characters(pc.list_flatten(values)), minlength=len(values)).astype(np.float64)
     return np.zeros(len(values))
+
+
+def draw_controls(lengths: Floats, positions: Indices, scored: Indices, seed: int) -> tuple[Indices, Indices]:
+    """Draw the random and the length-matched control, each with as many scored rows as were selected."""
+    rng = np.random.default_rng(seed)  # one generator for both, in this order: published controls depend on it
+    return rng.choice(scored, size=len(positions), replace=False), length_matched(lengths, positions, scored, rng)
 
 
 def length_matched(lengths: Floats, positions: Indices, scored: Indices, rng: np.random.Generator) -> Indices:
@@ -315,18 +332,13 @@ def length_matched(lengths: Floats, positions: Indices, scored: Indices, rng: np
     return np.concatenate(drawn)
 
 
-PROJECTIONS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
-MAP_ROWS = 10_000  # on the map of a plot; PCA is never fitted on more
-START_COMPONENTS = 50  # that t-SNE and UMAP start from, as scikit-learn advises
-
-
 class PoolMap(NamedTuple):
     """Rows of a pool on a map.
 
     Args:
         rows (`(n,)` int64): row positions, ascending.
         points (`(n, 2)` float64): their coordinates, from -1 to 1.
-        method (`str`): the projection by its full name, such as `"t-SNE"`.
+        method (`str`): the projection that was used by its full name, such as `"t-SNE"`.
     """
 
     rows: Indices
@@ -334,20 +346,12 @@ class PoolMap(NamedTuple):
     method: str
 
 
-def check_projection(method: str) -> None:
-    """Raise ValueError if the projection is not known, or needs umap-learn, which is not installed."""
-    if method not in PROJECTIONS:
-        raise ValueError(f"projection={method!r} is not known; choose one of {tuple(PROJECTIONS)}.")
-    if method == "umap":
-        _umap()
-
-
 def map_of(overview: Overview, method: str = "pca", limit: int = MAP_ROWS) -> PoolMap | None:
     """Project a sample of the scored rows to two dimensions.
 
     Args:
         overview ([`Overview`]): of the pool.
-        method (`str`): `"pca"`, `"tsne"` or `"umap"`.
+        method (`str`): `"pca"`, `"tsne"` or `"umap"`; fewer than four rows are always projected by PCA.
         limit (`int`): rows on the map at most. Selected rows fill up to half of it, other rows the rest.
 
     Returns:
@@ -361,20 +365,32 @@ def map_of(overview: Overview, method: str = "pca", limit: int = MAP_ROWS) -> Po
     matrix, present = overview.embeddings_of(rows)
     if len(present) == 0:
         return None
+    if len(matrix) < 4:  # too few rows for the neighbourhoods of t-SNE and UMAP
+        method = "pca"
     points = _project(matrix, method, overview.seed)
     return PoolMap(rows[present], _within_bounds(points), PROJECTIONS[method])
 
 
+def check_projection(method: str) -> None:
+    """Raise ValueError if the projection is not known, or needs umap-learn, which is not installed.
+
+    Callers check before hours of scoring; the map is drawn at the very end.
+    """
+    if method not in PROJECTIONS:
+        raise ValueError(f"projection={method!r} is not known; choose one of {tuple(PROJECTIONS)}.")
+    if method == "umap":
+        _umap()
+
+
 def _project(matrix: Matrix, method: str, seed: int) -> Matrix:
     """Project `(rows, dimension)` embeddings to `(rows, 2)` points."""
-    if (matrix == matrix[0]).all():  # one row, or equal ones: no variance, and PCA would divide by zero
+    if (matrix == matrix[0]).all():  # one row, or equal ones: PCA would divide by a variance of 0
         return np.zeros((len(matrix), 2), dtype=np.float32)
-    if len(matrix) < 4:  # too few rows for neighbourhoods
-        method = "pca"
     points = _principal_points(matrix, 2 if method == "pca" else START_COMPONENTS, seed)
     if method == "tsne":
         from sklearn.manifold import TSNE
 
+        # The perplexity must be below the number of rows; scikit-learn's default is 30.
         points = TSNE(perplexity=min(30.0, (len(matrix) - 1) / 3), init="pca", random_state=seed).fit_transform(points)
     elif method == "umap":
         points = _umap().UMAP(n_neighbors=min(15, len(matrix) - 1), random_state=seed).fit_transform(points)
@@ -404,6 +420,7 @@ def _umap() -> Any:
 
 def _within_bounds(points: Matrix) -> npt.NDArray[np.float64]:
     """Centre the points and scale both axes alike, so that the wider one goes from -1 to 1; round to four digits."""
+    # Both alike, because distances on the map mean something. 1e-12 avoids 0 / 0 where all points coincide.
     low, high = points.min(axis=0), points.max(axis=0)
     scaled = (points - (low + high) / 2) / max(float((high - low).max()) / 2, 1e-12)
     return np.asarray(scaled, dtype=np.float64).round(4)

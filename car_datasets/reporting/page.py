@@ -1,39 +1,117 @@
-"""Render `report.html`: the selection on one page that needs no network, with figures, a map to point at, and rows to read.
+"""Render `report.html`: the selection on one page that needs no network, with figures, an interactive map, and rows.
 
-Does: draw samples of bounded size from the pool, read their text, and put figures, tables and rows into the templates.
-Does not: choose rows, or draw figures.
+Does: draw samples of bounded size from the pool, read their text, and fill the template with figures, tables and rows.
+Does not: select rows, or draw figures.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
+from car_datasets.loading.schemas import TRUNCATED
 from car_datasets.reporting.alternatives import HEADER, WhatIf, try_out
 from car_datasets.reporting.explaining import Explanation, explain_rows
 from car_datasets.reporting.overview import Floats, Overview, PoolMap
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
-from car_datasets.selection.rule import Indices
+from car_datasets.selection.rule import REASONS, Indices
+from car_datasets.utils.columns import is_text
 from car_datasets.utils.files import ASSETS
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
+PAGE_FILE = "report.html"
 
-PAGE_ROWS = 4_000  # on the page's map and in its search
-PER_DECILE = 10
+# The page is a single file, so these limits bound its size whatever the size of the pool.
+PAGE_ROWS = 4_000  # rows on the page's map and in its search
+PER_DECILE = 10  # rows drawn from each tenth of the scores
 CLUSTERS_SHOWN, ENDS = 40, 3  # clusters whose best and worst rows are shown, and how many of each
 SNIPPET = 200  # characters of a row in a table
 EXPLAINED = 1_500  # characters of each column of a row that is explained
 SEARCHED = 2_000_000  # characters in which the search looks, over all rows
 EXPLAINED_ROWS = 200  # selected rows that come with an explanation
 LEVELS = 20  # a column with at most so many different values groups the rows
-GROUPINGS = 5
+GROUPINGS = 5  # columns by which rows are grouped at most
+
+
+def render_page(
+    overview: Overview,
+    pool_map: PoolMap | None,
+    figures: Mapping[str, bytes],
+    sentences: Sequence[str],
+    comparison: Sequence[Sequence[str]],
+) -> str:
+    """Render the page as HTML.
+
+    Args:
+        overview ([`Overview`]): of the pool and its selection.
+        pool_map ([`PoolMap`], *optional*): without it the page has no map.
+        figures (`Mapping[str, bytes]`): PNG files by name; may be empty.
+        sentences (`Sequence[str]`): of the [`SelectionReport`].
+        comparison (`Sequence[Sequence[str]]`): its table, a header and rows.
+    """
+    data = page_data(overview, pool_map)
+    alts = {plot_file(name): plot.alt for name, plot in PLOTS.items()}
+    return (
+        page_environment()
+        .get_template("report.html.jinja")
+        .render(
+            # Files of this package, which autoescape would break; everything else on the page is escaped.
+            style=Markup((ASSETS / "report.css").read_text(encoding="utf-8")),
+            script=Markup((ASSETS / "report.js").read_text(encoding="utf-8")),
+            data={"palette": PALETTE_NAMES, **data},
+            sentences=sentences,
+            comparison=comparison,
+            ledger=_ledger(overview),
+            figures=[{"alt": alts[name], "content": base64.b64encode(png).decode()} for name, png in figures.items()],
+            has_map=pool_map is not None,
+            method=pool_map.method if pool_map is not None else "",
+            sampled=_sampled(overview, len(data["rows"]), pool_map is not None),
+            audit=audit(overview),
+            what_if_header=HEADER,
+            what_if=[_what_if_line(choice, overview) for choice in try_out(overview)],
+        )
+    )
+
+
+def page_environment() -> Environment:
+    """Return the Jinja environment of the page.
+
+    Its filter `tojson` writes JSON that is safe within a `<script>` element: it escapes `<`, `>`, `&` and `'`, so that
+    the text of a row can neither end the element nor open a comment.
+    """
+    environment = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined)
+    # An index column may hold dates, hence `default`. The keys keep their order. NaN would not be valid JSON.
+    options = {"sort_keys": False, "allow_nan": False, "separators": (",", ":"), "default": str}
+    environment.policies["json.dumps_kwargs"] = options
+    return environment
+
+
+def _sampled(overview: Overview, rows: int, has_map: bool) -> str:
+    pool = len(overview.scored)
+    words = "all scored rows" if rows >= pool else f"a sample of {rows:,} of the {pool:,} scored rows"
+    missing = "" if has_map else " There is no map: the pool has no embeddings."
+    return f"This page holds {words}.{missing}"
+
+
+def _ledger(overview: Overview) -> list[dict[str, Any]]:
+    total = max(1, len(overview.positions))
+    counts = {name: int((overview.selected_by == name).sum()) for name in REASONS}
+    return [
+        {"name": name, "rows": f"{n:,}", "share": f"{100 * n / total:.1f} %", "width": round(100 * n / total, 1)}
+        for name, n in counts.items()
+    ]
+
+
+def _what_if_line(choice: WhatIf, overview: Overview) -> dict[str, Any]:
+    present = (overview.by_score, overview.by_cluster, overview.cluster_count)
+    return {"cells": choice.cells(), "present": (choice.n1, choice.n2, choice.k) == present}
 
 
 def page_data(overview: Overview, pool_map: PoolMap | None) -> dict[str, Any]:
@@ -59,12 +137,13 @@ def page_data(overview: Overview, pool_map: PoolMap | None) -> dict[str, Any]:
     rows = sorted({*explained, *placed, *(overview.sample(PAGE_ROWS).tolist() if not placed else ())})
     index_of = {row: i for i, row in enumerate(rows)}
     texts = texts_of(overview, rows)
+    # Explained together: one pass over the embeddings serves all.
     stories = dict(zip(explained, explain_rows(overview, explained), strict=True))
+    # SEARCHED characters for all rows together, but at least a snippet and at most EXPLAINED for each.
     most = max(SNIPPET, min(EXPLAINED, SEARCHED // max(1, len(rows))))
     searched = [_snippet(text, most) for text in texts]
     cut = any(len(part) < len(_snippet(text)) for part, text in zip(searched, texts, strict=True))
-    below = np.searchsorted(np.sort(overview.scores[overview.scored]), overview.scores[rows], side="right")
-    percentiles = (100 * below / len(overview.scored)).round(1).tolist()
+    percentiles = overview.percentiles[rows].round(1).tolist()
     return {
         "unit": overview.length_unit,
         "searched": most if cut else None,
@@ -99,7 +178,7 @@ def _row(overview: Overview, row: int, percentile: float) -> dict[str, Any]:
         "cluster": int(overview.clusters[row]) if overview.clusters[row] >= 0 else None,
         "crank": int(overview.cluster_ranks[row]),
         "length": overview.lengths[row],
-        "cut": overview.statuses is not None and overview.statuses[row].as_py() == "truncated",
+        "cut": overview.statuses is not None and overview.statuses[row].as_py() == TRUNCATED,
     }
 
 
@@ -111,6 +190,7 @@ def _on_the_map(overview: Overview, pool_map: PoolMap | None) -> dict[int, dict[
     """Return coordinates and colour of the rows that the page's map shows, which may be fewer than the plot's."""
     if pool_map is None:
         return {}
+    # Colours from all rows of the map, so that they are those of the plot.
     colours = colours_of(pool_map.points, overview.clusters[pool_map.rows])
     shown = np.flatnonzero(np.isin(pool_map.rows, overview.sample(PAGE_ROWS, pool_map.rows)))
     return {
@@ -132,7 +212,7 @@ def _story(explanation: Explanation, text: list[tuple[str, str]]) -> dict[str, A
     }
 
 
-# which rows -----------------------------------------------------------------------------------------------------------
+# the rows on the page -------------------------------------------------------------------------------------------------
 
 
 def _tenths(overview: Overview) -> list[Indices]:
@@ -168,23 +248,7 @@ def _cluster_ends(overview: Overview) -> list[tuple[str, list[int], list[int]]]:
     return ends
 
 
-# their text -----------------------------------------------------------------------------------------------------------
-
-
-def text_columns(overview: Overview) -> list[str]:
-    """Return the columns that hold the user's text: strings, and chats."""
-    schema = overview.pool.features.arrow_schema
-    return [column for column in overview.user_columns if _holds_text(schema.field(column).type)]
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    if _is_string(kind):
-        return True
-    return any(_holds_text(kind.field(i).type) for i in range(kind.num_fields))
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+# the text of rows -----------------------------------------------------------------------------------------------------
 
 
 def texts_of(overview: Overview, rows: Sequence[int]) -> list[list[tuple[str, str]]]:
@@ -198,6 +262,18 @@ def texts_of(overview: Overview, rows: Sequence[int]) -> list[list[tuple[str, st
         return [[] for _ in rows]
     values = overview.pool.select_columns(columns).select(list(rows))[:]
     return [[(name, _plain(values[name][i])) for name in columns] for i in range(len(rows))]
+
+
+def text_columns(overview: Overview) -> list[str]:
+    """Return the columns that hold the user's text: strings, and chats."""
+    schema = overview.pool.features.arrow_schema
+    return [column for column in overview.user_columns if _holds_text(schema.field(column).type)]
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if is_text(kind):
+        return True
+    return any(_holds_text(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _plain(value: Any) -> str:
@@ -229,11 +305,11 @@ def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-# who is kept ----------------------------------------------------------------------------------------------------------
+# selection rates by group ---------------------------------------------------------------------------------------------
 
 
 def audit(overview: Overview) -> list[list[str]]:
-    """Return a table of selection rates by length quintile and by each low-cardinality column of the user.
+    """Return a table of selection rates by length quintile and by each low-cardinality column of the source.
 
     Returns:
         a line per group, as text: column, group, scored rows, mean score, selected rows, their share, and that share
@@ -251,6 +327,7 @@ def _rates(overview: Overview, members: npt.NDArray[np.bool_]) -> list[str]:
     selected = int(np.count_nonzero(members[overview.positions]))
     if len(rows) == 0:
         return ["0", "", str(selected), "", ""]
+    # Lift: the group's selection rate divided by that of all scored rows.
     share, usual = selected / len(rows), len(overview.positions) / len(overview.scored)
     score = f"{overview.scores[rows].mean():.3f}"
     return [f"{len(rows):,}", score, f"{selected:,}", f"{100 * share:.1f} %", f"{share / usual:.2f} times"]
@@ -269,92 +346,10 @@ def _by_column(overview: Overview) -> Iterator[tuple[str, str, npt.NDArray[np.bo
     table, schema, used = overview.pool.with_format("arrow"), overview.pool.features.arrow_schema, 0
     for name in overview.user_columns:
         kind = schema.field(name).type
-        if used == GROUPINGS or not (_is_string(kind) or pa.types.is_boolean(kind)):
+        if used == GROUPINGS or not (is_text(kind) or pa.types.is_boolean(kind)):
             continue
         values = table.select_columns([name])[:][name]
         if 2 <= pc.count_distinct(values).as_py() <= LEVELS:
             used += 1
             for level in sorted(pc.unique(values.drop_null()).to_pylist()):
                 yield name, _cut(str(level), 40), np.asarray(pc.equal(values, level).fill_null(False))
-
-
-PAGE_FILE = "report.html"
-PAGE_TEMPLATES = ASSETS
-
-
-def render_page(
-    overview: Overview,
-    pool_map: PoolMap | None,
-    figures: Mapping[str, bytes],
-    sentences: Sequence[str],
-    comparison: Sequence[Sequence[str]],
-) -> str:
-    """Render the page as HTML.
-
-    Args:
-        overview ([`Overview`]): of the pool and its selection.
-        pool_map ([`PoolMap`], *optional*): without it the page has no map.
-        figures (`Mapping[str, bytes]`): PNG files by name; may be empty.
-        sentences (`Sequence[str]`): of the [`SelectionReport`].
-        comparison (`Sequence[Sequence[str]]`): its table, a header and rows.
-    """
-    from markupsafe import Markup
-
-    data = page_data(overview, pool_map)
-    alts = {plot_file(name): plot.alt for name, plot in PLOTS.items()}
-    return (
-        page_environment()
-        .get_template("report.html.jinja")
-        .render(
-            # Our own files, which autoescape would break; everything else on the page is escaped.
-            style=Markup((PAGE_TEMPLATES / "report.css").read_text(encoding="utf-8")),
-            script=Markup((PAGE_TEMPLATES / "report.js").read_text(encoding="utf-8")),
-            data={"palette": PALETTE_NAMES, **data},
-            sentences=sentences,
-            comparison=comparison,
-            ledger=_ledger(overview),
-            figures=[{"alt": alts[name], "content": base64.b64encode(png).decode()} for name, png in figures.items()],
-            has_map=pool_map is not None,
-            method=pool_map.method if pool_map is not None else "",
-            sampled=_sampled(overview, len(data["rows"]), pool_map is not None),
-            audit=audit(overview),
-            what_if_header=HEADER,
-            what_if=[_what_if_line(choice, overview) for choice in try_out(overview)],
-        )
-    )
-
-
-def page_environment() -> Environment:
-    """Return the Jinja environment of the page.
-
-    Its filter `tojson` writes JSON that is safe within a `<script>` element: it escapes `<`, `>`, `&` and `'`, so that
-    the text of a row can neither end the element nor open a comment.
-    """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(loader=FileSystemLoader(PAGE_TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    # An index column may hold dates, hence `default`. The keys keep their order.
-    options = {"sort_keys": False, "allow_nan": False, "separators": (",", ":"), "default": str}
-    environment.policies["json.dumps_kwargs"] = options
-    return environment
-
-
-def _sampled(overview: Overview, rows: int, has_map: bool) -> str:
-    pool = len(overview.scored)
-    words = "all scored rows" if rows >= pool else f"a sample of {rows:,} of the {pool:,} scored rows"
-    missing = "" if has_map else " There is no map: the pool has no embeddings."
-    return f"This page holds {words}.{missing}"
-
-
-def _ledger(overview: Overview) -> list[dict[str, Any]]:
-    total = max(1, len(overview.positions))
-    counts = {name: int((overview.selected_by == name).sum()) for name in ("score", "cluster", "both")}
-    return [
-        {"name": name, "rows": f"{n:,}", "share": f"{100 * n / total:.1f} %", "width": round(100 * n / total, 1)}
-        for name, n in counts.items()
-    ]
-
-
-def _what_if_line(choice: WhatIf, overview: Overview) -> dict[str, Any]:
-    present = (overview.by_score, overview.by_cluster, overview.cluster_count)
-    return {"cells": choice.cells(), "present": (choice.n1, choice.n2, choice.k) == present}

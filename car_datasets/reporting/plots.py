@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from car_datasets.reporting.overview import MAP_ROWS, Overview, PoolMap
+from car_datasets.reporting.overview import MAP_ROWS, Overview, PoolMap, count_clusters
 from car_datasets.selection.rule import BY_CLUSTER, Indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT, DPI = 8.0, 4.6, 120  # inches at which 11 points are readable on a card, 800 px wide
+WIDTH, HEIGHT, DPI = 8.0, 4.6, 120  # inches, and pixels per inch; 11 points stay readable on a card, 800 px wide
 STYLE = {
     "font.family": "DejaVu Sans",  # it comes with matplotlib
     "font.size": 11,
@@ -41,7 +41,7 @@ GREY, DARK = "#B8B8B8", "#222222"
 PALETTE = (SKY, ORANGE, GREEN, PURPLE, YELLOW, BLUE, RED)
 PALETTE_NAMES = (*PALETTE, GREY)  # the last for rows without a cluster
 NUMBERED = 12  # clusters whose number is written on the map
-BINS = 40
+BINS = 40  # of the histogram of scores
 NUMBER_GAP = 0.1  # least distance between two numbers, on a map 2 wide
 
 # Where a number can be written, relative to the centre of its cluster; the earlier places are preferred.
@@ -163,7 +163,7 @@ def draw_map(overview: Overview, pool_map: PoolMap) -> Figure:
         number.set_path_effects([withStroke(linewidth=3, foreground="white")])  # a filled box would hide rows
     scored = len(overview.scored)
     shown = "all scored rows" if len(rows) == scored else f"a sample of {scored:,} scored rows"
-    fewer = " (colours repeat)" if len(np.unique(clusters[clusters >= 0])) > len(PALETTE) else ""
+    fewer = " (colours repeat)" if count_clusters(clusters) > len(PALETTE) else ""
     axes.set_xlabel(
         f"{len(rows):,} rows, {shown}. Neighbouring clusters have different colours{fewer};\n"
         f"numbers name the largest. Ringed: {int(taken.sum()):,} of {len(overview.positions):,} selected rows.",

@@ -1,7 +1,7 @@
 """`SelectionReport`: the figures of a selection, compared with those of two controls of the same size.
 
-Does: count, measure and print, as a dataclass, JSON, Markdown, a table in the terminal, plots and a page.
-Does not: choose rows, or draw.
+Does: count and measure; give the figures as a dataclass, JSON, Markdown, a table in the terminal, plots and a page.
+Does not: select rows, or know how a figure is drawn.
 
 The controls are there because self-scoring methods hardly beat random choice on large pools (arXiv 2410.09335), and
 because scores correlate with length: `random_control` is drawn at random from the scored rows,
@@ -19,21 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.table import Table
 
-from car_datasets.reporting.overview import Overview, check_projection, map_of
+from car_datasets.loading.schemas import EMPTY_RESPONSE, OK, TRUNCATED
+from car_datasets.reporting.overview import Overview, check_projection, count_clusters, map_of
 from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
-from car_datasets.selection.rule import BY_CLUSTER, Indices
+from car_datasets.selection.rule import BY_CLUSTER, REASONS, Indices
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.public import public
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from rich.table import Table
 
 logger = logging.getLogger(__name__)
+# Keys of `score_quantiles` as str(q): saved reports hold them.
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-SCORED_STATUSES = ("ok", "empty_response", "truncated")  # rows of any other status have no score
+SCORED_STATUSES = (OK, EMPTY_RESPONSE, TRUNCATED)  # rows of any other status have no score
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,16 @@ class SelectionReport:
         """Compute the figures of an [`Overview`], for callers that need it for more than one report."""
         reasons = Counter(overview.selected_by.tolist())
         statuses = _statuses(overview)
+        # Rows kept by both rules count as taken by score: the question is what clustering adds to it.
         by_score = overview.positions[overview.selected_by != BY_CLUSTER]
         return cls(
             rows_in=len(overview.scores),
             rows_scored=len(overview.scored),
             rejected={k: n for k, n in statuses.items() if k not in SCORED_STATUSES},
-            marked={k: n for k, n in statuses.items() if k in SCORED_STATUSES and k != "ok"},
-            selected_by={name: reasons.get(name, 0) for name in ("score", "cluster", "both")},
+            marked={k: n for k, n in statuses.items() if k in SCORED_STATUSES and k != OK},
+            selected_by={name: reasons.get(name, 0) for name in REASONS},
             clusters=overview.cluster_count,
-            clusters_by_score=_covered(overview.clusters[by_score]),
+            clusters_by_score=count_clusters(overview.clusters[by_score]),
             score_length_correlation=overview.score_length_correlation(),
             length_unit=overview.length_unit,
             pool=_figures(overview.scored, overview),
@@ -138,7 +141,7 @@ class SelectionReport:
     @classmethod
     def from_dict(cls, figures: dict[str, Any]) -> SelectionReport:
         """Create a report from the result of `to_dict`, such as the content of `report.json`."""
-        groups = ("pool", "selected", "random_control", "length_matched_control")
+        groups = ("pool", "selected", "random_control", "length_matched_control")  # fields that are dataclasses too
         return cls(**{**figures, **{name: GroupFigures(**figures[name]) for name in groups}})
 
     def to_json(self) -> str:
@@ -155,8 +158,6 @@ class SelectionReport:
 
     def to_table(self) -> Table:
         """Return the four groups as a `rich` table for the terminal, with the counts as its caption."""
-        from rich.table import Table
-
         header, *rows = self.comparison()
         table = Table(title="Selection report", caption="\n".join(self.sentences()), caption_justify="left")
         for name in header:
@@ -189,6 +190,7 @@ class SelectionReport:
             ImportError: matplotlib is not installed.
             ValueError: the datasets do not belong together, the projection is not known, or it needs umap-learn.
         """
+        # Both checks come first: reading the pool takes longest.
         check_projection(projection)
         refuse_no_matplotlib()
         overview = Overview.of(pool, selected, names=names, seed=self.seed)
@@ -222,6 +224,7 @@ class SelectionReport:
             overview ([`Overview`]): that this report was made from.
             projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
         """
+        # Without matplotlib the page is still worth having; only [`~SelectionReport.plot`] raises.
         drawable = can_draw()
         if not drawable:
             logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
@@ -233,12 +236,13 @@ class SelectionReport:
     def sentences(self) -> list[str]:
         """Return the counts in words."""
         by, correlation = self.selected_by, self.score_length_correlation
-        total = max(1, self.selected.rows)
+        total = max(1, self.selected.rows)  # a divisor
         rejected, marked = sum(self.rejected.values()), sum(self.marked.values())
         return [
             f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
             f"scored but marked: {marked:,}{_listed(self.marked)}",
-            f"{self.selected.rows:,} selected ({100 * total / max(1, self.rows_in):.2f} % of the rows in): "
+            f"{self.selected.rows:,} selected "
+            f"({100 * self.selected.rows / max(1, self.rows_in):.2f} % of the rows in): "
             f"{by['score']:,} by score, {by['both']:,} by both, "
             f"{by['cluster']:,} added by clustering ({100 * by['cluster'] / total:.1f} %)",
             f"{self.selected.clusters:,} of {self.clusters:,} clusters covered; "
@@ -273,21 +277,16 @@ def _statuses(overview: Overview) -> dict[str, int]:
     if overview.statuses is not None:
         return dict(Counter(overview.statuses.to_pylist()).most_common())
     missing = int(np.isnan(overview.scores).sum())
-    return {"ok": len(overview.scores) - missing} | ({"no_score": missing} if missing else {})
-
-
-def _covered(clusters: Indices) -> int:
-    """Count the different clusters among those of some rows; rows without a cluster have a negative number."""
-    return len(np.unique(clusters[clusters >= 0]))
+    return {OK: len(overview.scores) - missing} | ({"no_score": missing} if missing else {})
 
 
 def _figures(rows: Indices, overview: Overview) -> GroupFigures:
-    scores = overview.scores[rows]
+    scores = overview.scores[rows]  # of scored rows, so without NaN
     quantiles = np.quantile(scores, QUANTILES)
     return GroupFigures(
         rows=len(rows),
         mean_score=float(scores.mean()),
         score_quantiles={str(q): float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
         mean_length=float(overview.lengths[rows].mean()),
-        clusters=_covered(overview.clusters[rows]),
+        clusters=count_clusters(overview.clusters[rows]),
     )

@@ -1,4 +1,4 @@
-"""Cluster and select in one call, as a function of a `Dataset` or inside `.filter`: `cluster_filter`.
+"""`cluster_filter`: cluster and select in one call, on a `Dataset` or inside `.filter`.
 
 Does: fit clusters, label all rows, select; refuse invalid numbers before the clusters are fitted.
 Does not: compute scores or embeddings.
@@ -7,18 +7,17 @@ Does not: compute scores or embeddings.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from car_datasets.clustering.model import ClusterModel
+from car_datasets.selection.procedures import Amounts
 from car_datasets.selection.rule import SELECTION_COLUMNS, choose, refuse_impossible, refuse_worse, select_car
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
 from car_datasets.utils.processes import alone
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def cluster_filter(
@@ -33,8 +32,8 @@ def cluster_filter(
     n_init: int = 1,
     kmeans: str = "torch",
     kmeans_sample: int = 256,
-    score_column: str = "iqs_score",
-    embedding_column: str = "embedding",
+    score_column: str = ColumnNames.score,
+    embedding_column: str = ColumnNames.embedding,
     allow_worse: bool = False,
     num_rows: int | None = None,
 ) -> Dataset | list[bool]:
@@ -77,8 +76,6 @@ def cluster_filter(
         ValueError: a column is missing or would be overwritten, a number does not fit, embeddings are invalid, the
             selection is worse than the pool, or, in `.filter`, the batch is not the entire dataset.
     """
-    from datasets import Dataset
-
     fitting: dict[str, Any] = {
         "k": k,
         "explained_variance": explained_variance,
@@ -88,6 +85,7 @@ def cluster_filter(
         "kmeans_sample": kmeans_sample,
     }
     names = ColumnNames(score=score_column, embedding=embedding_column)
+    # A batch of `.filter` is a mapping of columns; only a Dataset has column names, and gets new columns.
     columns = dataset.column_names if hasattr(dataset, "column_names") else list(dataset)
     new = SELECTION_COLUMNS if isinstance(dataset, Dataset) else ()
     check_columns(columns, (names.score,), new)
@@ -96,30 +94,56 @@ def cluster_filter(
             f"The dataset has no column {names.embedding!r}; it has {columns}. Run TextEmbedder over it first, or pass "
             "embedding_column=..."
         )
+    amounts = Amounts(n1, n2, budget, allow_worse)
     if isinstance(dataset, Dataset):
-        refuse_overwrite(columns, (names.cluster, names.distance), "dataset.rename_column(...) on them")
-        # Before the fit, which takes longest. The number of clusters is known only after it; 1 is the least.
-        scored = int(np.count_nonzero(~np.isnan(read_numbers(dataset, names.score, np.nan))))
-        refuse_impossible(scored, 1, n1, n2, budget)
-        model = ClusterModel.fit(dataset, names.embedding, **fitting)
-        labelled = model.label(dataset, across_processes=True)
-        return select_car(labelled, n1, n2, budget=budget, score_column=names.score, allow_worse=allow_worse)
-    batch = {names.score: dataset[names.score], names.embedding: dataset[names.embedding]}
-    if num_rows != len(batch[names.score]):
+        return _selected_rows(dataset, names, amounts, fitting)
+    return _mask_of_batch(dataset, names, amounts, fitting, num_rows)
+
+
+def _selected_rows(dataset: Dataset, names: ColumnNames, amounts: Amounts, fitting: dict[str, Any]) -> Dataset:
+    """Cluster a dataset and return the selected rows."""
+    refuse_overwrite(dataset.column_names, (names.cluster, names.distance), "dataset.rename_column(...) on them")
+    # Before the fit, which takes longest. The number of clusters is known only after it; 1 is the least.
+    scored = int(np.count_nonzero(~np.isnan(read_numbers(dataset, names.score, np.nan))))
+    refuse_impossible(scored, 1, amounts.n1, amounts.n2, amounts.budget)
+    model = ClusterModel.fit(dataset, names.embedding, **fitting)
+    labelled = model.label(dataset, across_processes=True)  # like the fit, shared by the processes of a launcher
+    return select_car(
+        labelled,
+        amounts.n1,
+        amounts.n2,
+        budget=amounts.budget,
+        score_column=names.score,
+        allow_worse=amounts.allow_worse,
+    )
+
+
+def _mask_of_batch(
+    batch: Mapping[str, Sequence[Any]],
+    names: ColumnNames,
+    amounts: Amounts,
+    fitting: dict[str, Any],
+    num_rows: int | None,
+) -> list[bool]:
+    """Cluster the batch of all rows that `.filter` passes, and return True for the rows that are selected."""
+    rows = len(batch[names.score])
+    if num_rows != rows:
         raise ValueError(
-            f"cluster_filter saw a batch of {len(batch[names.score])} rows with num_rows={num_rows}: it must see the "
-            "whole dataset at once. Call dataset.filter(cluster_filter, batched=True, batch_size=None, "
+            f"cluster_filter saw a batch of {rows} rows with num_rows={num_rows}: it must see the entire dataset at "
+            "once. Call dataset.filter(cluster_filter, batched=True, batch_size=None, "
             "fn_kwargs={'num_rows': len(dataset), ...}), without num_proc."
         )
-    pool = Dataset.from_dict(batch)
+    # Two columns alone: the others would be converted to Arrow for nothing.
+    pool = Dataset.from_dict({name: batch[name] for name in (names.score, names.embedding)})
     # Under a launcher, `.filter` may call one process only, while the others read its cache: it must not wait for them.
     with alone():
         labelled = ClusterModel.fit(pool, names.embedding, **fitting).label(pool)
     scores = read_numbers(pool, names.score, np.nan)
+    # -1 marks a row without a cluster, as `choose` expects it.
     clusters = np.asarray(read_numbers(labelled, names.cluster, -1), dtype=np.int64)
-    positions = choose(scores, clusters, n1, n2, budget).positions
-    if not allow_worse:
+    positions = choose(scores, clusters, amounts.n1, amounts.n2, amounts.budget).positions
+    if not amounts.allow_worse:
         refuse_worse(scores, positions)
-    keep = np.zeros(num_rows, dtype=bool)
+    keep = np.zeros(rows, dtype=bool)
     keep[positions] = True
     return keep.tolist()

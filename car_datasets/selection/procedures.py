@@ -1,4 +1,4 @@
-"""`PROCEDURES`: the rules by which `curate` orders, selects and writes, by the name that a recipe gives them.
+"""`PROCEDURES`: the ways in which `curate` orders, selects and writes rows, by the name that a recipe gives them.
 
 Does: check the numbers of a selection before there are scores; order the pool; select from it; name extra files.
 Does not: score, cluster, or write files.
@@ -19,6 +19,7 @@ from car_datasets.selection.published import (
 )
 from car_datasets.selection.rule import refuse_impossible, select_car
 from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.settings import is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,10 +59,10 @@ class Procedure:
     Add one with `PROCEDURES["mine"] = Procedure(check, select)`; `curate(..., procedure="mine")` then uses it.
 
     Args:
-        check (`Callable`): `(rows, clusters, amounts)`; raises ValueError if these amounts cannot be selected from so many
-            scorable rows and clusters. Called before any model runs.
-        select (`Callable`): `(pool, amounts, names)`; returns the selected rows of a scored, clustered pool with the columns
-            `selected_by`, `score_rank` and `cluster_rank`.
+        check (`Callable`): `(rows, clusters, amounts)`; raises ValueError if these amounts cannot be selected from so
+            many scorable rows and clusters. Called before any model runs.
+        select (`Callable`): `(pool, amounts, names)`; returns the selected rows of a scored, clustered pool with the
+            columns `selected_by`, `score_rank` and `cluster_rank`.
         order (`Callable`): `(pool, names)`; returns the scored pool in the order in which it is clustered.
         kmeans (`str`): the k-means engine, unless the recipe names one: `"torch"` or `"sklearn"`.
         files (`tuple[str, ...]`): names of all extra files that the procedure may write, in the original's JSON format.
@@ -106,9 +107,9 @@ def _select_default(pool: Dataset, amounts: Amounts, names: ColumnNames) -> Data
 
 
 def _check_published(rows: int, clusters: int, amounts: Amounts) -> None:
-    # More rows than there are is fine: the published code takes all of them.
+    # Asking for more rows than there are is fine: the published code takes all of them.
     numbers = (amounts.n1, amounts.n2)
-    if amounts.budget is not None or not all(isinstance(n, int) and n >= 0 for n in numbers):
+    if amounts.budget is not None or not all(is_whole_number(n) and n >= 0 for n in numbers):
         raise ValueError(
             f"procedure='paper' takes whole numbers n1={amounts.n1} and n2={amounts.n2} that are not negative, and no "
             f"budget={amounts.budget}. Pass n1 and n2 as whole numbers without budget, or procedure='default'."
@@ -116,7 +117,8 @@ def _check_published(rows: int, clusters: int, amounts: Amounts) -> None:
 
 
 def _select_published(pool: Dataset, amounts: Amounts, names: ColumnNames) -> Dataset:
-    _check_published(len(pool), 0, amounts)
+    _check_published(len(pool), 0, amounts)  # again, for callers other than `curate`; the counts are not looked at
+    # `allow_worse` is not passed on: the published code does not compare its selection with the pool.
     return select_as_published(
         pool,
         int(amounts.n1),
@@ -134,12 +136,14 @@ def _order_published(pool: Dataset, names: ColumnNames) -> Dataset:
 
 def _published_tables(selected: Dataset, pool: Dataset, objective: str, names: ColumnNames) -> dict[str, Dataset]:
     return {
+        # The original wrote this file before it clustered.
         RANKING_FILES[objective]: pool.remove_columns([names.cluster, names.distance]),
         CLUSTERING_FILE: pool,
         SELECTED_FILE: selected,
     }
 
 
+# By the name that a recipe gives: part of recipes and receipts on disk, so a name is never reused for another rule.
 PROCEDURES: dict[str, Procedure] = {
     "default": Procedure(_check_default, _select_default),
     "paper": Procedure(

@@ -1,14 +1,13 @@
-"""Read, write and select as the original does, to compare with: `procedure="paper"` in a recipe.
+"""Select, read and write as the original CaR code does, for comparison: `procedure="paper"` in a recipe.
 
-Does: read and write its result files (a JSON list of rows with `score`, and `label` as a string, best score first), and
-select by the published rule with its oddities.
+Does: select by the published rule with its oddities; read and write its result files (a JSON list of rows with `score`,
+and `label` as a string, best score first).
 Does not: score or cluster.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -28,6 +27,8 @@ from car_datasets.selection.rule import (
 )
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import read_numbers
+from car_datasets.utils.files import without_nan
+from car_datasets.utils.settings import is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,23 +44,14 @@ SELECTED_FILE = "CaR_selected_result.json"
 # - a cluster's best row that is among the top n1 already is not replaced by its next best;
 # - clusters come in descending order of their label as text ("9" before "89");
 # - n2 = 0 acts like 1.
-
-
-def rank_rows(dataset: Dataset, score_column: str = "iqs_score") -> Dataset:
-    """Return the rows with a score, best first; ties keep their order, as in the original's stable sort."""
-    scores = read_numbers(dataset, score_column, np.nan)
-    order = np.argsort(-scores, kind="stable")[: int(np.count_nonzero(~np.isnan(scores)))]
-    return dataset.select(order.tolist())
-
-
 def select_as_published(
     dataset: Dataset,
     n1: int = 1000,
     n2: int = 1,
     *,
-    score_column: str = "iqs_score",
-    cluster_column: str = "cluster",
-    index_column: str = "source_index",
+    score_column: str = ColumnNames.score,
+    cluster_column: str = ColumnNames.cluster,
+    index_column: str = ColumnNames.index,
 ) -> Dataset:
     """Select by the published rule, in the published order: the top n1, then what the clusters add.
 
@@ -76,19 +68,21 @@ def select_as_published(
         value, in the columns that the original's files have, the second stage takes one.
 
     Raises:
-        ValueError: n1 or n2 is negative, or a column is missing.
+        ValueError: n1 or n2 is negative or not a whole number, or a column is missing.
     """
+    # Ranked first: from here on, position i is the row of rank i + 1.
     names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
     ranked = rank_rows(dataset, score_column)
     scores = read_numbers(ranked, score_column, np.nan)
     labels = np.asarray(read_numbers(ranked, cluster_column, -1), dtype=np.int64)
-    if n1 < 0 or n2 < 0:
+    if not all(is_whole_number(n) and n >= 0 for n in (n1, n2)):
         raise ValueError(f"n1={n1} and n2={n2} must not be negative; pass whole numbers of rows from 0 on.")
     n1 = min(int(n1), len(ranked))  # the original takes all rows if n1 is above their number
     looked_at = max(n2, 1)
     within = ranks_within(labels)
     top = np.arange(n1)
-    candidates = np.flatnonzero((within >= 1) & (within <= looked_at)).tolist()
+    from_clusters = (within >= 1) & (within <= looked_at)  # 0 is a row without a cluster
+    candidates = np.flatnonzero(from_clusters).tolist()
     candidates.sort(key=lambda i: (str(labels[i]), scores[i]), reverse=True)
     rows = original_columns(ranked, names)  # the original compares rows as its files hold them
     taken = set(_values(rows, top.tolist()))
@@ -98,9 +92,16 @@ def select_as_published(
             taken.add(value)
             added.append(position)
     positions = np.concatenate([top, np.array(added, dtype=np.int64)])
-    in_top, in_cluster = positions < n1, within[positions] <= looked_at
+    in_top, in_cluster = positions < n1, from_clusters[positions]
     reasons = np.where(in_top & in_cluster, BY_BOTH, np.where(in_top, BY_SCORE, BY_CLUSTER)).tolist()
     return add_selection(ranked, Choice(positions, reasons, positions + 1, within[positions]), index_column)
+
+
+def rank_rows(dataset: Dataset, score_column: str = ColumnNames.score) -> Dataset:
+    """Return the rows with a score, best first; ties keep their order, as in the original's stable sort."""
+    scores = read_numbers(dataset, score_column, np.nan)
+    order = np.argsort(-scores, kind="stable")[: int(np.count_nonzero(~np.isnan(scores)))]
+    return dataset.select(order.tolist())
 
 
 def original_columns(dataset: Dataset, names: ColumnNames) -> Dataset:
@@ -120,31 +121,17 @@ def from_original(dataset: Dataset) -> Dataset:
     `score` becomes `iqs_score`; `label`, a number as a string, becomes `cluster`. Any other dataset is returned
     unchanged.
     """
-    columns = dataset.column_names
-    if "score" in columns and "iqs_score" not in columns:
-        dataset = dataset.rename_column("score", "iqs_score")
-    if "label" in columns and "cluster" not in columns:
+    columns, names = dataset.column_names, ColumnNames()
+    if "score" in columns and names.score not in columns:
+        dataset = dataset.rename_column("score", names.score)
+    if "label" in columns and names.cluster not in columns:
         labels = dataset["label"][:]
         # Not str.isdigit, which holds for "²" too.
         if all(re.fullmatch("[0-9]+", str(label)) for label in labels):
             dataset = dataset.remove_columns("label").add_column(
-                "cluster", np.array([int(x) for x in labels], dtype=np.int32)
+                names.cluster, np.array([int(x) for x in labels], dtype=np.int32)
             )
     return dataset
-
-
-def refuse_taken(columns: Collection[str], renamed: Mapping[str, str]) -> None:
-    """Raise ValueError if the rows have a column of a name that the original's format uses, such as `score`.
-
-    Args:
-        columns (`Collection[str]`): columns of the rows.
-        renamed (`Mapping[str, str]`): from names of this package to those of the original's format.
-    """
-    if taken := [new for old, new in renamed.items() if old != new and new in columns]:
-        raise ValueError(
-            f"The rows have column(s) {taken} of their own, which the original's format uses: "
-            "rename them first, by dataset.rename_column(...)."
-        )
 
 
 def write_original(
@@ -156,7 +143,8 @@ def write_original(
         dataset (`Dataset`): rows to write, with all of their columns.
         path (`str` or `PathLike`): file to write.
         names ([`ColumnNames`]): `names.score` is written as `score`, `names.cluster` as `label`.
-        where_free (`bool`): if the dataset already has a column `score` or `label`, keep both under their own names.
+        where_free (`bool`): if the dataset already has a column `score` or `label`, keep that column and ours, each
+            under its own name.
 
     Raises:
         ValueError: the dataset already has a column `score` or `label`, and `where_free` is off.
@@ -174,14 +162,19 @@ def write_original(
         return values
 
     rows = [original(row) for row in dataset.with_format(None)]
-    text = json.dumps(_finite(rows), indent=4, ensure_ascii=False, default=str, allow_nan=False)
+    text = json.dumps(without_nan(rows), indent=4, ensure_ascii=False, default=str, allow_nan=False)
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by null at any depth of a value."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list) else value
+def refuse_taken(columns: Collection[str], renamed: Mapping[str, str]) -> None:
+    """Raise ValueError if the rows have a column of a name that the original's format uses, such as `score`.
+
+    Args:
+        columns (`Collection[str]`): columns of the rows.
+        renamed (`Mapping[str, str]`): from names of this package to those of the original's format.
+    """
+    if taken := [new for old, new in renamed.items() if old != new and new in columns]:
+        raise ValueError(
+            f"The rows have column(s) {taken} of their own, which the original's format uses: "
+            "rename them first, by dataset.rename_column(...)."
+        )

@@ -1,26 +1,25 @@
-"""Select from a stream of scored rows, without the pool in memory: `select_car_streaming`.
+"""`select_car_streaming`: select from a stream of scored rows, without the pool in memory.
 
 Does: read rows batch by batch, label them by a model that was fitted before, keep only rows that can still be chosen.
-Does not: fit clusters, or take a share of rows or a budget, which need the number of rows.
+Does not: fit clusters, or select a share of the rows or a budget, which need the number of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from datasets import Dataset, IterableDataset
+from datasets.table import InMemoryTable
 
 from car_datasets.clustering.model import ClusterModel
 from car_datasets.selection.rule import SELECTION_COLUMNS, Choice, add_selection, choose, ranks_of, refuse_worse
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, numbers_of, refuse_overwrite
 from car_datasets.utils.settings import is_whole_number
-
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
 
 
 def select_car_streaming(
@@ -29,9 +28,9 @@ def select_car_streaming(
     *,
     n1: int = 1000,
     n2: int = 1,
-    score_column: str = "iqs_score",
-    cluster_column: str = "cluster",
-    index_column: str = "source_index",
+    score_column: str = ColumnNames.score,
+    cluster_column: str = ColumnNames.cluster,
+    index_column: str = ColumnNames.index,
     allow_worse: bool = False,
     batch_size: int = 10_000,
 ) -> Dataset:
@@ -66,14 +65,11 @@ def select_car_streaming(
         ValueError: a column is missing or would be overwritten, a number does not fit, there are no rows, or the
             selection is worse than the pool.
     """
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
     counts = [n for n in (n1, n2, batch_size) if not is_whole_number(n) or n < 0]
     if counts or n1 + n2 == 0 or batch_size < 1:
         raise ValueError(
             f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole "
-            "numbers, n1 or n2 above 0; a share or a budget takes select_car on a Dataset."
+            "numbers, n1 or n2 above 0; for a share or a budget call select_car on a Dataset."
         )
     names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
     kept: pa.Table | None = None
@@ -87,6 +83,7 @@ def select_car_streaming(
         rows += len(batch)
         if names.index not in batch.column_names:
             batch = batch.append_column(names.index, pa.array(here))
+        # "permissive": a column that is null in all rows so far takes the type that a later batch has.
         kept = batch if kept is None else pa.concat_tables([kept, batch], promote_options="permissive")
         # A row that is not among the best so far can never be again, so it is dropped. Sorted by position, because ties
         # go to the earlier row.
@@ -108,8 +105,6 @@ def select_car_streaming(
 
 def _tables(dataset: IterableDataset | Dataset, batch_size: int) -> Iterator[pa.Table]:
     """Yield the batches as Arrow tables."""
-    from datasets import Dataset
-
     if isinstance(dataset, Dataset):
         yield from dataset.with_format("arrow").iter(batch_size=batch_size)
         return

@@ -1,1 +1,1 @@
-"""What knows nothing of a row's text, a score or a cluster: files, columns, processes, and the Hub."""
+"""Helpers that do not depend on any stage: files, digests, columns, settings, processes, and the Hub."""

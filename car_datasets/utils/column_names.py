@@ -1,6 +1,6 @@
-"""Name the columns that the stages add, and those that follow from them: `ColumnNames`.
+"""`ColumnNames`: the names of the columns that the stages add.
 
-Does: state once what every column is called.
+Does: state each name once; the defaults of arguments such as `score_column` come from here.
 Does not: read or check columns.
 """
 
@@ -38,6 +38,8 @@ class ColumnNames:
     def _stem(self) -> str:
         # "iqs_score" gives "iqs_tokens"; a name without the suffix, such as "quality", gives "quality_tokens".
         return self.score.removesuffix("_score")
+
+    # The next three describe the text that was scored, so they are named after the stem; `std` belongs to the score.
 
     @property
     def tokens(self) -> str:

@@ -1,24 +1,21 @@
-"""Columns of a dataset: their presence, and numbers and vectors read straight from Arrow.
+"""Columns of a dataset: numbers and vectors read straight from Arrow, and checks of their presence.
 
-Does: refuse missing and taken columns; yield vectors batch by batch, refusing
-those of unequal length or that are not finite; put two datasets side by side.
-Does not: build Python lists, or hold more than one batch.
+Does: yield vectors batch by batch, refusing those of unequal length or with values that are not finite; read numbers;
+join two datasets column-wise; refuse missing and taken columns.
+Does not: build Python lists, or copy more than one batch of vectors, unless an entire column is asked for.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
+from datasets import Dataset, Features, concatenate_datasets
 
 Matrix = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -50,12 +47,13 @@ def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) 
     bad: list[int] = []
     for batch in column_batches(dataset, column, rows):
         matrix, present = _joined(batch, column)
-        present += start
+        present += start  # positions in the dataset, not in the batch
         start += len(batch)
         if len(present) == 0:
             continue
         width = width or matrix.shape[1]
         _refuse_unequal({width, matrix.shape[1]}, column)
+        # After the first bad row the loop only counts on, so that the error states how many rows to mend.
         bad.extend(present[~_finite(matrix)].tolist())
         if not bad:
             yield matrix, present
@@ -76,7 +74,7 @@ def column_batches(dataset: Dataset, column: str, rows: range | None = None) -> 
         rows (`range`, *optional*): read these rows only.
     """
     values, rows = dataset.data.column(column), range(len(dataset)) if rows is None else rows
-    order = dataset._indices  # of a shuffled or filtered dataset; it has no public name
+    order = dataset._indices  # row numbers in `data` of a shuffled or filtered dataset; it has no public name
     for start in range(rows.start, rows.stop, BATCH):
         count = min(BATCH, rows.stop - start)
         if order is None:
@@ -101,26 +99,28 @@ def _taken(values: pa.ChunkedArray, places: Positions) -> pa.ChunkedArray:
     return pa.chunked_array([pa.concat_arrays(parts).take(pa.array(back))], values.type)
 
 
-def count_vectors(dataset: Dataset, column: str) -> int:
-    """Return the number of rows that are not null in this column, or 0 if there is no such column."""
-    if column not in dataset.column_names:
-        return 0
-    values = dataset.select_columns([column]).with_format("arrow")[:][column]
-    return len(values) - int(values.null_count)
-
-
 def read_embeddings(dataset: Dataset, column: str) -> tuple[Matrix, Positions]:
     """Return an entire column of embeddings as one float32 array, and the positions of the rows that have one.
 
     Raises:
         ValueError: the column is missing or holds no lists of numbers, lengths are unequal, or values are not finite.
     """
+    # A single batch is returned as it is, which may be a view of the file.
     matrices, positions = zip(*embedding_batches(dataset, column), strict=True)
     return (matrices[0] if len(matrices) == 1 else np.concatenate(matrices)), np.concatenate(positions)
 
 
+def count_vectors(dataset: Dataset, column: str) -> int:
+    """Return the number of rows that are not null in this column, or 0 if there is no such column."""
+    if column not in dataset.column_names:
+        return 0
+    # Batch by batch: the rows of a filtered dataset are copied when they are read, and the column may exceed memory.
+    return sum(len(batch) - batch.null_count for batch in column_batches(dataset, column))
+
+
 def as_arrow(rows: Sequence[Any]) -> pa.Array:
     """Return Python lists or arrays, `None` for rows without a vector, as an Arrow array of float32 lists."""
+    # Through NumPy, because `.map` passes lists, arrays or tensors, depending on the format of the dataset.
     return pa.array([None if row is None else np.asarray(row, dtype=np.float32) for row in rows])
 
 
@@ -139,11 +139,6 @@ def matrix_of(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, 
     return matrix, present
 
 
-def unit_rows(matrix: Matrix) -> Matrix:
-    """Return the rows scaled to length 1, so that their products are cosines; rows of zeros stay zeros."""
-    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(1e-12))
-
-
 def _joined(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, Positions]:
     """Return the chunks as one matrix, and the positions of the rows that are not null; values may not be finite."""
     chunks = values.chunks if hasattr(values, "chunks") else [values]
@@ -153,6 +148,23 @@ def _joined(values: pa.ChunkedArray | pa.Array, column: str) -> tuple[Matrix, Po
     _refuse_unequal({part.shape[1] for part in parts}, column)
     present = np.arange(len(values)) if values.null_count == 0 else np.flatnonzero(np.asarray(values.is_valid()))
     return (parts[0] if len(parts) == 1 else np.concatenate(parts)), present
+
+
+def _chunk(chunk: pa.Array, column: str) -> Matrix:
+    """Return one chunk as a matrix, without a copy if it is float32; nulls are left out."""
+    kind = chunk.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise ValueError(f"The column {column!r} holds {kind}, not lists of numbers.")
+    vectors = chunk.drop_null()
+    flat = vectors.flatten()  # unlike `.values`, flatten() honours the offsets of a slice
+    lengths = np.unique(np.asarray(vectors.value_lengths()))
+    if len(lengths) != 1 or lengths[0] == 0:
+        raise ValueError(
+            f"The column {column!r} holds embeddings of the lengths {lengths.tolist()}; all must have one length."
+        )
+    if not pa.types.is_floating(flat.type) and not pa.types.is_integer(flat.type):
+        raise ValueError(f"The column {column!r} holds lists of {flat.type}, not of numbers.")
+    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(vectors), -1)
 
 
 def _finite(matrix: Matrix) -> npt.NDArray[np.bool_]:
@@ -180,68 +192,9 @@ def _refuse_not_finite(bad: list[int], column: str) -> None:
         )
 
 
-def _chunk(chunk: pa.Array, column: str) -> Matrix:
-    """Return one chunk as a matrix, without a copy if it is float32; nulls are left out."""
-    kind = chunk.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise ValueError(f"The column {column!r} holds {kind}, not lists of numbers.")
-    flat = chunk.drop_null().flatten()  # unlike `.values`, flatten() honours the offsets of a slice
-    rows = len(chunk) - chunk.null_count
-    lengths = np.unique(np.asarray(chunk.drop_null().value_lengths()))
-    if len(lengths) != 1 or lengths[0] == 0:
-        raise ValueError(
-            f"The column {column!r} holds embeddings of the lengths {lengths.tolist()}; all must have one length."
-        )
-    if not pa.types.is_floating(flat.type) and not pa.types.is_integer(flat.type):
-        raise ValueError(f"The column {column!r} holds lists of {flat.type}, not of numbers.")
-    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(rows, -1)
-
-
-def beside(dataset: Dataset, new: Dataset) -> Dataset:
-    """Return one dataset with the columns of both, matched by position, in the format of `dataset`."""
-    from datasets import Dataset, Features, concatenate_datasets
-
-    form: dict[str, Any] = dataset.format
-    if len(dataset) == 0:  # concatenate_datasets drops what has no rows
-        types = Features({**dataset.features, **new.features})
-        return Dataset.from_dict({name: [] for name in types}, features=types)
-    # In Arrow's format: numpy's would turn integers in a column with nulls into floats where selected rows are copied.
-    parts = [part.with_format("arrow") for part in (dataset, new)]
-    return concatenate_datasets(parts, axis=1).with_format(form["type"], **form["format_kwargs"])
-
-
-def refuse_tables(batch: Any, instead: str) -> None:
-    """Raise ValueError if the batch is not a mapping of columns.
-
-    In the Arrow, pandas and polars formats `.map` keeps the new columns only and drops the others.
-
-    Args:
-        batch: what `.map` passes to a stage.
-        instead (`str`): a call that works in every format.
-    """
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            "A dataset in Arrow, pandas or polars format loses its columns in .map. Map over "
-            f"dataset.with_format(None), or call {instead}."
-        )
-    if any(isinstance(value, (str, int, float)) for value in batch.values()):
-        raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")
-
-
-def refuse_overwrite(seen: Container[str], new_columns: Iterable[str], option: str) -> None:
-    """Raise ValueError if the dataset already has one of the new columns.
-
-    Args:
-        seen (`Container[str]`): columns of the dataset.
-        new_columns (`Iterable[str]`): columns about to be added.
-        option (`str`): the argument that gives the new columns other names.
-    """
-    taken = [name for name in new_columns if name in seen]
-    if taken:
-        raise ValueError(
-            f"The dataset already has the column(s) {taken}, which would be overwritten. Pass {option} to name the new "
-            f"ones differently, or drop the old ones: dataset.remove_columns({taken})."
-        )
+def unit_rows(matrix: Matrix) -> Matrix:
+    """Return the rows scaled to length 1, so that their products are cosines; rows of zeros stay zeros."""
+    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def read_numbers(dataset: Dataset, column: str, missing: float) -> npt.NDArray[Any]:
@@ -269,18 +222,34 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
     Raises:
         ValueError: the column is not numeric, or holds fractions where `missing` is a number.
     """
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+    # Arrow would cast the text "42" to a number.
+    if is_text(values.type):
         raise ValueError(f"The column {column!r} holds {values.type}, not numbers.")
     kind = "float64" if math.isnan(missing) else "int64"
     try:
-        if kind == "int64" and pa.types.is_floating(
-            values.type
-        ):  # pandas stores integers with missing values as floats
+        # pandas stores integers with missing values as floats, the missing ones as NaN.
+        if kind == "int64" and pa.types.is_floating(values.type):
             values = pc.if_else(pc.is_nan(values), None, values)
         return np.asarray(values.cast(kind).fill_null(missing).to_numpy())
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
         wanted = "whole numbers" if kind == "int64" else "numbers"
         raise ValueError(f"The column {column!r} holds {values.type}, not {wanted} throughout: {error}.") from error
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return True for either of Arrow's types of text, which differ only in the width of their offsets."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def beside(dataset: Dataset, new: Dataset) -> Dataset:
+    """Join the columns of two datasets of equal length by position; the result has the format of `dataset`."""
+    form: dict[str, Any] = dataset.format
+    if len(dataset) == 0:  # concatenate_datasets drops what has no rows
+        types = Features({**dataset.features, **new.features})
+        return Dataset.from_dict({name: [] for name in types}, features=types)
+    # In Arrow's format: numpy's would turn integers in a column with nulls into floats where selected rows are copied.
+    parts = [part.with_format("arrow") for part in (dataset, new)]
+    return concatenate_datasets(parts, axis=1).with_format(form["type"], **form["format_kwargs"])
 
 
 def check_columns(existing: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:
@@ -298,3 +267,38 @@ def check_columns(existing: Sequence[str], needed: Sequence[str], new: Sequence[
             f"Keep them under other names: dataset.rename_column({taken[0]!r}, ...), or drop them: "
             f"dataset.remove_columns({taken})."
         )
+
+
+def refuse_overwrite(seen: Container[str], new_columns: Iterable[str], option: str) -> None:
+    """Raise ValueError if the dataset already has one of the new columns.
+
+    Args:
+        seen (`Container[str]`): columns of the dataset.
+        new_columns (`Iterable[str]`): columns about to be added.
+        option (`str`): the argument that gives the new columns other names.
+    """
+    taken = [name for name in new_columns if name in seen]
+    if taken:
+        raise ValueError(
+            f"The dataset already has the column(s) {taken}, which would be overwritten. Pass {option} to name the new "
+            f"ones differently, or drop the old ones: dataset.remove_columns({taken})."
+        )
+
+
+def refuse_tables(batch: Any, instead: str) -> None:
+    """Raise ValueError if the batch is not a mapping of columns.
+
+    In the Arrow, pandas and polars formats `.map` keeps the new columns only and drops the others.
+
+    Args:
+        batch: what `.map` passes to a stage.
+        instead (`str`): a call that works in every format.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            "A dataset in Arrow, pandas or polars format loses its columns in .map. Map over "
+            f"dataset.with_format(None), or call {instead}."
+        )
+    # Without batched=True, `.map` passes one row: a mapping as well, but of single values.
+    if any(isinstance(value, (str, int, float)) for value in batch.values()):
+        raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")

@@ -1,7 +1,8 @@
-"""Compute sha256 digests of files and of model folders.
+"""Compute sha256 digests of files, model folders, and rows of datasets.
 
-Does: hash each file once per process and content; find the checkpoint in a folder of the original CaR project.
-Does not: ask the Hub.
+Does: hash each file once per process and content; find the checkpoint in a folder of the original CaR project; hash
+columns independently of how Arrow stores them.
+Does not: access the Hub.
 """
 
 from __future__ import annotations
@@ -20,61 +21,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-
 # The files that make up a model. Pickled weights are not among them: they are converted first.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 SETTLED = 3.0  # seconds; the coarsest clock of a common file system (FAT) has ticks of 2
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """Return the `.ckpt` file in a folder of the original CaR project's layout, or `None` if it has another layout.
-
-    The path may be the file itself, a folder with `checkpoints/` and `hparams.yaml`, or a folder of such folders, as on the
-    Hub. There `instruction_score` (IQS) wins; pass `.../instruction_comet` for the ranking variant.
-
-    Raises:
-        ValueError: a folder contains more than one checkpoint.
-    """
-    if path.is_file():
-        return path if path.suffix == ".ckpt" else None
-    if (path / "config.json").is_file():
-        return None
-    for folder in (path, path / "instruction_score", path / "instruction_comet"):
-        checkpoints = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
-        if len(checkpoints) > 1:
-            raise ValueError(
-                f"{folder} contains {len(checkpoints)} checkpoints: {[p.name for p in checkpoints]}. Pass the path of one."
-            )
-        if checkpoints:
-            return checkpoints[0]
-    return None
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file in hexadecimal digits, from memory if this process has hashed the same content.
-
-    Remembering is safe because the size and both time stamps are part of the key. A write changes the modification time; a
-    tool that restores it (`cp -p`, `rsync -t`) still changes the status time, which no tool can set. Only a write in the
-    same tick of the file system's clock as the hashing could go unnoticed, so a file that was modified just now is hashed
-    without being remembered.
-    """
-    stat = path.stat()
-    if time.time() - stat.st_mtime < SETTLED:
-        return _sha256(path)
-    return _remembered_sha256(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _remembered_sha256(path: Path, size: int, modified: int, changed: int) -> str:
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):  # 4 MiB: weights may be larger than memory
-            digest.update(block)
-    return digest.hexdigest()
+WINDOW = 8_192  # rows that are digested together; another number would give other digests
 
 
 def folder_digest(folder: Path) -> str:
@@ -96,12 +46,6 @@ def folder_digest(folder: Path) -> str:
     return files_digest(folder, files)
 
 
-def files_digest(folder: Path, files: Iterable[Path]) -> str:
-    """Return `"sha256:..."` over the contents of files and their names relative to `folder`, in the order given."""
-    lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n" for path in files]
-    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def weights_digest(folder: Path) -> str:
     """Return `"sha256:..."` over the weights of a model folder alone, whatever its path and its other files."""
     checkpoint = find_checkpoint(folder)
@@ -109,7 +53,62 @@ def weights_digest(folder: Path) -> str:
     return files_digest(folder if checkpoint is None else checkpoint.parent, files)
 
 
-WINDOW = 8_192  # rows that are digested together; another number would give other digests
+def find_checkpoint(path: Path) -> Path | None:
+    """Return the `.ckpt` file in a folder of the original CaR project's layout, or `None` if it has another layout.
+
+    The path may be the file itself, a folder with `checkpoints/` and `hparams.yaml`, or a folder of such folders, as on
+    the Hub. There `instruction_score` (IQS) takes precedence; pass `.../instruction_comet` for the ranking variant.
+
+    Raises:
+        ValueError: a folder contains more than one checkpoint.
+    """
+    if path.is_file():
+        return path if path.suffix == ".ckpt" else None
+    if (path / "config.json").is_file():  # a model in the layout of transformers
+        return None
+    for folder in (path, path / "instruction_score", path / "instruction_comet"):
+        checkpoints = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
+        if len(checkpoints) > 1:
+            raise ValueError(
+                f"{folder} contains {len(checkpoints)} checkpoints: {[p.name for p in checkpoints]}. "
+                "Pass the path of one."
+            )
+        if checkpoints:
+            return checkpoints[0]
+    return None
+
+
+def files_digest(folder: Path, files: Iterable[Path]) -> str:
+    """Return `"sha256:..."` over the contents of files and their names relative to `folder`, in the order given."""
+    lines = [f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n" for path in files]
+    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file in hexadecimal digits, from memory if this process has hashed the same content.
+
+    Remembering is safe because the size and both time stamps are part of the key. A write changes the modification
+    time; a tool that restores it (`cp -p`, `rsync -t`) still changes the status time, which no tool can set. Only a
+    write in the same tick of the file system's clock as the hashing could go unnoticed, so a file that was modified
+    just now is hashed without being remembered.
+    """
+    stat = path.stat()
+    if time.time() - stat.st_mtime < SETTLED:
+        return _sha256(path)
+    return _remembered_sha256(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _remembered_sha256(path: Path, size: int, modified: int, changed: int) -> str:
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):  # 4 MiB: weights may be larger than memory
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def content_digest(dataset: Dataset, columns: Sequence[str]) -> str:
@@ -122,6 +121,7 @@ def content_digest(dataset: Dataset, columns: Sequence[str]) -> str:
     content = hashlib.sha256()
     for batch in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=WINDOW):
         for name in columns:
+            # Name and length first, so that values cannot move from one column to the next without a change.
             content.update(f"{name} {len(batch)} ".encode())
             _feed(content, pa.concat_arrays(batch.column(name).chunks))
     return "sha256:" + content.hexdigest()
@@ -132,7 +132,7 @@ def _feed(content: Any, array: pa.Array) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if isinstance(array, pa.ExtensionArray):
+    if isinstance(array, pa.ExtensionArray):  # types of `datasets`, such as fixed-size arrays and JSON
         array = array.storage
     # Nulls first: what lies in the buffers under a null is undefined, so only the other values are digested.
     content.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)))

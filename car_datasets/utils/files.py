@@ -1,8 +1,8 @@
 """Files and folders: written atomically, refused if they would overwrite, and found in the package.
 
-Does: write a file or folder under a temporary name and move it into place; find the shipped assets, recipes and card
-templates; render a card.
-Does not: know what a file holds.
+Does: refuse paths that hold results already; write a file or folder under a temporary name and move it into place; find
+the assets, recipes and card templates of the package; render a card.
+Does not: know how a result folder is laid out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,86 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+PACKAGE = Path(__file__).parents[1]
+ASSETS = PACKAGE / "assets"
+UNFINISHED = ".unfinished"  # a file of this name marks a folder that is being written
+
+
+def fresh_folder(folder: Path, names: Sequence[str], argument: str = "output_dir") -> Path:
+    """Return the folder if it holds no files of these names.
+
+    Args:
+        folder (`Path`): need not exist.
+        names (`Sequence[str]`): the files that will be written.
+        argument (`str`): the caller's argument in the error message.
+
+    Raises:
+        ValueError: the path is a file or lies in one, or holds such files from a run that finished writing them.
+    """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{argument}={str(folder)!r}: {path} is a file; name a folder.")
+    # A killed run left some of the files and the mark; the same command may complete them.
+    taken = [] if (folder / UNFINISHED).exists() else [name for name in names if (folder / name).exists()]
+    if taken:
+        raise ValueError(
+            f"{argument}={str(folder)!r} already holds a result ({', '.join(taken)}). Name another folder or move it "
+            "away."
+        )
+    return folder
+
+
+def fresh_file(path: Path) -> Path:
+    """Return the path if a command can write its dataset there.
+
+    Raises:
+        ValueError: it exists, lies in a file, or is neither Parquet nor JSON.
+    """
+    if path.suffix not in (".parquet", ".json"):
+        raise ValueError(f"--output {path}: name a .parquet file, or a .json file for the original's format.")
+    for parent in path.parents:
+        if parent.is_file():
+            raise ValueError(f"--output {path}: {parent} is a file; name a folder.")
+    if path.exists():
+        raise ValueError(f"--output {path} is there already; name another file or move it away.")
+    return path
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Write a file atomically: call `write(temporary_name)`, then move the file to `path`."""
+    # Next to the target: a rename is atomic only within a file system. Random, since several machines may share the
+    # folder, and process ids repeat among them.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        write(str(temporary))
+        # The content must reach the disk before the name does: a power failure could leave the name alone.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `path` and move it there at the end, so that `path` is complete or absent.
+
+    The folder is removed if the block raises. Leftovers of a killed process are removed at the start.
+    """
+    temporary = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for part in temporary.rglob("*"):
+            if part.is_file():
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())  # contents must reach the disk before the name does
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
 
 def data_folder(name: str) -> Path:
     """Return the folder `configs/` or `hub_cards/`: inside the package in a wheel, next to it in a checkout."""
@@ -36,9 +116,10 @@ def sample_file() -> Path:
 def card_templates() -> Environment:
     """Return the environment of the card templates.
 
-    Filters: `percent` and `number` format a figure with its 95 % interval; `code` removes from a name what could end a code
-    span or start markup; `span` writes any text as a code span, unchanged, with as many backticks as it needs.
+    Filters: `percent` and `number` format a figure with its 95 % interval; `code` removes from a name what could end a
+    code span or start markup; `span` writes any text as a code span, unchanged, with as many backticks as it needs.
     """
+    # Imported here, as the command line reads this module for its help.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -74,84 +155,9 @@ def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
 
 
 def without_nan(content: Any) -> Any:
-    """Return the figures with `None` instead of NaN, which JSON does not have."""
+    """Return a value with `None` in place of NaN and infinities, which JSON does not have, at any depth."""
     if isinstance(content, dict):
         return {name: without_nan(part) for name, part in content.items()}
-    return None if isinstance(content, float) and math.isnan(content) else content
-
-
-PACKAGE = Path(__file__).parents[1]
-ASSETS = PACKAGE / "assets"
-UNFINISHED = ".unfinished"  # a file of this name marks a folder that is being written
-
-
-def fresh_folder(folder: Path, names: Sequence[str], argument: str = "output_dir") -> Path:
-    """Return the folder if it holds no files of these names.
-
-    Args:
-        folder (`Path`): need not exist.
-        names (`Sequence[str]`): the files that will be written.
-        argument (`str`): the caller's argument in the error message.
-
-    Raises:
-        ValueError: the path is a file or lies in one, or holds such files from a run that finished writing them.
-    """
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{argument}={str(folder)!r}: {path} is a file; name a folder.")
-    taken = [] if (folder / UNFINISHED).exists() else [name for name in names if (folder / name).exists()]
-    if taken:
-        raise ValueError(
-            f"{argument}={str(folder)!r} already holds a result ({', '.join(taken)}). Name another folder or move it away."
-        )
-    return folder
-
-
-def fresh_file(path: Path) -> Path:
-    """Return the path if a command can write its dataset there.
-
-    Raises:
-        ValueError: it exists, lies in a file, or is neither Parquet nor JSON.
-    """
-    if path.suffix not in (".parquet", ".json"):
-        raise ValueError(f"--output {path}: name a .parquet file, or a .json file for the original's format.")
-    for parent in path.parents:
-        if parent.is_file():
-            raise ValueError(f"--output {path}: {parent} is a file; name a folder.")
-    if path.exists():
-        raise ValueError(f"--output {path} is there already; name another file or move it away.")
-    return path
-
-
-def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Write a file atomically: call `write(temporary_name)`, then move the file to `path`."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # process ids repeat on another machine
-    try:
-        write(str(temporary))
-        # The content must reach the disk before the name does: a power failure could leave the name alone.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path` and move it there at the end, so that `path` is complete or absent.
-
-    The folder is removed if the block raises. Leftovers of a killed process are removed at the start.
-    """
-    temporary = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for part in temporary.rglob("*"):
-            if part.is_file():
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())  # contents must reach the disk before the name does
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    if isinstance(content, list):
+        return [without_nan(part) for part in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,9 +1,11 @@
 """Requests to the Hub: read and write repositories, each change in one atomic commit.
 
-Does: check token, permissions and visibility before expensive work; create a repository; read its files at a commit; commit
-on top of the commit that was read; retry on transient errors (408, 409, 412, 429, 5xx, dropped connections); turn every
-exception of the Hub's clients into one line that says what to do.
-Does not: know what is pushed, or store or show a token.
+Does: check token, permissions and visibility before expensive work; create a repository; read its files at a commit;
+commit on top of the commit that was read; retry on transient errors (408, 409, 412, 429, 5xx, dropped connections);
+turn every exception of the Hub's clients into one line that says what to do.
+Does not: decide what is pushed; store or show a token.
+
+huggingface_hub is imported where it is needed, since the command line reads this module for its help.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before the second, thi
 READING_WAITS = WAITS[:3]  # for reads, at the start of a run: little work is lost, and a user may be waiting
 LONGEST = 300.0  # seconds; the longest wait that a server may ask for
 TRANSIENT = (408, 409, 412, 429)  # timeout, concurrent commit, parent commit has moved, rate limit
+CACHE_ADVICE = (
+    "Run the same again later. The cache is only used instead if you ask for it: HF_HUB_OFFLINE=1, or "
+    "revision=<its 40-digit commit>."
+)
 
 
 def retry(call: Callable[[], T], waits: Sequence[float] | None = None) -> T:
@@ -84,6 +90,79 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+@contextlib.contextmanager
+def asking(
+    shown: str,
+    kind: str = "model",
+    revision: str | None = None,
+    missing: type[Exception] = ValueError,
+    advice: str = "Run the same again later.",
+) -> Iterator[None]:
+    """Run requests for a repository and explain their errors.
+
+    Args:
+        shown (`str`): the caller's argument and its value, with which messages begin: `"model_id='you/x'"`.
+        kind (`str`): `"model"` or `"dataset"`.
+        revision (`str`, *optional*): the branch, tag or commit that was requested.
+        missing (`type`): the exception for a repository or revision that does not exist, or that the token may not see.
+        advice (`str`): what to do if the Hub cannot be reached.
+
+    Raises:
+        ValueError: the Hub refuses the request, or there is no valid token for it.
+        ConnectionError: the Hub cannot be reached, or fails.
+    """
+    try:
+        yield
+    except Exception as error:  # the errors of the HTTP library have no narrower base class
+        explained = _explain(error, shown, kind, revision, missing, advice)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain(
+    error: BaseException | None, shown: str, kind: str, revision: str | None, missing: type[Exception], advice: str
+) -> Exception | None:
+    """Return the exception to raise in place of a request's error, or of one caused by it; `None` for other errors."""
+    from huggingface_hub import errors
+
+    requests = (errors.HTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, ConnectionError)  # type: ignore[attr-defined]
+    # `datasets` and huggingface_hub's uploads wrap the error of the request in their own.
+    while error is not None and not isinstance(error, requests):
+        error = error.__cause__
+    # From here on the narrower class comes before its base: a gated repository, for one, counts as not found.
+    if error is None:
+        return None
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return ValueError(f"{shown}: there is no token to push with. Log in with `hf auth login`, or set HF_TOKEN.")
+    if isinstance(error, errors.GatedRepoError):
+        return ValueError(f"{shown} is gated: request access on its page on the Hub, and log in with `hf auth login`.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return missing(
+            f"{shown} is neither a local folder nor a {kind} on the Hub that you may see. Check the spelling; for a "
+            f"private {kind} pass token=... or log in with `hf auth login`."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return missing(f"{shown} has no revision {revision!r}. Name a branch, a tag or a commit that it has.")
+    if isinstance(error, errors.HFValidationError):
+        return ValueError(f"{shown} is neither a local folder nor a Hub id of the form 'owner/name'.")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return ConnectionError(
+            f"{shown} is not a local folder, and HF_HUB_OFFLINE=1 forbids requests to the Hub. Unset it, or pass a "
+            "folder, or revision=<the 40-digit commit> of a cached copy."
+        )
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
+        return ValueError(
+            f"{shown}: the Hub does not know your token (401). HF_TOKEN wins over `hf auth login`: set it to a "
+            "valid token, or unset it and log in."
+        )
+    if isinstance(error, errors.HfHubHTTPError) and seconds_to_wait(error) is None:
+        return ValueError(
+            f"{shown}: the Hub refuses ({reason(error)}). Log in with `hf auth login`, or pass a token with access."
+        )
+    return ConnectionError(f"{shown}: the Hub could not be asked ({reason(error)}). {advice}")
+
+
 def clean_token(token: str | None) -> str | None:
     """Return a token without surrounding white space, such as the line end of a file, or `None` for a blank one.
 
@@ -93,7 +172,8 @@ def clean_token(token: str | None) -> str | None:
     cleaned = (token or "").strip()
     if not all(c.isascii() and c.isprintable() and c != " " for c in cleaned):
         raise ValueError(
-            "The token contains white space or other characters that no token has (it is not shown here). Copy it again."
+            "The token contains white space or other characters that no token has (it is not shown here). "
+            "Copy it again."
         )
     return cleaned or None
 
@@ -135,8 +215,8 @@ def refuse_unwritable(user: dict[str, Any], repo_id: str, shown: str, repo_type:
     roles = {name.lower(): role for name, role in {**organisations, own: "admin"}.items()}
     if roles.get(owner.lower(), "no member") in ("read", "no member"):
         raise ValueError(
-            f"{shown}: your account on the Hub is {own!r}, which may not write to repositories of {owner!r}. Push to one of "
-            f"{[own, *organisations]}."
+            f"{shown}: your account on the Hub is {own!r}, which may not write to repositories of {owner!r}. Push to "
+            f"one of {[own, *organisations]}."
         )
     # Only fine-grained tokens have scopes; an ordinary token may write wherever its owner may.
     scopes = (access.get("fineGrained") or {}).get("scoped")
@@ -152,85 +232,8 @@ def _may_write(scope: dict[str, Any], repo_id: str, repo_type: str) -> bool:
     return covers and "repo.write" in (scope.get("permissions") or ())
 
 
-CACHE_ADVICE = (
-    "Run the same again later. The cache is only used instead if you ask for it: HF_HUB_OFFLINE=1, or "
-    "revision=<its 40-digit commit>."
-)
-
-
-@contextlib.contextmanager
-def asking(
-    shown: str,
-    kind: str = "model",
-    revision: str | None = None,
-    missing: type[Exception] = ValueError,
-    advice: str = "Run the same again later.",
-) -> Iterator[None]:
-    """Run requests for a repository and explain their errors.
-
-    Args:
-        shown (`str`): the caller's argument and its value, with which messages begin: `"model_id='you/x'"`.
-        kind (`str`): `"model"` or `"dataset"`.
-        revision (`str`, *optional*): the branch, tag or commit that was requested.
-        missing (`type`): the exception for a repository or revision that does not exist, or that the token may not see.
-        advice (`str`): what to do if the Hub cannot be reached.
-
-    Raises:
-        ValueError: the Hub refuses the request, or there is no valid token for it.
-        ConnectionError: the Hub cannot be reached, or fails.
-    """
-    try:
-        yield
-    except Exception as error:  # the errors of the HTTP library have no narrower base class
-        explained = _explain(error, shown, kind, revision, missing, advice)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _explain(
-    error: BaseException | None, shown: str, kind: str, revision: str | None, missing: type[Exception], advice: str
-) -> Exception | None:
-    """Return the exception to raise instead of a request's error, or of one caused by it; `None` for any other error."""
-    from huggingface_hub import errors
-
-    requests = (errors.HTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, ConnectionError)  # type: ignore[attr-defined]
-    while error is not None and not isinstance(error, requests):
-        error = error.__cause__
-    if error is None:
-        return None
-    if isinstance(error, errors.LocalTokenNotFoundError):
-        return ValueError(f"{shown}: there is no token to push with. Log in with `hf auth login`, or set HF_TOKEN.")
-    if isinstance(error, errors.GatedRepoError):
-        return ValueError(f"{shown} is gated: request access on its page on the Hub, and log in with `hf auth login`.")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return missing(
-            f"{shown} is neither a local folder nor a {kind} on the Hub that you may see. Check the spelling; for a private "
-            f"{kind} pass token=... or log in with `hf auth login`."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return missing(f"{shown} has no revision {revision!r}. Name a branch, a tag or a commit that it has.")
-    if isinstance(error, errors.HFValidationError):
-        return ValueError(f"{shown} is neither a local folder nor a Hub id of the form 'owner/name'.")
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return ConnectionError(
-            f"{shown} is not a local folder, and HF_HUB_OFFLINE=1 forbids requests to the Hub. Unset it, or pass a folder, or "
-            "revision=<the 40-digit commit> of a cached copy."
-        )
-    if isinstance(error, errors.HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
-        return ValueError(
-            f"{shown}: the Hub does not know your token (401). HF_TOKEN wins over `hf auth login`: set it to a valid token, "
-            "or unset it and log in."
-        )
-    if isinstance(error, errors.HfHubHTTPError) and seconds_to_wait(error) is None:
-        return ValueError(
-            f"{shown}: the Hub refuses ({reason(error)}). Log in with `hf auth login`, or pass a token with access."
-        )
-    return ConnectionError(f"{shown}: the Hub could not be asked ({reason(error)}). {advice}")
-
-
 class Repository(NamedTuple):
-    """The content of a dataset repository at a commit: file names, and the text of its card (`""` if it has no card)."""
+    """The content of a dataset repository at a commit: file names, and the text of its card, `""` without a card."""
 
     sha: str
     files: tuple[str, ...]
@@ -257,8 +260,8 @@ def check_repository(
         argument (`str`): the name of the caller's argument, for messages.
 
     Raises:
-        ValueError: there is no token, or it may not write there, or the repository exists with the other visibility (the
-            Hub ignores `private` for an existing repository).
+        ValueError: there is no token, or it may not write there, or the repository exists with the other visibility
+            (the Hub ignores `private` for an existing repository).
         ConnectionError: the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -309,8 +312,8 @@ def _refuse_visibility(api: Any, repo_id: str, private: bool, repo_type: str, sh
     if is_private != private:
         option = f"{'' if repo_type == 'model' else f'--repo-type {repo_type} '}--{'private' if private else 'public'}"
         raise ValueError(
-            f"{shown} exists and is {'private' if is_private else 'public'}, but private={private} was requested. Change the "
-            f"argument or the repository: `hf repos settings {repo_id} {option}`."
+            f"{shown} exists and is {'private' if is_private else 'public'}, but private={private} was requested. "
+            f"Change the argument or the repository: `hf repos settings {repo_id} {option}`."
         )
 
 

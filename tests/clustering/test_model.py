@@ -514,7 +514,7 @@ def test_cluster_filter_with_other_column_names(scored: Dataset) -> None:
     ids=["no num_rows", "another num_rows", "batches", "batches, no num_rows"],
 )
 def test_filter_refuses_to_see_less_than_the_whole(scored: Dataset, batch_size: int | None, options: Any) -> None:
-    with pytest.raises(ValueError, match=r"a batch of \d+ rows with num_rows=.*must see the whole dataset at once"):
+    with pytest.raises(ValueError, match=r"a batch of \d+ rows with num_rows=.*must see the entire dataset at once"):
         scored.filter(cluster_filter, batched=True, batch_size=batch_size, fn_kwargs={"n1": 9, **options})
 
 

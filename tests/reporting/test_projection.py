@@ -86,6 +86,12 @@ def test_an_unknown_projection_is_named(pool: Dataset, seen: Overview) -> None:
         map_of(seen, method="lda")
 
 
+def test_too_few_rows_for_tsne_are_said_to_be_projected_by_pca(seen: Overview) -> None:
+    few = map_of(seen, method="tsne", limit=3)
+    assert few is not None
+    assert (few.method, few.points.shape) == ("PCA", (3, 2))
+
+
 def test_a_sample_holds_the_selected_rows_first(pool: Dataset, seen: Overview) -> None:
     found = map_of(seen, limit=120)
     assert found is not None

@@ -195,6 +195,12 @@ def test_no_rows_per_cluster_acts_like_one_in_the_original(scored: Dataset) -> N
     assert outputs(select_car(scored, n1=1, n2=0)) == ["2"]
 
 
+@pytest.mark.parametrize("numbers", [{"n1": 0.5}, {"n1": True}, {"n2": 1.5}, {"n2": -1}], ids=str)
+def test_a_share_of_the_rows_is_refused(numbers: dict[str, Any], scored: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"n1=.* and n2=.* must not be negative; pass whole numbers"):
+        select_as_published(scored, **numbers)
+
+
 def test_more_rows_than_there_are(scored: Dataset) -> None:
     assert len(select_as_published(scored, n1=99, n2=1)) == 5
     with pytest.raises(ValueError, match="n1=99"):
@@ -205,6 +211,13 @@ def test_reasons_and_ranks_come_along(scored: Dataset) -> None:
     found = select_as_published(scored, n1=3, n2=1)
     assert found["selected_by"][:] == ["both", "score", "both", "cluster"]
     assert found["score_rank"][:] == [1, 2, 3, 5]
+
+
+def test_a_row_without_a_cluster_is_kept_by_its_score_alone() -> None:
+    pool = Dataset.from_dict({"iqs_score": [3.0, 2.0, 1.0], "cluster": [None, 0, 0], "output": ["a", "b", "c"]})
+    chosen = select_as_published(pool, n1=2, n2=1)
+    assert chosen["selected_by"][:] == ["score", "both"]
+    assert chosen["cluster_rank"][:] == [0, 1]
 
 
 def test_a_row_without_a_score_is_left_out() -> None:

@@ -270,6 +270,8 @@ def test_budget_counts_all_rows(pool: Dataset) -> None:
         ({"n1": 1, "n2": 7}, "n2=7 must be between 0 and the 6 rows"),
         ({"n1": 0, "n2": 0}, "select no rows"),
         ({"budget": 1, "n2": 1}, "budget=1 must be between the 2 rows that the clusters take"),
+        ({"budget": True}, "budget=True must be a whole number of rows"),
+        ({"budget": "5"}, "budget='5' must be a whole number of rows"),
         ({"budget": 7}, "budget=7 .* and the 6 rows"),
         ({"budget": -1, "n2": 0}, "budget=-1 must be between the 0 rows"),
         ({"n1": 1, "score_column": "quality"}, r"no column \['quality'\]; it has .*'iqs_score'"),

@@ -110,6 +110,15 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_vectors_are_counted_in_the_rows_that_a_filter_left(kind: Any) -> None:
+    dataset = dataset_of([None, *ROWS, None, None], kind)
+    assert columns.count_vectors(dataset, "v") == len(ROWS)
+    assert columns.count_vectors(dataset.select([0, 3, 5, 11, 2]), "v") == 3
+    assert columns.count_vectors(dataset.select([]), "v") == columns.count_vectors(dataset, "other") == 0
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_batches_are_views_of_the_column_where_it_lies_in_one_piece() -> None:
     dataset = dataset_of(ROWS)
     buffer = dataset.data.column("v").chunk(0).values.to_numpy(zero_copy_only=True)
