@@ -28,6 +28,7 @@ from car_datasets.selection.rule import (
 )
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import read_numbers
+from car_datasets.utils.settings import N1
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,7 +55,7 @@ def rank_rows(dataset: Dataset, score_column: str = "iqs_score") -> Dataset:
 
 def select_as_published(
     dataset: Dataset,
-    n1: int = 1000,
+    n1: int = N1,
     n2: int = 1,
     *,
     score_column: str = "iqs_score",

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from car_datasets.utils.columns import check_columns, read_numbers
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import N1, is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 def choose(
     scores: npt.ArrayLike,
     clusters: npt.ArrayLike,
-    n1: int | float = 1000,
+    n1: int | float = N1,
     n2: int = 1,
     budget: int | None = None,
 ) -> Choice:
@@ -169,7 +169,7 @@ def refuse_impossible(rows: int, clusters: int, n1: int | float, n2: int, budget
 
 def select_car(
     dataset: Dataset,
-    n1: int | float = 1000,
+    n1: int | float = N1,
     n2: int = 1,
     *,
     budget: int | None = None,

@@ -30,6 +30,7 @@ from car_datasets.training.measures import (
 )
 from car_datasets.training.pairs import Pair, as_given, cleaned, refuse_crossing
 from car_datasets.utils.files import without_nan
+from car_datasets.utils.settings import BOOTSTRAP_SAMPLES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -122,7 +123,12 @@ def _number(figure: Mapping[str, float], form: str) -> str:
 
 
 def evaluate_scorer(
-    scorer: QualityScorer, pairs: Sequence[Pair], *, other: Sequence[Pair] = (), samples: int = 1000, seed: int = 0
+    scorer: QualityScorer,
+    pairs: Sequence[Pair],
+    *,
+    other: Sequence[Pair] = (),
+    samples: int = BOOTSTRAP_SAMPLES,
+    seed: int = 0,
 ) -> Evaluation:
     """Evaluate a scorer on pairs of a worse and a better answer.
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from car_datasets.utils.settings import BOOTSTRAP_SAMPLES
+
 Scores = npt.NDArray[np.floating[Any]]
 Figures = dict[str, dict[str, float]]  # name -> value, low and high end of its interval
 
@@ -62,7 +64,10 @@ def best_threshold(worse: Scores, better: Scores) -> float:
 
 
 def with_intervals(
-    measure: Callable[[npt.NDArray[np.int64]], Mapping[str, float]], pairs: int, samples: int = 1000, seed: int = 0
+    measure: Callable[[npt.NDArray[np.int64]], Mapping[str, float]],
+    pairs: int,
+    samples: int = BOOTSTRAP_SAMPLES,
+    seed: int = 0,
 ) -> Figures:
     """Return the figures of a measure with 95 % percentile intervals, by a bootstrap that resamples pairs.
 
@@ -81,7 +86,7 @@ def with_intervals(
         ValueError: `samples` is below 1.
     """
     if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1; 1000 is the default.")
+        raise ValueError(f"samples={samples} must be at least 1; {BOOTSTRAP_SAMPLES} is the default.")
     rng = np.random.default_rng(seed)
     value = measure(np.arange(pairs))
     drawn = [measure(rng.integers(pairs, size=pairs)) for _ in range(samples)]

@@ -31,6 +31,7 @@ from car_datasets.scoring.iqs.openvino_encoder import MODEL_FILE, RECORD_FILE, i
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows
 from car_datasets.utils.files import fresh_folder, write_whole
+from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +113,7 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
 
 
 def sample_texts(
-    dataset: Dataset, scorer: QualityScorer, rows: int, others: int | None = None, seed: int = 42
+    dataset: Dataset, scorer: QualityScorer, rows: int, others: int | None = None, seed: int = SEED
 ) -> tuple[list[Text], list[Text]]:
     """Draw rows at random and return their texts, as the scorer reads them; rows that cannot be scored are skipped.
 
