@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict
 
 from car_datasets.clustering.fitting import number_of_clusters
-from car_datasets.loading.schemas import find_schema
+from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.receipt import (
     RECEIPT_FILE,
@@ -67,15 +67,15 @@ def curate(
     ```
 
     Args:
-        source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a folder
-            of such files or of `save_to_disk`, or a dataset in memory.
-        output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list of
-            rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html` and, with
-            matplotlib, four `plot_*.png`. It must not hold a result.
+        source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a
+            folder of such files or of `save_to_disk`, or a dataset in memory.
+        output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list
+            of rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html` and,
+            with matplotlib, four `plot_*.png`. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
         token (`str`, *optional*): for private sources and models; never stored.
-        shard_dir (`str`, *optional*): a folder or URL for finished shards of scores and embeddings, so that a second run,
-            or more processes, compute only what is missing.
+        shard_dir (`str`, *optional*): a folder or URL for finished shards of scores and embeddings, so that a second
+            run, or more processes, compute only what is missing.
         changes: fields of [`Recipe`] by name, which win over `recipe`.
 
     Returns:
@@ -92,14 +92,12 @@ def curate(
     opened = open_dataset(
         source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
     )
+    schema = find_schema(opened.column_names, recipe.schema, recipe.columns)
+    # Without a format, because a NumPy or PyTorch format would turn nulls and lists into other values.
     dataset = check_rows(
-        opened.with_format(None),
-        schema=recipe.schema,
-        columns=recipe.columns,
-        on_invalid=recipe.on_invalid,
-        index_column=recipe.index_column,
+        opened.with_format(None), schema=schema, on_invalid=recipe.on_invalid, index_column=recipe.index_column
     )
-    _check_settings(dataset, recipe)
+    _check_settings(dataset, recipe, schema)
     if folder is not None and procedure.files:
         refuse_taken(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
     # The main process alone writes the receipt, and reads the source again for its digest.
@@ -116,16 +114,16 @@ def curate(
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
     if folder is not None:
         own_index = recipe.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, overview, stages, origin, own_index))
+        from_main(lambda: _write_files(folder, curated, overview, stages, origin, schema, own_index))
     return curated
 
 
-def _check_settings(dataset: Dataset, recipe: Recipe) -> None:
+def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     """Raise ValueError if a setting cannot work with the rows that can be scored; nothing is looked up or computed."""
     check_projection(recipe.projection)
     rows = len(dataset)
     if recipe.on_invalid == "mark":
-        rows -= len(unscorable_rows(dataset, find_schema(dataset.column_names, recipe.schema, recipe.columns)))
+        rows -= len(unscorable_rows(dataset, schema))
         if rows == 0:
             raise ValueError(
                 f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
@@ -141,13 +139,23 @@ def _write_files(
     overview: Overview,
     stages: Stages,
     origin: dict[str, Any],
+    schema: Schema,
     own_index: bool,
 ) -> None:
-    """Write the result into a folder; with `own_index` the source has the index column."""
+    """Write the result into a folder.
+
+    Args:
+        folder (`Path`): made if it does not exist.
+        curated ([`Curated`]): the result.
+        overview ([`Overview`]): pool and selection, with the embeddings that the map needs.
+        stages ([`Stages`]): what made the result.
+        origin (`dict`), schema ([`Schema`]): the source for the receipt, and how its rows were read.
+        own_index (`bool`): the source itself has the index column.
+    """
     selected, scored, report = curated
     recipe, scorer, names = stages.recipe, stages.scorer, stages.recipe.names
     without_vectors = overview.pool.remove_columns(recipe.embedding_column)
-    receipt = make_receipt(origin, recipe, scorer, without_vectors, selected, report)
+    receipt = make_receipt(origin, schema.name, recipe, scorer, without_vectors, selected, report)
     with unfinished(folder):
         pictures = report.pictures(overview, recipe.projection)
         files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}

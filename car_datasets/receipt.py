@@ -1,7 +1,8 @@
 """RECEIPT: the record of what a selection was made from and with, so that others can make and check it again.
 
 Does: record source, models, settings, versions and counts; write and read them. Equal runs give equal receipts.
-Does not: keep a time, a token or a path of this machine (only the name and digest of a file or folder); verify anything.
+Does not: keep a time, a token or a path of this machine (only the name and digest of a file or folder); verify
+anything.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from car_datasets import __version__
-from car_datasets.loading.schemas import find_schema
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import numbers_of
@@ -48,7 +48,8 @@ PACKAGES = (
 )
 MODELS = ("scorer", "embedder", "tokenizer", "engine")  # settings that may be paths
 
-# What identifies a source of each kind. A Hub dataset also has a `revision`, which is None if it could not be found out.
+# What identifies a source of each kind. A Hub dataset also has a `revision`, which is None if it could not be found
+# out.
 SOURCES = {"hub": ("id",), "file": ("name", "sha256"), "folder": ("name", "sha256"), "memory": ("sha256",)}
 KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error messages
 
@@ -59,8 +60,8 @@ class Receipt:
     """A frozen record of what a selection was made from and with; the content of `receipt.json`.
 
     Args:
-        source (`dict`): `kind` (`"hub"`, `"file"`, `"folder"` or `"memory"`), and `id` and `revision` on the Hub, `name` and
-            `sha256` of a file or folder, `sha256` over the rows of a dataset in memory.
+        source (`dict`): `kind` (`"hub"`, `"file"`, `"folder"` or `"memory"`), and `id` and `revision` on the Hub,
+            `name` and `sha256` of a file or folder, `sha256` over the rows of a dataset in memory.
         schema, template (`str`): how its rows were read.
         scorer, embedder (`dict`): `model_id`, `revision` (commit, or digest of a folder) and `weights` (digest).
         recipe (`dict`): all settings, including seeds, k, n1 and n2; the name alone of a model that was a folder.
@@ -108,7 +109,8 @@ class Receipt:
         if content.get("format") != FORMAT or set(content) != names:
             raise ValueError(
                 f"{shown} is not a receipt of format {FORMAT}: it has the keys {sorted(content)}; missing are "
-                f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or curate again."
+                f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or "
+                "curate again."
             )
         _refuse_malformed(content, shown)
         return cls(**content)
@@ -158,6 +160,7 @@ def _refuse_others(record: Mapping[str, Any], wanted: Mapping[str, type], shown:
 
 def make_receipt(
     source: Mapping[str, Any],
+    schema: str,
     settings: Recipe,
     scorer: QualityScorer,
     pool: Dataset,
@@ -168,13 +171,14 @@ def make_receipt(
 
     Args:
         source (`Mapping`): what [`describe_source`] returned for the source.
+        schema (`str`): the name of the schema that the rows were read by.
         settings ([`Recipe`]), scorer ([`QualityScorer`]): as used, with the revisions of both models.
         pool, selected (`Dataset`), report ([`SelectionReport`]): the result.
     """
     names = ColumnNames(settings.score_column, settings.cluster_column, settings.index_column)
     return Receipt(
         source=dict(source),
-        schema=find_schema(pool.column_names, settings.schema, settings.columns).name,
+        schema=schema,
         template=str(scorer.template),
         scorer=scorer_record(scorer),
         embedder=embedder_record(settings, scorer),
@@ -243,8 +247,8 @@ def loaded_revision(opened: Dataset | None) -> str | None:
 def pool_digest(pool: Dataset, names: ColumnNames) -> str:
     """Return the sha256 over indices, scores and clusters of a scored pool, in order.
 
-    It is taken over the indices as a JSON list without spaces, then one byte per row for "has a score" (0 or 1), the scores
-    as little-endian float64 (NaN without one) and the clusters as little-endian int64 (-1 without one).
+    It is taken over the indices as a JSON list without spaces, then one byte per row for "has a score" (0 or 1), the
+    scores as little-endian float64 (NaN without one) and the clusters as little-endian int64 (-1 without one).
     """
     columns = list(dict.fromkeys((names.index, names.score, names.cluster)))  # an index may be one of the others
     table = pool.with_format(None).select_columns(columns).with_format("arrow")[:]

@@ -1,7 +1,7 @@
 """`resolve`: a recipe as the stages that run it, with every model looked up once.
 
-Does: make scorer, embedder and cluster settings of a recipe; refuse taken columns before anything runs; run SCORE, EMBED,
-CLUSTER and SELECT, here or in shards.
+Does: make scorer, embedder and cluster settings of a recipe; refuse taken columns before anything runs; run SCORE,
+EMBED, CLUSTER and SELECT, here or in shards.
 Does not: load or check rows, report, or write results.
 """
 
@@ -62,8 +62,8 @@ class Stages:
         Args:
             dataset (`Dataset`): checked rows.
             token (`str`, *optional*): for a `shard_dir` on the Hub.
-            shard_dir (`str`, *optional*): keep finished shards there, so that another run resumes. Several processes share
-                the work in shards with and without it.
+            shard_dir (`str`, *optional*): keep finished shards there, so that another run resumes. Several processes
+                share the work in shards with and without it.
 
         Raises:
             ValueError: a column of this or a later stage is taken.
@@ -111,7 +111,7 @@ class Stages:
         return self.procedure.select(pool, self.recipe.amounts, self.recipe.names)
 
     def refuse_taken_columns(self, dataset: Dataset) -> None:
-        """Raise ValueError if the dataset has a column that this or a later stage adds, or two stages add the same one."""
+        """Raise ValueError if a column that this or a later stage adds is taken, or is added by two stages."""
         if self.embedder is None and self.scorer.embedding_column is None:  # scores alone: no later stage follows
             refuse_overwrite(dataset.column_names, self.scorer.output_columns, "score_column= (--score-column)")
             return
@@ -193,8 +193,9 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
         **_reading(recipe),
     )
     if embed and recipe.embedder is None and scorer.shares_encoder:
-        # Not dataclasses.replace, which would look the model up and hash its folder again, without the token. Equal fields
-        # make an equal fingerprint either way.
+        # Not dataclasses.replace, which would build a second scorer: list and digest the model's folder again, and read
+        # its configuration. All other fields are checked already, and equal fields make an equal fingerprint either
+        # way.
         scorer = copy.copy(scorer)
         object.__setattr__(scorer, "embedding_column", recipe.embedding_column)
     return scorer
