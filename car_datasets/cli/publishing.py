@@ -1,4 +1,4 @@
-"""The commands for results on the Hub: push, verify."""
+"""The commands that publish a result and check one: push, verify."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from car_datasets.cli.app import add_options, app, one_line_errors, option
+from car_datasets.cli.app import add_options, app, one_line_errors, option, print_pushed
 
 
 @app.command(epilog="Example: car-datasets push out me/alpaca-car")
@@ -16,21 +16,21 @@ from car_datasets.cli.app import add_options, app, one_line_errors, option
     "check",
     "token",
     split=option(str, "Name of the split of the selected rows.", "selected"),
-    config_name=option(str, "Configuration: its splits all have the same columns.", "default"),
+    config_name=option(str, "Configuration to push to; all its splits have the same columns.", "default"),
     embeddings=option(bool, "Push the embeddings of the pool as well.", False, "--embeddings"),
 )
 def push(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `curate` wrote.")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository; made if it does not exist.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository; created if it does not exist.")],
     also: Annotated[
         str,
         typer.Option(
-            help="More splits, with commas: scored (the pool), random_control, length_matched_control; or none."
+            help="More splits, separated by commas: scored (the pool), random_control, length_matched_control; or none."
         ),
     ] = "scored",
     **options: Any,
 ) -> None:
-    """Push a result with card and receipt, in one commit, to a private repository; run it again to resume."""
+    """Push a result with its card and receipt in one commit, private by default; if interrupted, run it again."""
     from car_datasets.publishing.push import push_selection
 
     names = [name.strip() for name in also.split(",") if name.strip() not in ("", "none")]
@@ -42,21 +42,27 @@ def push(
 @one_line_errors
 @add_options(
     "token",
-    source=option(str | None, "The file or folder that was curated, unless it was a Hub dataset."),
-    rescore=option(int, "Also score so many rows again, drawn at random.", 0),
-    seed=option(int, "Seed of that draw.", 0),
-    scorer=option(str | None, "For --rescore, if the scorer was a folder."),
-    tokenizer=option(str | None, "For --rescore, if the tokenizer was a folder."),
-    engine=option(str | None, "For --rescore: the folder of the int8 encoder."),
-    revision=option(str | None, "Branch, tag or commit of REPO."),
-    config_name=option(str, "Configuration of REPO.", "default"),
-    split=option(str, "Split of REPO with the selected rows.", "selected"),
+    source=option(str | None, "The file or folder that was curated; not needed for a Hub dataset."),
+    rescore=option(int, "Also score this many rows again, drawn at random.", 0),
+    seed=option(int, "Seed of the draw of --rescore.", 0),
+    scorer=option(str | None, "For --rescore, if the scorer was a folder: its path."),
+    tokenizer=option(str | None, "For --rescore, if the tokenizer was a folder: its path."),
+    engine=option(str | None, "For --rescore, if an int8 encoder was used: its folder."),
+    revision=option(str | None, "Branch, tag or commit of the repository."),
+    config_name=option(str, "Configuration in the repository.", "default"),
+    split=option(str, "Split in the repository with the selected rows.", "selected"),
 )
 def verify(
-    where: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="What `push` or `curate` wrote.")],
+    where: Annotated[
+        str,
+        typer.Argument(metavar="REPO_OR_DIR", help="Repository of a push, or folder of a result."),
+    ],
     **options: Any,
 ) -> None:
-    """Check a selection against its receipt: source, choice, on request scores. Exit code 1 names the first difference."""
+    """Check a selection against its receipt: its source, its choice and, with --rescore, its scores.
+
+    Names the first difference, with exit code 1.
+    """
     from car_datasets.publishing.verification import verify
 
     found = verify(where, **options)
@@ -67,8 +73,3 @@ def verify(
     typer.echo("match" if found.matches else f"mismatch: {found.difference}")
     if not found.matches:
         raise typer.Exit(1)
-
-
-def print_pushed(pushed: tuple[str, str]) -> None:
-    """Print the repository and the commit of a push."""
-    typer.echo(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
