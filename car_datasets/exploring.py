@@ -150,8 +150,8 @@ def _read_folder(folder: Path, names: ColumnNames) -> Overview:
     selected, pool = read_tables(folder)
     if names.embedding not in pool.column_names:
         raise ValueError(
-            f"{str(folder / SCORED_TABLE)!r} has no column {names.embedding!r}; curate without --no-embeddings, or name your "
-            "embedding column: names=ColumnNames(embedding=...) (--embedding-column)."
+            f"{str(folder / SCORED_TABLE)!r} has no column {names.embedding!r}; curate without --no-embeddings, or "
+            "name your embedding column: names=ColumnNames(embedding=...) (--embedding-column)."
         )
     return Overview.of(pool, selected, names=names)
 

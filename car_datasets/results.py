@@ -120,7 +120,7 @@ def unfinished(folder: Path) -> Iterator[None]:
 
 
 def write_table(dataset: Dataset, path: Path, names: ColumnNames) -> None:
-    """Write the dataset of one stage: Parquet, or for a `.json` path the original's format without our other columns."""
+    """Write the dataset of one stage as Parquet, or for a `.json` path in the original's format and columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         plain = original_columns(dataset, names)

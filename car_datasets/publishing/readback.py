@@ -1,6 +1,7 @@
 """Read back what was pushed, at an exact commit and without a cache, and compare it row by row.
 
-Does: load a split of a dataset repository, retrying on transient errors; name the first difference between two datasets.
+Does: load a split of a dataset repository, retrying on transient errors; name the first difference between two
+datasets.
 Does not: push; read a receipt.
 """
 

@@ -1,6 +1,7 @@
 """Train the head of the embedded scorer on the states of its frozen encoder and the words of the answer.
 
-Does: make restyled and corrupted copies of cleaned pairs, encode all once, fit the head for several seeds, write the model.
+Does: make restyled and corrupted copies of cleaned pairs, encode all once, fit the head for several seeds, write the
+model.
 Does not: train an encoder. The shipped weights come from the training file `train_iqs_minilm.yaml`.
 """
 

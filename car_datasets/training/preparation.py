@@ -20,6 +20,7 @@ import numpy.typing as npt
 from car_datasets.loading.templates import Exchange, join_surrogates
 from car_datasets.training.measures import Clue, clues, cross_validated, pair_metrics
 from car_datasets.training.pairs import Pair, as_given, cleaned, parse_text, question
+from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,6 +62,68 @@ class Prepared(NamedTuple):
     counts: dict[str, int]
     moved: int
     audits: dict[str, Audit]
+
+
+def prepare(
+    revisions: str | Path,
+    output: str | Path,
+    *,
+    drop: float = PUBLISHED_SHARE,
+    seed: int = SEED,
+    clean_text: bool = True,
+    similarity: float | None = 0.8,
+) -> Prepared:
+    """Write training, validation and test files in two formats, and `report.json`, into a new folder.
+
+    The files are `score_{train,valid,test}.csv` (src, score) and `ranking_{train,valid,test}.csv` (src, pos, neg).
+
+    With `clean_text=False, similarity=None` the pairs and splits are those of the original's files.
+
+    Args:
+        revisions (`str`): JSON list of objects with `original` and `revised`, each a text of the form
+            "Instruction: ... Input: ... Response: ..." or an object with `instruction`, `input` and `output`.
+        output (`str`): a new folder.
+        drop (`float`): share (below 1) or number of pairs with the smallest Levenshtein distance to drop.
+        seed (`int`): seed of the split.
+        clean_text (`bool`): decode typed-out escapes, straighten quotes and fold white space.
+        similarity (`float`, *optional*): cosine from which two pairs count as near-duplicates; `None` skips the search.
+
+    Raises:
+        ValueError: rapidfuzz is not installed, the folder exists, an argument or an entry of the file is invalid, or
+            one of the files would be empty.
+    """
+    _edit_distance()  # a missing extra is an error before anything is read
+    folder = Path(output)
+    if folder.exists():
+        raise ValueError(f"output={str(output)!r} already exists; name a new folder.")
+    if similarity is not None and not 0 < similarity <= 1:
+        raise ValueError(f"similarity={similarity} must be above 0 and at most 1, or None to skip the search.")
+    everything = read_revisions(revisions)
+    pairs = drop_smallest_edits(everything, drop)
+    groups = np.arange(len(pairs)) if similarity is None else near_duplicates(pairs, similarity)
+    parts, moved = split_pairs(pairs, seed, groups)
+    empty = [side for side, part in zip(SIDES, parts, strict=True) if not part]
+    if empty:
+        raise ValueError(
+            f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Provide "
+            f"more revisions, or raise similarity={similarity}."
+        )
+    audits = {
+        name: audit_labels(pairs, flag, groups.tolist()) for name, flag in (("as given", False), ("cleaned", True))
+    }
+    counts = {"revisions": len(everything), "dropped": len(everything) - len(pairs)}
+    counts |= {side: len(part) for side, part in zip(SIDES, parts, strict=True)}
+    counts["groups_of_near_duplicates"] = int((np.bincount(groups) > 1).sum())
+    folder.mkdir(parents=True)
+    files = {}
+    for side, part in zip(SIDES, parts, strict=True):
+        written = [Pair(*(cleaned(row) for row in pair)) if clean_text else pair for pair in part]
+        files[f"score_{side}"] = _write_csv(folder / f"score_{side}.csv", ("src", "score"), _score_rows(written))
+        files[f"ranking_{side}"] = _write_csv(folder / f"ranking_{side}.csv", ("src", "pos", "neg"), _triples(written))
+    report = {"counts": counts, "moved_to_training": moved, "seed": seed, "cleaned": clean_text}
+    report["audits"] = {name: asdict(audit) for name, audit in audits.items()}
+    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Prepared(files, counts, moved, audits)
 
 
 def read_revisions(path: str | Path) -> list[Pair]:
@@ -105,15 +168,6 @@ def _side(path: str | Path, number: int, name: str, value: Any) -> Exchange:
     return Exchange(*parts)
 
 
-def _edit_distance() -> Callable[[str, str], int]:
-    """Return rapidfuzz's Levenshtein distance in characters; raise ValueError if the extra `train` is not installed."""
-    try:
-        from rapidfuzz.distance import Levenshtein
-    except ImportError as error:
-        raise ValueError("prepare needs rapidfuzz: pip install 'car-datasets[train]'.") from error
-    return Levenshtein.distance
-
-
 def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
     """Return the pairs without those whose halves differ least, sorted by edit distance.
 
@@ -137,6 +191,15 @@ def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
     # A stable sort: equal distances keep the order of the file.
     order = sorted(range(len(pairs)), key=distances.__getitem__)
     return [pairs[i] for i in order[count:]]
+
+
+def _edit_distance() -> Callable[[str, str], int]:
+    """Return rapidfuzz's Levenshtein distance in characters; raise ValueError if the extra `train` is not installed."""
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ImportError as error:
+        raise ValueError("prepare needs rapidfuzz: pip install 'car-datasets[train]'.") from error
+    return Levenshtein.distance
 
 
 def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.int64]:
@@ -215,66 +278,22 @@ def audit_labels(pairs: Sequence[Pair], clean_text: bool, groups: Sequence[int] 
     return Audit(figures["pairs"], figures["auc"], tuple(clues(halves[0], halves[1])))
 
 
-def prepare(
-    revisions: str | Path,
-    output: str | Path,
-    *,
-    drop: float = PUBLISHED_SHARE,
-    seed: int = 42,
-    clean_text: bool = True,
-    similarity: float | None = 0.8,
-) -> Prepared:
-    """Write training, validation and test files in two formats, and `report.json`, into a new folder.
+def _score_rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
+    return [(as_given(row).whole, str(label)) for pair in pairs for label, row in enumerate(pair)]
 
-    The files are `score_{train,valid,test}.csv` (src, score) and `ranking_{train,valid,test}.csv` (src, pos, neg).
 
-    With `clean_text=False, similarity=None` the pairs and splits are those of the original's files.
+def _triples(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
+    """Return (question, better answer, worse answer); the question is the revised one, as in the original."""
+    # The trailing space is the original's: it joins question and answer without another.
+    return [(f"{as_given(p.better).question} ", as_given(p.better).answer, as_given(p.worse).answer) for p in pairs]
 
-    Args:
-        revisions (`str`): JSON list of objects with `original` and `revised`, each a text of the form
-            "Instruction: ... Input: ... Response: ..." or an object with `instruction`, `input` and `output`.
-        output (`str`): a new folder.
-        drop (`float`): share (below 1) or number of pairs with the smallest Levenshtein distance to drop.
-        seed (`int`): seed of the split.
-        clean_text (`bool`): decode typed-out escapes, straighten quotes and fold white space.
-        similarity (`float`, *optional*): cosine from which two pairs count as near-duplicates; `None` skips the search.
 
-    Raises:
-        ValueError: rapidfuzz is not installed, the folder exists, an argument or an entry of the file is invalid, or
-            one of the files would be empty.
-    """
-    _edit_distance()  # a missing extra is an error before anything is read
-    folder = Path(output)
-    if folder.exists():
-        raise ValueError(f"output={str(output)!r} already exists; name a new folder.")
-    if similarity is not None and not 0 < similarity <= 1:
-        raise ValueError(f"similarity={similarity} must be above 0 and at most 1, or None to skip the search.")
-    everything = read_revisions(revisions)
-    pairs = drop_smallest_edits(everything, drop)
-    groups = np.arange(len(pairs)) if similarity is None else near_duplicates(pairs, similarity)
-    parts, moved = split_pairs(pairs, seed, groups)
-    empty = [side for side, part in zip(SIDES, parts, strict=True) if not part]
-    if empty:
-        raise ValueError(
-            f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Provide "
-            f"more revisions, or raise similarity={similarity}."
-        )
-    audits = {
-        name: audit_labels(pairs, flag, groups.tolist()) for name, flag in (("as given", False), ("cleaned", True))
-    }
-    counts = {"revisions": len(everything), "dropped": len(everything) - len(pairs)}
-    counts |= {side: len(part) for side, part in zip(SIDES, parts, strict=True)}
-    counts["groups_of_near_duplicates"] = int((np.bincount(groups) > 1).sum())
-    folder.mkdir(parents=True)
-    files = {}
-    for side, part in zip(SIDES, parts, strict=True):
-        written = [Pair(*(cleaned(row) for row in pair)) if clean_text else pair for pair in part]
-        files[f"score_{side}"] = _write_csv(folder / f"score_{side}.csv", ("src", "score"), _score_rows(written))
-        files[f"ranking_{side}"] = _write_csv(folder / f"ranking_{side}.csv", ("src", "pos", "neg"), _triples(written))
-    report = {"counts": counts, "moved_to_training": moved, "seed": seed, "cleaned": clean_text}
-    report["audits"] = {name: asdict(audit) for name, audit in audits.items()}
-    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Prepared(files, counts, moved, audits)
+def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
 
 
 def audit_table(name: str, audit: Audit) -> Table:
@@ -292,21 +311,3 @@ def audit_table(name: str, audit: Audit) -> Table:
         side = "better" if clue.weight > 0 else "worse"
         table.add_row(repr(clue.token), f"{100 * clue.worse:.1f} %", f"{100 * clue.better:.1f} %", side)
     return table
-
-
-def _score_rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
-    return [(as_given(row).whole, str(label)) for pair in pairs for label, row in enumerate(pair)]
-
-
-def _triples(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
-    """Return (question, better answer, worse answer); the question is the revised one, as in the original."""
-    # The trailing space is the original's: it joins question and answer without another.
-    return [(f"{as_given(p.better).question} ", as_given(p.better).answer, as_given(p.worse).answer) for p in pairs]
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path

@@ -24,6 +24,8 @@ from car_datasets.scoring.iqs.modeling_iqs import IQSModel
 from car_datasets.scoring.iqs.packing import POSITIONS_AFTER_PADDING
 from car_datasets.training.pairs import Pair, read_labelled_rows, read_pairs, refuse_crossing
 from car_datasets.training.trainer import (
+    STATE_FILE,
+    BudgetTrainer,
     Collator,
     ThawEncoder,
     claim,
@@ -34,7 +36,7 @@ from car_datasets.training.trainer import (
     regression_examples,
 )
 from car_datasets.utils import hub, revisions
-from car_datasets.utils.files import write_card, write_figures, write_folder
+from car_datasets.utils.files import FIGURES_FILE, write_card, write_figures, write_folder
 from car_datasets.utils.settings import Settings
 
 if TYPE_CHECKING:
@@ -183,20 +185,51 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
         if settings.push_to:
             hub.push_folder(output, settings.push_to, token)
         shutil.rmtree(checkpoints)
-        figures = json.loads((output / "figures.json").read_text(encoding="utf-8"))
+        figures = json.loads((output / FIGURES_FILE).read_text(encoding="utf-8"))
     trainer.accelerator.wait_for_everyone()
     return figures
 
 
-def _train(trainer: Trainer, checkpoint: str | None) -> None:
-    """Train, or resume from a checkpoint; if that run had already stopped early, only load its best weights."""
-    if checkpoint is not None:
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
-            # No epoch is left to train then, and `Trainer` goes straight to `load_best_model_at_end`.
-            trainer.args.num_train_epochs = round(state["epoch"])
-    with _deterministic():
-        trainer.train(resume_from_checkpoint=checkpoint)
+def _read_training(settings: ScorerTraining, valid: Sequence[Pair]) -> list[Any]:
+    """Read pairs for the ranking model or (row, label) for IQS; refuse questions that `valid` shares."""
+    examples: list[Any]
+    if settings.kind == "ranking":
+        examples = read_pairs(settings.train)
+        rows = [row for pair in examples for row in pair]
+    else:
+        rows, labels = read_labelled_rows(settings.train)
+        examples = list(zip(rows, labels.tolist(), strict=True))
+    refuse_crossing(rows, [row for pair in valid for row in pair], (settings.train, settings.valid))
+    return examples
+
+
+def _arguments(settings: ScorerTraining) -> TrainingArguments:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=f"{settings.output.rstrip('/')}.checkpoints",
+        seed=settings.seed,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        max_grad_norm=settings.max_grad_norm,
+        fp16=settings.mixed_precision == "fp16",
+        bf16=settings.mixed_precision == "bf16",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="kendall",
+        greater_is_better=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        **({"train_sampling_strategy": "group_by_length"} if settings.group_by_length else {}),
+        restore_callback_states_from_checkpoint=True,  # otherwise a resumed run starts counting patience at zero
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=True,  # a frozen encoder has no gradients
+    )
 
 
 def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQSModel, Any]:
@@ -251,63 +284,6 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def _read_training(settings: ScorerTraining, valid: Sequence[Pair]) -> list[Any]:
-    """Read pairs for the ranking model or (row, label) for IQS; refuse questions that `valid` shares."""
-    examples: list[Any]
-    if settings.kind == "ranking":
-        examples = read_pairs(settings.train)
-        rows = [row for pair in examples for row in pair]
-    else:
-        rows, labels = read_labelled_rows(settings.train)
-        examples = list(zip(rows, labels.tolist(), strict=True))
-    refuse_crossing(rows, [row for pair in valid for row in pair], (settings.train, settings.valid))
-    return examples
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Make torch deterministic inside the block, so that equal settings give equal weights."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # the backward of the fused kernels sums in no fixed order
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def _arguments(settings: ScorerTraining) -> TrainingArguments:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=f"{settings.output.rstrip('/')}.checkpoints",
-        seed=settings.seed,
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        max_grad_norm=settings.max_grad_norm,
-        fp16=settings.mixed_precision == "fp16",
-        bf16=settings.mixed_precision == "bf16",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        logging_strategy="epoch",
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="kendall",
-        greater_is_better=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to="none",
-        **({"train_sampling_strategy": "group_by_length"} if settings.group_by_length else {}),
-        restore_callback_states_from_checkpoint=True,  # otherwise a resumed run starts counting patience at zero
-        use_cpu=not torch.accelerator.is_available(),
-        ddp_find_unused_parameters=True,  # a frozen encoder has no gradients
-    )
-
-
 def _trainer(
     settings: ScorerTraining,
     arguments: TrainingArguments,
@@ -317,8 +293,6 @@ def _trainer(
     valid: Sequence[Pair],
 ) -> Trainer:
     from transformers import EarlyStoppingCallback, get_constant_schedule_with_warmup
-
-    from car_datasets.training.trainer import BudgetTrainer
 
     examples: Any = ranking_examples
     measured: Sequence[Any] = valid
@@ -340,6 +314,32 @@ def _trainer(
         optimizers=(optimiser, get_constant_schedule_with_warmup(optimiser, settings.warmup_steps)),
         callbacks=[ThawEncoder(model.encoder, settings.frozen_epochs), EarlyStoppingCallback(settings.patience)],
     )
+
+
+def _train(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, or resume from a checkpoint; if that run had already stopped early, only load its best weights."""
+    if checkpoint is not None:
+        state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+            # No epoch is left to train then, and `Trainer` goes straight to `load_best_model_at_end`.
+            trainer.args.num_train_epochs = round(state["epoch"])
+    with _deterministic():
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Make torch deterministic inside the block, so that equal settings give equal weights."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the backward of the fused kernels sums in no fixed order
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _write(
