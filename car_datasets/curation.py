@@ -105,14 +105,17 @@ def curate(
     stages = resolve(pinned_source(recipe, source, opened), token)
 
     pool = stages.score(dataset, token=token, shard_dir=shard_dir)
+    # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = stages.cluster(procedure.order(pool, recipe.names))
     without_vectors = pool.remove_columns(recipe.embedding_column)
+    # Without vectors, which selected rows do not need and which make most of the size.
     selected = stages.select(without_vectors)
     overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names)
     report = SelectionReport.from_overview(overview)
 
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
     if folder is not None:
+        # Of `opened`, because `dataset` has the column in any case.
         own_index = recipe.index_column in opened.column_names
         from_main(lambda: _write_files(folder, curated, overview, stages, origin, schema, own_index))
     return curated
@@ -155,7 +158,9 @@ def _write_files(
     selected, scored, report = curated
     recipe, scorer, names = stages.recipe, stages.scorer, stages.recipe.names
     without_vectors = overview.pool.remove_columns(recipe.embedding_column)
+    # The recipe of the stages, not the caller's: it has the revisions that were really loaded.
     receipt = make_receipt(origin, schema.name, recipe, scorer, without_vectors, selected, report)
+    # The receipt first: hashing and counting may fail, and then nothing has been written.
     with unfinished(folder):
         pictures = report.pictures(overview, recipe.projection)
         files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}
@@ -188,12 +193,14 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
     pins = scorer_pins(scorer_of(settings, token))
     if any(receipt.scorer.get(name) != pin for name, pin in pins.items()):
         return False
+    # Without an embedder, the encoder follows from the scorer, or is the one that this version pins.
     if settings.embedder is None:
         return True
     return receipt.embedder["revision"] == revisions.pin_revision(settings.embedder, settings.embedder_revision, token)
 
 
 def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
+    # In the order of `open_dataset`: an existing path wins over a Hub id of the same name.
     if Path(source).expanduser().exists():
         return known == describe_source(source, None, settings)
     names = ("kind", "id", "name", "split")

@@ -1,6 +1,6 @@
-"""RECEIPT: the record of what a selection was made from and with, so that others can make and check it again.
+"""Record what a selection was made from, so that others can reproduce and verify it: `Receipt`, `receipt.json`.
 
-Does: record source, models, settings, versions and counts; write and read them. Equal runs give equal receipts.
+Does: collect source, models, settings, versions and counts; write and read them. Equal runs give equal receipts.
 Does not: keep a time, a token or a path of this machine (only the name and digest of a file or folder); verify
 anything.
 """
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from car_datasets.scoring.scorer import QualityScorer
 
 RECEIPT_FILE = "receipt.json"
-FORMAT = 1
+FORMAT = 1  # version of the record; `from_json` reads no other
+# The packages that scores, clusters and digests depend on.
 PACKAGES = (
     "datasets",
     "huggingface_hub",
@@ -57,7 +58,7 @@ KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error mess
 @public
 @dataclass(frozen=True)
 class Receipt:
-    """A frozen record of what a selection was made from and with; the content of `receipt.json`.
+    """The source, models, settings and counts of a selection; the content of `receipt.json`.
 
     Args:
         source (`dict`): `kind` (`"hub"`, `"file"`, `"folder"` or `"memory"`), and `id` and `revision` on the Hub,
@@ -81,6 +82,7 @@ class Receipt:
     counts: dict[str, Any]
     selected_sha256: str
     versions: dict[str, str]
+    # Defaults must come last in a dataclass; a receipt that is read has all fields.
     scored_sha256: str = ""
     format: int = FORMAT
 
@@ -105,6 +107,7 @@ class Receipt:
             raise ValueError(f"{shown} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{shown} is not a receipt: it holds a {type(content).__name__}, not a record.")
+        # Exactly these keys: a receipt with unknown ones says something that `verify` would not check.
         names = {field.name for field in fields(cls)}
         if content.get("format") != FORMAT or set(content) != names:
             raise ValueError(
@@ -141,6 +144,7 @@ def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
     _refuse_others(source, dict.fromkeys(SOURCES[source["kind"]], str), f"{shown}: source.")
     for model in ("scorer", "embedder"):
         _refuse_others(content[model], dict.fromkeys(("model_id", "revision", "weights"), str), f"{shown}: {model}.")
+        # Optional ones as well, such as `tokenizer_revision`.
         _refuse_others(content[model], dict.fromkeys(content[model], str), f"{shown}: {model}.")
     _refuse_others(
         content["counts"], dict.fromkeys(("rows", "scored", "clusters", "selected"), int), f"{shown}: counts."
@@ -151,6 +155,7 @@ def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
 def _refuse_others(record: Mapping[str, Any], wanted: Mapping[str, type], shown: str) -> None:
     for name, kind in wanted.items():
         value = record.get(name)
+        # bool is a subclass of int, and `true` must not pass as a count.
         if not (is_whole_number(value) if kind is int else isinstance(value, kind)):
             seen = f"is {value!r:.80}" if name in record else "is missing"
             raise ValueError(
@@ -214,6 +219,7 @@ def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> di
     Returns:
         `dict`: the field `source` of a [`Receipt`].
     """
+    # Only what was given: a name or split of None says nothing about the source.
     part = {name: getattr(settings, name) for name in ("name", "split") if getattr(settings, name) is not None}
     if not isinstance(source, (str, Path)):
         return {"kind": "memory", "sha256": rows_digest(source if opened is None else opened)}
@@ -225,6 +231,7 @@ def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> di
         own = ("cache-", ".")
         files = sorted(each for each in path.rglob("*") if each.is_file() and not each.name.startswith(own))
         return {"kind": "folder", "name": path.resolve().name, "sha256": digests.files_digest(path, files), **part}
+    # Name and digest of a Hub dataset are its id and commit, so the rows are not hashed.
     return {"kind": "hub", "id": str(source), "revision": loaded_revision(opened) or settings.revision, **part}
 
 
@@ -278,7 +285,7 @@ def scorer_record(scorer: QualityScorer) -> dict[str, str]:
 
 
 def scorer_pins(scorer: QualityScorer) -> dict[str, str]:
-    """Return the immutable revisions of a scorer and, if it has them, of its tokenizer and its int8 encoder."""
+    """Return the immutable revisions of a scorer and, if it has any, of its tokenizer and its int8 encoder."""
     names = ("revision", "tokenizer_revision", "engine_revision")
     return {name: str(getattr(scorer, name)) for name in names if getattr(scorer, name) is not None}
 
@@ -288,6 +295,7 @@ def embedder_record(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:
     if settings.embedder is None and scorer.shares_encoder:
         shared = scorer.embedder()
         return _model(shared.model_id, str(shared.revision))
+    # No request for a pinned commit that is in the cache, so this also works offline.
     name = settings.embedder or revisions.DEFAULT_ENCODER
     return _model(name, revisions.pin_revision(name, settings.embedder_revision))
 

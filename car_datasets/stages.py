@@ -1,4 +1,4 @@
-"""`resolve`: a recipe as the stages that run it, with every model looked up once.
+"""Turn a recipe into the stages that run it, with every model looked up once: `resolve`, `Stages`.
 
 Does: make scorer, embedder and cluster settings of a recipe; refuse taken columns before anything runs; run SCORE,
 EMBED, CLUSTER and SELECT, here or in shards.
@@ -70,7 +70,9 @@ class Stages:
         """
         self.refuse_taken_columns(dataset)
         folders = [None if shard_dir is None else _shard_folder(stage, shard_dir) for _, stage in self._passes()]
+        # A resumed run needs no estimate. A URL counts as begun: listing it would take requests.
         begun = shard_dir is not None and ("://" in str(shard_dir) or any(Path(shard_dir).glob("*/part-*")))
+        # Timing takes some seconds, which only a run of minutes or hours repays.
         if len(dataset) >= LARGE and is_main_process() and not begun:
             with contextlib.suppress(ValueError):  # rows that cannot be scored are reported by the stage itself
                 tqdm.write(str(estimate_scoring(dataset, self.scorer)), file=sys.stderr)
@@ -116,12 +118,14 @@ class Stages:
             refuse_overwrite(dataset.column_names, self.scorer.output_columns, "score_column= (--score-column)")
             return
         names = self.recipe.names
+        # The embedding may come from the scorer or from the embedder; either way it is counted once.
         scores = [name for name in self.scorer.output_columns if name != self.scorer.embedding_column]
         new = [*scores, names.embedding, names.cluster, names.distance]
         every = [*new, *SELECTION_COLUMNS]
         twice = sorted({name for name in every if every.count(name) > 1})
         if twice:
             raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
+        # The names of the selection cannot be changed, so they are checked apart, by `check_columns`.
         option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
         refuse_overwrite(dataset.column_names, new, option)
         check_columns(dataset.column_names, (), SELECTION_COLUMNS)
@@ -227,6 +231,7 @@ def embed_where_missing(
 
 def _reading(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments that scorer and embedder have in common."""
+    # Equal for both, so that they read the same columns and skip the same rows.
     names = ("schema", "columns", "on_invalid", "dtype", "batch_tokens", "embedding_dtype")
     return {name: getattr(recipe, name) for name in names}
 
@@ -239,6 +244,7 @@ def _add(
     token: str | None = None,
 ) -> Dataset:
     """Return the dataset with the columns of a stage, computed here, or by all processes in shards."""
+    # Several processes share the work in shards even without a folder; `score_in_shards` then chooses one.
     if folder is None and process_rank()[1] == 1:
         return add_columns(dataset, stage, description)
     return score_in_shards(dataset, stage, folder, description=description, token=token)

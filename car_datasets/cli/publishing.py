@@ -33,6 +33,7 @@ def push(
     """Push a result with its card and receipt in one commit, private by default; if interrupted, run it again."""
     from car_datasets.publishing.push import push_selection
 
+    # A word for the empty list, because an empty argument is easily lost in a shell script.
     names = [name.strip() for name in also.split(",") if name.strip() not in ("", "none")]
     private = not options.pop("public")
     print_pushed(push_selection(folder, repo, also=names, private=private, **options))
@@ -71,5 +72,6 @@ def verify(
     for words in found.skipped:
         typer.echo(f"not checked: {words}")
     typer.echo("match" if found.matches else f"mismatch: {found.difference}")
+    # 1 for a mismatch, so that scripts can tell it from a wrong call, which exits with 2.
     if not found.matches:
         raise typer.Exit(1)

@@ -133,6 +133,7 @@ def evaluate(
 
     if json_ is not None and json_.exists():
         raise ValueError(f"--json {json_} is there already; name another file or move it away.")
+    # Files first: a wrong path must not cost a download.
     measured, rest = read_pairs(pairs), read_pairs(other) if other else []
     from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.training.evaluation import evaluate_scorer
@@ -143,6 +144,7 @@ def evaluate(
     drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
     quick = None if engine is None else replace(scorer, engine=engine)  # refused here, before anything is measured
     found = evaluate_scorer(scorer, measured, other=rest, **drawing)
+    # Through JSON, where figures of no rows are null instead of NaN.
     tables, figures = found.to_tables(), json.loads(found.to_json())
     if quick is not None:
         from car_datasets.loading.templates import render
@@ -181,6 +183,7 @@ def quantise(
     quiet_models()
     from car_datasets.scoring.iqs.openvino_encoder import RECORD_FILE, import_openvino
 
+    # Both checks come before a source or a model is downloaded.
     fresh_folder(output, (RECORD_FILE,), "--output")
     import_openvino("nncf")
     from car_datasets.scoring.scorer import QualityScorer
@@ -225,4 +228,5 @@ def _parse_settings(given: list[str]) -> dict[str, Any]:
     wrong = [text for text in given if "=" not in text]
     if wrong:
         raise ValueError(f"--set {wrong[0]}: write key=value, as in --set epochs=2.")
+    # YAML, as in the file: 2 is a number, true a bool, [256] a list.
     return {key.strip(): yaml.safe_load(value) for key, value in (text.split("=", 1) for text in given)}

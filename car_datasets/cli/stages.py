@@ -62,6 +62,7 @@ def curate(
     from car_datasets.curation import curate
 
     private, check, token = not options["public"], options["check"], options["token"]
+    # An ignored --public would look like a public result that never appears.
     if push is None and (check or not private):
         raise ValueError("--public and --check belong to --push REPO.")
     recipe = (Recipe() if config is None else Recipe.from_yaml(config)).changed(**changes)
@@ -93,6 +94,7 @@ def _is_there(folder: Path, source: str, settings: Recipe, token: str | None) ->
 
     try:
         receipt = read_result(folder).receipt
+    # Not a result, or an unfinished one: `curate` decides what to do with the folder.
     except ValueError:
         return False
     return receipt is not None and made_by(receipt, source, settings, token)
@@ -115,6 +117,7 @@ def demo(
     quiet_models()
     from car_datasets.curation import curate
 
+    # A budget, because the default of 1,000 rows by score is more than the sample has.
     report = curate(sample_file(), output, budget=budget).report
     print_table(report.to_table())
     _say_where(output)
@@ -162,6 +165,7 @@ def score(
 
     recipe = Recipe().changed(**changes)
     opened, dataset = load_source(source, recipe, token)
+    # The original's files have no embeddings, so none are computed.
     as_original = output is not None and output.suffix == ".json"
     if as_original:
         refuse_taken(dataset.column_names, {recipe.score_column: "score"})
@@ -241,6 +245,7 @@ def cluster(
     if save_model is not None:
         from car_datasets.utils.processes import from_main
 
+        # After the labels, which are the result that was asked for; one process writes.
         from_main(lambda: model.save_pretrained(save_model))
 
 
@@ -281,6 +286,7 @@ def explore(
 
 
 def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
+    # `left` counts the rows that other workers have claimed and not finished.
     done = ", ".join(f"{folder} holds {rows - others:,} of {rows:,} rows" for folder, others in left.items())
     rest = "the others are with other workers" if any(left.values()) else "none is left"
     typer.echo(f"{done}; {rest}. car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.")

@@ -72,6 +72,7 @@ class Header(NamedTuple):
 
     def files_by_split(self, config_name: str) -> list[dict[str, Any]] | None:
         """Return the entries of `data_files`, or `None` if `datasets` has to find the splits of its files by itself."""
+        # Only the long form names splits; a pattern or a list of patterns leaves them to `datasets`.
         entries = self.configs.get(config_name, {}).get("data_files") or []
         if entries and all(isinstance(entry, dict) for entry in entries):
             return list(entries)
@@ -137,11 +138,13 @@ def check_header(
     repo_id, config_name, _ = target
     replaced = (*splits, *dropped)
     refuse_unloadable(header.configs, config_name, replaced, files, repo_id)
+    # Without entries for its splits, `datasets` loads all files that it finds; with ours it loads ours alone.
     implicit = header.files_by_split(config_name) is None
     if implicit:
         new = [name for split in splits.values() for name in split.names]
         refuse_hidden_data(files, {*new, *stale_files(files, config_name, splits)}, repo_id)
     others = header.other_splits(config_name, replaced)
+    # With no other split left, the columns may change.
     known = header.infos[config_name].features if others else None
     if known is not None and known != features:
         differing = sorted(name for name in {*known, *features} if known.get(name) != features.get(name))
@@ -186,6 +189,7 @@ def merge_header(
     merged.download_size = None if others else sum(split.size for split in splits.values())
     DatasetInfosDict({config_name: merged}).to_dataset_card_data(header.card.data)
     named = header.files_by_split(config_name) or []
+    # Entries of other splits stay, also those of files in folders that we would not choose.
     paths = {entry["split"]: entry["path"] for entry in named if entry["split"] not in dropped}
     paths |= {name: f"{data_prefix(config_name, name)}*" for name in splits}
     entries = [{"split": name, "path": path} for name, path in paths.items()]
@@ -219,6 +223,7 @@ def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None
     """
     source = {} if receipt is None else receipt.source
     carried = _carried_from(source_card, source)
+    # The three belong together: `license_name` and `license_link` describe `license: other`.
     if not card.data.get("license"):
         for name in CARRIED[:3]:
             if name in carried:
@@ -229,6 +234,7 @@ def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None
         card.data["source_datasets"] = sorted({*map(str, _items(card.data.get("source_datasets"))), source["id"]})
     card.data["tags"] = sorted({*map(str, _items(card.data.get("tags"))), *TAGS})
     card.data["size_categories"] = [size_category(rows)]
+    # The owner of the repository may have set another licence; the section then shows both.
     stated = _items(card.data.get("license"))
     return carried if stated == _items(carried.get("license")) else {**carried, "stated": stated}
 
@@ -334,6 +340,7 @@ def with_section(text: str, section: str, target: Target) -> str:
     begin = f"<!-- car_datasets: begin config={target.config_name} split={target.split} -->"
     marked = f"{begin}\n{section.strip()}\n{END}"
     if SECTION.search(text):
+        # A function, because a string would have its backslashes and group references replaced.
         return SECTION.sub(lambda _: marked, text, count=1)
     if unended := BEGIN.search(text):
         raise ValueError(

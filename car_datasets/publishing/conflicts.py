@@ -151,6 +151,7 @@ def _first_foreign(patterns: Iterable[str], files: Collection[str]) -> str | Non
 
 
 def _refuse_second_default(configs: Mapping[str, Mapping[str, Any]], config_name: str, repo_id: str) -> None:
+    # `default: true` at the configuration `default` itself is not a conflict.
     marked = [name for name, config in configs.items() if config.get("default") and name != "default"]
     if config_name == "default" and marked:
         raise ValueError(
@@ -184,6 +185,7 @@ def refuse_unknown_splits(config: Mapping[str, Any], config_name: str, known: Co
 
 
 def _is_data(name: str) -> bool:
+    # `rows.csv.gz` is data, as `datasets` unpacks it.
     plain = name.lower()
     for packed in PACKED:
         plain = plain.removesuffix(packed)
@@ -196,6 +198,7 @@ def _is_data(name: str) -> bool:
 
 def _is_other_format(name: str) -> bool:
     suffix = PurePosixPath(name).suffix
+    # A pattern such as `data/*` says nothing about its format.
     return bool(suffix) and "*" not in suffix and suffix.lower() != ".parquet"
 
 
@@ -212,5 +215,6 @@ def _paths(config: Mapping[str, Any]) -> list[tuple[str | None, str]]:
 
 def _matches(pattern: str, files: Iterable[str]) -> list[str]:
     """Return the data files that a pattern names, or if there are none the pattern, whose suffix tells the format."""
+    # Enough of `datasets`' glob patterns for the forms that cards have; `*` here also matches a slash.
     patterns = (pattern, pattern.removeprefix("./"), pattern.removeprefix("**/"))
     return [name for name in files if _is_data(name) and any(fnmatchcase(name, each) for each in patterns)] or [pattern]

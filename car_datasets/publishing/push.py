@@ -114,16 +114,19 @@ def push_selection(
     result = _result(dataset, scored, report, receipt)
     if also is None:
         also = () if result.scored is None else (SCORED,)
+    # Before the shards are written, which takes minutes for a large pool.
     hub.open_repository(repo_id, private, token, "dataset", "repo_id")
     tables = _tables(result, split, also, embeddings)
     source_card = None if result.receipt is None else _source_card(result.receipt.source, token)
     with tempfile.TemporaryDirectory(prefix="car-datasets-push-") as place:
+        # At least 12, since there are four splits at most.
         most = MOST_SHARDS // len(tables)
         written = {name: _write_shards(table, Path(place), config_name, name, most) for name, table in tables.items()}
         files = {name: Path(place, name) for each in written.values() for name in each.names}
         files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
         push = Push(Target(repo_id, config_name, split), tables[split].features, written, result, source_card)
 
+        # Called by `commit_dataset` with the state that the commit is made on, again if another push came in between.
         def finish(repository: Repository) -> tuple[dict[str, bytes], list[str]]:
             plan = _plan(push, repository, token)
             return {**plan.files, "README.md": plan.card.encode()}, plan.deletions
@@ -245,16 +248,19 @@ def selection_splits(
         if also:
             raise ValueError(f"also={tuple(also)} need the scored pool: pass scored=...")
         return {split: selected}
+    # Rows are matched by this index: the selection is a part of the pool in another order.
     scored = _pool_columns(scored, selected, names.index, left_out)
     positions = positions_in_pool(scored, selected, names.index)
     added = [name for name in selected.column_names if name not in scored.column_names]
     pool = _with_columns_of(scored, selected, positions, added)
     rest = [name for name in scored.column_names if name not in selected.column_names]
+    # The order of the selection, so that it looks the same with and without the pool.
     order = [*selected.column_names, *rest]
     features = Features({name: pool.features[name] for name in order})
     filled = selected if not rest else beside(selected, pool.select(positions.tolist()).select_columns(rest))
     splits = {split: filled, SCORED: pool}
     if set(also) & set(CONTROLS):
+        # Only scored rows may be drawn, as in the report; a selection could not have had the others.
         scores = read_numbers(pool, names.score, np.nan)
         lengths = row_lengths(scored, names)[0]
         drawn = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
@@ -276,6 +282,7 @@ def _with_columns_of(pool: Dataset, selected: Dataset, positions: npt.NDArray[np
     """Return the pool with further columns of its selected rows, null for the others."""
     if not names:
         return pool
+    # places[i] is the row of `selected` that row i of the pool is, or -1; Arrow takes a null for a masked place.
     places = np.full(len(pool), -1, dtype=np.int64)
     places[positions] = np.arange(len(positions))
     taken = pa.array(places, mask=places < 0)
@@ -294,6 +301,7 @@ def _write_shards(table: Dataset, place: Path, config_name: str, split: str, mos
     names = [f"{data_prefix(config_name, split)}{i:05d}-of-{count:05d}.parquet" for i in range(count)]
     for i, name in enumerate(names):
         (place / name).parent.mkdir(exist_ok=True)
+        # Contiguous, so that the files in the order of their names give the rows in order.
         table.shard(count, i, contiguous=True).to_parquet(str(place / name))
     return SplitFiles(names, len(table), size, sum((place / name).stat().st_size for name in names))
 
@@ -304,6 +312,7 @@ def _source_card(source: Mapping[str, Any], token: str | None) -> str | None:
         return None
     try:
         return hub.read_repository(source["id"], source["revision"], token).card
+    # The source may be private or gone; the card then names no licence.
     except (ValueError, OSError):
         return None
 
@@ -345,11 +354,13 @@ class Push:
             standing ([`Standing`], *optional*): the selection whose receipt it holds.
         """
         receipt = self.result.receipt
+        # Rows without a description of their own leave receipt, report and card of another selection as they are.
         bare = receipt is None and self.result.report is None
         replaces = self._replaces_selection(repository)
         if standing is None:
             described = _descriptions(repository) and END in repository.card
             return Case.ALONGSIDE if bare and not replaces and described else Case.FIRST
+        # The same rows with other scores: an old pool or control would not fit the new receipt.
         if standing.is_of(receipt):
             return Case.RESCORED if replaces and not standing.has_scores_of(receipt) else Case.SAME
         if replaces:
@@ -414,6 +425,7 @@ def plan_push(
     dropped = {SCORED, *CONTROLS} - set(push.splits) if case in (Case.RESCORED, Case.REPLACES) else set()
     header = read_header(repository.card, target.repo_id)
     check_header(header, target, push.features, push.splits, repository.files, dropped)
+    # The header is changed in place: `header.card` is the new card from here on.
     rows = merge_header(header, target, push.features, push.splits, dropped)
     deletions = stale_files(repository.files, target.config_name, push.splits, dropped)
     files: dict[str, bytes] = {}
@@ -425,6 +437,7 @@ def plan_push(
             files[RECEIPT_FILE] = result.receipt.to_json().encode()
         if result.report is not None:
             files[REPORT_FILE] = result.report.to_json().encode()
+        # A report or plot of the earlier selection must not stay next to the new receipt.
         kept = {*files, *_plot_names(result)}
         deletions += [name for name in _descriptions(repository) if name not in kept]
     return PushPlan(case, str(header.card), files, deletions)

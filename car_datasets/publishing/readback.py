@@ -14,6 +14,8 @@ from datasets import Dataset
 
 from car_datasets.loading.sources import load_split
 
+BLOCK = 1000  # rows compared at a time
+
 
 def compare_pushed(
     repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = "default", token: str | None = None
@@ -33,6 +35,7 @@ def compare_pushed(
     with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
         for name, table in tables.items():
             try:
+                # An empty cache, because a cached copy would be compared with itself.
                 seen = load_split(repo_id, config_name, name, sha, token, place)
             except (ConnectionError, ValueError) as error:
                 raise ConnectionError(f"it could not be read back ({error})") from error
@@ -46,11 +49,12 @@ def first_difference(expected: Dataset, seen: Dataset) -> str | None:
         return f"the columns are {seen.features}, expected {expected.features}"
     if len(expected) != len(seen):
         return f"it has {len(seen)} rows, expected {len(expected)}"
-    pair = [each.with_format("arrow").iter(1000) for each in (expected, seen)]
+    pair = [each.with_format("arrow").iter(BLOCK) for each in (expected, seen)]
     for number, (one, other) in enumerate(zip(*pair, strict=True)):
+        # Arrow compares a block at once; only a block that differs is read row by row.
         if one.equals(other):
             continue
-        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), 1000 * number):
+        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), BLOCK * number):
             for column in wanted:
                 # NaN != NaN, but their representations are equal.
                 if repr(wanted[column]) != repr(found[column]):

@@ -113,6 +113,7 @@ def verify(
     found = _open(where, revision, config_name, split, token)
     models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer}
     try:
+        # `changed` checks names and types: a receipt from the Hub may have been edited by hand.
         recipe = Recipe().changed(**found.receipt.recipe)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}, {RECEIPT_FILE}: its recipe cannot be read: {error}") from error
@@ -235,6 +236,7 @@ class _Checks:
         if not path.exists():
             raise FileNotFoundError(f"source={str(source)!r}: there is no such file or folder.")
         opened = open_dataset(path, split=known.get("split"), columns=dict(self.recipe.columns))
+        # A dataset in memory may be given as a file; then its rows count, and not the bytes of the file.
         seen = describe_source(opened if known["kind"] == "memory" else path, opened, self.recipe)
         if known["kind"] != "hub" and seen["sha256"] != known["sha256"]:
             raise Difference(f"the source has the sha256 {seen['sha256']}, by the receipt {known['sha256']}")
@@ -247,9 +249,11 @@ class _Checks:
         if missing:
             raise Difference(f"{name} has no column {missing} of the source")
         try:
+            # By the index, not by position: the selection has another order.
             places = positions_in_pool(source, table, self.recipe.index_column)
             if len(twice := np.flatnonzero(np.bincount(places) > 1)):
                 raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
+            # Cast, because Parquet and JSON may give other types for equal values.
             same = table.select_columns(source.column_names).cast(source.features)
         except ValueError as error:  # Arrow's errors derive from it
             raise Difference(f"{name} does not fit the source: {error}") from error
@@ -259,11 +263,13 @@ class _Checks:
 
     def _choice(self, scored: Dataset) -> str:
         selected, name = self.found.selected, self.recipe.index_column
+        # A pushed pool has the columns of the selection, null for rows that were not selected.
         pool = scored.remove_columns([column for column in SELECTION_COLUMNS if column in scored.column_names])
         try:
             expected = select_by(self.recipe, pool)
         except ValueError as error:
             raise Difference(f"nothing can be selected from the scores: {error}") from error
+        # Not strict: a different number of rows is found by `first_difference`, after the first row that differs.
         pairs = zip(selected[name][:], expected[name][:], strict=False)
         for row, (seen, wanted) in enumerate(pairs):
             if seen != wanted:
@@ -335,9 +341,11 @@ def score_again(
     scorer = _scorer(receipt, recipe, count, models or {}, token)
     _compare_models(receipt, recipe, scorer)
     column = recipe.score_column
+    # Sorted, so that the rows are read from disk in order.
     drawn = np.sort(np.random.default_rng(seed).choice(len(table), min(count, len(table)), replace=False))
     rows = table.select(drawn.tolist())
     batch = rows.remove_columns([name for name in scorer.output_columns if name in rows.column_names])[:]
+    # One per row.
     tolerances = np.full(len(drawn), TOLERANCES[recipe.dtype])
     if recipe.turns == "sum":  # the score of every exchange may move that far
         schema = find_schema(batch, scorer.schema, scorer.columns)
@@ -345,6 +353,7 @@ def score_again(
     pairs = zip(read_numbers(rows, column, np.nan), scorer(batch)[column], tolerances, strict=True)
     for row, (score, again, tolerance) in enumerate(pairs):
         new = np.nan if again is None else float(again)
+        # NaN is the lack of a score; a comparison with NaN is False, so it is tested apart.
         if np.isnan(score) != np.isnan(new) or abs(new - score) > tolerance:
             at = rows[row][recipe.index_column]
             raise Difference(f"source row {at} has {_shown(score)}; scored again, {_shown(new)}")
@@ -381,6 +390,7 @@ def _was_folder(name: str, receipt: Receipt, recipe: Recipe) -> bool:
     if name == "scorer":
         return recipe.scorer != revisions.DEFAULT_SCORER and str(recipe.scorer_revision).startswith("sha256:")
     if name == "tokenizer":
+        # A commit SHA is of a model on the Hub, anything else is the digest of a folder.
         pin = receipt.scorer.get("tokenizer_revision", "")
         return recipe.tokenizer is not None and not re.fullmatch("[0-9a-f]{40}", pin)
     return recipe.engine is not None
