@@ -1,4 +1,4 @@
-"""`curate`: the entire pipeline in one call.
+"""Run the entire pipeline in one call: `curate`.
 
 Does: load, score and embed, cluster, select and report, with every check before the first expensive stage.
 Does not: hold the logic of a stage; each can be called alone.
@@ -89,14 +89,7 @@ def curate(
     procedure = find_procedure(recipe.procedure)
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
     folder = None if output_dir is None else fresh_folder(Path(output_dir), (*RESULT_FILES, *procedure.files))
-    opened = open_dataset(
-        source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
-    )
-    schema = find_schema(opened.column_names, recipe.schema, recipe.columns)
-    # Without a format, because a NumPy or PyTorch format would turn nulls and lists into other values.
-    dataset = check_rows(
-        opened.with_format(None), schema=schema, on_invalid=recipe.on_invalid, index_column=recipe.index_column
-    )
+    opened, dataset, schema = open_source(source, recipe, token)
     _check_settings(dataset, recipe, schema)
     if folder is not None and procedure.files:
         refuse_taken(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
@@ -119,6 +112,37 @@ def curate(
         own_index = recipe.index_column in opened.column_names
         from_main(lambda: _write_files(folder, curated, overview, stages, origin, schema, own_index))
     return curated
+
+
+class OpenSource(NamedTuple):
+    """A source as it was opened, its rows checked and numbered, and the schema that they were read by."""
+
+    opened: Dataset
+    dataset: Dataset
+    schema: Schema
+
+
+def open_source(source: str | Path | Dataset | DatasetDict, recipe: Recipe, token: str | None = None) -> OpenSource:
+    """Open a source by the settings of a recipe, and check and number its rows.
+
+    Args:
+        source (`str`, `Path`, `Dataset` or `DatasetDict`): as in [`curate`].
+        recipe ([`Recipe`]): the settings.
+        token (`str`, *optional*): for a private source; never stored.
+
+    Raises:
+        ValueError: a setting, the source or a row is invalid.
+        FileNotFoundError: the source does not exist.
+    """
+    opened = open_dataset(
+        source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
+    )
+    schema = find_schema(opened.column_names, recipe.schema, recipe.columns)
+    # Without a format, because a NumPy or PyTorch format would turn nulls and lists into other values.
+    dataset = check_rows(
+        opened.with_format(None), schema=schema, on_invalid=recipe.on_invalid, index_column=recipe.index_column
+    )
+    return OpenSource(opened, dataset, schema)
 
 
 def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:

@@ -49,8 +49,7 @@ PACKAGES = (
 )
 MODELS = ("scorer", "embedder", "tokenizer", "engine")  # settings that may be paths
 
-# What identifies a source of each kind. A Hub dataset also has a `revision`, which is None if it could not be found
-# out.
+# The fields that identify a source of each kind. A Hub dataset also has a `revision`, which is None if it is unknown.
 SOURCES = {"hub": ("id",), "file": ("name", "sha256"), "folder": ("name", "sha256"), "memory": ("sha256",)}
 KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error messages
 
@@ -82,7 +81,6 @@ class Receipt:
     counts: dict[str, Any]
     selected_sha256: str
     versions: dict[str, str]
-    # Defaults must come last in a dataclass; a receipt that is read has all fields.
     scored_sha256: str = ""
     format: int = FORMAT
 

@@ -1,4 +1,4 @@
-"""The settings of `curate` as a dataclass, `Recipe`, that is read from and written to YAML.
+"""Define the settings of `curate`: `Recipe`, a dataclass that is read from and written to YAML.
 
 Does: give each setting its name, type, default and the help text of its command-line option.
 Does not: run a stage or look up a model.
@@ -126,7 +126,7 @@ class Recipe(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # A mapping cannot be hashed, and its order is no setting; the class is frozen, hence object.__setattr__.
+        # A mapping cannot be hashed, and its order means nothing; the class is frozen, hence object.__setattr__.
         object.__setattr__(self, "columns", as_column_names(self.columns))
         if self.embedder_revision is not None and self.embedder is None:
             raise ValueError(

@@ -31,6 +31,7 @@ from car_datasets.scoring.stage import add_columns
 from car_datasets.selection.procedures import Procedure, find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils import revisions
+from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, refuse_overwrite
 from car_datasets.utils.processes import is_main_process, process_rank
 
@@ -98,15 +99,7 @@ class Stages:
 
     def cluster(self, pool: Dataset) -> Dataset:
         """Add clusters and distances to a scored pool; several processes share the work and get the same labels."""
-        names = self.recipe.names
-        model = ClusterModel.fit(
-            pool,
-            names.embedding,
-            **self.fit._asdict(),
-            output_column=names.cluster,
-            distance_column=names.distance,
-        )
-        return model.label(pool, across_processes=True)
+        return fit_clusters(pool, self.fit, self.recipe.names).label(pool, across_processes=True)
 
     def select(self, pool: Dataset) -> Dataset:
         """Return the selected rows of a scored, clustered pool."""
@@ -177,6 +170,13 @@ def fit_settings(recipe: Recipe) -> FitSettings:
     """
     return checked_fit(
         recipe.k, recipe.explained_variance, recipe.seed, recipe.n_init, recipe.kmeans_engine, recipe.kmeans_sample
+    )
+
+
+def fit_clusters(pool: Dataset, fit: FitSettings, names: ColumnNames) -> ClusterModel:
+    """Fit the cluster model of a pool, which labels rows in the columns of these names."""
+    return ClusterModel.fit(
+        pool, names.embedding, **fit._asdict(), output_column=names.cluster, distance_column=names.distance
     )
 
 

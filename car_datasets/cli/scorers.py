@@ -20,7 +20,6 @@ from car_datasets.cli.app import (
     quiet_models,
     recipe_options,
 )
-from car_datasets.cli.stages import load_source
 from car_datasets.recipe import Recipe
 from car_datasets.utils.files import fresh_folder, without_nan
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
@@ -186,6 +185,7 @@ def quantise(
     # Both checks come before a source or a model is downloaded.
     fresh_folder(output, (RECORD_FILE,), "--output")
     import_openvino("nncf")
+    from car_datasets.curation import open_source
     from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.training.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
 
@@ -193,7 +193,7 @@ def quantise(
         raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
     # Rows that cannot be scored are skipped below; they must not stop a calibration.
     recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
-    _, dataset = load_source(source, recipe, token)
+    dataset = open_source(source, recipe, token).dataset
     reading: dict[str, Any] = {"schema": recipe.schema, "columns": recipe.columns, "on_invalid": recipe.on_invalid}
     scorer = QualityScorer(recipe.scorer, recipe.scorer_revision, token, recipe.tokenizer, **reading)
     texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)

@@ -160,11 +160,12 @@ def score(
         fresh_file(output)
     elif shards is None:
         raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
+    from car_datasets.curation import open_source
     from car_datasets.selection.published import rank_rows, refuse_taken
     from car_datasets.stages import resolve
 
     recipe = Recipe().changed(**changes)
-    opened, dataset = load_source(source, recipe, token)
+    opened, dataset, _ = open_source(source, recipe, token)
     # The original's files have no embeddings, so none are computed.
     as_original = output is not None and output.suffix == ".json"
     if as_original:
@@ -194,11 +195,12 @@ def estimate(
 ) -> None:
     """Time some rows on this machine, and estimate how long the entire dataset takes to score."""
     quiet_models()
+    from car_datasets.curation import open_source
     from car_datasets.scoring.engines import SAMPLE, estimate_scoring
     from car_datasets.stages import scorer_of
 
     recipe = Recipe().changed(**changes)
-    _, dataset = load_source(source, recipe, options["token"])
+    dataset = open_source(source, recipe, options["token"]).dataset
     scorer = scorer_of(recipe, options["token"], embeddings)
     typer.echo(str(estimate_scoring(dataset, scorer, SAMPLE if rows is None else rows)))
 
@@ -221,25 +223,19 @@ def cluster(
 ) -> None:
     """Add cluster and cluster_distance; compute the embeddings first if the file has none, as the original's files."""
     quiet_models()
-    from car_datasets.clustering.model import MODEL_FILES, ClusterModel
+    from car_datasets.clustering.model import MODEL_FILES
 
     fresh_file(output)
     if save_model is not None:
         fresh_folder(save_model, MODEL_FILES, "--save-model")
-    from car_datasets.stages import embed_where_missing, fit_settings
+    from car_datasets.stages import embed_where_missing, fit_clusters, fit_settings
     from car_datasets.utils.columns import refuse_overwrite
 
     recipe = Recipe().changed(**changes)
     dataset, names = _open(source), recipe.names
     refuse_overwrite(dataset.column_names, (names.cluster, names.distance), "cluster_column=... (--cluster-column)")
     dataset = embed_where_missing(dataset, names.embedding, recipe.embedder, recipe.template)
-    model = ClusterModel.fit(
-        dataset,
-        names.embedding,
-        **fit_settings(recipe)._asdict(),
-        output_column=names.cluster,
-        distance_column=names.distance,
-    )
+    model = fit_clusters(dataset, fit_settings(recipe), names)
     labelled = model.label(dataset, across_processes=True)
     _write(labelled, output, names)
     if save_model is not None:
@@ -290,23 +286,6 @@ def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
     done = ", ".join(f"{folder} holds {rows - others:,} of {rows:,} rows" for folder, others in left.items())
     rest = "the others are with other workers" if any(left.values()) else "none is left"
     typer.echo(f"{done}; {rest}. car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.")
-
-
-def load_source(source: str, recipe: Recipe, token: str | None) -> tuple[Dataset, Dataset]:
-    """Return a source as it was opened, and with its rows checked and numbered."""
-    from car_datasets.loading.sources import check_rows, open_dataset
-
-    opened = open_dataset(
-        source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
-    )
-    dataset = check_rows(
-        opened,
-        schema=recipe.schema,
-        columns=recipe.columns,
-        on_invalid=recipe.on_invalid,
-        index_column=recipe.index_column,
-    )
-    return opened, dataset
 
 
 def _open(source: str) -> Dataset:

@@ -198,7 +198,7 @@ def _is_data(name: str) -> bool:
 
 def _is_other_format(name: str) -> bool:
     suffix = PurePosixPath(name).suffix
-    # A pattern such as `data/*` says nothing about its format.
+    # A suffix with a wildcard says nothing about the format.
     return bool(suffix) and "*" not in suffix and suffix.lower() != ".parquet"
 
 

@@ -1,4 +1,4 @@
-"""PUSH: push a selection with its card and its receipt to the Hub, in one commit.
+"""Push a selection with its card and its receipt to the Hub, in one commit.
 
 Does: check token, owner and visibility before anything is written; give all splits the same columns; write Parquet;
 commit splits, card, receipt, report and plots at once, retrying on transient errors.
@@ -318,7 +318,7 @@ def _source_card(source: Mapping[str, Any], token: str | None) -> str | None:
 
 
 class Case(Enum):
-    """What a push means for the selection that the repository holds already, which its `receipt.json` tells."""
+    """The meaning of a push for the selection that the repository already holds, according to its `receipt.json`."""
 
     FIRST = "no receipt is there"
     SAME = "the selection that is there"
@@ -388,7 +388,7 @@ def _plan(push: Push, repository: Repository, token: str | None) -> PushPlan:
 
 
 class PushPlan(NamedTuple):
-    """What a commit holds in addition to the data.
+    """The content of a commit in addition to the data.
 
     Args:
         case ([`Case`]): what the push means for the selection that is there.

@@ -1,4 +1,4 @@
-"""VERIFY: check whether a pushed selection, or one in a folder, is what its receipt says.
+"""Check whether a pushed selection, or one in a folder, is what its receipt says.
 
 Does: load the source at its revision and compare every row; select again from the stored scores and clusters; score
 some rows again on request. Names the first difference.

@@ -48,6 +48,7 @@ def kendall(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     from scipy.stats import kendalltau
 
     tau = float(kendalltau(np.asarray(scores), np.asarray(labels)).statistic)
+    # SciPy returns NaN for constant scores, by which no checkpoint could be compared.
     return 0.0 if math.isnan(tau) else tau
 
 
@@ -89,6 +90,7 @@ def with_intervals(
         raise ValueError(f"samples={samples} must be at least 1; {BOOTSTRAP_SAMPLES} is the default.")
     rng = np.random.default_rng(seed)
     value = measure(np.arange(pairs))
+    # Resampled with replacement, as many pairs as there are.
     drawn = [measure(rng.integers(pairs, size=pairs)) for _ in range(samples)]
     figures = {}
     for name, at in value.items():
@@ -139,6 +141,7 @@ def fit_probe(worse: Sequence[str], better: Sequence[str]) -> Any:
     from sklearn.pipeline import make_pipeline
 
     probe = make_pipeline(
+        # min_df: a token of one text alone reveals that text, not the label.
         CountVectorizer(binary=True, token_pattern=TOKEN, min_df=2),
         LogisticRegression(C=0.1, solver="liblinear", random_state=0),
     )
@@ -171,6 +174,7 @@ def cross_validated(
     if count < 2:
         raise ValueError(f"groups: a cross-validated probe needs pairs of at least 2 groups, found {count}; add pairs.")
     scores = np.empty((2, len(worse)))
+    # Deterministic, unlike a shuffled split.
     splitter = GroupKFold(min(folds, count))
     for known, unseen in splitter.split(np.zeros(len(worse)), groups=np.asarray(groups)):
         probe = fit_probe([worse[i] for i in known], [better[i] for i in known])

@@ -30,7 +30,7 @@ SIDES = ("train", "valid", "test")
 # The original drops 1,211 of its 3,751 revisions.
 PUBLISHED_SHARE = 1211 / 3751
 
-# Labels leak if a bag of words ranks more than this share of the pairs right. CaR's pairs, cleaned, give 0.86.
+# Labels leak if a bag of words ranks more than this share of the pairs correctly. CaR's pairs, cleaned, give 0.86.
 LEAK = 0.9
 
 
@@ -39,8 +39,8 @@ class Audit:
     """The cross-validated accuracy of a bag of words on the pairs; a value near 1 means that the labels leak.
 
     Args:
-        pairs (`float`): share of pairs that the probe ranks right.
-        auc (`float`): share of all (worse, better) combinations of rows that it ranks right.
+        pairs (`float`): share of pairs that the probe ranks correctly.
+        auc (`float`): share of all (worse, better) combinations of rows that it ranks correctly.
         clues (`tuple[Clue]`): the most revealing tokens, with the shares of worse and of better texts that contain
             them.
     """
@@ -51,7 +51,7 @@ class Audit:
 
     @property
     def leaks(self) -> bool:
-        """Return True if single tokens rank more than 90 % of the pairs right."""
+        """Return True if single tokens rank more than 90 % of the pairs correctly."""
         return self.pairs > LEAK
 
 
@@ -99,6 +99,7 @@ def prepare(
     if similarity is not None and not 0 < similarity <= 1:
         raise ValueError(f"similarity={similarity} must be above 0 and at most 1, or None to skip the search.")
     everything = read_revisions(revisions)
+    # Small edits first: a pair with nearly equal halves teaches little, and its label is noise.
     pairs = drop_smallest_edits(everything, drop)
     groups = np.arange(len(pairs)) if similarity is None else near_duplicates(pairs, similarity)
     parts, moved = split_pairs(pairs, seed, groups)
@@ -182,6 +183,7 @@ def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
     """
     edit_distance = _edit_distance()
     known = 0 <= drop <= len(pairs)
+    # Below 1 a share, from 1 on a number of pairs.
     count = round(drop * len(pairs)) if drop < 1 else int(drop) if known else 0
     if not known or len(pairs) - count < 10:
         raise ValueError(
@@ -224,6 +226,7 @@ def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.
     vectors = TfidfVectorizer(ngram_range=(1, 2), dtype=np.float32).fit_transform(texts)
     # In blocks of rows, so that the products below the threshold need not all be in memory.
     blocks = [vectors[i : i + 1000] @ vectors.T for i in range(0, len(texts), 1000)]
+    # Keep the structure of the products, with True for the pairs above the threshold.
     near = vstack([csr_matrix((b.data >= similarity, b.indices, b.indptr), shape=b.shape) for b in blocks])
     near.eliminate_zeros()
     # The second relation: a sparse matrix pairs x questions, whose product with itself links pairs of equal questions.
@@ -231,6 +234,7 @@ def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.
     asked = [[numbers.setdefault(question(row), len(numbers)) for row in pair] for pair in pairs]
     at = (np.repeat(np.arange(len(pairs)), 2), np.ravel(asked))
     holds = csr_matrix((np.ones(2 * len(pairs)), at), shape=(len(pairs), len(numbers)))
+    # Chains count: if a resembles b and b resembles c, all three stay together.
     linked = connected_components(near + holds @ holds.T, directed=False)[1]
     groups: npt.NDArray[np.int64] = linked.astype(np.int64)
     return groups
@@ -251,6 +255,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int, groups: npt.NDArray[np.int64])
     """
     from sklearn.model_selection import train_test_split
 
+    # 8 : 2, and the 2 halved: together 8 : 1 : 1.
     train, rest = train_test_split(np.arange(len(pairs)), test_size=0.2, random_state=seed)
     valid, test = train_test_split(rest, test_size=0.5, random_state=seed)
     side = np.zeros(len(pairs), dtype=np.int64)
@@ -258,6 +263,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int, groups: npt.NDArray[np.int64])
     spread: dict[int, set[int]] = {}
     for group, place in zip(groups.tolist(), side.tolist(), strict=True):
         spread.setdefault(group, set()).add(place)
+    # Moved to training and not dropped: training may contain near-duplicates, evaluation must not.
     stray = [i for i in [*valid, *test] if len(spread[int(groups[i])]) > 1]
     kept = [[i for i in part if i not in set(stray)] for part in (valid, test)]
     return [[pairs[i] for i in part] for part in ([*train, *stray], *kept)], len(stray)

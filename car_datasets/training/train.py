@@ -21,7 +21,7 @@ import torch
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.modeling_iqs import IQSModel
-from car_datasets.scoring.iqs.packing import POSITIONS_AFTER_PADDING
+from car_datasets.scoring.iqs.packing import first_position
 from car_datasets.training.pairs import Pair, read_labelled_rows, read_pairs, refuse_crossing
 from car_datasets.training.trainer import (
     STATE_FILE,
@@ -170,6 +170,7 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
             f"One process sees {arguments.n_gpu} GPUs: use `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
     model, tokenizer = build_model(settings, token)
+    # The main process creates the folder, the others then compare their settings with its record.
     with arguments.main_process_first(local=False):
         claim(checkpoints, settings, arguments.world_size)
         # Opened now, so that a missing right to push is an error before training and not after it.
@@ -184,8 +185,10 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
             _write(settings, trainer.state.best_metric, model, tokenizer, valid, len(train))
         if settings.push_to:
             hub.push_folder(output, settings.push_to, token)
+        # Last: until the push is done, the checkpoints mark the run as one that can be resumed.
         shutil.rmtree(checkpoints)
         figures = json.loads((output / FIGURES_FILE).read_text(encoding="utf-8"))
+    # No process returns before the model is there, so that its caller may load it.
     trainer.accelerator.wait_for_everyone()
     return figures
 
@@ -218,10 +221,12 @@ def _arguments(settings: ScorerTraining) -> TrainingArguments:
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
+        # The best checkpoint and the newest, which may differ.
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="kendall",
         greater_is_better=True,
+        # The examples are plain dicts, and the collator needs all their entries.
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
@@ -245,13 +250,12 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    # None, because a folder and the default encoder have no branch.
     revision = None if settings.revision == "main" else settings.revision
     folder = revisions.model_folder(settings.encoder, revisions.pin_revision(settings.encoder, revision, token), token)
     encoder_config = AutoConfig.from_pretrained(folder)
     encoder_config.dtype = torch.float32  # in half precision, steps of 1e-6 would round to zero
     positions = getattr(encoder_config, "max_position_embeddings", settings.max_tokens)
-    if encoder_config.model_type in POSITIONS_AFTER_PADDING:
-        positions -= encoder_config.pad_token_id + 1  # RoBERTa counts positions from the padding id onwards
     if encoder_config.model_type == IQSConfig.model_type or getattr(encoder_config, "is_encoder_decoder", False):
         raise ValueError(f"encoder={settings.encoder!r} is a {encoder_config.model_type!r} model, not a plain encoder.")
     if getattr(encoder_config, "pad_token_id", None) is None:
@@ -259,11 +263,13 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
             f"encoder={settings.encoder!r} ({encoder_config.model_type!r}) has no padding token, so it is not an "
             "encoder; name a model such as 'FacebookAI/xlm-roberta-large'."
         )
+    positions -= first_position(encoder_config)  # RoBERTa numbers positions from the padding id + 1
     if settings.max_tokens > positions:
         raise ValueError(
             f"max_tokens={settings.max_tokens}, but {settings.encoder} has {positions} positions; "
             f"pass --set max_tokens={positions}, or less."
         )
+    # Directly before the model is built: its initial weights are the next random numbers.
     torch.manual_seed(settings.seed)
     shape = ("layer_mix", "layer_norm", "pooling", "hidden_sizes", "activation", "dropout", "max_tokens", "template")
     model = IQSModel(
@@ -273,6 +279,7 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
             **{name: getattr(settings, name) for name in shape},
         )
     )
+    # Loaded apart and copied, as `from_pretrained` of the IQS model expects weights of its own layout.
     pretrained, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
@@ -332,6 +339,7 @@ def _deterministic() -> Iterator[None]:
     """Make torch deterministic inside the block, so that equal settings give equal weights."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    # A warning and not an error, since some operations have no deterministic form on a GPU.
     torch.use_deterministic_algorithms(True, warn_only=True)
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -358,6 +366,7 @@ def _write(
     with write_folder(output) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        # Of the saved model, so that the figures are those of what is shipped.
         measured = asdict(evaluate_scorer(QualityScorer(str(partial)), valid))
         figures = {**measured, "model": output.name, "best_kendall": best_kendall, "examples": examples}
         write_figures(partial, figures)

@@ -1,4 +1,4 @@
-"""The parts of a training run on transformers' `Trainer`: examples, learning rates, evaluation and checkpoints.
+"""Provide the parts of a run of transformers' `Trainer`: examples, learning rates, evaluation and checkpoints.
 
 Does: turn rows and pairs into padded batches; decay learning rates layer by layer and unfreeze the encoder; evaluate by
 Kendall's tau in batches cut by the token budget; find the last complete checkpoint, and refuse to resume a run that
@@ -86,6 +86,7 @@ class Collator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return `*_ids` and their masks, int64 (batch, longest), and `labels`, float32 (batch,)."""
+        # The names are those of the arguments of `IQSModel.forward`.
         masks = {"input_ids": "attention_mask", "question_ids": "question_mask", "rejected_ids": "rejected_mask"}
         batch = {"labels": torch.tensor([example["labels"] for example in examples])}
         for name, mask in masks.items():
@@ -119,6 +120,7 @@ def parameter_groups(
         keep_embeddings_frozen (`bool`): do not train the embeddings; otherwise they count as one layer below layer 0.
     """
     layers = model.config.encoder_config.num_hidden_layers
+    # One group per rate; layers without decay share one.
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not name.startswith("encoder."):
@@ -145,6 +147,7 @@ class ThawEncoder(TrainerCallback):
     """
 
     def __init__(self, encoder: nn.Module, epochs: float) -> None:
+        # Frozen embeddings are left out, and so stay frozen.
         self.parameters = [p for p in encoder.parameters() if p.requires_grad]
         self.epochs = epochs
 
@@ -193,7 +196,9 @@ class BudgetTrainer(Trainer):
         examples: Sequence[dict[str, Any]] = dataloader.dataset
         if len(examples) < world:  # true in all processes or in none, so none blocks
             raise ValueError(f"{len(examples)} validation examples for {world} processes: start fewer processes.")
+        # Every n-th, so that a sorted file does not give one process all the long texts.
         own = [examples[i] for i in range(rank, len(examples), world)]
+        # A ranking example has three texts, and the longest decides the batch that it fits in.
         lengths = [max(len(ids) for name, ids in example.items() if name.endswith("_ids")) for example in own]
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
@@ -210,6 +215,7 @@ class BudgetTrainer(Trainer):
         ran = run_batches(lengths, token_budget(self.args.device, model.config.encoder_config.hidden_size), forward)
         places = [at for at, _ in ran]
         losses, scores, labels = (in_order(places, [part[i] for _, part in ran]) for i in range(3))
+        # The order of rows is lost here, which neither tau nor the mean of the losses depends on.
         losses, scores, labels = (self._gather(part) for part in (losses, scores, labels))
         computed = (
             self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels)) if self.compute_metrics else {}
@@ -244,6 +250,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     complete = []
     for state in folder.glob(f"checkpoint-*/{STATE_FILE}"):
         try:
+            # By step and not by name: as text, checkpoint-9 would come after checkpoint-10.
             complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
         except (json.JSONDecodeError, KeyError):  # interrupted while the file was being written
             continue
@@ -270,6 +277,7 @@ def claim(checkpoints: Path, settings: Settings, processes: int) -> None:
     run |= {f"{name}_sha256": digests.file_digest(Path(run[name])) for name in ("train", "valid")}
     if record.is_file():
         earlier = json.loads(record.read_text(encoding="utf-8"))
+        # A key that only an earlier version wrote is not compared.
         differ = [name for name, value in run.items() if earlier.get(name) != value]
         if differ:
             raise ValueError(
@@ -279,5 +287,6 @@ def claim(checkpoints: Path, settings: Settings, processes: int) -> None:
     elif checkpoints.exists() and any(checkpoints.iterdir()):
         raise ValueError(f"{checkpoints} already exists and was not created by a training run; move it away.")
     else:
+        # Atomically, as a folder without a complete record could not be resumed.
         with write_folder(checkpoints) as partial:
             (partial / RUN_FILE).write_text(json.dumps(run, indent=2), encoding="utf-8")
