@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from car_datasets.cli.app import add_options, app, one_line_errors, option, print_pushed
+from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 
 @app.command(epilog="Example: car-datasets push out me/alpaca-car")
@@ -15,8 +16,8 @@ from car_datasets.cli.app import add_options, app, one_line_errors, option, prin
     "public",
     "check",
     "token",
-    split=option(str, "Name of the split of the selected rows.", "selected"),
-    config_name=option(str, "Configuration to push to; all its splits have the same columns.", "default"),
+    split=option(str, "Name of the split of the selected rows.", SPLIT),
+    config_name=option(str, "Configuration to push to; all its splits have the same columns.", CONFIG_NAME),
     embeddings=option(bool, "Push the embeddings of the pool as well.", False, "--embeddings"),
 )
 def push(
@@ -50,8 +51,8 @@ def push(
     tokenizer=option(str | None, "For --rescore, if the tokenizer was a folder: its path."),
     engine=option(str | None, "For --rescore, if an int8 encoder was used: its folder."),
     revision=option(str | None, "Branch, tag or commit of the repository."),
-    config_name=option(str, "Configuration in the repository.", "default"),
-    split=option(str, "Split in the repository with the selected rows.", "selected"),
+    config_name=option(str, "Configuration in the repository.", CONFIG_NAME),
+    split=option(str, "Split in the repository with the selected rows.", SPLIT),
 )
 def verify(
     where: Annotated[

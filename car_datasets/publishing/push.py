@@ -51,7 +51,7 @@ from car_datasets.utils import hub
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import beside, read_numbers
 from car_datasets.utils.hub import Pushed, Repository, reason
-from car_datasets.utils.settings import SEED
+from car_datasets.utils.settings import CONFIG_NAME, SEED, SPLIT
 
 SCORED = "scored"
 CONTROLS = ("random_control", "length_matched_control")
@@ -66,10 +66,10 @@ def push_selection(
     scored: Dataset | None = None,
     report: SelectionReport | None = None,
     receipt: Receipt | None = None,
-    split: str = "selected",
+    split: str = SPLIT,
     also: Sequence[str] | None = None,
     private: bool = True,
-    config_name: str = "default",
+    config_name: str = CONFIG_NAME,
     embeddings: bool = False,
     check: bool = False,
     token: str | None = None,
@@ -218,7 +218,7 @@ def selection_splits(
     scored: Dataset | None,
     also: Sequence[str] = (),
     *,
-    split: str = "selected",
+    split: str = SPLIT,
     names: ColumnNames = ColumnNames(),
     left_out: str | None = "embedding",
     seed: int = SEED,

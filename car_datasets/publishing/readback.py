@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from datasets import Dataset
 
 from car_datasets.loading.sources import load_split
+from car_datasets.utils.settings import CONFIG_NAME
 
 BLOCK = 1000  # rows compared at a time
 
 
 def compare_pushed(
-    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = "default", token: str | None = None
+    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = CONFIG_NAME, token: str | None = None
 ) -> None:
     """Load splits from a commit into an empty cache and compare them with `tables`, row by row.
 

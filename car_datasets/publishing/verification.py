@@ -44,6 +44,7 @@ from car_datasets.utils import hub, revisions
 from car_datasets.utils.columns import read_numbers
 from car_datasets.utils.digests import indices_digest
 from car_datasets.utils.hub import READING_WAITS, asking
+from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 # How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says
 # float32.
@@ -79,8 +80,8 @@ def verify(
     engine: str | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
-    config_name: str = "default",
-    split: str = "selected",
+    config_name: str = CONFIG_NAME,
+    split: str = SPLIT,
     token: str | None = None,
 ) -> Verification:
     """Check a selection against its receipt: its rows against the source, and its choice against its scores.

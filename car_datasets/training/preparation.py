@@ -20,6 +20,7 @@ import numpy.typing as npt
 from car_datasets.loading.templates import Exchange, join_surrogates
 from car_datasets.training.measures import Clue, clues, cross_validated, pair_metrics
 from car_datasets.training.pairs import Pair, as_given, cleaned, parse_text, question
+from car_datasets.utils.files import write_folder
 from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
@@ -115,15 +116,20 @@ def prepare(
     counts = {"revisions": len(everything), "dropped": len(everything) - len(pairs)}
     counts |= {side: len(part) for side, part in zip(SIDES, parts, strict=True)}
     counts["groups_of_near_duplicates"] = int((np.bincount(groups) > 1).sum())
-    folder.mkdir(parents=True)
-    files = {}
-    for side, part in zip(SIDES, parts, strict=True):
-        written = [Pair(*(cleaned(row) for row in pair)) if clean_text else pair for pair in part]
-        files[f"score_{side}"] = _write_csv(folder / f"score_{side}.csv", ("src", "score"), _score_rows(written))
-        files[f"ranking_{side}"] = _write_csv(folder / f"ranking_{side}.csv", ("src", "pos", "neg"), _triples(written))
     report = {"counts": counts, "moved_to_training": moved, "seed": seed, "cleaned": clean_text}
     report["audits"] = {name: asdict(audit) for name, audit in audits.items()}
-    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files = {}
+    with write_folder(folder) as partial:
+        for side, part in zip(SIDES, parts, strict=True):
+            written = [Pair(*(cleaned(row) for row in pair)) for pair in part] if clean_text else part
+            for name, header, rows in (
+                (f"score_{side}", ("src", "score"), _score_rows(written)),
+                (f"ranking_{side}", ("src", "pos", "neg"), _triples(written)),
+            ):
+                _write_csv(partial / f"{name}.csv", header, rows)
+                files[name] = folder / f"{name}.csv"
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        (partial / "report.json").write_text(text, encoding="utf-8")
     return Prepared(files, counts, moved, audits)
 
 
@@ -294,12 +300,11 @@ def _triples(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
     return [(f"{as_given(p.better).question} ", as_given(p.better).answer, as_given(p.worse).answer) for p in pairs]
 
 
-def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Path:
+def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-    return path
 
 
 def audit_table(name: str, audit: Audit) -> Table:

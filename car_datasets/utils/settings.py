@@ -22,6 +22,8 @@ N1 = 1000  # rows by score; the paper's number
 EXPLAINED_VARIANCE = 0.95  # share of the variance that PCA keeps; the paper's number
 KMEANS_SAMPLE = 256  # rows per cluster to fit k-means on; faiss samples as many (`max_points_per_centroid`)
 SEED = 42
+SPLIT = "selected"  # of a pushed dataset: the split of the selected rows
+CONFIG_NAME = "default"  # of a pushed dataset: what `datasets` calls the configuration of a dataset with one alone
 BOOTSTRAP_SAMPLES = 1000  # for each interval of a figure
 
 Kind = TypeVar("Kind", bound="Settings")
