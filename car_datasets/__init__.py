@@ -1,8 +1,8 @@
 """Pick the best and most diverse subset of an instruction-tuning dataset: CaR (Clustering and Ranking, EMNLP 2024).
 
-Every stage is a small, picklable callable that adds columns to a `datasets.Dataset`. Names are loaded on first use: importing
-this package imports neither torch nor transformers, which a spawned worker would pay for each time. The names are listed in
-`__init__.pyi`.
+Every stage is a small, picklable callable that adds columns to a `datasets.Dataset`. Names are loaded on first use:
+importing this package imports neither torch nor transformers, which a spawned worker would pay for each time. The names
+are listed in `__init__.pyi`.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""`curate`: the entire pipeline in one call.
+"""Run the entire pipeline in one call: `curate`.
 
 Does: load, score and embed, cluster, select and report, with every check before the first expensive stage.
 Does not: hold the logic of a stage; each can be called alone.
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict
 
 from car_datasets.clustering.fitting import number_of_clusters
-from car_datasets.loading.schemas import find_schema
+from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.receipt import (
     RECEIPT_FILE,
@@ -67,15 +67,15 @@ def curate(
     ```
 
     Args:
-        source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a folder
-            of such files or of `save_to_disk`, or a dataset in memory.
-        output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list of
-            rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html` and, with
-            matplotlib, four `plot_*.png`. It must not hold a result.
+        source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a
+            folder of such files or of `save_to_disk`, or a dataset in memory.
+        output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list
+            of rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html` and,
+            with matplotlib, four `plot_*.png`. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
         token (`str`, *optional*): for private sources and models; never stored.
-        shard_dir (`str`, *optional*): a folder or URL for finished shards of scores and embeddings, so that a second run,
-            or more processes, compute only what is missing.
+        shard_dir (`str`, *optional*): a folder or URL for finished shards of scores and embeddings, so that a second
+            run, or more processes, compute only what is missing.
         changes: fields of [`Recipe`] by name, which win over `recipe`.
 
     Returns:
@@ -89,17 +89,8 @@ def curate(
     procedure = find_procedure(recipe.procedure)
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
     folder = None if output_dir is None else fresh_folder(Path(output_dir), (*RESULT_FILES, *procedure.files))
-    opened = open_dataset(
-        source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
-    )
-    dataset = check_rows(
-        opened.with_format(None),
-        schema=recipe.schema,
-        columns=recipe.columns,
-        on_invalid=recipe.on_invalid,
-        index_column=recipe.index_column,
-    )
-    _check_settings(dataset, recipe)
+    opened, dataset, schema = open_source(source, recipe, token)
+    _check_settings(dataset, recipe, schema)
     if folder is not None and procedure.files:
         refuse_taken(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
     # The main process alone writes the receipt, and reads the source again for its digest.
@@ -107,25 +98,59 @@ def curate(
     stages = resolve(pinned_source(recipe, source, opened), token)
 
     pool = stages.score(dataset, token=token, shard_dir=shard_dir)
+    # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = stages.cluster(procedure.order(pool, recipe.names))
     without_vectors = pool.remove_columns(recipe.embedding_column)
+    # Without vectors, which selected rows do not need and which make most of the size.
     selected = stages.select(without_vectors)
     overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names)
     report = SelectionReport.from_overview(overview)
 
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
     if folder is not None:
+        # Of `opened`, because `dataset` has the column in any case.
         own_index = recipe.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, overview, stages, origin, own_index))
+        from_main(lambda: _write_files(folder, curated, overview, stages, origin, schema, own_index))
     return curated
 
 
-def _check_settings(dataset: Dataset, recipe: Recipe) -> None:
+class OpenSource(NamedTuple):
+    """A source as it was opened, its rows checked and numbered, and the schema that they were read by."""
+
+    opened: Dataset
+    dataset: Dataset
+    schema: Schema
+
+
+def open_source(source: str | Path | Dataset | DatasetDict, recipe: Recipe, token: str | None = None) -> OpenSource:
+    """Open a source by the settings of a recipe, and check and number its rows.
+
+    Args:
+        source (`str`, `Path`, `Dataset` or `DatasetDict`): as in [`curate`].
+        recipe ([`Recipe`]): the settings.
+        token (`str`, *optional*): for a private source; never stored.
+
+    Raises:
+        ValueError: a setting, the source or a row is invalid.
+        FileNotFoundError: the source does not exist.
+    """
+    opened = open_dataset(
+        source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
+    )
+    schema = find_schema(opened.column_names, recipe.schema, recipe.columns)
+    # Without a format, because a NumPy or PyTorch format would turn nulls and lists into other values.
+    dataset = check_rows(
+        opened.with_format(None), schema=schema, on_invalid=recipe.on_invalid, index_column=recipe.index_column
+    )
+    return OpenSource(opened, dataset, schema)
+
+
+def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     """Raise ValueError if a setting cannot work with the rows that can be scored; nothing is looked up or computed."""
     check_projection(recipe.projection)
     rows = len(dataset)
     if recipe.on_invalid == "mark":
-        rows -= len(unscorable_rows(dataset, find_schema(dataset.column_names, recipe.schema, recipe.columns)))
+        rows -= len(unscorable_rows(dataset, schema))
         if rows == 0:
             raise ValueError(
                 f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
@@ -141,13 +166,25 @@ def _write_files(
     overview: Overview,
     stages: Stages,
     origin: dict[str, Any],
+    schema: Schema,
     own_index: bool,
 ) -> None:
-    """Write the result into a folder; with `own_index` the source has the index column."""
+    """Write the result into a folder.
+
+    Args:
+        folder (`Path`): made if it does not exist.
+        curated ([`Curated`]): the result.
+        overview ([`Overview`]): pool and selection, with the embeddings that the map needs.
+        stages ([`Stages`]): what made the result.
+        origin (`dict`), schema ([`Schema`]): the source for the receipt, and how its rows were read.
+        own_index (`bool`): the source itself has the index column.
+    """
     selected, scored, report = curated
     recipe, scorer, names = stages.recipe, stages.scorer, stages.recipe.names
     without_vectors = overview.pool.remove_columns(recipe.embedding_column)
-    receipt = make_receipt(origin, recipe, scorer, without_vectors, selected, report)
+    # The recipe of the stages, not the caller's: it has the revisions that were really loaded.
+    receipt = make_receipt(origin, schema.name, recipe, scorer, without_vectors, selected, report)
+    # The receipt first: hashing and counting may fail, and then nothing has been written.
     with unfinished(folder):
         pictures = report.pictures(overview, recipe.projection)
         files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}
@@ -180,12 +217,14 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
     pins = scorer_pins(scorer_of(settings, token))
     if any(receipt.scorer.get(name) != pin for name, pin in pins.items()):
         return False
+    # Without an embedder, the encoder follows from the scorer, or is the one that this version pins.
     if settings.embedder is None:
         return True
     return receipt.embedder["revision"] == revisions.pin_revision(settings.embedder, settings.embedder_revision, token)
 
 
 def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
+    # In the order of `open_dataset`: an existing path wins over a Hub id of the same name.
     if Path(source).expanduser().exists():
         return known == describe_source(source, None, settings)
     names = ("kind", "id", "name", "split")

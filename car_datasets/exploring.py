@@ -1,4 +1,4 @@
-"""`explore` and `atlas_table`: a curated folder as a map in embedding-atlas (the extra `explore`).
+"""Show a curated folder as a map in embedding-atlas (the extra `explore`): `explore`, `atlas_table`.
 
 Does: make one table of columns, coordinates and nearest rows, for embedding-atlas's command or its notebook widget.
 Does not: embed, or change the folder.
@@ -67,9 +67,11 @@ def explore(
     with tempfile.TemporaryDirectory() as place:
         options = write_atlas(folder, Path(place) / "pool.parquet", projection, names=names)
         address = ["--host", host, "--port", str(port)]
+        # By the interpreter, since the script `embedding-atlas` need not be on the PATH of this environment.
         command = [sys.executable, "-m", "embedding_atlas.cli", *options, *address]
         try:
             done = subprocess.run(command, check=False)
+        # The usual way to end it; the server has received the same signal.
         except KeyboardInterrupt:
             return
     if done.returncode != 0:
@@ -127,7 +129,9 @@ def atlas_table(
             "name another: names=ColumnNames(embedding=...) (--embedding-column)."
         )
     rows = pool_map.rows
+    # The vectors stay out: the map replaces them, and the browser would have to load them.
     table: pa.Table = overview.pool.select(rows.tolist()).remove_columns(names.embedding).with_format("arrow")[:]
+    # A column of the dataset may have one of these names, and must be shown as well.
     free = {name: _free(name, table.column_names) for name in (ROW, X, Y, NEIGHBOURS, TEXT, KEPT)}
     columns = {"row_id": free[ROW], "text": free[TEXT], "x": free[X], "y": free[Y]}
     new: dict[str, Any] = {
@@ -150,8 +154,8 @@ def _read_folder(folder: Path, names: ColumnNames) -> Overview:
     selected, pool = read_tables(folder)
     if names.embedding not in pool.column_names:
         raise ValueError(
-            f"{str(folder / SCORED_TABLE)!r} has no column {names.embedding!r}; curate without --no-embeddings, or name your "
-            "embedding column: names=ColumnNames(embedding=...) (--embedding-column)."
+            f"{str(folder / SCORED_TABLE)!r} has no column {names.embedding!r}; curate without --no-embeddings, or "
+            "name your embedding column: names=ColumnNames(embedding=...) (--embedding-column)."
         )
     return Overview.of(pool, selected, names=names)
 
@@ -170,6 +174,7 @@ def _all_nearest(matrix: Matrix) -> list[dict[str, list[Any]]]:
     Returns:
         for every row a dict of `ids` and `distances`.
     """
+    # One more than wanted, since every row is its own nearest.
     units, count = unit_rows(matrix), min(NEAREST + 1, len(matrix))
     found: list[dict[str, list[Any]]] = []
     for start in range(0, len(units), BLOCK):
@@ -177,6 +182,7 @@ def _all_nearest(matrix: Matrix) -> list[dict[str, list[Any]]]:
         rows = np.arange(len(similar))
         similar[rows, start + rows] = 2  # above any cosine: the row itself comes before equal ones
         best = Nearest.none(len(similar)).updated(similar, np.arange(len(units)), count)
+        # Back below 1: rounding, and the 2 of the row itself, would give negative distances.
         distances = 1 - np.minimum(best.similarities, 1)
         found += [{"ids": i, "distances": d} for i, d in zip(best.rows.tolist(), distances.tolist(), strict=True)]
     return found

@@ -1,7 +1,8 @@
-"""RECEIPT: the record of what a selection was made from and with, so that others can make and check it again.
+"""Record what a selection was made from, so that others can reproduce and verify it: `Receipt`, `receipt.json`.
 
-Does: record source, models, settings, versions and counts; write and read them. Equal runs give equal receipts.
-Does not: keep a time, a token or a path of this machine (only the name and digest of a file or folder); verify anything.
+Does: collect source, models, settings, versions and counts; write and read them. Equal runs give equal receipts.
+Does not: keep a time, a token or a path of this machine (only the name and digest of a file or folder); verify
+anything.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from car_datasets import __version__
-from car_datasets.loading.schemas import find_schema
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import numbers_of
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from car_datasets.scoring.scorer import QualityScorer
 
 RECEIPT_FILE = "receipt.json"
-FORMAT = 1
+FORMAT = 1  # version of the record; `from_json` reads no other
+# The packages that scores, clusters and digests depend on.
 PACKAGES = (
     "datasets",
     "huggingface_hub",
@@ -48,7 +49,7 @@ PACKAGES = (
 )
 MODELS = ("scorer", "embedder", "tokenizer", "engine")  # settings that may be paths
 
-# What identifies a source of each kind. A Hub dataset also has a `revision`, which is None if it could not be found out.
+# The fields that identify a source of each kind. A Hub dataset also has a `revision`, which is None if it is unknown.
 SOURCES = {"hub": ("id",), "file": ("name", "sha256"), "folder": ("name", "sha256"), "memory": ("sha256",)}
 KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error messages
 
@@ -56,11 +57,11 @@ KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error mess
 @public
 @dataclass(frozen=True)
 class Receipt:
-    """A frozen record of what a selection was made from and with; the content of `receipt.json`.
+    """The source, models, settings and counts of a selection; the content of `receipt.json`.
 
     Args:
-        source (`dict`): `kind` (`"hub"`, `"file"`, `"folder"` or `"memory"`), and `id` and `revision` on the Hub, `name` and
-            `sha256` of a file or folder, `sha256` over the rows of a dataset in memory.
+        source (`dict`): `kind` (`"hub"`, `"file"`, `"folder"` or `"memory"`), and `id` and `revision` on the Hub,
+            `name` and `sha256` of a file or folder, `sha256` over the rows of a dataset in memory.
         schema, template (`str`): how its rows were read.
         scorer, embedder (`dict`): `model_id`, `revision` (commit, or digest of a folder) and `weights` (digest).
         recipe (`dict`): all settings, including seeds, k, n1 and n2; the name alone of a model that was a folder.
@@ -104,11 +105,13 @@ class Receipt:
             raise ValueError(f"{shown} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{shown} is not a receipt: it holds a {type(content).__name__}, not a record.")
+        # Exactly these keys: a receipt with unknown ones says something that `verify` would not check.
         names = {field.name for field in fields(cls)}
         if content.get("format") != FORMAT or set(content) != names:
             raise ValueError(
                 f"{shown} is not a receipt of format {FORMAT}: it has the keys {sorted(content)}; missing are "
-                f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or curate again."
+                f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or "
+                "curate again."
             )
         _refuse_malformed(content, shown)
         return cls(**content)
@@ -139,6 +142,7 @@ def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
     _refuse_others(source, dict.fromkeys(SOURCES[source["kind"]], str), f"{shown}: source.")
     for model in ("scorer", "embedder"):
         _refuse_others(content[model], dict.fromkeys(("model_id", "revision", "weights"), str), f"{shown}: {model}.")
+        # Optional ones as well, such as `tokenizer_revision`.
         _refuse_others(content[model], dict.fromkeys(content[model], str), f"{shown}: {model}.")
     _refuse_others(
         content["counts"], dict.fromkeys(("rows", "scored", "clusters", "selected"), int), f"{shown}: counts."
@@ -149,6 +153,7 @@ def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
 def _refuse_others(record: Mapping[str, Any], wanted: Mapping[str, type], shown: str) -> None:
     for name, kind in wanted.items():
         value = record.get(name)
+        # bool is a subclass of int, and `true` must not pass as a count.
         if not (is_whole_number(value) if kind is int else isinstance(value, kind)):
             seen = f"is {value!r:.80}" if name in record else "is missing"
             raise ValueError(
@@ -158,6 +163,7 @@ def _refuse_others(record: Mapping[str, Any], wanted: Mapping[str, type], shown:
 
 def make_receipt(
     source: Mapping[str, Any],
+    schema: str,
     settings: Recipe,
     scorer: QualityScorer,
     pool: Dataset,
@@ -168,13 +174,14 @@ def make_receipt(
 
     Args:
         source (`Mapping`): what [`describe_source`] returned for the source.
+        schema (`str`): the name of the schema that the rows were read by.
         settings ([`Recipe`]), scorer ([`QualityScorer`]): as used, with the revisions of both models.
         pool, selected (`Dataset`), report ([`SelectionReport`]): the result.
     """
     names = ColumnNames(settings.score_column, settings.cluster_column, settings.index_column)
     return Receipt(
         source=dict(source),
-        schema=find_schema(pool.column_names, settings.schema, settings.columns).name,
+        schema=schema,
         template=str(scorer.template),
         scorer=scorer_record(scorer),
         embedder=embedder_record(settings, scorer),
@@ -210,6 +217,7 @@ def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> di
     Returns:
         `dict`: the field `source` of a [`Receipt`].
     """
+    # Only what was given: a name or split of None says nothing about the source.
     part = {name: getattr(settings, name) for name in ("name", "split") if getattr(settings, name) is not None}
     if not isinstance(source, (str, Path)):
         return {"kind": "memory", "sha256": rows_digest(source if opened is None else opened)}
@@ -221,6 +229,7 @@ def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> di
         own = ("cache-", ".")
         files = sorted(each for each in path.rglob("*") if each.is_file() and not each.name.startswith(own))
         return {"kind": "folder", "name": path.resolve().name, "sha256": digests.files_digest(path, files), **part}
+    # Name and digest of a Hub dataset are its id and commit, so the rows are not hashed.
     return {"kind": "hub", "id": str(source), "revision": loaded_revision(opened) or settings.revision, **part}
 
 
@@ -243,8 +252,8 @@ def loaded_revision(opened: Dataset | None) -> str | None:
 def pool_digest(pool: Dataset, names: ColumnNames) -> str:
     """Return the sha256 over indices, scores and clusters of a scored pool, in order.
 
-    It is taken over the indices as a JSON list without spaces, then one byte per row for "has a score" (0 or 1), the scores
-    as little-endian float64 (NaN without one) and the clusters as little-endian int64 (-1 without one).
+    It is taken over the indices as a JSON list without spaces, then one byte per row for "has a score" (0 or 1), the
+    scores as little-endian float64 (NaN without one) and the clusters as little-endian int64 (-1 without one).
     """
     columns = list(dict.fromkeys((names.index, names.score, names.cluster)))  # an index may be one of the others
     table = pool.with_format(None).select_columns(columns).with_format("arrow")[:]
@@ -274,7 +283,7 @@ def scorer_record(scorer: QualityScorer) -> dict[str, str]:
 
 
 def scorer_pins(scorer: QualityScorer) -> dict[str, str]:
-    """Return the immutable revisions of a scorer and, if it has them, of its tokenizer and its int8 encoder."""
+    """Return the immutable revisions of a scorer and, if it has any, of its tokenizer and its int8 encoder."""
     names = ("revision", "tokenizer_revision", "engine_revision")
     return {name: str(getattr(scorer, name)) for name in names if getattr(scorer, name) is not None}
 
@@ -284,6 +293,7 @@ def embedder_record(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:
     if settings.embedder is None and scorer.shares_encoder:
         shared = scorer.embedder()
         return _model(shared.model_id, str(shared.revision))
+    # No request for a pinned commit that is in the cache, so this also works offline.
     name = settings.embedder or revisions.DEFAULT_ENCODER
     return _model(name, revisions.pin_revision(name, settings.embedder_revision))
 

@@ -1,6 +1,6 @@
-"""RESULT: the folder that [`curate`] writes: the names of its files, writing it and reading it back.
+"""Write and read the folder of a result: the names of its files, their order on disk, and whether it is complete.
 
-Does: refuse to overwrite a result; write each file atomically; read a finished folder.
+Does: write each file atomically; mark a folder that is being written; read a finished folder.
 Does not: compute anything that it writes.
 """
 
@@ -28,6 +28,7 @@ SELECTED_JSON = "selected.json"  # the selected rows in the original's format
 SCORED_TABLE = "scored.parquet"
 REPORT_FILE = "report.json"
 SUMMARY_FILE = "report.md"
+# All files of a result but those of its procedure. A folder that holds any of them is refused for a new result.
 RESULT_FILES = (
     SELECTED_TABLE,
     SELECTED_JSON,
@@ -65,6 +66,7 @@ def read_result(folder: Path) -> Result:
         ValueError: a file is missing or invalid, or the run was interrupted while it wrote them.
     """
     names = (SELECTED_TABLE, SCORED_TABLE, REPORT_FILE, RECEIPT_FILE)
+    # `selected.json`, page and plots may have been deleted; only these four are read back.
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or (folder / UNFINISHED).exists():
         state = f"has no {', '.join(missing)}" if missing else "was not written to the end"
@@ -114,13 +116,14 @@ def unfinished(folder: Path) -> Iterator[None]:
             for left in folder.glob(f".{name}.*"):  # temporary files of an interrupted write_whole
                 left.unlink()
     (folder / UNFINISHED).touch()
+    # Not in a `finally`: after an error the marker must stay, since it permits the next run to overwrite.
     yield
     # The marker may be gone: two runs started after the same interruption both write this folder, with equal files.
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def write_table(dataset: Dataset, path: Path, names: ColumnNames) -> None:
-    """Write the dataset of one stage: Parquet, or for a `.json` path the original's format without our other columns."""
+    """Write the dataset of one stage as Parquet, or for a `.json` path in the original's format and columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         plain = original_columns(dataset, names)
@@ -150,6 +153,7 @@ def write_result(
     write_whole(folder / SELECTED_TABLE, selected.to_parquet)
     # A user's own column `score` or `label` stays here; curate refuses it before the original's files are written.
     write_whole(folder / SELECTED_JSON, lambda path: write_original(selected, path, names, where_free=True))
+    # `content` is bound as a default because a closure would see the last value of the loop.
     for name, content in files.items():
         write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
     write_whole(folder / SUMMARY_FILE, lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""`resolve`: a recipe as the stages that run it, with every model looked up once.
+"""Turn a recipe into the stages that run it, with every model looked up once: `resolve`, `Stages`.
 
-Does: make scorer, embedder and cluster settings of a recipe; refuse taken columns before anything runs; run SCORE, EMBED,
-CLUSTER and SELECT, here or in shards.
+Does: make scorer, embedder and cluster settings of a recipe; refuse taken columns before anything runs; run SCORE,
+EMBED, CLUSTER and SELECT, here or in shards.
 Does not: load or check rows, report, or write results.
 """
 
@@ -31,6 +31,7 @@ from car_datasets.scoring.stage import add_columns
 from car_datasets.selection.procedures import Procedure, find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils import revisions
+from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, refuse_overwrite
 from car_datasets.utils.processes import is_main_process, process_rank
 
@@ -62,15 +63,17 @@ class Stages:
         Args:
             dataset (`Dataset`): checked rows.
             token (`str`, *optional*): for a `shard_dir` on the Hub.
-            shard_dir (`str`, *optional*): keep finished shards there, so that another run resumes. Several processes share
-                the work in shards with and without it.
+            shard_dir (`str`, *optional*): keep finished shards there, so that another run resumes. Several processes
+                share the work in shards with and without it.
 
         Raises:
             ValueError: a column of this or a later stage is taken.
         """
         self.refuse_taken_columns(dataset)
         folders = [None if shard_dir is None else _shard_folder(stage, shard_dir) for _, stage in self._passes()]
+        # A resumed run needs no estimate. A URL counts as begun: listing it would take requests.
         begun = shard_dir is not None and ("://" in str(shard_dir) or any(Path(shard_dir).glob("*/part-*")))
+        # Timing takes some seconds, which only a run of minutes or hours repays.
         if len(dataset) >= LARGE and is_main_process() and not begun:
             with contextlib.suppress(ValueError):  # rows that cannot be scored are reported by the stage itself
                 tqdm.write(str(estimate_scoring(dataset, self.scorer)), file=sys.stderr)
@@ -96,32 +99,26 @@ class Stages:
 
     def cluster(self, pool: Dataset) -> Dataset:
         """Add clusters and distances to a scored pool; several processes share the work and get the same labels."""
-        names = self.recipe.names
-        model = ClusterModel.fit(
-            pool,
-            names.embedding,
-            **self.fit._asdict(),
-            output_column=names.cluster,
-            distance_column=names.distance,
-        )
-        return model.label(pool, across_processes=True)
+        return fit_clusters(pool, self.fit, self.recipe.names).label(pool, across_processes=True)
 
     def select(self, pool: Dataset) -> Dataset:
         """Return the selected rows of a scored, clustered pool."""
         return self.procedure.select(pool, self.recipe.amounts, self.recipe.names)
 
     def refuse_taken_columns(self, dataset: Dataset) -> None:
-        """Raise ValueError if the dataset has a column that this or a later stage adds, or two stages add the same one."""
+        """Raise ValueError if a column that this or a later stage adds is taken, or is added by two stages."""
         if self.embedder is None and self.scorer.embedding_column is None:  # scores alone: no later stage follows
             refuse_overwrite(dataset.column_names, self.scorer.output_columns, "score_column= (--score-column)")
             return
         names = self.recipe.names
+        # The embedding may come from the scorer or from the embedder; either way it is counted once.
         scores = [name for name in self.scorer.output_columns if name != self.scorer.embedding_column]
         new = [*scores, names.embedding, names.cluster, names.distance]
         every = [*new, *SELECTION_COLUMNS]
         twice = sorted({name for name in every if every.count(name) > 1})
         if twice:
             raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
+        # The names of the selection cannot be changed, so they are checked apart, by `check_columns`.
         option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
         refuse_overwrite(dataset.column_names, new, option)
         check_columns(dataset.column_names, (), SELECTION_COLUMNS)
@@ -176,6 +173,13 @@ def fit_settings(recipe: Recipe) -> FitSettings:
     )
 
 
+def fit_clusters(pool: Dataset, fit: FitSettings, names: ColumnNames) -> ClusterModel:
+    """Fit the cluster model of a pool, which labels rows in the columns of these names."""
+    return ClusterModel.fit(
+        pool, names.embedding, **fit._asdict(), output_column=names.cluster, distance_column=names.distance
+    )
+
+
 def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> QualityScorer:
     """Return the scorer of a recipe; with `embed`, it also embeds if scorer and embedder share an encoder."""
     scorer = QualityScorer(
@@ -193,8 +197,9 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
         **_reading(recipe),
     )
     if embed and recipe.embedder is None and scorer.shares_encoder:
-        # Not dataclasses.replace, which would look the model up and hash its folder again, without the token. Equal fields
-        # make an equal fingerprint either way.
+        # Not dataclasses.replace, which would build a second scorer: list and digest the model's folder again, and read
+        # its configuration. All other fields are checked already, and equal fields make an equal fingerprint either
+        # way.
         scorer = copy.copy(scorer)
         object.__setattr__(scorer, "embedding_column", recipe.embedding_column)
     return scorer
@@ -226,6 +231,7 @@ def embed_where_missing(
 
 def _reading(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments that scorer and embedder have in common."""
+    # Equal for both, so that they read the same columns and skip the same rows.
     names = ("schema", "columns", "on_invalid", "dtype", "batch_tokens", "embedding_dtype")
     return {name: getattr(recipe, name) for name in names}
 
@@ -238,6 +244,7 @@ def _add(
     token: str | None = None,
 ) -> Dataset:
     """Return the dataset with the columns of a stage, computed here, or by all processes in shards."""
+    # Several processes share the work in shards even without a folder; `score_in_shards` then chooses one.
     if folder is None and process_rank()[1] == 1:
         return add_columns(dataset, stage, description)
     return score_in_shards(dataset, stage, folder, description=description, token=token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from datasets import Dataset, concatenate_datasets
 
 from car_datasets import QualityScorer, Recipe, TextEmbedder, curate
 from car_datasets.curation import Curated
-from car_datasets.loading import schemas, sources
+from car_datasets.loading import schemas
 from car_datasets.reporting.plots import PLOT_FILES
 from car_datasets.results import RESULT_FILES
 from car_datasets.selection.procedures import PROCEDURES, Amounts, Procedure
 from car_datasets.stages import resolve
+from car_datasets.utils import digests, revisions
 from car_datasets.utils.settings import is_whole_number
 
 ROOT = Path(__file__).parents[1]
@@ -240,8 +242,9 @@ def test_one_pass_equals_the_two_stages_apart(by_default: Curated) -> None:
     assert max(rows["iqs_tokens"][:]) > 256  # the embedder reads no further, the scorer does
 
 
-def test_one_run_makes_one_scorer_and_reads_the_schema_once(
-    sample_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("on_invalid", ["error", "mark"])
+def test_one_run_makes_one_scorer_and_finds_the_schema_once(
+    on_invalid: str, sample_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     made: list[str] = []
     read: list[str] = []
@@ -252,11 +255,35 @@ def test_one_run_makes_one_scorer_and_reads_the_schema_once(
         ordinary(self, token)
 
     monkeypatch.setattr(QualityScorer, "__post_init__", counted)
-    monkeypatch.setattr(sources, "find_schema", lambda *given: (read.append("schema"), find_schema(*given))[1])
+    for module in [each for name, each in sys.modules.items() if name.startswith("car_datasets.")]:
+        if getattr(module, "find_schema", None) is find_schema:
+
+            def found(*given: Any, caller: str = module.__name__, **named: Any) -> Any:
+                read.append(caller)
+                return find_schema(*given, **named)
+
+            monkeypatch.setattr(module, "find_schema", found)
+    columns = ("instruction", "input", "output")
+    rows = Dataset.from_list([{k: r[k] for k in columns} for r in sample_rows[:12]])
+    curate(rows, tmp_path / "out", n1=4, k=2, allow_worse=True, on_invalid=on_invalid)
+    assert made == [Recipe.scorer]
+    # A stage gets batches and knows nothing of their dataset, so it finds the columns of each by itself.
+    assert [caller for caller in read if not caller.startswith("car_datasets.scoring.")] == ["car_datasets.curation"]
+
+
+def test_one_run_reads_each_weight_file_once_for_its_digest(
+    sample_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hashed: list[Path] = []
+    ordinary = digests._sha256
+    monkeypatch.setattr(digests, "_sha256", lambda path: (hashed.append(path), ordinary(path))[1])
+    digests._remembered_sha256.cache_clear()
+    revisions.default_encoder_folder.cache_clear()
     rows = Dataset.from_list([{k: r[k] for k in ("instruction", "input", "output")} for r in sample_rows[:12]])
     curate(rows, tmp_path / "out", n1=4, k=2, allow_worse=True)
-    assert made == [Recipe.scorer]
-    assert read == ["schema"]
+    weights = sorted(path.resolve() for path in hashed if path.suffix == ".safetensors")
+    folders = (revisions.default_scorer_folder(), revisions.default_encoder_folder())
+    assert weights == sorted((folder / "model.safetensors").resolve() for folder in folders)
 
 
 def test_a_resolved_recipe_has_its_revisions(tiny: dict[str, Any]) -> None:

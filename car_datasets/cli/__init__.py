@@ -1,6 +1,9 @@
-"""`car-datasets`: commands that parse a command line and call the library; `car_datasets.cli:app` is their entry point."""
+"""Parse the command line of `car-datasets` and call the library; the entry point is `car_datasets.cli:app`."""
 
-from car_datasets.cli import publishing, scorers, stages
+# A command is added when its module is imported, so this order is that of `car-datasets --help`: the pipeline first.
+from car_datasets.cli import stages  # isort: split
+
+from car_datasets.cli import publishing, scorers
 from car_datasets.cli.app import app
 
 __all__ = ["app", "publishing", "scorers", "stages"]

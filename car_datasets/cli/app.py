@@ -1,6 +1,6 @@
-"""The typer app, the options of its commands, and what the commands share: errors in one line, quiet models, tables.
+"""The typer app, and what its commands share: options, errors in one line, quiet models, tables.
 
-Does: build the options of a recipe from the fields of `Recipe`, and write every other option once.
+Does: build the options of a recipe from the fields of `Recipe`, and write every other shared option once.
 Does not: hold a command.
 """
 
@@ -24,7 +24,33 @@ from car_datasets import __version__
 from car_datasets.recipe import Recipe
 from car_datasets.utils.hub import clean_token
 
+app = typer.Typer(
+    name="car-datasets",
+    help="Pick the best and most diverse subset of an instruction-tuning dataset.",
+    no_args_is_help=True,
+    # rich's tracebacks may print local variables, and a token may be among them.
+    pretty_exceptions_enable=False,
+    # Help texts contain square brackets, which rich would read as markup.
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
 Command = Callable[..., None]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"car-datasets {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Pick the best and most diverse subset of an instruction-tuning dataset."""
 
 
 class Option(NamedTuple):
@@ -49,24 +75,23 @@ def _parse_token(text: str | None) -> str | None:
 Source = Annotated[str, typer.Argument(help="Hub id, .json, .jsonl, .csv or .parquet file, or a folder.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A new folder for the result.")]
 OutputFile = Annotated[
-    Path, typer.Option("--output", "-o", help="A new .parquet file; or .json, the original's format.")
+    Path, typer.Option("--output", "-o", help="A new .parquet file, or a .json file in the original's format.")
 ]
 SHARED = {
     "token": option(
         str | None,
-        "For private sources and models, --shards on the Hub, and to push.",
+        "Hub token: for private sources and models, for --shards on the Hub, and to push.",
         envvar="HF_TOKEN",
-        show_envvar=True,
+        show_envvar=True,  # the name of the variable; typer never shows its value
         callback=_parse_token,
     ),
     "shards": option(
         str | None,
-        "A folder or URL for finished shards: a second run resumes from them, more processes share the work.",
+        "Folder or URL for finished shards: a second run resumes from them, and several processes share the work.",
     ),
     "public": option(bool, "Make the repository public.  [default: private]", False, "--public"),
-    "check": option(bool, "Read back what was pushed, and compare it row for row.", False, "--check"),
+    "check": option(bool, "Read back what was pushed, and compare it row by row.", False, "--check"),
 }
-FLAGS = [f.name for f in fields(Recipe)]  # every setting of a recipe has an option
 
 
 def add_options(*shared: str, **own: Option) -> Callable[[Command], Command]:
@@ -82,6 +107,9 @@ def add_options(*shared: str, **own: Option) -> Callable[[Command], Command]:
         return _with_parameters(command, command, options, drop=inspect.Parameter.VAR_KEYWORD)
 
     return decorate
+
+
+FLAGS = [f.name for f in fields(Recipe)]  # every setting of a recipe has an option
 
 
 def recipe_options(*names: str, **helps: str) -> Callable[[Command], Command]:
@@ -101,7 +129,11 @@ def recipe_options(*names: str, **helps: str) -> Callable[[Command], Command]:
         @wraps(command)
         def run(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in wanted}
-            changes = {name: _PARSERS.get(name, _as_it_is)(v) for name, v in given.items() if v is not None}
+            changes = {
+                name: _PARSERS[name](value) if name in _PARSERS else value
+                for name, value in given.items()
+                if value is not None
+            }
             command(**arguments, changes=changes)
 
         return _with_parameters(run, command, options, drop="changes")
@@ -112,11 +144,12 @@ def recipe_options(*names: str, **helps: str) -> Callable[[Command], Command]:
 def _recipe_option(setting: Any, help: str | None) -> Option:
     """Return the option of a field of `Recipe`; its help ends with the recipe's default."""
     flag = setting.metadata["flag"] or f"--{setting.name.replace('_', '-')}"
-    kind = _TEXT.get(setting.name, setting.type)
+    kind = str if setting.name in _PARSERS else setting.type
     shown = setting.metadata["shown"] or setting.default
     if kind is bool:  # both forms, so that a recipe file's true can be overridden as well as its false
         shown, flag = flag[2:] if setting.default else f"no-{flag[2:]}", f"{flag}/--no-{flag[2:]}"
     text = setting.metadata["help"] if help is None else help
+    # typer would show the option's own default, which is None.
     if "[default: " not in text and shown not in (None, ()):
         text = f"{text}  [default: {shown}]"
     return option(kind | None, text, None, flag)
@@ -131,8 +164,10 @@ def _with_parameters(command: Command, like: Command, options: dict[str, Option]
         options (`dict`): the options to add, by name.
         drop (`str` or `inspect._ParameterKind`): name or kind of the parameter that collects them.
     """
+    # The annotations are text, because the modules of the commands import them from __future__; typer needs the types.
     types = get_type_hints(inspect.unwrap(like), include_extras=True)
     kept = [
+        # By keyword, because a parameter without a default may then follow one with a default.
         p.replace(kind=p.KEYWORD_ONLY, annotation=types.get(p.name, p.annotation))
         for p in inspect.signature(like).parameters.values()
         if drop not in (p.name, p.kind)
@@ -141,13 +176,10 @@ def _with_parameters(command: Command, like: Command, options: dict[str, Option]
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.annotation)
         for name, each in options.items()
     ]
+    # typer reads the parameters from the signature and their types from the annotations, so both are set.
     command.__signature__ = inspect.Signature([*kept, *new])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*kept, *new]}
     return command
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -188,21 +220,12 @@ def parse_clusters(k: str) -> int | str:
         raise ValueError(f"--k {k}: pass a number, or sqrt.") from error
 
 
-# Settings that are text on the command line, and how that text is read.
-_TEXT: dict[str, Any] = dict.fromkeys(("columns", "n1", "k"), str)
-_PARSERS: dict[str, Callable[[Any], Any]] = {"columns": parse_columns, "n1": parse_count, "k": parse_clusters}
-app = typer.Typer(
-    name="car-datasets",
-    help="Pick the best and most diverse subset of an instruction-tuning dataset.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# Settings whose type typer cannot parse, a union or a mapping; they are text on the command line.
+_PARSERS: dict[str, Callable[[str], Any]] = {"columns": parse_columns, "n1": parse_count, "k": parse_clusters}
 GRACE = 5.0  # seconds for the launcher to end this process, if the main one made the same mistake
 
 
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+def one_line_errors(command: Command) -> Command:
     """End a user's mistake with one line and exit code 2; anything else is our bug and keeps its traceback.
 
     Under `accelerate launch` or `torchrun` only the main process prints, unless another one alone fails.
@@ -211,6 +234,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(**arguments: Any) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        # From the environment: torch, which would know as well, must not be imported yet.
         is_main = int(os.environ.get("RANK", "0")) == 0
         try:
             with contextlib.nullcontext() if is_main else _silence():
@@ -239,24 +263,15 @@ def print_table(table: Any) -> None:
     Console().print(table)
 
 
+def print_pushed(pushed: tuple[str, str]) -> None:
+    """Print the repository and the commit of a push."""
+    typer.echo(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
+
+
 def quiet_models() -> None:
     """Turn off the progress bars of weights; each stage has a bar of its own."""
+    # Otherwise tokenizers warns, and turns its threads off, in every process that is forked after its first use.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"car-datasets {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Pick the best and most diverse subset of an instruction-tuning dataset."""

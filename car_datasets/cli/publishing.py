@@ -1,4 +1,4 @@
-"""The commands for results on the Hub: push, verify."""
+"""The commands that publish a result and check one: push, verify."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from car_datasets.cli.app import add_options, app, one_line_errors, option
+from car_datasets.cli.app import add_options, app, one_line_errors, option, print_pushed
+from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 
 @app.command(epilog="Example: car-datasets push out me/alpaca-car")
@@ -15,24 +16,25 @@ from car_datasets.cli.app import add_options, app, one_line_errors, option
     "public",
     "check",
     "token",
-    split=option(str, "Name of the split of the selected rows.", "selected"),
-    config_name=option(str, "Configuration: its splits all have the same columns.", "default"),
+    split=option(str, "Name of the split of the selected rows.", SPLIT),
+    config_name=option(str, "Configuration to push to; all its splits have the same columns.", CONFIG_NAME),
     embeddings=option(bool, "Push the embeddings of the pool as well.", False, "--embeddings"),
 )
 def push(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `curate` wrote.")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository; made if it does not exist.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository; created if it does not exist.")],
     also: Annotated[
         str,
         typer.Option(
-            help="More splits, with commas: scored (the pool), random_control, length_matched_control; or none."
+            help="More splits, separated by commas: scored (the pool), random_control, length_matched_control; or none."
         ),
     ] = "scored",
     **options: Any,
 ) -> None:
-    """Push a result with card and receipt, in one commit, to a private repository; run it again to resume."""
+    """Push a result with its card and receipt in one commit, private by default; if interrupted, run it again."""
     from car_datasets.publishing.push import push_selection
 
+    # A word for the empty list, because an empty argument is easily lost in a shell script.
     names = [name.strip() for name in also.split(",") if name.strip() not in ("", "none")]
     private = not options.pop("public")
     print_pushed(push_selection(folder, repo, also=names, private=private, **options))
@@ -42,21 +44,27 @@ def push(
 @one_line_errors
 @add_options(
     "token",
-    source=option(str | None, "The file or folder that was curated, unless it was a Hub dataset."),
-    rescore=option(int, "Also score so many rows again, drawn at random.", 0),
-    seed=option(int, "Seed of that draw.", 0),
-    scorer=option(str | None, "For --rescore, if the scorer was a folder."),
-    tokenizer=option(str | None, "For --rescore, if the tokenizer was a folder."),
-    engine=option(str | None, "For --rescore: the folder of the int8 encoder."),
-    revision=option(str | None, "Branch, tag or commit of REPO."),
-    config_name=option(str, "Configuration of REPO.", "default"),
-    split=option(str, "Split of REPO with the selected rows.", "selected"),
+    source=option(str | None, "The file or folder that was curated; not needed for a Hub dataset."),
+    rescore=option(int, "Also score this many rows again, drawn at random.", 0),
+    seed=option(int, "Seed of the draw of --rescore.", 0),
+    scorer=option(str | None, "For --rescore, if the scorer was a folder: its path."),
+    tokenizer=option(str | None, "For --rescore, if the tokenizer was a folder: its path."),
+    engine=option(str | None, "For --rescore, if an int8 encoder was used: its folder."),
+    revision=option(str | None, "Branch, tag or commit of the repository."),
+    config_name=option(str, "Configuration in the repository.", CONFIG_NAME),
+    split=option(str, "Split in the repository with the selected rows.", SPLIT),
 )
 def verify(
-    where: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="What `push` or `curate` wrote.")],
+    where: Annotated[
+        str,
+        typer.Argument(metavar="REPO_OR_DIR", help="Repository of a push, or folder of a result."),
+    ],
     **options: Any,
 ) -> None:
-    """Check a selection against its receipt: source, choice, on request scores. Exit code 1 names the first difference."""
+    """Check a selection against its receipt: its source, its choice and, with --rescore, its scores.
+
+    Names the first difference, with exit code 1.
+    """
     from car_datasets.publishing.verification import verify
 
     found = verify(where, **options)
@@ -65,10 +73,6 @@ def verify(
     for words in found.skipped:
         typer.echo(f"not checked: {words}")
     typer.echo("match" if found.matches else f"mismatch: {found.difference}")
+    # 1 for a mismatch, so that scripts can tell it from a wrong call, which exits with 2.
     if not found.matches:
         raise typer.Exit(1)
-
-
-def print_pushed(pushed: tuple[str, str]) -> None:
-    """Print the repository and the commit of a push."""
-    typer.echo(f"Pushed to {pushed[0]}, commit {pushed[1]}.")

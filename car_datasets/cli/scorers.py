@@ -1,4 +1,4 @@
-"""The commands that make and measure scorers: prepare, train, evaluate, quantise, convert."""
+"""The commands that make, measure and convert scorers: prepare, train, evaluate, quantise, convert."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from car_datasets.cli.app import (
     recipe_options,
 )
 from car_datasets.recipe import Recipe
+from car_datasets.utils.files import fresh_folder, without_nan
+from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
 
 
 @app.command(epilog="Example: car-datasets prepare revisions.json --output expert-pairs")
@@ -30,15 +32,19 @@ def prepare(
     output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the files.")],
     drop: Annotated[
         float | None,
-        typer.Option(help="Smallest edits to leave out: a share below 1, or a number.  [default: 0.323, as CaR]"),
+        typer.Option(help="Smallest edits to leave out: a share below 1, or a number.  [default: 0.323, as in CaR]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = Recipe.seed,
     similarity: Annotated[
-        float, typer.Option(help="Cosine from which two pairs are near-duplicates, kept on one side; 0 to not look.")
+        float,
+        typer.Option(help="Cosine from which two pairs are near-duplicates and stay in one file; 0 skips the search."),
     ] = 0.8,
-    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, collapse white space.")] = True,
+    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, straighten quotes, fold white space.")] = True,
 ) -> None:
-    """Split expert revisions into training, validation and test files, in both of the original's formats; audit for leaks."""
+    """Split expert revisions into training, validation and test files, in the original's two formats.
+
+    Also audits whether single words give the labels away.
+    """
     from car_datasets.training.preparation import PUBLISHED_SHARE, audit_table
     from car_datasets.training.preparation import prepare as prepare_files
 
@@ -63,25 +69,26 @@ def prepare(
 @one_line_errors
 @add_options("token")
 def train(
-    config: Annotated[Path, typer.Argument(help="A training file, such as those in configs/train_*.yaml.")],
-    train: Annotated[str | None, typer.Option(help="File of pairs or scored rows.  [default: the file's]")] = None,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings in YAML, such as configs/train_*.yaml.")],
+    train: Annotated[str | None, typer.Option(help="File of pairs or scored rows.  [default: from CONFIG]")] = None,
     valid: Annotated[
-        str | None, typer.Option(help="File of pairs to choose the epoch by.  [default: the file's]")
+        str | None, typer.Option(help="File of pairs to choose the epoch by.  [default: from CONFIG]")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="A new folder.  [default: the file's]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and dropout.  [default: the file's]")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A new folder.  [default: from CONFIG]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of weights, order and dropout.  [default: from CONFIG]")
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other key of the file: --set epochs=2; may be repeated.")
+        list[str] | None, typer.Option("--set", help="Any other key of CONFIG, as in --set epochs=2; may be repeated.")
     ] = None,
     **options: Any,
 ) -> None:
-    """Train a scorer: the head of the embedded one, or a whole model (IQS or ranking) as the original does."""
+    """Train a scorer: the head of the embedded one, or a complete model (IQS or ranking) as the original does."""
     quiet_models()
     given = {"train": train, "valid": valid, "output": output, "seed": seed}
     changes = {**{name: value for name, value in given.items() if value is not None}, **_parse_settings(set_ or [])}
     from car_datasets.training.head import HeadTraining, train_head
     from car_datasets.training.train import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
-    from car_datasets.utils.settings import read_kind
 
     if read_kind(config, ("head", *OBJECTIVE_OF_KIND)) == "head":
         settings: Any = HeadTraining.from_yaml(config, **changes)
@@ -104,12 +111,14 @@ def train(
     tokenizer=option(str | None, Recipe.__dataclass_fields__["tokenizer"].metadata["help"]),
     revision=option(str | None, "Branch, tag or commit of a Hub model."),
     engine=option(str | None, "Also measure the int8 encoder in this folder, and compare it with the float32 one."),
-    samples=option(int | None, "Bootstrap samples behind each interval."),
+    samples=option(int | None, f"Bootstrap samples for each interval.  [default: {BOOTSTRAP_SAMPLES}]"),
     seed=option(int, "Seed of bootstrap and corruptions.", 0),
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(help="An IQS model: Hub id or folder; car-datasets/iqs-minilm comes along.")],
-    pairs: Annotated[Path, typer.Option(help="CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected).")],
+    model: Annotated[str, typer.Argument(help="An IQS model: Hub id or folder; car-datasets/iqs-minilm is included.")],
+    pairs: Annotated[
+        Path, typer.Option(help="Pairs: CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected).")
+    ],
     json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this new file.")] = None,
     other: Annotated[
         Path | None,
@@ -117,26 +126,28 @@ def evaluate(
     ] = None,
     **options: Any,
 ) -> None:
-    """Measure a scorer: accuracy with intervals and baselines, corrupted copies, changes of style."""
+    """Evaluate a scorer: accuracy with intervals and baselines, corrupted copies, changes of style."""
     quiet_models()
     from car_datasets.training.pairs import read_pairs
 
     if json_ is not None and json_.exists():
         raise ValueError(f"--json {json_} is there already; name another file or move it away.")
+    # Files first: a wrong path must not cost a download.
     measured, rest = read_pairs(pairs), read_pairs(other) if other else []
     from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.training.evaluation import evaluate_scorer
 
     engine, token = options["engine"], options["token"]
     scorer = QualityScorer(model, options["revision"], token, options["tokenizer"])
+    # Options that were not given are left to the defaults of the library.
     drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
     quick = None if engine is None else replace(scorer, engine=engine)  # refused here, before anything is measured
     found = evaluate_scorer(scorer, measured, other=rest, **drawing)
+    # Through JSON, where figures of no rows are null instead of NaN.
     tables, figures = found.to_tables(), json.loads(found.to_json())
     if quick is not None:
         from car_datasets.loading.templates import render
         from car_datasets.training.quantisation import compare_engines
-        from car_datasets.utils.files import without_nan
 
         by_engine = evaluate_scorer(quick, measured, other=rest, **drawing)
         texts = [render(row, str(scorer.template)) for pair in measured for row in pair]
@@ -161,31 +172,35 @@ def quantise(
     source: Source,
     output: Output,
     changes: dict[str, Any],
-    rows: Annotated[int, typer.Option(help="Rows of the source to calibrate on; as many others to compare on.")] = 300,
+    rows: Annotated[int, typer.Option(help="Rows of the source to calibrate on; as many others are compared.")] = 300,
     **options: Any,
 ) -> None:
-    """Write a scorer's encoder in int8, for `--engine DIR` on the CPU; needs the extra: pip install 'car-datasets[openvino]'."""
+    """Quantise a scorer's encoder to int8, for --engine on the CPU.
+
+    Needs the extra: pip install 'car-datasets[openvino]'.
+    """
     quiet_models()
     from car_datasets.scoring.iqs.openvino_encoder import RECORD_FILE, import_openvino
-    from car_datasets.utils.files import fresh_folder
 
+    # Both checks come before a source or a model is downloaded.
     fresh_folder(output, (RECORD_FILE,), "--output")
     import_openvino("nncf")
-    from car_datasets.cli.stages import load_source
+    from car_datasets.curation import open_source
     from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.training.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
 
     if rows < FEWEST_TEXTS:
         raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
+    # Rows that cannot be scored are skipped below; they must not stop a calibration.
     recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
-    _, dataset = load_source(source, recipe, token)
+    dataset = open_source(source, recipe, token).dataset
     reading: dict[str, Any] = {"schema": recipe.schema, "columns": recipe.columns, "on_invalid": recipe.on_invalid}
-    whole = QualityScorer(recipe.scorer, recipe.scorer_revision, token, recipe.tokenizer, **reading)
-    texts, others = sample_texts(dataset, whole, rows, seed=recipe.seed)
-    quantise_encoder(whole, texts, output)
+    scorer = QualityScorer(recipe.scorer, recipe.scorer_revision, token, recipe.tokenizer, **reading)
+    texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
+    quantise_encoder(scorer, texts, output)
     typer.echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
     if len(others) >= FEWEST_TEXTS:
-        print_table(compare_engines(whole, replace(whole, engine=str(output)), others).to_table())
+        print_table(compare_engines(scorer, replace(scorer, engine=str(output)), others).to_table())
     else:
         typer.echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
 
@@ -195,10 +210,10 @@ def quantise(
 @recipe_options("tokenizer")
 def convert(
     checkpoint: Annotated[str, typer.Argument(help="A .ckpt file, or a folder or Hub id in the original's layout.")],
-    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     changes: dict[str, Any],
 ) -> None:
-    """Write a checkpoint of the original's as an ordinary model folder: configuration, safetensors, tokenizer."""
+    """Convert a checkpoint of the original CaR project to a model folder: configuration, safetensors, tokenizer."""
     quiet_models()
     from car_datasets.scoring.iqs.modeling_iqs import convert_checkpoint
 
@@ -213,4 +228,5 @@ def _parse_settings(given: list[str]) -> dict[str, Any]:
     wrong = [text for text in given if "=" not in text]
     if wrong:
         raise ValueError(f"--set {wrong[0]}: write key=value, as in --set epochs=2.")
+    # YAML, as in the file: 2 is a number, true a bool, [256] a list.
     return {key.strip(): yaml.safe_load(value) for key, value in (text.split("=", 1) for text in given)}

@@ -41,7 +41,11 @@ from car_datasets.utils.columns import (
 from car_datasets.utils.files import write_whole
 from car_datasets.utils.processes import Processes, all_processes, mend_threads_after_fork, note_that_torch_runs
 from car_datasets.utils.public import public
+from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, SEED
 
+CONFIG_FILE = "cluster_model.json"
+WEIGHTS_FILE = "cluster_model.safetensors"
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 CACHE_VERSION = "2"  # part of the fingerprint by which `datasets` finds cached labels
 FORMATS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
 
@@ -107,11 +111,11 @@ class ClusterModel:
         embedding_column: str = ColumnNames.embedding,
         *,
         k: int | str = "sqrt",
-        explained_variance: float = 0.95,
-        seed: int = 42,
+        explained_variance: float = EXPLAINED_VARIANCE,
+        seed: int = SEED,
         n_init: int = 1,
         kmeans: str = "torch",
-        kmeans_sample: int = 256,
+        kmeans_sample: int = KMEANS_SAMPLE,
         output_column: str = ColumnNames.cluster,
         distance_column: str = ColumnNames().distance,
     ) -> ClusterModel:
@@ -271,9 +275,9 @@ class ClusterModel:
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
         text = json.dumps(plain, indent=2) + "\n"
         # The JSON file marks a complete model: an old one is deleted first, the new one is written last.
-        (path / "cluster_model.json").unlink(missing_ok=True)
-        write_whole(path / "cluster_model.safetensors", lambda name: save_file(arrays, name))
-        write_whole(path / "cluster_model.json", lambda name: Path(name).write_text(text, encoding="utf-8"))
+        (path / CONFIG_FILE).unlink(missing_ok=True)
+        write_whole(path / WEIGHTS_FILE, lambda name: save_file(arrays, name))
+        write_whole(path / CONFIG_FILE, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> ClusterModel:
@@ -283,18 +287,18 @@ class ClusterModel:
             ValueError: the folder holds no cluster model, or one of an unknown version.
         """
         path = Path(folder)
-        if not (path / "cluster_model.json").is_file():
+        if not (path / CONFIG_FILE).is_file():
             raise ValueError(
-                f"{str(folder)!r} holds no cluster model: there is no cluster_model.json. Write one by save_pretrained."
+                f"{str(folder)!r} holds no cluster model: there is no {CONFIG_FILE}. Write one by save_pretrained."
             )
-        plain = json.loads((path / "cluster_model.json").read_text(encoding="utf-8"))
+        plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         version = plain.pop("cache_version", None)
         if version not in FORMATS:
             raise ValueError(
                 f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {FORMATS}. "
                 "Fit it again."
             )
-        return cls(**load_file(path / "cluster_model.safetensors"), **plain)
+        return cls(**load_file(path / WEIGHTS_FILE), **plain)
 
 
 def _joined_labels(parts: list[tuple[Identity | None, pa.Table]]) -> pa.Table:

@@ -131,7 +131,7 @@ def open_dataset(
 def check_rows(
     dataset: Dataset,
     *,
-    schema: str = "auto",
+    schema: str | Schema = "auto",
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = (),
     on_invalid: str = "error",
     index_column: str = ColumnNames.index,
@@ -140,9 +140,10 @@ def check_rows(
 
     Args:
         dataset (`Dataset`): a dataset from [`open_dataset`].
-        schema (`str`, defaults to `"auto"`): a key of [`SCHEMAS`]. `"auto"` recognises the schema from the column
-            names.
-        columns (`Mapping[str, str]`, *optional*): columns whose names differ from the schema's.
+        schema (`str` or [`Schema`], defaults to `"auto"`): a key of [`SCHEMAS`], or what [`find_schema`] returned for
+            this dataset. `"auto"` recognises the schema from the column names.
+        columns (`Mapping[str, str]`, *optional*): columns whose names differ from the schema's; not used with a
+            [`Schema`].
         on_invalid (`str`, defaults to `"error"`): `"error"` refuses rows that cannot be scored; `"mark"` keeps them.
         index_column (`str`, defaults to `"source_index"`): the row number in the source, added if it is not there.
 
@@ -153,7 +154,7 @@ def check_rows(
         ValueError: no schema fits, rows cannot be scored, or the index column contains duplicates.
     """
     _check_on_invalid(on_invalid)
-    known = find_schema(dataset.column_names, schema, columns)
+    known = schema if isinstance(schema, Schema) else find_schema(dataset.column_names, schema, columns)
     # With "mark" the scorer finds the same rows again, and writes the reason into their status column.
     if on_invalid == "error":
         refuse_invalid_rows(dataset, known)

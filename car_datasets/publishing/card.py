@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from car_datasets.receipt import Receipt
     from car_datasets.reporting.report import SelectionReport
 
+# Markers around our section, which Markdown does not show. `with_section` writes the first, `place_of` reads it back.
 END = "<!-- car_datasets: end -->"
 BEGIN = re.compile(r"<!-- car_datasets: begin(?: config=(?P<config>\S+) split=(?P<split>\S+))? -->")
 SECTION = re.compile(f"{BEGIN.pattern}.*?{END}", flags=re.DOTALL)
@@ -51,35 +52,9 @@ class SplitFiles(NamedTuple):
     size: int
 
 
-def data_folder_of(config_name: str) -> str:
-    """Return the folder of a configuration's files, named as `Dataset.push_to_hub` names it."""
-    return "data" if config_name == "default" else config_name
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def place_of(text: str) -> tuple[str, str] | None:
-    """Return configuration and split of the selection that our section of a card describes, `None` without a section."""
-    section = SECTION.search(text)
-    if section is None:
-        return None
-    if section["config"]:
-        return section["config"], section["split"]
-    # To be removed in 0.3: cards of 0.1 have no names in the marker, only an example of how to load the selection.
-    call = re.search(r'load_dataset\("[^"]*", (?:"([^"]*)", )?split="([^"]*)"\)', section[0])
-    return (call[1] or "default", call[2]) if call else None
-
-
-def stale_files(
-    files: Iterable[str], config_name: str, splits: Mapping[str, SplitFiles], dropped: Iterable[str] = ()
-) -> list[str]:
-    """Return the files to delete: those of dropped splits, and those of an earlier push that the new files do not replace."""
-    new = {name for split in splits.values() for name in split.names}
-    pattern = "|".join(map(re.escape, [*splits, *dropped]))
-    ours = re.compile(rf"{re.escape(data_folder_of(config_name))}/({pattern})-\d{{5}}-of-\d{{5}}\.parquet")
-    return [name for name in files if ours.fullmatch(name) and name not in new]
+def data_prefix(config_name: str, split: str) -> str:
+    """Return the start of the names of a split's files, `folder/split-`, as `Dataset.push_to_hub` names them."""
+    return f"{'data' if config_name == 'default' else config_name}/{split}-"
 
 
 class Header(NamedTuple):
@@ -97,6 +72,7 @@ class Header(NamedTuple):
 
     def files_by_split(self, config_name: str) -> list[dict[str, Any]] | None:
         """Return the entries of `data_files`, or `None` if `datasets` has to find the splits of its files by itself."""
+        # Only the long form names splits; a pattern or a list of patterns leaves them to `datasets`.
         entries = self.configs.get(config_name, {}).get("data_files") or []
         if entries and all(isinstance(entry, dict) for entry in entries):
             return list(entries)
@@ -135,6 +111,10 @@ def read_header(card: str, repo_id: str) -> Header:
     return Header(parsed, infos, configs)
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def check_header(
     header: Header,
     target: Target,
@@ -152,24 +132,26 @@ def check_header(
         dropped (`Collection[str]`): splits of this configuration that the push deletes.
 
     Raises:
-        ValueError: another split of this configuration has other columns; data files are in no split that the header names;
-            or `datasets` could not load the repository after the push.
+        ValueError: another split of this configuration has other columns; data files are in no split that the header
+            names; or `datasets` could not load the repository after the push.
     """
     repo_id, config_name, _ = target
     replaced = (*splits, *dropped)
     refuse_unloadable(header.configs, config_name, replaced, files, repo_id)
+    # Without entries for its splits, `datasets` loads all files that it finds; with ours it loads ours alone.
     implicit = header.files_by_split(config_name) is None
     if implicit:
         new = [name for split in splits.values() for name in split.names]
         refuse_hidden_data(files, {*new, *stale_files(files, config_name, splits)}, repo_id)
     others = header.other_splits(config_name, replaced)
+    # With no other split left, the columns may change.
     known = header.infos[config_name].features if others else None
     if known is not None and known != features:
         differing = sorted(name for name in {*known, *features} if known.get(name) != features.get(name))
         raise ValueError(
-            f"repo_id={repo_id!r} holds the split(s) {sorted(others)} with other columns or types ({differing}), and all splits "
-            "of one configuration must have the same. Push them all again together (also=..., --also), or push these rows "
-            "under another configuration: config_name='another' (--config-name another)."
+            f"repo_id={repo_id!r} holds the split(s) {sorted(others)} with other columns or types ({differing}), and "
+            "all splits of one configuration must have the same. Push them all again together (also=..., --also), or "
+            "push these rows under another configuration: config_name='another' (--config-name another)."
         )
     if not implicit:
         config = header.configs.get(config_name, {})
@@ -207,12 +189,24 @@ def merge_header(
     merged.download_size = None if others else sum(split.size for split in splits.values())
     DatasetInfosDict({config_name: merged}).to_dataset_card_data(header.card.data)
     named = header.files_by_split(config_name) or []
+    # Entries of other splits stay, also those of files in folders that we would not choose.
     paths = {entry["split"]: entry["path"] for entry in named if entry["split"] not in dropped}
-    paths |= {name: f"{data_folder_of(config_name)}/{name}-*" for name in splits}
+    paths |= {name: f"{data_prefix(config_name, name)}*" for name in splits}
     entries = [{"split": name, "path": path} for name, path in paths.items()]
     config = {**header.configs.get(config_name, {}), "data_files": entries}
     MetadataConfigs({config_name: config}).to_dataset_card_data(header.card.data)
     return {name: split.num_examples for name, split in total.items()}
+
+
+def stale_files(
+    files: Iterable[str], config_name: str, splits: Mapping[str, SplitFiles], dropped: Iterable[str] = ()
+) -> list[str]:
+    """Return the files to delete: those of dropped splits, and those of an earlier push that are not overwritten."""
+    # A split that shrinks has fewer files than before; `datasets` would load the old ones along with the new.
+    new = {name for split in splits.values() for name in split.names}
+    pattern = "|".join(re.escape(data_prefix(config_name, split)) for split in [*splits, *dropped])
+    ours = re.compile(rf"({pattern})\d{{5}}-of-\d{{5}}\.parquet")
+    return [name for name in files if ours.fullmatch(name) and name not in new]
 
 
 def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None, rows: int) -> dict[str, Any]:
@@ -229,6 +223,7 @@ def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None
     """
     source = {} if receipt is None else receipt.source
     carried = _carried_from(source_card, source)
+    # The three belong together: `license_name` and `license_link` describe `license: other`.
     if not card.data.get("license"):
         for name in CARRIED[:3]:
             if name in carried:
@@ -239,6 +234,7 @@ def describe(card: DatasetCard, receipt: Receipt | None, source_card: str | None
         card.data["source_datasets"] = sorted({*map(str, _items(card.data.get("source_datasets"))), source["id"]})
     card.data["tags"] = sorted({*map(str, _items(card.data.get("tags"))), *TAGS})
     card.data["size_categories"] = [size_category(rows)]
+    # The owner of the repository may have set another licence; the section then shows both.
     stated = _items(card.data.get("license"))
     return carried if stated == _items(carried.get("license")) else {**carried, "stated": stated}
 
@@ -249,8 +245,8 @@ def forget(card: DatasetCard, source: Mapping[str, Any], source_card: str | None
     Args:
         card (`DatasetCard`): its header is changed.
         source (`Mapping`): the source of the earlier receipt.
-        source_card (`str`, *optional*): the text of that source's card. If it is not available, nobody can tell what was
-            copied from there, so licence and language are removed.
+        source_card (`str`, *optional*): the text of that source's card. If it is not available, nobody can tell what
+            was copied from there, so licence and language are removed.
     """
     if source.get("kind") != "hub":
         return
@@ -288,30 +284,6 @@ def size_category(rows: int) -> str:
     names = ["1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T"]
     over = sum(rows >= 10**power for power in range(3, 13))
     return "n<1K" if over == 0 else "n>1T" if over == 10 else f"{names[over - 1]}<n<{names[over]}"
-
-
-def with_section(text: str, section: str, target: Target) -> str:
-    """Return a card's text with our section, which replaces an earlier one or follows what others wrote.
-
-    Args:
-        text (`str`): the card without its header.
-        section (`str`): what [`render_section`] returned.
-        target ([`Target`]): where the selection is; its names go into the marker, by which [`place_of`] finds them.
-
-    Raises:
-        ValueError: an earlier section begins and does not end, so it is unclear what follows it.
-    """
-    begin = f"<!-- car_datasets: begin config={target.config_name} split={target.split} -->"
-    marked = f"{begin}\n{section.strip()}\n{END}"
-    if SECTION.search(text):
-        return SECTION.sub(lambda _: marked, text, count=1)
-    if unended := BEGIN.search(text):
-        raise ValueError(
-            f"repo_id={target.repo_id!r}: its card has {unended[0]!r} and no {END!r} after it. In README.md there, delete the "
-            "first and the section that follows it, or add the second at the end of that section."
-        )
-    before = text.strip() or f"# {target.repo_id.split('/')[-1]}"
-    return f"{before}\n\n{marked}\n"
 
 
 def render_section(
@@ -352,3 +324,40 @@ def render_section(
     )
     # A marker in a column's or file's name would end our section early.
     return text.replace("<!-- car_datasets:", "<! car_datasets:")
+
+
+def with_section(text: str, section: str, target: Target) -> str:
+    """Return a card's text with our section, which replaces an earlier one or follows what others wrote.
+
+    Args:
+        text (`str`): the card without its header.
+        section (`str`): what [`render_section`] returned.
+        target ([`Target`]): where the selection is; its names go into the marker, by which [`place_of`] finds them.
+
+    Raises:
+        ValueError: an earlier section begins and does not end, so it is unclear what follows it.
+    """
+    begin = f"<!-- car_datasets: begin config={target.config_name} split={target.split} -->"
+    marked = f"{begin}\n{section.strip()}\n{END}"
+    if SECTION.search(text):
+        # A function, because a string would have its backslashes and group references replaced.
+        return SECTION.sub(lambda _: marked, text, count=1)
+    if unended := BEGIN.search(text):
+        raise ValueError(
+            f"repo_id={target.repo_id!r}: its card has {unended[0]!r} and no {END!r} after it. In README.md there, "
+            "delete the first and the section that follows it, or add the second at the end of that section."
+        )
+    before = text.strip() or f"# {target.repo_id.split('/')[-1]}"
+    return f"{before}\n\n{marked}\n"
+
+
+def place_of(text: str) -> tuple[str, str] | None:
+    """Return configuration and split of the selection that a card describes, `None` if it has no section of ours."""
+    section = SECTION.search(text)
+    if section is None:
+        return None
+    if section["config"]:
+        return section["config"], section["split"]
+    # To be removed in 0.3: cards of 0.1 have no names in the marker, only an example of how to load the selection.
+    call = re.search(r'load_dataset\("[^"]*", (?:"([^"]*)", )?split="([^"]*)"\)', section[0])
+    return (call[1] or "default", call[2]) if call else None

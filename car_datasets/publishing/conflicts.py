@@ -22,6 +22,7 @@ DATA_FILES = (*TABLES, ".zip", ".tar")
 MAYBE_DATA = (".txt", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4")
 SPLIT_WORDS = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # `datasets` finds splits by them
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
+PLOTS = "plots"  # the folder of the plots in the repository
 NOT_ROWS = (RECEIPT_FILE, REPORT_FILE, "dataset_infos.json")
 ELSEWHERE = "Push to another repository"
 
@@ -40,9 +41,9 @@ def refuse_hidden_data(files: Iterable[str], ours: Collection[str], repo_id: str
     others = [name for name in files if _is_data(name) and name not in ours and name not in NOT_ROWS]
     if others:
         raise ValueError(
-            f"repo_id={repo_id!r} holds {len(others)} data file(s), such as {others[0]!r}, in splits that its card does not "
-            f"name; they would not be loaded any more. {ELSEWHERE}, or name them in the card's `configs`, as Parquet and in a "
-            "configuration of their own."
+            f"repo_id={repo_id!r} holds {len(others)} data file(s), such as {others[0]!r}, in splits that its card "
+            f"does not name; they would not be loaded any more. {ELSEWHERE}, or name them in the card's `configs`, as "
+            "Parquet and in a configuration of their own."
         )
 
 
@@ -101,9 +102,9 @@ def refuse_second_selection(standing: Standing, config_name: str, split: str, re
     where = "" if standing.place is None else " in configuration {!r}, split {!r}".format(*standing.place)
     name = standing.source.get("id") or standing.source.get("name")
     raise ValueError(
-        f"repo_id={repo_id!r} holds the receipt of another selection{f' from {name!r}' if name else ''}{where}. Pushed as "
-        f"config_name={config_name!r}, split={split!r}, this one would replace its receipt, report and card, and the "
-        f"other could not be verified any more. {ELSEWHERE}, one for each selection."
+        f"repo_id={repo_id!r} holds the receipt of another selection{f' from {name!r}' if name else ''}{where}. Pushed "
+        f"as config_name={config_name!r}, split={split!r}, this one would replace its receipt, report and card, and "
+        f"the other could not be verified any more. {ELSEWHERE}, one for each selection."
     )
 
 
@@ -132,14 +133,14 @@ def refuse_unloadable(
         if config.get("data_dir") or (name != config_name and not config.get("data_files")):
             seen = f"data_dir={config['data_dir']!r}" if config.get("data_dir") else "no `data_files`"
             raise ValueError(
-                f"{shown} with {seen}, which `datasets` fills from the files that it finds, ours among them. {ELSEWHERE}, or "
-                "name its files in `data_files` there."
+                f"{shown} with {seen}, which `datasets` fills from the files that it finds, ours among them. "
+                f"{ELSEWHERE}, or name its files in `data_files` there."
             )
         kept = [path for split, path in _paths(config) if name != config_name or split not in splits]
         if foreign := _first_foreign(kept, files):
             raise ValueError(
-                f"{shown} of {foreign!r}, and `datasets` reads all files of a repository in one format, which is Parquet for "
-                f"a push. {ELSEWHERE} (another config_name does not help), or make that file Parquet."
+                f"{shown} of {foreign!r}, and `datasets` reads all files of a repository in one format, which is "
+                f"Parquet for a push. {ELSEWHERE} (another config_name does not help), or make that file Parquet."
             )
     _refuse_second_default(configs, config_name, repo_id)
 
@@ -150,6 +151,7 @@ def _first_foreign(patterns: Iterable[str], files: Collection[str]) -> str | Non
 
 
 def _refuse_second_default(configs: Mapping[str, Mapping[str, Any]], config_name: str, repo_id: str) -> None:
+    # `default: true` at the configuration `default` itself is not a conflict.
     marked = [name for name, config in configs.items() if config.get("default") and name != "default"]
     if config_name == "default" and marked:
         raise ValueError(
@@ -177,12 +179,13 @@ def refuse_unknown_splits(config: Mapping[str, Any], config_name: str, known: Co
     if others:
         raise ValueError(
             f"repo_id={repo_id!r}: its card's header names files of the split {others[0]!r} in the configuration "
-            f"{config_name!r}, and not its rows (`dataset_info`); with ours added neither could be loaded. {ELSEWHERE}, or "
-            "give ours a name of its own: config_name='car' (--config-name car)."
+            f"{config_name!r}, and not its rows (`dataset_info`); with ours added neither could be loaded. "
+            f"{ELSEWHERE}, or give ours a name of its own: config_name='car' (--config-name car)."
         )
 
 
 def _is_data(name: str) -> bool:
+    # `rows.csv.gz` is data, as `datasets` unpacks it.
     plain = name.lower()
     for packed in PACKED:
         plain = plain.removesuffix(packed)
@@ -190,16 +193,18 @@ def _is_data(name: str) -> bool:
         return True
     # `datasets` takes such a word between these characters, in the name of a file or folder, as the name of a split.
     says_so = plain.startswith("data/") or re.search(rf"(^|[-._ 0-9/])({SPLIT_WORDS})[-._ 0-9/]", plain)
-    return plain.endswith(MAYBE_DATA) and bool(says_so) and not plain.startswith("plots/")
+    return plain.endswith(MAYBE_DATA) and bool(says_so) and not plain.startswith(f"{PLOTS}/")
 
 
 def _is_other_format(name: str) -> bool:
     suffix = PurePosixPath(name).suffix
+    # A suffix with a wildcard says nothing about the format.
     return bool(suffix) and "*" not in suffix and suffix.lower() != ".parquet"
 
 
 def _paths(config: Mapping[str, Any]) -> list[tuple[str | None, str]]:
-    """Return (split, pattern) for the files of a configuration, in every form that a header may have; split may be `None`."""
+    """Return (split, pattern) for the files of a configuration; the split is `None` if the header names none."""
+    # `data_files` may be one pattern, a list of patterns, or a list of {split, path}, where path is one or a list.
     data_files = config.get("data_files") or []
     pairs: list[tuple[str | None, str]] = []
     for each in [data_files] if isinstance(data_files, str) else data_files:
@@ -209,6 +214,7 @@ def _paths(config: Mapping[str, Any]) -> list[tuple[str | None, str]]:
 
 
 def _matches(pattern: str, files: Iterable[str]) -> list[str]:
-    """Return the data files that a pattern names, or the pattern itself if there are none, since it may have a suffix."""
+    """Return the data files that a pattern names, or if there are none the pattern, whose suffix tells the format."""
+    # Enough of `datasets`' glob patterns for the forms that cards have; `*` here also matches a slash.
     patterns = (pattern, pattern.removeprefix("./"), pattern.removeprefix("**/"))
     return [name for name in files if _is_data(name) and any(fnmatchcase(name, each) for each in patterns)] or [pattern]

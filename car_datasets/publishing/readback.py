@@ -1,6 +1,7 @@
 """Read back what was pushed, at an exact commit and without a cache, and compare it row by row.
 
-Does: load a split of a dataset repository, retrying on transient errors; name the first difference between two datasets.
+Does: load a split of a dataset repository, retrying on transient errors; name the first difference between two
+datasets.
 Does not: push; read a receipt.
 """
 
@@ -12,10 +13,13 @@ from collections.abc import Mapping
 from datasets import Dataset
 
 from car_datasets.loading.sources import load_split
+from car_datasets.utils.settings import CONFIG_NAME
+
+BLOCK = 1000  # rows compared at a time
 
 
 def compare_pushed(
-    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = "default", token: str | None = None
+    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = CONFIG_NAME, token: str | None = None
 ) -> None:
     """Load splits from a commit into an empty cache and compare them with `tables`, row by row.
 
@@ -32,6 +36,7 @@ def compare_pushed(
     with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
         for name, table in tables.items():
             try:
+                # An empty cache, because a cached copy would be compared with itself.
                 seen = load_split(repo_id, config_name, name, sha, token, place)
             except (ConnectionError, ValueError) as error:
                 raise ConnectionError(f"it could not be read back ({error})") from error
@@ -45,11 +50,12 @@ def first_difference(expected: Dataset, seen: Dataset) -> str | None:
         return f"the columns are {seen.features}, expected {expected.features}"
     if len(expected) != len(seen):
         return f"it has {len(seen)} rows, expected {len(expected)}"
-    pair = [each.with_format("arrow").iter(1000) for each in (expected, seen)]
+    pair = [each.with_format("arrow").iter(BLOCK) for each in (expected, seen)]
     for number, (one, other) in enumerate(zip(*pair, strict=True)):
+        # Arrow compares a block at once; only a block that differs is read row by row.
         if one.equals(other):
             continue
-        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), 1000 * number):
+        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), BLOCK * number):
             for column in wanted:
                 # NaN != NaN, but their representations are equal.
                 if repr(wanted[column]) != repr(found[column]):

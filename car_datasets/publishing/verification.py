@@ -1,7 +1,7 @@
-"""VERIFY: check whether a pushed selection, or one in a folder, is what its receipt says.
+"""Check whether a pushed selection, or one in a folder, is what its receipt says.
 
-Does: load the source at its revision and compare every row; select again from the stored scores and clusters; score some
-rows again on request. Names the first difference.
+Does: load the source at its revision and compare every row; select again from the stored scores and clusters; score
+some rows again on request. Names the first difference.
 Does not: fit the clusters again, because their last digits differ between machines.
 """
 
@@ -20,7 +20,7 @@ from datasets import Dataset
 from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.sources import load_split, open_dataset
-from car_datasets.publishing.card import data_folder_of
+from car_datasets.publishing.card import data_prefix
 from car_datasets.publishing.push import SCORED
 from car_datasets.publishing.readback import first_difference
 from car_datasets.receipt import (
@@ -44,106 +44,11 @@ from car_datasets.utils import hub, revisions
 from car_datasets.utils.columns import read_numbers
 from car_datasets.utils.digests import indices_digest
 from car_datasets.utils.hub import READING_WAITS, asking
+from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
-# How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says float32.
+# How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says
+# float32.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
-
-
-class Difference(Exception):
-    """A check of `verify` that failed; the message says what was found and what the receipt says."""
-
-
-def score_again(
-    table: Dataset,
-    receipt: Receipt,
-    recipe: Recipe,
-    count: int,
-    seed: int = 0,
-    models: dict[str, str | None] | None = None,
-    token: str | None = None,
-) -> str:
-    """Score rows of a table again and compare the results with the scores in the table.
-
-    Args:
-        table (`Dataset`): the selection or its pool.
-        receipt ([`Receipt`]), recipe ([`Recipe`]): those of the selection.
-        count (`int`): number of rows to draw; rows without a score are drawn as well.
-        seed (`int`): seed of the draw.
-        models (`dict`, *optional*): folders of `scorer`, `engine` and `tokenizer`, for models that were folders.
-        token (`str`, *optional*): for private models; never stored.
-
-    Returns:
-        `str`: a sentence about what was compared, and how closely.
-
-    Raises:
-        Difference: a score differs, is missing or is there for a row that has none, or the scorer is not the receipt's.
-        ValueError: a model cannot be loaded.
-    """
-    scorer = _scorer(receipt, recipe, count, models or {}, token)
-    _compare_models(receipt, recipe, scorer)
-    column = recipe.score_column
-    drawn = np.sort(np.random.default_rng(seed).choice(len(table), min(count, len(table)), replace=False))
-    rows = table.select(drawn.tolist())
-    batch = rows.remove_columns([name for name in scorer.output_columns if name in rows.column_names])[:]
-    tolerances = np.full(len(drawn), TOLERANCES[recipe.dtype])
-    if recipe.turns == "sum":  # the score of every exchange may move that far
-        schema = find_schema(batch, scorer.schema, scorer.columns)
-        tolerances *= np.maximum(1, Rows.from_batch(batch, schema, str(scorer.template), "mark").counts)
-    pairs = zip(read_numbers(rows, column, np.nan), scorer(batch)[column], tolerances, strict=True)
-    for row, (score, again, tolerance) in enumerate(pairs):
-        new = np.nan if again is None else float(again)
-        if np.isnan(score) != np.isnan(new) or abs(new - score) > tolerance:
-            at = rows[row][recipe.index_column]
-            raise Difference(f"source row {at} has {_shown(score)}; scored again, {_shown(new)}")
-    words = f"{len(drawn)} rows, scored again, have their scores within {TOLERANCES[recipe.dtype]:g}"
-    words += " for each exchange" if recipe.turns == "sum" else ""
-    return words if recipe.dtype == "float32" else f"{words} ({recipe.dtype})"
-
-
-def _shown(score: float) -> str:
-    return "no score" if np.isnan(score) else f"the score {score:.6f}"
-
-
-def _scorer(
-    receipt: Receipt, recipe: Recipe, count: int, models: dict[str, str | None], token: str | None
-) -> QualityScorer:
-    missing = [name for name in models if models[name] is None and _was_folder(name, receipt, recipe)]
-    if missing:
-        options = ", ".join(f"{name}=... (--{name})" for name in missing)
-        raise ValueError(
-            f"rescore={count}: these were folders, whose paths are not in the receipt. Pass them: {options}."
-        )
-    given = {name: value or getattr(recipe, name) for name, value in models.items()}
-    # With "mark", a row that cannot be scored any more is reported as a difference instead of ending the run.
-    settings = recipe.changed(**given, scorer_revision=recipe.scorer_revision, on_invalid="mark")
-    scorer = scorer_of(settings, token, embed=False)
-    if (scorer.engine_revision or "") != receipt.scorer.get("engine_revision", ""):
-        raise ValueError(
-            f"engine={scorer.engine!r} is not the int8 encoder of the receipt. Pass the folder that was used."
-        )
-    return scorer
-
-
-def _was_folder(name: str, receipt: Receipt, recipe: Recipe) -> bool:
-    if name == "scorer":
-        return recipe.scorer != revisions.DEFAULT_SCORER and str(recipe.scorer_revision).startswith("sha256:")
-    if name == "tokenizer":
-        pin = receipt.scorer.get("tokenizer_revision", "")
-        return recipe.tokenizer is not None and not re.fullmatch("[0-9a-f]{40}", pin)
-    return recipe.engine is not None
-
-
-def _compare_models(receipt: Receipt, recipe: Recipe, scorer: QualityScorer) -> None:
-    """Compare the models with the receipt, except for their names, because a folder may have been renamed."""
-    if str(scorer.template) != receipt.template:
-        raise Difference(f"the scorer's template is {str(scorer.template)!r}, by the receipt {receipt.template!r}")
-    pairs = {"scorer": (scorer_record(scorer), receipt.scorer)}
-    if recipe.embedder is None and scorer.shares_encoder:
-        pairs["embedder"] = (embedder_record(recipe, scorer), receipt.embedder)
-    for model, (seen, known) in pairs.items():
-        for name in sorted({*seen, *known} - {"model_id"}):
-            if seen.get(name) != known.get(name):
-                raise Difference(f"the {model}'s {name} is {seen.get(name)!r}, by the receipt {known.get(name)!r}")
 
 
 class Verification(NamedTuple):
@@ -175,8 +80,8 @@ def verify(
     engine: str | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
-    config_name: str = "default",
-    split: str = "selected",
+    config_name: str = CONFIG_NAME,
+    split: str = SPLIT,
     token: str | None = None,
 ) -> Verification:
     """Check a selection against its receipt: its rows against the source, and its choice against its scores.
@@ -209,6 +114,7 @@ def verify(
     found = _open(where, revision, config_name, split, token)
     models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer}
     try:
+        # `changed` checks names and types: a receipt from the Hub may have been edited by hand.
         recipe = Recipe().changed(**found.receipt.recipe)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}, {RECEIPT_FILE}: its recipe cannot be read: {error}") from error
@@ -247,15 +153,15 @@ def _open(
     seen = hub.read_repository(repo_id, revision, token, READING_WAITS)
     if RECEIPT_FILE not in seen.files:
         raise ValueError(
-            f"{where} has no {RECEIPT_FILE}. Push a folder that `car-datasets curate` wrote: `car-datasets push` adds one."
+            f"{where} has no {RECEIPT_FILE}. Push a folder that `car-datasets curate` wrote: `car-datasets push` adds "
+            "one."
         )
     with asking(repr(repo_id), "dataset", seen.sha):
         names = [name for name in (RECEIPT_FILE, REPORT_FILE) if name in seen.files]
         texts = {name: hub.read_dataset_file(repo_id, name, seen.sha, token, READING_WAITS) for name in names}
     receipt = Receipt.from_json(texts[RECEIPT_FILE], f"{where}/{RECEIPT_FILE}")
     report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
-    start = f"{data_folder_of(config_name)}/{SCORED}-"
-    has_pool = any(name.startswith(start) for name in seen.files)
+    has_pool = any(name.startswith(data_prefix(config_name, SCORED)) for name in seen.files)
     # Both splits and the receipt must be of one commit; a branch may move between two requests.
     selected = load_split(repo_id, config_name, split, seen.sha, token)
     scored = load_split(repo_id, config_name, SCORED, seen.sha, token) if has_pool else None
@@ -331,6 +237,7 @@ class _Checks:
         if not path.exists():
             raise FileNotFoundError(f"source={str(source)!r}: there is no such file or folder.")
         opened = open_dataset(path, split=known.get("split"), columns=dict(self.recipe.columns))
+        # A dataset in memory may be given as a file; then its rows count, and not the bytes of the file.
         seen = describe_source(opened if known["kind"] == "memory" else path, opened, self.recipe)
         if known["kind"] != "hub" and seen["sha256"] != known["sha256"]:
             raise Difference(f"the source has the sha256 {seen['sha256']}, by the receipt {known['sha256']}")
@@ -343,9 +250,11 @@ class _Checks:
         if missing:
             raise Difference(f"{name} has no column {missing} of the source")
         try:
+            # By the index, not by position: the selection has another order.
             places = positions_in_pool(source, table, self.recipe.index_column)
             if len(twice := np.flatnonzero(np.bincount(places) > 1)):
                 raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
+            # Cast, because Parquet and JSON may give other types for equal values.
             same = table.select_columns(source.column_names).cast(source.features)
         except ValueError as error:  # Arrow's errors derive from it
             raise Difference(f"{name} does not fit the source: {error}") from error
@@ -355,11 +264,13 @@ class _Checks:
 
     def _choice(self, scored: Dataset) -> str:
         selected, name = self.found.selected, self.recipe.index_column
+        # A pushed pool has the columns of the selection, null for rows that were not selected.
         pool = scored.remove_columns([column for column in SELECTION_COLUMNS if column in scored.column_names])
         try:
             expected = select_by(self.recipe, pool)
         except ValueError as error:
             raise Difference(f"nothing can be selected from the scores: {error}") from error
+        # Not strict: a different number of rows is found by `first_difference`, after the first row that differs.
         pairs = zip(selected[name][:], expected[name][:], strict=False)
         for row, (seen, wanted) in enumerate(pairs):
             if seen != wanted:
@@ -396,3 +307,104 @@ class _Checks:
         if pool_digest(scored, self.recipe.names) != self.found.receipt.scored_sha256:
             raise Difference(f"indices, scores and clusters of {SCORED} do not have the receipt's sha256")
         return f"indices, scores and clusters of {len(scored)} rows have the receipt's sha256"
+
+
+class Difference(Exception):
+    """A check of `verify` that failed; the message says what was found and what the receipt says."""
+
+
+def score_again(
+    table: Dataset,
+    receipt: Receipt,
+    recipe: Recipe,
+    count: int,
+    seed: int = 0,
+    models: dict[str, str | None] | None = None,
+    token: str | None = None,
+) -> str:
+    """Score rows of a table again and compare the results with the scores in the table.
+
+    Args:
+        table (`Dataset`): the selection or its pool.
+        receipt ([`Receipt`]), recipe ([`Recipe`]): those of the selection.
+        count (`int`): number of rows to draw; rows without a score are drawn as well.
+        seed (`int`): seed of the draw.
+        models (`dict`, *optional*): folders of `scorer`, `engine` and `tokenizer`, for models that were folders.
+        token (`str`, *optional*): for private models; never stored.
+
+    Returns:
+        `str`: a sentence about what was compared, and how closely.
+
+    Raises:
+        Difference: a score differs, is missing or is there for a row that has none, or the scorer is not the receipt's.
+        ValueError: a model cannot be loaded.
+    """
+    scorer = _scorer(receipt, recipe, count, models or {}, token)
+    _compare_models(receipt, recipe, scorer)
+    column = recipe.score_column
+    # Sorted, so that the rows are read from disk in order.
+    drawn = np.sort(np.random.default_rng(seed).choice(len(table), min(count, len(table)), replace=False))
+    rows = table.select(drawn.tolist())
+    batch = rows.remove_columns([name for name in scorer.output_columns if name in rows.column_names])[:]
+    # One per row.
+    tolerances = np.full(len(drawn), TOLERANCES[recipe.dtype])
+    if recipe.turns == "sum":  # the score of every exchange may move that far
+        schema = find_schema(batch, scorer.schema, scorer.columns)
+        tolerances *= np.maximum(1, Rows.from_batch(batch, schema, str(scorer.template), "mark").counts)
+    pairs = zip(read_numbers(rows, column, np.nan), scorer(batch)[column], tolerances, strict=True)
+    for row, (score, again, tolerance) in enumerate(pairs):
+        new = np.nan if again is None else float(again)
+        # NaN is the lack of a score; a comparison with NaN is False, so it is tested apart.
+        if np.isnan(score) != np.isnan(new) or abs(new - score) > tolerance:
+            at = rows[row][recipe.index_column]
+            raise Difference(f"source row {at} has {_shown(score)}; scored again, {_shown(new)}")
+    words = f"{len(drawn)} rows, scored again, have their scores within {TOLERANCES[recipe.dtype]:g}"
+    words += " for each exchange" if recipe.turns == "sum" else ""
+    return words if recipe.dtype == "float32" else f"{words} ({recipe.dtype})"
+
+
+def _shown(score: float) -> str:
+    return "no score" if np.isnan(score) else f"the score {score:.6f}"
+
+
+def _scorer(
+    receipt: Receipt, recipe: Recipe, count: int, models: dict[str, str | None], token: str | None
+) -> QualityScorer:
+    missing = [name for name in models if models[name] is None and _was_folder(name, receipt, recipe)]
+    if missing:
+        options = ", ".join(f"{name}=... (--{name})" for name in missing)
+        raise ValueError(
+            f"rescore={count}: these were folders, whose paths are not in the receipt. Pass them: {options}."
+        )
+    given = {name: value or getattr(recipe, name) for name, value in models.items()}
+    # With "mark", a row that cannot be scored any more is reported as a difference instead of ending the run.
+    settings = recipe.changed(**given, scorer_revision=recipe.scorer_revision, on_invalid="mark")
+    scorer = scorer_of(settings, token, embed=False)
+    if (scorer.engine_revision or "") != receipt.scorer.get("engine_revision", ""):
+        raise ValueError(
+            f"engine={scorer.engine!r} is not the int8 encoder of the receipt. Pass the folder that was used."
+        )
+    return scorer
+
+
+def _was_folder(name: str, receipt: Receipt, recipe: Recipe) -> bool:
+    if name == "scorer":
+        return recipe.scorer != revisions.DEFAULT_SCORER and str(recipe.scorer_revision).startswith("sha256:")
+    if name == "tokenizer":
+        # A commit SHA is of a model on the Hub, anything else is the digest of a folder.
+        pin = receipt.scorer.get("tokenizer_revision", "")
+        return recipe.tokenizer is not None and not re.fullmatch("[0-9a-f]{40}", pin)
+    return recipe.engine is not None
+
+
+def _compare_models(receipt: Receipt, recipe: Recipe, scorer: QualityScorer) -> None:
+    """Compare the models with the receipt, except for their names, because a folder may have been renamed."""
+    if str(scorer.template) != receipt.template:
+        raise Difference(f"the scorer's template is {str(scorer.template)!r}, by the receipt {receipt.template!r}")
+    pairs = {"scorer": (scorer_record(scorer), receipt.scorer)}
+    if recipe.embedder is None and scorer.shares_encoder:
+        pairs["embedder"] = (embedder_record(recipe, scorer), receipt.embedder)
+    for model, (seen, known) in pairs.items():
+        for name in sorted({*seen, *known} - {"model_id"}):
+            if seen.get(name) != known.get(name):
+                raise Difference(f"the {model}'s {name} is {seen.get(name)!r}, by the receipt {known.get(name)!r}")

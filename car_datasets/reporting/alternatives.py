@@ -21,6 +21,7 @@ from car_datasets.reporting.overview import Overview, count_clusters
 from car_datasets.selection.rule import Indices, choose
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix
+from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,7 +71,7 @@ def what_if(
     k: Sequence[int] | None = None,
     *,
     names: ColumnNames = ColumnNames(),
-    seed: int = 42,
+    seed: int = SEED,
 ) -> list[WhatIf]:
     """Compute what other settings would select, without scoring or embedding anything again.
 

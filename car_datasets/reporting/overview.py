@@ -30,6 +30,7 @@ from car_datasets.utils.columns import (
     read_embeddings,
     read_numbers,
 )
+from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,7 +76,7 @@ class Overview:
     seed: int
 
     @classmethod
-    def of(cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = 42) -> Overview:
+    def of(cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = SEED) -> Overview:
         """Read the columns of a pool and of the rows selected from it.
 
         Args:

@@ -28,6 +28,7 @@ from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
 from car_datasets.selection.rule import BY_CLUSTER, REASONS, Indices
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.public import public
+from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +96,7 @@ class SelectionReport:
 
     @classmethod
     def from_selection(
-        cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = 42
+        cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = SEED
     ) -> SelectionReport:
         """Compute the figures of a selection and of the pool it comes from.
 

@@ -18,20 +18,21 @@ from car_datasets.selection.rule import SELECTION_COLUMNS, choose, refuse_imposs
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
 from car_datasets.utils.processes import alone
+from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, N1, SEED
 
 
 def cluster_filter(
     dataset: Dataset | Mapping[str, Sequence[Any]],
     *,
-    n1: int | float = 1000,
+    n1: int | float = N1,
     n2: int = 1,
     budget: int | None = None,
     k: int | str = "sqrt",
-    explained_variance: float = 0.95,
-    seed: int = 42,
+    explained_variance: float = EXPLAINED_VARIANCE,
+    seed: int = SEED,
     n_init: int = 1,
     kmeans: str = "torch",
-    kmeans_sample: int = 256,
+    kmeans_sample: int = KMEANS_SAMPLE,
     score_column: str = ColumnNames.score,
     embedding_column: str = ColumnNames.embedding,
     allow_worse: bool = False,

@@ -28,7 +28,7 @@ from car_datasets.selection.rule import (
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import read_numbers
 from car_datasets.utils.files import without_nan
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import N1, is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ SELECTED_FILE = "CaR_selected_result.json"
 # - n2 = 0 acts like 1.
 def select_as_published(
     dataset: Dataset,
-    n1: int = 1000,
+    n1: int = N1,
     n2: int = 1,
     *,
     score_column: str = ColumnNames.score,

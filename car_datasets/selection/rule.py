@@ -17,7 +17,7 @@ import pandas as pd
 
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import N1, is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 
 def select_car(
     dataset: Dataset,
-    n1: int | float = 1000,
+    n1: int | float = N1,
     n2: int = 1,
     *,
     budget: int | None = None,
@@ -103,7 +103,7 @@ def add_selection(dataset: Dataset, choice: Choice, index_column: str) -> Datase
 def choose(
     scores: npt.ArrayLike,
     clusters: npt.ArrayLike,
-    n1: int | float = 1000,
+    n1: int | float = N1,
     n2: int = 1,
     budget: int | None = None,
 ) -> Choice:

@@ -19,14 +19,14 @@ from car_datasets.clustering.model import ClusterModel
 from car_datasets.selection.rule import SELECTION_COLUMNS, Choice, add_selection, choose, ranks_of, refuse_worse
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, numbers_of, refuse_overwrite
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import N1, is_whole_number
 
 
 def select_car_streaming(
     dataset: IterableDataset | Dataset,
     clusters: ClusterModel | None = None,
     *,
-    n1: int = 1000,
+    n1: int = N1,
     n2: int = 1,
     score_column: str = ColumnNames.score,
     cluster_column: str = ColumnNames.cluster,

@@ -198,9 +198,11 @@ def corrupt(
         raise ValueError(f"kind={kind!r} is not known; choose one of {['mismatched', *changes]}.")
     if phrases not in REFUSALS:
         raise ValueError(f"phrases={phrases!r} is not known; choose one of {list(REFUSALS)}.")
+    # A text seed is hashed by sha512, and so is equal in every process, unlike `hash()`.
     rng = random.Random(f"{kind}-{seed}")
     if kind == "mismatched":
         return mismatched(rows, rng, paired=paired)
+    # All rows draw from one generator, also those whose copy is discarded.
     copies = [row._replace(response=changes[kind](row, rng, phrases)) for row in rows]
     return [copy if _is_changed(kind, copy, row) else None for copy, row in zip(copies, rows, strict=True)]
 
@@ -229,9 +231,11 @@ def mismatched(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].response))
     copies: list[Exchange | None] = [None] * len(rows)
     for place, i in enumerate(order):
+        # A window around the row, moved inwards at both ends of the order.
         low = max(0, min(place - candidates // 2, len(order) - candidates - 1))
         near = [j for j in order[low : low + candidates + 1] if rows[j].instruction != rows[i].instruction]
         near = [j for j in near if not (paired and j // 2 == i // 2)]
+        # An empty answer is a corruption of its own, and an equal one is not a mismatch.
         others = [j for j in near if rows[j].response.split() not in ([], rows[i].response.split())]
         if others:
             copies[i] = rows[i]._replace(response=rows[rng.choice(others)].response)
@@ -252,6 +256,7 @@ def draw_corruptions(rows: Sequence[Exchange], seed: int, weights: Mapping[str, 
     copies = {kind: corrupt(kind, rows, seed, "train") for kind in weights}
     drawn = []
     for i in range(len(rows)):
+        # Weights are those of the kinds that this row can have.
         possible = {kind: copy for kind in weights if (copy := copies[kind][i]) is not None}
         [kind] = rng.choices(list(possible), [weights[kind] for kind in possible])
         drawn.append(possible[kind])

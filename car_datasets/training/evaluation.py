@@ -30,6 +30,7 @@ from car_datasets.training.measures import (
 )
 from car_datasets.training.pairs import Pair, as_given, cleaned, refuse_crossing
 from car_datasets.utils.files import without_nan
+from car_datasets.utils.settings import BOOTSTRAP_SAMPLES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -122,7 +123,12 @@ def _number(figure: Mapping[str, float], form: str) -> str:
 
 
 def evaluate_scorer(
-    scorer: QualityScorer, pairs: Sequence[Pair], *, other: Sequence[Pair] = (), samples: int = 1000, seed: int = 0
+    scorer: QualityScorer,
+    pairs: Sequence[Pair],
+    *,
+    other: Sequence[Pair] = (),
+    samples: int = BOOTSTRAP_SAMPLES,
+    seed: int = 0,
 ) -> Evaluation:
     """Evaluate a scorer on pairs of a worse and a better answer.
 
@@ -141,6 +147,7 @@ def evaluate_scorer(
     """
     if len(pairs) < 2:
         raise ValueError(f"pairs: {len(pairs)} given; intervals need at least 2. Add pairs.")
+    # Thresholds and bag of words from rows with the same questions would measure memory.
     refuse_crossing([r for p in other for r in p], [r for p in pairs for r in p], ("other", "pairs"))
 
     def figures(measure: Measure, count: int = len(pairs)) -> Figures:
@@ -190,6 +197,7 @@ def _cleaned_text(row: Exchange, scorer: QualityScorer) -> Text:
 
 
 def _score_halves(scorer: QualityScorer, texts: TextHalves) -> Halves:
+    # One call for both halves: texts are batched by length, and more of them waste less padding.
     scores = _score(scorer, [*texts[0], *texts[1]])
     return scores[: len(texts[0])], scores[len(texts[0]) :]
 
@@ -230,7 +238,9 @@ class _Tables:
 
     def corruption(self, kind: str) -> dict[str, Any]:
         """Return the share of rows that outrank their corrupted copy, and the number of rows with a copy."""
+        # `paired`, because the answer of the partner is not a wrong answer to the question.
         difference = self._differences(corrupt(kind, self.rows, self.seed, paired=True))
+        # A copy that scores less is a win, a tie half of one; NaN where there is no copy.
         won = np.where(np.isnan(difference), np.nan, (difference < 0) + 0.5 * (difference == 0))
         return {"outranked": self._mean(won), "rows": int(np.isfinite(won).sum())}
 
@@ -243,6 +253,7 @@ class _Tables:
     def escapes(self) -> dict[str, Any]:
         """Compare the scores of the rows as given with those of the same rows with escapes typed out."""
         # Both are scored in the same order, so that equal texts share a batch with equal texts and score exactly alike.
+        # JSON without its quotes: the escapes that careless exports leave in text.
         typed = [Exchange(*(json.dumps(part)[1:-1] for part in row)) for row in self.as_given]
         scores = []
         for rows in (self.as_given, typed):
@@ -254,6 +265,7 @@ class _Tables:
 
     def _differences(self, copies: Sequence[Exchange | None]) -> npt.NDArray[np.float64]:
         """Return score(copy) - score(row), NaN for rows without a copy; shape (pairs, 2)."""
+        # Indices of the flat rows, worse and better in turn, as in `as_given`.
         places = [i for i, copy in enumerate(copies) if copy is not None]
         rows = np.stack(self.halves, axis=1).ravel()
         differences = np.full(len(rows), np.nan)
@@ -268,5 +280,6 @@ class _Tables:
         values = values[np.isfinite(values).any(axis=1)]
         if not len(values):
             return dict.fromkeys(("value", "low", "high"), float("nan"))
+        # Sums and counts per pair, so that a bootstrap sample needs no pass over the rows.
         sums, counts = np.nansum(values, axis=1), np.isfinite(values).sum(axis=1)
         return self.figures(lambda at: {"mean": float(sums[at].sum() / counts[at].sum())}, len(values))["mean"]

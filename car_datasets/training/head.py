@@ -1,6 +1,7 @@
 """Train the head of the embedded scorer on the states of its frozen encoder and the words of the answer.
 
-Does: make restyled and corrupted copies of cleaned pairs, encode all once, fit the head for several seeds, write the model.
+Does: make restyled and corrupted copies of cleaned pairs, encode all once, fit the head for several seeds, write the
+model.
 Does not: train an encoder. The shipped weights come from the training file `train_iqs_minilm.yaml`.
 """
 
@@ -140,6 +141,7 @@ def train_head(settings: HeadTraining) -> dict[str, Any]:
         ValueError: the folder exists, a file cannot be read, or both files share questions; raised before training.
     """
     folder = Path(settings.output)
+    # Before minutes of encoding, not after.
     if folder.exists():
         raise ValueError(f"output={settings.output!r} already exists; name a new folder.")
     train, valid = read_pairs(settings.train), read_pairs(settings.valid)
@@ -153,7 +155,9 @@ def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
     kept = [Pair(*(cleaned(row) for row in pair)) for pair in pairs]
     kept = [pair for pair in kept if all(row.response for row in pair)]
     logger.info("%d of %d pairs have both answers.", len(kept), len(pairs))
+    # Worse halves in even rows, better ones in odd rows; `Copies` and the labels rely on it.
     rows = [row for pair in kept for row in pair]
+    # A row that cannot be restyled stays as it is, so that all matrices have equally many rows.
     styled = [[c or row for c, row in zip(corrupt(k, rows, s, "train"), rows, strict=True)] for k, s in STYLE_DRAWS]
     corrupted = [draw_corruptions(rows, s, CORRUPTION_WEIGHTS) for s in range(settings.corruption_draws)]
     encoder, tokenizer, config = _frozen_encoder(settings)
@@ -161,6 +165,7 @@ def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
     features, words = encoded.each(lambda both: both[0]), encoded.each(lambda both: both[1])
     # The head repeats this scaling when it scores, so it is that of the rows alone, for the copies as well.
     mean, scale = features.rows.mean(dim=0), features.rows.std(dim=0) + 1e-3
+    # In place: the features of rows and copies are the largest tensors of the training.
     scaled = features.each(lambda f: f.sub_(mean).div_(scale).clamp_(-6, 6))
     labels = torch.tensor([0.0, 1.0]).repeat(len(kept))
     return Material(labels, mean, scale, scaled, words)
@@ -173,6 +178,7 @@ def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pa
     words = fit_words(material.words, material.labels.numpy(), settings.word_strength, settings.word_style_weight)
     evaluations: list[Evaluation] = []
     with write_folder(folder) as partial:
+        # Each is saved and loaded again, so the figures include the rounding to half precision.
         for seed in range(settings.seed, settings.seed + settings.seeds):
             place = partial if seed == settings.seed else partial / "other-seed"
             head = fit_head(settings.changed(seed=seed), material, *words)
@@ -195,6 +201,7 @@ def fit_head(
     """Fit quality on top of the results of `fit_words` (the last three arguments), then integrity; return one head."""
     torch.manual_seed(settings.seed)  # all random numbers below follow from it, so their order is part of the result
     features, labels = material.features, material.labels
+    # No more axes than rows or columns exist.
     axes = principal_axes(features.rows, min(settings.axes, *features.rows.shape))
     quality = fit_quality(
         features.each(lambda scaled: scaled @ axes),
@@ -223,6 +230,7 @@ def fit_head(
         head.mean.copy_(material.mean)
         head.scale.copy_(material.scale)
         head.words.copy_(torch.from_numpy(coefficients))
+        # (members * size, axes) @ (axes, width) -> (members * size, width)
         head.quality.weight.copy_(quality.inside.weight @ axes.T)
         head.quality.bias.copy_(quality.inside.bias)
         head.quality_out.copy_(quality.out)
@@ -241,6 +249,7 @@ def read_rows(encoder: Any, tokenizer: Any, config: IQSConfig, rows: Sequence[Ex
     texts = [render(row, config.template) for row in rows]
     # The answer begins after the question and one space.
     tokens = tokenise(tokenizer, [t.whole for t in texts], config.max_tokens, [len(t.question) + 1 for t in texts])
+    # Filled batch by batch: joining parts at the end would need twice the memory.
     features = torch.empty((len(rows), SegmentHead.width(config)))
     entries: list[tuple[Any, Any, Any]] = []
     for batch in token_batches([len(ids) for ids in tokens.ids], CPU_BUDGET):
@@ -250,8 +259,10 @@ def read_rows(encoder: Any, tokenizer: Any, config: IQSConfig, rows: Sequence[Ex
             states = encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
             features[batch] = segment_features(states, mask, start)
             numbers, weights = hashed_words(input_ids, mask, start, config.word_bits)
+        # Weight 0 marks padding and repeated words.
         at, column = np.nonzero(weights.numpy())
         entries.append((np.asarray(batch)[at], numbers.numpy()[at, column], weights.numpy()[at, column]))
+    # Coordinates of all non-zero entries: row, hashed word, weight.
     i, j, value = (np.concatenate(part) for part in zip(*entries, strict=True))
     return features, csr_matrix((value, (i, j)), shape=(len(rows), 1 << config.word_bits))
 
@@ -279,6 +290,7 @@ def _config(settings: HeadTraining) -> IQSConfig:
         head="segments",
         hidden_sizes=(settings.hidden_size, settings.integrity_size),
         dropout=settings.dropout,
+        # Position embeddings of MiniLM; the embedder that shares the encoder stops at 256.
         max_tokens=512,
         template=CLEAN_TEMPLATE,
         members=settings.members,
@@ -298,6 +310,7 @@ def _over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]
         figures |= {kind: row["shift"] for kind, row in evaluation.styles.items()}
         for name, figure in figures.items():
             values.setdefault(name, []).append(figure["value"])
+    # ddof=1: the seeds are a sample of all seeds.
     spread = {name: float(np.std(list_, ddof=1)) if len(list_) > 1 else 0.0 for name, list_ in values.items()}
     return {name: {"mean": float(np.mean(list_)), "deviation": spread[name]} for name, list_ in values.items()}
 

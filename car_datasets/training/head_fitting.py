@@ -49,6 +49,7 @@ def principal_axes(scaled: Tensor, size: int) -> Tensor:
 
     Each axis is divided by three times the square root of the standard deviation along it: half-way to whitening.
     """
+    # `scaled` has mean 0 but for clamping, so the right singular vectors are the principal axes.
     _, singular, axes = torch.linalg.svd(scaled, full_matrices=False)
     return axes[:size].T / (3 * (singular[:size] / len(scaled) ** 0.5).sqrt())
 
@@ -72,6 +73,7 @@ def fit_words(
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
 
+    # Corrupted copies are left out: they have no label, and integrity is to catch them.
     parts = [words.rows, *words.styled]
     weight = [1.0] + [style_weight / len(words.styled)] * len(words.styled)
 
@@ -83,6 +85,7 @@ def fit_words(
             sample_weight=np.repeat(weight, len(rows)),
         )
 
+    # Filled fold by fold by regressions that have not seen the row.
     logits = words.each(lambda matrix: np.zeros(matrix.shape[0], dtype=np.float32))
     pairs = np.arange(len(labels)) // 2  # both halves of a pair are in one fold: they share most words
     for known, unseen in GroupKFold(min(FOLDS, len(labels) // 2)).split(labels, groups=pairs):
@@ -100,6 +103,7 @@ class Voters(nn.Module):
         super().__init__()
         self.members = members
         self.inside = nn.Linear(width, members * size)
+        # One matrix for all members is faster than a module for each.
         self.out = nn.Parameter(torch.randn(members, size) / size**0.5)
         self.bias = nn.Parameter(torch.zeros(members))
         self.dropout_in, self.dropout = nn.Dropout(0.1), nn.Dropout(dropout)
@@ -107,6 +111,7 @@ class Voters(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (texts, members) for features (texts, width)."""
         hidden = self.dropout(torch.tanh(self.inside(self.dropout_in(features))))
+        # (texts, members, size) * (members, size), summed over the hidden units
         return (hidden.view(len(features), self.members, -1) * self.out).sum(dim=-1) + self.bias
 
 
@@ -139,8 +144,10 @@ def fit_quality(
         inputs = [features.rows, *features.styled, features.corrupted[draw]]
         offsets = [words.rows, *words.styled, words.corrupted[draw]]
         logits = voters(torch.cat([m[rows] for m in inputs])) + torch.cat([m[rows] for m in offsets])
+        # In the order of `inputs`: the rows, a copy in each style, the corrupted copy.
         plain, *styled, corrupted = logits.split(len(rows))
         total = _bce(plain, labels[rows].unsqueeze(1).expand_as(plain))
+        # Even rows are the worse halves: this falls as the better half rises above them.
         total = total + 0.5 * _softplus(plain[::2] - plain[1::2]).mean()
         for other in styled:
             shift = other - plain
@@ -160,6 +167,7 @@ def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any)
         styled = features.styled[step % len(features.styled)]
         corrupted = features.corrupted[step % len(features.corrupted)]
         plain, other, broken = voters(torch.cat([m[rows] for m in (features.rows, styled, corrupted)])).split(len(rows))
+        # Logit > 0 for an intact row; a restyled copy counts less, a corrupted one must fall below 0.
         total = _softplus(-plain).mean() + 0.3 * _softplus(-other).mean() + _softplus(broken).mean()
         return total + _softplus(3 - (plain - broken)).mean()
 
@@ -185,6 +193,7 @@ def _descend(
     step = 0
     for _ in range(epochs):
         for chosen in torch.randperm(pairs).split(pairs_per_batch):
+            # Pairs are shuffled, never split: the loss compares the two halves.
             rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()
             loss = loss_of(rows, step)
             optimiser.zero_grad()

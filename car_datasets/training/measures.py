@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from car_datasets.utils.settings import BOOTSTRAP_SAMPLES
+
 Scores = npt.NDArray[np.floating[Any]]
 Figures = dict[str, dict[str, float]]  # name -> value, low and high end of its interval
 
@@ -46,6 +48,7 @@ def kendall(scores: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     from scipy.stats import kendalltau
 
     tau = float(kendalltau(np.asarray(scores), np.asarray(labels)).statistic)
+    # SciPy returns NaN for constant scores, by which no checkpoint could be compared.
     return 0.0 if math.isnan(tau) else tau
 
 
@@ -62,7 +65,10 @@ def best_threshold(worse: Scores, better: Scores) -> float:
 
 
 def with_intervals(
-    measure: Callable[[npt.NDArray[np.int64]], Mapping[str, float]], pairs: int, samples: int = 1000, seed: int = 0
+    measure: Callable[[npt.NDArray[np.int64]], Mapping[str, float]],
+    pairs: int,
+    samples: int = BOOTSTRAP_SAMPLES,
+    seed: int = 0,
 ) -> Figures:
     """Return the figures of a measure with 95 % percentile intervals, by a bootstrap that resamples pairs.
 
@@ -81,9 +87,10 @@ def with_intervals(
         ValueError: `samples` is below 1.
     """
     if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1; 1000 is the default.")
+        raise ValueError(f"samples={samples} must be at least 1; {BOOTSTRAP_SAMPLES} is the default.")
     rng = np.random.default_rng(seed)
     value = measure(np.arange(pairs))
+    # Resampled with replacement, as many pairs as there are.
     drawn = [measure(rng.integers(pairs, size=pairs)) for _ in range(samples)]
     figures = {}
     for name, at in value.items():
@@ -134,6 +141,7 @@ def fit_probe(worse: Sequence[str], better: Sequence[str]) -> Any:
     from sklearn.pipeline import make_pipeline
 
     probe = make_pipeline(
+        # min_df: a token of one text alone reveals that text, not the label.
         CountVectorizer(binary=True, token_pattern=TOKEN, min_df=2),
         LogisticRegression(C=0.1, solver="liblinear", random_state=0),
     )
@@ -166,6 +174,7 @@ def cross_validated(
     if count < 2:
         raise ValueError(f"groups: a cross-validated probe needs pairs of at least 2 groups, found {count}; add pairs.")
     scores = np.empty((2, len(worse)))
+    # Deterministic, unlike a shuffled split.
     splitter = GroupKFold(min(folds, count))
     for known, unseen in splitter.split(np.zeros(len(worse)), groups=np.asarray(groups)):
         probe = fit_probe([worse[i] for i in known], [better[i] for i in known])

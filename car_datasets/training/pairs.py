@@ -23,7 +23,9 @@ from car_datasets.loading.schemas import SCHEMAS, exchanges_of
 from car_datasets.loading.templates import Exchange, Text, clean, join_surrogates
 
 logger = logging.getLogger(__name__)
+# The first "Response:" ends the instruction; DOTALL, because texts have line breaks.
 _PARTS = re.compile(r"\s*Instruction:(?P<asked>.*?) ?\bResponse:(?P<response>.*)", re.DOTALL)
+# The last such turn starts the answer (Anthropic's HH-RLHF).
 _HH_TURN = "\n\nAssistant:"
 
 
@@ -85,6 +87,7 @@ def read_labelled_rows(path: str | Path) -> LabelledRows:
         labelled = _labelled(path, content)
     else:
         pairs = read_pairs(path)
+        # A pair is (worse, better).
         labels = np.tile(np.array([0, 1], dtype=np.float32), len(pairs))
         labelled = LabelledRows([row for pair in pairs for row in pair], labels)
     if len(set(labelled.labels.tolist())) == 1:
@@ -114,6 +117,7 @@ def refuse_crossing(train: Sequence[Exchange], valid: Sequence[Exchange], names:
 
 def question(row: Exchange) -> tuple[str, str]:
     """Return instruction and input, cleaned and case-folded: a key that is equal for rows that ask the same."""
+    # Cleaned, as a copy with typed-out escapes asks the same.
     return clean(row.instruction).casefold(), clean(row.input).casefold()
 
 
@@ -221,6 +225,7 @@ def _ranked(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
     asked, *answers = (row.get(name) for name in ("src", "neg", "pos"))
     if not isinstance(asked, str) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"{path}, row {number}: src, pos and neg must be texts.")
+    # Parsed from the joined text, so that both file formats give equal rows.
     return Pair(*(parse_text(path, number, f"{asked.rstrip()} {answer}") for answer in answers))
 
 
@@ -275,6 +280,7 @@ def _last_exchange(path: str | Path, number: int, side: str, messages: list[Any]
     if isinstance(exchanges, str):  # the reason why these messages are not a chat
         raise ValueError(f"{path}, row {number}: {side} is not a valid chat ({exchanges}).")
     *earlier, last = exchanges
+    # The scorer reads one exchange; what was said before is context of the question.
     before = "\n".join(f"{e.instruction}\n{e.response}" for e in earlier)
     return _checked(path, number, last._replace(instruction=f"{before}\n{last.instruction}".strip()))
 

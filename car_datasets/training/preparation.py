@@ -20,6 +20,8 @@ import numpy.typing as npt
 from car_datasets.loading.templates import Exchange, join_surrogates
 from car_datasets.training.measures import Clue, clues, cross_validated, pair_metrics
 from car_datasets.training.pairs import Pair, as_given, cleaned, parse_text, question
+from car_datasets.utils.files import write_folder
+from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +31,7 @@ SIDES = ("train", "valid", "test")
 # The original drops 1,211 of its 3,751 revisions.
 PUBLISHED_SHARE = 1211 / 3751
 
-# Labels leak if a bag of words ranks more than this share of the pairs right. CaR's pairs, cleaned, give 0.86.
+# Labels leak if a bag of words ranks more than this share of the pairs correctly. CaR's pairs, cleaned, give 0.86.
 LEAK = 0.9
 
 
@@ -38,8 +40,8 @@ class Audit:
     """The cross-validated accuracy of a bag of words on the pairs; a value near 1 means that the labels leak.
 
     Args:
-        pairs (`float`): share of pairs that the probe ranks right.
-        auc (`float`): share of all (worse, better) combinations of rows that it ranks right.
+        pairs (`float`): share of pairs that the probe ranks correctly.
+        auc (`float`): share of all (worse, better) combinations of rows that it ranks correctly.
         clues (`tuple[Clue]`): the most revealing tokens, with the shares of worse and of better texts that contain
             them.
     """
@@ -50,7 +52,7 @@ class Audit:
 
     @property
     def leaks(self) -> bool:
-        """Return True if single tokens rank more than 90 % of the pairs right."""
+        """Return True if single tokens rank more than 90 % of the pairs correctly."""
         return self.pairs > LEAK
 
 
@@ -61,6 +63,74 @@ class Prepared(NamedTuple):
     counts: dict[str, int]
     moved: int
     audits: dict[str, Audit]
+
+
+def prepare(
+    revisions: str | Path,
+    output: str | Path,
+    *,
+    drop: float = PUBLISHED_SHARE,
+    seed: int = SEED,
+    clean_text: bool = True,
+    similarity: float | None = 0.8,
+) -> Prepared:
+    """Write training, validation and test files in two formats, and `report.json`, into a new folder.
+
+    The files are `score_{train,valid,test}.csv` (src, score) and `ranking_{train,valid,test}.csv` (src, pos, neg).
+
+    With `clean_text=False, similarity=None` the pairs and splits are those of the original's files.
+
+    Args:
+        revisions (`str`): JSON list of objects with `original` and `revised`, each a text of the form
+            "Instruction: ... Input: ... Response: ..." or an object with `instruction`, `input` and `output`.
+        output (`str`): a new folder.
+        drop (`float`): share (below 1) or number of pairs with the smallest Levenshtein distance to drop.
+        seed (`int`): seed of the split.
+        clean_text (`bool`): decode typed-out escapes, straighten quotes and fold white space.
+        similarity (`float`, *optional*): cosine from which two pairs count as near-duplicates; `None` skips the search.
+
+    Raises:
+        ValueError: rapidfuzz is not installed, the folder exists, an argument or an entry of the file is invalid, or
+            one of the files would be empty.
+    """
+    _edit_distance()  # a missing extra is an error before anything is read
+    folder = Path(output)
+    if folder.exists():
+        raise ValueError(f"output={str(output)!r} already exists; name a new folder.")
+    if similarity is not None and not 0 < similarity <= 1:
+        raise ValueError(f"similarity={similarity} must be above 0 and at most 1, or None to skip the search.")
+    everything = read_revisions(revisions)
+    # Small edits first: a pair with nearly equal halves teaches little, and its label is noise.
+    pairs = drop_smallest_edits(everything, drop)
+    groups = np.arange(len(pairs)) if similarity is None else near_duplicates(pairs, similarity)
+    parts, moved = split_pairs(pairs, seed, groups)
+    empty = [side for side, part in zip(SIDES, parts, strict=True) if not part]
+    if empty:
+        raise ValueError(
+            f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Provide "
+            f"more revisions, or raise similarity={similarity}."
+        )
+    audits = {
+        name: audit_labels(pairs, flag, groups.tolist()) for name, flag in (("as given", False), ("cleaned", True))
+    }
+    counts = {"revisions": len(everything), "dropped": len(everything) - len(pairs)}
+    counts |= {side: len(part) for side, part in zip(SIDES, parts, strict=True)}
+    counts["groups_of_near_duplicates"] = int((np.bincount(groups) > 1).sum())
+    report = {"counts": counts, "moved_to_training": moved, "seed": seed, "cleaned": clean_text}
+    report["audits"] = {name: asdict(audit) for name, audit in audits.items()}
+    files = {}
+    with write_folder(folder) as partial:
+        for side, part in zip(SIDES, parts, strict=True):
+            written = [Pair(*(cleaned(row) for row in pair)) for pair in part] if clean_text else part
+            for name, header, rows in (
+                (f"score_{side}", ("src", "score"), _score_rows(written)),
+                (f"ranking_{side}", ("src", "pos", "neg"), _triples(written)),
+            ):
+                _write_csv(partial / f"{name}.csv", header, rows)
+                files[name] = folder / f"{name}.csv"
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        (partial / "report.json").write_text(text, encoding="utf-8")
+    return Prepared(files, counts, moved, audits)
 
 
 def read_revisions(path: str | Path) -> list[Pair]:
@@ -105,15 +175,6 @@ def _side(path: str | Path, number: int, name: str, value: Any) -> Exchange:
     return Exchange(*parts)
 
 
-def _edit_distance() -> Callable[[str, str], int]:
-    """Return rapidfuzz's Levenshtein distance in characters; raise ValueError if the extra `train` is not installed."""
-    try:
-        from rapidfuzz.distance import Levenshtein
-    except ImportError as error:
-        raise ValueError("prepare needs rapidfuzz: pip install 'car-datasets[train]'.") from error
-    return Levenshtein.distance
-
-
 def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
     """Return the pairs without those whose halves differ least, sorted by edit distance.
 
@@ -128,6 +189,7 @@ def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
     """
     edit_distance = _edit_distance()
     known = 0 <= drop <= len(pairs)
+    # Below 1 a share, from 1 on a number of pairs.
     count = round(drop * len(pairs)) if drop < 1 else int(drop) if known else 0
     if not known or len(pairs) - count < 10:
         raise ValueError(
@@ -137,6 +199,15 @@ def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
     # A stable sort: equal distances keep the order of the file.
     order = sorted(range(len(pairs)), key=distances.__getitem__)
     return [pairs[i] for i in order[count:]]
+
+
+def _edit_distance() -> Callable[[str, str], int]:
+    """Return rapidfuzz's Levenshtein distance in characters; raise ValueError if the extra `train` is not installed."""
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ImportError as error:
+        raise ValueError("prepare needs rapidfuzz: pip install 'car-datasets[train]'.") from error
+    return Levenshtein.distance
 
 
 def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.int64]:
@@ -161,6 +232,7 @@ def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.
     vectors = TfidfVectorizer(ngram_range=(1, 2), dtype=np.float32).fit_transform(texts)
     # In blocks of rows, so that the products below the threshold need not all be in memory.
     blocks = [vectors[i : i + 1000] @ vectors.T for i in range(0, len(texts), 1000)]
+    # Keep the structure of the products, with True for the pairs above the threshold.
     near = vstack([csr_matrix((b.data >= similarity, b.indices, b.indptr), shape=b.shape) for b in blocks])
     near.eliminate_zeros()
     # The second relation: a sparse matrix pairs x questions, whose product with itself links pairs of equal questions.
@@ -168,6 +240,7 @@ def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.
     asked = [[numbers.setdefault(question(row), len(numbers)) for row in pair] for pair in pairs]
     at = (np.repeat(np.arange(len(pairs)), 2), np.ravel(asked))
     holds = csr_matrix((np.ones(2 * len(pairs)), at), shape=(len(pairs), len(numbers)))
+    # Chains count: if a resembles b and b resembles c, all three stay together.
     linked = connected_components(near + holds @ holds.T, directed=False)[1]
     groups: npt.NDArray[np.int64] = linked.astype(np.int64)
     return groups
@@ -188,6 +261,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int, groups: npt.NDArray[np.int64])
     """
     from sklearn.model_selection import train_test_split
 
+    # 8 : 2, and the 2 halved: together 8 : 1 : 1.
     train, rest = train_test_split(np.arange(len(pairs)), test_size=0.2, random_state=seed)
     valid, test = train_test_split(rest, test_size=0.5, random_state=seed)
     side = np.zeros(len(pairs), dtype=np.int64)
@@ -195,6 +269,7 @@ def split_pairs(pairs: Sequence[Pair], seed: int, groups: npt.NDArray[np.int64])
     spread: dict[int, set[int]] = {}
     for group, place in zip(groups.tolist(), side.tolist(), strict=True):
         spread.setdefault(group, set()).add(place)
+    # Moved to training and not dropped: training may contain near-duplicates, evaluation must not.
     stray = [i for i in [*valid, *test] if len(spread[int(groups[i])]) > 1]
     kept = [[i for i in part if i not in set(stray)] for part in (valid, test)]
     return [[pairs[i] for i in part] for part in ([*train, *stray], *kept)], len(stray)
@@ -215,66 +290,21 @@ def audit_labels(pairs: Sequence[Pair], clean_text: bool, groups: Sequence[int] 
     return Audit(figures["pairs"], figures["auc"], tuple(clues(halves[0], halves[1])))
 
 
-def prepare(
-    revisions: str | Path,
-    output: str | Path,
-    *,
-    drop: float = PUBLISHED_SHARE,
-    seed: int = 42,
-    clean_text: bool = True,
-    similarity: float | None = 0.8,
-) -> Prepared:
-    """Write training, validation and test files in two formats, and `report.json`, into a new folder.
+def _score_rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
+    return [(as_given(row).whole, str(label)) for pair in pairs for label, row in enumerate(pair)]
 
-    The files are `score_{train,valid,test}.csv` (src, score) and `ranking_{train,valid,test}.csv` (src, pos, neg).
 
-    With `clean_text=False, similarity=None` the pairs and splits are those of the original's files.
+def _triples(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
+    """Return (question, better answer, worse answer); the question is the revised one, as in the original."""
+    # The trailing space is the original's: it joins question and answer without another.
+    return [(f"{as_given(p.better).question} ", as_given(p.better).answer, as_given(p.worse).answer) for p in pairs]
 
-    Args:
-        revisions (`str`): JSON list of objects with `original` and `revised`, each a text of the form
-            "Instruction: ... Input: ... Response: ..." or an object with `instruction`, `input` and `output`.
-        output (`str`): a new folder.
-        drop (`float`): share (below 1) or number of pairs with the smallest Levenshtein distance to drop.
-        seed (`int`): seed of the split.
-        clean_text (`bool`): decode typed-out escapes, straighten quotes and fold white space.
-        similarity (`float`, *optional*): cosine from which two pairs count as near-duplicates; `None` skips the search.
 
-    Raises:
-        ValueError: rapidfuzz is not installed, the folder exists, an argument or an entry of the file is invalid, or
-            one of the files would be empty.
-    """
-    _edit_distance()  # a missing extra is an error before anything is read
-    folder = Path(output)
-    if folder.exists():
-        raise ValueError(f"output={str(output)!r} already exists; name a new folder.")
-    if similarity is not None and not 0 < similarity <= 1:
-        raise ValueError(f"similarity={similarity} must be above 0 and at most 1, or None to skip the search.")
-    everything = read_revisions(revisions)
-    pairs = drop_smallest_edits(everything, drop)
-    groups = np.arange(len(pairs)) if similarity is None else near_duplicates(pairs, similarity)
-    parts, moved = split_pairs(pairs, seed, groups)
-    empty = [side for side, part in zip(SIDES, parts, strict=True) if not part]
-    if empty:
-        raise ValueError(
-            f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Provide "
-            f"more revisions, or raise similarity={similarity}."
-        )
-    audits = {
-        name: audit_labels(pairs, flag, groups.tolist()) for name, flag in (("as given", False), ("cleaned", True))
-    }
-    counts = {"revisions": len(everything), "dropped": len(everything) - len(pairs)}
-    counts |= {side: len(part) for side, part in zip(SIDES, parts, strict=True)}
-    counts["groups_of_near_duplicates"] = int((np.bincount(groups) > 1).sum())
-    folder.mkdir(parents=True)
-    files = {}
-    for side, part in zip(SIDES, parts, strict=True):
-        written = [Pair(*(cleaned(row) for row in pair)) if clean_text else pair for pair in part]
-        files[f"score_{side}"] = _write_csv(folder / f"score_{side}.csv", ("src", "score"), _score_rows(written))
-        files[f"ranking_{side}"] = _write_csv(folder / f"ranking_{side}.csv", ("src", "pos", "neg"), _triples(written))
-    report = {"counts": counts, "moved_to_training": moved, "seed": seed, "cleaned": clean_text}
-    report["audits"] = {name: asdict(audit) for name, audit in audits.items()}
-    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Prepared(files, counts, moved, audits)
+def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def audit_table(name: str, audit: Audit) -> Table:
@@ -292,21 +322,3 @@ def audit_table(name: str, audit: Audit) -> Table:
         side = "better" if clue.weight > 0 else "worse"
         table.add_row(repr(clue.token), f"{100 * clue.worse:.1f} %", f"{100 * clue.better:.1f} %", side)
     return table
-
-
-def _score_rows(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
-    return [(as_given(row).whole, str(label)) for pair in pairs for label, row in enumerate(pair)]
-
-
-def _triples(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
-    """Return (question, better answer, worse answer); the question is the revised one, as in the original."""
-    # The trailing space is the original's: it joins question and answer without another.
-    return [(f"{as_given(p.better).question} ", as_given(p.better).answer, as_given(p.worse).answer) for p in pairs]
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    return path

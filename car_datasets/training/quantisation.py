@@ -31,6 +31,7 @@ from car_datasets.scoring.iqs.openvino_encoder import MODEL_FILE, RECORD_FILE, i
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows
 from car_datasets.utils.files import fresh_folder, write_whole
+from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,6 +86,7 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
         # Two lengths, so that the traced graph contains the mask and dynamic shapes.
         example = pad([ids[0], ids[0][:-1]], loaded.tokenizer.pad_token_id, torch.device("cpu"))
         converted = openvino.convert_model(_HiddenStates(loaded.model.encoder), example_input=example)
+    # By this model type, attention, normalisation and the residual stream stay in float32.
     quantised = nncf.quantize(
         converted,
         nncf.Dataset(samples),
@@ -105,6 +107,7 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
         "transformers": version("transformers"),
     }
     path.mkdir(parents=True, exist_ok=True)
+    # Uncompressed, since float16 would change what is left in float32.
     openvino.save_model(quantised, path / MODEL_FILE, compress_to_fp16=False)
     content = json.dumps(record, indent=2) + "\n"
     write_whole(path / RECORD_FILE, lambda name: Path(name).write_text(content, encoding="utf-8"))
@@ -112,7 +115,7 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
 
 
 def sample_texts(
-    dataset: Dataset, scorer: QualityScorer, rows: int, others: int | None = None, seed: int = 42
+    dataset: Dataset, scorer: QualityScorer, rows: int, others: int | None = None, seed: int = SEED
 ) -> tuple[list[Text], list[Text]]:
     """Draw rows at random and return their texts, as the scorer reads them; rows that cannot be scored are skipped.
 
@@ -126,6 +129,7 @@ def sample_texts(
     Returns:
         The texts to calibrate on and those to compare on. A chat gives one text per exchange, all in the same list.
     """
+    # One permutation, cut in two: no row is calibrated on and compared.
     drawn = np.random.default_rng(seed).permutation(len(dataset))
 
     def texts(places: npt.NDArray[np.int64]) -> list[Text]:
@@ -188,6 +192,7 @@ def compare_engines(scorer: QualityScorer, quick: QualityScorer, texts: Sequence
     seconds: dict[str, list[float]] = {name: [] for name in both}
     for one in both.values():
         one.score_texts(texts[:10])  # loads the weights, so that loading is not timed
+    # Alternately, so that a slow moment of the machine does not hit one of them alone.
     for _ in range(2):
         for name, one in both.items():
             start = time.perf_counter()
@@ -197,6 +202,7 @@ def compare_engines(scorer: QualityScorer, quick: QualityScorer, texts: Sequence
 
     float32, int8 = scores["float32"], scores["int8"]
     count = max(1, len(texts) // 10)
+    # Stable sorts: ties are cut alike in both.
     shared = np.intersect1d(np.argsort(-float32, kind="stable")[:count], np.argsort(-int8, kind="stable")[:count])
     return Agreement(
         texts=len(texts),

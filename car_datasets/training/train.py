@@ -21,9 +21,11 @@ import torch
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.modeling_iqs import IQSModel
-from car_datasets.scoring.iqs.packing import POSITIONS_AFTER_PADDING
+from car_datasets.scoring.iqs.packing import first_position
 from car_datasets.training.pairs import Pair, read_labelled_rows, read_pairs, refuse_crossing
 from car_datasets.training.trainer import (
+    STATE_FILE,
+    BudgetTrainer,
     Collator,
     ThawEncoder,
     claim,
@@ -34,7 +36,7 @@ from car_datasets.training.trainer import (
     regression_examples,
 )
 from car_datasets.utils import hub, revisions
-from car_datasets.utils.files import write_card, write_figures, write_folder
+from car_datasets.utils.files import FIGURES_FILE, write_card, write_figures, write_folder
 from car_datasets.utils.settings import Settings
 
 if TYPE_CHECKING:
@@ -168,6 +170,7 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
             f"One process sees {arguments.n_gpu} GPUs: use `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
     model, tokenizer = build_model(settings, token)
+    # The main process creates the folder, the others then compare their settings with its record.
     with arguments.main_process_first(local=False):
         claim(checkpoints, settings, arguments.world_size)
         # Opened now, so that a missing right to push is an error before training and not after it.
@@ -182,73 +185,12 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
             _write(settings, trainer.state.best_metric, model, tokenizer, valid, len(train))
         if settings.push_to:
             hub.push_folder(output, settings.push_to, token)
+        # Last: until the push is done, the checkpoints mark the run as one that can be resumed.
         shutil.rmtree(checkpoints)
-        figures = json.loads((output / "figures.json").read_text(encoding="utf-8"))
+        figures = json.loads((output / FIGURES_FILE).read_text(encoding="utf-8"))
+    # No process returns before the model is there, so that its caller may load it.
     trainer.accelerator.wait_for_everyone()
     return figures
-
-
-def _train(trainer: Trainer, checkpoint: str | None) -> None:
-    """Train, or resume from a checkpoint; if that run had already stopped early, only load its best weights."""
-    if checkpoint is not None:
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
-            # No epoch is left to train then, and `Trainer` goes straight to `load_best_model_at_end`.
-            trainer.args.num_train_epochs = round(state["epoch"])
-    with _deterministic():
-        trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQSModel, Any]:
-    """Return a model with a pretrained encoder and a freshly initialised head, and the encoder's tokenizer.
-
-    Args:
-        settings ([`ScorerTraining`]): which encoder, and the shape of the head.
-        token (`str`, *optional*): Hub token for a private or gated encoder.
-
-    Raises:
-        ValueError: the model is not a plain encoder, is already a scorer, has no padding token, lacks weights, or has
-            fewer positions than `max_tokens`.
-    """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    revision = None if settings.revision == "main" else settings.revision
-    folder = revisions.model_folder(settings.encoder, revisions.pin_revision(settings.encoder, revision, token), token)
-    encoder_config = AutoConfig.from_pretrained(folder)
-    encoder_config.dtype = torch.float32  # in half precision, steps of 1e-6 would round to zero
-    positions = getattr(encoder_config, "max_position_embeddings", settings.max_tokens)
-    if encoder_config.model_type in POSITIONS_AFTER_PADDING:
-        positions -= encoder_config.pad_token_id + 1  # RoBERTa counts positions from the padding id onwards
-    if encoder_config.model_type == IQSConfig.model_type or getattr(encoder_config, "is_encoder_decoder", False):
-        raise ValueError(f"encoder={settings.encoder!r} is a {encoder_config.model_type!r} model, not a plain encoder.")
-    if getattr(encoder_config, "pad_token_id", None) is None:
-        raise ValueError(
-            f"encoder={settings.encoder!r} ({encoder_config.model_type!r}) has no padding token, so it is not an "
-            "encoder; name a model such as 'FacebookAI/xlm-roberta-large'."
-        )
-    if settings.max_tokens > positions:
-        raise ValueError(
-            f"max_tokens={settings.max_tokens}, but {settings.encoder} has {positions} positions; "
-            f"pass --set max_tokens={positions}, or less."
-        )
-    torch.manual_seed(settings.seed)
-    shape = ("layer_mix", "layer_norm", "pooling", "hidden_sizes", "activation", "dropout", "max_tokens", "template")
-    model = IQSModel(
-        IQSConfig(
-            encoder_config=encoder_config,
-            objective=OBJECTIVE_OF_KIND[settings.kind],
-            **{name: getattr(settings, name) for name in shape},
-        )
-    )
-    pretrained, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise ValueError(
-            f"encoder={settings.encoder!r}: its file lacks weights that its configuration requires: {missing[:5]}. "
-            "Download or save the encoder again."
-        )
-    model.encoder.load_state_dict(pretrained.state_dict(), strict=False)  # not strict: no score uses the pooler
-    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _read_training(settings: ScorerTraining, valid: Sequence[Pair]) -> list[Any]:
@@ -262,21 +204,6 @@ def _read_training(settings: ScorerTraining, valid: Sequence[Pair]) -> list[Any]
         examples = list(zip(rows, labels.tolist(), strict=True))
     refuse_crossing(rows, [row for pair in valid for row in pair], (settings.train, settings.valid))
     return examples
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Make torch deterministic inside the block, so that equal settings give equal weights."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # the backward of the fused kernels sums in no fixed order
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _arguments(settings: ScorerTraining) -> TrainingArguments:
@@ -294,10 +221,12 @@ def _arguments(settings: ScorerTraining) -> TrainingArguments:
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
+        # The best checkpoint and the newest, which may differ.
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="kendall",
         greater_is_better=True,
+        # The examples are plain dicts, and the collator needs all their entries.
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
@@ -306,6 +235,60 @@ def _arguments(settings: ScorerTraining) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         ddp_find_unused_parameters=True,  # a frozen encoder has no gradients
     )
+
+
+def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQSModel, Any]:
+    """Return a model with a pretrained encoder and a freshly initialised head, and the encoder's tokenizer.
+
+    Args:
+        settings ([`ScorerTraining`]): which encoder, and the shape of the head.
+        token (`str`, *optional*): Hub token for a private or gated encoder.
+
+    Raises:
+        ValueError: the model is not a plain encoder, is already a scorer, has no padding token, lacks weights, or has
+            fewer positions than `max_tokens`.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    # None, because a folder and the default encoder have no branch.
+    revision = None if settings.revision == "main" else settings.revision
+    folder = revisions.model_folder(settings.encoder, revisions.pin_revision(settings.encoder, revision, token), token)
+    encoder_config = AutoConfig.from_pretrained(folder)
+    encoder_config.dtype = torch.float32  # in half precision, steps of 1e-6 would round to zero
+    positions = getattr(encoder_config, "max_position_embeddings", settings.max_tokens)
+    if encoder_config.model_type == IQSConfig.model_type or getattr(encoder_config, "is_encoder_decoder", False):
+        raise ValueError(f"encoder={settings.encoder!r} is a {encoder_config.model_type!r} model, not a plain encoder.")
+    if getattr(encoder_config, "pad_token_id", None) is None:
+        raise ValueError(
+            f"encoder={settings.encoder!r} ({encoder_config.model_type!r}) has no padding token, so it is not an "
+            "encoder; name a model such as 'FacebookAI/xlm-roberta-large'."
+        )
+    positions -= first_position(encoder_config)  # RoBERTa numbers positions from the padding id + 1
+    if settings.max_tokens > positions:
+        raise ValueError(
+            f"max_tokens={settings.max_tokens}, but {settings.encoder} has {positions} positions; "
+            f"pass --set max_tokens={positions}, or less."
+        )
+    # Directly before the model is built: its initial weights are the next random numbers.
+    torch.manual_seed(settings.seed)
+    shape = ("layer_mix", "layer_norm", "pooling", "hidden_sizes", "activation", "dropout", "max_tokens", "template")
+    model = IQSModel(
+        IQSConfig(
+            encoder_config=encoder_config,
+            objective=OBJECTIVE_OF_KIND[settings.kind],
+            **{name: getattr(settings, name) for name in shape},
+        )
+    )
+    # Loaded apart and copied, as `from_pretrained` of the IQS model expects weights of its own layout.
+    pretrained, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"encoder={settings.encoder!r}: its file lacks weights that its configuration requires: {missing[:5]}. "
+            "Download or save the encoder again."
+        )
+    model.encoder.load_state_dict(pretrained.state_dict(), strict=False)  # not strict: no score uses the pooler
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _trainer(
@@ -317,8 +300,6 @@ def _trainer(
     valid: Sequence[Pair],
 ) -> Trainer:
     from transformers import EarlyStoppingCallback, get_constant_schedule_with_warmup
-
-    from car_datasets.training.trainer import BudgetTrainer
 
     examples: Any = ranking_examples
     measured: Sequence[Any] = valid
@@ -342,6 +323,33 @@ def _trainer(
     )
 
 
+def _train(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train, or resume from a checkpoint; if that run had already stopped early, only load its best weights."""
+    if checkpoint is not None:
+        state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+            # No epoch is left to train then, and `Trainer` goes straight to `load_best_model_at_end`.
+            trainer.args.num_train_epochs = round(state["epoch"])
+    with _deterministic():
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Make torch deterministic inside the block, so that equal settings give equal weights."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+    # A warning and not an error, since some operations have no deterministic form on a GPU.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the backward of the fused kernels sums in no fixed order
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def _write(
     settings: ScorerTraining,
     best_kendall: float | None,
@@ -358,6 +366,7 @@ def _write(
     with write_folder(output) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        # Of the saved model, so that the figures are those of what is shipped.
         measured = asdict(evaluate_scorer(QualityScorer(str(partial)), valid))
         figures = {**measured, "model": output.name, "best_kendall": best_kendall, "examples": examples}
         write_figures(partial, figures)

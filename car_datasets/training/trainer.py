@@ -1,7 +1,8 @@
-"""The parts of a training run on transformers' `Trainer`: examples, learning rates, evaluation and checkpoints.
+"""Provide the parts of a run of transformers' `Trainer`: examples, learning rates, evaluation and checkpoints.
 
 Does: turn rows and pairs into padded batches; decay learning rates layer by layer and unfreeze the encoder; evaluate by
-Kendall's tau in batches cut by the token budget; find the last complete checkpoint, and refuse to resume a run that differs.
+Kendall's tau in batches cut by the token budget; find the last complete checkpoint, and refuse to resume a run that
+differs.
 Does not: read training files, or save the final model.
 """
 
@@ -30,50 +31,7 @@ from car_datasets.utils.files import write_folder
 from car_datasets.utils.settings import Settings
 
 RUN_FILE = "run.json"
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint, or None; `Trainer` writes `trainer_state.json` last."""
-    complete = []
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        try:
-            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
-        except (json.JSONDecodeError, KeyError):  # interrupted while the file was being written
-            continue
-    return str(max(complete)[1]) if complete else None
-
-
-def claim(checkpoints: Path, settings: Settings, processes: int) -> None:
-    """Create the folder of a run's checkpoints, or check that an interrupted run with equal settings created it.
-
-    Equal runs have the same settings, the same content of training and validation file, and the same number of
-    processes: with any other number, batches and weights would differ.
-
-    Args:
-        checkpoints (`Path`): the folder.
-        settings ([`Settings`]): settings of the run, with `train` and `valid`.
-        processes (`int`): number of processes.
-
-    Raises:
-        ValueError: the folder belongs to an unfinished run that differs (the message names what differs), or was not
-            created by a training run.
-    """
-    record = checkpoints / RUN_FILE
-    run: dict[str, Any] = {**asdict(settings), "processes": processes}
-    run |= {f"{name}_sha256": digests.file_digest(Path(run[name])) for name in ("train", "valid")}
-    if record.is_file():
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-        differ = [name for name, value in run.items() if earlier.get(name) != value]
-        if differ:
-            raise ValueError(
-                f"{checkpoints} holds an unfinished run with another {', '.join(differ)} (see its {RUN_FILE}). To "
-                "resume, restore these; to start anew, delete the folder."
-            )
-    elif checkpoints.exists() and any(checkpoints.iterdir()):
-        raise ValueError(f"{checkpoints} already exists and was not created by a training run; move it away.")
-    else:
-        with write_folder(checkpoints) as partial:
-            (partial / RUN_FILE).write_text(json.dumps(run, indent=2), encoding="utf-8")
+STATE_FILE = "trainer_state.json"  # the last file of a checkpoint that `Trainer` writes
 
 
 def regression_examples(
@@ -114,6 +72,12 @@ def ranking_examples(pairs: Sequence[Pair], tokenizer: Any, template: str, max_t
     return [{**{name: rows[i] for name, rows in ids.items()}, "labels": 1.0} for i in range(len(pairs))]
 
 
+def _text(row: Exchange, template: str) -> Text:
+    """Return the text to train on; for the paper's template the file's own text, as in the original's training."""
+    # The paper's inference template leaves two spaces where the input is empty; its training files do not.
+    return as_given(row) if template == PAPER_TEMPLATE else render(row, template)
+
+
 @dataclass(frozen=True)
 class Collator:
     """A callable that pads a batch of examples, each kind of text to its own longest."""
@@ -122,32 +86,13 @@ class Collator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return `*_ids` and their masks, int64 (batch, longest), and `labels`, float32 (batch,)."""
+        # The names are those of the arguments of `IQSModel.forward`.
         masks = {"input_ids": "attention_mask", "question_ids": "question_mask", "rejected_ids": "rejected_mask"}
         batch = {"labels": torch.tensor([example["labels"] for example in examples])}
         for name, mask in masks.items():
             if name in examples[0]:
                 batch[name], batch[mask] = pad([e[name] for e in examples], self.pad_token_id, torch.device("cpu"))
         return batch
-
-
-def _text(row: Exchange, template: str) -> Text:
-    """Return the text to train on; for the paper's template the file's own text, as in the original's training."""
-    # The paper's inference template leaves two spaces where the input is empty; its training files do not.
-    return as_given(row) if template == PAPER_TEMPLATE else render(row, template)
-
-
-def compute_kendall(prediction: Any) -> dict[str, float]:
-    """Return Kendall's tau-b of scores and labels, the metric that chooses the best epoch.
-
-    The ranking model scores both answers of a pair: for it, as in the original, (concordant - discordant) / pairs.
-
-    Args:
-        prediction (`EvalPrediction`): `predictions`, shape (examples, 1) or (pairs, 2), and `label_ids`.
-    """
-    scores = np.asarray(prediction.predictions)
-    if scores.shape[-1] == 2:  # better and worse answer
-        return {"kendall": float(np.sign(scores[:, 0] - scores[:, 1]).mean())}
-    return {"kendall": kendall(scores[:, 0], prediction.label_ids)}
 
 
 # The number of a layer in a parameter's name: `layer.3.` in BERT, `layers.3.`, `h.3.` or `block.3.` elsewhere.
@@ -175,6 +120,7 @@ def parameter_groups(
         keep_embeddings_frozen (`bool`): do not train the embeddings; otherwise they count as one layer below layer 0.
     """
     layers = model.config.encoder_config.num_hidden_layers
+    # One group per rate; layers without decay share one.
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not name.startswith("encoder."):
@@ -201,6 +147,7 @@ class ThawEncoder(TrainerCallback):
     """
 
     def __init__(self, encoder: nn.Module, epochs: float) -> None:
+        # Frozen embeddings are left out, and so stay frozen.
         self.parameters = [p for p in encoder.parameters() if p.requires_grad]
         self.epochs = epochs
 
@@ -249,7 +196,9 @@ class BudgetTrainer(Trainer):
         examples: Sequence[dict[str, Any]] = dataloader.dataset
         if len(examples) < world:  # true in all processes or in none, so none blocks
             raise ValueError(f"{len(examples)} validation examples for {world} processes: start fewer processes.")
+        # Every n-th, so that a sorted file does not give one process all the long texts.
         own = [examples[i] for i in range(rank, len(examples), world)]
+        # A ranking example has three texts, and the longest decides the batch that it fits in.
         lengths = [max(len(ids) for name, ids in example.items() if name.endswith("_ids")) for example in own]
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
@@ -266,6 +215,7 @@ class BudgetTrainer(Trainer):
         ran = run_batches(lengths, token_budget(self.args.device, model.config.encoder_config.hidden_size), forward)
         places = [at for at, _ in ran]
         losses, scores, labels = (in_order(places, [part[i] for _, part in ran]) for i in range(3))
+        # The order of rows is lost here, which neither tau nor the mean of the losses depends on.
         losses, scores, labels = (self._gather(part) for part in (losses, scores, labels))
         computed = (
             self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels)) if self.compute_metrics else {}
@@ -279,3 +229,64 @@ class BudgetTrainer(Trainer):
         from accelerate.utils import gather_object
 
         return np.concatenate(gather_object([part])) if torch.distributed.is_initialized() else part
+
+
+def compute_kendall(prediction: Any) -> dict[str, float]:
+    """Return Kendall's tau-b of scores and labels, the metric that chooses the best epoch.
+
+    The ranking model scores both answers of a pair: for it, as in the original, (concordant - discordant) / pairs.
+
+    Args:
+        prediction (`EvalPrediction`): `predictions`, shape (examples, 1) or (pairs, 2), and `label_ids`.
+    """
+    scores = np.asarray(prediction.predictions)
+    if scores.shape[-1] == 2:  # better and worse answer
+        return {"kendall": float(np.sign(scores[:, 0] - scores[:, 1]).mean())}
+    return {"kendall": kendall(scores[:, 0], prediction.label_ids)}
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint, or None."""
+    complete = []
+    for state in folder.glob(f"checkpoint-*/{STATE_FILE}"):
+        try:
+            # By step and not by name: as text, checkpoint-9 would come after checkpoint-10.
+            complete.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], state.parent))
+        except (json.JSONDecodeError, KeyError):  # interrupted while the file was being written
+            continue
+    return str(max(complete)[1]) if complete else None
+
+
+def claim(checkpoints: Path, settings: Settings, processes: int) -> None:
+    """Create the folder of a run's checkpoints, or check that an interrupted run with equal settings created it.
+
+    Equal runs have the same settings, the same content of training and validation file, and the same number of
+    processes: with any other number, batches and weights would differ.
+
+    Args:
+        checkpoints (`Path`): the folder.
+        settings ([`Settings`]): settings of the run, with `train` and `valid`.
+        processes (`int`): number of processes.
+
+    Raises:
+        ValueError: the folder belongs to an unfinished run that differs (the message names what differs), or was not
+            created by a training run.
+    """
+    record = checkpoints / RUN_FILE
+    run: dict[str, Any] = {**asdict(settings), "processes": processes}
+    run |= {f"{name}_sha256": digests.file_digest(Path(run[name])) for name in ("train", "valid")}
+    if record.is_file():
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        # A key that only an earlier version wrote is not compared.
+        differ = [name for name, value in run.items() if earlier.get(name) != value]
+        if differ:
+            raise ValueError(
+                f"{checkpoints} holds an unfinished run with another {', '.join(differ)} (see its {RUN_FILE}). To "
+                "resume, restore these; to start anew, delete the folder."
+            )
+    elif checkpoints.exists() and any(checkpoints.iterdir()):
+        raise ValueError(f"{checkpoints} already exists and was not created by a training run; move it away.")
+    else:
+        # Atomically, as a folder without a complete record could not be resumed.
+        with write_folder(checkpoints) as partial:
+            (partial / RUN_FILE).write_text(json.dumps(run, indent=2), encoding="utf-8")

@@ -147,11 +147,14 @@ def write_card(folder: Path, template: str, **values: Any) -> None:
     (folder / "README.md").write_text(card_templates().get_template(template).render(**values), encoding="utf-8")
 
 
+FIGURES_FILE = "figures.json"
+
+
 def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:
     """Write `figures.json`, without the entry `revision`."""
     # The revision of a local folder is a digest of its files, this one among them.
     content = without_nan({name: value for name, value in figures.items() if name != "revision"})
-    (folder / "figures.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / FIGURES_FILE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def without_nan(content: Any) -> Any:

@@ -1,7 +1,8 @@
 """`Settings`: the base of recipes and training files, a dataclass of plain values that is YAML on disk.
 
-Does: check every value by type and every key by name; read and write YAML.
-Does not: know any one setting.
+Does: check every value by type and every key by name; read and write YAML; name the defaults that several classes and
+functions share.
+Does not: know any other setting.
 """
 
 from __future__ import annotations
@@ -15,6 +16,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
+
+# Defaults of more than one public function, each written once.
+N1 = 1000  # rows by score; the paper's number
+EXPLAINED_VARIANCE = 0.95  # share of the variance that PCA keeps; the paper's number
+KMEANS_SAMPLE = 256  # rows per cluster to fit k-means on; faiss samples as many (`max_points_per_centroid`)
+SEED = 42
+SPLIT = "selected"  # of a pushed dataset: the split of the selected rows
+CONFIG_NAME = "default"  # of a pushed dataset: what `datasets` calls the configuration of a dataset with one alone
+BOOTSTRAP_SAMPLES = 1000  # for each interval of a figure
 
 Kind = TypeVar("Kind", bound="Settings")
 

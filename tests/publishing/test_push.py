@@ -563,7 +563,11 @@ def test_curate_asks_before_it_works_and_goes_on_after_a_kill(
     models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "5", "--k", "3"]
     line = ["curate", tmp_path / "rows.jsonl", "--output", tmp_path / "out", *models]
     refused = hub.run(COMMAND, *line, "--push", "you/car")
-    assert refused.returncode == 2 and "may not write to repositories of 'you'" in refused.stderr and not (tmp_path / "out").exists()
+    assert (
+        refused.returncode == 2
+        and "may not write to repositories of 'you'" in refused.stderr
+        and not (tmp_path / "out").exists()
+    )
     assert hub.run(COMMAND, *line, "--check").returncode == 2
     hub.fault("POST", "/commit/", times=1000, status=503)
     failed = hub.run(COMMAND, *line, "--push", "me/car")

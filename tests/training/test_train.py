@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig
 
 from car_datasets import IQSModel, QualityScorer
 from car_datasets.loading.templates import Text, render
@@ -98,6 +98,11 @@ def test_a_trained_folder_is_a_scorer(settings: ScorerTraining, tmp_path: Path, 
     card = (Path(settings.output) / "README.md").read_text(encoding="utf-8")
     assert f"kind: {kind}" in card
     assert "100.0 % (100.0 to 100.0)" in card
+    template = files.card_templates().get_template("trained_scorer_card.md.jinja")
+    # In memory, figures of no rows are NaN; only in the file are they null.
+    measured = json.loads((Path(settings.output) / "figures.json").read_text().replace("null", "NaN"))
+    unknown = template.render(settings=settings, figures={**measured, "best_kendall": None}, base_model=None)
+    assert "validation pairs was kept" in unknown
     assert not Path(f"{settings.output}.checkpoints").exists()
 
 
@@ -308,6 +313,14 @@ def test_bad_input_ends_before_training(settings: ScorerTraining, tmp_path: Path
         with pytest.raises(ValueError, match=message):
             train_scorer(settings.changed(**changes))
     assert not Path(f"{settings.output}.checkpoints").exists()
+
+
+def test_a_roberta_without_padding_token_is_refused(settings: ScorerTraining, encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoder, tmp_path / "roberta")
+    config = {**RobertaConfig(num_hidden_layers=1).to_dict(), "pad_token_id": None}
+    (tmp_path / "roberta" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="has no padding token"):
+        build_model(settings.changed(encoder=str(tmp_path / "roberta")))
 
 
 def test_a_half_precision_encoder_is_trained_in_full(settings: ScorerTraining, encoder: Path, tmp_path: Path) -> None:
