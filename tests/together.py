@@ -17,7 +17,8 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from car_datasets import ClusterModel
-from car_datasets.clustering import kmeans
+from car_datasets.clustering import fitting, kmeans
+from car_datasets.clustering import model as labelling
 from car_datasets.utils import columns
 from car_datasets.utils.columns import Matrix
 from car_datasets.utils.processes import Processes, all_processes, alone, from_main
@@ -27,7 +28,7 @@ PIECE = 64
 
 def in_pieces_of(rows: int) -> None:
     """Cut what is read, held and labelled by so many rows."""
-    columns.BATCH = columns.BATCH = kmeans.CHUNK = rows
+    columns.BATCH = labelling.BATCH = kmeans.CHUNK = rows
 
 
 def dataset_of(rows: Any) -> Dataset:
@@ -102,7 +103,7 @@ def errors(rank: int) -> list[str]:
     rows, more = topics(400), topics(400)
     rows[[70, 200, 399]] = np.nan
     unequal = [*more[:300], *more[300:, :8]]
-    ordinary = columns.embedding_batches
+    ordinary = fitting.embedding_batches
 
     def broken(*given: Any) -> Any:
         if rank == 1:
@@ -123,12 +124,12 @@ def errors(rank: int) -> list[str]:
         (dataset_of([more[0], *more[:0:-1]] if rank else more), ordinary, {}),
         (dataset_of([more[0], *more[:0:-1]] if rank else more), ordinary, {"kmeans": "sklearn"}),
     ):
-        columns.embedding_batches = breaking
+        fitting.embedding_batches = breaking
         try:
             ClusterModel.fit(data, **settings)
         except (ValueError, RuntimeError) as error:
             told.append(f"{type(error).__name__}: {error}")
-    columns.embedding_batches = ordinary
+    fitting.embedding_batches = ordinary
     model = from_main(lambda: ClusterModel.fit(dataset_of(more)))  # by one process, for which no other must wait
     other = replace(model, centers=model.centers + rank)
     turned = [more[0], *more[:0:-1]] if rank else more
