@@ -1,4 +1,4 @@
-"""Check what the package promises: its names, lazy import, documentation and limits on size; and that tests mirror it."""
+"""Check what the package promises: names, lazy import, documentation, limits on size; and that tests mirror it."""
 
 import ast
 import importlib

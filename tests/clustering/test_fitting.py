@@ -1,4 +1,4 @@
-"""fitting.py: the default engine against scikit-learn, columns read in batches, bad settings, and streamed covariance."""
+"""fitting.py: the default engine against scikit-learn, columns in batches, bad settings, streamed covariance."""
 
 from __future__ import annotations
 

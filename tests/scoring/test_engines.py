@@ -46,8 +46,8 @@ def test_minutes_are_those_of_the_whole_dataset() -> None:
     assert found.rows_per_second == 100
     assert found.minutes == 10
     assert str(found) == (
-        "100.0 rows/s (10,000 tokens/s, 5% padding) on cpu, timed on 200 rows: about 10.0 minutes to score 60,000 rows in one "
-        "process."
+        "100.0 rows/s (10,000 tokens/s, 5% padding) on cpu, timed on 200 rows: about 10.0 minutes to score 60,000 rows "
+        "in one process."
     )
     assert "10.0 hours" in str(found._replace(rows=3_600_000))
 
@@ -207,7 +207,8 @@ FORKS_AFTER_CLUSTERING = """
 import numpy as np
 from datasets import Dataset
 from car_datasets import ClusterModel, QualityScorer
-ClusterModel.fit(Dataset.from_dict({"embedding": list(np.random.default_rng(0).normal(size=(300, 16)))}), k=5, kmeans=ENGINE)
+vectors = list(np.random.default_rng(0).normal(size=(300, 16)))
+ClusterModel.fit(Dataset.from_dict({"embedding": vectors}), k=5, kmeans=ENGINE)
 rows = Dataset.from_dict({"instruction": ["a"] * 8, "output": ["b"] * 8})
 rows.map(QualityScorer(MODEL), batched=True, num_proc=2)
 """

@@ -1,4 +1,4 @@
-"""measures.py: figures against scikit-learn, SciPy or a count by hand; the coverage of intervals; the bag-of-words baseline."""
+"""measures.py: figures against scikit-learn, SciPy or a count by hand; intervals; the bag-of-words baseline."""
 
 from __future__ import annotations
 

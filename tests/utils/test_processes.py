@@ -1,4 +1,4 @@
-"""processes.py: ranks to devices, how rows are shared out, and a single process; tests/test_launched.py starts several."""
+"""processes.py: ranks to devices, shares of rows, and a single process; tests/test_launched.py starts several."""
 
 from __future__ import annotations
 
