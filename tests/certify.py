@@ -1,9 +1,10 @@
-"""The certificate that company does not count: `make certify`, or `python -m tests.certify`.
+"""Certify that the number of processes does not change a result: `make certify`, or `python -m tests.certify`.
 
-The rows that the package ships are scored and embedded by 1, 2 and 3 processes, with other batch budgets and in other
-orders. Printed is how far any number is from that of one process, and whether the order of the rows and the selection are
-the same. Then 2 and 3 processes cluster them together, and other rows (tests/together.py): the labels must be those of one,
-and the centres within 1e-6. It exits with 1 where something differs. Some three minutes on two cores.
+Score and embed the rows that the package ships with 1, 2 and 3 processes, with other batch budgets and in other orders.
+For each run, print the largest difference of a number from that of one process, and whether the order of the rows and
+the selection are the same. Then cluster these rows, and those of tests/together.py, with 2 and 3 processes: labels must
+equal those of one process, and centres may differ by 1e-6. Exit with 1 if anything differs. It takes about three
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from datasets import Dataset
 from car_datasets import cluster_filter
 from car_datasets.utils import files
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of scores and embeddings: batches of another shape sum float32 in another order
 
 
 class Run(NamedTuple):
-    """How the rows are scored."""
+    """The settings of one scoring run."""
 
     processes: int
     batch_tokens: int | None = None
@@ -41,7 +42,7 @@ RUNS = (Run(1), Run(2), Run(3), Run(1, 1024, "reversed"), Run(2, 32_768, "shuffl
 
 
 def places(order: str, rows: int) -> list[int]:
-    """Which row of the sample stands where."""
+    """Return, for each place in this order, the row of the sample that is there."""
     found = list(range(rows))
     if order == "reversed":
         found.reverse()
@@ -51,7 +52,7 @@ def places(order: str, rows: int) -> list[int]:
 
 
 def score(run: Run, folder: Path) -> Dataset:
-    """The sample in the order of the run, with its place there as `id`, scored by `car-datasets score`."""
+    """Return the sample in the order of the run, scored by `car-datasets score`; `id` is the row of the sample."""
     rows = json.loads(Path(files.sample_file()).read_text(encoding="utf-8"))
     folder.mkdir()
     content = [{**rows[i], "id": i} for i in places(run.order, len(rows))]
@@ -71,12 +72,12 @@ def score(run: Run, folder: Path) -> Dataset:
 
 
 def launcher(processes: int) -> list[str]:
-    """What starts so many of them, after python."""
+    """Return the arguments after `python` that start this number of processes."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
 def finish(what: str, line: list[str]) -> str:
-    """What a command prints; it must end well."""
+    """Run a command and return its stdout; exit with its stderr if it fails."""
     environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
@@ -85,13 +86,13 @@ def finish(what: str, line: list[str]) -> str:
 
 
 def certify_clusters(source: Path) -> bool:
-    """Cluster by 2 and 3 processes what tests/together.py has, and the embeddings of `source`; print a line for each case."""
+    """Cluster the cases of tests/together.py and the embeddings of `source` with 2 and 3 processes, and print each."""
     fine = True
     print("processes | case | share of rows with another label | largest difference of a centre | of a distance")
     for processes in (2, 3):
         what = f"{processes} processes cluster"
         found = json.loads(finish(what, [sys.executable, *launcher(processes), "-m", "tests.together", str(source)]))
-        del found["errors"]
+        del found["errors"]  # messages, which tests/test_launched.py checks
         for case, (others, centers, distances) in found.items():
             fine = fine and others == 0 and max(centers, distances) <= 1e-6
             print(f"{processes} | {case} | {others:.1e} | {centers:.1e} | {distances:.1e}", flush=True)
@@ -100,18 +101,19 @@ def certify_clusters(source: Path) -> bool:
 
 
 def select(scored: Dataset) -> list[int]:
-    """The rows that CLUSTER and SELECT take, best first, by their `id`."""
+    """Return the `id` of the rows that CLUSTER and SELECT take, best first."""
     chosen: list[int] = cluster_filter(scored, n1=40, n2=2)["id"][:]
     return chosen
 
 
 def certify(folder: Path, runs: tuple[Run, ...] = RUNS) -> bool:
-    """Score the sample in every way, print a line for each, and say whether all agree with the first."""
+    """Score the sample in each of these runs, print a line for each, and return True if all agree with the first."""
     print("processes | batch | order | largest difference of a score | of an embedding | row order | selection")
     scores, vectors, chosen, fine = np.zeros(0), np.zeros(0), [0], True
     for number, run in enumerate(runs):
         found = score(run, folder / str(number))
         in_order = found["id"][:] == places(run.order, len(found))
+        # Back in the order of the sample, to compare row by row.
         back = found.select(np.argsort(found["id"][:]).tolist())
         mine, my_vectors, my_choice = np.array(back["iqs_score"][:]), np.array(back["embedding"][:]), select(back)
         if number == 0:
@@ -121,9 +123,8 @@ def certify(folder: Path, runs: tuple[Run, ...] = RUNS) -> bool:
         fine = fine and in_order and same and max(far, vectors_far) <= TOLERANCE
         said = ["identical" if value else "ANOTHER" for value in (in_order, same)]
         print(f"{run} | {far:.1e} | {vectors_far:.1e} | {said[0]} | {said[1]}", flush=True)
-    print(
-        f"{len(scores)} rows, {len(chosen)} selected, tolerance {TOLERANCE:.0e}: {'certified' if fine else 'NOT certified'}"
-    )
+    verdict = "certified" if fine else "NOT certified"
+    print(f"{len(scores)} rows, {len(chosen)} selected, tolerance {TOLERANCE:.0e}: {verdict}")
     return fine
 
 

@@ -1,5 +1,5 @@
-"""What tests share: no network but a Hub on this machine, throw-away caches, tiny random models, and the project's data
-folder where there is one."""
+"""Set up every test: no network except a Hub on this machine, temporary caches, tiny random models, and the project's
+data folder where it exists."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before any library reads them: nothing here may talk to a hub or leave files in the user's caches.
+# Set before any library reads them: tests may neither reach the public Hub nor leave files in the user's caches.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="car-datasets-tests-")
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["CAR_DATASETS_TOKEN"] = os.environ.pop("HF_TOKEN", "")  # for --real-hub alone
+os.environ["CAR_DATASETS_TOKEN"] = os.environ.pop("HF_TOKEN", "")  # used by --real-hub only
 os.environ["CAR_DATASETS_LOOKUPS"] = os.path.join(os.environ["HF_HOME"], "lookups")
 
 import pytest
@@ -30,7 +30,7 @@ REAL_TOKEN = os.environ.pop("CAR_DATASETS_TOKEN")
 LOOKUPS = Path(os.environ["CAR_DATASETS_LOOKUPS"])
 GUARD = ROOT / "tests" / "hub_server" / "guard"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")]))
-runpy.run_path(str(GUARD / "sitecustomize.py"))  # child processes find it on PYTHONPATH
+runpy.run_path(str(GUARD / "sitecustomize.py"))  # for this process; child processes find it on PYTHONPATH
 WORDS = ["instruction", "input", "response", ":", ".", ",", "write", "list", "name", "three", "colours", "the", "a"]
 WORDS += ["of", "and", "to", "is", "sum", "short", "poem", "about", "sea", "good", "bad"]
 
@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def no_other_host() -> Iterator[None]:
-    """Fails a test that looked up another machine, itself or in a child process, even where the error was swallowed."""
+    """Fail a test that looked up another host, itself or in a child process, even if the error was swallowed."""
     LOOKUPS.write_text("")
     yield
     if seen := LOOKUPS.read_text():
@@ -52,15 +52,15 @@ def no_other_host() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """`Dataset.map(num_proc=...)` leaves a copy in the place of `os.environ`, in which nothing is undone after the test."""
+    """Restore the object `os.environ`, which `Dataset.map(num_proc=...)` replaces by a copy that no fixture resets."""
     before = os.environ
     yield
-    os.environ = before  # noqa: B003 (it is the very object)
+    os.environ = before  # noqa: B003 (the object itself, not its contents)
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """A Hub of this test's own; `tests/hub_server/__init__.py` tells how to use it."""
+    """Start a Hub for one test; `tests/hub_server/__init__.py` explains how to use it."""
     found = Hub(tmp_path / "hf-home")
     yield found
     found.close()
@@ -68,17 +68,17 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The project's data folder. CI must have it; elsewhere, tests that need it are skipped."""
+    """Return the project's data folder. CI must have it; elsewhere, tests that need it are skipped."""
     if not SHARED.is_dir():
         if os.environ.get("CI"):
-            pytest.fail(f"{SHARED} is not there, and in CI it must be")
-        pytest.skip("needs the project's data folder, ../shared beside the checkout")
+            pytest.fail(f"{SHARED} does not exist, but CI must have it")
+        pytest.skip("needs the project's data folder, ../shared next to the checkout")
     return SHARED
 
 
 @pytest.fixture(scope="session")
 def sample_file() -> Path:
-    """The rows that the package ships."""
+    """Return the path of the rows that the package ships."""
     return ROOT / "car_datasets" / "assets" / "instructions.json"
 
 
@@ -89,7 +89,7 @@ def sample_rows(sample_file: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the extra `plots` is not installed."""
+    """Make `import matplotlib` fail, as it does without the extra `plots`."""
     ordinary = builtins.__import__
 
     def refuse(name: str, *arguments: Any, **options: Any) -> Any:
@@ -102,7 +102,7 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pairs() -> Dataset:
-    """Six rows in the alpaca schema, one with an empty answer, one without an input."""
+    """Return six rows in the alpaca schema, one with an empty answer, one without an input."""
     rows = [
         ("Name three colours.", "", "Red, green and blue."),
         ("Write a short poem about the sea.", "", "The sea is wide, the sea is deep, it sings the tired sun to sleep."),
@@ -117,7 +117,7 @@ def pairs() -> Dataset:
 
 
 def save_tokenizer(folder: Path, max_length: int = 64) -> None:
-    """A word-level BERT tokenizer over a handful of words."""
+    """Save a word-level BERT tokenizer with a vocabulary of `WORDS`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -148,7 +148,7 @@ def tiny_encoder_config() -> Any:
 
 @pytest.fixture(scope="session")
 def make_tiny_iqs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that saves a random IQS model of the given configuration and seed, with its tokenizer."""
+    """Return a function that saves a random IQS model of a given configuration and seed, with its tokenizer."""
 
     def make(seed: int = 0, **options: Any) -> str:
         import torch
@@ -158,7 +158,7 @@ def make_tiny_iqs(tmp_path_factory: pytest.TempPathFactory) -> Any:
         torch.manual_seed(seed)
         options = {"hidden_sizes": (16,), "max_tokens": 48, "template": "clean-1", **options}
         model = IQSModel(IQSConfig(encoder_config=tiny_encoder_config(), **options))
-        for parameter in model.parameters():  # the initial weights are so small that all scores would be near equal
+        for parameter in model.parameters():  # initial weights are so small that all scores would be nearly equal
             torch.nn.init.normal_(parameter, std=0.3)
         folder = tmp_path_factory.mktemp("iqs")
         model.save_pretrained(folder)
@@ -175,7 +175,7 @@ def tiny_iqs(make_tiny_iqs: Any) -> str:
 
 @pytest.fixture(scope="session")
 def needs_openvino() -> None:
-    """Skips what needs the extra `openvino` where it is not installed; CI has it."""
+    """Skip a test that needs the extra `openvino` if it is not installed; CI must have it."""
     from car_datasets.scoring.iqs.openvino_encoder import import_openvino
 
     try:
@@ -190,7 +190,7 @@ def needs_openvino() -> None:
 def tiny_engine(
     needs_openvino: None, tiny_iqs: str, sample_rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> str:
-    """The int8 copy of `tiny_iqs`'s encoder, calibrated on the first 32 of the shipped rows."""
+    """Return the int8 copy of the encoder of `tiny_iqs`, calibrated on the first 32 of the shipped rows."""
     from car_datasets import QualityScorer
     from car_datasets.training.quantisation import quantise_encoder, sample_texts
 
@@ -201,7 +201,7 @@ def tiny_engine(
 
 @pytest.fixture(scope="session")
 def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random sentence-transformers model: encoder, mean pooling, normalisation, 40 tokens at most."""
+    """Return a random sentence-transformers model: encoder, mean pooling, normalisation, at most 40 tokens."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -224,7 +224,7 @@ def tiny_embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of every batch that a scorer was given."""
+    """Return a list that gets the number of rows of every batch that a scorer is given."""
     from car_datasets import QualityScorer
 
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""The certificate is refused where it should be: `make certify` itself runs in CI."""
+"""certify.py refuses results that differ; `make certify` itself runs in CI."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""explore: what embedding-atlas is given is what we have, and its real server answers."""
+"""exploring.py: embedding-atlas gets the rows, columns and points of a result, and its real server answers."""
 
 from __future__ import annotations
 

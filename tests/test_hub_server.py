@@ -1,4 +1,4 @@
-"""The tests' Hub against unmodified clients: what they ask it, and what they make of its answers."""
+"""The tests' Hub and unmodified clients: their requests, and how they react to its answers and faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def caught(call, *arguments, **options):
 
 
 def said(hub: Hub, code: str, *arguments: object, **options: Any) -> Any:
-    """What the code prints last, as JSON; it has `api` and `caught`."""
+    """Run code that can use `api` and `caught`, and return its last line of output, which is JSON."""
     return json.loads(hub.run(START + code, *arguments, check=True, **options).stdout.splitlines()[-1])
 
 

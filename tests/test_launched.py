@@ -1,4 +1,4 @@
-"""`torchrun` and `accelerate launch`: every process sees the same, one writes and prints, and a crash ends them all."""
+"""`torchrun` and `accelerate launch`: all processes get equal results, one writes and prints, a crash ends them all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes"]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 rows: five shards."""
+    """Return the path of 600 rows, which make five shards."""
     words = [word for word in WORDS if word.isalpha()]
     content = [  # no two alike: equal scores would be ranked by their last bit
         {
@@ -78,7 +78,7 @@ def test_curate_gives_what_one_process_gives(
 
 
 def assert_same(one: Path, many: Path, cache: Path) -> None:
-    """Two results of `curate`: the same rows in the same order, and their scores and embeddings within 1e-5."""
+    """Assert that two results of `curate` have the same rows in order, and scores and embeddings within 1e-5."""
     scored = [read(folder / "scored.parquet", cache) for folder in (one, many)]
     assert scored[0].column_names == scored[1].column_names
     assert np.allclose(scored[0]["iqs_score"][:], scored[1]["iqs_score"][:], atol=1e-5)
@@ -90,7 +90,7 @@ def assert_same(one: Path, many: Path, cache: Path) -> None:
 
 
 def on_machine(how: str, number: int, port: int) -> list[str]:
-    """A launcher's line on one of two machines of one process each, which meet at a port of this one."""
+    """Return a launcher's command on one of two machines of one process each, which meet at a port of this one."""
     if how == "torchrun":
         meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "test"]
         return ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meet]
@@ -132,7 +132,7 @@ SBATCH = ROOT / "configs" / "slurm_array.sbatch"
 
 @pytest.mark.slow
 def test_the_slurm_array_runs_without_slurm(sample_file: Path, tmp_path: Path) -> None:
-    """Two tasks at once that score, and the last one, which merges; on the sample and models that are shipped."""
+    """Run two tasks that score at once, then the last one, which merges, on the shipped sample and models."""
     curate(str(sample_file), tmp_path / "one", n1=0.05, n2=1)
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "car-datasets"  # as an installed package has it
@@ -191,7 +191,7 @@ selected.to_parquet(f"{output}-selected-{process_rank()[0]}.parquet")
 try:
     from_main(lambda: 1 / 0)
 except ZeroDivisionError:
-    sys.stdout.write(f"rank {process_rank()} was told\\n")  # in one piece: print would let other ranks in before the line end
+    sys.stdout.write(f"rank {process_rank()} was told\\n")  # one write: print writes the line end apart
 if is_main_process():
     sys.stdout.write("main\\n")
 """
@@ -293,7 +293,7 @@ def test_a_killed_launcher_or_rank_ends_the_others_and_the_same_command_goes_on(
 
 @pytest.fixture(scope="module")
 def sample_embeddings(sample_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Embeddings of the rows that the package ships."""
+    """Return the path of embeddings of the rows that the package ships."""
     found = add_columns(load_instructions(str(sample_file)), TextEmbedder(), "Embedding")
     path = tmp_path_factory.mktemp("embeddings") / "sample.parquet"
     found.select_columns(["embedding"]).to_parquet(path)
@@ -333,7 +333,7 @@ def test_clusters_are_those_of_one_process(sample_embeddings: Path, count: int) 
 
 @pytest.mark.slow
 def test_the_command_cluster_shares_and_says_it_once(tiny_embedder: str, rows: Path, tmp_path: Path) -> None:
-    """From rows without embeddings, as in the original's scored files; the model is saved once."""
+    """Rows have no embeddings, as in the original's scored files; the model is saved once."""
     found = {}
     for count in (1, 2):
         output, saved = tmp_path / f"{count}.parquet", tmp_path / f"model-{count}"
@@ -350,7 +350,7 @@ def test_the_command_cluster_shares_and_says_it_once(tiny_embedder: str, rows: P
 @pytest.mark.slow
 @pytest.mark.parametrize("run", range(5))
 def test_a_short_script_ends_well(tmp_path: Path, run: int) -> None:
-    """Left to itself, gloo ended every other such process by SIGABRT."""
+    """Without our cleanup, gloo ended every other such process by SIGABRT."""
     (tmp_path / "short.py").write_text("from car_datasets.utils.processes import from_main\nfrom_main(lambda: None)\n")
     done = launch(TORCHRUN, 2, str(tmp_path / "short.py"))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,6 @@
-"""The notebooks are tidy, and do what they say: run by nbclient in an empty folder, against a Hub on this machine.
+"""Check the format of the notebooks, and run them by nbclient in an empty folder, against a Hub on this machine.
 
-Only the cell that installs is left out; nothing is made smaller, since the notebooks are small.
+Only the cell that installs the package is skipped. Data and models are those of the notebooks, which are small.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def python_of(notebook: Any) -> Iterator[ast.Module]:
-    """The code of the cells and of the files that they write, without the lines that are IPython's."""
+    """Return the code of the cells and of the files that they write, without IPython's own lines."""
     for cell in code_cells(notebook):
         yield ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!"))))
 
@@ -101,7 +101,7 @@ def test_the_names_and_extras_of_ours_exist(name: str) -> None:
 
 
 class Ran:
-    """A notebook that ran to its end, and its kernel, which can be asked."""
+    """A notebook that ran to its end, and its kernel, which can evaluate expressions."""
 
     def __init__(self, client: NotebookClient) -> None:
         self._client = client
@@ -114,7 +114,7 @@ class Ran:
 
 @pytest.fixture
 def execute(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Ran]]:
-    """Run the cells of a notebook, but for the one that installs, in an empty folder and on this very Python."""
+    """Run all cells of a notebook except the one that installs, in an empty folder and on the Python of the tests."""
     work = tmp_path / "work"
     work.mkdir()
     for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):

@@ -1,4 +1,4 @@
-"""configs/ and hub_cards/ ship in the wheel and are found in wheel, editable install and bare checkout."""
+"""configs/ and hub_cards/ are in the wheel, and are found from a wheel, an editable install and a checkout."""
 
 import os
 import subprocess
@@ -18,7 +18,8 @@ from car_datasets.utils import files, revisions
 print(sorted(p.name for p in files.data_folder("configs").iterdir() if p.suffix in (".yaml", ".sbatch")))
 print(sorted(p.name for p in files.data_folder("hub_cards").glob("*.jinja")))
 print(sorted(p.name for p in files.ASSETS.iterdir()))
-print(files.sample_file().is_file(), (revisions.default_scorer_folder() / "model.safetensors").is_file(), files.__file__)
+weights = revisions.default_scorer_folder() / "model.safetensors"
+print(files.sample_file().is_file(), weights.is_file(), files.__file__)
 """
 
 

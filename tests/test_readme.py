@@ -1,4 +1,4 @@
-"""README: every Python snippet and car-datasets command runs, in order, in a folder with an alpaca file.
+"""README: all Python snippets and car-datasets commands run, in order, in a folder with an alpaca file.
 
 CONTRIBUTING: the map names every module, and the diffs apply to the code.
 """

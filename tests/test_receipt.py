@@ -1,4 +1,4 @@
-"""receipt.py: what a receipt says and what it must not say."""
+"""receipt.py: the fields of a receipt, and what it must not contain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tiny(tiny_iqs: str, tiny_embedder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Dataset]:
-    """Source, folder and selected rows of one run."""
+    """Return source, folder and selected rows of one run."""
     folder = tmp_path_factory.mktemp("run")
     source = folder / "my rows.jsonl"
     short_rows().to_json(source)

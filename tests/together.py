@@ -1,7 +1,8 @@
-"""What every process of a launcher runs: `torchrun ... -m tests.together ROWS`, beside the same fits by one process alone.
+"""Fit clusters in all processes of a launcher, `torchrun ... -m tests.together ROWS`, and compare with one process.
 
-Rows come in pieces of 64 here, so that few are enough for every process to have some. Printed, by the main process, is a JSON
-object: per case the share of rows with another label, and the largest differences of a centre and of a distance.
+Rows are read in batches of 64 here, so that a small dataset is enough for every process to have some. The main process
+prints a JSON object: for each case the share of rows with another label, and the largest differences of a centre and of
+a distance.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PIECE = 64
 
 
 def in_pieces_of(rows: int) -> None:
-    """Cut what is read, held and labelled by so many rows."""
+    """Set the number of rows that are read, held and labelled at a time."""
     columns.BATCH = labelling.BATCH = kmeans.CHUNK = rows
 
 
@@ -37,7 +38,7 @@ def dataset_of(rows: Any) -> Dataset:
 
 
 def topics(rows: int, width: int = 12, spread: float = 0.4) -> Matrix:
-    """About 30 topics, with less and less variance per column; of length 1."""
+    """Return unit vectors around some 30 topics, whose columns have less and less variance."""
     rng = np.random.default_rng(0)
     places = rng.normal(size=(30, width)) * 0.9 ** np.arange(width)
     found = places[rng.integers(0, 30, rows)] + spread * rng.normal(size=(rows, width)) * 0.9 ** np.arange(width)
@@ -45,7 +46,7 @@ def topics(rows: int, width: int = 12, spread: float = 0.4) -> Matrix:
 
 
 def cases(source: str | None) -> Iterator[tuple[str, Dataset, dict[str, Any]]]:
-    """A name, rows, and settings of a fit."""
+    """Yield the name, rows and settings of each fit."""
     data = dataset_of(topics(2_000))
     yield "groups far apart", dataset_of(topics(1_000, spread=0.02)), {"k": 30}
     yield "exact", data, {"kmeans_sample": 0}
@@ -65,7 +66,7 @@ def cases(source: str | None) -> Iterator[tuple[str, Dataset, dict[str, Any]]]:
 
 
 def differences(dataset: Dataset, settings: dict[str, Any]) -> tuple[float, float, float]:
-    """Of the clusters of all processes from those of this one alone: share of the labels, centres, distances."""
+    """Return how the clusters of all processes differ from those of one: share of labels, centres, distances."""
     model = ClusterModel.fit(dataset, **settings)
     labelled = model.label(dataset, across_processes=True)
     with alone():
@@ -79,18 +80,19 @@ def differences(dataset: Dataset, settings: dict[str, Any]) -> tuple[float, floa
         raise AssertionError("other rows have a label than have an embedding")
     mine, theirs = (np.array([x for x in found["cluster"] if x is not None]) for found in (labelled, expected))
     far, near = (np.array([x for x in found["cluster_distance"] if x is not None]) for found in (labelled, expected))
-    apart = (
-        np.abs(model.centers - reference.centers).max() if model.components.shape == reference.components.shape else 9
-    )
+    same_shape = model.components.shape == reference.components.shape
+    # With another number of components the centres cannot be subtracted: 9 is far above every tolerance.
+    apart = np.abs(model.centers - reference.centers).max() if same_shape else 9
     return float((mine != theirs).mean()), float(apart), float(np.abs(far - near).max())
 
 
 def relocated(processes: Processes) -> tuple[float, float, float]:
-    """The same of Lloyd's algorithm from centres of which 9 have no point: they are moved to the farthest points of all."""
+    """Return the same differences for Lloyd's algorithm that must move 9 empty centres to the farthest points."""
     points = torch.from_numpy(topics(1_000))
+    # 9 centres far from the unit sphere on which all points lie, so no point is nearest to them.
     first = torch.cat([points[:11], torch.full((9, points.shape[1]), 50.0) + torch.arange(9).unsqueeze(1)])
     if int((kmeans.one_pass([points], first).counts == 0).sum()) != 9:
-        raise AssertionError("the case is none")
+        raise AssertionError("not exactly 9 centres are empty, so the case tests nothing")
     share = processes.share(len(points), kmeans.CHUNK)
     found = kmeans.lloyd(points[share.start : share.stop], first, processes).centers
     expected = kmeans.lloyd(points, first).centers
@@ -99,7 +101,7 @@ def relocated(processes: Processes) -> tuple[float, float, float]:
 
 
 def errors(rank: int) -> list[str]:
-    """What this process is told when one or all have something wrong with them."""
+    """Return the error that this process gets in each case where the input of one or of all is wrong."""
     rows, more = topics(400), topics(400)
     rows[[70, 200, 399]] = np.nan
     unequal = [*more[:300], *more[300:, :8]]
@@ -117,6 +119,7 @@ def errors(rank: int) -> list[str]:
         (dataset_of([None] * 300), ordinary, {}),
         (dataset_of(more), ordinary, {"k": 401}),
         (dataset_of(more), ordinary, {"embedding_column": "vector"}),
+        # From here on the processes disagree: one fails, or has other rows, another order or another setting.
         (dataset_of(more), broken, {}),
         (dataset_of(more[rank:]), ordinary, {}),
         (dataset_of(more[::-1] if rank else more), ordinary, {}),

@@ -1,8 +1,9 @@
-"""Real processes that start at once: forked from a server that has imported what they need and has run nothing.
+"""Start processes fast: fork them from a server that has imported the heavy libraries and has run nothing.
 
-`WORKERS` is a context of `multiprocessing`; `run` is `python -c CODE ...` or `python -m MODULE ...` in such a process. What a
-library reads from the environment when it is imported is the same for all: the Hub of the tests is always at `HUB_URL`, and
-the paths below `HF_HOME` are replaced in the child. Another `HF_*` variable needs a Python of its own, and `run` starts one.
+`WORKERS` is a context of `multiprocessing`; `run` executes `python -c CODE ...` or `python -m MODULE ...` in such a
+process. Libraries read parts of the environment when they are imported, and these parts are the same for all children:
+the Hub of the tests is always at `HUB_URL`, and the paths below `HF_HOME` are replaced in the child. A command with any
+other `HF_*` variable needs a new Python, which `run` then starts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 WORKERS = multiprocessing.get_context("forkserver")
-WORKERS.set_forkserver_preload(
+WORKERS.set_forkserver_preload(  # imports only: a fork of a process with threads of torch or OpenMP may hang
     [
         "car_datasets.curation",
         "car_datasets.cli.stages",
@@ -49,6 +50,7 @@ def _free_port() -> int:
 HUB_PORT = _free_port()
 HUB_URL = f"http://127.0.0.1:{HUB_PORT}"
 NO_HOME = os.path.join(os.environ.get("HF_HOME", tempfile.gettempdir()), "replaced-in-every-child")
+# Read once, when huggingface_hub and datasets are imported in the server: all children see these values.
 AT_IMPORT = {
     "HF_ENDPOINT": HUB_URL,
     "HF_HOME": NO_HOME,
@@ -73,20 +75,20 @@ def _as_at_import() -> Iterator[None]:
 
 
 def start_server() -> None:
-    """Start the server, unless it runs, with the environment that is the same for all of its children."""
-    with _as_at_import():
+    """Start the server unless it runs, in the environment that all of its children share."""
+    with _as_at_import():  # the server keeps the environment of its start
         forkserver.ensure_running()
 
 
 def _is_warm(environment: Mapping[str, str]) -> bool:
-    """Return True if a child of the server sees what a new Python with this environment would."""
+    """Return True if a child of the server would behave like a new Python with this environment."""
     read_at_import = {name for name in environment if name.startswith(("HF_", "TRANSFORMERS_", "DATASETS_"))}
     read_at_import -= {"HF_HOME", "HF_TOKEN"}  # replaced in the child, and read when it is needed
     return all(environment[name] == AT_IMPORT.get(name) for name in read_at_import)
 
 
 def _move_home(old: str, home: str) -> None:
-    """Replace what the libraries made of `HF_HOME` when they were imported."""
+    """Replace the paths that the libraries derived from `HF_HOME` when they were imported."""
     for module in list(sys.modules.values()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if type(value) is str and value.startswith(old):
@@ -96,17 +98,18 @@ def _move_home(old: str, home: str) -> None:
 
 
 def _child(command: list[str], environment: dict[str, str], no_home: str, cwd: str, out: str, err: str) -> None:
-    """Become `python *command`."""
+    """Run `python *command` in this child, in place of the server's code."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    # At the level of descriptors, so that output of C++ libraries and of grandchildren is caught too.
     for number, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     _move_home(no_home, environment["HF_HOME"])
     if threads := environment.get("OMP_NUM_THREADS"):
-        import torch
+        import torch  # imported in the server, so the variable comes too late for it
 
         torch.set_num_threads(int(threads))
     sys.path[:] = [cwd, *(path for path in sys.path if path != cwd)]
@@ -120,13 +123,14 @@ def _child(command: list[str], environment: dict[str, str], no_home: str, cwd: s
             sys.modules["__main__"] = main
             exec(compile(command[1], "<string>", "exec"), main.__dict__)
     finally:
+        # A child of multiprocessing ends by os._exit, which runs no functions of atexit.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
 
 
 class Process(multiprocessing.context.ForkServerProcess):
-    """A child of the server, which whoever comes first must start with the environment that is the same for all."""
+    """A child of the server; the first child starts the server in the shared environment."""
 
     def start(self) -> None:
         start_server()
@@ -137,7 +141,7 @@ WORKERS.Process = Process  # type: ignore[assignment]
 
 
 class Running:
-    """A process that runs a command; as `subprocess.Popen` with text pipes."""
+    """A process that runs a command, with the interface of a `subprocess.Popen` with text pipes."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], cwd: Path | str = ROOT) -> None:
         self.args, self._folder = command, tempfile.TemporaryDirectory()
@@ -167,8 +171,9 @@ class Running:
         return self._process.exitcode
 
     def printed(self) -> tuple[str, str]:
-        """Return what it has printed so far."""
-        return tuple(Path(p).read_text(encoding="utf-8") if os.path.exists(p) else "" for p in (self._out, self._err))  # type: ignore[return-value]
+        """Return the text on stdout and on stderr so far."""
+        out, err = (Path(p).read_text(encoding="utf-8") if os.path.exists(p) else "" for p in (self._out, self._err))
+        return out, err
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         self.wait(timeout)
@@ -176,7 +181,7 @@ class Running:
 
 
 def start(command: list[str], environment: Mapping[str, str], cwd: Path | str = ROOT) -> Any:
-    """Start `python *command`: at once where the environment allows it, else as a Python of its own."""
+    """Start `python *command`: as a fork where the environment allows it, otherwise as a new Python."""
     if _is_warm(environment):
         return Running(command, environment, cwd)
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -184,7 +189,7 @@ def start(command: list[str], environment: Mapping[str, str], cwd: Path | str = 
 
 
 def at_home() -> dict[str, str]:
-    """Return the environment of this process as a child of the server may have it: without a Hub that answers."""
+    """Return the environment of this process for a child of the server; no Hub answers in it."""
     return {**os.environ, **AT_IMPORT, "HF_HOME": os.environ["HF_HOME"], "PYTHONPATH": str(ROOT)}
 
 

@@ -26,6 +26,7 @@ from car_datasets.scoring.batching import padding_waste, token_budget
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows, Stage, read_columns, refuse_taken
 from car_datasets.utils.processes import device_for
+from car_datasets.utils.settings import is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -105,7 +106,7 @@ def _refuse_what_cannot_spawn(dataset: Any, fn: Any, workers: int, options: dict
             f"dataset is a {type(dataset).__name__}, which has no num_proc. Pass a Dataset, for example one split of a "
             "DatasetDict."
         )
-    if not isinstance(workers, int) or workers < 1:
+    if not is_whole_number(workers) or workers < 1:
         raise ValueError(f"num_proc={workers!r} must be a number of workers, at least 1.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(

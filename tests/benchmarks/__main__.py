@@ -1,7 +1,8 @@
-"""Runs every benchmark of this folder and prints one table: `python -m tests.benchmarks [--json FILE] [NAME ...]`.
+"""Run the benchmarks of this folder and print one table: `python -m tests.benchmarks [--json FILE] [NAME ...]`.
 
-A benchmark is a module with `measure()`, which yields [`~tests.benchmarks.table.Line`]s. Run nothing else meanwhile: a
-figure is a ratio to a reference in the same run, and only as good as the quiet around it.
+A benchmark is a module with `measure()`, which yields [`~tests.benchmarks.table.Line`]s. Run nothing else on the
+machine at the same time: figures are compared with a reference that is measured in the same run, and other load
+distorts both.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from rich.table import Table
 import tests.benchmarks as folder
 from tests.benchmarks.table import Line
 
-APART = {"__main__", "synthetic", "table", "texts"}
+APART = {"__main__", "synthetic", "table", "texts"}  # modules without measure()
 
 
 def main(arguments: Sequence[str]) -> None:
     known = sorted({module.name for module in pkgutil.iter_modules(folder.__path__)} - APART)
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure, and print one table.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; all without")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(known)}; default: all")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(known)
     if unknown:
-        sys.exit(f"There is no benchmark {sorted(unknown)}; there are {known}.")
+        sys.exit(f"Benchmarks {sorted(unknown)} do not exist; choose from {known}.")
     modules = {name: importlib.import_module(f"tests.benchmarks.{name}") for name in options.names or known}
     found = [(name, line) for name, module in modules.items() for line in module.measure()]
     show(found)
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where and when the figures were taken."""
+    """Return the machine, the versions and the date of the figures."""
     import torch
 
     return {
@@ -59,7 +60,7 @@ def machine() -> dict[str, Any]:
 
 
 def show(found: Sequence[tuple[str, Line]]) -> None:
-    """The table: what, ours, reference, ratio, target."""
+    """Print the table: what, ours, reference, ratio, target."""
     at = machine()
     table = Table(title=f"{at['device']}, Python {at['python']}, torch {at['torch']}, {at['date']}")
     for name in ("what", "ours", "reference", "ours / reference", "target"):
@@ -70,6 +71,7 @@ def show(found: Sequence[tuple[str, Line]]) -> None:
         verdict = "" if line.met is None else ": met" if line.met else ": MISSED"
         table.add_row(line.what, f"{line.ours:.3g} {line.unit}", reference, ratio, line.target + verdict)
     console = Console()
+    # In a file or a pipe rich assumes 80 columns, which would fold every line.
     Console(width=max(console.width, 140) if not console.is_terminal else None).print(table)
 
 

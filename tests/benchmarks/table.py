@@ -1,4 +1,4 @@
-"""A line of the benchmarks' table, and the way that all of them take times."""
+"""Define a line of the benchmarks' table, and the function that measures times for all of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 
 class Line(NamedTuple):
-    """One measured figure beside its reference, which was measured in the same run.
+    """One measured figure and its reference, which was measured in the same run.
 
     Args:
-        what (`str`): what was done, to how much.
+        what (`str`): the task and its size.
         ours (`float`), reference (`float`, *optional*), unit (`str`): the two figures.
-        target (`str`): what is wanted, in words; met (`bool`, *optional*): whether it was reached.
+        target (`str`): the aim in words; met (`bool`, *optional*): `True` if it was reached.
     """
 
     what: str
@@ -25,10 +25,10 @@ class Line(NamedTuple):
 
 
 def best_of(runs: int, function: Callable[[], Any]) -> tuple[float, Any]:
-    """The least seconds of several runs, and what the last one returned."""
+    """Return the shortest time of several runs in seconds, and the result of the last run."""
     seconds, result = [], None
     for _ in range(runs):
-        result = None  # so that two results are never in memory
+        result = None  # freed before the run, so that two results are never in memory at once
         start = time.perf_counter()
         result = function()
         seconds.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""The rows that benchmarks read: the project's own where they lie beside the checkout, else the shipped sample's, repeated."""
+"""Read the rows of the benchmarks: those of the project's data folder if it exists, or the shipped sample, repeated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALPACA = Path(__file__).parents[3] / "shared" / "data" / "alpaca_9k.json"
 
 
 def rows(count: int | None = None) -> tuple[str, list[dict[str, Any]]]:
-    """So many rows (all of the Alpaca file, unless fewer are asked for), and what they are."""
+    """Return a description of the rows, and the first `count` of them; by default all of the Alpaca file."""
     if ALPACA.is_file():
         found = json.loads(ALPACA.read_text(encoding="utf-8"))
         return "Alpaca rows", found[:count]
@@ -22,6 +22,6 @@ def rows(count: int | None = None) -> tuple[str, list[dict[str, Any]]]:
 
 
 def texts(count: int | None = None) -> tuple[str, list[str]]:
-    """The same rows as the text that is scored."""
+    """Return the same description, and the text of each row that a scorer reads."""
     kind, found = rows(count)
     return kind, [render(Exchange(row["instruction"], row["input"], row["output"])).whole for row in found]

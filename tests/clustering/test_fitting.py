@@ -1,4 +1,4 @@
-"""How `ClusterModel.fit` finds its numbers: the default beside scikit-learn, the column read in pieces, bad settings."""
+"""fitting.py: the default engine against scikit-learn, columns in batches, bad settings, streamed covariance."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from car_datasets import ClusterModel, Recipe, cluster_filter
-from car_datasets.clustering.fitting import ENGINES, FitSettings, Numbers, number_of_clusters, project
+from car_datasets.clustering.fitting import ENGINES, Covariance, FitSettings, Numbers, number_of_clusters, project
 from car_datasets.utils import columns
-from car_datasets.utils.columns import read_embeddings
+from car_datasets.utils.columns import Matrix, read_embeddings
 
 
 def embeddings(rows: int, width: int = 12, seed: int = 0) -> np.ndarray:
-    """About 30 topics, with less and less variance per column; of length 1."""
+    """Return unit vectors around some 30 topics, whose columns have less and less variance."""
     rng = np.random.default_rng(seed)
     topics = rng.normal(size=(30, width)) * 0.9 ** np.arange(width)
     found = topics[rng.integers(0, 30, rows)] + 0.4 * rng.normal(size=(rows, width)) * 0.9 ** np.arange(width)
@@ -133,7 +135,7 @@ def test_the_paper_keeps_scikit_learn(settings: dict[str, str], engine: str) -> 
 
 
 def fit_first_rows(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
-    """An engine from outside the package: the first k rows are the centres, and nothing is projected away."""
+    """Fit as an engine from outside the package: the first k rows are the centres, and nothing is projected away."""
     matrix, _ = read_embeddings(dataset, column)
     k, width = number_of_clusters(settings.k, len(matrix)), matrix.shape[1]
     mean, components = matrix.mean(axis=0), np.eye(width, dtype=np.float32)
@@ -146,3 +148,88 @@ def test_an_engine_is_a_function_and_a_row_in_the_table(data: Dataset, monkeypat
     assert model.label(data)["cluster"][:7] == list(range(7))
     with pytest.raises(ValueError, match=r"choose one of \('torch', 'sklearn', 'first rows'\)"):
         ClusterModel.fit(data, kmeans="faiss")
+
+
+# --- streamed covariance, against scikit-learn's PCA and float64 arithmetic
+
+
+def correlated(count: int, width: int = 16, seed: int = 0) -> Matrix:
+    """Return correlated rows whose directions each have their own variance, away from the origin."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(count, width)) * 0.8 ** np.arange(width) @ rng.normal(size=(width, width))
+    return (mixed + rng.normal(size=width)).astype(np.float32)
+
+
+def joined(parts: list[Matrix]) -> Covariance:
+    """Return the covariance of all parts, merged one after the other."""
+    found = Covariance.of(parts[0])
+    for part in parts[1:]:
+        found.merge(Covariance.of(part))
+    return found
+
+
+@pytest.mark.parametrize("share", [0.3, 0.95, 0.999, 1.0])
+@pytest.mark.parametrize("count", [5, 17, 400])
+def test_components_of_merged_covariances_are_those_of_scikit_learn(count: int, share: float) -> None:
+    matrix = correlated(count)
+    pca = PCA(None if share == 1 else share, svd_solver="full").fit(matrix.astype(np.float64))
+    components, held = joined(np.array_split(matrix, 4)).principal_components(share)
+    variances = pca.explained_variance_ratio_
+    real = variances > 1e-5  # with fewer rows than columns, the last component is any direction without variance
+    assert len(components) == len(variances)
+    np.testing.assert_allclose(components[real], pca.components_[real], atol=1e-4)  # in their signs too
+    assert held == pytest.approx(variances.sum(), abs=1e-6)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.lists(st.integers(1, 39), max_size=5), st.randoms(use_true_random=False))
+def test_cuts_and_their_order_hardly_matter(cuts: list[int], order: object) -> None:
+    matrix = correlated(40)
+    whole = Covariance.of(matrix)
+    parts = [part for part in np.split(matrix, sorted(cuts)) if len(part) > 0]
+    order.shuffle(parts)  # type: ignore[attr-defined]
+    found = joined(parts)
+    assert found.rows == 40
+    np.testing.assert_allclose(found.mean, whole.mean, atol=1e-6)
+    np.testing.assert_allclose(found.products, whole.products, atol=1e-5 * np.trace(whole.products))
+
+
+def test_readers_can_be_joined_in_a_tree() -> None:
+    parts = [Covariance.of(part) for part in np.array_split(correlated(300), 4)]
+    left, right = joined(np.array_split(correlated(300), 4)[:2]), parts[2]
+    right.merge(parts[3])
+    left.merge(right)
+    whole = Covariance.of(correlated(300))
+    np.testing.assert_allclose(left.products, whole.products, atol=1e-5 * np.trace(whole.products))
+
+
+def test_rows_far_from_the_origin_lose_no_digits() -> None:
+    """The sum of squares minus the square of the sum would leave nothing here: 1e8 against 1, in float32."""
+    matrix = correlated(2_000) + np.float32(1e4)
+    exact = np.cov(matrix.astype(np.float64), rowvar=False) * (len(matrix) - 1)
+    found = joined(np.array_split(matrix, 7))
+    np.testing.assert_allclose(found.products, exact, atol=1e-5 * np.trace(exact))
+    np.testing.assert_allclose(found.mean, matrix.astype(np.float64).mean(axis=0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+@pytest.mark.parametrize("count", [1, 3, 5_000])
+def test_equal_rows_have_one_axis(count: int, value: float) -> None:
+    parts = [np.full((count, 3), value, dtype=np.float32)] * 3
+    components, share = joined(parts).principal_components(0.95)
+    assert components.tolist() == [[1, 0, 0]]
+    assert share == 1.0
+
+
+def test_constant_columns_are_in_no_component() -> None:
+    matrix = correlated(200, 6)
+    matrix[:, [1, 4]] = 0.3, 7.0
+    components, _ = joined(np.array_split(matrix, 3)).principal_components(0.9999)
+    assert 1 < len(components) <= 4
+    np.testing.assert_allclose(components[:, [1, 4]], 0, atol=1e-6)
+
+
+def test_the_largest_entry_of_a_component_is_positive() -> None:
+    components, _ = Covariance.of(correlated(50)).principal_components(1)
+    assert (components[np.arange(16), np.abs(components).argmax(axis=1)] > 0).all()
+    np.testing.assert_allclose(components @ components.T, np.eye(16), atol=1e-9)

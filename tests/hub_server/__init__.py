@@ -1,8 +1,8 @@
-"""A Hub for the tests: real HTTP on this machine, spoken to by unmodified `datasets`, `huggingface_hub` and `transformers`.
+"""A Hub for the tests: real HTTP on this machine, used by unmodified `datasets`, `huggingface_hub` and `transformers`.
 
-The fixture `hub` (conftest.py) is a [`Hub`]: a server process of its own for each test, empty at first. The libraries read
-where the Hub is when they are imported, and pytest's own process stays offline; so what speaks to the server runs in child
-processes:
+The fixture `hub` (conftest.py) is a [`Hub`], a server process that starts empty for each test. The libraries read the
+address of the Hub when they are imported, and pytest's own process stays offline, so code that calls the server runs in
+child processes:
 
 ```python
 def test_push(hub):
@@ -11,21 +11,23 @@ def test_push(hub):
     assert hub.repo("me/x").private and "README.md" in hub.repo("me/x").files()
 ```
 
-- `hub.run(code, *arguments, token=..., check=False)` runs Python code as `me` (`sys.argv[1:]` are the arguments), with the
-  repository's root on its path; `token=hub.read_token`, `hub.other_token` (`you`), `None` (logged out), or any text.
-  `hub.env` is that environment, for a `subprocess.Popen` or a command line of your own. HF_HOME is new for each test.
-- `hub.commit("you/x", {"data/train.parquet": b"..."}, private=True)` puts files there past all checks, as another
-  machine might: the new commit's sha. The repository is made if it is not there.
-- `hub.repo("me/x", kind="models")` is what a repository holds, or `None`: `.private`, `.branches`, `.sha`, `.files(revision)`
-  (path to bytes), `.titles` (commits of main, newest first).
-- `hub.fault("POST", "/commit/", times=2, status=503)` makes coming requests fail, see [`~tests.hub_server.faults.Fault`] for
-  `kind="drop"`, `"delay"`, `"lost"` (done, but the answer never comes) and `"cut"`, `skip=` and headers; `hub.mend()` ends it.
-- `hub.log()` is every request so far: method, path, query, status, user, token (was one sent), size, fault.
-  `hub.count("PUT", "/large/")` counts them.
+- `hub.run(code, *arguments, token=..., check=False)` runs Python code as `me`, with the root of our repository on its
+  path; `sys.argv[1:]` are the arguments. `token` may be `hub.read_token`, `hub.other_token` (of `you`), `None` (logged
+  out) or any text. `hub.env` is the environment of this code, for a `subprocess.Popen` or a command line. HF_HOME is
+  new for each test.
+- `hub.commit("you/x", {"data/train.parquet": b"..."}, private=True)` commits files without any check, as if from
+  another machine, and returns the new commit's sha. A repository that does not exist is created.
+- `hub.repo("me/x", kind="models")` returns the contents of a repository, or `None`: `.private`, `.branches`, `.sha`,
+  `.files(revision)` (path to bytes), `.titles` (of the commits of main, newest first).
+- `hub.fault("POST", "/commit/", times=2, status=503)` makes the next requests fail; [`~tests.hub_server.faults.Fault`]
+  documents the kinds `"drop"`, `"delay"`, `"lost"` (the request is executed, but not answered) and `"cut"`, `skip=` and
+  headers. `hub.mend()` removes all faults.
+- `hub.log()` returns all requests so far: method, path, query, status, user, token (`True` if one was sent), size,
+  fault. `hub.count("PUT", "/large/")` counts them.
 
-Accounts: `me` owns `team` and only reads `company`; `you` is another. Large files are PUT and read at another origin, at
-`/large/...`. At the end of a test the fixture fails it where a token is found in a repository, a file below `tmp_path` or
-what a child printed, or where the server itself broke.
+Accounts: `me` owns `team` and can only read `company`; `you` is another user. Large files are written and read at
+another origin, at `/large/...`. At its end a test fails if a token is in a repository, in a file below `tmp_path` or in
+the output of a child, or if the server raised an error.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Stored:
-    """What a repository held when it was asked for."""
+    """The contents of a repository at the time of the request."""
 
     private: bool
     branches: dict[str, str]
@@ -61,12 +63,12 @@ class Stored:
 
     @property
     def sha(self) -> str:
-        """The commit of main."""
+        """Return the sha of the last commit of main."""
         return self.branches["main"]
 
     @property
     def titles(self) -> list[str]:
-        """The titles of the commits of main, newest first."""
+        """Return the titles of the commits of main, newest first."""
         found, sha = [], self.sha
         while sha is not None:
             found.append(self.commits[sha]["title"])
@@ -74,13 +76,13 @@ class Stored:
         return found
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """Path to content."""
+        """Return the content of each file, by path."""
         sha = {**self.branches, **self.tags, **self.pulls}.get(revision, revision)
         return {path: base64.b64decode(text) for path, text in self.commits[sha]["files"].items()}
 
 
 class Hub:
-    """A running server, and how tests speak to it; see the top of this file."""
+    """A running server and its control by tests; see the top of this file."""
 
     token, read_token, other_token = "hf_me_writes", "hf_me_reads", "hf_you_write"
 
@@ -89,12 +91,12 @@ class Hub:
         command = [sys.executable, "-m", "tests.hub_server", str(HUB_PORT)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
         assert self._process.stdout is not None
-        self.url = self._process.stdout.readline().strip()
+        self.url = self._process.stdout.readline().strip()  # printed once the port is open
         self._printed: list[str] = []
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment in which a child process finds this server, as `me`."""
+        """Return the environment in which a child process uses this server, as `me`."""
         return {
             **os.environ,
             **AT_IMPORT,
@@ -114,7 +116,7 @@ class Hub:
         timeout: float = 120,
         check: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """Run Python code in a child process; with `check` it must succeed."""
+        """Run Python code in a child process; with `check`, fail if it fails."""
         environment = {**self.env, "HF_TOKEN": token or "", **(env or {})}
         done = run(["-c", code, *map(str, arguments)], environment, timeout=timeout)
         self._printed += [done.stdout, done.stderr]
@@ -129,43 +131,43 @@ class Hub:
         private: bool = False,
         branch: str = "main",
     ) -> str:
-        """Put files into a repository from elsewhere: the new commit."""
+        """Commit files to a repository without any check, and return the sha."""
         encoded = {path: base64.b64encode(content).decode() for path, content in files.items()}
         found: str = self._ask("commit", kind=kind, name=name, files=encoded, private=private, branch=branch)
         return found
 
     def repo(self, name: str, kind: str = "datasets") -> Stored | None:
-        """What a repository holds now."""
+        """Return the present contents of a repository, or None if it does not exist."""
         found = self._ask("repo?" + urlencode({"kind": kind, "name": name}))
         return None if found is None else Stored(**found)
 
     def fault(self, method: str, path: str, times: int = 1, kind: str = "status", **options: Any) -> None:
-        """Make coming requests fail, see [`~tests.hub_server.faults.Fault`]."""
+        """Make the next requests fail; see [`~tests.hub_server.faults.Fault`]."""
         self._ask("fault", **asdict(Fault(method, path, times, kind, **options)))
 
     def mend(self) -> None:
-        """Forget all faults."""
+        """Remove all faults."""
         self._ask("mend")
 
     def log(self) -> list[dict[str, Any]]:
-        """Every request so far, in the order in which they were answered."""
+        """Return all requests so far, in the order in which they were answered."""
         found: list[dict[str, Any]] = self._ask("log")
         return found
 
     def count(self, method: str, part: str) -> int:
-        """Requests so far with this method and `part` in their path."""
+        """Count the requests so far with this method and `part` in their path."""
         return sum(row["method"] == method and part in row["path"] for row in self.log())
 
     def kill(self) -> None:
-        """The server is gone, and with it all that it held."""
+        """Kill the server, whose repositories are lost."""
         self._process.kill()
         self._process.wait()
 
     def close(self) -> None:
-        """Stop the server, and look for tokens where they should not be.
+        """Stop the server, and search repositories, files and output for tokens.
 
         Raises:
-            AssertionError: one was found, or the server broke.
+            AssertionError: a token was found, or the server raised an error.
         """
         broken, texts = [], dict(enumerate(self._printed))
         if self._process.poll() is None:
@@ -173,7 +175,7 @@ class Hub:
             for kind, name in self._ask("repos"):
                 repo = self.repo(name, kind)
                 texts |= {f"{name}/{p}": str(c) for sha in repo.commits for p, c in repo.files(sha).items()}
-            self._process.stdin.close()
+            self._process.stdin.close()  # the server serves until its standard input ends
             self._process.wait(10)
         self._process.stdout.close()
         for path in self.folder.parent.rglob("*"):
@@ -186,5 +188,6 @@ class Hub:
 
     def _ask(self, what: str, **content: Any) -> Any:
         request = urllib.request.Request(f"{self.url}/_control/{what}", json.dumps(content).encode(), method="POST")
+        # Without the proxies of the environment, which could not reach this machine's own address.
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as reply:
             return json.load(reply)

@@ -1,4 +1,4 @@
-"""`python -m tests.hub_server`: serves until its standard input ends. The first line that it prints is its address."""
+"""Serve until the standard input ends: `python -m tests.hub_server [PORT]`. The first line on stdout is the address."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.store, self.faults, self.lock = Store(), Faults(), threading.Lock()
         self.log: list[dict[str, Any]] = []
+        # Two names of this machine are two origins to a client, as the Hub and its file storage are.
         self.origin, self.large_origin = (f"http://{host}:{self.server_port}" for host in ("127.0.0.1", "localhost"))
 
 
@@ -52,6 +53,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.origin,
             self.server.large_origin,
         )
+        # The lock is not held while a fault delays the answer, so other requests are served meanwhile.
         with self.server.lock:
             fault = self.server.faults.take(self.command, self.path)
         kind = None if fault is None else fault.kind
@@ -78,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with self.server.lock:
                 return answer(self.server.store, request)
-        except Exception:  # else the connection would close, and the client would try five times
+        except Exception:  # otherwise the connection would close, and the client would retry five times
             trace = traceback.format_exc()
             with self.server.lock:
                 self.server.log.append({"method": request.method, "path": request.path, "broken": trace})
@@ -103,6 +105,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        # http.server does not decode chunked bodies: a size in hexadecimal, CRLF, the bytes, CRLF; size 0 ends them.
         chunks = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
             chunks.append(self.rfile.read(size))
@@ -111,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def _control(self, body: bytes) -> Answer:
-        """What tests ask and tell the server, past accounts, faults and log."""
+        """Answer a request of the tests themselves, which knows no accounts and faults and is not logged."""
         store, what = self.server.store, urlsplit(self.path).path.removeprefix(CONTROL)
         asked = json.loads(body or b"{}")
         if what == "log":
@@ -135,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _commit(store: Store, kind: str, name: str, files: dict[str, str], private: bool, branch: str) -> str:
-    """Files put into a repository past all checks, which is made if it is not there: the new commit."""
+    """Commit files without any check, creating the repository if it does not exist, and return the sha."""
     owner = name.split("/")[0]
     repo = store.repos.get((kind, name)) or store.create(kind, name, private, owner)
     before = dict(repo.at(branch if branch in repo.branches else "main").files)
@@ -161,7 +164,7 @@ def main() -> None:
     server = Server(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     print(server.origin, flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    sys.stdin.read()  # ends with the process that started this one, however that ends
+    sys.stdin.read()  # ends when the parent process does, even if that is killed
 
 
 if __name__ == "__main__":

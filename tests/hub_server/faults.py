@@ -1,4 +1,4 @@
-"""Faults of a hub: which of the coming requests go wrong, and how."""
+"""Faults of the Hub: rules for which requests fail, and how."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ KINDS = ("status", "drop", "delay", "lost", "cut")
 
 @dataclass
 class Fault:
-    """The next `times` requests that match, after `skip` of them, go wrong.
+    """A rule that makes the next `times` matching requests fail, after `skip` of them.
 
-    Kinds: `status`, the answer is an error with this `status`, `code`, `message` and `headers`, and nothing is done; `drop`,
-    the connection is closed and nothing is done; `delay`, `seconds` pass before it is done; `lost`, it is done, and the
-    connection is closed in the answer's place; `cut`, it is done, and the connection is closed half-way through the answer.
+    Kinds:
+        `status`: the request is not executed; the answer is an error with `status`, `code`, `message` and `headers`.
+        `drop`: the request is not executed, and the connection is closed.
+        `delay`: the request is executed after `seconds`.
+        `lost`: the request is executed, and the connection is closed without an answer.
+        `cut`: the request is executed, and the connection is closed half-way through the answer.
     """
 
     method: str
-    path: str  # a regular expression that is searched in the path with its query
+    path: str  # a regular expression, searched in the path and query
     times: int = 1
     kind: str = "status"
     skip: int = 0
@@ -31,17 +34,18 @@ class Fault:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r} is not known; choose one of {KINDS}.")
+        # A bad pattern fails in the test that wrote it, not in the server.
         re.compile(self.path), re.compile(self.method)
 
 
 class Faults:
-    """The rules that are set, in order; the first that matches a request counts."""
+    """The rules in force, in order; the first that matches a request applies."""
 
     def __init__(self) -> None:
         self.rules: list[Fault] = []
 
     def take(self, method: str, path: str) -> Fault | None:
-        """What befalls a request."""
+        """Return the fault of a request, or None, and count it."""
         for rule in self.rules:
             if rule.times and re.fullmatch(rule.method, method) and re.search(rule.path, path):
                 if rule.skip:

@@ -1,4 +1,4 @@
-"""Requests and answers of a hub, apart from HTTP's own framing."""
+"""Requests and answers of the Hub, without HTTP's framing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Request:
     query: str
     headers: dict[str, str]
     body: bytes
-    origin: str  # the hub's own, and that of the large files: another, so that clients keep the token to themselves
-    large_origin: str
+    origin: str
+    large_origin: str  # differs from `origin`, so clients must not send the token there
     user: str | None = None
     may: str | None = None
 
@@ -52,6 +52,7 @@ def ranged(request: Request, content: bytes, headers: dict[str, str]) -> Answer:
     asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
     if asked is None or not any(asked.groups()):
         return Answer(200, content, headers)
+    # RFC 9110, 14.1.2: `a-b` includes b, `a-` is the rest from a, and `-n` the last n bytes.
     size = len(content)
     start = int(asked[1]) if asked[1] else max(0, size - int(asked[2]))
     stop = min(size, int(asked[2]) + 1) if asked[1] and asked[2] else size

@@ -1,4 +1,4 @@
-"""The Hub's HTTP API: from a request to an answer, on a store. The writing half is in uploads.py."""
+"""The Hub's HTTP API: requests to answers, on a store. Uploads and commits are in uploads.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES = r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)"
 
 
 def answer(store: Store, request: Request) -> Answer:
-    """What the Hub answers."""
+    """Return the Hub's answer to a request."""
     try:
         _authenticate(request)
         for method, pattern, route in ROUTES:
@@ -30,6 +30,7 @@ def answer(store: Store, request: Request) -> Answer:
 
 
 def _authenticate(request: Request) -> None:
+    # The URLs of large files are signed: their storage refuses a token, and a client that sends one leaks it.
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if given and re.match("/large/", request.path):
         raise Refused(400, "A token was sent to the origin of the large files.")
@@ -127,6 +128,7 @@ def tree(store: Store, request: Request, kind: str, name: str, revision: str, fo
     if folder and not inside:
         raise Refused(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
     rows: dict[str, Any] = {}
+    # The store holds files only, but the Hub lists directories too: they follow from the paths.
     for path, file in inside.items():
         parts = path[len(start) :].split("/")
         for depth in range(1, len(parts)):

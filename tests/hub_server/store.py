@@ -1,4 +1,4 @@
-"""What a hub holds: accounts and their tokens, repositories of immutable commits, large files kept apart per repository."""
+"""The state of the Hub: accounts, tokens, repositories of immutable commits, and each repository's large files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-# token -> (who, what the token may). `me` owns the organisation `team` and only reads `company`.
+# token -> (user, permission). `me` owns the organisation `team` and can only read `company`.
 TOKENS = {"hf_me_writes": ("me", "write"), "hf_me_reads": ("me", "read"), "hf_you_write": ("you", "write")}
 ORGS = {"team": {"me": "admin"}, "company": {"me": "read", "you": "admin"}}
-# What travels as a large file (LFS), apart from its commit; on the Hub the repository's .gitattributes says so.
+# Files uploaded as large files (LFS), before their commit; on the Hub the repository's .gitattributes lists them.
 LARGE = (".parquet", ".arrow", ".safetensors", ".bin", ".ckpt", ".pt", ".npy", ".gz", ".zip", ".png")
-EPOCH = 1_700_000_000
+EPOCH = 1_700_000_000  # in seconds; a commit is dated this plus its number, independent of the clock
 
 
 class Refused(Exception):
-    """A request that gets an error: status, what it says, the Hub's code for it, and more fields of the answer."""
+    """An error answer to a request: status, message, the Hub's error code, and further fields of the answer."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **fields: Any) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class File:
 
     @property
     def oid(self) -> str:
-        """The git blob id, for large files of the pointer that git would hold."""
+        """Return the git blob id; for a large file, that of the LFS pointer which git stores in its place."""
         content = self.content
         if self.large:
             content = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize %d\n" % (
@@ -59,7 +59,7 @@ class Commit:
     message: str
     author: str
     number: int
-    files: dict[str, File]  # never changed: a new commit has a new one
+    files: dict[str, File]  # never mutated: a new commit has a dict of its own
 
     @property
     def date(self) -> str:
@@ -75,7 +75,9 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     pulls: dict[str, str] = field(default_factory=dict)
-    large: dict[str, bytes] = field(default_factory=dict)  # per repository: another's uploads are no help here
+    large: dict[str, bytes] = field(
+        default_factory=dict
+    )  # by sha256; per repository, so a file uploaded to another one is not found here
     numbers: Any = field(default_factory=itertools.count)
 
     @property
@@ -83,7 +85,7 @@ class Repo:
         return self.id.split("/")[0]
 
     def at(self, revision: str) -> Commit:
-        """The commit behind a branch, tag, pull request or sha."""
+        """Return the commit of a branch, tag, pull request or sha."""
         for names in (self.branches, self.tags, self.pulls):
             revision = names.get(revision, revision)
         if revision not in self.commits:
@@ -91,18 +93,19 @@ class Repo:
         return self.commits[revision]
 
     def commit(self, branch: str, files: dict[str, File], title: str, author: str, message: str = "") -> Commit:
-        """Put `files`, the whole tree, on top of a branch."""
+        """Commit `files`, the complete tree, on top of a branch."""
         parent = self.branches.get(branch) or self.pulls.get(branch)
         number = next(self.numbers)
         listing = "".join(f"{path} {file.oid}\n" for path, file in sorted(files.items()))
         sha = hashlib.sha1(f"{self.id} {parent} {number} {title}\n{listing}".encode()).hexdigest()
+        # Files from the parent keep the commit that last changed them, which `expand` reports.
         files = {p: f if f.commit else dataclasses.replace(f, commit=sha) for p, f in files.items()}
         found = self.commits[sha] = Commit(sha, parent, title, message, author, number, files)
         (self.pulls if branch in self.pulls else self.branches)[branch] = sha
         return found
 
     def history(self, revision: str) -> list[Commit]:
-        """From a revision back to the first commit."""
+        """Return the commits from a revision back to the first."""
         found = [self.at(revision)]
         while found[-1].parent is not None:
             found.append(self.commits[found[-1].parent])
@@ -110,7 +113,7 @@ class Repo:
 
 
 class Store:
-    """All repositories, and who may see and change them."""
+    """All repositories, and the rules on who may read and change them."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -121,7 +124,7 @@ class Store:
         return repo
 
     def find(self, kind: str, name: str, user: str | None) -> Repo:
-        """A repository that the user may see; another's private one looks as if it were not there.
+        """Return a repository that the user may read; a private one of others is reported as missing.
 
         Raises:
             Refused: 404, or 401 without a token, as on the Hub.
@@ -134,13 +137,13 @@ class Store:
         raise Refused(404, "Repository not found", "RepoNotFound")
 
     def role(self, owner: str, user: str | None) -> str | None:
-        """What a user is in a namespace: `admin`, `read`, or nothing."""
+        """Return the role of a user in a namespace: `admin`, `read` or None."""
         if user is not None and owner == user:
             return "admin"
         return ORGS.get(owner, {}).get(user or "")
 
     def writable(self, kind: str, name: str, request: Any) -> Repo:
-        """A repository that the request's user may see and change, or Refused."""
+        """Return a repository that the request's user may change, or raise Refused."""
         repo = self.find(kind, name, request.user)
         self.check_write(repo.owner, request.user, request.may, "write")
         return repo
@@ -154,5 +157,5 @@ class Store:
 
 
 def is_large(path: str, size: int, sample: bytes) -> bool:
-    """Whether a file travels apart from its commit; empty files never do."""
+    """Return True if a file is uploaded before its commit, as a large file; empty files never are."""
     return size > 0 and (path.endswith(LARGE) or size > 10_000_000 or b"\0" in sample)

@@ -1,4 +1,4 @@
-"""The writing half of the Hub's API: what travels how, large files, commits."""
+"""The part of the Hub's API that writes: upload modes, large files, commits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lfs_batch(store: Store, request: Request, kind: str | None, name: str) -> An
     rows = []
     for asked in request.json["objects"]:
         row, path = {"oid": asked["oid"], "size": asked["size"]}, f"{repo.kind}/{repo.id}/{asked['oid']}"
-        if asked["oid"] not in repo.large:
+        if asked["oid"] not in repo.large:  # without actions the client skips the upload
             row["actions"] = {
                 "upload": {"href": f"{request.large_origin}/large/{path}"},
                 "verify": {"href": f"{request.origin}/verify/{path}"},
@@ -65,13 +65,14 @@ def commit(store: Store, request: Request, kind: str, name: str, revision: str) 
     pull = request.asks("create_pr")
     if not pull:
         store.writable(kind, name, request)
+    # The body is ndjson: a header, then one operation per line.
     lines = [json.loads(line) for line in request.body.splitlines() if line.strip()]
     header = next(line["value"] for line in lines if line["key"] == "header")
     head = repo.at(revision)
     if header.get("parentCommit") not in (None, head.sha):
         raise Refused(412, "A commit has happened since. Please refresh and try again.")
     if not pull and revision not in {**repo.branches, **repo.pulls}:
-        raise Refused(404, f"{revision} is no branch", "RevisionNotFound")
+        raise Refused(404, f"{revision} is not a branch", "RevisionNotFound")
     files = _changed(repo, head, [line for line in lines if line["key"] != "header"])
     if pull:
         revision = f"refs/pr/{len(repo.pulls) + 1}"
@@ -85,13 +86,13 @@ def commit(store: Store, request: Request, kind: str, name: str, revision: str) 
 
 
 def _changed(repo: Repo, head: Commit, operations: list[dict[str, Any]]) -> dict[str, File]:
-    """The files of a commit with these operations on top; all of them are checked before any is kept."""
+    """Return the files of `head` after these operations; a bad one raises Refused, and the repository is unchanged."""
     files = dict(head.files)
     for operation in operations:
         key, value = operation["key"], operation["value"]
         path = value["path"]
         if path.startswith("/") or ".." in path.split("/"):
-            raise Refused(400, f"{path} is no path in a repository.")
+            raise Refused(400, f"{path} is not a path in a repository.")
         if key == "file":
             files[path] = File(base64.b64decode(value["content"]), False)
         elif key == "lfsFile":
@@ -101,9 +102,9 @@ def _changed(repo: Repo, head: Commit, operations: list[dict[str, Any]]) -> dict
         elif key in ("deletedFile", "deletedFolder"):
             gone = [p for p in files if p == path or (key == "deletedFolder" and p.startswith(path.rstrip("/") + "/"))]
             if not gone:
-                raise Refused(404, f"{path} is not there to be deleted", "EntryNotFound")
+                raise Refused(404, f"{path} does not exist, so it cannot be deleted", "EntryNotFound")
             for p in gone:
                 del files[p]
         else:
-            raise Refused(400, f"{key} is no operation.")
+            raise Refused(400, f"{key} is not an operation.")
     return files

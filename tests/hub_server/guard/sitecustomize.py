@@ -1,8 +1,9 @@
-"""No process of the tests looks up another machine. Python imports this by itself where its folder is on PYTHONPATH, so child
-processes have it too; what a library in another language looks up is not seen.
+"""Refuse look-ups of other hosts in every process of the tests.
 
-A refused look-up fails as it does without a network, and is written to the file that CAR_DATASETS_LOOKUPS names:
-conftest.py then fails the test, even where a library swallows the error.
+Python imports this module at its start if the folder is on PYTHONPATH, so child processes are covered too. Look-ups by
+libraries that are not written in Python are not seen. A refused look-up fails as it does without a network, and is
+recorded in the file that CAR_DATASETS_LOOKUPS names: conftest.py then fails the test, even if a library swallows the
+error.
 """
 
 import os
@@ -10,19 +11,19 @@ import socket
 import sys
 
 HERE = {"", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()}
-# `datasets` makes this host up from the endpoint's, and goes on without it.
+# `datasets` derives this host from the endpoint's, and continues without it.
 MADE_UP = "datasets-server."
 LOOKUPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect")
 
 
 def refuse_strangers(event: str, arguments: tuple[object, ...]) -> None:
-    """An audit hook that refuses a look-up of, or a connection to, any other host."""
+    """Refuse a look-up of, or a connection to, any other host, as an audit hook."""
     if event not in LOOKUPS:
         return
     host = arguments[0]
     if event == "socket.connect":
         address = arguments[1]
-        if not isinstance(address, tuple):  # a socket of this machine, with a path for a name
+        if not isinstance(address, tuple):  # a Unix socket, whose address is a path
             return
         host = address[0]
     host = host.decode() if isinstance(host, bytes) else str(host or "")

@@ -1,4 +1,4 @@
-"""Maps: where rows land, which rows are on them, and that all is the same for a seed."""
+"""overview.py: where rows are drawn on the map, which rows are on it, and that a seed fixes both."""
 
 from __future__ import annotations
 

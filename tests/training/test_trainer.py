@@ -1,4 +1,4 @@
-"""Validation by the token budget: the figures of `Trainer`'s own evaluation, whatever the budget."""
+"""trainer.py: evaluation in batches by tokens gives the figures of `Trainer`'s own evaluation, whatever the budget."""
 
 from pathlib import Path
 from typing import Any

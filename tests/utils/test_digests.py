@@ -1,4 +1,4 @@
-"""What binds shards: equal contents however stored, and every field that changes a number."""
+"""digests.py: equal contents have one digest however they are stored, and every value, name and row order counts."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,6 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets, load_dataset
 
-from car_datasets import QualityScorer, TextEmbedder
-from car_datasets.scoring.shards.folder import describe_run, differences, run_id
 from car_datasets.utils.digests import content_digest
 
 ROWS = {
@@ -36,7 +34,7 @@ def test_storage_does_not_count(rows: Dataset, tmp_path: Path) -> None:
     wider = rows.add_column("more", [1] * 6).with_format("numpy")
     for same in (loaded, rows.cast(large), chunks, shuffled, sliced, wider):
         assert content_digest(same, list(ROWS)) == digest
-    assert loaded._fingerprint != rows._fingerprint  # which is why it is not what binds
+    assert loaded._fingerprint != rows._fingerprint  # which is why shards are not bound to it
 
 
 @pytest.mark.parametrize(
@@ -84,37 +82,3 @@ def test_fixed_size_lists_and_windows() -> None:
     many[19_999][1] = 2.0
     other = Dataset.from_dict({"v": many}, features=features)
     assert content_digest(one, ["v"]) != content_digest(other, ["v"])
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"dtype": "bfloat16"},
-        {"template": "paper"},
-        {"turns": "min"},
-        {"output_column": "x"},
-        {"uncertainty": False},
-        {"on_invalid": "mark"},
-        {"diagnostics": True},
-        {"columns": {"instruction": "output", "response": "output"}},
-    ],
-)
-def test_fields_that_change_columns_are_named(make_tiny_iqs: Any, pairs: Dataset, other: dict[str, Any]) -> None:
-    folder = make_tiny_iqs()
-    one = describe_run(pairs, QualityScorer(folder), ["output"], 4)
-    two = describe_run(pairs, QualityScorer(folder, **other), ["output"], 4)
-    assert (one == two) == (other == {"uncertainty": False})
-    if one != two:
-        assert next(iter(other)) in differences(one, two)
-        assert run_id(one) != run_id(two)
-
-
-def test_the_weights_count_and_where_they_lie_does_not(make_tiny_iqs: Any, tiny_embedder: str, pairs: Dataset) -> None:
-    def run(stage: Any, rows: int = 4) -> str:
-        return run_id(describe_run(pairs, stage, ["output"], rows))
-
-    one, same, other = make_tiny_iqs(seed=3), make_tiny_iqs(seed=3), make_tiny_iqs(seed=4)
-    assert one != same
-    assert run(QualityScorer(one)) == run(QualityScorer(same)) == run(QualityScorer(one, batch_tokens=77))
-    assert len({run(QualityScorer(one)), run(QualityScorer(other)), run(TextEmbedder(tiny_embedder))}) == 3
-    assert run(QualityScorer(one)) != run(QualityScorer(one), rows=5)

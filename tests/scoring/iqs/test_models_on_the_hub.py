@@ -1,4 +1,4 @@
-"""Scorers on the Hub: pushed, loaded, pinned; what is said where that fails. Real clients, a Hub on this machine."""
+"""Scorers pushed, loaded and pinned, and the errors where that fails: real clients, and a Hub on this machine."""
 
 from __future__ import annotations
 

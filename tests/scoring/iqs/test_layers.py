@@ -1,4 +1,4 @@
-"""Question and answer apart, and the words of the answer: by hand, and whatever the padding."""
+"""layers.py: the features of question and answer and the hashed words of the answer, by hand and under any padding."""
 
 import torch
 

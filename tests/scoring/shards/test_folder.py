@@ -1,0 +1,43 @@
+"""folder.py: a run is bound to every field and every weight that changes a number, and to nothing else."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from car_datasets import QualityScorer, TextEmbedder
+from car_datasets.scoring.shards.folder import describe_run, differences, run_id
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dtype": "bfloat16"},
+        {"template": "paper"},
+        {"turns": "min"},
+        {"output_column": "x"},
+        {"uncertainty": False},
+        {"on_invalid": "mark"},
+        {"diagnostics": True},
+        {"columns": {"instruction": "output", "response": "output"}},
+    ],
+)
+def test_fields_that_change_columns_are_named(make_tiny_iqs: Any, pairs: Dataset, other: dict[str, Any]) -> None:
+    folder = make_tiny_iqs()
+    one = describe_run(pairs, QualityScorer(folder), ["output"], 4)
+    two = describe_run(pairs, QualityScorer(folder, **other), ["output"], 4)
+    assert (one == two) == (other == {"uncertainty": False})
+    if one != two:
+        assert next(iter(other)) in differences(one, two)
+        assert run_id(one) != run_id(two)
+
+
+def test_the_weights_count_and_where_they_lie_does_not(make_tiny_iqs: Any, tiny_embedder: str, pairs: Dataset) -> None:
+    def run(stage: Any, rows: int = 4) -> str:
+        return run_id(describe_run(pairs, stage, ["output"], rows))
+
+    one, same, other = make_tiny_iqs(seed=3), make_tiny_iqs(seed=3), make_tiny_iqs(seed=4)
+    assert one != same
+    assert run(QualityScorer(one)) == run(QualityScorer(same)) == run(QualityScorer(one, batch_tokens=77))
+    assert len({run(QualityScorer(one)), run(QualityScorer(other)), run(TextEmbedder(tiny_embedder))}) == 3
+    assert run(QualityScorer(one)) != run(QualityScorer(one), rows=5)
