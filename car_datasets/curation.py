@@ -32,7 +32,7 @@ from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, unfinished, write_result, write_table
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_taken
-from car_datasets.stages import Stages, fit_settings, resolve, scorer_of
+from car_datasets.stages import Stages, fit_settings, refuse_taken_columns, resolve, scorer_of
 from car_datasets.utils import revisions
 from car_datasets.utils.files import fresh_folder
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
@@ -100,15 +100,15 @@ def curate(
     pool = stages.score(dataset, token=token, shard_dir=shard_dir)
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = stages.cluster(procedure.order(pool, recipe.names))
+    # Selected rows do not need the vectors, which make up most of the size.
     without_vectors = pool.remove_columns(recipe.embedding_column)
-    # Without vectors, which selected rows do not need and which make most of the size.
     selected = stages.select(without_vectors)
     overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names)
     report = SelectionReport.from_overview(overview)
 
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
     if folder is not None:
-        # Of `opened`, because `dataset` has the column in any case.
+        # `opened` tells this, because `dataset` has the column in any case.
         own_index = recipe.index_column in opened.column_names
         from_main(lambda: _write_files(folder, curated, overview, stages, origin, schema, own_index))
     return curated
@@ -148,6 +148,7 @@ def open_source(source: str | Path | Dataset | DatasetDict, recipe: Recipe, toke
 def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     """Raise ValueError if a setting cannot work with the rows that can be scored; nothing is looked up or computed."""
     check_projection(recipe.projection)
+    refuse_taken_columns(dataset.column_names, recipe)
     rows = len(dataset)
     if recipe.on_invalid == "mark":
         rows -= len(unscorable_rows(dataset, schema))

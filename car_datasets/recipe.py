@@ -51,8 +51,9 @@ class Recipe(Settings):
         turns (`str`): how the exchanges of a chat make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
         uncertainty (`bool`): also add the standard deviation over the members of the scorer's head.
         dtype (`str`): precision of the encoder: `"float32"`, `"bfloat16"` or `"float16"`.
-        embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; None takes the scorer's own
-            encoder if that is one (one forward pass for both), else the default encoder.
+        embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; None takes the scorer's
+            encoder (one forward pass for both) if that is an unchanged sentence-transformers model, else the default
+            encoder.
         k (`int` or `"sqrt"`): clusters; `"sqrt"` is the paper's int(sqrt(rows / 2)).
         explained_variance (`float`): PCA keeps the fewest components that hold this share of the variance.
         seed (`int`): seed of k-means and of the report's control samples.

@@ -8,9 +8,9 @@ Does not: load or check rows, report, or write results.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from car_datasets.scoring.engines import LARGE, estimate_scoring
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.shards.folder import refuse_blank
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
-from car_datasets.scoring.stage import add_columns
+from car_datasets.scoring.stage import Stage, add_columns
 from car_datasets.selection.procedures import Procedure, find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils import revisions
@@ -69,15 +69,16 @@ class Stages:
         Raises:
             ValueError: a column of this or a later stage is taken.
         """
-        self.refuse_taken_columns(dataset)
-        folders = [None if shard_dir is None else _shard_folder(stage, shard_dir) for _, stage in self._passes()]
+        refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
+        # All folders first: a blank shard_dir is refused before the first pass.
+        folders = [None if shard_dir is None else _shard_folder(shard_dir, name) for _, name, _ in self._passes()]
         # A resumed run needs no estimate. A URL counts as begun: listing it would take requests.
         begun = shard_dir is not None and ("://" in str(shard_dir) or any(Path(shard_dir).glob("*/part-*")))
         # Timing takes some seconds, which only a run of minutes or hours repays.
         if len(dataset) >= LARGE and is_main_process() and not begun:
             with contextlib.suppress(ValueError):  # rows that cannot be scored are reported by the stage itself
                 tqdm.write(str(estimate_scoring(dataset, self.scorer)), file=sys.stderr)
-        for (description, stage), folder in zip(self._passes(), folders, strict=True):
+        for (description, _, stage), folder in zip(self._passes(), folders, strict=True):
             dataset = _add(dataset, stage, description, folder, token)
         return dataset
 
@@ -89,9 +90,9 @@ class Stages:
         Returns:
             `dict[str, int]`: for each folder of shards, the number of rows that other workers have claimed.
         """
-        self.refuse_taken_columns(dataset)
+        refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
-        folders = [(_shard_folder(stage, shard_dir), note, stage) for note, stage in self._passes()]
+        folders = [(_shard_folder(shard_dir, name), note, stage) for note, name, stage in self._passes()]
         return {
             folder: fill_shards(dataset, stage, folder, description=note, token=token)
             for folder, note, stage in folders
@@ -103,31 +104,17 @@ class Stages:
 
     def select(self, pool: Dataset) -> Dataset:
         """Return the selected rows of a scored, clustered pool."""
-        return self.procedure.select(pool, self.recipe.amounts, self.recipe.names)
+        return select_by(self.recipe, pool)
 
-    def refuse_taken_columns(self, dataset: Dataset) -> None:
-        """Raise ValueError if a column that this or a later stage adds is taken, or is added by two stages."""
-        if self.embedder is None and self.scorer.embedding_column is None:  # scores alone: no later stage follows
-            refuse_overwrite(dataset.column_names, self.scorer.output_columns, "score_column= (--score-column)")
-            return
-        names = self.recipe.names
-        # The embedding may come from the scorer or from the embedder; either way it is counted once.
-        scores = [name for name in self.scorer.output_columns if name != self.scorer.embedding_column]
-        new = [*scores, names.embedding, names.cluster, names.distance]
-        every = [*new, *SELECTION_COLUMNS]
-        twice = sorted({name for name in every if every.count(name) > 1})
-        if twice:
-            raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
-        # The names of the selection cannot be changed, so they are checked apart, by `check_columns`.
-        option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
-        refuse_overwrite(dataset.column_names, new, option)
-        check_columns(dataset.column_names, (), SELECTION_COLUMNS)
+    @property
+    def _embeds(self) -> bool:
+        return self.embedder is not None or self.scorer.embedding_column is not None
 
-    def _passes(self) -> list[tuple[str, QualityScorer | TextEmbedder]]:
-        """Return the stages that read text, in order, each with the description of its progress bar."""
+    def _passes(self) -> list[tuple[str, str, Stage]]:
+        """Return the stages that read text, in order, each after its progress bar's label and its folder of shards."""
         if self.embedder is not None:
-            return [("Scoring", self.scorer), ("Embedding", self.embedder)]
-        return [("Scoring" if self.scorer.embedding_column is None else "Scoring and embedding", self.scorer)]
+            return [("Scoring", "scores", self.scorer), ("Embedding", "embeddings", self.embedder)]
+        return [("Scoring and embedding" if self._embeds else "Scoring", "scores", self.scorer)]
 
 
 def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> Stages:
@@ -160,6 +147,30 @@ def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> 
     if recipe.embedder is not None:
         pinned = pinned.changed(embedder_revision=embedder.revision)
     return Stages(pinned, scorer, embedder, fit, procedure)
+
+
+def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = True) -> None:
+    """Raise ValueError if a column that a stage adds is taken, or is added by two stages; no model is looked up.
+
+    Args:
+        columns (`Sequence[str]`): columns of the rows.
+        recipe ([`Recipe`]): names the new columns.
+        embed (`bool`): False for scores alone, which leave the columns of later stages to their owner.
+    """
+    names = recipe.names
+    std = [names.std] if recipe.uncertainty else []
+    scores = [names.score, *std, names.tokens, names.truncated, names.status]
+    if not embed:
+        refuse_overwrite(columns, scores, "score_column= (--score-column)")
+        return
+    new = [*scores, names.embedding, names.cluster, names.distance]
+    every = [*new, *SELECTION_COLUMNS]
+    twice = sorted({name for name in every if every.count(name) > 1})
+    if twice:
+        raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
+    # The names of the selection cannot be changed, so they are checked apart, by `check_columns`.
+    refuse_overwrite(columns, new, "score_column=, embedding_column= or cluster_column= (--score-column, ...)")
+    check_columns(columns, (), SELECTION_COLUMNS)
 
 
 def fit_settings(recipe: Recipe) -> FitSettings:
@@ -197,11 +208,7 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
         **_reading(recipe),
     )
     if embed and recipe.embedder is None and scorer.shares_encoder:
-        # Not dataclasses.replace, which would build a second scorer: list and digest the model's folder again, and read
-        # its configuration. All other fields are checked already, and equal fields make an equal fingerprint either
-        # way.
-        scorer = copy.copy(scorer)
-        object.__setattr__(scorer, "embedding_column", recipe.embedding_column)
+        return scorer.with_embeddings(recipe.embedding_column)
     return scorer
 
 
@@ -238,7 +245,7 @@ def _reading(recipe: Recipe) -> dict[str, Any]:
 
 def _add(
     dataset: Dataset,
-    stage: QualityScorer | TextEmbedder,
+    stage: Stage,
     description: str,
     folder: str | None = None,
     token: str | None = None,
@@ -250,7 +257,7 @@ def _add(
     return score_in_shards(dataset, stage, folder, description=description, token=token)
 
 
-def _shard_folder(stage: QualityScorer | TextEmbedder, shard_dir: str | os.PathLike[str]) -> str:
+def _shard_folder(shard_dir: str | os.PathLike[str], name: str) -> str:
     """Return the folder of one stage's shards: scores and embeddings do not mix."""
     refuse_blank(shard_dir)
-    return f"{os.fspath(shard_dir).rstrip('/')}/{'scores' if isinstance(stage, QualityScorer) else 'embeddings'}"
+    return f"{os.fspath(shard_dir).rstrip('/')}/{name}"

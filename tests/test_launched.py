@@ -372,3 +372,27 @@ def test_one_process_of_a_launcher_is_like_none(tiny_iqs: str, monkeypatch: pyte
 
     assert process_rank() == (0, 1)
     assert QualityScorer(tiny_iqs).score_texts([]).scores.shape == (0,)
+
+
+@pytest.mark.slow
+def test_processes_of_mpi_share_the_scoring(tiny_iqs: str, rows: Path, tmp_path: Path) -> None:
+    """With the variables that Open MPI sets, and no others: each process scored all rows by itself."""
+    shards = tmp_path / "shards"
+    arguments = ["score", str(rows), "--output", str(tmp_path / "out.parquet"), "--scorer", tiny_iqs]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HF_DATASETS_CACHE": str(shards)}
+    started = []
+    for rank in "01":
+        mpi = {f"OMPI_COMM_WORLD_{name}": rank for name in ("RANK", "LOCAL_RANK")}
+        mpi |= {f"OMPI_COMM_WORLD_{name}": "2" for name in ("SIZE", "LOCAL_SIZE")}
+        command = [sys.executable, "-m", "car_datasets", *arguments, "--no-embeddings"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, env={**environment, **mpi}, text=True, **pipes))
+    ends = [process.communicate(timeout=150) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ends
+    assert [output.count("600 rows are in") for output, _ in ends] == [1, 0]
+    assert len(list(shards.rglob("part-*.arrow"))) == 5  # in one folder, that both have filled
+    assert len(read(tmp_path / "out.parquet", tmp_path / "cache")) == 600

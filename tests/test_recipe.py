@@ -456,6 +456,32 @@ def test_setting_that_cannot_work_is_refused_before_the_first_model_call(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score_column": "cluster"}, r"\['cluster'\] are given to two new columns"),
+        ({"score_column": "embedding"}, r"\['embedding'\] are given to two new columns"),
+        ({"embedding_column": "iqs_tokens"}, r"\['iqs_tokens'\] are given to two new columns"),
+        ({"embedding_column": "iqs_status"}, r"\['iqs_status'\] are given to two new columns"),
+        ({"embedding_column": "cluster_distance"}, r"\['cluster_distance'\] are given to two new columns"),
+        ({"score_column": "selected_by"}, r"\['selected_by'\] are given to two new columns"),
+        ({"uncertainty": True, "cluster_column": "iqs_score_std"}, r"\['iqs_score_std'\] are given to two"),
+        ({"embedding_column": "output"}, r"already has the column\(s\) \['output'\], which would be overwritten"),
+        ({"uncertainty": True, "index_column": "iqs_score_std"}, r"already has the column\(s\) \['iqs_score_std'\]"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("models", [{}, {"scorer": "someone/no-such-model"}], ids=["default", "not on the Hub"])
+def test_names_of_columns_are_checked_before_a_model_is_looked_up(
+    changes: dict[str, Any], message: str, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the default models, whose scorer adds the embedding itself, as with others."""
+    monkeypatch.setattr("car_datasets.scoring.scorer.pin_model", lambda *_: pytest.fail("a model was looked up"))
+    with pytest.raises(ValueError, match=message):
+        curate(short_rows(), tmp_path / "out", n1=3, k=3, **models, **changes)
+    assert not (tmp_path / "out").exists()
+
+
 def test_scorer_of_another_kind_is_refused(tiny: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="is a 'bert' model, not an IQS model"):
         curate(short_rows(), None, **{**tiny, "scorer": tiny["embedder"]})

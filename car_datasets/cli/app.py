@@ -23,6 +23,7 @@ import typer
 from car_datasets import __version__
 from car_datasets.recipe import Recipe
 from car_datasets.utils.hub import clean_token
+from car_datasets.utils.settings import launched_rank
 
 app = typer.Typer(
     name="car-datasets",
@@ -235,7 +236,7 @@ def one_line_errors(command: Command) -> Command:
     def run(**arguments: Any) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         # From the environment: torch, which would know as well, must not be imported yet.
-        is_main = int(os.environ.get("RANK", "0")) == 0
+        is_main = launched_rank()[0] == 0
         try:
             with contextlib.nullcontext() if is_main else _silence():
                 command(**arguments)

@@ -106,9 +106,9 @@ def train(
 
 @app.command(epilog="Example: car-datasets evaluate car-datasets/iqs-minilm --pairs expert_score_valid.csv")
 @one_line_errors
+@recipe_options("tokenizer")
 @add_options(
     "token",
-    tokenizer=option(str | None, Recipe.__dataclass_fields__["tokenizer"].metadata["help"]),
     revision=option(str | None, "Branch, tag or commit of a Hub model."),
     engine=option(str | None, "Also measure the int8 encoder in this folder, and compare it with the float32 one."),
     samples=option(int | None, f"Bootstrap samples for each interval.  [default: {BOOTSTRAP_SAMPLES}]"),
@@ -119,6 +119,7 @@ def evaluate(
     pairs: Annotated[
         Path, typer.Option(help="Pairs: CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected).")
     ],
+    changes: dict[str, Any],
     json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this new file.")] = None,
     other: Annotated[
         Path | None,
@@ -138,7 +139,7 @@ def evaluate(
     from car_datasets.training.evaluation import evaluate_scorer
 
     engine, token = options["engine"], options["token"]
-    scorer = QualityScorer(model, options["revision"], token, options["tokenizer"])
+    scorer = QualityScorer(model, options["revision"], token, changes.get("tokenizer"))
     # Options that were not given are left to the defaults of the library.
     drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
     quick = None if engine is None else replace(scorer, engine=engine)  # refused here, before anything is measured
@@ -186,7 +187,7 @@ def quantise(
     fresh_folder(output, (RECORD_FILE,), "--output")
     import_openvino("nncf")
     from car_datasets.curation import open_source
-    from car_datasets.scoring.scorer import QualityScorer
+    from car_datasets.stages import scorer_of
     from car_datasets.training.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
 
     if rows < FEWEST_TEXTS:
@@ -194,8 +195,7 @@ def quantise(
     # Rows that cannot be scored are skipped below; they must not stop a calibration.
     recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
     dataset = open_source(source, recipe, token).dataset
-    reading: dict[str, Any] = {"schema": recipe.schema, "columns": recipe.columns, "on_invalid": recipe.on_invalid}
-    scorer = QualityScorer(recipe.scorer, recipe.scorer_revision, token, recipe.tokenizer, **reading)
+    scorer = scorer_of(recipe, token, embed=False)
     texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
     quantise_encoder(scorer, texts, output)
     typer.echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")

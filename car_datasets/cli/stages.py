@@ -27,6 +27,7 @@ from car_datasets.cli.app import (
 )
 from car_datasets.recipe import Recipe
 from car_datasets.utils.files import fresh_file, fresh_folder, sample_file
+from car_datasets.utils.settings import ESTIMATE_ROWS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -135,7 +136,9 @@ def _say_where(folder: Path) -> None:
 @app.command(epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
 @one_line_errors
 @recipe_options(
-    *SCORING, "embedder", "embedder_revision", "turns", "uncertainty", "embedding_dtype", *READING, "score_column"
+    *(*SCORING, "embedder", "embedder_revision", "turns", "uncertainty", "embedding_dtype", *READING),
+    *("index_column", "score_column", "embedding_column"),
+    cluster_column="Name of the column that `cluster` will add; the source must not have it.",
 )
 @add_options("shards", "token")
 def score(
@@ -162,15 +165,20 @@ def score(
         raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
     from car_datasets.curation import open_source
     from car_datasets.selection.published import rank_rows, refuse_taken
-    from car_datasets.stages import resolve
+    from car_datasets.stages import refuse_taken_columns, resolve
+    from car_datasets.utils.processes import start_processes
 
     recipe = Recipe().changed(**changes)
+    if output is not None:  # workers that only fill shards need not meet
+        start_processes()
     opened, dataset, _ = open_source(source, recipe, token)
     # The original's files have no embeddings, so none are computed.
     as_original = output is not None and output.suffix == ".json"
     if as_original:
         refuse_taken(dataset.column_names, {recipe.score_column: "score"})
-    stages = resolve(recipe, token, embed=embeddings and not as_original)
+    embed = embeddings and not as_original
+    refuse_taken_columns(dataset.column_names, recipe, embed)  # before a model is downloaded
+    stages = resolve(recipe, token, embed=embed)
     if output is None:
         _say_what_is_left(len(dataset), stages.fill_shards(dataset, shards, token=token), shards)
         return
@@ -189,20 +197,20 @@ def score(
 def estimate(
     source: Source,
     changes: dict[str, Any],
-    rows: Annotated[int | None, typer.Option(help="Rows to time.  [default: a few hundred]")] = None,
+    rows: Annotated[int, typer.Option(help="Rows to time.")] = ESTIMATE_ROWS,
     embeddings: Annotated[bool, typer.Option(help="Include the embedding, if it comes from the same pass.")] = True,
     **options: Any,
 ) -> None:
     """Time some rows on this machine, and estimate how long the entire dataset takes to score."""
     quiet_models()
     from car_datasets.curation import open_source
-    from car_datasets.scoring.engines import SAMPLE, estimate_scoring
+    from car_datasets.scoring.engines import estimate_scoring
     from car_datasets.stages import scorer_of
 
     recipe = Recipe().changed(**changes)
     dataset = open_source(source, recipe, options["token"]).dataset
     scorer = scorer_of(recipe, options["token"], embeddings)
-    typer.echo(str(estimate_scoring(dataset, scorer, SAMPLE if rows is None else rows)))
+    typer.echo(str(estimate_scoring(dataset, scorer, rows)))
 
 
 @app.command(epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
@@ -230,12 +238,15 @@ def cluster(
         fresh_folder(save_model, MODEL_FILES, "--save-model")
     from car_datasets.stages import embed_where_missing, fit_clusters, fit_settings
     from car_datasets.utils.columns import refuse_overwrite
+    from car_datasets.utils.processes import start_processes
 
     recipe = Recipe().changed(**changes)
+    fit = fit_settings(recipe)  # before the embedding, which may take hours
+    start_processes()
     dataset, names = _open(source), recipe.names
     refuse_overwrite(dataset.column_names, (names.cluster, names.distance), "cluster_column=... (--cluster-column)")
     dataset = embed_where_missing(dataset, names.embedding, recipe.embedder, recipe.template)
-    model = fit_clusters(dataset, fit_settings(recipe), names)
+    model = fit_clusters(dataset, fit, names)
     labelled = model.label(dataset, across_processes=True)
     _write(labelled, output, names)
     if save_model is not None:

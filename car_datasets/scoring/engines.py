@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,13 +25,12 @@ from car_datasets.scoring.batching import padding_waste, token_budget
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows, Stage, read_columns, refuse_taken
 from car_datasets.utils.processes import device_for
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import ESTIMATE_ROWS, is_whole_number, launched_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-SAMPLE = 256  # rows that an estimate times by default
 LARGE = 10_000  # rows from which `curate` prints an estimate before it starts
 WARM_UP = 4  # rows or texts of the call that loads the model and compiles kernels, which is not timed
 
@@ -108,9 +106,10 @@ def _refuse_what_cannot_spawn(dataset: Any, fn: Any, workers: int, options: dict
         )
     if not is_whole_number(workers) or workers < 1:
         raise ValueError(f"num_proc={workers!r} must be a number of workers, at least 1.")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    launched = launched_rank()[1]
+    if launched > 1:
         raise ValueError(
-            f"num_proc={workers}: a launcher started {os.environ['WORLD_SIZE']} processes already, and each would "
+            f"num_proc={workers}: a launcher started {launched} processes already, and each would "
             "start workers of its own. Call score_in_shards(dataset, fn) in all of them, or start the script "
             "with plain python."
         )
@@ -231,7 +230,7 @@ class Estimate(NamedTuple):
         return f"{speed} on {self.device}, {timed}: about {duration} to score {self.rows:,} rows in one process."
 
 
-def estimate_scoring(dataset: Dataset, scorer: Stage, sample: int = SAMPLE, seed: int = 0) -> Estimate:
+def estimate_scoring(dataset: Dataset, scorer: Stage, sample: int = ESTIMATE_ROWS, seed: int = 0) -> Estimate:
     """Time a stage on rows drawn at random, after a first call that loads its model.
 
     Args:

@@ -7,6 +7,7 @@ Does not: load datasets, start processes, or give a score to a row that has no t
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
@@ -75,7 +76,7 @@ class QualityScorer:
         columns (`Mapping[str, str]`): your names for the schema's columns, such as `{"response": "answer"}`.
         template (`str`, *optional*): defaults to the template the model was trained with; change it only for
             experiments.
-        turns (`str`): how the score of a chat follows from its exchanges': `"mean"`, `"min"`, `"last"` or `"sum"`.
+        turns (`str`): how the scores of a chat's exchanges make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
         output_column (`str`): the new column, float32. `diagnostics` columns are named after it.
         diagnostics (`bool`): also add `iqs_tokens` (int32: length of the entire text with special tokens, summed over
             exchanges), `iqs_truncated` (bool: the model did not read the end) and `iqs_status`.
@@ -200,6 +201,20 @@ class QualityScorer:
     def shares_encoder(self) -> bool:
         """Return True if `embedding_column` is possible: the encoder is an unchanged sentence-transformers model."""
         return self._config().encoder_source is not None
+
+    def with_embeddings(self, column: str) -> QualityScorer:
+        """Return a copy that also adds the embedding, in this column, with the revisions of this scorer.
+
+        Raises:
+            ValueError: another new column has that name, or the model has an encoder of its own.
+        """
+        # Not dataclasses.replace, which would list and digest the model's folder again, and read its configuration.
+        # Equal fields make an equal fingerprint either way.
+        scorer = copy.copy(self)
+        set_fields(scorer, embedding_column=column)
+        scorer._check_options()
+        scorer._check_model(scorer._config())
+        return scorer
 
     @property
     def output_columns(self) -> tuple[str, ...]:

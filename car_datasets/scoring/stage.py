@@ -159,7 +159,7 @@ def pin_model(model_id: str, revision: str | None = None, token: str | None = No
 
 
 def set_fields(record: Any, **values: Any) -> None:
-    """Set fields of a frozen dataclass; only for its `__post_init__`, after which the record must not change."""
+    """Set fields of a frozen dataclass, before anything else sees the record, which must not change afterwards."""
     for name, value in values.items():
         object.__setattr__(record, name, value)
 

@@ -19,16 +19,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from car_datasets.utils.settings import launched_rank, local_rank
+
 Part = TypeVar("Part")
 Joined = TypeVar("Joined")
 Result = TypeVar("Result")
 
 # Time that processes wait for the main one, which may compute for days; if it dies, the launcher ends the others.
 PATIENCE = datetime.timedelta(days=7)
-
-# Environment variables in which launchers state the number of processes, as accelerate reads them. If none is above 1,
-# accelerate need not be imported.
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _alone = contextvars.ContextVar("alone", default=False)  # set inside `alone()`
 _IMPORTED_IN = os.getpid()  # another number now means that this process was forked
@@ -39,17 +37,18 @@ os.register_at_fork(after_in_child=lambda: _forks.update({"after torch ran": _fo
 
 
 def process_rank() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes that `accelerate launch` or `torchrun` started.
+    """Return the rank of this process and the number of processes that a launcher started.
 
-    The answer comes from an initialised torch.distributed, else from `RANK` and `WORLD_SIZE`; nothing is initialised.
-    It is `(0, 1)` without a launcher and inside [`alone`].
+    The answer comes from an initialised torch.distributed, else from the launcher's environment variables (`RANK` and
+    `WORLD_SIZE` of `accelerate launch` and `torchrun`, or those of MPI); nothing is initialised. It is `(0, 1)` without
+    a launcher and inside [`alone`].
     """
     if _alone.get():
         return 0, 1
     if _has_joined():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ.get("RANK", "0")), count) if count > 1 else (0, 1)
+    rank, count = launched_rank()
+    return (rank, count) if count > 1 else (0, 1)
 
 
 def is_main_process() -> bool:
@@ -66,16 +65,18 @@ def start_processes() -> None:
         return
     if _is_launched() and not _has_joined():
         _accelerate_state()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _has_joined():
-            # A plain Accelerator() on a machine without a GPU has told accelerate that there is one process.
-            torch.distributed.init_process_group("gloo")
+        if not _has_joined():
+            # A plain Accelerator() on a machine without a GPU has told accelerate that there is one process; and on
+            # GPUs accelerate does not read MPI's variables, nor does torch, hence the explicit rank.
+            rank, count = launched_rank()
+            torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
     if _has_joined():
         atexit.unregister(_leave_gloo)  # so that it is registered once
         atexit.register(_leave_gloo)
 
 
 def _is_launched() -> bool:
-    return any(int(os.environ.get(name, "1")) > 1 for name in SIZES)
+    return launched_rank()[1] > 1
 
 
 def _has_joined() -> bool:
@@ -259,7 +260,7 @@ def device_for(rank: int | None = None) -> torch.device:
         return torch.device("cpu")
     if rank is None and _is_launched() and not _has_joined():
         # accelerate's state would wait here for all processes, though this one may be the only one to compute.
-        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        rank = local_rank()[0]
     device = torch.device(accelerator.type) if rank is not None else _accelerate_state().device
     if device.type == "cuda" and device.index is None:  # models and batch sizes are kept by device: one name for each
         return torch.device("cuda", torch.cuda.current_device() if rank is None else rank % torch.cuda.device_count())

@@ -226,6 +226,48 @@ def test_score_alone_needs_no_room_for_later_columns(rows: Path, tiny_iqs: str, 
     assert "quality" in Dataset.from_parquet(str(tmp_path / "scored.parquet")).column_names
 
 
+@pytest.mark.parametrize(
+    ("column", "option"),
+    [("cluster", "--cluster-column"), ("embedding", "--embedding-column"), ("source_index", "--index-column")],
+)
+def test_score_names_the_columns_of_later_stages(
+    column: str, option: str, rows: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    Dataset.from_json(str(rows)).add_column(column, [None, *range(23)]).to_parquet(tmp_path / "own.parquet")
+    command = ("score", tmp_path / "own.parquet", "-o", tmp_path / "scored.parquet")
+    result = run(*command, "--scorer", "someone/no-such-model")  # never asked for
+    assert_mistake(result.exit_code, result.stderr, f"{column}.*{option[2:].replace('-', '.')}")  # by keyword or option
+    result = run(*command, "--scorer", tiny_iqs, "--embedder", tiny_embedder, option, "mine")
+    assert result.exit_code == 0, result.stderr
+    found = Dataset.from_parquet(str(tmp_path / "scored.parquet"))
+    assert found[column][:] == [None, *range(23)]
+    assert {"embedding", "source_index"} - {column} <= set(found.column_names)
+    assert ("mine" in found.column_names) == (column != "cluster")  # `cluster` adds that one
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--k", 0), "k=0 must be"),
+        (("--n-init", 0), "n_init=0 must be"),
+        (("--kmeans", "fast"), "kmeans='fast' is not known"),
+        (("--explained-variance", 2), r"explained_variance=2\.0 must lie"),
+    ],
+    ids=str,
+)
+def test_cluster_checks_its_settings_before_it_embeds(
+    options: tuple[Any, ...], message: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("car_datasets.stages.embed_where_missing", lambda *_: pytest.fail("embedded first"))
+    result = run("cluster", rows, "-o", tmp_path / "out.parquet", *options)
+    assert_mistake(result.exit_code, result.stderr, message)
+
+
+def test_estimate_shows_the_number_of_rows_that_it_times() -> None:
+    text = " ".join(run("estimate", "--help").stdout.split())
+    assert re.search(r"Rows to time\. +\[default: 256\]", text)
+
+
 def test_columns_named_on_the_command_line(tiny_iqs: str, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("task,answer\nName a sea.,red\nSum it.,\n")
     arguments = ("--columns", "instruction=task, response=answer", "--scorer", tiny_iqs, "--no-embeddings")

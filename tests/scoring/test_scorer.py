@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from datasets.fingerprint import Hasher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -289,3 +290,20 @@ def test_a_forgotten_batched_is_named(stage: str, tiny_iqs: str, tiny_embedder: 
     fn = QualityScorer(tiny_iqs) if stage == "scorer" else TextEmbedder(tiny_embedder)
     with pytest.raises(ValueError, match="batched=True"):
         pairs.map(fn)
+
+
+def test_with_embeddings_keeps_the_pins_and_checks_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, wanted = QualityScorer(diagnostics=True), QualityScorer(diagnostics=True, embedding_column="vector")
+    monkeypatch.setattr("car_datasets.scoring.scorer.pin_model", lambda *_: pytest.fail("looked up again"))
+    found = scorer.with_embeddings("vector")
+    assert found == wanted
+    assert Hasher.hash(found) == Hasher.hash(wanted)
+    assert scorer.embedding_column is None
+    for name in ("iqs_score", "iqs_tokens", "iqs_status"):
+        with pytest.raises(ValueError, match="must have different names"):
+            scorer.with_embeddings(name)
+
+
+def test_with_embeddings_needs_an_encoder_that_is_shared(tiny_iqs: str) -> None:
+    with pytest.raises(ValueError, match="has an encoder of its own"):
+        QualityScorer(tiny_iqs).with_embeddings("embedding")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from datasets import Dataset
 
+from car_datasets import map_across_gpus
 from car_datasets.utils import processes
 from car_datasets.utils.processes import (
     Processes,
@@ -61,6 +65,29 @@ def test_shares_are_all_rows_in_order_cut_at_steps(rows: int, step: int, count: 
     assert all(share.start % step == 0 for share in shares)
     steps = [-(-len(share) // step) for share in shares]
     assert max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize("mpi", ["PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"])
+def test_getters_know_the_launchers_that_start_processes_knows(mpi: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under mpirun every process would otherwise compute all rows, and print."""
+    monkeypatch.setenv(f"{mpi}_SIZE", "3")
+    monkeypatch.setenv(f"{mpi}_RANK", "2")
+    assert process_rank() == (2, 3)
+    assert not is_main_process()
+    assert processes._is_launched()
+    with pytest.raises(ValueError, match="a launcher started 3 processes already"):
+        map_across_gpus(Dataset.from_dict({"a": [1]}), len, num_proc=2)
+
+
+def test_processes_that_accelerate_does_not_see_meet_by_the_variables_of_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs accelerate reads those of torchrun alone."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
+    monkeypatch.setattr(processes, "_accelerate_state", lambda: None)
+    met: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *how, **who: met.append((how, who)))
+    start_processes()
+    assert met == [(("gloo",), {"rank": 2, "world_size": 3})]
 
 
 def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from car_datasets.scoring.stage import Stage, read_columns, refuse_taken
 from car_datasets.utils.digests import content_digest
 from car_datasets.utils.files import write_whole
 from car_datasets.utils.processes import is_main_process
+from car_datasets.utils.settings import launched_rank, local_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -374,8 +375,7 @@ def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
 
 def _on_one_machine(cache: Path) -> Path:
     """Return the default folder; raise ValueError if processes run on several machines, which do not share it."""
-    # Set by launchers (accelerate, torchrun): processes on this machine, and on all.
-    here, everywhere = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    here, everywhere = local_rank()[1], launched_rank()[1]
     if here != everywhere:
         raise ValueError(
             f"{everywhere} processes run on several machines: pass shard_dir=... (--shards DIR), a folder that all "
