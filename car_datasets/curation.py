@@ -29,7 +29,7 @@ from car_datasets.receipt import (
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import RESULT_FILES, unfinished, write_result, write_table
+from car_datasets.results import RESULT_FILES, unfinished, write_result
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_taken
 from car_datasets.stages import Stages, fit_settings, refuse_taken_columns, resolve, scorer_of
@@ -189,12 +189,10 @@ def _write_files(
     with unfinished(folder):
         pictures = report.pictures(overview, recipe.projection)
         files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}
-        write_result(folder, selected, scored, report, files, names)
+        tables = stages.procedure.tables(selected, without_vectors, scorer.objective, names)
         if own_index:
             names = replace(names, index="")  # the original's files hold every column of the source
-        extra = stages.procedure.tables(selected, without_vectors, scorer.objective, recipe.names)
-        for name, table in extra.items():
-            write_table(table, folder / name, names)
+        write_result(folder, selected, scored, report, files, tables, names)
 
 
 def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None = None) -> bool:

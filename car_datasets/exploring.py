@@ -6,7 +6,6 @@ Does not: embed, or change the folder.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from car_datasets.reporting.page import texts_of
 from car_datasets.results import SCORED_TABLE, read_tables
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
+from car_datasets.utils.settings import refuse_missing_extra
 
 NEAREST = 10
 NEIGHBOUR_ROWS = 20_000  # for more rows there are no neighbours: comparing all pairs would take minutes
@@ -62,8 +62,7 @@ def explore(
     Raises:
         ValueError: embedding-atlas is not installed, or the folder holds no result, or one without embeddings.
     """
-    if importlib.util.find_spec("embedding_atlas") is None:
-        raise ValueError("explore needs embedding-atlas: pip install 'car-datasets[explore]' (some 450 MB).")
+    refuse_missing_extra("explore", "explore", {"embedding_atlas": "embedding-atlas"})
     with tempfile.TemporaryDirectory() as place:
         options = write_atlas(folder, Path(place) / "pool.parquet", projection, names=names)
         address = ["--host", host, "--port", str(port)]

@@ -178,7 +178,6 @@ def make_receipt(
         settings ([`Recipe`]), scorer ([`QualityScorer`]): as used, with the revisions of both models.
         pool, selected (`Dataset`), report ([`SelectionReport`]): the result.
     """
-    names = ColumnNames(settings.score_column, settings.cluster_column, settings.index_column)
     return Receipt(
         source=dict(source),
         schema=schema,
@@ -189,7 +188,7 @@ def make_receipt(
         counts=counts_of(report),
         selected_sha256=indices_digest(selected[settings.index_column][:]),
         versions={"car-datasets": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        scored_sha256=pool_digest(pool, names),
+        scored_sha256=pool_digest(pool, settings.names),
     )
 
 

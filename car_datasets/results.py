@@ -138,6 +138,7 @@ def write_result(
     scored: Dataset,
     report: SelectionReport,
     files: Mapping[str, bytes],
+    tables: Mapping[str, Dataset],
     names: ColumnNames,
 ) -> None:
     """Write the files of [`curate`]; the reports come last, so a folder that has them is complete.
@@ -146,6 +147,7 @@ def write_result(
         folder (`Path`): made if it does not exist.
         selected, scored (`Dataset`), report ([`SelectionReport`]): the selection, its pool and its figures.
         files (`Mapping`): name to content of receipt, plots and page.
+        tables (`Mapping`): name to rows of the files that only the procedure of the selection has.
         names ([`ColumnNames`]): the names of the added columns.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,5 +158,7 @@ def write_result(
     # `content` is bound as a default because a closure would see the last value of the loop.
     for name, content in files.items():
         write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
+    for name, table in tables.items():
+        write_table(table, folder / name, names)
     write_whole(folder / SUMMARY_FILE, lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
     write_whole(folder / REPORT_FILE, lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))

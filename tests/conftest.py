@@ -7,6 +7,7 @@ import builtins
 import json
 import os
 import runpy
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,7 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         return ordinary(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importlib.import_module does not call __import__
 
 
 @pytest.fixture

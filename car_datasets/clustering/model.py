@@ -32,9 +32,10 @@ from car_datasets.utils.columns import (
     BATCH,
     Matrix,
     as_arrow,
-    beside,
     column_batches,
+    join_columns,
     matrix_of,
+    refuse_no_embeddings,
     refuse_overwrite,
     refuse_tables,
 )
@@ -177,11 +178,7 @@ class ClusterModel:
     def _refuse_columns(self, columns: list[str]) -> None:
         """Raise ValueError if a column that would be added exists, or the embeddings are missing."""
         refuse_overwrite(columns, (self.output_column, self.distance_column), "output_column=... to ClusterModel.fit")
-        if self.embedding_column not in columns:
-            raise ValueError(
-                f"The dataset has no column {self.embedding_column!r}; it has {columns}. Run TextEmbedder over it "
-                "first, or rename your column of embeddings."
-            )
+        refuse_no_embeddings(columns, self.embedding_column)
 
     def _label(self, rows: pa.Array | pa.ChunkedArray, rank: int | None = None) -> tuple[Any, Any, Any]:
         """Return labels, distances, and a mask of the rows that have neither, each of shape `(rows,)`."""
@@ -218,7 +215,7 @@ class ClusterModel:
         self._refuse_columns(dataset.column_names)
         with all_processes() if across_processes else nullcontext(Processes()) as processes:
             table = processes.joined(lambda: self._label_share(dataset, processes), _joined_labels)
-        return beside(dataset, Dataset(InMemoryTable(table)))
+        return join_columns(dataset, Dataset(InMemoryTable(table)))
 
     def _label_share(self, dataset: Dataset, processes: Processes) -> tuple[Identity | None, pa.Table]:
         """Label this process's share of the rows, and return it with the fingerprint of its work."""

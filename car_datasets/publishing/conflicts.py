@@ -18,7 +18,8 @@ from car_datasets.results import REPORT_FILE
 TABLES = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".xml", ".h5", ".hdf5")
 DATA_FILES = (*TABLES, ".zip", ".tar")
 
-# Data only if the folder or the name says so; otherwise notes, and pictures of a card.
+# Files with these suffixes are data only if their folder or name says so; otherwise they are notes, or pictures of a
+# card.
 MAYBE_DATA = (".txt", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4")
 SPLIT_WORDS = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # `datasets` finds splits by them
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
@@ -72,7 +73,7 @@ class Standing(NamedTuple):
         """
         try:
             known = Receipt.from_json(receipt)
-        except ValueError:  # of another version; compares as another selection than any
+        except ValueError:  # a receipt of another version; this result is equal to no selection
             return cls({}, "", place)
         return cls(known.source, known.selected_sha256, place, (known.scorer, known.embedder, known.recipe))
 

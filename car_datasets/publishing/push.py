@@ -44,12 +44,13 @@ from car_datasets.publishing.card import (
 from car_datasets.publishing.conflicts import PLOTS, Standing, refuse_second_selection
 from car_datasets.publishing.readback import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
+from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import draw_controls, positions_in_pool, row_lengths
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import REPORT_FILE, Result, read_result
 from car_datasets.utils import hub
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import beside, read_numbers
+from car_datasets.utils.columns import join_columns, read_numbers
 from car_datasets.utils.hub import Pushed, Repository, reason
 from car_datasets.utils.settings import CONFIG_NAME, SEED, SPLIT
 
@@ -200,8 +201,8 @@ def _result(dataset: object, scored: Dataset | None, report: SelectionReport | N
 
 def _tables(result: Result, split: str, also: Sequence[str], embeddings: bool) -> dict[str, Dataset]:
     recipe = {} if result.receipt is None else result.receipt.recipe
-    kinds = ("score", "cluster", "index", "embedding")
-    names = ColumnNames(**{kind: recipe[f"{kind}_column"] for kind in kinds if f"{kind}_column" in recipe})
+    # The names of columns alone: another version's receipt may hold settings that this one does not know.
+    names = Recipe().changed(**{name: value for name, value in recipe.items() if name.endswith("_column")}).names
     return selection_splits(
         result.selected,
         result.scored,
@@ -220,7 +221,7 @@ def selection_splits(
     *,
     split: str = SPLIT,
     names: ColumnNames = ColumnNames(),
-    left_out: str | None = "embedding",
+    left_out: str | None = ColumnNames.embedding,
     seed: int = SEED,
 ) -> dict[str, Dataset]:
     """Return a selection as a split, and further splits, all with the same columns and types.
@@ -257,7 +258,7 @@ def selection_splits(
     # The order of the selection, so that it looks the same with and without the pool.
     order = [*selected.column_names, *rest]
     features = Features({name: pool.features[name] for name in order})
-    filled = selected if not rest else beside(selected, pool.select(positions.tolist()).select_columns(rest))
+    filled = selected if not rest else join_columns(selected, pool.select(positions.tolist()).select_columns(rest))
     splits = {split: filled, SCORED: pool}
     if set(also) & set(CONTROLS):
         # Only scored rows may be drawn, as in the report; a selection could not have had the others.
@@ -289,7 +290,7 @@ def _with_columns_of(pool: Dataset, selected: Dataset, positions: npt.NDArray[np
     table = selected.select_columns(names).with_format("arrow")[:]
     columns: dict[str, Any] = {name: table[name].combine_chunks().take(taken) for name in names}
     features = Features({name: selected.features[name] for name in names})
-    return beside(pool, Dataset(pa.table(columns, schema=features.arrow_schema)))
+    return join_columns(pool, Dataset(pa.table(columns, schema=features.arrow_schema)))
 
 
 def _write_shards(table: Dataset, place: Path, config_name: str, split: str, most: int) -> SplitFiles:

@@ -35,7 +35,7 @@ from car_datasets.receipt import (
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import positions_in_pool
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import REPORT_FILE, read_report, read_result
+from car_datasets.results import REPORT_FILE, Result, read_report, read_result
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows
 from car_datasets.selection.rule import SELECTION_COLUMNS
@@ -112,13 +112,15 @@ def verify(
     if seed < 0:
         raise ValueError(f"seed={seed}: pass a number that is not negative.")
     found = _open(where, revision, config_name, split, token)
+    receipt = found.receipt
+    assert receipt is not None  # neither a folder nor a repository is opened without one
     models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer}
     try:
         # `changed` checks names and types: a receipt from the Hub may have been edited by hand.
-        recipe = Recipe().changed(**found.receipt.recipe)
+        recipe = Recipe().changed(**receipt.recipe)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}, {RECEIPT_FILE}: its recipe cannot be read: {error}") from error
-    checks = _Checks(found, recipe, token)
+    checks = _Checks(found, receipt, recipe, token)
     checked: list[str] = []
     difference = None
     try:
@@ -131,22 +133,13 @@ def verify(
     return Verification(tuple(checked), tuple(checks.skipped), difference)
 
 
-class _Found(NamedTuple):
-    """A selection to verify, read from a folder or from a repository."""
-
-    receipt: Receipt
-    selected: Dataset
-    scored: Dataset | None
-    report: SelectionReport | None
-
-
 def _open(
     where: str | os.PathLike[str], revision: str | None, config_name: str, split: str, token: str | None
-) -> _Found:
+) -> Result:
+    """Read a selection and its receipt from a folder or a repository."""
     folder = Path(where).expanduser()
     if folder.is_dir():
-        result = read_result(folder)
-        return _Found(Receipt.read(folder), result.selected, result.scored, result.report)
+        return read_result(folder)
     if folder.exists():
         raise ValueError(f"{str(where)!r} is a file; pass the folder that `car-datasets curate` wrote, or a Hub id.")
     repo_id = str(where)
@@ -165,14 +158,15 @@ def _open(
     # Both splits and the receipt must be of one commit; a branch may move between two requests.
     selected = load_split(repo_id, config_name, split, seen.sha, token)
     scored = load_split(repo_id, config_name, SCORED, seen.sha, token) if has_pool else None
-    return _Found(receipt, selected, scored, report)
+    return Result(selected, scored, report, receipt)
 
 
 @dataclass(frozen=True)
 class _Checks:
     """The checks, in order. Each returns a sentence about what it compared, or raises a [`Difference`]."""
 
-    found: _Found
+    found: Result
+    receipt: Receipt
     recipe: Recipe
     token: str | None
     skipped: list[str] = field(default_factory=list)
@@ -181,7 +175,7 @@ class _Checks:
         self, source: str | os.PathLike[str] | None, rescore: int, seed: int, models: dict[str, str | None]
     ) -> Iterator[str]:
         """Yield the sentence of one check after the other."""
-        receipt, selected, scored, _ = self.found
+        receipt, selected, scored = self.receipt, self.found.selected, self.found.scored
         yield self._indices()
         self._settings()
         rows = self._open_source(source)
@@ -199,34 +193,34 @@ class _Checks:
             yield self._digest(scored)
 
     def _indices(self) -> str:
-        receipt, selected = self.found.receipt, self.found.selected
+        receipt, selected = self.receipt, self.found.selected
         name = self.recipe.index_column
         if name not in selected.column_names:
             raise Difference(f"the selected rows have no column {name!r}")
         if len(selected) != receipt.counts["selected"]:
-            raise Difference(f"{len(selected)} rows are selected, by the receipt {receipt.counts['selected']}")
+            raise Difference(f"{len(selected)} rows are selected; the receipt says {receipt.counts['selected']}")
         if indices_digest(selected[name][:]) != receipt.selected_sha256:
             raise Difference("the source indices of the selected rows do not have the receipt's sha256")
         return f"{len(selected)} selected rows have the receipt's indices"
 
     def _settings(self) -> None:
         """Compare what the receipt says twice, since a changed recipe alone would go unnoticed."""
-        receipt, recipe = self.found.receipt, self.recipe
+        receipt, recipe = self.receipt, self.recipe
         pairs = {"scorer.revision": (receipt.scorer["revision"], recipe.scorer_revision)}
         if recipe.embedder is not None:
             pairs["embedder.revision"] = (receipt.embedder["revision"], recipe.embedder_revision)
         for name, (seen, wanted) in pairs.items():
             if seen != wanted:
-                raise Difference(f"by the receipt's {name} it is {seen!r}, by its recipe {wanted!r}")
+                raise Difference(f"the receipt's {name} is {seen!r}; its recipe says {wanted!r}")
         try:
             schema = find_schema(self.found.selected.column_names, recipe.schema, recipe.columns).name
         except ValueError as error:
             raise Difference(f"the selected rows have no text: {error}") from error
         if schema != receipt.schema:
-            raise Difference(f"the rows have the schema {schema!r}, by the receipt {receipt.schema!r}")
+            raise Difference(f"the rows have the schema {schema!r}; the receipt says {receipt.schema!r}")
 
     def _open_source(self, source: str | os.PathLike[str] | None) -> Dataset:
-        known = self.found.receipt.source
+        known = self.receipt.source
         if source is None:
             if known["kind"] != "hub":
                 what = f"{known['kind']} {known['name']!r}" if "name" in known else "dataset in memory"
@@ -240,12 +234,12 @@ class _Checks:
         # A dataset in memory may be given as a file; then its rows count, and not the bytes of the file.
         seen = describe_source(opened if known["kind"] == "memory" else path, opened, self.recipe)
         if known["kind"] != "hub" and seen["sha256"] != known["sha256"]:
-            raise Difference(f"the source has the sha256 {seen['sha256']}, by the receipt {known['sha256']}")
+            raise Difference(f"the source has the sha256 {seen['sha256']}; the receipt says {known['sha256']}")
         return opened
 
     def _same_rows(self, source: Dataset, table: Dataset, name: str) -> str:
-        if name == SCORED and len(table) != self.found.receipt.counts["rows"]:
-            raise Difference(f"{SCORED} has {len(table)} rows, by the receipt {self.found.receipt.counts['rows']}")
+        if name == SCORED and len(table) != self.receipt.counts["rows"]:
+            raise Difference(f"{SCORED} has {len(table)} rows; the receipt says {self.receipt.counts['rows']}")
         missing = [column for column in source.column_names if column not in table.column_names]
         if missing:
             raise Difference(f"{name} has no column {missing} of the source")
@@ -274,7 +268,7 @@ class _Checks:
         pairs = zip(selected[name][:], expected[name][:], strict=False)
         for row, (seen, wanted) in enumerate(pairs):
             if seen != wanted:
-                raise Difference(f"selected, row {row}, is source row {seen}; by scores and clusters it is {wanted}")
+                raise Difference(f"selected, row {row}, is source row {seen}; scores and clusters give {wanted}")
         shared = [column for column in expected.column_names if column in selected.column_names]
         parts = [each.select_columns(shared) for each in (expected, selected)]
         if difference := first_difference(*parts):
@@ -282,7 +276,7 @@ class _Checks:
         return f"scores and clusters of {len(scored)} rows give the same {len(selected)}, for the same reasons"
 
     def _counts(self, scored: Dataset) -> str:
-        receipt, recipe = self.found.receipt, self.recipe
+        receipt, recipe = self.receipt, self.recipe
         try:
             report = SelectionReport.from_selection(scored, self.found.selected, names=recipe.names, seed=recipe.seed)
             k = number_of_clusters(recipe.k, report.rows_scored)
@@ -290,9 +284,9 @@ class _Checks:
             raise Difference(f"nothing can be counted: {error}") from error
         for name, count in counts_of(report).items():
             if count != receipt.counts[name]:
-                raise Difference(f"counts.{name} is {count!r}, by the receipt {receipt.counts[name]!r}")
+                raise Difference(f"counts.{name} is {count!r}; the receipt says {receipt.counts[name]!r}")
         if report.clusters > k:
-            raise Difference(f"the pool has {report.clusters} clusters, by the recipe k={k}")
+            raise Difference(f"the pool has {report.clusters} clusters; the recipe says k={k}")
         if report.clusters < k:  # possible in a true selection, when there are fewer distinct texts than k
             self.skipped.append(
                 f"k: the pool has {report.clusters} clusters of k={k}; only fitting again could tell why"
@@ -300,11 +294,11 @@ class _Checks:
         if self.found.report is None:
             self.skipped.append(f"the seed: there is no {REPORT_FILE}")
         elif self.found.report.seed != recipe.seed:
-            raise Difference(f"{REPORT_FILE} has the seed {self.found.report.seed}, by the recipe it is {recipe.seed}")
+            raise Difference(f"{REPORT_FILE} has the seed {self.found.report.seed}; the recipe says {recipe.seed}")
         return f"the receipt's counts are those of {len(scored)} rows"
 
     def _digest(self, scored: Dataset) -> str:
-        if pool_digest(scored, self.recipe.names) != self.found.receipt.scored_sha256:
+        if pool_digest(scored, self.recipe.names) != self.receipt.scored_sha256:
             raise Difference(f"indices, scores and clusters of {SCORED} do not have the receipt's sha256")
         return f"indices, scores and clusters of {len(scored)} rows have the receipt's sha256"
 
@@ -400,11 +394,11 @@ def _was_folder(name: str, receipt: Receipt, recipe: Recipe) -> bool:
 def _compare_models(receipt: Receipt, recipe: Recipe, scorer: QualityScorer) -> None:
     """Compare the models with the receipt, except for their names, because a folder may have been renamed."""
     if str(scorer.template) != receipt.template:
-        raise Difference(f"the scorer's template is {str(scorer.template)!r}, by the receipt {receipt.template!r}")
+        raise Difference(f"the scorer's template is {str(scorer.template)!r}; the receipt says {receipt.template!r}")
     pairs = {"scorer": (scorer_record(scorer), receipt.scorer)}
     if recipe.embedder is None and scorer.shares_encoder:
         pairs["embedder"] = (embedder_record(recipe, scorer), receipt.embedder)
     for model, (seen, known) in pairs.items():
         for name in sorted({*seen, *known} - {"model_id"}):
             if seen.get(name) != known.get(name):
-                raise Difference(f"the {model}'s {name} is {seen.get(name)!r}, by the receipt {known.get(name)!r}")
+                raise Difference(f"the {model}'s {name} is {seen.get(name)!r}; the receipt says {known.get(name)!r}")

@@ -30,7 +30,7 @@ from car_datasets.utils.columns import (
     read_embeddings,
     read_numbers,
 )
-from car_datasets.utils.settings import SEED
+from car_datasets.utils.settings import SEED, refuse_missing_extra
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +58,7 @@ class Overview:
         positions (`(selected,)` int64): the selected rows, in the order of the selection.
         selected_by (`(selected,)` str): `"score"`, `"cluster"` or `"both"` for each of them.
         random_control, length_matched_control (`(selected,)` int64): rows of the pool.
-        seed (`int`): for everything that is drawn at random.
+        seed (`int`): seed of the controls, of samples and of the map.
     """
 
     pool: Dataset
@@ -412,10 +412,9 @@ def _principal_points(matrix: Matrix, components: int, seed: int) -> Matrix:
 
 def _umap() -> Any:
     """Import umap-learn, or raise ValueError that says how to install it."""
-    try:
-        import umap
-    except ImportError as error:
-        raise ValueError("projection='umap' needs umap-learn: pip install 'car-datasets[umap]'.") from error
+    refuse_missing_extra("umap", "projection='umap'", {"umap": "umap-learn"}, load=True)
+    import umap
+
     return umap
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from car_datasets.reporting.overview import MAP_ROWS, Overview, PoolMap, count_clusters
 from car_datasets.selection.rule import BY_CLUSTER, Indices
+from car_datasets.utils.settings import refuse_missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,10 +62,7 @@ def can_draw() -> bool:
 
 def refuse_no_matplotlib() -> None:
     """Raise ImportError that says what to install if matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'car-datasets[plots]'.") from error
+    refuse_missing_extra("plots", "A plot", {"matplotlib": "matplotlib"}, ImportError, load=True)
 
 
 def plot_file(name: str) -> str:

@@ -22,6 +22,7 @@ from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.scoring.batching import in_order, pad, run_batches, token_budget, tokenise
 from car_datasets.scoring.stage import Rows, check_options, pin_model, refuse_taken, set_fields, text_columns
 from car_datasets.utils import revisions
+from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_tables
 from car_datasets.utils.processes import device_for
 from car_datasets.utils.public import public
@@ -68,7 +69,7 @@ class TextEmbedder:
     schema: str = "auto"
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
     template: str = CLEAN_TEMPLATE
-    output_column: str = "embedding"
+    output_column: str = ColumnNames.embedding
     on_invalid: str = "error"
     dtype: str = "float32"
     batch_tokens: int | None = None

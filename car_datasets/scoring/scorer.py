@@ -113,7 +113,7 @@ class QualityScorer:
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
     template: str | None = None
     turns: str = "mean"
-    output_column: str = "iqs_score"
+    output_column: str = ColumnNames.score
     diagnostics: bool = False
     uncertainty: bool = False
     embedding_column: str | None = None
@@ -373,7 +373,7 @@ def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
         schema=scorer.schema,
         columns=scorer.columns,
         template=str(scorer.template),
-        output_column=scorer.embedding_column or "embedding",
+        output_column=scorer.embedding_column or ColumnNames.embedding,
         on_invalid=scorer.on_invalid,
         dtype=scorer.dtype,
         batch_tokens=scorer.batch_tokens,

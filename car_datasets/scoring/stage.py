@@ -19,7 +19,8 @@ import torch
 from car_datasets.loading.schemas import ON_INVALID, UNSCORABLE, Schema, find_schema, format_batch, invalid_rows_message
 from car_datasets.loading.templates import TEMPLATES, Text
 from car_datasets.utils import revisions
-from car_datasets.utils.columns import beside, refuse_overwrite
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import join_columns, refuse_overwrite
 from car_datasets.utils.public import public
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def add_columns(dataset: Dataset, stage: Stage, description: str) -> Dataset:
         features=stage.output_features(),
         remove_columns=read,  # the cached file then holds the new columns alone
     )
-    return beside(dataset, added)
+    return join_columns(dataset, added)
 
 
 def read_columns(column_names: Sequence[str], stage: Stage, with_index: bool = True) -> list[str]:
@@ -92,8 +93,8 @@ def read_columns(column_names: Sequence[str], stage: Stage, with_index: bool = T
     """
     own = getattr(stage, "read_columns", None)
     read = list(column_names) if own is None else list(own(column_names))
-    if with_index and "source_index" in column_names and "source_index" not in read:
-        read.append("source_index")
+    if with_index and ColumnNames.index in column_names and ColumnNames.index not in read:
+        read.append(ColumnNames.index)
     return read
 
 
@@ -233,7 +234,7 @@ class Rows:
         bad = [i for i, row in enumerate(rows) if row.status in UNSCORABLE]
         if bad and on_invalid == "error":
             # Without `source_index` the rows are numbered within the batch, and the message has to say so.
-            where = "" if "source_index" in batch else " of this batch"
+            where = "" if ColumnNames.index in batch else " of this batch"
             names = row_names(batch, bad)
             raise ValueError(invalid_rows_message([rows[i].status for i in bad], names, len(rows), where))
         texts = [text for row in rows for text in row.texts]
@@ -278,5 +279,5 @@ def _mean_vector(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | 
 
 def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> list[Any]:
     """Return how a message names these rows: by `source_index` if the batch has it, else by position in the batch."""
-    index = batch.get("source_index")
+    index = batch.get(ColumnNames.index)
     return [index[i] if index is not None else i for i in positions]

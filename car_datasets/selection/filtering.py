@@ -16,7 +16,7 @@ from car_datasets.clustering.model import ClusterModel
 from car_datasets.selection.procedures import Amounts
 from car_datasets.selection.rule import SELECTION_COLUMNS, choose, refuse_impossible, refuse_worse, select_car
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
+from car_datasets.utils.columns import check_columns, read_numbers, refuse_no_embeddings, refuse_overwrite
 from car_datasets.utils.processes import alone
 from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, N1, SEED
 
@@ -90,11 +90,7 @@ def cluster_filter(
     columns = dataset.column_names if hasattr(dataset, "column_names") else list(dataset)
     new = SELECTION_COLUMNS if isinstance(dataset, Dataset) else ()
     check_columns(columns, (names.score,), new)
-    if names.embedding not in columns:
-        raise ValueError(
-            f"The dataset has no column {names.embedding!r}; it has {columns}. Run TextEmbedder over it first, or pass "
-            "embedding_column=..."
-        )
+    refuse_no_embeddings(columns, names.embedding)
     amounts = Amounts(n1, n2, budget, allow_worse)
     if isinstance(dataset, Dataset):
         return _selected_rows(dataset, names, amounts, fitting)

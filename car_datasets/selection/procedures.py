@@ -126,6 +126,7 @@ def _select_published(pool: Dataset, amounts: Amounts, names: ColumnNames) -> Da
         score_column=names.score,
         cluster_column=names.cluster,
         index_column=names.index,
+        embedding_column=names.embedding,
     )
 
 

@@ -52,6 +52,7 @@ def select_as_published(
     score_column: str = ColumnNames.score,
     cluster_column: str = ColumnNames.cluster,
     index_column: str = ColumnNames.index,
+    embedding_column: str = ColumnNames.embedding,
 ) -> Dataset:
     """Select by the published rule, in the published order: the top n1, then what the clusters add.
 
@@ -62,6 +63,7 @@ def select_as_published(
         score_column (`str`): column of scores.
         cluster_column (`str`): column of clusters.
         index_column (`str`): kept if the dataset has it, otherwise added: the row's position in order of score.
+        embedding_column (`str`): column of embeddings, if the dataset has one; it does not count for equality of rows.
 
     Returns:
         `Dataset`: all columns of the chosen rows, and `selected_by`, `score_rank` and `cluster_rank`. Of rows equal by
@@ -71,7 +73,7 @@ def select_as_published(
         ValueError: n1 or n2 is negative or not a whole number, or a column is missing.
     """
     # Ranked first: from here on, position i is the row of rank i + 1.
-    names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
+    names = ColumnNames(score_column, cluster_column, index_column, embedding_column)
     ranked = rank_rows(dataset, score_column)
     scores = read_numbers(ranked, score_column, np.nan)
     labels = np.asarray(read_numbers(ranked, cluster_column, -1), dtype=np.int64)

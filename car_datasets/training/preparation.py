@@ -21,7 +21,7 @@ from car_datasets.loading.templates import Exchange, join_surrogates
 from car_datasets.training.measures import Clue, clues, cross_validated, pair_metrics
 from car_datasets.training.pairs import Pair, as_given, cleaned, parse_text, question
 from car_datasets.utils.files import write_folder
-from car_datasets.utils.settings import SEED
+from car_datasets.utils.settings import SEED, refuse_missing_extra
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -203,10 +203,9 @@ def drop_smallest_edits(pairs: Sequence[Pair], drop: float) -> list[Pair]:
 
 def _edit_distance() -> Callable[[str, str], int]:
     """Return rapidfuzz's Levenshtein distance in characters; raise ValueError if the extra `train` is not installed."""
-    try:
-        from rapidfuzz.distance import Levenshtein
-    except ImportError as error:
-        raise ValueError("prepare needs rapidfuzz: pip install 'car-datasets[train]'.") from error
+    refuse_missing_extra("train", "prepare", {"rapidfuzz.distance": "rapidfuzz"}, load=True)
+    from rapidfuzz.distance import Levenshtein
+
     return Levenshtein.distance
 
 

@@ -8,7 +8,7 @@ Does not: build Python lists, or copy more than one batch of vectors, unless an 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,7 @@ def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) 
         ValueError: the column is missing or holds no lists of numbers, lengths are unequal, or values are not finite.
             The latter are counted to the end of the column, but nothing is yielded after the first.
     """
-    if column not in dataset.column_names:
-        raise ValueError(
-            f"The dataset has no column {column!r}; it has {dataset.column_names}. "
-            "Map TextEmbedder() over it first, or name your embeddings: embedding_column=..."
-        )
+    refuse_no_embeddings(dataset.column_names, column)
     start, width = 0 if rows is None else rows.start, 0
     bad: list[int] = []
     for batch in column_batches(dataset, column, rows):
@@ -241,7 +237,7 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def beside(dataset: Dataset, new: Dataset) -> Dataset:
+def join_columns(dataset: Dataset, new: Dataset) -> Dataset:
     """Join the columns of two datasets of equal length by position; the result has the format of `dataset`."""
     form: dict[str, Any] = dataset.format
     if len(dataset) == 0:  # concatenate_datasets drops what has no rows
@@ -266,6 +262,15 @@ def check_columns(existing: Sequence[str], needed: Sequence[str], new: Sequence[
             f"The dataset already has the column(s) {taken} of an earlier selection, which would be overwritten. "
             f"Keep them under other names: dataset.rename_column({taken[0]!r}, ...), or drop them: "
             f"dataset.remove_columns({taken})."
+        )
+
+
+def refuse_no_embeddings(existing: Collection[str], column: str) -> None:
+    """Raise ValueError if the column of embeddings is missing."""
+    if column not in existing:
+        raise ValueError(
+            f"The dataset has no column {column!r}; it has {list(existing)}. Run TextEmbedder over it first, or, if it "
+            f"has embeddings, name their column by embedding_column=... or rename it to {column!r}."
         )
 
 

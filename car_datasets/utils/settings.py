@@ -1,7 +1,8 @@
 """`Settings`: the base of recipes and training files, a dataclass of plain values that is YAML on disk.
 
 Does: check every value by type and every key by name; read and write YAML; name the defaults that several classes and
-functions share; read the rank that a launcher sets for each process in environment variables.
+functions share; read the rank that a launcher sets for each process in environment variables; refuse what needs an
+extra that is not installed.
 Does not: know any other setting, or import torch.
 """
 
@@ -9,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
+import importlib.util
 import numbers
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
@@ -107,6 +110,34 @@ class Settings:
 def is_whole_number(value: object) -> TypeGuard[int]:
     """Return True if a value is a whole number, Python's or numpy's, and not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def refuse_missing_extra(
+    extra: str,
+    what: str,
+    modules: Mapping[str, str],
+    error: type[Exception] = ValueError,
+    load: bool = False,
+) -> None:
+    """Raise an error that says what to install if a module of an extra is missing.
+
+    Args:
+        extra (`str`): name of the extra, such as `"umap"`.
+        what (`str`): what needs it, the start of the message.
+        modules (`Mapping`): the modules, each with the name of its package.
+        error (`type`): the type of the error.
+        load (`bool`): import the modules as well; a broken installation then counts as a missing one.
+    """
+    # Found without running them by default: some of these modules take seconds to import, or report their use.
+    try:
+        for name in modules:
+            if load:
+                importlib.import_module(name)
+            elif importlib.util.find_spec(name) is None:
+                raise ModuleNotFoundError(name)
+    except ImportError as missing:
+        needed = " and ".join(modules.values())
+        raise error(f"{what} needs {needed}: pip install 'car-datasets[{extra}]'.") from missing
 
 
 def read_kind(path: str | os.PathLike[str], known: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from car_datasets.utils.columns import beside, read_embeddings
+from car_datasets.utils.columns import join_columns, read_embeddings
 from tests.benchmarks.table import Line, best_of
 
 ROWS, SIZE = 20_000, 384
@@ -35,7 +35,7 @@ def measure() -> Iterator[Line]:
         slow, written = best_of(1, lambda: dataset.map(naive, **how))
         features = Features({"embedding": List(Value("float32"), length=SIZE)})
         fast, found = best_of(
-            3, lambda: beside(dataset, dataset.map(ours, features=features, remove_columns="text", **how))
+            3, lambda: join_columns(dataset, dataset.map(ours, features=features, remove_columns="text", **how))
         )
         if not np.array_equal(read_embeddings(found, "embedding")[0], vectors):
             raise AssertionError("what was written is not what was read")

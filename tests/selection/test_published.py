@@ -14,6 +14,7 @@ from car_datasets import ClusterModel, curate, select_car
 from car_datasets.cli import app
 from car_datasets.loading.sources import open_dataset
 from car_datasets.results import write_table
+from car_datasets.selection.procedures import PROCEDURES, Amounts
 from car_datasets.selection.published import (
     from_original,
     original_columns,
@@ -265,6 +266,37 @@ def test_rows_equal_by_what_the_files_hold_are_equal() -> None:
     rows = {"output": ["o", "o", "p"], "iqs_score": [1.0, 1.0, 0.5], "cluster": [0, 0, 1]}
     distances = {"cluster_distance": np.array([0.5, 0.50000006, 0.1], dtype=np.float32)}
     assert outputs(select_as_published(Dataset.from_dict(rows | distances), n1=1, n2=2)) == ["o", "p"]
+
+
+def test_equality_counts_a_users_own_column_embedding_and_not_ours_of_another_name() -> None:
+    """The files hold the user's `embedding` if ours has another name, so that rows differing in it are not equal."""
+    rows: dict[str, Any] = {"output": ["o", "o", "p"], "iqs_score": [1.0, 1.0, 0.5], "cluster": [0, 0, 1]}
+    pool = Dataset.from_dict(rows | {"embedding": ["a", "b", "c"], "vectors": [[0.0], [0.0], [1.0]]})
+    chosen = select_as_published(pool, n1=1, n2=2, embedding_column="vectors")
+    assert chosen["embedding"][:] == ["a", "c", "b"]  # clusters in descending order of their label
+    pool = Dataset.from_dict(rows | {"vectors": [[0.0], [0.1], [1.0]]})
+    assert outputs(select_as_published(pool, n1=1, n2=2, embedding_column="vectors")) == ["o", "p"]
+    by_procedure = PROCEDURES["paper"].select(pool, Amounts(1, 2), ColumnNames(embedding="vectors"))
+    assert outputs(by_procedure) == ["o", "p"]
+
+
+def test_a_run_that_fails_at_a_table_of_the_procedure_leaves_no_report(
+    tiny_iqs: str, tiny_embedder: str, pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reports are written last, so that a folder which has them is complete."""
+
+    def fail(dataset: Dataset, path: str, *args: Any, **kwargs: Any) -> None:
+        if "clustering_result" in str(path):
+            raise OSError("the disk is full")
+        write_original(dataset, path, *args, **kwargs)
+
+    monkeypatch.setattr("car_datasets.results.write_original", fail)
+    rows = pairs.filter(lambda row: row["output"] != "")
+    models = {"scorer": tiny_iqs, "embedder": tiny_embedder}
+    with pytest.raises(OSError, match="the disk is full"):
+        curate(rows, tmp_path / "out", procedure="paper", n1=1, k=2, **models)
+    assert (tmp_path / "out" / "ranking_IQS_result.json").is_file()
+    assert not (tmp_path / "out" / "report.json").exists() and not (tmp_path / "out" / "report.md").exists()
 
 
 def test_a_label_that_is_no_cluster_is_not_lost(tmp_path: Path) -> None:

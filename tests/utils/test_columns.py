@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from car_datasets.loading.schemas import as_column_names
 from car_datasets.scoring.stage import Rows, invalid_rows_message, row_names
 from car_datasets.utils import columns
-from car_datasets.utils.columns import as_arrow, beside, embedding_batches, matrix_of, read_embeddings, refuse_overwrite
+from car_datasets.utils.columns import (
+    as_arrow,
+    embedding_batches,
+    join_columns,
+    matrix_of,
+    read_embeddings,
+    refuse_overwrite,
+)
 
 ROWS = np.arange(40, dtype=np.float32).reshape(10, 4) / 2  # exact in float16 too
 
@@ -258,8 +265,8 @@ def test_columns_are_the_same_in_whatever_order_they_were_named() -> None:
 def test_beside_keeps_order_format_and_an_empty_dataset() -> None:
     left = Dataset.from_dict({"a": [1, 2, 3, 4]}).select([3, 0, 2]).with_format("numpy")
     right = Dataset.from_dict({"b": ["x", "y", "z"]})
-    found = beside(left, right)
+    found = join_columns(left, right)
     assert found.with_format(None).to_dict() == {"a": [4, 1, 3], "b": ["x", "y", "z"]}
     assert found.format["type"] == "numpy"
-    none = beside(left.select([]), right.select([]))
+    none = join_columns(left.select([]), right.select([]))
     assert (none.column_names, len(none)) == (["a", "b"], 0)

@@ -7,7 +7,6 @@ Does not: make such a folder, or decide if its scores are good enough.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from car_datasets.utils import digests
+from car_datasets.utils.settings import refuse_missing_extra
 
 MODEL_FILE, WEIGHTS_FILE, RECORD_FILE = ENGINE_FILES = ("encoder.xml", "encoder.bin", "engine.json")
 QUANTISE = "car-datasets quantise SOURCE --output FOLDER"  # the command that makes the folder of an engine
@@ -123,12 +123,7 @@ def import_openvino(*also: str) -> Any:
     Raises:
         ValueError: the extra is not installed.
     """
-    missing = [name for name in ("openvino", *also) if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"engine: {' and '.join(missing)} cannot be imported. Install the extra: "
-            "pip install 'car-datasets[openvino]'"
-        )
+    refuse_missing_extra("openvino", "The int8 encoder", {name: name for name in ("openvino", *also)})
     # Without this package both use a stub. With it, `import openvino` alone would send an event.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino

@@ -294,7 +294,8 @@ class SharedRun(ABC):
         if isinstance(content, str):
             return content
         part, fingerprint = content
-        # With the dash, so that no fingerprint is taken for a longer one; a stream appends the digest of the rows.
+        # A stream appends a dash and the digest of its rows to the fingerprint. The dash keeps the fingerprint of shard
+        # 10000 from matching the start of that of shard 100000.
         if not f"{fingerprint}-".startswith(f"{self.fingerprint(shard)}-"):
             raise ValueError(
                 f"{self.shown}: {path.name} is a shard of another run. Move it away, or pass another "

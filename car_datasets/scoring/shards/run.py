@@ -18,7 +18,7 @@ from car_datasets.scoring.shards.claims import EXPIRY, last_turns
 from car_datasets.scoring.shards.folder import RunOptions, SharedRun, part_name
 from car_datasets.scoring.shards.stream import StreamedRun
 from car_datasets.scoring.stage import Stage, batch_rows, read_columns
-from car_datasets.utils.columns import beside
+from car_datasets.utils.columns import join_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -93,8 +93,8 @@ def score_in_shards(
     run = _run_of(dataset, fn, shard_dir, shard_rows, expiry, token)
     if len(dataset) == 0:  # after `_run_of`, which makes the same checks as for any dataset
         types = fn.output_features()
-        return beside(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
-    return beside(dataset, run.finish(description))
+        return join_columns(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
+    return join_columns(dataset, run.finish(description))
 
 
 def fill_shards(

@@ -22,6 +22,7 @@ import pyarrow as pa
 from car_datasets.scoring.shards.claims import last_turns
 from car_datasets.scoring.shards.folder import PART, RunOptions, SharedRun, part_name
 from car_datasets.scoring.stage import batch_rows
+from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import content_digest
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class StreamedRun(SharedRun):
             texts = {name: [row.get(name) for row in rows] for name in self.reads}
             try:
                 # The position in the stream names a row in the stage's messages, unless it reads a column of that name.
-                new = self.new_columns({"source_index": numbers, **texts}, len(rows))
+                new = self.new_columns({ColumnNames.index: numbers, **texts}, len(rows))
             except ValueError as error:
                 raise ValueError(
                     f"{_rows_of_stream(numbers[0], len(rows))}: {error} Finished shards are kept in {self.shown}. "

@@ -1,5 +1,6 @@
 """The int8 stand-in: the encoder's own hidden states but for rounding, row by row, and only for its own weights."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -129,8 +130,8 @@ def test_without_the_extra_the_way_to_it_is_named(
     for name in openvino_encoder.ENGINE_FILES:
         (tmp_path / name).touch()
     (tmp_path / "engine.json").write_text(json.dumps({"revision": revision}))
-    monkeypatch.setattr(openvino_encoder.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"openvino cannot be imported.*pip install 'car-datasets\[openvino\]'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"The int8 encoder needs openvino: pip install 'car-datasets\[openvino\]'"):
         pin_engine(str(tmp_path), tiny_iqs, revision, "float32")
 
 
