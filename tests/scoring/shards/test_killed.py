@@ -1,20 +1,23 @@
-"""SIGKILL anywhere, then the same call: the files of an undisturbed run, byte for byte, and no shard scored in vain."""
+"""SIGKILL at any point, then the same call: the bytes of an undisturbed run, and no shard is scored in vain."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import psutil
 import pytest
+import torch
 from datasets.arrow_writer import ArrowWriter
 
 from car_datasets import ClusterModel, QualityScorer, SelectionReport, curate
@@ -25,25 +28,57 @@ from tests.conftest import WORDS
 from tests.workers import WORKERS
 
 pytestmark = pytest.mark.slow
-ROWS, SHARD = 80, 8
-ROUNDS = 24
+ROWS, SHARD = 48, 8
+LANES = 2  # processes that kill runs at the same time
+FORKS = multiprocessing.get_context("fork")  # a lane has run nothing, so its forks are as good as the server's
+
+
+class Undisturbed(NamedTuple):
+    """A run that nobody killed.
+
+    Args:
+        source: the file of rows.
+        models: the options of `curate` that name models.
+        files: content of each file of the result.
+        seconds: that the run took.
+    """
+
+    source: Path
+    models: dict[str, str]
+    files: dict[str, bytes]
+    seconds: float
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 rows, no two alike: ten shards."""
+def undisturbed(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Return the result for 48 rows, no two alike, which make six shards."""
+    work = tmp_path_factory.mktemp("undisturbed")
     words = [word for word in WORDS if word.isalpha()]
     content = [
         {"instruction": f"Write {words[i % 20]} of {words[i // 20]}", "output": " ".join(words[: 2 + i % 9])}
         for i in range(ROWS)
     ]
-    path = tmp_path_factory.mktemp("rows") / "rows.json"
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
+    source = work / "rows.json"
+    source.write_text(json.dumps(content), encoding="utf-8")
+    models = {"scorer": tiny_iqs, "embedder": tiny_embedder}
+    lane = WORKERS.Process(target=run_undisturbed, args=(source, work, models))
+    lane.start()
+    lane.join(120)
+    assert lane.exitcode == 0
+    assert sorted(contents(work)) == sorted(RESULT_FILES)
+    assert scored(work) == ROWS // SHARD
+    return Undisturbed(source, models, contents(work), float((work / "seconds").read_text()))
+
+
+def run_undisturbed(source: Path, work: Path, models: dict[str, str]) -> None:
+    start = time.monotonic()  # the server has done all imports by now
+    again(source, work, models)
+    (work / "seconds").write_text(str(time.monotonic() - start))
 
 
 def prepare(log: Path) -> None:
     """In a child: small shards that take a while, each noted when it is scored, and claims that expire soon."""
+    torch.set_num_threads(1)  # two lanes with two threads each would wait for each other on two cores
     run.SMALLEST = SHARD
     run.score_in_shards.__kwdefaults__["expiry"] = 1.0
     ordinary = QualityScorer.__call__
@@ -57,8 +92,8 @@ def prepare(log: Path) -> None:
     QualityScorer.__call__ = noted
 
 
-def road(source: Path, work: Path, models: dict[str, str], spoil: Callable[[], None] | None = None) -> None:
-    """The command that is killed and run again."""
+def pipeline(source: Path, work: Path, models: dict[str, str], spoil: Callable[[], None] | None = None) -> None:
+    """Run the command that is killed and run again."""
     prepare(work / "log")
     if spoil is not None:
         spoil()
@@ -66,13 +101,13 @@ def road(source: Path, work: Path, models: dict[str, str], spoil: Callable[[], N
 
 
 def help_scoring(source: Path, work: Path, models: dict[str, str]) -> None:
-    """Another worker on the same shards, as on another machine: it ends where the main one would cluster."""
+    """Work on the same shards, as another machine would, and end where the main process would cluster."""
     ClusterModel.fit = lambda *arguments, **options: (_ for _ in ()).throw(SystemExit(0))
-    road(source, work, models)
+    pipeline(source, work, models)
 
 
 def parent_of_two(source: Path, work: Path, models: dict[str, str]) -> None:
-    for task in (road, help_scoring):
+    for task in (pipeline, help_scoring):
         if os.fork() == 0:
             task(source, work, models)
             os._exit(0)
@@ -80,16 +115,16 @@ def parent_of_two(source: Path, work: Path, models: dict[str, str]) -> None:
 
 
 def begin(task: Callable[..., None], *arguments: Any) -> Any:
-    worker = WORKERS.Process(target=task, args=arguments)
+    worker = FORKS.Process(target=task, args=arguments)
     worker.start()
     return worker
 
 
 def again(source: Path, work: Path, models: dict[str, str]) -> None:
-    """The same command once more, unless it was through; nobody waits for long."""
+    """Run the same command once more, unless it had finished; it must not wait for long."""
     if (work / "out" / "report.json").exists() and not (work / "out" / UNFINISHED).exists():
         return
-    worker = begin(road, source, work, models)
+    worker = begin(pipeline, source, work, models)
     worker.join(60)
     assert worker.exitcode == 0
 
@@ -102,33 +137,68 @@ def scored(work: Path) -> int:
     return len((work / "log").read_text().splitlines()) if (work / "log").exists() else 0
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    rows: Path, tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, bytes], dict[str, str], float]:
-    """The files of a run that nobody killed, its models, and the seconds that it took."""
-    models, work = {"scorer": tiny_iqs, "embedder": tiny_embedder}, tmp_path_factory.mktemp("undisturbed")
-    begin(nothing).join(60)  # the server imports, which is no part of the time
-    start = time.monotonic()
-    again(rows, work, models)
-    seconds = time.monotonic() - start
-    assert sorted(contents(work)) == sorted(RESULT_FILES)
-    assert scored(work) == ROWS // SHARD
-    return contents(work), models, seconds
+def check_again(undisturbed: Undisturbed, work: Path, extra: int) -> None:
+    """Run the command again; at most `extra` shards may have been scored twice."""
+    again(undisturbed.source, work, undisturbed.models)
+    found = contents(work)
+    assert sorted(found) == sorted(undisturbed.files)
+    assert [name for name, content in found.items() if content != undisturbed.files[name]] == []
+    assert scored(work) <= ROWS // SHARD + extra
+    for stage in ("scores", "embeddings"):
+        left = sorted(path.name for path in (work / "shards" / stage).iterdir())
+        assert left == ["manifest.json", *(f"part-{i:05d}.arrow" for i in range(ROWS // SHARD))]
 
 
-def nothing() -> None:
-    """What a child does while its server starts."""
+def try_points(
+    trial: Callable[[Undisturbed, Path, Any], None], table: Sequence[Any], undisturbed: Undisturbed, folder: Path
+) -> None:
+    """Call `trial` at every point of a table, in `LANES` processes, and fail with the points that failed."""
+    lanes = [
+        WORKERS.Process(target=lane, args=(trial, table, range(start, len(table), LANES), undisturbed, folder))
+        for start in range(LANES)
+    ]
+    try:
+        for process in lanes:
+            process.start()
+        for process in lanes:
+            process.join(300)
+    finally:
+        for process in lanes:
+            process.kill()
+    said = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("failed-*")))
+    assert not said, said
+    assert sorted(path.name for path in folder.glob("passed-*")) == sorted(f"passed-{i}" for i in range(len(table)))
+
+
+def lane(
+    trial: Callable[[Undisturbed, Path, Any], None],
+    table: Sequence[Any],
+    places: range,
+    undisturbed: Undisturbed,
+    folder: Path,
+) -> None:
+    for place in places:
+        work = folder / f"point-{place}"
+        work.mkdir()
+        try:
+            trial(undisturbed, work, table[place])
+        except BaseException:
+            (folder / f"failed-{place}").write_text(f"{table[place]}: {traceback.format_exc()}", encoding="utf-8")
+        else:
+            (folder / f"passed-{place}").touch()
 
 
 # --- at a known point
 
 
-class KillAt:
+class KillAt(NamedTuple):
     """Replace `owner.name` by a function that dies by SIGKILL at its n-th call of interest, before or after its work."""
 
-    def __init__(self, owner: str, name: str, nth: int = 1, target: str = "", after: bool = False) -> None:
-        self.owner, self.name, self.nth, self.target, self.after = owner, name, nth, target, after
+    owner: str
+    name: str
+    nth: int = 1
+    target: str = ""
+    after: bool = False
 
     def __call__(self) -> None:
         owner = OWNERS[self.owner]
@@ -155,76 +225,62 @@ OWNERS = {
     "datasets": datasets,
     "clusters": ClusterModel,
     "report": SelectionReport,
-    "path": Path,
 }
+POINTS = [
+    KillAt("os", "replace", target="manifest.json"),
+    KillAt("os", "replace", target="manifest.json", after=True),
+    KillAt("claims", "_create", nth=4),
+    KillAt("claims", "_create", nth=4, after=True),
+    KillAt("writer", "finalize", nth=3),
+    KillAt("os", "replace", nth=3, target="part-"),
+    KillAt("os", "replace", nth=3, target="part-", after=True),
+    KillAt("datasets", "concatenate_datasets"),
+    KillAt("clusters", "fit"),
+    KillAt("report", "from_overview"),
+    KillAt("os", "replace", target="scored.parquet"),
+    KillAt("os", "replace", target="selected.json"),
+    KillAt("report", "pictures"),
+    KillAt("os", "replace", target="plot_map.png", after=True),
+    KillAt("os", "replace", target="report.html"),
+    KillAt("os", "replace", target="report.json", after=True),
+]
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        KillAt("os", "replace", target="manifest.json"),
-        KillAt("os", "replace", target="manifest.json", after=True),
-        KillAt("claims", "_create", nth=4),
-        KillAt("claims", "_create", nth=4, after=True),
-        KillAt("writer", "finalize", nth=3),
-        KillAt("os", "replace", nth=3, target="part-"),
-        KillAt("os", "replace", nth=3, target="part-", after=True),
-        KillAt("datasets", "concatenate_datasets"),
-        KillAt("clusters", "fit"),
-        KillAt("report", "from_overview"),
-        KillAt("os", "replace", target="scored.parquet"),
-        KillAt("os", "replace", target="selected.json"),
-        KillAt("report", "pictures"),
-        KillAt("os", "replace", target="plot_map.png", after=True),
-        KillAt("os", "replace", target="report.html"),
-        KillAt("os", "replace", target="report.json", after=True),
-    ],
-    ids=lambda spoil: f"{spoil.owner}.{spoil.name}-{spoil.target}-{'after' if spoil.after else 'before'}",
-)
-def test_killed_at_a_known_point(
-    rows: Path, undisturbed: tuple[dict[str, bytes], dict[str, str], float], tmp_path: Path, spoil: KillAt
-) -> None:
-    files, models, _ = undisturbed
-    worker = begin(road, rows, tmp_path, models, spoil)
+def killed_at(undisturbed: Undisturbed, work: Path, point: KillAt) -> None:
+    worker = begin(pipeline, undisturbed.source, work, undisturbed.models, point)
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
-    again(rows, tmp_path, models)
-    assert contents(tmp_path) == files
-    assert scored(tmp_path) <= ROWS // SHARD + 1
-    for stage in ("scores", "embeddings"):
-        left = sorted(path.name for path in (tmp_path / "shards" / stage).iterdir())
-        assert left == ["manifest.json", *(f"part-{i:05d}.arrow" for i in range(10))]
+    check_again(undisturbed, work, 1)
+
+
+def test_killed_at_a_known_point(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    try_points(killed_at, POINTS, undisturbed, tmp_path)
 
 
 # --- at any point
 
 
-def children(pid: int) -> list[int]:
-    return [child.pid for child in psutil.Process(pid).children()]
-
-
-@pytest.mark.parametrize("number", range(ROUNDS))
-def test_killed_at_any_point(
-    rows: Path, undisturbed: tuple[dict[str, bytes], dict[str, str], float], tmp_path: Path, number: int
-) -> None:
-    files, models, seconds = undisturbed
+def killed_after_a_while(undisturbed: Undisturbed, work: Path, number: int) -> None:
+    """Kill a run, alone or with a second process on its shards, or the parent of both, at a time drawn by the number."""
+    source, models, _, seconds = undisturbed
     chance = random.Random(number)
     who = ("all", "one", "parent")[number % 3]
     if who == "parent":
-        parent = begin(parent_of_two, rows, tmp_path, models)
+        parent = begin(parent_of_two, source, work, models)
         time.sleep(chance.uniform(0, 1.2 * seconds))
-        orphans = children(parent.pid)
-        os.kill(parent.pid, signal.SIGKILL)
-        killed = 0  # the orphans go on, beside the same command or before it
+        orphans = psutil.Process(parent.pid).children()
+        parent.kill()
+        parent.join(60)
+        killed = 0  # the other orphans continue, at the same time as the command or before it
         for orphan in orphans:
             if chance.random() < 0.5:
-                with contextlib.suppress(ProcessLookupError):  # it was through
-                    os.kill(orphan, signal.SIGKILL)
+                with contextlib.suppress(psutil.NoSuchProcess):  # it had finished
+                    orphan.kill()
                 killed += 1
             else:
-                psutil.wait_procs([p for p in psutil.process_iter() if p.pid == orphan], timeout=60)
+                psutil.wait_procs([orphan], timeout=60)
     else:
-        workers = [begin(task, rows, tmp_path, models) for task in (road, help_scoring)[: chance.choice((1, 2))]]
+        workers = [begin(task, source, work, models) for task in (pipeline, help_scoring)[: chance.choice((1, 2))]]
         time.sleep(chance.uniform(0, 1.2 * seconds))
         victims = workers if who == "all" else [chance.choice(workers)]
         killed = len(victims)
@@ -233,6 +289,8 @@ def test_killed_at_any_point(
         for worker in workers:
             worker.join(60)
             assert worker.exitcode is not None
-    again(rows, tmp_path, models)
-    assert contents(tmp_path) == files
-    assert scored(tmp_path) <= ROWS // SHARD + killed
+    check_again(undisturbed, work, killed)
+
+
+def test_killed_at_any_point(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    try_points(killed_after_a_while, range(24), undisturbed, tmp_path)
