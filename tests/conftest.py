@@ -60,6 +60,19 @@ def same_environment() -> Iterator[None]:
 
 
 @pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide any GPU from the package and from the processes that the test starts.
+
+    For what runs on the CPU only, and for more processes than there are GPUs, which NCCL refuses.
+    """
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """Start a Hub for one test; `tests/hub_server/__init__.py` explains how to use it."""
     found = Hub(tmp_path / "hf-home")

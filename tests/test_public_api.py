@@ -23,8 +23,6 @@ ACROSS_MODULES = {  # test files below tests/<folder>/ whose subject is more tha
     "loading/test_real_input.py",
     "loading/test_sources_on_the_hub.py",
     "publishing/test_real_hub.py",
-    "publishing/test_rescoring.py",
-    "publishing/test_splits.py",
     "scoring/iqs/test_models_on_the_hub.py",
     "scoring/shards/test_killed.py",
     "scoring/shards/test_shards_on_the_hub.py",

@@ -1,4 +1,4 @@
-"""recipe.py: the whole road, its files, and that everything which can be wrong is found before the first model call."""
+"""recipe.py: the entire pipeline, its files, and that every mistake is found before the first model call."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How fast the package is beside a plain way of doing the same: `python -m tests.benchmarks`."""
+"""Compare the speed of the package with a plain way of doing the same: `python -m tests.benchmarks`."""

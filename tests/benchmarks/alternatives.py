@@ -1,4 +1,4 @@
-"""`what_if` on 50,000 rows, beside `select_car` for each of its lines."""
+"""Time `what_if` on 50,000 rows, compared with `select_car` for each of its lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def measure() -> Iterator[Line]:
     chosen = select_car(plain, 1000, 1)
     ours, lines = best_of(3, lambda: what_if(plain, chosen))
     theirs, _ = best_of(3, lambda: [select_car(plain, line.n1, line.n2, allow_worse=True) for line in lines])
-    what = f"what_if, {ROWS:,} rows, {len(lines)} choices of n1 and n2; beside select_car for each"
+    what = f"what_if, {ROWS:,} rows, {len(lines)} choices of n1 and n2; compared with select_car for each"
     yield Line(what, ours, theirs, target="<= 1 s", met=ours <= 1)
     ours, lines = best_of(3, lambda: what_if(pool, chosen))
     yield Line(f"the same with two other k, {len(lines)} choices in all", ours, target="<= 1 s", met=ours <= 1)

@@ -1,9 +1,9 @@
-"""PCA and k-means beside scikit-learn's, and beside libraries that do k-means only, where they are installed.
+"""Compare PCA and k-means with scikit-learn's, and with libraries for k-means alone where they are installed.
 
 `pip install faiss-cpu fastkmeans superkmeans` for the latter; all run on the same points. On 2 cores and 50,000 rows
 (2026-11-22) faiss took 1.07 times our time and fastkmeans 1.29, superkmeans 0.71, for 25 passes that ended 0.5, 1.1 and 0.9 %
 higher. So k-means is our own: none of them is better at both, none reads points chunk by chunk, and one code serves CPU and
-GPU without a dependency. flash-kmeans refuses to run without CUDA and Triton; beside it nothing has been measured.
+GPU without a dependency. flash-kmeans refuses to run without CUDA and Triton; nothing has been compared with it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def components() -> Iterator[Line]:
         theirs, pca = best_of(3 if width == 384 else 1, lambda m=matrix, s=solver: PCA(0.95, svd_solver=s).fit(m))
         if project.components.shape != pca.components_.shape:
             raise AssertionError(f"{len(project.components)} components, scikit-learn has {len(pca.components_)}")
-        what = f"PCA of {len(matrix):,} x {width}, {len(pca.components_)} kept; beside scikit-learn, {solver}"
+        what = f"PCA of {len(matrix):,} x {width}, {len(pca.components_)} kept; compared with scikit-learn, {solver}"
         yield Line(what, ours, theirs, target=f"<= {wanted:.3g} times", met=ours <= wanted * theirs)
 
 
@@ -79,20 +79,22 @@ def fit(points: Matrix, k: int, seed: int, sample: int = 256) -> tuple[float, fl
 
 
 def small(points: Matrix) -> Iterator[Line]:
-    """K1: exact and sampled fits beside scikit-learn's, over several seeds; gives the passes that its fits took."""
+    """Compare exact and sampled fits with scikit-learn's over several seeds (K1); return the passes that its fits took."""
     rows, k = SMALL
     of = f"k-means, {rows:,} x {points.shape[1]}, k={k}"
     references = [best_of(1, lambda s=s: KMeans(k, n_init=1, random_state=s).fit(points)) for s in range(SEEDS)]
     theirs, inertia = (float(np.mean(c)) for c in zip(*((t, m.inertia_) for t, m in references), strict=True))
     for name, sample in (("all rows", 0), ("256 rows a cluster and two passes", 256)):
         ours, found = np.mean([fit(points, k, seed, sample) for seed in range(SEEDS)], axis=0).tolist()
-        yield Line(f"{of}, {name}; beside scikit-learn", ours, theirs, target=">= 3 times", met=3 * ours <= theirs)
+        yield Line(
+            f"{of}, {name}; compared with scikit-learn", ours, theirs, target=">= 3 times", met=3 * ours <= theirs
+        )
         yield Line(f"{of}, {name}: inertia", found, inertia, "", "<= 1.005", bool(found <= 1.005 * inertia))
     return float(np.mean([model.n_iter_ for _, model in references]))
 
 
 def others(points: Matrix) -> Iterator[Line]:
-    """Libraries for k-means alone, 25 passes over all rows; their time and inertia beside our exact fit's."""
+    """Compare time and inertia of libraries for k-means alone, in 25 passes over all rows, with our exact fit's."""
     k, width = SMALL[1], points.shape[1]
     ours, inertia = fit(points, k, 0, 0)
 
@@ -122,12 +124,14 @@ def others(points: Matrix) -> Iterator[Line]:
             continue
         seconds, centers = best_of(1, run)
         _, distances = nearest(torch.from_numpy(points), torch.from_numpy(np.array(centers, dtype=np.float32)))
-        yield Line(f"k-means of {len(points):,} rows by {library}, 25 passes; beside ours on all rows", seconds, ours)
+        yield Line(
+            f"k-means of {len(points):,} rows by {library}, 25 passes; compared with ours on all rows", seconds, ours
+        )
         yield Line(f"... {library}: inertia", float(distances.double().sum()), inertia, "")
 
 
 def large(passes: float) -> Iterator[Line]:
-    """K2: the sampled fit beside scikit-learn, of which a tenth of the first centres and ten passes are timed."""
+    """Compare the sampled fit with scikit-learn (K2), of which a tenth of the first centres and ten passes are timed."""
     rows, k = LARGE
     points = projected(rows)
     of = f"k-means, {rows:,} x {points.shape[1]}, k={k}"
@@ -138,7 +142,7 @@ def large(passes: float) -> Iterator[Line]:
     ).numpy()
     some, started = best_of(1, lambda: KMeans(k, init=centers, n_init=1, max_iter=FINISHED, tol=0).fit(points))
     theirs = 10 * tenth + some * passes / (FINISHED + 1)  # one more gives its labels
-    what = f"{of}; beside scikit-learn, counted on to all of k-means++ and the {passes:.0f} passes that it took above"
+    what = f"{of}; compared with scikit-learn, extrapolated to all of k-means++ and the {passes:.0f} passes that it took above"
     yield Line(what, ours, theirs, target=">= 10 times", met=10 * ours <= theirs)
-    what = f"{of}: inertia, beside scikit-learn's after {FINISHED} passes"
+    what = f"{of}: inertia, compared with scikit-learn's after {FINISHED} passes"
     yield Line(what, inertia, float(started.inertia_), "", "<= 1.01", bool(inertia <= 1.01 * started.inertia_))

@@ -1,4 +1,4 @@
-"""Texts through MiniLM on this machine: beside `SentenceTransformer.encode`, the processor's own limit, and the tokenizer."""
+"""Compare texts through MiniLM with `SentenceTransformer.encode`, the limit of the processor, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def measure() -> Iterator[Line]:
     embedding, _ = best_of(1, lambda: embedder.embed_texts(found))
     what = f"embed {COUNT:,} {kind}"
     met = embedding <= theirs / 1.5
-    yield Line(f"C1: {what}; beside SentenceTransformer.encode", embedding, theirs, target="<= 1/1.5", met=met)
+    yield Line(f"C1: {what}; compared with SentenceTransformer.encode", embedding, theirs, target="<= 1/1.5", met=met)
     one, _ = best_of(1, lambda: [sentences.encode(text) for text in found])
-    yield Line(f"{what}; beside encode, text by text, as CaR's cluster.py", embedding, one)
+    yield Line(f"{what}; compared with encode, text by text, as CaR's cluster.py", embedding, one)
     scoring, _ = best_of(1, lambda: scorer.score_texts(found))
     passes, _ = best_of(1, lambda: both.score_texts(found))
-    yield Line(f"score and {what} in one pass; beside both apart", passes, scoring + embedding)
+    yield Line(f"score and {what} in one pass; compared with both apart", passes, scoring + embedding)
     tokenising, tokens = best_of(2, lambda: tokenise(loaded.tokenizer, found, 512))
     lengths = [len(ids) for ids in tokens.ids]
     rate, limit = flop(lengths, loaded.model.config.encoder_config) / scoring / 1e9, sgemm()
-    what = f"C2: score {COUNT:,} {kind}, real tokens only; beside a matrix product 2048 x 384 x 1536"
+    what = f"C2: score {COUNT:,} {kind}, real tokens only; compared with a matrix product 2048 x 384 x 1536"
     yield Line(what, rate, limit, "GFLOP/s", ">= 0.6", rate >= 0.6 * limit)
     slower = max(tokenising, scoring - tokenising)  # the model waits for the first window of texts, here the only one
     met = scoring <= 1.1 * slower
     yield Line(
-        "F1: text to score; beside the slower of tokenizer and model", scoring, slower, target="<= 1.10", met=met
+        "F1: text to score; compared with the slower of tokenizer and model", scoring, slower, target="<= 1.10", met=met
     )
     ordinary, _ = best_of(2, lambda: loaded.tokenizer(found, truncation=False, verbose=False)["input_ids"])
-    yield Line(f"tokenise {sum(lengths):,} tokens; beside tokenizer(...)", tokenising, ordinary)
+    yield Line(f"tokenise {sum(lengths):,} tokens; compared with tokenizer(...)", tokenising, ordinary)
 
 
 def flop(lengths: list[int], config: object) -> float:

@@ -1,7 +1,7 @@
 """What one GPU does, in one run of under eight minutes: `python -m tests.benchmarks gpu --json FILE`.
 
 XLM-RoBERTa-large and MiniLM shapes on the rows at hand; the large one has random weights, which take the same time. Every
-figure stands beside a reference of the same run. Where there is no GPU this measures nothing, and says so.
+figure comes with a reference of the same run. Where there is no GPU this measures nothing, and says so.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def matmul_rate(size: int = 8192, runs: int = 30) -> float:
 
 
 def attention_alone() -> Iterator[Line]:
-    """torch's variable-length attention beside its padded one, on texts of one length."""
+    """Compare torch's variable-length attention with its padded one, on texts of one length."""
     from torch.nn.attention.varlen import varlen_attn
 
     tokens = 65_536
@@ -90,7 +90,9 @@ def attention_alone() -> Iterator[Line]:
             theirs, _ = timed(
                 lambda p=padded: [torch.nn.functional.scaled_dot_product_attention(*p) for _ in range(10)]
             )
-            yield Line(f"varlen_attn, {heads} heads of {size}, {length} tokens; beside padded SDPA", ours, theirs)
+            yield Line(
+                f"varlen_attn, {heads} heads of {size}, {length} tokens; compared with padded SDPA", ours, theirs
+            )
 
 
 def save_large(folder: Path, shape: dict[str, int]) -> None:
@@ -131,7 +133,7 @@ def large(folder: str, kind: str, found: Sequence[str], limit: float) -> Iterato
     yield Line("GPU busy while it scores", busy, unit="of the time", target=">= 0.9", met=busy >= 0.9)
     yield from _in_arrow(folder, kind, limit, config)
     yield from _compiled(folder, found, work, limit)
-    yield from _beside_sentence_transformers(folder, found, seconds)
+    yield from _compare_with_sentence_transformers(folder, found, seconds)
     load_scorer.cache_clear()
     yield from _beside_float32(folder, found, seconds, half.scores)
 
@@ -156,7 +158,7 @@ def _compiled(folder: str, found: Sequence[str], work: float, limit: float) -> I
     yield Line("large, bf16, compiled", work / seconds, limit, "TFLOP/s")
 
 
-def _beside_sentence_transformers(folder: str, found: Sequence[str], ours: float) -> Iterator[Line]:
+def _compare_with_sentence_transformers(folder: str, found: Sequence[str], ours: float) -> Iterator[Line]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
 
@@ -167,7 +169,7 @@ def _beside_sentence_transformers(folder: str, found: Sequence[str], ours: float
     for batch in (32, 64, 128, 256, 512):
         times[batch], _ = timed(lambda b=batch: sentences.encode(list(found), batch_size=b), 1)
     best = min(times, key=lambda batch: times[batch])
-    what = f"G2: {len(found):,} texts, large, bf16; beside sentence-transformers' best batch ({best})"
+    what = f"G2: {len(found):,} texts, large, bf16; compared with sentence-transformers' best batch ({best})"
     yield Line(what, ours, times[best], target="<= 1/1.5", met=ours <= times[best] / 1.5)
 
 
@@ -189,7 +191,7 @@ def _beside_float32(folder: str, found: Sequence[str], ours: float, half: np.nda
         return scores
 
     seconds, scores = timed(sixteen, 1)
-    what = f"G3: {len(found):,} texts, large, bf16; beside the original's settings, float32 and 16 rows"
+    what = f"G3: {len(found):,} texts, large, bf16; compared with the original's settings, float32 and 16 rows"
     yield Line(what, ours, seconds, target="<= 1/8", met=ours <= seconds / 8)
     agreement = float(spearmanr(half, scores).statistic)
     top = len(found) // 10
@@ -202,7 +204,7 @@ def _beside_float32(folder: str, found: Sequence[str], ours: float, half: np.nda
 
 
 def minilm(kind: str) -> Iterator[Line]:
-    """The embedded scorer: bf16 beside float32, and beside the tokenizer alone."""
+    """Compare the embedded scorer in bf16 with float32, and with the tokenizer alone."""
     from scipy.stats import spearmanr
 
     found = texts()[1]
@@ -210,7 +212,9 @@ def minilm(kind: str) -> Iterator[Line]:
     slow_seconds, slow = timed(lambda: exact.score_texts(found), 1)
     seconds, half = timed(lambda: fast.score_texts(found))
     packed = can_pack(fast._config().encoder_config, "bfloat16", DEVICE)
-    yield Line(f"MiniLM, bf16, packed: {packed}, {len(found):,} {kind}; beside float32, padded", seconds, slow_seconds)
+    yield Line(
+        f"MiniLM, bf16, packed: {packed}, {len(found):,} {kind}; compared with float32, padded", seconds, slow_seconds
+    )
     agreement = float(spearmanr(half.scores, slow.scores).statistic)
     yield Line(
         "G7: Spearman of bf16 and float32 scores, the embedded scorer",
@@ -222,7 +226,7 @@ def minilm(kind: str) -> Iterator[Line]:
     )
     loaded = fast.load(DEVICE)
     tokenising, tokens = timed(lambda: tokenise(loaded.tokenizer, found, 512))
-    what = f"G5: MiniLM, text to score; beside the tokenizer alone ({sum(tokens.lengths) / tokenising:,.0f} tokens/s)"
+    what = f"G5: MiniLM, text to score; compared with the tokenizer alone ({sum(tokens.lengths) / tokenising:,.0f} tokens/s)"
     yield Line(what, seconds, tokenising, target="<= 1/0.8", met=seconds <= tokenising / 0.8)
     waste = padding_waste([len(ids) for ids in tokens.ids], 32_768)
     yield Line("padding that sorted batches of 32,768 tokens would have", waste, unit="of the tokens")

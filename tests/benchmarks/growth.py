@@ -1,4 +1,4 @@
-"""What CLUSTER and SELECT cost as the rows grow: exponents of time, and memory beside the data."""
+"""Measure what CLUSTER and SELECT cost as the rows grow: exponents of time, and memory compared with the data."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ print(json.dumps([(kilobytes("VmHWM") - before) * 1024, len(model.components)]))
 
 
 def memory() -> Iterator[Line]:
-    """The most that a fit adds to a process, the column itself included, beside the column."""
+    """Compare the most that a fit adds to a process, the column itself included, with the column."""
     if not Path("/proc/self/status").exists():
         yield Line("memory of a fit: left out, this system has no /proc", math.nan)
         return
@@ -104,7 +104,9 @@ def memory() -> Iterator[Line]:
             most, kept = json.loads(subprocess.run(arguments, capture_output=True, check=True).stdout.splitlines()[-1])
             data = IN_MEMORY * 4 * (384 if sample else 384 + kept)
             name = (
-                "256 rows a cluster; beside the column" if sample else "all rows; beside the column and its projection"
+                "256 rows a cluster; compared with the column"
+                if sample
+                else "all rows; compared with the column and its projection"
             )
             what = f"memory of a fit of {IN_MEMORY:,} x 384 in memory, k={k}, {name}"
             yield Line(what, most / 2**20, data / 2**20, "MB", "<= 1.3 times", most <= 1.3 * data)

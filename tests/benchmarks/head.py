@@ -1,4 +1,4 @@
-"""What the embedded scorer's head costs: a scoring forward beside the bare encoder's, on the same batches, in turn."""
+"""Measure the cost of the embedded scorer's head: forward passes with it and without, in turn, on the same batches."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def measure() -> Iterator[Line]:
     bare = min(seconds["bare"])
     tokens = sum(found.lengths)
     ours = min(seconds["head"])
-    what = f"encoder and head beside the bare encoder, {len(texts)} texts, {tokens:,} tokens"
+    what = f"encoder and head compared with the bare encoder, {len(texts)} texts, {tokens:,} tokens"
     yield Line(what, ours, bare, target="<= 1.3 times", met=ours <= 1.3 * bare)

@@ -1,4 +1,4 @@
-"""The int8 encoder beside float32: speed, and how far scores and embeddings agree, on rows that it was not calibrated on."""
+"""Compare the int8 encoder with float32 on rows that it was not calibrated on: speed, scores and embeddings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measure() -> Iterator[Line]:
         vectors = [replace(s, embedding_column="embedding").score_texts(rest).embeddings for s in (scorer, quick)]
         alone = replace(quick, batch_tokens=1).score_texts(rest[:200]).scores
         company = float(np.abs(quick.score_texts(rest[:200]).scores - alone).max())
-    what = f"int8 beside float32, text to score, {len(rest):,} rows, calibrated on {calibration}"
+    what = f"int8 compared with float32, text to score, {len(rest):,} rows, calibrated on {calibration}"
     speeds = found.int8_rows_per_second, found.float32_rows_per_second
     yield Line(what, *speeds, "rows/s", ">= 2 times", speeds[0] >= 2 * speeds[1])
     yield Line("its Spearman", found.spearman, None, "", ">= 0.995", found.spearman >= 0.995)

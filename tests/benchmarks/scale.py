@@ -45,7 +45,7 @@ def measure(count: int = ROWS) -> Iterator[Line]:
     yield Line("all of it", sum(found.values()))
     target = f"<= {LIMIT:g} GB"
     yield Line("peak resident memory, pages of files included", peak, None, "GB", target, peak <= LIMIT)
-    yield Line("of that beside the libraries and files", anonymous, None, "GB")
+    yield Line("of that without the libraries and files", anonymous, None, "GB")
     yield Line("what is written", disk, None, "GB")
 
 

@@ -1,4 +1,4 @@
-"""Embeddings into a dataset and out again: as Arrow's fixed-size lists, beside lists of Python numbers."""
+"""Embeddings into a dataset and out again: as Arrow's fixed-size lists, compared with lists of Python numbers."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def measure() -> Iterator[Line]:
         )
         if not np.array_equal(read_embeddings(found, "embedding")[0], vectors):
             raise AssertionError("what was written is not what was read")
-        what = f"W1: {ROWS:,} embeddings of {SIZE} numbers beside a dataset's columns; beside .map giving lists"
+        what = f"W1: {ROWS:,} embeddings of {SIZE} numbers added to a dataset; compared with .map giving lists"
         yield Line(what, fast, slow, target="<= 1/10", met=fast <= slow / 10)
         column, _ = best_of(3, lambda: np.asarray(written["embedding"][:]))
         back, _ = best_of(3, lambda: read_embeddings(found, "embedding"))
-        yield Line("read them back as one matrix; beside dataset['embedding']", back, column)
+        yield Line("read them back as one matrix; compared with dataset['embedding']", back, column)

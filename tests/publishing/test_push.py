@@ -1,4 +1,4 @@
-"""Pushes from real processes to a Hub on this machine, the ones that fail included."""
+"""push.py: pushes from real processes to a Hub on this machine, failing ones included, and the splits they send."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from car_datasets import curate
+from car_datasets import curate, select_car
+from car_datasets.publishing.push import selection_splits
 from car_datasets.receipt import Receipt
 from car_datasets.reporting.plots import PLOT_FILES
 from car_datasets.utils.digests import indices_digest
@@ -36,7 +37,7 @@ COMMAND = START + "from car_datasets.cli import app\napp()"
 
 @pytest.fixture(scope="module")
 def result(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `curate` writes for 24 rows of a file."""
+    """Return the folder that `curate` writes for 24 rows of a file."""
     folder = tmp_path_factory.mktemp("result")
     short_rows().to_json(folder / "rows.jsonl")
     curate(folder / "rows.jsonl", folder / "out", scorer=tiny_iqs, embedder=tiny_embedder, n1=5, k=3)
@@ -442,7 +443,7 @@ print(max(slept))
 
 
 @pytest.mark.slow
-def test_what_stays_is_said_in_one_line_and_the_same_command_goes_on(hub: Hub, result: Path) -> None:
+def test_what_stays_is_said_in_one_line_and_the_same_command_resumes(hub: Hub, result: Path) -> None:
     hub.fault("POST", "/commit/", times=1000, status=503)
     done = push(hub, result, "me/car")
     assert done.returncode == 2
@@ -508,7 +509,7 @@ for sha in sys.argv[2:]:
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_the_same_command_goes_on(hub: Hub, result: Path) -> None:
+def test_killed_in_the_middle_the_same_command_resumes(hub: Hub, result: Path) -> None:
     hub.fault("PUT", "/large/", times=1000, kind="delay", seconds=600, skip=3)
     child = start(["-c", COMMAND, "push", str(result), "me/car"], hub.env)
     waiting_for(lambda: hub.count("PUT", "/large/") == 3)
@@ -556,7 +557,7 @@ print(pushing.push_selection(sys.argv[1], "me/car", also=["scored", "random_cont
 
 
 @pytest.mark.slow
-def test_curate_asks_before_it_works_and_goes_on_after_a_kill(
+def test_curate_asks_before_it_works_and_resumes_after_a_kill(
     hub: Hub, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
 ) -> None:
     short_rows().to_json(tmp_path / "rows.jsonl")
@@ -580,3 +581,59 @@ def test_curate_asks_before_it_works_and_goes_on_after_a_kill(
     mistaken = hub.run(COMMAND, *line, "--n2", "2", "--push", "me/other")  # another result is not overwritten
     assert mistaken.returncode == 2 and hub.repo("me/other") is None
     assert Receipt.read(tmp_path / "out").source["name"] == "rows.jsonl"
+
+
+# --- the splits of a configuration: the same columns in all, and no value is lost or made up
+
+
+def pool() -> Dataset:
+    return Dataset.from_dict(
+        {
+            "text": [f"t{i}" for i in range(6)],
+            "iqs_score": [0.1, 0.9, None, 0.5, 0.7, 0.3],
+            "cluster": [0, 0, 1, 1, 2, 2],
+            "embedding": [[float(i)] for i in range(6)],
+        }
+    )
+
+
+def test_columns_are_shared_and_filled_in() -> None:
+    selected = select_car(pool(), 2, 1).remove_columns("embedding")
+    selected = selected.add_column("note", [f"n{i}" for i in range(len(selected))])
+    found = selection_splits(selected, pool(), ["scored", "random_control", "length_matched_control"])
+    assert {tuple(split.column_names) for split in found.values()} == {tuple(selected.column_names)}
+    assert len({str(split.features) for split in found.values()}) == 1
+    assert found["selected"].to_list() == selected.to_list()
+    chosen = {row["source_index"]: row for row in selected}
+    for row in found["scored"]:
+        wanted = chosen.get(row["source_index"], {"note": None, "selected_by": None, "score_rank": None})
+        assert {name: row[name] for name in wanted} == wanted
+    assert found["scored"]["text"][:] == pool()["text"][:]
+    for name in ("random_control", "length_matched_control"):
+        assert len(found[name]) == len(set(found[name]["text"][:])) == len(selected)
+        assert None not in found[name]["iqs_score"][:]
+
+
+def test_embeddings_only_where_they_are_wanted() -> None:
+    selected = select_car(pool(), 2, 1)
+    assert "embedding" in selection_splits(selected, pool(), ["scored"])["scored"].column_names
+    bare = selected.remove_columns("embedding")
+    assert "embedding" not in selection_splits(bare, pool(), ["scored"])["scored"].column_names
+    kept = selection_splits(bare, pool(), ["scored"], left_out=None)
+    assert kept["selected"]["embedding"][:] == selected["embedding"][:]
+
+
+def test_what_cannot_be_is_refused() -> None:
+    selected = select_car(pool(), 2, 1)
+    with pytest.raises(ValueError, match="pass scored="):
+        selection_splits(selected, None, ["scored"])
+    with pytest.raises(ValueError, match="choose out of"):
+        selection_splits(selected, pool(), ["everything"])
+    for split, also in (("scored", ["scored"]), ("random_control", ["length_matched_control"]), ("scored", [])):
+        with pytest.raises(ValueError, match=f"split='{split}' is the name of the pool or of a control"):
+            selection_splits(selected, pool(), also, split=split)
+    with pytest.raises(ValueError, match=r"also='scored' is one text.*also=\['scored'\]"):
+        selection_splits(selected, pool(), "scored")
+    other = Dataset.from_dict({**selected.to_dict(), "source_index": [99] * len(selected)})
+    with pytest.raises(ValueError, match="not in the pool"):
+        selection_splits(other, pool(), ["scored"])

@@ -1,4 +1,4 @@
-"""The whole loop with the Hub: on this machine always, on the public one when it is asked for, `pytest --real-hub`."""
+"""Push, load, verify: to a Hub on this machine always, to the public one when asked for by `pytest --real-hub`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""report.html: whole, small, safe from the rows it shows, and alive in a real browser."""
+"""page.py: the page is complete, small, safe from the rows that it shows, and works in a real browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a selection: whole PNG files of the promised width, equal for equal input, whatever the pool looks like."""
+"""plots.py: complete PNG files of the promised width, equal for equal input, whatever the pool looks like."""
 
 from __future__ import annotations
 

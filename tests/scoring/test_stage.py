@@ -1,4 +1,4 @@
-"""New columns beside the old: as `.map` gives them, in fixed-size lists, with the old ones untouched."""
+"""stage.py: new columns are as `.map` gives them, in fixed-size lists, and the old ones are untouched."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

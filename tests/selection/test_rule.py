@@ -315,7 +315,7 @@ def test_a_selection_as_good_as_the_pool_is_not_worse() -> None:
         refuse_worse([7.0, 8.0], np.array([0]))
 
 
-def test_clusters_as_pandas_keeps_them_beside_missing_ones(pool: Dataset) -> None:
+def test_clusters_as_pandas_keeps_them_among_missing_ones(pool: Dataset) -> None:
     clusters = [None if c is None else float(c) for c in pool["cluster"][:]]
     floats = pool.remove_columns("cluster").add_column("cluster", [math.nan if c is None else c for c in clusters])
     assert select_car(floats, 2, 1)["source_index"][:] == select_car(pool, 2, 1)["source_index"][:]

@@ -1,4 +1,4 @@
-"""Selection over a stream equals selection of the whole, whatever the batches."""
+"""streaming.py: a selection from a stream equals that from the same rows in memory, whatever the batches."""
 
 from typing import Any
 

@@ -125,10 +125,10 @@ def test_each_part_learns_what_it_is_for() -> None:
     style, broken = rows.clone(), rows.clone()
     style[:, 1] += 2.0
     broken[:, 2] += 2.0
-    features, beside = copies(rows, style, broken), copies(*[torch.zeros(120, 1)] * 3)
+    features, more = copies(rows, style, broken), copies(*[torch.zeros(120, 1)] * 3)
     schedule = {"epochs": 40, "pairs_per_batch": 16, "learning_rate": 2e-2, "weight_decay": 0.0}
     voters = Voters(3, 2, 8, 0.0)
-    quality = fit_quality(features, beside, labels, voters, consistency=5.0, margin_weight=0.0, **schedule)
+    quality = fit_quality(features, more, labels, voters, consistency=5.0, margin_weight=0.0, **schedule)
     found = quality(rows).mean(dim=1)
     assert ((found > 0) == (labels > 0.5)).float().mean() > 0.95
     assert (quality(style).mean(dim=1) - found).abs().mean() < 0.3

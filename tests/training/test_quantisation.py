@@ -1,4 +1,4 @@
-"""An engine is made from the user's own texts, says whose it is, and is measured beside float32."""
+"""quantisation.py: an engine is made from given texts, names its scorer, and is compared with float32."""
 
 import json
 import logging
@@ -18,6 +18,8 @@ from car_datasets import QualityScorer
 from car_datasets.cli import app
 from car_datasets.loading.templates import Exchange, Text, render
 from car_datasets.training.quantisation import compare_engines, quantise_encoder, sample_texts
+
+pytestmark = pytest.mark.usefixtures("on_cpu")  # the int8 encoder refuses a GPU
 
 
 def texts_of(rows: list[dict[str, Any]]) -> list[Text]:

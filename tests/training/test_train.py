@@ -172,6 +172,7 @@ def command(settings: ScorerTraining, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_cpu")  # the gradients of embeddings are added by atomics on a GPU, in an order that varies
 def test_killed_and_run_again_it_ends_with_the_same_weights(settings: ScorerTraining, tmp_path: Path) -> None:
     # Each run is a process of its own, as a user's is: the number of threads moves the last bit of a sum.
     long = settings.changed(epochs=6, patience=9, train=str(write_scores(tmp_path / "more.csv", 96, 0)))
@@ -196,6 +197,7 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(settings: ScorerTrai
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_cpu")  # NCCL refuses two processes on one GPU
 def test_two_processes_end_where_one_does(settings: ScorerTraining, encoder: Path, tmp_path: Path) -> None:
     still = tmp_path / "encoder"  # dropout is another in each process
     shutil.copytree(encoder, still)
@@ -282,7 +284,7 @@ def test_a_bad_setting_is_named(settings: ScorerTraining, changes: dict[str, obj
         settings.changed(**changes)
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="has a GPU")
+@pytest.mark.usefixtures("on_cpu")
 def test_half_precision_without_a_gpu_is_refused_before_anything_is_read() -> None:
     with pytest.raises(ValueError, match="--set mixed_precision=no"):
         train_scorer(ScorerTraining())

@@ -29,7 +29,7 @@ ROWS = np.arange(40, dtype=np.float32).reshape(10, 4) / 2  # exact in float16 to
 
 
 def dataset_of(rows: Any, kind: Any = None) -> Dataset:
-    """A dataset with one column of vectors; `None` stands for a row without one."""
+    """A dataset with one column of vectors; a row of `None` has none."""
     rows = [None if row is None else list(row) for row in rows]
     return Dataset.from_dict({"v": rows}, features=Features({"v": kind or List(Value("float32"))}))
 
@@ -262,7 +262,7 @@ def test_columns_are_the_same_in_whatever_order_they_were_named() -> None:
     )
 
 
-def test_beside_keeps_order_format_and_an_empty_dataset() -> None:
+def test_joined_columns_keep_order_format_and_an_empty_dataset() -> None:
     left = Dataset.from_dict({"a": [1, 2, 3, 4]}).select([3, 0, 2]).with_format("numpy")
     right = Dataset.from_dict({"b": ["x", "y", "z"]})
     found = join_columns(left, right)

@@ -23,14 +23,20 @@ from car_datasets.utils.processes import (
 )
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="checks what happens without a GPU")
+@pytest.mark.usefixtures("on_cpu")
 def test_without_a_gpu_every_rank_is_the_cpu() -> None:
     assert device_for(3) == device_for() == torch.device("cpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_ranks_wrap_around_the_gpus() -> None:
-    assert device_for(torch.cuda.device_count()) == torch.device("cuda", 0)
+def test_ranks_wrap_around_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is only a name here, so this needs no GPU."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_for(rank) for rank in range(4)] == [torch.device("cuda", i) for i in (0, 1, 0, 1)]
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert device_for() == torch.device("cuda", 1)
 
 
 def test_alone_this_is_the_main_process() -> None:

@@ -50,7 +50,7 @@ def lightning_weights(encoder: torch.nn.Module, hidden_sizes: list[int]) -> dict
 
 @pytest.fixture
 def layout(tmp_path: Path) -> Path:
-    """A folder as the original's: `hparams.yaml`, `checkpoints/*.ckpt`, and the base model's folder beside it."""
+    """Make a folder like the original's: `hparams.yaml`, `checkpoints/*.ckpt`; and the folder of the base model."""
     torch.manual_seed(0)
     base = tmp_path / "tiny-bert"
     tiny_encoder_config().save_pretrained(base)

@@ -196,7 +196,7 @@ def test_the_embedded_default_takes_its_encoder_from_the_package(tmp_path: Path)
     source = load_file(revisions.default_encoder_folder() / "model.safetensors")
     name = "encoder.layer.5.output.dense.weight"
     assert torch.equal(model.encoder.state_dict()[name], source[name])
-    model.save_pretrained(tmp_path)  # whole, so that it works without the package
+    model.save_pretrained(tmp_path)  # with its encoder, so that it works without the package
     again = IQSModel.from_pretrained(tmp_path).eval()
     assert again.config.encoder_source is None
     assert model.config.encoder_source is not None

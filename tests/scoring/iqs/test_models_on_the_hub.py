@@ -151,7 +151,7 @@ import logging, pickle, traceback
 logging.basicConfig(level=logging.DEBUG)
 from huggingface_hub.utils import logging as hub_logging
 hub_logging.set_verbosity_debug()
-token = "".join(reversed(sys.argv[1]))  # else it would stand in the traceback's own source
+token = "".join(reversed(sys.argv[1]))  # else the traceback would show it in its source lines
 scorer = QualityScorer("you/hidden", token=token)
 assert token not in repr(scorer) and token.encode() not in pickle.dumps(scorer)
 try:

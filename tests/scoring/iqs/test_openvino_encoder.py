@@ -1,4 +1,4 @@
-"""The int8 stand-in: the encoder's own hidden states but for rounding, row by row, and only for its own weights."""
+"""openvino_encoder.py: int8 hidden states equal the encoder's but for rounding, and serve its own weights only."""
 
 import importlib.util
 import json
@@ -17,6 +17,8 @@ from car_datasets import IQSModel, QualityScorer
 from car_datasets.scoring.inference import TextScores, Weights, load_scorer
 from car_datasets.scoring.iqs import openvino_encoder
 from car_datasets.scoring.iqs.openvino_encoder import OpenVINOEncoder, pin_engine
+
+pytestmark = pytest.mark.usefixtures("on_cpu")  # the int8 encoder refuses a GPU
 
 COMPANY_TOLERANCE = 1e-5  # as in float32
 
@@ -108,12 +110,12 @@ def test_a_damaged_encoder_is_refused(name: str, tiny_iqs: str, tiny_engine: str
         score(tiny_iqs, ["Instruction: a Response: b"], engine=str(tmp_path / "engine"))
 
 
-def test_half_precision_beside_an_engine_is_refused(tiny_iqs: str, tiny_engine: str) -> None:
+def test_half_precision_with_an_engine_is_refused(tiny_iqs: str, tiny_engine: str) -> None:
     with pytest.raises(ValueError, match="leave out dtype='bfloat16'"):
         QualityScorer(tiny_iqs, engine=tiny_engine, dtype="bfloat16")
 
 
-def test_compiling_beside_an_engine_is_refused(tiny_iqs: str, tiny_engine: str) -> None:
+def test_compiling_with_an_engine_is_refused(tiny_iqs: str, tiny_engine: str) -> None:
     with pytest.raises(ValueError, match="compile=True"):
         QualityScorer(tiny_iqs, engine=tiny_engine, compile=True)
 

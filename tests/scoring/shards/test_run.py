@@ -211,7 +211,7 @@ def test_stages_follow_one_another_and_empty_datasets_pass(
 
 
 def test_the_size_of_a_shard_follows_the_rows_alone() -> None:
-    # a run may go on with another number of processes, so that must not decide
+    # a run may resume with another number of processes, so that must not decide
     assert [run.default_rows(n) for n in (1, 384, 52_002, 1_000_000, 10**8)] == [128, 128, 812, 15_625, 65_536]
 
 

@@ -316,7 +316,7 @@ def wait_for_lines(log: Path, count: int, pid: int | None = None) -> None:
         time.sleep(0.01)
 
 
-def test_killed_in_the_middle_the_same_call_goes_on(tiny_iqs: str, tmp_path: Path) -> None:
+def test_killed_in_the_middle_the_same_call_resumes(tiny_iqs: str, tmp_path: Path) -> None:
     scorer, log = QualityScorer(tiny_iqs), tmp_path / "log"
     whole = score_in_shards(stream_of(content(47)), scorer, tmp_path / "whole", shard_rows=4)
     worker = start(scorer, str(tmp_path / "shards"), str(log))
@@ -404,6 +404,7 @@ found.to_parquet(f"{folder}-{process_rank()[0]}.parquet")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_cpu")
 def test_two_ranks_give_what_one_gives(tiny_iqs: str, tmp_path: Path, files: list[str]) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
     done = launch(TORCHRUN, 2, str(tmp_path / "ranks.py"), tiny_iqs, str(tmp_path / "shards"), *files)
