@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from car_datasets import cluster_filter
@@ -79,6 +80,8 @@ def launcher(processes: int) -> list[str]:
 def finish(what: str, line: list[str]) -> str:
     """Run a command and return its stdout; exit with its stderr if it fails."""
     environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    if torch.cuda.device_count() < max(run.processes for run in RUNS):
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses two processes on one GPU
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
         sys.exit(f"{what}: {done.stderr[-3000:]}")

@@ -121,6 +121,7 @@ def execute(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     own = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}  # `!torchrun` is ours
     own |= {"IPYTHONDIR": str(tmp_path / "ipython"), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
+    own |= {"CUDA_VISIBLE_DEVICES": ""}  # `!torchrun` starts more processes than there may be GPUs, which NCCL refuses
     open_kernels: list[Any] = []
 
     def run(notebook: Any) -> Ran:

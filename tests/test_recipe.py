@@ -31,7 +31,7 @@ CHOSEN = ["selected_by", "score_rank", "cluster_rank"]
 
 @pytest.fixture(scope="module")
 def tiny(tiny_iqs: str, tiny_embedder: str) -> dict[str, Any]:
-    """Settings for 24 rows on the tiny models."""
+    """Return settings for 24 rows on the tiny models."""
     return {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 5, "k": 3}
 
 
@@ -388,7 +388,7 @@ def test_other_files_in_the_folder_are_left_alone(tiny: dict[str, Any], tmp_path
 
 @pytest.fixture(scope="module")
 def weightless(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings with a scorer that can be looked up but not loaded: whoever starts scoring fails in another way."""
+    """Return settings with a scorer that can be looked up but not loaded: whoever starts scoring fails in another way."""
     folder = tmp_path_factory.mktemp("weightless") / "iqs"
     shutil.copytree(tiny["scorer"], folder)
     (folder / "model.safetensors").unlink()

@@ -14,7 +14,7 @@ ROWS, CLUSTERS = 50_000, 158
 
 
 def measure() -> Iterator[Line]:
-    """Other n1 and n2, and with two other k, for which the rows are clustered anew."""
+    """Measure other n1 and n2, and two other k, for which the rows are clustered anew."""
     rng = np.random.default_rng(0)
     plain = Dataset.from_dict(
         {

@@ -29,7 +29,7 @@ SEEDS = 3
 
 
 def measure() -> Iterator[Line]:
-    """P1, K1 and K2 of the project's targets, and other libraries on K1's points."""
+    """Measure P1, K1 and K2 of the project's targets, and other libraries on K1's points."""
     yield from components()
     points = projected(SMALL[0])
     passes = yield from small(points)
@@ -39,27 +39,27 @@ def measure() -> Iterator[Line]:
 
 
 def pieces(matrix: Matrix) -> Chunks:
-    """A matrix in the pieces in which a column is read."""
+    """Yield a matrix in the pieces in which a column is read."""
     parts = [matrix[start : start + BATCH] for start in range(0, len(matrix), BATCH)]
     return Chunks([len(part) for part in parts], lambda chosen: parts[chosen.start : chosen.stop])
 
 
 def projection(matrix: Matrix) -> Projection:
-    """On the components of 95 %, found piece by piece."""
+    """Return the projection on the components of 95 %, found piece by piece."""
     covariance = Covariance.of_all(matrix[start : start + BATCH] for start in range(0, len(matrix), BATCH))
     mean, components, _ = fit_components(covariance, 0.95)  # type: ignore[arg-type]
     return Projection(mean, components, torch.device("cpu"))
 
 
 def projected(rows: int) -> Matrix:
-    """Synthetic embeddings after PCA that keeps 95 %."""
+    """Return synthetic embeddings after PCA that keeps 95 %."""
     matrix = embeddings(rows)
     project = projection(matrix)
     return np.concatenate([project(matrix[start : start + BATCH]).numpy() for start in range(0, rows, BATCH)])
 
 
 def components() -> Iterator[Line]:
-    """The components of 95 %, from the rows."""
+    """Measure P1: the components of 95 %, from the rows."""
     for width, solver, wanted in ((384, "covariance_eigh", 2.0), (1024, "auto", 1 / 8)):
         matrix = embeddings(SMALL[0], width)
         ours, project = best_of(3, lambda m=matrix: projection(m))
@@ -71,7 +71,7 @@ def components() -> Iterator[Line]:
 
 
 def fit(points: Matrix, k: int, seed: int, sample: int = 256) -> tuple[float, float]:
-    """Seconds of our fit, and its inertia."""
+    """Return the seconds of our fit, and its inertia."""
     seconds, found = best_of(
         1, lambda: fit_kmeans(pieces(points), torch.from_numpy, KMeansSettings(k, seed, sample=sample))
     )

@@ -18,7 +18,7 @@ COUNT = 2_000
 
 
 def measure() -> Iterator[Line]:
-    """C1, C2 and F1 of the targets, and what a user's own loop would take."""
+    """Measure C1, C2 and F1 of the targets, and the time of a loop that a user would write."""
     kind, found = texts(COUNT)
     scorer, embedder = QualityScorer(), TextEmbedder()
     both = QualityScorer(embedding_column="embedding")
@@ -52,13 +52,13 @@ def measure() -> Iterator[Line]:
 
 
 def flop(lengths: list[int], config: object) -> float:
-    """Multiplications and additions of the encoder's matrix products, padding not counted (facts: 2 (4 h^2 + 2 h f) + 4 s h)."""
+    """Count multiplications and additions of the encoder's matrix products without padding (facts: 2 (4 h^2 + 2 h f) + 4 s h)."""
     h, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     return float(sum(layers * (2 * (4 * h * h + 2 * h * f) * s + 4 * s * s * h) for s in lengths))
 
 
 def sgemm(seconds: float = 2.0) -> float:
-    """GFLOP/s of a matrix product of the encoder's shape, in float32."""
+    """Return the GFLOP/s of a matrix product of the encoder's shape, in float32."""
     a, b = torch.randn(2048, 384), torch.randn(384, 1536)
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:

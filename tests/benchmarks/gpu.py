@@ -1,4 +1,4 @@
-"""What one GPU does, in one run of under eight minutes: `python -m tests.benchmarks gpu --json FILE`.
+"""Measure one GPU in a run of under eight minutes: `python -m tests.benchmarks gpu --json FILE`.
 
 XLM-RoBERTa-large and MiniLM shapes on the rows at hand; the large one has random weights, which take the same time. Every
 figure comes with a reference of the same run. Where there is no GPU this measures nothing, and says so.
@@ -34,7 +34,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 def measure(shape: dict[str, int] = LARGE, few: int = FEW) -> Iterator[Line]:
-    """G1 to G7 of the targets, as far as one GPU can tell them."""
+    """Measure G1 to G7 of the targets, as far as one GPU can."""
     if not torch.cuda.is_available():
         print("gpu: not measured, there is no GPU here.", file=sys.stderr)
         return
@@ -51,7 +51,7 @@ def measure(shape: dict[str, int] = LARGE, few: int = FEW) -> Iterator[Line]:
 
 
 def timed(function: Callable[[], Any], runs: int = 2) -> tuple[float, Any]:
-    """The least seconds, until the GPU has done all of it, after a call that warms it up."""
+    """Return the least seconds until the GPU has done all of it, after a call that warms it up."""
     function()
     seconds, result = [], None
     for _ in range(runs):
@@ -69,7 +69,7 @@ def _wait() -> None:
 
 
 def matmul_rate(size: int = 8192, runs: int = 30) -> float:
-    """TFLOP/s of a bf16 matrix product."""
+    """Return the TFLOP/s of a bf16 matrix product."""
     a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     seconds, _ = timed(lambda: [torch.mm(a, b) for _ in range(runs)])
     return 2 * size**3 * runs / seconds / 1e12
@@ -96,7 +96,7 @@ def attention_alone() -> Iterator[Line]:
 
 
 def save_large(folder: Path, shape: dict[str, int]) -> None:
-    """A random IQS model of XLM-RoBERTa-large's shape that reads MiniLM's tokens."""
+    """Return a random IQS model of XLM-RoBERTa-large's shape that reads MiniLM's tokens."""
     from transformers import AutoTokenizer, XLMRobertaConfig
 
     encoder = XLMRobertaConfig(
@@ -118,7 +118,7 @@ def _load(folder: str, dtype: str, compiled: bool = False) -> LoadedScorer:
 
 
 def large(folder: str, kind: str, found: Sequence[str], limit: float) -> Iterator[Line]:
-    """The published model's shape: budgets, packing, compiling, and the same texts through sentence-transformers."""
+    """Measure the published model's shape: budgets, packing, compiling, and sentence-transformers on the same texts."""
     loaded = _load(folder, "bfloat16")
     config = loaded.model.config.encoder_config
     lengths = [len(ids) for ids in tokenise(loaded.tokenizer, found, 510).ids]
@@ -233,7 +233,7 @@ def minilm(kind: str) -> Iterator[Line]:
 
 
 def gpu_busy(function: Callable[[], Any]) -> float:
-    """The share of wall time in which a kernel runs."""
+    """Return the share of wall time in which a kernel runs."""
     from torch.profiler import ProfilerActivity, profile
 
     function()
@@ -247,7 +247,7 @@ def gpu_busy(function: Callable[[], Any]) -> float:
 
 
 def clustering(count: int = 10_000_000, size: int = 243, k: int = 2236) -> Iterator[Line]:
-    """A pass of Lloyd's algorithm, and a covariance, on ten million points that are on the GPU."""
+    """Time a pass of Lloyd's algorithm, and a covariance, on ten million points that are on the GPU."""
     from car_datasets.clustering.kmeans import one_pass
 
     points = torch.randn(count, size, device=DEVICE)

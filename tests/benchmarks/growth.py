@@ -29,7 +29,7 @@ IN_MEMORY = 1_000_000
 
 
 def measure() -> Iterator[Line]:
-    """Every stage at three sizes, and the slope of its time on doubly logarithmic paper."""
+    """Time every stage at three sizes, and fit the exponent of its time."""
     disable_progress_bars()
     seconds: dict[str, list[float]] = {}
     for rows in ROWS:
@@ -45,7 +45,7 @@ def measure() -> Iterator[Line]:
 
 
 def stages(rows: int) -> dict[str, float]:
-    """Seconds of what is timed, on `rows` synthetic embeddings."""
+    """Return the seconds of what is timed, on `rows` synthetic embeddings."""
     matrix = embeddings(rows)
     dataset = dataset_of(matrix)
     k = int(math.sqrt(rows / 2))
@@ -67,7 +67,7 @@ def stages(rows: int) -> dict[str, float]:
 
 
 def dataset_of(matrix: Matrix) -> Dataset:
-    """Embeddings and scores, in Arrow's memory without a copy."""
+    """Return embeddings and scores, in Arrow's memory without a copy."""
     lists = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
     scores = np.random.default_rng(1).normal(size=len(matrix)).astype(np.float32)
     return Dataset(InMemoryTable(pa.table({"embedding": lists, "iqs_score": scores})))

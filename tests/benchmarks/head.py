@@ -18,7 +18,7 @@ ROUNDS = 3
 
 
 def measure() -> Iterator[Line]:
-    """The shipped sample's 384 rows; the least of several rounds each."""
+    """Take the shipped sample's 384 rows, and the least of several rounds each."""
     from transformers import AutoTokenizer
 
     rows = json.loads(files.sample_file().read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Memory and time of scoring as rows grow: a process of its own per size, rows resampled from real ones.
+"""Measure memory and time of scoring as rows grow, in a process per size, on rows resampled from real ones.
 
 A million rows through MiniLM would take hours on two cores; its words through a small random encoder take minutes, and
 every buffer that could grow with the rows (texts, tokens, batches, results, what is written) is the same. Time is measured
@@ -29,7 +29,7 @@ LIMIT = 2.0  # GB without the model, at MANY rows
 
 
 def measure() -> Iterator[Line]:
-    """Peak resident memory at two sizes, and the exponent of time."""
+    """Yield the peak of resident memory at two sizes, and the exponent of time."""
     kind, found = rows()
     with tempfile.TemporaryDirectory() as folder:
         small_model(Path(folder) / "model")
@@ -51,7 +51,7 @@ def measure() -> Iterator[Line]:
 
 
 def write_rows(found: list[dict[str, Any]], count: int, folder: Path) -> None:
-    """So many rows drawn from these, on disk."""
+    """Write so many rows drawn from these."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -60,7 +60,7 @@ def write_rows(found: list[dict[str, Any]], count: int, folder: Path) -> None:
 
 
 def small_model(folder: Path) -> None:
-    """A random IQS model of 2 layers and 32 units that reads MiniLM's tokens."""
+    """Return a random IQS model of 2 layers and 32 units that reads MiniLM's tokens."""
     from transformers import AutoTokenizer, BertConfig
 
     from car_datasets import IQSConfig, IQSModel
@@ -79,7 +79,7 @@ def _in_a_process(*arguments: str) -> dict[str, float]:
 
 
 def resident() -> dict[str, float]:
-    """GB of this process: resident, and the part of it without a file behind it."""
+    """Return the GB of this process: resident, and the part of it that no file backs."""
     lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     found = {words[0]: int(words[1]) / 2**20 for words in lines if words[0] in ("VmRSS:", "RssAnon:")}
     return {"peak": found["VmRSS:"], "anonymous": found["RssAnon:"]}
@@ -87,7 +87,7 @@ def resident() -> dict[str, float]:
 
 @contextlib.contextmanager
 def watching() -> Iterator[dict[str, float]]:
-    """The highest of [`resident`] meanwhile, looked at 20 times a second."""
+    """Record the highest of [`resident`] meanwhile, sampled 20 times a second."""
     highest, done = resident(), threading.Event()
 
     def watch() -> None:

@@ -21,7 +21,7 @@ CALIBRATION, COMPARED = 300, 1000
 
 
 def measure() -> Iterator[Line]:
-    """Rows of Alpaca from the project's data folder; without it the shipped sample, half to calibrate on."""
+    """Measure on Alpaca from the project's data folder; without it on the shipped sample, half of it to calibrate."""
     file = ALPACA if ALPACA.is_file() else files.sample_file()
     rows = json.loads(file.read_text(encoding="utf-8"))
     calibration = min(CALIBRATION, len(rows) // 2)

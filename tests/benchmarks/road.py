@@ -30,7 +30,7 @@ N1, N2, SEED = 1000, 1, 42
 
 
 def measure() -> Iterator[Line]:
-    """A line per stage and one for all of it."""
+    """Yield a line per stage and one for all of it."""
     disable_progress_bars()
     kind, found = rows()
     ours = _our_way(found)

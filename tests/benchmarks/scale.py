@@ -1,4 +1,4 @@
-"""The road after the scoring, on a million rows: fit, label, select, report, write, in a process of its own.
+"""Measure all stages after the scoring on a million rows, in a process of its own: fit, label, select, report, write.
 
 Scores and embeddings are given (synthetic, see synthetic.py), memory-mapped from disk as shards leave them; the texts are
 those at hand, repeated. `python -m tests.benchmarks.scale ROWS` does it with fewer rows.
@@ -32,7 +32,7 @@ N1, N2 = 0.05, 1
 
 
 def measure(count: int = ROWS) -> Iterator[Line]:
-    """Seconds of every stage, the memory of all of them, and what is on disk."""
+    """Yield the seconds of every stage, the memory of all of them, and the size on disk."""
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         write_pool(count, Path(folder) / "pool")
@@ -50,7 +50,7 @@ def measure(count: int = ROWS) -> Iterator[Line]:
 
 
 def write_pool(count: int, folder: Path) -> None:
-    """So many scored rows on disk, with the columns that scoring leaves."""
+    """Write so many scored rows, with the columns that scoring leaves."""
     matrix, (_, texts), rng = embeddings(count), rows(), np.random.default_rng(1)
     few = pa.Table.from_pylist([{name: row[name] for name in ("instruction", "input", "output")} for row in texts])
     table = few.take(pa.array(np.arange(count) % len(few)))
@@ -62,7 +62,7 @@ def write_pool(count: int, folder: Path) -> None:
 
 
 def road(folder: Path) -> dict[str, float]:
-    """Seconds by stage, and in GB the peak of resident memory and the files of the result."""
+    """Return the seconds by stage, and in GB the peak of resident memory and the files of the result."""
     disable_progress_bars()
     ClusterModel.fit(Dataset.from_dict({"embedding": list(np.random.rand(500, 8))}))  # loads what a fit loads
     before = resident()["anonymous"]

@@ -1,4 +1,4 @@
-"""SELECT on ten million rows, compared with the same rule in pandas; both must choose the same rows."""
+"""Compare SELECT on ten million rows with the same rule in pandas; both must choose the same rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST = 1.5  # times the seconds of pandas: `choose` also ranks every row that it
 
 
 def pandas_way(scores: np.ndarray, clusters: np.ndarray, n1: int, n2: int) -> np.ndarray:
-    """The rule as one would write it in pandas: sort once, head, and head of every group."""
+    """Select as one would in pandas: sort once, take the head, and the head of every group."""
     ranked = pd.DataFrame({"score": scores, "cluster": clusters}).sort_values("score", ascending=False, kind="stable")
     best, of_clusters = ranked.index[:n1], ranked.groupby("cluster", sort=False).head(n2).index
     return ranked.index[ranked.index.isin(best.union(of_clusters))].to_numpy()

@@ -1,4 +1,4 @@
-"""Embeddings into a dataset and out again: as Arrow's fixed-size lists, compared with lists of Python numbers."""
+"""Time how embeddings get into a dataset and out again: as Arrow's fixed-size lists, compared with lists of Python numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS, SIZE = 20_000, 384
 
 
 def measure() -> Iterator[Line]:
-    """W1 of the targets, and the way back."""
+    """Measure W1 of the targets, and the way back."""
     vectors = np.random.default_rng(0).normal(size=(ROWS, SIZE)).astype(np.float32)
     dataset = Dataset.from_dict({"text": ["an instruction and its answer, of some length " * 10] * ROWS})
 

@@ -1,4 +1,4 @@
-"""k-means in torch against brute force and scikit-learn: fixed points, quality, empty clusters, samples, equal rows."""
+"""kmeans.py against brute force and scikit-learn: fixed points, quality, empty clusters, samples, equal rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from car_datasets.utils.columns import Matrix
 
 
 def groups(rows: int, width: int = 8, of: int = 12, seed: int = 0) -> Matrix:
-    """Points about `of` places, near enough that the borders matter."""
+    """Return points about `of` places, near enough that the borders matter."""
     rng = np.random.default_rng(seed)
     places = rng.normal(size=(of, width)) * 1.5
     return (places[rng.integers(0, of, rows)] + rng.normal(size=(rows, width))).astype(np.float32)
@@ -41,7 +41,7 @@ def fit(points: Matrix, k: int, chunks: int = 3, **options: int) -> Fitted:
 
 
 def squared_distances(points: Matrix, centers: Tensor) -> np.ndarray:
-    """All of them, in float64, without a matrix product."""
+    """Return all squared distances, in float64, without a matrix product."""
     apart = points[:, None, :].astype(np.float64) - centers.numpy()[None].astype(np.float64)
     return (apart**2).sum(axis=2)
 
@@ -66,7 +66,7 @@ def test_the_first_of_equal_centers_is_taken() -> None:
 
 
 def test_sorting_adds_as_indexing_does() -> None:
-    """What a GPU does, on the CPU; one label has no points."""
+    """Compare the sums of a GPU with those of the CPU; one label has no points."""
     points, labels = (
         torch.from_numpy(groups(500)),
         torch.randint(0, 9, (500,), generator=torch.Generator().manual_seed(0)),

@@ -1,4 +1,4 @@
-"""CLUSTER: `ClusterModel` against scikit-learn, its life as a file and as a map callable, and `cluster_filter`."""
+"""model.py: `ClusterModel` against scikit-learn, as a file and as a callable of `.map`; and `cluster_filter`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEW = {"cluster": Value("int32"), "cluster_distance": Value("float32")}
 
 
 def vectors(rows: int, width: int = 12, seed: int = 0) -> np.ndarray:
-    """Normal, with less and less variance per column, so that PCA drops some."""
+    """Return normal rows with less and less variance per column, so that PCA drops some."""
     return (np.random.default_rng(seed).normal(size=(rows, width)) * 0.8 ** np.arange(width)).astype(np.float32)
 
 
@@ -177,7 +177,7 @@ def test_map_in_the_formats_that_give_rows(data: Dataset, model: ClusterModel, k
 
 @pytest.mark.parametrize("kind", ["arrow", "pandas"])
 def test_map_in_the_formats_that_give_tables_loses_no_column(data: Dataset, model: ClusterModel, kind: str) -> None:
-    """There `.map` keeps only what a function returns: the model must return the rest as well, or refuse."""
+    """Check tables, of which `.map` keeps only what a function returns: the model must return the rest, or refuse."""
     try:
         names = data.with_format(kind).map(model, batched=True, with_rank=True).column_names
     except ValueError as error:
@@ -266,7 +266,7 @@ def test_a_saved_model_comes_back_equal(model: ClusterModel, saved: Path) -> Non
 
 
 def save_and_die(model: ClusterModel, folder: Path, nth: int) -> None:
-    """In a child: save, and be killed before the n-th file is moved into place."""
+    """Save, in a child that is killed before the n-th file is moved into place."""
     ordinary, left = os.replace, [nth]
 
     def deadly(*given: Any) -> None:
@@ -460,7 +460,7 @@ def test_assign_refuses_a_single_vector(model: ClusterModel) -> None:
 
 @pytest.fixture(scope="module")
 def scored() -> Dataset:
-    """200 rows, some without a score, some without an embedding."""
+    """Return 200 rows, some without a score, some without an embedding."""
     rows: list[Any] = [None if i % 41 == 7 else row for i, row in enumerate(vectors(200, seed=2))]
     scores = np.random.default_rng(3).integers(0, 90, 200) / 8
     return dataset_of(rows, iqs_score=[None if i % 37 == 5 else float(s) for i, s in enumerate(scores)], id=range(200))
@@ -570,7 +570,7 @@ def test_filter_names_a_missing_column(scored: Dataset) -> None:
 
 
 def test_labels_of_the_fit_are_those_of_the_saved_embeddings(scored: Dataset, tmp_path: Path) -> None:
-    """A road that leaves the process in the middle gives the same selection."""
+    """Check that clusters and rows that were saved in between give the same selection."""
     ClusterModel.fit(scored).save_pretrained(tmp_path / "clusters")
     scored.to_parquet(tmp_path / "scored.parquet")
     again = Dataset.from_parquet(str(tmp_path / "scored.parquet"), cache_dir=str(tmp_path / "cache"))

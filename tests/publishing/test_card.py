@@ -1,4 +1,4 @@
-"""dataset_card.py and its template: every figure that the card states, and nothing that nobody said."""
+"""card.py and its template: every figure that the card states, and nothing that nobody said."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def files(name: str = "selected", rows: int = 3) -> dict[str, SplitFiles]:
 def with_header(
     card: str, held: list[str], config_name: str, features: Features, splits: dict[str, SplitFiles], repo_id: str
 ) -> tuple[DatasetCard, dict[str, int]]:
-    """The card after a push to a repository that holds these files, and the rows of each split."""
+    """Return the card after a push to a repository that holds these files, and the rows of each split."""
     header, target = read_header(card, repo_id), Target(repo_id, config_name, "selected")
     check_header(header, target, features, splits, held)
     return header.card, merge_header(header, target, features, splits)

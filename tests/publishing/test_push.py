@@ -49,7 +49,7 @@ def push(hub: Hub, folder: Path, repo: str, *options: object, **run: Any) -> sub
 
 
 def splits_of(hub: Hub, repo: str, *, config: str = "default") -> dict[str, list[dict[str, Any]]]:
-    """What a plain `load_dataset` reads, in a process that has seen nothing of it before."""
+    """Return what a plain `load_dataset` reads, in a process that has seen nothing of it before."""
     code = "import datasets, json, sys; datasets.config.USE_PARQUET_EXPORT = False\n"
     code += "print(json.dumps({n: d.to_list() for n, d in datasets.load_dataset(*sys.argv[1:]).items()}))"
     fresh = {"HF_HOME": str(hub.folder.parent / f"fresh-{time.monotonic_ns()}")}
@@ -232,7 +232,7 @@ def test_a_selection_without_a_receipt_does_not_keep_the_old_one(hub: Hub, resul
 
 
 def another_result(folder: Path, to: Path, **source: str) -> Path:
-    """The result with fewer selected rows, as another run of `curate` might have left it."""
+    """Return the result with fewer selected rows, as another run of `curate` might have left it."""
     shutil.copytree(folder, to)
     selected = Dataset.from_parquet(str(folder / "selected.parquet")).select([0, 1])
     selected.to_parquet(str(to / "selected.parquet"))

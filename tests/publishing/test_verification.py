@@ -105,12 +105,12 @@ def test_every_change_is_found(
 
 
 def lowest(value: Any) -> Callable[[list[Any]], list[Any]]:
-    """The worst score, of a row that was not selected, as another one."""
+    """Replace the worst score, of a row that was not selected, by another one."""
     return lambda values: [value if x == min(values) else x for x in values]
 
 
 def taken(order: Callable[[list[int]], list[int]]) -> Callable[[Path], None]:
-    """The pool with its rows in another order, or some of them twice."""
+    """Reorder the rows of the pool, or take some of them twice."""
 
     def apply(folder: Path) -> None:
         table = Dataset.from_parquet(str(folder / "scored.parquet"), keep_in_memory=True)
@@ -120,7 +120,7 @@ def taken(order: Callable[[list[int]], list[int]]) -> Callable[[Path], None]:
 
 
 def labels_swapped(folder: Path) -> None:
-    """Of two rows that were not selected, without any count that tells."""
+    """Swap the labels of two rows that were not selected, so that no count tells."""
     table = Dataset.from_parquet(str(folder / "scored.parquet"), keep_in_memory=True)
     chosen = Dataset.from_parquet(str(folder / "selected.parquet"), keep_in_memory=True)["source_index"][:]
     labels = table["cluster"][:]

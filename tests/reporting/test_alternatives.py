@@ -1,4 +1,4 @@
-"""what_if: every line is the selection that select_car makes of those numbers."""
+"""alternatives.py: every line of `what_if` is the selection that select_car makes of those numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""explain: the place of a row, its neighbours and the reason, against the same found by hand."""
+"""explaining.py: the place of a row, its neighbours and the reason, against the same found by hand."""
 
 from __future__ import annotations
 

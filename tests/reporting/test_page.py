@@ -31,7 +31,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def pool() -> Dataset:
-    """300 rows with hostile text in the column of text, in ids, in a column of few values, and in a chat."""
+    """Return 300 rows with hostile text in the column of text, in ids, in a column of few values, and in a chat."""
     texts = [f"row number {i} about {'poems' if i % 50 == 0 else 'prose'} " + HOSTILE[i % 6] for i in range(300)]
     chats = [[{"role": "user", "content": HOSTILE[i % 6]}, {"role": "assistant", "content": "x"}] for i in range(300)]
     return make_pool(
@@ -54,7 +54,7 @@ def page(pool: Dataset, selected: Dataset) -> str:
 
 
 class Reader(HTMLParser):
-    """The tags of a page, the content of its scripts, and the text of its tables' cells by the table's id."""
+    """Parse the tags of a page, the content of its scripts, and the text of its tables' cells by the table's id."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def test_hostile_rows_add_no_tag(page: str) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium: the machine's own (`apt-get install chromium`), driven by playwright."""
+    """Start a headless Chromium: the machine's own (`apt-get install chromium`), driven by playwright."""
     driver = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[test]'")
     program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     if program is None:
@@ -230,7 +230,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any, page: str, tmp_path: Path) -> Iterator[Any]:
-    """The page, open; what it complains about, or asks the network for, fails the test."""
+    """Open the page; what it complains about, or asks the network for, fails the test."""
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     tab = browser.new_page(viewport={"width": 1000, "height": 900})
     complaints: list[str] = []
@@ -288,7 +288,7 @@ def test_the_search_finds_rows_clusters_and_words_behind_the_first_ones(browser:
 
 
 def spot_of(opened: Any, row: dict[str, Any]) -> tuple[float, float]:
-    """Where the script has drawn a row, in pixels of the window."""
+    """Return where the script has drawn a row, in pixels of the window."""
     unit = opened.evaluate(
         "(id) => { const s = spots.find((spot) => spot.row.id === id); return [s.x, s.y]; }", row["id"]
     )

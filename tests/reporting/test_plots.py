@@ -117,7 +117,7 @@ def test_figures_name_what_they_show(pool: Dataset, selected: Dataset) -> None:
 
 
 def words_of(figure: Any) -> list[Any]:
-    """All that is written in a figure; a tick beyond its axis has a label too, which is not drawn."""
+    """Return all text of a figure; a tick beyond its axis has a label too, which is not drawn."""
     found = [text for legend in figure.legends for text in legend.get_texts()]
     for axes in figure.axes:
         found += [*axes.texts, axes._left_title, axes.xaxis.label, axes.yaxis.label]

@@ -1,4 +1,4 @@
-"""REPORT: every figure against the same figure computed by hand, the two controls, and the four ways to print them."""
+"""report.py: every figure against the same figure computed by hand, the two controls, and the four ways to print them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from car_datasets.utils.column_names import ColumnNames
 
 @pytest.fixture(scope="module")
 def pool() -> Dataset:
-    """Ten rows in four clusters: eight scored, of which two are marked; two rejected."""
+    """Return ten rows in four clusters: eight scored, of which two are marked; two rejected."""
     return Dataset.from_dict(
         {
             "source_index": [100 + i for i in range(10)],
@@ -48,7 +48,7 @@ def report(pool: Dataset, selected: Dataset) -> SelectionReport:
 
 
 def figures_of(pool: Dataset, rows: list[int]) -> GroupFigures:
-    """In plain Python, the quantiles by linear interpolation between the two nearest scores."""
+    """Compute in plain Python, the quantiles by linear interpolation between the two nearest scores."""
     scores, tokens, clusters = (pool[name][:] for name in ("iqs_score", "iqs_tokens", "cluster"))
     ordered = sorted(scores[i] for i in rows)
     quantiles = {}
@@ -177,7 +177,7 @@ def test_chats_have_a_length_too() -> None:
 
 @pytest.fixture(scope="module")
 def large() -> Dataset:
-    """A thousand rows whose score grows with their length; 50 have no score."""
+    """Return a thousand rows whose score grows with their length; 50 have no score."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 400, 1000)
     scores = np.where(np.arange(1000) % 20 == 3, np.nan, tokens / 100 + rng.normal(size=1000))
@@ -217,7 +217,7 @@ def test_the_seed_draws_the_controls_and_nothing_else(large: Dataset) -> None:
 
 
 def bins_of(lengths: np.ndarray, rows: np.ndarray, scored: np.ndarray) -> Counter[int]:
-    """How many of `rows` fall between the same inner edges of LENGTH_BINS equal parts of the scored pool."""
+    """Count how many of `rows` fall between the same inner edges of LENGTH_BINS equal parts of the scored pool."""
     edges = [float(np.quantile(lengths[scored], i / LENGTH_BINS)) for i in range(1, LENGTH_BINS)]
     return Counter(sum(edge <= lengths[row] for edge in edges) for row in rows)
 
@@ -303,7 +303,7 @@ def test_json_holds_every_figure_in_order(report: SelectionReport) -> None:
 
 
 def cells(table: list[Any]) -> list[list[str]]:
-    """The rows of a parsed Markdown table."""
+    """Return the rows of a parsed Markdown table."""
     rows: list[list[str]] = []
     for token in table:
         if token.type == "tr_open":

@@ -120,7 +120,7 @@ def test_the_token_is_nowhere(tiny_iqs: str, tiny_embedder: str) -> None:
 def test_a_copy_asks_no_hub_and_reads_no_configuration(
     tiny_iqs: str, tiny_embedder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hub models, which are resolved with a token that a copy does not have."""
+    """Check Hub models, which are resolved with a token that a copy does not have."""
     asked: list[tuple[str, str | None]] = []
 
     def pin(model_id: str, revision: str | None = None, token: str | None = None) -> str:

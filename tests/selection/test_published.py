@@ -59,7 +59,7 @@ SIZES = [(1000, 1), (100, 1), (100, 3), (20, 1)]
 
 @pytest.fixture(scope="session")
 def from_text(oracle: Path) -> dict[str, Any]:
-    """The original's run from text: its input, ranking, labels and selections, and the first row of each text."""
+    """Return the original's run from text: its input, ranking, labels and selections, and the first row of each text."""
     source = oracle / "e2e" / "input.json"
     first: dict[tuple[str, ...], int] = {}
     for i, row in enumerate(json.loads(source.read_text())):
@@ -71,7 +71,7 @@ def from_text(oracle: Path) -> dict[str, Any]:
 
 
 def in_the_originals_terms(rows: Iterable[dict[str, Any]], first: dict[tuple[str, ...], int]) -> list[list[Any]]:
-    """Rows as `[first input row with the same text, score, label]`, which is how the oracle names them."""
+    """Return rows as `[first input row with the same text, score, label]`, which is how the oracle names them."""
     return [[first[r["instruction"], r["input"], r["output"]], r["score"], r.get("label")] for r in rows]
 
 

@@ -1,4 +1,4 @@
-"""SELECT: the rule against a slow reference written from its definition, and what `select_car` does to a dataset."""
+"""rule.py: the rule against a slow reference written from its definition, and what `select_car` does to a dataset."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ prove = settings(deadline=None, max_examples=150, derandomize=True)
 
 
 def reference(scores: list[float], clusters: list[int], n1: int, n2: int) -> list[tuple[int, str, int, int]]:
-    """The rule in plain Python: (row, why, rank in the pool, rank in the cluster), best score first."""
+    """Apply the rule in plain Python, and return (row, why, rank in the pool, rank in the cluster), best score first."""
     ranking = sorted((i for i, s in enumerate(scores) if not math.isnan(s)), key=lambda i: (-scores[i], i))
     members = {c: [i for i in ranking if clusters[i] == c] for c in set(clusters) if c >= 0}
     by_score = set(ranking[:n1])

@@ -50,7 +50,7 @@ MUTE = [
 
 
 class ConstantScorer(QualityScorer):
-    """Finds every text equally good."""
+    """Score every text as equally good."""
 
     def score_texts(self, texts: Any, rank: int | None = None) -> TextScores:
         empty = np.zeros(len(texts), dtype=np.int32)

@@ -29,7 +29,7 @@ SMALL = {"seeds": 1, "corruption_draws": 1, "axes": 16, "epochs": 20, "integrity
 
 
 def write_pairs(path: Path, pairs: int, start: int) -> Path:
-    """Made-up pairs with something to learn: the better text gives a reason."""
+    """Return made-up pairs with something to learn: the better text gives a reason."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["src", "score"])

@@ -48,7 +48,7 @@ FILES = {*(f"{kind}_{side}.csv" for kind in ("score", "ranking") for side in SID
 
 
 def made_up(count: int) -> list[Pair]:
-    """Pairs of a place each, their words drawn alike; only the worse half's line break is typed out, as in CaR's."""
+    """Return pairs of a place each, their words drawn alike; only the worse half's line break is typed out, as in CaR's."""
     pairs = []
     for i in range(count):
         place, words = f"{NAMES[i % 30]}{'s' * (i // 30)}", random.Random(i)
@@ -59,7 +59,7 @@ def made_up(count: int) -> list[Pair]:
 
 
 def write(path: Path, pairs: list[Pair]) -> Path:
-    """Both forms of a side, and both names of the sides, in turn."""
+    """Yield both forms of a side, and both names of the sides, in turn."""
     content = []
     for i, pair in enumerate(pairs):
         texts = [as_given(row).whole for row in pair]
@@ -149,7 +149,7 @@ def test_at_least_ten_pairs_must_stay(drop: float) -> None:
 
 
 def test_the_split_of_the_original(revisions: Path, pairs: list[Pair], tmp_path: Path) -> None:
-    """Sorted by distance, the front cut off, then scikit-learn's `train_test_split` twice; nothing cleaned."""
+    """Compare with sorting by distance, cutting the front off, then scikit-learn's `train_test_split` twice; nothing cleaned."""
     found = prepare(revisions, tmp_path / "out", drop=30, clean_text=False, similarity=None)
     kept = sorted(pairs, key=lambda pair: slow_distance(as_given(pair.worse).whole, as_given(pair.better).whole))[30:]
     train, rest = train_test_split(kept, test_size=0.2, random_state=42)

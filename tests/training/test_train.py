@@ -27,7 +27,7 @@ from car_datasets.utils.files import write_folder
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of two layers with the default encoder's words."""
+    """Save a random BERT of two layers with the default encoder's words."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     config = BertConfig(
@@ -39,7 +39,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_scores(path: Path, pairs: int, start: int) -> Path:
-    """Made-up pairs with something to learn: the better answer gives a reason."""
+    """Return made-up pairs with something to learn: the better answer gives a reason."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["src", "score"])

@@ -1,4 +1,4 @@
-"""Embeddings from Arrow's buffers as float32 matrices, and (rows.py) per-text numbers back as one value per row."""
+"""columns.py: embeddings from Arrow's buffers as float32 matrices, and (rows.py) per-text numbers back as one value per row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = np.arange(40, dtype=np.float32).reshape(10, 4) / 2  # exact in float16 to
 
 
 def dataset_of(rows: Any, kind: Any = None) -> Dataset:
-    """A dataset with one column of vectors; a row of `None` has none."""
+    """Return a dataset with one column of vectors; a row of `None` has none."""
     rows = [None if row is None else list(row) for row in rows]
     return Dataset.from_dict({"v": rows}, features=Features({"v": kind or List(Value("float32"))}))
 

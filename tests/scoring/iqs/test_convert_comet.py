@@ -1,4 +1,4 @@
-"""Checkpoints of the original's layout: read safely, wholly, with the shape and the tokenizer that they were made with."""
+"""Checkpoints of the original's layout: read safely and completely, with the shape and the tokenizer that they were made with."""
 
 import json
 import os
@@ -37,7 +37,7 @@ OPTIONS = {
 
 
 def lightning_weights(encoder: torch.nn.Module, hidden_sizes: list[int]) -> dict[str, torch.Tensor]:
-    """A state dict with the original's names."""
+    """Return a state dict with the original's names."""
     state = {f"encoder.model.{name}": tensor for name, tensor in encoder.state_dict().items()}
     layers, width = encoder.config.num_hidden_layers + 1, encoder.config.hidden_size
     state |= {f"layerwise_attention.scalar_parameters.{i}": torch.randn(1) for i in range(layers)}

@@ -25,7 +25,7 @@ def caught(call, *arguments, **options):
 
 
 def said(hub: Hub, code: str, *arguments: object, **options: Any) -> Any:
-    """What the code prints last, as JSON."""
+    """Run the code, and return what it prints last, as JSON."""
     return json.loads(hub.run(START + code, *arguments, check=True, **options).stdout.splitlines()[-1])
 
 

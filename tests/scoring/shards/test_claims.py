@@ -110,7 +110,7 @@ def test_the_claim_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> 
 
 
 def elsewhere(folder: Folder, turn: int, rows: int = 0) -> None:
-    """A claim of a process on another machine, whose clock is a year ahead."""
+    """Make a claim of a process on another machine, whose clock is a year ahead."""
     owner = {"id": "other", "host": "another machine", "pid": os.getpid(), "started": 0.0, "rows": rows}
     folder.write(f"{PIECE}.claim-{turn}", json.dumps({**owner, "at": time.time() + 3e7}).encode())
 

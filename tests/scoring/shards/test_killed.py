@@ -77,7 +77,7 @@ def run_undisturbed(source: Path, work: Path, models: dict[str, str]) -> None:
 
 
 def prepare(log: Path) -> None:
-    """In a child: small shards that take a while, each noted when it is scored, and claims that expire soon."""
+    """Set up a child: small shards that take a while, each noted when it is scored, and claims that expire soon."""
     torch.set_num_threads(1)  # two lanes with two threads each would wait for each other on two cores
     run.SMALLEST = SHARD
     run.score_in_shards.__kwdefaults__["expiry"] = 1.0

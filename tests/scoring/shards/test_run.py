@@ -32,7 +32,7 @@ ANSWERS = ["Red, green and blue.", "The sea is wide.", "6", "a, b, c", "Bad."]
 
 @pytest.fixture
 def rows() -> Dataset:
-    """23 rows: with shards of 4, six of them, the last of three rows."""
+    """Return 23 rows: with shards of 4, six of them, the last of three rows."""
     return Dataset.from_dict(
         {
             "instruction": [f"Write a list of {i} colours." for i in range(23)],
@@ -331,7 +331,7 @@ def test_bad_arguments_end_before_anything_is_written(tiny_iqs: str, rows: Datas
 
 
 def work(scorer: QualityScorer, rows: Dataset, folder: str, log: str, **options: Any) -> None:
-    """One worker: scores slowly, and notes every shard that it scores."""
+    """Score slowly, as one worker, and note every shard."""
     ordinary = QualityScorer.__call__
 
     def noted(self: QualityScorer, batch: Any, rank: int | None = None) -> Any:

@@ -55,7 +55,7 @@ def parts(folder: Path) -> list[str]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    """The rows in three JSON Lines files of 8, 1 and 14 rows."""
+    """Write the rows to three JSON Lines files of 8, 1 and 14 rows."""
     rows = content()
     for name, part in (("a", rows[:8]), ("b", rows[8:9]), ("c", rows[9:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -287,7 +287,7 @@ def slow_stream(rows: int) -> Iterator[dict[str, Any]]:
 
 
 def work(scorer: QualityScorer, folder: str, log: str, spoil: Callable[[], None] | None = None) -> None:
-    """One worker: scores slowly, and notes every shard that it scores."""
+    """Score slowly, as one worker, and note every shard."""
     if spoil is not None:
         spoil()
     ordinary = QualityScorer.__call__
