@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 END = "<!-- car_datasets: end -->"
 BEGIN = re.compile(r"<!-- car_datasets: begin(?: config=(?P<config>\S+) split=(?P<split>\S+))? -->")
 SECTION = re.compile(f"{BEGIN.pattern}.*?{END}", flags=re.DOTALL)
+SCORED = "scored"  # the split of the entire pool
+CONTROLS = ("random_control", "length_matched_control")  # the splits of rows drawn to compare with
 TAGS = ("car", "data-selection", "instruction-tuning")
 CARRIED = ("license", "license_name", "license_link", "language")  # copied from the source's card
 

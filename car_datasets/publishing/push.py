@@ -27,7 +27,9 @@ from datasets import Dataset, Features
 from huggingface_hub import DatasetCard
 
 from car_datasets.publishing.card import (
+    CONTROLS,
     END,
+    SCORED,
     SplitFiles,
     Target,
     check_header,
@@ -42,7 +44,7 @@ from car_datasets.publishing.card import (
     with_section,
 )
 from car_datasets.publishing.conflicts import PLOTS, Standing, refuse_second_selection
-from car_datasets.publishing.readback import compare_pushed
+from car_datasets.publishing.verification import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import draw_controls, positions_in_pool, row_lengths
@@ -54,8 +56,6 @@ from car_datasets.utils.columns import join_columns, read_numbers
 from car_datasets.utils.hub import Pushed, Repository, reason
 from car_datasets.utils.settings import CONFIG_NAME, SEED, SPLIT
 
-SCORED = "scored"
-CONTROLS = ("random_control", "length_matched_control")
 SHARD_BYTES = 500_000_000  # in memory; about the size that push_to_hub gives its files
 MOST_SHARDS = 50  # data files of one commit, for all its splits together
 
