@@ -39,9 +39,9 @@ from car_datasets.utils.columns import (
     refuse_overwrite,
     refuse_tables,
 )
+from car_datasets.utils.digests import public
 from car_datasets.utils.files import write_whole
 from car_datasets.utils.processes import Processes, all_processes, mend_threads_after_fork, note_that_torch_runs
-from car_datasets.utils.public import public
 from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, SEED
 
 CONFIG_FILE = "cluster_model.json"

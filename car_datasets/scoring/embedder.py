@@ -24,8 +24,8 @@ from car_datasets.scoring.stage import Rows, check_options, pin_model, refuse_ta
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_tables
+from car_datasets.utils.digests import public
 from car_datasets.utils.processes import device_for
-from car_datasets.utils.public import public
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -21,7 +21,7 @@ from car_datasets.loading.templates import TEMPLATES, Text
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, refuse_overwrite
-from car_datasets.utils.public import public
+from car_datasets.utils.digests import public
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
