@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from car_datasets.publishing.conflicts import refuse_hidden_data, refuse_unknown_splits, refuse_unloadable
-from car_datasets.utils.files import card_templates
+from car_datasets.utils.hub import card_templates
 
 if TYPE_CHECKING:
     from datasets import DatasetInfo, Features, SplitInfo
