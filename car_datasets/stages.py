@@ -18,8 +18,8 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from car_datasets.clustering.fitting import FitSettings, checked_fit
-from car_datasets.clustering.model import ClusterModel
+from car_datasets.clustering.fitting import FitSettings
+from car_datasets.clustering.model import ClusterModel, checked_fit
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
