@@ -165,7 +165,7 @@ def score(
     elif shards is None:
         raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
     from car_datasets.curation import open_source
-    from car_datasets.selection.published import rank_rows, refuse_taken
+    from car_datasets.selection.published import rank_rows, refuse_original_names
     from car_datasets.stages import refuse_taken_columns, resolve
     from car_datasets.utils.processes import start_processes
 
@@ -176,7 +176,7 @@ def score(
     # The original's files have no embeddings, so none are computed.
     as_original = output is not None and output.suffix == ".json"
     if as_original:
-        refuse_taken(dataset.column_names, {recipe.score_column: "score"})
+        refuse_original_names(dataset.column_names, {recipe.score_column: "score"})
     embed = embeddings and not as_original
     refuse_taken_columns(dataset.column_names, recipe, embed)  # before a model is downloaded
     stages = resolve(recipe, token, embed=embed)
@@ -232,11 +232,11 @@ def cluster(
 ) -> None:
     """Add cluster and cluster_distance; compute the embeddings first if the file has none, as the original's files."""
     quiet_models()
-    from car_datasets.clustering.model import MODEL_FILES
+    from car_datasets.clustering.model import CLUSTER_MODEL_FILES
 
     fresh_file(output)
     if save_model is not None:
-        fresh_folder(save_model, MODEL_FILES, "--save-model")
+        fresh_folder(save_model, CLUSTER_MODEL_FILES, "--save-model")
     from car_datasets.stages import embed_where_missing, fit_clusters, fit_settings
     from car_datasets.utils.columns import refuse_overwrite
     from car_datasets.utils.processes import start_processes

@@ -55,9 +55,9 @@ from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, SEED,
 
 CONFIG_FILE = "cluster_model.json"
 WEIGHTS_FILE = "cluster_model.safetensors"
-MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+CLUSTER_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 CACHE_VERSION = "2"  # part of the fingerprint by which `datasets` finds cached labels
-FORMATS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
+READABLE_VERSIONS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
 
 # To add an engine, write a function of this signature in a module of its own, and name it here.
 ENGINES: dict[str, Engine] = {"torch": fit_torch, "sklearn": fit_sklearn}
@@ -302,9 +302,9 @@ class ClusterModel:
             )
         plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         version = plain.pop("cache_version", None)
-        if version not in FORMATS:
+        if version not in READABLE_VERSIONS:
             raise ValueError(
-                f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {FORMATS}. "
+                f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {READABLE_VERSIONS}. "
                 "Fit it again."
             )
         return cls(**load_file(path / WEIGHTS_FILE), **plain)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # The files that make up a model. Pickled weights are not among them: they are converted first.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 SETTLED = 3.0  # seconds; the coarsest clock of a common file system (FAT) has ticks of 2
 WINDOW = 8_192  # rows that are digested together; another number would give other digests
 
@@ -46,7 +46,7 @@ def folder_digest(folder: Path) -> str:
             f"{folder} is not a model folder: it has no config.json (it contains {names}). Pass a folder that "
             "`save_pretrained` wrote."
         )
-    files = sorted({p for pattern in MODEL_FILES for p in folder.rglob(pattern) if p.is_file()})
+    files = sorted({p for pattern in MODEL_PATTERNS for p in folder.rglob(pattern) if p.is_file()})
     return files_digest(folder, files)
 
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from car_datasets.utils.digests import MODEL_FILES, file_digest, folder_digest
+from car_datasets.utils.digests import MODEL_PATTERNS, file_digest, folder_digest
 from car_datasets.utils.files import ASSETS
 from car_datasets.utils.hub import CACHE_ADVICE, READING_WAITS, asking, clean_token, retry
 
@@ -226,7 +226,7 @@ def download_model(model_id: str, revision: str, token: str | None, inner: str =
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     # sentence-transformers keeps its own small modules in numbered sub-folders (1_Pooling/, 2_Normalize/).
-    patterns = [*MODEL_FILES, "[0-9]_*/*"]
+    patterns = [*MODEL_PATTERNS, "[0-9]_*/*"]
     token = clean_token(token)
     try:
         files = HfApi(token=token).model_info(model_id, revision=revision).siblings or []
