@@ -103,7 +103,8 @@ def curate(
     # Selected rows do not need the vectors, which make up most of the size.
     without_vectors = pool.remove_columns(recipe.embedding_column)
     selected = stages.select(without_vectors)
-    overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names)
+    asked = (recipe.n2, recipe.k)
+    overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names, asked=asked)
     report = SelectionReport.from_overview(overview)
 
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)

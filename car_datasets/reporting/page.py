@@ -109,7 +109,7 @@ def _ledger(overview: Overview) -> list[dict[str, Any]]:
 
 
 def _what_if_line(choice: WhatIf, overview: Overview) -> dict[str, Any]:
-    present = (overview.by_score, overview.by_cluster, overview.cluster_count)
+    present = (overview.by_score, overview.by_cluster, overview.k)
     return {"cells": choice.cells(), "present": (choice.n1, choice.n2, choice.k) == present}
 
 

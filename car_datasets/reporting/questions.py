@@ -398,7 +398,7 @@ def try_out(
         ValueError: n1, n2 or k is not a list of numbers, a number does not fit the pool, or another k was asked for and
             the pool has no embeddings.
     """
-    present = (overview.by_score, overview.by_cluster, overview.cluster_count)
+    present = (overview.by_score, overview.by_cluster, overview.k)
     if n1 is n2 is k is None:
         grid = _around(present, len(overview.scored), overview.embedded)
     else:
