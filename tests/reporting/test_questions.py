@@ -156,7 +156,7 @@ def test_the_numbers_of_a_recipe_are_named_where_the_rows_do_not_show_them(plain
     """No cluster has 90 rows, and not all of 20 centres have rows."""
     chosen = select_car(plain_pool, 40, 90)
     known = Overview.of(plain_pool, chosen, asked=(90, 20))
-    assert "of its cluster, which gives its best 90." in explain_rows(known, known.positions[-1:].tolist())[0].why
+    assert "of its cluster, which gives its best 90;" in explain_rows(known, known.positions[-1:].tolist())[0].why
     [present] = [line for line in try_out(known) if (line.n1, line.n2, line.k) == (40, 90, 20)]
     assert (present.overlap, present.cells()[5]) == (1.0, "12 of 20")
     assert Overview.of(plain_pool, chosen).by_cluster < 90
