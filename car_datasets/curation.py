@@ -31,8 +31,8 @@ from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, unfinished, write_result
 from car_datasets.selection.procedures import find_procedure
-from car_datasets.selection.published import refuse_taken
-from car_datasets.stages import Stages, fit_settings, refuse_taken_columns, resolve, scorer_of
+from car_datasets.selection.published import refuse_original_names
+from car_datasets.stages import Pipeline, fit_settings, refuse_taken_columns, resolve, scorer_of
 from car_datasets.utils import revisions
 from car_datasets.utils.files import fresh_folder
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
@@ -92,7 +92,7 @@ def curate(
     opened, dataset, schema = open_source(source, recipe, token)
     _check_settings(dataset, recipe, schema)
     if folder is not None and procedure.files:
-        refuse_taken(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
+        refuse_original_names(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
     # The main process alone writes the receipt, and reads the source again for its digest.
     origin = describe_source(source, opened, recipe) if folder is not None and is_main_process() else {}
     stages = resolve(pinned_source(recipe, source, opened), token)
@@ -103,7 +103,8 @@ def curate(
     # Selected rows do not need the vectors, which make up most of the size.
     without_vectors = pool.remove_columns(recipe.embedding_column)
     selected = stages.select(without_vectors)
-    overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names)
+    asked = (recipe.n2, recipe.k)
+    overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names, asked=asked)
     report = SelectionReport.from_overview(overview)
 
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
@@ -165,7 +166,7 @@ def _write_files(
     folder: Path,
     curated: Curated,
     overview: Overview,
-    stages: Stages,
+    stages: Pipeline,
     origin: dict[str, Any],
     schema: Schema,
     own_index: bool,
@@ -176,7 +177,7 @@ def _write_files(
         folder (`Path`): made if it does not exist.
         curated ([`Curated`]): the result.
         overview ([`Overview`]): pool and selection, with the embeddings that the map needs.
-        stages ([`Stages`]): what made the result.
+        stages ([`Pipeline`]): what made the result.
         origin (`dict`), schema ([`Schema`]): the source for the receipt, and how its rows were read.
         own_index (`bool`): the source itself has the index column.
     """

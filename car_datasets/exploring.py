@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from car_datasets.reporting.explaining import Nearest
 from car_datasets.reporting.overview import Overview, map_of
 from car_datasets.reporting.page import texts_of
+from car_datasets.reporting.questions import Nearest
 from car_datasets.results import SCORED_TABLE, read_tables
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows

@@ -22,8 +22,7 @@ from car_datasets import __version__
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import numbers_of
-from car_datasets.utils.digests import indices_digest, rows_digest
-from car_datasets.utils.public import public
+from car_datasets.utils.digests import indices_digest, public, rows_digest
 from car_datasets.utils.settings import is_whole_number
 
 if TYPE_CHECKING:

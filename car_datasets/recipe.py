@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from car_datasets.loading.schemas import as_column_names
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.public import public
+from car_datasets.utils.digests import public
 from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, N1, SEED, Settings
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Turn a recipe into the stages that run it, with every model looked up once: `resolve`, `Stages`.
+"""Turn a recipe into the `Pipeline` that runs it, with every model looked up once: `resolve`.
 
 Does: make scorer, embedder and cluster settings of a recipe; refuse taken columns before anything runs; run SCORE,
 EMBED, CLUSTER and SELECT, here or in shards.
@@ -18,8 +18,8 @@ from typing import Any
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from car_datasets.clustering.fitting import FitSettings, checked_fit
-from car_datasets.clustering.model import ClusterModel
+from car_datasets.clustering.fitting import FitSettings
+from car_datasets.clustering.model import ClusterModel, checked_fit
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
@@ -37,7 +37,7 @@ from car_datasets.utils.processes import is_main_process, process_rank
 
 
 @dataclass(frozen=True)
-class Stages:
+class Pipeline:
     """A recipe that is ready to run.
 
     Args:
@@ -117,8 +117,8 @@ class Stages:
         return [("Scoring and embedding" if self._embeds else "Scoring", "scores", self.scorer)]
 
 
-def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> Stages:
-    """Return the stages of a recipe; every model is looked up, downloaded and pinned here, and only here.
+def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> Pipeline:
+    """Return the pipeline of a recipe; every model is looked up, downloaded and pinned here, and only here.
 
     Args:
         recipe ([`Recipe`]): the settings.
@@ -134,7 +134,7 @@ def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> 
     # Branches may move while this runs: what is written down is what is loaded.
     pinned = recipe.changed(scorer_revision=scorer.revision)
     if not embed or scorer.embedding_column is not None:
-        return Stages(pinned, scorer, None, fit, procedure)
+        return Pipeline(pinned, scorer, None, fit, procedure)
     embedder = TextEmbedder(
         recipe.embedder or revisions.DEFAULT_ENCODER,
         recipe.embedder_revision,
@@ -146,7 +146,7 @@ def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> 
     # The default encoder is pinned in the code, and a recipe without an embedder must not name a revision.
     if recipe.embedder is not None:
         pinned = pinned.changed(embedder_revision=embedder.revision)
-    return Stages(pinned, scorer, embedder, fit, procedure)
+    return Pipeline(pinned, scorer, embedder, fit, procedure)
 
 
 def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = True) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from car_datasets.utils import revisions
-from car_datasets.utils.files import card_templates
+from car_datasets.utils.hub import card_templates
 from tests.conftest import ROOT
 
 FIND = """

@@ -23,7 +23,7 @@ import typer
 from car_datasets import __version__
 from car_datasets.recipe import Recipe
 from car_datasets.utils.hub import clean_token
-from car_datasets.utils.settings import launched_rank
+from car_datasets.utils.processes import launched_rank
 
 app = typer.Typer(
     name="car-datasets",

@@ -1,4 +1,4 @@
-"""The commands of the pipeline: curate and demo run all of it; score, estimate, cluster, select and explore one stage.
+"""The commands of the pipeline: curate and demo run all of it, the others one stage, from score to push and verify.
 
 Does: parse, call the library, print.
 Does not: hold logic, or import a heavy library before a command runs, so that `--help` answers at once.
@@ -20,6 +20,7 @@ from car_datasets.cli.app import (
     add_options,
     app,
     one_line_errors,
+    option,
     print_pushed,
     print_table,
     quiet_models,
@@ -27,7 +28,7 @@ from car_datasets.cli.app import (
 )
 from car_datasets.recipe import Recipe
 from car_datasets.utils.files import fresh_file, fresh_folder, sample_file
-from car_datasets.utils.settings import ESTIMATE_ROWS
+from car_datasets.utils.settings import CONFIG_NAME, ESTIMATE_ROWS, SPLIT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -164,7 +165,7 @@ def score(
     elif shards is None:
         raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
     from car_datasets.curation import open_source
-    from car_datasets.selection.published import rank_rows, refuse_taken
+    from car_datasets.selection.published import rank_rows, refuse_original_names
     from car_datasets.stages import refuse_taken_columns, resolve
     from car_datasets.utils.processes import start_processes
 
@@ -175,7 +176,7 @@ def score(
     # The original's files have no embeddings, so none are computed.
     as_original = output is not None and output.suffix == ".json"
     if as_original:
-        refuse_taken(dataset.column_names, {recipe.score_column: "score"})
+        refuse_original_names(dataset.column_names, {recipe.score_column: "score"})
     embed = embeddings and not as_original
     refuse_taken_columns(dataset.column_names, recipe, embed)  # before a model is downloaded
     stages = resolve(recipe, token, embed=embed)
@@ -231,11 +232,11 @@ def cluster(
 ) -> None:
     """Add cluster and cluster_distance; compute the embeddings first if the file has none, as the original's files."""
     quiet_models()
-    from car_datasets.clustering.model import MODEL_FILES
+    from car_datasets.clustering.model import CLUSTER_MODEL_FILES
 
     fresh_file(output)
     if save_model is not None:
-        fresh_folder(save_model, MODEL_FILES, "--save-model")
+        fresh_folder(save_model, CLUSTER_MODEL_FILES, "--save-model")
     from car_datasets.stages import embed_where_missing, fit_clusters, fit_settings
     from car_datasets.utils.columns import refuse_overwrite
     from car_datasets.utils.processes import start_processes
@@ -290,6 +291,74 @@ def explore(
 
     recipe = Recipe().changed(**changes)
     exploring.explore(folder, host, port, recipe.projection, names=recipe.names)
+
+
+@app.command(epilog="Example: car-datasets push out me/alpaca-car")
+@one_line_errors
+@add_options(
+    "public",
+    "check",
+    "token",
+    split=option(str, "Name of the split of the selected rows.", SPLIT),
+    config_name=option(str, "Configuration to push to; all its splits have the same columns.", CONFIG_NAME),
+    embeddings=option(bool, "Push the embeddings of the pool as well.", False, "--embeddings"),
+)
+def push(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `curate` wrote.")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository; created if it does not exist.")],
+    also: Annotated[
+        str,
+        typer.Option(
+            help="More splits, separated by commas: scored (the pool), random_control, length_matched_control; or none."
+        ),
+    ] = "scored",
+    **options: Any,
+) -> None:
+    """Push a result with its card and receipt in one commit, private by default; if interrupted, run it again."""
+    from car_datasets.publishing.push import push_selection
+
+    # A word for the empty list, because an empty argument is easily lost in a shell script.
+    names = [name.strip() for name in also.split(",") if name.strip() not in ("", "none")]
+    private = not options.pop("public")
+    print_pushed(push_selection(folder, repo, also=names, private=private, **options))
+
+
+@app.command(epilog="Example: car-datasets verify out --source alpaca_data.json")
+@one_line_errors
+@add_options(
+    "token",
+    source=option(str | None, "The file or folder that was curated; not needed for a Hub dataset."),
+    rescore=option(int, "Also score this many rows again, drawn at random.", 0),
+    seed=option(int, "Seed of the draw of --rescore.", 0),
+    scorer=option(str | None, "For --rescore, if the scorer was a folder: its path."),
+    tokenizer=option(str | None, "For --rescore, if the tokenizer was a folder: its path."),
+    engine=option(str | None, "For --rescore, if an int8 encoder was used: its folder."),
+    revision=option(str | None, "Branch, tag or commit of the repository."),
+    config_name=option(str, "Configuration in the repository.", CONFIG_NAME),
+    split=option(str, "Split in the repository with the selected rows.", SPLIT),
+)
+def verify(
+    where: Annotated[
+        str,
+        typer.Argument(metavar="REPO_OR_DIR", help="Repository of a push, or folder of a result."),
+    ],
+    **options: Any,
+) -> None:
+    """Check a selection against its receipt: its source, its choice and, with --rescore, its scores.
+
+    Names the first difference, with exit code 1.
+    """
+    from car_datasets.publishing.verification import verify
+
+    found = verify(where, **options)
+    for words in found.checked:
+        typer.echo(f"right: {words}")
+    for words in found.skipped:
+        typer.echo(f"not checked: {words}")
+    typer.echo("match" if found.matches else f"mismatch: {found.difference}")
+    # 1 for a mismatch, so that scripts can tell it from a wrong call, which exits with 2.
+    if not found.matches:
+        raise typer.Exit(1)
 
 
 def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:

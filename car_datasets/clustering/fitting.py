@@ -1,17 +1,16 @@
-"""Compute the numbers of a `ClusterModel` from a column of embeddings, by one of the engines in `ENGINES`.
+"""Compute the numbers of a `ClusterModel` from a column of embeddings: the two engines, and the parts of an engine.
 
-Does: check the settings of a fit; stream the embeddings into a covariance, whose memory does not grow with the rows,
-and project them onto its principal components; fit k-means. Each process of a launcher reads its own part.
+Does: stream the embeddings into a covariance, whose memory does not grow with the rows, and project them onto its
+principal components; fit k-means. Each process of a launcher reads its own part.
 Does not: label rows, or save a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -44,7 +43,7 @@ class FitSettings(NamedTuple):
         explained_variance (`float`): share of the variance in (0, 1] that PCA keeps; 1.0 keeps all components.
         seed (`int`): seed of k-means.
         n_init (`int`): number of runs of k-means, of which the best is kept.
-        kmeans (`str`): a key of `ENGINES`.
+        kmeans (`str`): the name of the engine.
         kmeans_sample (`int`): rows per cluster that k-means is fitted on; 0 for all rows.
     """
 
@@ -74,52 +73,7 @@ class Numbers(NamedTuple):
     inertia: float
 
 
-Engine = Callable[["Dataset", str, FitSettings], Numbers]  # what `ENGINES` lists
-
-
-def checked_fit(
-    k: int | str, explained_variance: float, seed: int, n_init: int, kmeans: str, kmeans_sample: int
-) -> FitSettings:
-    """Return the settings of a fit, with numpy's numbers as Python's own; arguments as of [`FitSettings`].
-
-    Raises:
-        ValueError: a setting that no fit can have. A k above the number of rows is refused later, when they are
-            counted.
-    """
-    k, seed, n_init, kmeans_sample = (_plain(value) for value in (k, seed, n_init, kmeans_sample))
-    if k != "sqrt" and (not is_whole_number(k) or k < 1):
-        raise ValueError(f"k={k!r} must be 'sqrt' or a whole number of clusters, at least 1.")
-    real = is_whole_number(explained_variance) or isinstance(explained_variance, (float, np.floating))
-    if not real or not 0 < explained_variance <= 1:
-        raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
-    if not is_whole_number(n_init) or n_init < 1:
-        raise ValueError(f"n_init={n_init!r} must be at least 1, a whole number of runs.")
-    if not is_whole_number(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
-    if kmeans not in ENGINES:
-        raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {tuple(ENGINES)}.")
-    if not is_whole_number(kmeans_sample) or kmeans_sample < 0:
-        raise ValueError(f"kmeans_sample={kmeans_sample!r} must be a number of rows per cluster, or 0 for all rows.")
-    return FitSettings(k, float(explained_variance), seed, n_init, kmeans, kmeans_sample)
-
-
-def _plain(value: Any) -> Any:
-    """Return numpy's integers as Python's, so that a saved model can hold them as JSON."""
-    return int(value) if isinstance(value, np.integer) else value
-
-
-def number_of_clusters(k: int | str, rows: int) -> int:
-    """Return `k` as a number; `"sqrt"` is the paper's int(sqrt(rows / 2)), at least 1.
-
-    Raises:
-        ValueError: k is not positive, or larger than the number of rows.
-    """
-    k = _plain(k)
-    if k == "sqrt":
-        k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
-    if not is_whole_number(k) or not 1 <= k <= rows:
-        raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that can be clustered.")
-    return k
+Engine = Callable[["Dataset", str, FitSettings], Numbers]  # of rows, their column of embeddings, and settings
 
 
 def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
@@ -139,31 +93,16 @@ def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
     # One group for the entire fit: every process must take part in the same exchanges, in the same order.
     with all_processes() as processes:
         basis = _fit_basis(dataset, column, settings, processes)
-        device = clustering_device()
-        fitted = fit_kmeans(
-            Chunks(basis.lengths, lambda batches: (matrix for matrix, _ in _read(dataset, column, batches))),
-            Projection(basis.mean, basis.components, device),
-            KMeansSettings(
-                number_of_clusters(settings.k, sum(basis.lengths)),
-                settings.seed,
-                settings.n_init,
-                settings.kmeans_sample,
-            ),
-            device=device,
-            processes=processes,
-        )
+        rows, device = sum(basis.lengths), clustering_device()
+        chunks = Chunks(basis.lengths, partial(_read_matrices, dataset, column))
+        points = Projection(basis.mean, basis.components, device)
+        clusters = number_of_clusters(settings.k, rows)
+        wanted = KMeansSettings(clusters, settings.seed, settings.n_init, settings.kmeans_sample)
+        fitted = fit_kmeans(chunks, points, wanted, device=device, processes=processes)
         centers = fitted.centers.cpu().numpy()
         own = Numbers(basis.mean, basis.components, centers, basis.explained_variance, fitted.inertia)
         # All take the main process's numbers: another kind of GPU may have rounded its own differently.
-        return processes.joined(lambda: own, lambda parts: parts[0])
-
-
-class Part(NamedTuple):
-    """The contribution of one process to a [`Basis`]; `covariance` is `None` if its batches hold no embedding."""
-
-    identity: Identity | None
-    covariance: Covariance | None
-    lengths: list[int]
+        return processes.joined(lambda: own, lambda of_all: of_all[0])
 
 
 class Basis(NamedTuple):
@@ -180,28 +119,62 @@ def _fit_basis(dataset: Dataset, column: str, settings: FitSettings, processes: 
     batches = processes.share(math.ceil(len(dataset) / columns.BATCH), 1)
     try:
         return processes.joined(
-            lambda: Part(Identity.of(dataset, column, settings, processes), *_measure(dataset, column, batches)),
+            lambda: _measure(dataset, column, batches, Identity.of(dataset, column, settings, processes)),
             lambda parts: _merged(parts, settings.explained_variance),
         )
     except ValueError:
         if processes.count > 1:
             # The error counts the bad rows of one process only. The main process therefore reads all rows again, and
             # raises an error that counts all of them.
-            processes.joined(lambda: None, lambda _: deque(embedding_batches(dataset, column), maxlen=0))
+            processes.joined(lambda: None, lambda _: _read_to_the_end(dataset, column))
         raise
 
 
-def _measure(dataset: Dataset, column: str, batches: range) -> tuple[Covariance | None, list[int]]:
+def _read_to_the_end(dataset: Dataset, column: str) -> None:
+    for _ in embedding_batches(dataset, column):
+        pass
+
+
+class Part(NamedTuple):
+    """The contribution of one process to a [`Basis`]; `covariance` is `None` if its batches hold no embedding."""
+
+    identity: Identity | None
+    covariance: Covariance | None
+    lengths: list[int]
+
+
+def _measure(dataset: Dataset, column: str, batches: range, identity: Identity | None) -> Part:
     """Return the covariance of some batches, and the number of embeddings in each; one pass over the rows."""
     lengths = [0] * len(batches)
+    covariance = None
+    for matrix, positions in _read(dataset, column, batches):
+        # By position, since batches without an embedding are skipped.
+        lengths[int(positions[0]) // columns.BATCH - batches.start] = len(matrix)
+        covariance = _together(covariance, Covariance.of(matrix))
+    return Part(identity, covariance, lengths)
 
-    def counted() -> Iterator[Matrix]:
-        for matrix, positions in _read(dataset, column, batches):
-            # By position, since batches without an embedding are skipped.
-            lengths[int(positions[0]) // columns.BATCH - batches.start] = len(matrix)
-            yield matrix
 
-    return Covariance.of_all(counted()), lengths
+def _merged(parts: list[Part], explained_variance: float) -> Basis:
+    """Check that all processes measured the same dataset, and return the basis of their parts together."""
+    refuse_others("fits clusters to", [part.identity for part in parts])
+    covariance = None
+    for part in parts:  # in the order of the ranks, so that the sum is the same on every run
+        covariance = _together(covariance, part.covariance)
+    if covariance is None:
+        raise ValueError("There are no embeddings to fit on: run TextEmbedder over the rows first.")
+    lengths = [length for part in parts for length in part.lengths]
+    return Basis(lengths, *fit_components(covariance, explained_variance))
+
+
+def fit_components(covariance: Covariance, explained_variance: float) -> tuple[Matrix, Matrix, float]:
+    """Return mean and components in float32, and the share of the variance that the components hold."""
+    components, share = covariance.principal_components(explained_variance)
+    return covariance.mean.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32), share
+
+
+def _read_matrices(dataset: Dataset, column: str, batches: range) -> Iterator[Matrix]:
+    for matrix, _ in _read(dataset, column, batches):
+        yield matrix
 
 
 def _read(dataset: Dataset, column: str, batches: range) -> Iterator[tuple[Matrix, Positions]]:
@@ -211,23 +184,6 @@ def _read(dataset: Dataset, column: str, batches: range) -> Iterator[tuple[Matri
         return embedding_batches(dataset, column)
     rows = range(batches.start * columns.BATCH, min(batches.stop * columns.BATCH, len(dataset)))
     return embedding_batches(dataset, column, rows) if batches else iter(())
-
-
-def _merged(parts: list[Part], explained_variance: float) -> Basis:
-    refuse_others("fits clusters to", [part.identity for part in parts])
-    covariances = [part.covariance for part in parts if part.covariance is not None]
-    if not covariances:
-        raise ValueError("There are no embeddings to fit on: run TextEmbedder over the rows first.")
-    for other in covariances[1:]:  # in the order of the ranks, so that the sum is the same on every run
-        covariances[0].merge(other)
-    lengths = [length for part in parts for length in part.lengths]
-    return Basis(lengths, *fit_components(covariances[0], explained_variance))
-
-
-def fit_components(covariance: Covariance, explained_variance: float) -> tuple[Matrix, Matrix, float]:
-    """Return mean and components in float32, and the share of the variance that the components hold."""
-    components, share = covariance.principal_components(explained_variance)
-    return covariance.mean.astype(np.float32), np.ascontiguousarray(components, dtype=np.float32), share
 
 
 def fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
@@ -270,8 +226,17 @@ def _fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Number
     return Numbers(mean, components, fitted.cluster_centers_.astype(np.float32), share, float(fitted.inertia_))
 
 
-# To add an engine, write a function of this signature and name it here.
-ENGINES: dict[str, Engine] = {"torch": fit_torch, "sklearn": fit_sklearn}
+def number_of_clusters(k: int | str, rows: int) -> int:
+    """Return `k` as a number; `"sqrt"` is the paper's int(sqrt(rows / 2)), at least 1.
+
+    Raises:
+        ValueError: k is not positive, or larger than the number of rows.
+    """
+    if k == "sqrt":
+        k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
+    if not is_whole_number(k) or not 1 <= k <= rows:
+        raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that can be clustered.")
+    return int(k)
 
 
 @dataclass
@@ -306,12 +271,9 @@ class Covariance:
     @classmethod
     def of_all(cls, chunks: Iterable[Matrix]) -> Covariance | None:
         """Return the covariance of the rows of all chunks, or `None` if there are no chunks."""
-        total: Covariance | None = None
+        total = None
         for chunk in chunks:
-            if total is None:
-                total = cls.of(chunk)
-            else:
-                total.merge(cls.of(chunk))
+            total = _together(total, cls.of(chunk))
         return total
 
     def merge(self, other: Covariance) -> None:
@@ -351,6 +313,14 @@ class Covariance:
         largest = np.abs(components).argmax(axis=1)
         signs = np.sign(components[np.arange(kept), largest])
         return components * signs[:, None], float(shares[kept - 1])
+
+
+def _together(total: Covariance | None, part: Covariance | None) -> Covariance | None:
+    """Return the total, into which the part is merged; `None` means no rows."""
+    if total is None or part is None:
+        return part if total is None else total
+    total.merge(part)
+    return total
 
 
 def project(matrix: MatrixOrTensor, mean: MatrixOrTensor, components: MatrixOrTensor) -> MatrixOrTensor:

@@ -1,7 +1,7 @@
 """Cluster embeddings by PCA and k-means (CaR sec. 3.2): `ClusterModel`, a `.map` callable that is saved as safetensors.
 
-Does: fit on the embeddings of a dataset, give every row its cluster and its distance to the centre, save and load a
-model.
+Does: check the settings of a fit, and run it by one of the engines in `ENGINES`; give every row its cluster and its
+distance to the centre; save and load a model.
 Does not: compute embeddings.
 """
 
@@ -25,7 +25,16 @@ from datasets.table import InMemoryTable
 from datasets.utils import tqdm
 from safetensors.numpy import load_file, save_file
 
-from car_datasets.clustering.fitting import ENGINES, Identity, Projection, checked_fit, clustering_device, refuse_others
+from car_datasets.clustering.fitting import (
+    Engine,
+    FitSettings,
+    Identity,
+    Projection,
+    clustering_device,
+    fit_sklearn,
+    fit_torch,
+    refuse_others,
+)
 from car_datasets.clustering.kmeans import nearest
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
@@ -39,16 +48,19 @@ from car_datasets.utils.columns import (
     refuse_overwrite,
     refuse_tables,
 )
+from car_datasets.utils.digests import public
 from car_datasets.utils.files import write_whole
 from car_datasets.utils.processes import Processes, all_processes, mend_threads_after_fork, note_that_torch_runs
-from car_datasets.utils.public import public
-from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, SEED
+from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, SEED, is_whole_number
 
 CONFIG_FILE = "cluster_model.json"
 WEIGHTS_FILE = "cluster_model.safetensors"
-MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+CLUSTER_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 CACHE_VERSION = "2"  # part of the fingerprint by which `datasets` finds cached labels
-FORMATS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
+READABLE_VERSIONS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
+
+# To add an engine, write a function of this signature in a module of its own, and name it here.
+ENGINES: dict[str, Engine] = {"torch": fit_torch, "sklearn": fit_sklearn}
 
 
 @public
@@ -290,12 +302,43 @@ class ClusterModel:
             )
         plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         version = plain.pop("cache_version", None)
-        if version not in FORMATS:
+        if version not in READABLE_VERSIONS:
             raise ValueError(
-                f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {FORMATS}. "
+                f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {READABLE_VERSIONS}. "
                 "Fit it again."
             )
         return cls(**load_file(path / WEIGHTS_FILE), **plain)
+
+
+def checked_fit(
+    k: int | str, explained_variance: float, seed: int, n_init: int, kmeans: str, kmeans_sample: int
+) -> FitSettings:
+    """Return the settings of a fit, with numpy's numbers as Python's own; arguments as of [`FitSettings`].
+
+    Raises:
+        ValueError: a setting that no fit can have. A k above the number of rows is refused later, when they are
+            counted.
+    """
+    k, seed, n_init, kmeans_sample = (_plain(value) for value in (k, seed, n_init, kmeans_sample))
+    if k != "sqrt" and (not is_whole_number(k) or k < 1):
+        raise ValueError(f"k={k!r} must be 'sqrt' or a whole number of clusters, at least 1.")
+    real = is_whole_number(explained_variance) or isinstance(explained_variance, (float, np.floating))
+    if not real or not 0 < explained_variance <= 1:
+        raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
+    if not is_whole_number(n_init) or n_init < 1:
+        raise ValueError(f"n_init={n_init!r} must be at least 1, a whole number of runs.")
+    if not is_whole_number(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
+    if kmeans not in ENGINES:
+        raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {tuple(ENGINES)}.")
+    if not is_whole_number(kmeans_sample) or kmeans_sample < 0:
+        raise ValueError(f"kmeans_sample={kmeans_sample!r} must be a number of rows per cluster, or 0 for all rows.")
+    return FitSettings(k, float(explained_variance), seed, n_init, kmeans, kmeans_sample)
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy's integers as Python's, so that a saved model can hold them as JSON."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def _joined_labels(parts: list[tuple[Identity | None, pa.Table]]) -> pa.Table:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from car_datasets.publishing.conflicts import refuse_hidden_data, refuse_unknown_splits, refuse_unloadable
-from car_datasets.utils.files import card_templates
+from car_datasets.utils.hub import card_templates
 
 if TYPE_CHECKING:
     from datasets import DatasetInfo, Features, SplitInfo
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 END = "<!-- car_datasets: end -->"
 BEGIN = re.compile(r"<!-- car_datasets: begin(?: config=(?P<config>\S+) split=(?P<split>\S+))? -->")
 SECTION = re.compile(f"{BEGIN.pattern}.*?{END}", flags=re.DOTALL)
+SCORED = "scored"  # the split of the entire pool
+CONTROLS = ("random_control", "length_matched_control")  # the splits of rows drawn to compare with
 TAGS = ("car", "data-selection", "instruction-tuning")
 CARRIED = ("license", "license_name", "license_link", "language")  # copied from the source's card
 

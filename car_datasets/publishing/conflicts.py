@@ -23,7 +23,7 @@ DATA_FILES = (*TABLES, ".zip", ".tar")
 MAYBE_DATA = (".txt", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4")
 SPLIT_WORDS = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # `datasets` finds splits by them
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
-PLOTS = "plots"  # the folder of the plots in the repository
+PLOTS_FOLDER = "plots"  # the folder of the plots in the repository
 NOT_ROWS = (RECEIPT_FILE, REPORT_FILE, "dataset_infos.json")
 ELSEWHERE = "Push to another repository"
 
@@ -194,7 +194,7 @@ def _is_data(name: str) -> bool:
         return True
     # `datasets` takes such a word between these characters, in the name of a file or folder, as the name of a split.
     says_so = plain.startswith("data/") or re.search(rf"(^|[-._ 0-9/])({SPLIT_WORDS})[-._ 0-9/]", plain)
-    return plain.endswith(MAYBE_DATA) and bool(says_so) and not plain.startswith(f"{PLOTS}/")
+    return plain.endswith(MAYBE_DATA) and bool(says_so) and not plain.startswith(f"{PLOTS_FOLDER}/")
 
 
 def _is_other_format(name: str) -> bool:

@@ -27,7 +27,9 @@ from datasets import Dataset, Features
 from huggingface_hub import DatasetCard
 
 from car_datasets.publishing.card import (
+    CONTROLS,
     END,
+    SCORED,
     SplitFiles,
     Target,
     check_header,
@@ -41,8 +43,8 @@ from car_datasets.publishing.card import (
     stale_files,
     with_section,
 )
-from car_datasets.publishing.conflicts import PLOTS, Standing, refuse_second_selection
-from car_datasets.publishing.readback import compare_pushed
+from car_datasets.publishing.conflicts import PLOTS_FOLDER, Standing, refuse_second_selection
+from car_datasets.publishing.verification import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import draw_controls, positions_in_pool, row_lengths
@@ -54,8 +56,6 @@ from car_datasets.utils.columns import join_columns, read_numbers
 from car_datasets.utils.hub import Pushed, Repository, reason
 from car_datasets.utils.settings import CONFIG_NAME, SEED, SPLIT
 
-SCORED = "scored"
-CONTROLS = ("random_control", "length_matched_control")
 SHARD_BYTES = 500_000_000  # in memory; about the size that push_to_hub gives its files
 MOST_SHARDS = 50  # data files of one commit, for all its splits together
 
@@ -124,7 +124,7 @@ def push_selection(
         most = MOST_SHARDS // len(tables)
         written = {name: _write_shards(table, Path(place), config_name, name, most) for name, table in tables.items()}
         files = {name: Path(place, name) for each in written.values() for name in each.names}
-        files |= {f"{PLOTS}/{plot.name}": plot for plot in result.plots}
+        files |= {f"{PLOTS_FOLDER}/{plot.name}": plot for plot in result.plots}
         push = Push(Target(repo_id, config_name, split), tables[split].features, written, result, source_card)
 
         # Called by `commit_dataset` with the state that the commit is made on, again if another push came in between.
@@ -154,7 +154,7 @@ def _refuse_bad_names(split: str, config_name: str, also: Sequence[str]) -> None
     if split == "all":
         raise ValueError("split='all': `datasets` reserves that name for all splits together; choose another.")
     refuse_split_names(split, also)
-    if not re.fullmatch(r"\w[\w.-]*", config_name) or config_name in ("data", PLOTS):
+    if not re.fullmatch(r"\w[\w.-]*", config_name) or config_name in ("data", PLOTS_FOLDER):
         raise ValueError(
             f"config_name={config_name!r} cannot be the name of a configuration and its folder; choose another, as "
             "'car'."
@@ -450,11 +450,13 @@ def _source_changes(case: Case, standing: Standing, receipt: Receipt | None) -> 
 
 def _descriptions(repository: Repository) -> list[str]:
     """Return the files of a repository that describe a selection: receipt, report and plots."""
-    return [name for name in repository.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS}/")]
+    return [
+        name for name in repository.files if name in (RECEIPT_FILE, REPORT_FILE) or name.startswith(f"{PLOTS_FOLDER}/")
+    ]
 
 
 def _plot_names(result: Result) -> list[str]:
-    return [f"{PLOTS}/{plot.name}" for plot in result.plots]
+    return [f"{PLOTS_FOLDER}/{plot.name}" for plot in result.plots]
 
 
 def _describe(card: DatasetCard, push: Push, rows: Mapping[str, int]) -> None:

@@ -1,15 +1,16 @@
-"""Check whether a pushed selection, or one in a folder, is what its receipt says.
+"""Check whether a selection, pushed or in a folder, is what its receipt says, and whether a push holds what was sent.
 
 Does: load the source at its revision and compare every row; select again from the stored scores and clusters; score
-some rows again on request. Names the first difference.
-Does not: fit the clusters again, because their last digits differ between machines.
+some rows again on request; read a push back without a cache. Names the first difference.
+Does not: push; fit the clusters again, because their last digits differ between machines.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +21,7 @@ from datasets import Dataset
 from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.sources import load_split, open_dataset
-from car_datasets.publishing.card import data_prefix
-from car_datasets.publishing.push import SCORED
-from car_datasets.publishing.readback import first_difference
+from car_datasets.publishing.card import SCORED, data_prefix
 from car_datasets.receipt import (
     RECEIPT_FILE,
     Receipt,
@@ -49,6 +48,7 @@ from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 # How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says
 # float32.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
+BLOCK = 1000  # rows compared at a time
 
 
 class Verification(NamedTuple):
@@ -402,3 +402,53 @@ def _compare_models(receipt: Receipt, recipe: Recipe, scorer: QualityScorer) -> 
         for name in sorted({*seen, *known} - {"model_id"}):
             if seen.get(name) != known.get(name):
                 raise Difference(f"the {model}'s {name} is {seen.get(name)!r}; the receipt says {known.get(name)!r}")
+
+
+def compare_pushed(
+    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = CONFIG_NAME, token: str | None = None
+) -> None:
+    """Load splits from a commit into an empty cache and compare them with `tables`, row by row.
+
+    Args:
+        repo_id (`str`), sha (`str`): the dataset repository and the commit.
+        tables (`Mapping[str, Dataset]`): split to the rows that it should hold.
+        config_name (`str`): the configuration of the splits.
+        token (`str`, *optional*): for private repositories; never stored.
+
+    Raises:
+        ValueError: they differ; the message names the first row and column.
+        ConnectionError: they could not be read back, which says nothing about their content.
+    """
+    with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
+        for name, table in tables.items():
+            try:
+                # An empty cache, because a cached copy would be compared with itself.
+                seen = load_split(repo_id, config_name, name, sha, token, place)
+            except (ConnectionError, ValueError) as error:
+                raise ConnectionError(f"it could not be read back ({error})") from error
+            if difference := first_difference(table, seen):
+                raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")
+
+
+def first_difference(expected: Dataset, seen: Dataset) -> str | None:
+    """Return the first difference between two datasets in words, `None` if they are equal; NaN equals NaN."""
+    if expected.features != seen.features:
+        return f"the columns are {seen.features}, expected {expected.features}"
+    if len(expected) != len(seen):
+        return f"it has {len(seen)} rows, expected {len(expected)}"
+    pair = [each.with_format("arrow").iter(BLOCK) for each in (expected, seen)]
+    for number, (one, other) in enumerate(zip(*pair, strict=True)):
+        # Arrow compares a block at once; only a block that differs is read row by row.
+        if one.equals(other):
+            continue
+        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), BLOCK * number):
+            for column in wanted:
+                # NaN != NaN, but their representations are equal.
+                if repr(wanted[column]) != repr(found[column]):
+                    return f"row {row}, column {column!r}: {_short(found[column])}, expected {_short(wanted[column])}"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,3 +1,3 @@
-from .alternatives import what_if as what_if
-from .explaining import explain as explain
+from .questions import explain as explain
+from .questions import what_if as what_if
 from .report import SelectionReport as SelectionReport

@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from car_datasets.clustering.fitting import project
+from car_datasets.clustering.fitting import number_of_clusters, project
 from car_datasets.selection.rule import BY_CLUSTER, BY_SCORE, SELECTION_COLUMNS, Indices, ranks_of, ranks_within
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
@@ -59,6 +59,7 @@ class Overview:
         selected_by (`(selected,)` str): `"score"`, `"cluster"` or `"both"` for each of them.
         random_control, length_matched_control (`(selected,)` int64): rows of the pool.
         seed (`int`): seed of the controls, of samples and of the map.
+        asked (`tuple`, *optional*): n2 and k of the recipe that made the selection; `None` if no recipe is known.
     """
 
     pool: Dataset
@@ -74,9 +75,18 @@ class Overview:
     random_control: Indices
     length_matched_control: Indices
     seed: int
+    asked: tuple[int, int | str] | None = None
 
     @classmethod
-    def of(cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = SEED) -> Overview:
+    def of(
+        cls,
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        names: ColumnNames = ColumnNames(),
+        seed: int = SEED,
+        asked: tuple[int, int | str] | None = None,
+    ) -> Overview:
         """Read the columns of a pool and of the rows selected from it.
 
         Args:
@@ -84,6 +94,8 @@ class Overview:
             selected (`Dataset`): the rows that [`select_car`] took from it, with `selected_by` and the index column.
             names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
             seed (`int`): for the two control samples.
+            asked (`tuple`, *optional*): n2 and k (a number or `"sqrt"`) of the recipe that made the selection. Without
+                them, both are what the rows show.
 
         Raises:
             ValueError: a selected row is not in the pool, or a column is missing.
@@ -109,6 +121,7 @@ class Overview:
             random_control=random,
             length_matched_control=matched,
             seed=seed,
+            asked=asked,
         )
 
     # columns that are read on request ---------------------------------------------------------------------------------
@@ -164,19 +177,31 @@ class Overview:
 
     @cached_property
     def cluster_count(self) -> int:
-        """Return the number of clusters in the pool."""
+        """Return the number of clusters that have rows in the pool."""
         return count_clusters(self.clusters)
 
     @cached_property
+    def k(self) -> int:
+        """Return the k of the selection: the number of clusters that were fitted, of which some may have no rows."""
+        # Datasets from elsewhere say no more than which clusters have rows; only `curate` knows what was asked for.
+        if self.asked is None:
+            return self.cluster_count
+        # The rows that have a cluster are those that k-means was fitted on, from which "sqrt" follows.
+        return number_of_clusters(self.asked[1], int(np.count_nonzero(self.clusters >= 0)))
+
+    @cached_property
     def by_score(self) -> int:
-        """Return the n1 of the selection: the number of rows taken by score."""
+        """Return the n1 of the selection: the number of rows taken by score, also where a budget or share gave it."""
         return int(np.count_nonzero(self.selected_by != BY_CLUSTER))
 
     @cached_property
     def by_cluster(self) -> int:
-        """Return the n2 of the selection: the largest number of rows taken from one cluster."""
+        """Return the n2 of the selection: the number of rows taken from every cluster that has so many."""
         picks = self.positions[self.selected_by != BY_SCORE]
-        return int(self.cluster_ranks[picks].max()) if len(picks) else 0
+        most = int(self.cluster_ranks[picks].max()) if len(picks) else 0
+        # Datasets from elsewhere say no more than the most that one cluster gave; only `curate` knows what was asked
+        # for. The published rule takes one row for n2 = 0, and accepts an n2 above the number of rows.
+        return most if self.asked is None else max(most, min(self.asked[0], len(self.scored)))
 
     @cached_property
     def score_ranks(self) -> Indices:

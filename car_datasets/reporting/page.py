@@ -18,10 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from car_datasets.loading.schemas import TRUNCATED
-from car_datasets.reporting.alternatives import HEADER, WhatIf, try_out
-from car_datasets.reporting.explaining import Explanation, explain_rows
 from car_datasets.reporting.overview import Floats, Overview, PoolMap
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
+from car_datasets.reporting.questions import HEADER, Explanation, WhatIf, explain_rows, try_out
 from car_datasets.selection.rule import REASONS, Indices
 from car_datasets.utils.columns import is_text
 from car_datasets.utils.files import ASSETS
@@ -110,7 +109,7 @@ def _ledger(overview: Overview) -> list[dict[str, Any]]:
 
 
 def _what_if_line(choice: WhatIf, overview: Overview) -> dict[str, Any]:
-    present = (overview.by_score, overview.by_cluster, overview.cluster_count)
+    present = (overview.by_score, overview.by_cluster, overview.k)
     return {"cells": choice.cells(), "present": (choice.n1, choice.n2, choice.k) == present}
 
 

@@ -27,7 +27,7 @@ from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
 from car_datasets.selection.rule import BY_CLUSTER, REASONS, Indices
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.public import public
+from car_datasets.utils.digests import public
 from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:

@@ -20,12 +20,13 @@ from torch import Tensor
 from car_datasets.loading.schemas import as_column_names, check_schema, find_schema
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.scoring.batching import in_order, pad, run_batches, token_budget, tokenise
-from car_datasets.scoring.stage import Rows, check_options, pin_model, refuse_taken, set_fields, text_columns
+from car_datasets.scoring.stage import Rows, check_options, refuse_taken, set_fields, text_columns
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_tables
+from car_datasets.utils.digests import public
 from car_datasets.utils.processes import device_for
-from car_datasets.utils.public import public
+from car_datasets.utils.revisions import pin_model
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -24,8 +24,8 @@ from car_datasets.loading.schemas import find_schema
 from car_datasets.scoring.batching import padding_waste, token_budget
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows, Stage, read_columns, refuse_taken
-from car_datasets.utils.processes import device_for
-from car_datasets.utils.settings import ESTIMATE_ROWS, is_whole_number, launched_rank
+from car_datasets.utils.processes import device_for, launched_rank
+from car_datasets.utils.settings import ESTIMATE_ROWS, is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset

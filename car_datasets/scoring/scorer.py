@@ -25,10 +25,8 @@ from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, tokenizer_revision
 from car_datasets.scoring.iqs.openvino_encoder import pin_engine
 from car_datasets.scoring.stage import (
-    PinnedModel,
     Rows,
     check_options,
-    pin_model,
     refuse_taken,
     row_names,
     set_fields,
@@ -37,8 +35,9 @@ from car_datasets.scoring.stage import (
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_tables
+from car_datasets.utils.digests import public
 from car_datasets.utils.processes import device_for
-from car_datasets.utils.public import public
+from car_datasets.utils.revisions import PinnedModel, pin_model
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +17,9 @@ import torch
 
 from car_datasets.loading.schemas import ON_INVALID, UNSCORABLE, Schema, find_schema, format_batch, invalid_rows_message
 from car_datasets.loading.templates import TEMPLATES, Text
-from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, refuse_overwrite
-from car_datasets.utils.public import public
+from car_datasets.utils.digests import public
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -115,48 +113,6 @@ CPU_ROWS, ACCELERATOR_ROWS = 2_000, 16_384
 def batch_rows() -> int:
     """Return how many rows a stage is given at a time on this machine."""
     return ACCELERATOR_ROWS if torch.accelerator.is_available() else CPU_ROWS
-
-
-class PinnedModel(NamedTuple):
-    """A model at an immutable revision, whose files are on this machine.
-
-    Args:
-        revision (`str`): commit SHA (Hub) or content digest (local folder).
-        folder (`Path`): the model's files.
-    """
-
-    revision: str
-    folder: Path
-
-
-# Folders of the Hub models that this process has resolved, by model id and commit. A commit never changes, so asking
-# again would only cost time, and a private model would be asked for without its token. Local folders are not kept here:
-# their files may be overwritten, so their digest is compared every time.
-_HUB_FOLDERS: dict[tuple[str, str], Path] = {}
-
-
-def pin_model(model_id: str, revision: str | None = None, token: str | None = None) -> PinnedModel:
-    """Resolve a model to an immutable revision and download it, so that worker processes need no token.
-
-    A Hub model at a commit that was resolved before in this process is returned without asking the Hub.
-
-    Args:
-        model_id (`str`): Hub id or local folder.
-        revision (`str`, *optional*): branch, tag or commit of a Hub model; for a folder, the digest it must have.
-        token (`str`, *optional*): for a private model; used for this call only.
-
-    Raises:
-        ValueError: the model does not exist, or does not have that revision.
-        ConnectionError: the Hub does not answer.
-    """
-    # A branch or tag never matches: the keys hold commits only.
-    if revision is not None and (model_id, revision) in _HUB_FOLDERS:
-        return PinnedModel(revision, _HUB_FOLDERS[model_id, revision])
-    pinned = revisions.pin_revision(model_id, revision, token)
-    folder = revisions.model_folder(model_id, pinned, token)
-    if not pinned.startswith("sha256:"):  # a commit, not the digest of a folder
-        _HUB_FOLDERS[model_id, pinned] = folder
-    return PinnedModel(pinned, folder)
 
 
 def set_fields(record: Any, **values: Any) -> None:

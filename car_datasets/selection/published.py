@@ -155,7 +155,7 @@ def write_original(
     renamed = {old: new for old, new in ((names.score, "score"), (names.cluster, "label")) if old in columns}
     if where_free:
         renamed = {old: new for old, new in renamed.items() if old == new or new not in columns}
-    refuse_taken(columns, renamed)
+    refuse_original_names(columns, renamed)
 
     def original(row: dict[str, Any]) -> dict[str, Any]:
         values = {renamed.get(column, column): value for column, value in row.items()}
@@ -168,7 +168,7 @@ def write_original(
     Path(path).write_text(text, encoding="utf-8")
 
 
-def refuse_taken(columns: Collection[str], renamed: Mapping[str, str]) -> None:
+def refuse_original_names(columns: Collection[str], renamed: Mapping[str, str]) -> None:
     """Raise ValueError if the rows have a column of a name that the original's format uses, such as `score`.
 
     Args:

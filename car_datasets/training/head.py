@@ -30,7 +30,8 @@ from car_datasets.training.evaluation import Evaluation, evaluate_scorer
 from car_datasets.training.head_fitting import Copies, Voters, fit_integrity, fit_quality, fit_words, principal_axes
 from car_datasets.training.pairs import Pair, cleaned, read_pairs, refuse_crossing
 from car_datasets.utils import digests, revisions
-from car_datasets.utils.files import write_card, write_figures, write_folder
+from car_datasets.utils.files import write_figures, write_folder
+from car_datasets.utils.hub import write_card
 from car_datasets.utils.settings import Settings
 
 logger = logging.getLogger(__name__)

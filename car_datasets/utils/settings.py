@@ -1,9 +1,8 @@
 """`Settings`: the base of recipes and training files, a dataclass of plain values that is YAML on disk.
 
 Does: check every value by type and every key by name; read and write YAML; name the defaults that several classes and
-functions share; read the rank that a launcher sets for each process in environment variables; refuse what needs an
-extra that is not installed.
-Does not: know any other setting, or import torch.
+functions share; refuse a setting that needs an extra which is not installed.
+Does not: know any other setting.
 """
 
 from __future__ import annotations
@@ -29,14 +28,6 @@ SPLIT = "selected"  # of a pushed dataset: the split of the selected rows
 CONFIG_NAME = "default"  # of a pushed dataset: what `datasets` calls the configuration of a dataset with one alone
 ESTIMATE_ROWS = 256  # rows that an estimate of the scoring time scores
 BOOTSTRAP_SAMPLES = 1000  # for each interval of a figure
-
-# Launchers tell each process its rank in environment variables. These are the ones that accelerate reads, in its order:
-# those of torchrun, of MPICH and Intel MPI, of Open MPI, and of MVAPICH. PMI knows nothing of this machine's share,
-# which the launcher of MPICH and Intel MPI (Hydra) states in variables of its own.
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
-_LOCAL_COUNTS = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 Kind = TypeVar("Kind", bound="Settings")
 
@@ -150,24 +141,6 @@ def read_kind(path: str | os.PathLike[str], known: Sequence[str]) -> str:
     if kind not in known:
         raise ValueError(f"{path}: kind={kind!r}; a training file needs one of {list(known)}.")
     return str(kind)
-
-
-def launched_rank() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes on all machines; `(0, 1)` without a launcher."""
-    return _launched(_RANKS, _COUNTS)
-
-
-def local_rank() -> tuple[int, int]:
-    """Return the rank of this process among those on this machine, and their number; `(0, 1)` without a launcher."""
-    return _launched(_LOCAL_RANKS, _LOCAL_COUNTS)
-
-
-def _launched(ranks: Sequence[str], counts: Sequence[str]) -> tuple[int, int]:
-    return _first_set(ranks, 0), _first_set(counts, 1)
-
-
-def _first_set(names: Sequence[str], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
 from car_datasets import ClusterModel, Recipe, cluster_filter
-from car_datasets.clustering.fitting import ENGINES, Covariance, FitSettings, Numbers, number_of_clusters, project
+from car_datasets.clustering.fitting import Covariance, FitSettings, Numbers, number_of_clusters, project
+from car_datasets.clustering.model import ENGINES
 from car_datasets.utils import columns
 from car_datasets.utils.columns import Matrix, read_embeddings
 

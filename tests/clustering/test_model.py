@@ -1,4 +1,4 @@
-"""model.py: `ClusterModel` against scikit-learn, as a file and as a callable of `.map`; and `cluster_filter`."""
+"""model.py: `ClusterModel` against scikit-learn, as a file and as a callable of `.map`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from datasets.table import InMemoryTable
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
-from car_datasets import ClusterModel, cluster_filter, select_car
+from car_datasets import ClusterModel
 from car_datasets.clustering.fitting import number_of_clusters
-from car_datasets.utils.columns import BATCH, read_embeddings
+from car_datasets.utils.columns import BATCH
 from tests.workers import WORKERS
 
 NEW = {"cluster": Value("int32"), "cluster_distance": Value("float32")}
@@ -453,131 +453,6 @@ def test_labelling_refuses(model: ClusterModel, run: Any, dataset: Dataset, mess
 def test_assign_refuses_a_single_vector(model: ClusterModel) -> None:
     with pytest.raises(ValueError, match=r"have the shape \(12,\)"):
         model.assign(vectors(1)[0])
-
-
-# cluster_filter -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scored() -> Dataset:
-    """Return 200 rows, some without a score, some without an embedding."""
-    rows: list[Any] = [None if i % 41 == 7 else row for i, row in enumerate(vectors(200, seed=2))]
-    scores = np.random.default_rng(3).integers(0, 90, 200) / 8
-    return dataset_of(rows, iqs_score=[None if i % 37 == 5 else float(s) for i, s in enumerate(scores)], id=range(200))
-
-
-def filtered(dataset: Dataset, **options: Any) -> Dataset:
-    options = {"num_rows": len(dataset), **options}
-    return dataset.filter(cluster_filter, batched=True, batch_size=None, fn_kwargs=options)
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {"n1": 20},
-    {"n1": 0.1, "n2": 2, "k": 6, "seed": 1},
-    {"budget": 40, "k": 15, "explained_variance": 0.6, "n_init": 3},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_cluster_filter_is_cluster_and_select_in_one(scored: Dataset, options: dict[str, Any]) -> None:
-    fitting = {name: options[name] for name in ("k", "seed", "explained_variance", "n_init") if name in options}
-    labelled = ClusterModel.fit(scored, **fitting).label(scored)
-    expected = select_car(labelled, options.get("n1", 1000), options.get("n2", 1), budget=options.get("budget"))
-    chosen = cluster_filter(scored, **options)
-    assert chosen.features == expected.features
-    assert chosen[:] == expected[:]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_filter_keeps_the_rows_that_the_function_selects(scored: Dataset, options: dict[str, Any]) -> None:
-    kept = filtered(scored, **options)
-    assert kept.features == scored.features
-    assert kept["id"][:] == sorted(cluster_filter(scored, **options)["id"])
-
-
-@pytest.mark.parametrize("kind", ["arrow", "numpy", "torch", "pandas"])
-def test_filter_in_any_format(scored: Dataset, kind: str) -> None:
-    whole = scored.filter(lambda row: row["iqs_score"] is not None and row["embedding"] is not None)
-    assert filtered(whole.with_format(kind), n1=9).with_format(None)["id"][:] == filtered(whole, n1=9)["id"][:]
-
-
-def test_cluster_filter_with_other_column_names(scored: Dataset) -> None:
-    renamed = scored.rename_columns({"iqs_score": "quality", "embedding": "vector"})
-    names = {"score_column": "quality", "embedding_column": "vector"}
-    assert cluster_filter(renamed, n1=9, **names)["id"][:] == cluster_filter(scored, n1=9)["id"][:]
-    assert filtered(renamed, n1=9, **names)["id"][:] == filtered(scored, n1=9)["id"][:]
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "options"),
-    [(None, {}), (None, {"num_rows": 199}), (100, {"num_rows": 200}), (100, {})],
-    ids=["no num_rows", "another num_rows", "batches", "batches, no num_rows"],
-)
-def test_filter_refuses_to_see_less_than_the_whole(scored: Dataset, batch_size: int | None, options: Any) -> None:
-    with pytest.raises(ValueError, match=r"a batch of \d+ rows with num_rows=.*must see the entire dataset at once"):
-        scored.filter(cluster_filter, batched=True, batch_size=batch_size, fn_kwargs={"n1": 9, **options})
-
-
-@pytest.mark.parametrize("run", [cluster_filter, filtered], ids=["function", "filter"])
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"n1": 201}, "n1=201 must be between 0 and the"),
-        ({"n1": 5, "n2": -1}, "n2=-1 must be between 0 and the"),
-        ({"budget": 1}, "budget=1 must be between the"),
-        ({"n1": 5, "k": 1000}, "k=1000 must be 'sqrt' or"),
-        ({"n1": 0, "n2": 0}, "select no rows"),
-        ({"n1": 5, "embedding_column": "id"}, "'id' holds int64, not lists of numbers"),
-    ],
-    ids=str,
-)
-def test_cluster_filter_refuses(scored: Dataset, run: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(scored, **options)
-
-
-@pytest.mark.parametrize("run", [cluster_filter, filtered], ids=["function", "filter"])
-def test_cluster_filter_refuses_a_selection_worse_than_the_pool(run: Any) -> None:
-    rows = np.concatenate([vectors(30) + 50, vectors(3)])
-    data = dataset_of(rows, iqs_score=[5.0] * 30 + [1.0] * 3)
-    with pytest.raises(ValueError, match=r"mean score 3\.0000 is below the pool's 4\.6364"):
-        run(data, n1=0, k=2)
-    assert sorted(run(data, n1=0, k=2, allow_worse=True)["iqs_score"]) == [1.0, 5.0]
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (lambda d: d.remove_columns("iqs_score"), {"n1": 2}, "iqs_score"),
-        (lambda d: d.add_column("selected_by", ["x"] * 9), {"n1": 2}, "selected_by"),
-        (lambda d: d.add_column("cluster", [0] * 9), {"n1": 2}, "cluster"),
-        (lambda d: d, {"n1": 10}, "n1=10"),
-        (lambda d: d, {"n1": 2, "n2": -1}, "n2=-1"),
-        (lambda d: d, {"budget": 10}, "budget=10"),
-    ],
-    ids=["no score", "selected_by taken", "cluster taken", "n1", "n2", "budget"],
-)
-def test_cheap_mistakes_are_named_before_the_clustering(change: Any, options: dict[str, Any], message: str) -> None:
-    """Rows that the fit refuses show which comes first."""
-    data = change(dataset_of([[float("nan"), 1.0]] * 9, iqs_score=np.arange(9.0)))
-    with pytest.raises(ValueError, match=message):
-        cluster_filter(data, **options)
-
-
-def test_filter_names_a_missing_column(scored: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"no column .*iqs_score"):
-        filtered(scored.remove_columns("iqs_score"), n1=9)
-
-
-def test_labels_of_the_fit_are_those_of_the_saved_embeddings(scored: Dataset, tmp_path: Path) -> None:
-    """Check that clusters and rows that were saved in between give the same selection."""
-    ClusterModel.fit(scored).save_pretrained(tmp_path / "clusters")
-    scored.to_parquet(tmp_path / "scored.parquet")
-    again = Dataset.from_parquet(str(tmp_path / "scored.parquet"), cache_dir=str(tmp_path / "cache"))
-    matrix, present = read_embeddings(again, "embedding")
-    assert (len(matrix), len(present)) == (195, 195)
-    labelled = ClusterModel.from_pretrained(tmp_path / "clusters").label(again)
-    assert select_car(labelled, 20)[:] == cluster_filter(scored, n1=20)[:]
 
 
 @pytest.mark.slow

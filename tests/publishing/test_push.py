@@ -26,7 +26,7 @@ from tests.workers import start
 START = """
 import json, sys, time
 import car_datasets.publishing.push as pushing
-import car_datasets.publishing.readback as reading_back
+import car_datasets.publishing.verification as reading_back
 from datasets import Dataset, load_dataset
 slept = []
 time.sleep = slept.append

@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from datasets.fingerprint import Hasher
 
 from car_datasets import IQSConfig, IQSModel, QualityScorer, TextEmbedder
-from car_datasets.scoring import inference, stage
+from car_datasets.scoring import inference
 from car_datasets.scoring import scorer as scoring
 
 HASH = """
@@ -133,7 +133,7 @@ def test_a_copy_asks_no_hub_and_reads_no_configuration(
     monkeypatch.setattr(
         inference.revisions, "model_folder", lambda name, *rest: folders.get(name) or ordinary(name, *rest)
     )
-    monkeypatch.setattr(stage, "_HUB_FOLDERS", {})
+    monkeypatch.setattr(inference.revisions, "_HUB_FOLDERS", {})
     scorer, embedder = QualityScorer("me/scorer", token="hf_a"), TextEmbedder("me/embedder", token="hf_a")
     assert asked == [("me/scorer", "hf_a"), ("me/embedder", "hf_a")]
     misses = inference.read_scorer_config.cache_info().misses

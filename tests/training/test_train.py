@@ -98,7 +98,7 @@ def test_a_trained_folder_is_a_scorer(settings: ScorerTraining, tmp_path: Path, 
     card = (Path(settings.output) / "README.md").read_text(encoding="utf-8")
     assert f"kind: {kind}" in card
     assert "100.0 % (100.0 to 100.0)" in card
-    template = files.card_templates().get_template("trained_scorer_card.md.jinja")
+    template = hub.card_templates().get_template("trained_scorer_card.md.jinja")
     # In memory, figures of no rows are NaN; only in the file are they null.
     measured = json.loads((Path(settings.output) / "figures.json").read_text().replace("null", "NaN"))
     unknown = template.render(settings=settings, figures={**measured, "best_kendall": None}, base_model=None)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from car_datasets.utils.public import public
+from car_datasets.utils.digests import public
 
 OBJECTIVE_NAMES = ("regression", "ranking")
 LAYER_MIXES = ("sparsemax", "softmax")

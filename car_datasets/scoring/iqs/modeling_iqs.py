@@ -33,8 +33,8 @@ from car_datasets.scoring.iqs.layers import (
 )
 from car_datasets.scoring.iqs.packing import Packed, encode_packed
 from car_datasets.utils import digests, revisions
-from car_datasets.utils.files import write_card
-from car_datasets.utils.public import public
+from car_datasets.utils.digests import public
+from car_datasets.utils.hub import write_card
 
 
 @public

@@ -28,8 +28,7 @@ from car_datasets.scoring.shards.storage import Folder, open_storage
 from car_datasets.scoring.stage import Stage, read_columns, refuse_taken
 from car_datasets.utils.digests import content_digest
 from car_datasets.utils.files import write_whole
-from car_datasets.utils.processes import is_main_process
-from car_datasets.utils.settings import launched_rank, local_rank
+from car_datasets.utils.processes import is_main_process, launched_rank, local_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features

@@ -166,15 +166,15 @@ def _run_of(
     shard_rows: int | None,
     expiry: float,
     token: str | None,
-) -> ShardedRun:
+) -> DatasetRun:
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset is a {type(dataset).__name__}; pass a Dataset or an IterableDataset, of one split.")
-    return ShardedRun(dataset, fn, RunOptions(shard_dir, shard_rows or default_rows(len(dataset)), expiry, token))
+    return DatasetRun(dataset, fn, RunOptions(shard_dir, shard_rows or default_rows(len(dataset)), expiry, token))
 
 
-class ShardedRun(SharedRun):
+class DatasetRun(SharedRun):
     """One worker of a run over the shards of a dataset, whose length is known."""
 
     @cached_property

@@ -1,4 +1,4 @@
-"""explaining.py: the place of a row, its neighbours and the reason, against the same found by hand."""
+"""questions.py: `explain` against what is found by hand; each line of `what_if` against select_car."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from car_datasets import explain, select_car
-from car_datasets.reporting.explaining import explain_rows
+from car_datasets import explain, select_car, what_if
 from car_datasets.reporting.overview import Overview
+from car_datasets.reporting.questions import explain_rows, try_out
 from car_datasets.utils import columns
 from tests.reporting.test_plots import make_pool
+
+# explain --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,84 @@ def test_a_row_that_is_not_there_is_named(pool: Dataset, selected: Dataset) -> N
     with pytest.raises(ValueError, match="neighbours=True must be a whole number"):
         explain(pool, selected, 1005, neighbours=True)
     assert len(explain(pool, selected, 1005, neighbours=2).neighbours) == 2
+
+
+# what_if --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain_pool() -> Dataset:
+    return make_pool()
+
+
+@pytest.fixture(scope="module")
+def plain_selected(plain_pool: Dataset) -> Dataset:
+    return select_car(plain_pool, 40, 1)
+
+
+def test_every_line_is_what_select_car_takes(plain_pool: Dataset, plain_selected: Dataset) -> None:
+    present = set(plain_selected["source_index"][:])
+    lines = what_if(plain_pool, plain_selected, n1=[0, 10, 100], n2=[1, 3])
+    assert [(line.n1, line.n2) for line in lines] == [(0, 1), (0, 3), (10, 1), (10, 3), (100, 1), (100, 3)]
+    for line in lines:
+        other = select_car(plain_pool, line.n1, line.n2, allow_worse=True)
+        rows = set(other["source_index"][:])
+        assert line.rows == len(other)
+        assert line.mean_score == pytest.approx(np.mean(other["iqs_score"][:]))
+        assert (line.k, line.clusters_covered) == (12, len(set(other["cluster"][:])))
+        assert line.in_common == len(rows & present)
+        assert line.overlap == pytest.approx(len(rows & present) / len(rows | present))
+
+
+def test_the_present_choice_is_found_and_overlaps_wholly(plain_pool: Dataset, plain_selected: Dataset) -> None:
+    lines = what_if(plain_pool, plain_selected)
+    [present] = [line for line in lines if (line.n1, line.n2, line.k) == (40, 1, 12)]
+    assert (present.overlap, present.in_common) == (1.0, len(plain_selected))
+    assert {line.k for line in lines} == {6, 12, 24}
+    assert all(line.rows > 0 for line in lines)
+
+
+def test_another_k_makes_so_many_clusters(plain_pool: Dataset, plain_selected: Dataset) -> None:
+    one, again = (what_if(plain_pool, plain_selected, n1=[0], n2=[1], k=[4, 12, 30]) for _ in range(2))
+    assert one == again
+    assert [line.k for line in one] == [4, 12, 30]
+    assert [line.rows for line in one] == [line.clusters_covered for line in one]
+    assert one[0].rows == 4
+    assert one[2].rows > 20
+
+
+def test_the_numbers_of_a_recipe_are_named_where_the_rows_do_not_show_them(plain_pool: Dataset) -> None:
+    """No cluster has 90 rows, and not all of 20 centres have rows."""
+    chosen = select_car(plain_pool, 40, 90)
+    known = Overview.of(plain_pool, chosen, asked=(90, 20))
+    assert "of its cluster, which gives its best 90;" in explain_rows(known, known.positions[-1:].tolist())[0].why
+    [present] = [line for line in try_out(known) if (line.n1, line.n2, line.k) == (40, 90, 20)]
+    assert (present.overlap, present.cells()[5]) == (1.0, "12 of 20")
+    assert Overview.of(plain_pool, chosen).by_cluster < 90
+    assert Overview.of(plain_pool, chosen, asked=(0, "sqrt")).k == 12  # int(sqrt(300 / 2))
+
+
+def test_without_embeddings_k_stays(plain_pool: Dataset, plain_selected: Dataset) -> None:
+    plain = plain_pool.remove_columns("embedding")
+    assert {line.k for line in what_if(plain, plain_selected)} == {12}
+    with pytest.raises(ValueError, match="'embedding'"):
+        what_if(plain, plain_selected, k=[5])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"n1": [301]}, "n1=301 must be between 0 and the 300 rows"),
+        ({"n2": [-1]}, "n2=-1 must be"),
+        ({"n1": [0], "n2": [0]}, "n1=0 and n2=0 select no rows"),
+        ({"k": [0]}, "k=0 must be between 1 and the 300 rows"),
+        ({"k": [301]}, "k=301 must be"),
+        ({"n1": 60}, r"n1=60 must be the numbers to try, such as n1=\[1, 10\]"),
+        ({"k": []}, r"k=\[\] must be the numbers to try"),
+    ],
+)
+def test_numbers_that_do_not_fit(
+    plain_pool: Dataset, plain_selected: Dataset, numbers: dict[str, list[int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        what_if(plain_pool, plain_selected, **numbers)
