@@ -6,7 +6,7 @@ Does not: compute scores or embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,21 @@ from car_datasets.clustering.model import ClusterModel
 from car_datasets.selection.procedures import Amounts
 from car_datasets.selection.rule import SELECTION_COLUMNS, choose, refuse_impossible, refuse_worse, select_car
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, read_numbers, refuse_no_embeddings, refuse_overwrite
+from car_datasets.utils.columns import (
+    check_columns,
+    read_numbers,
+    refuse_no_embeddings,
+    refuse_other_datasets,
+    refuse_overwrite,
+)
 from car_datasets.utils.processes import alone
-from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, N1, SEED
+from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, SEED
 
 
 def cluster_filter(
     dataset: Dataset | Mapping[str, Sequence[Any]],
     *,
-    n1: int | float = N1,
+    n1: int | float | None = None,
     n2: int = 1,
     budget: int | None = None,
     k: int | str = "sqrt",
@@ -56,9 +62,10 @@ def cluster_filter(
 
     Args:
         dataset (`Dataset`, or a batch of `.filter`): rows with `score_column` and `embedding_column`.
-        n1 (`int` or `float`): number of rows taken by score; a float in (0, 1) is that share of the scored rows.
+        n1 (`int` or `float`, *optional*): number of rows taken by score; a float in (0, 1) is that share of the scored
+            rows. Without n1 and budget it is 1000, but at most half of the scored rows.
         n2 (`int`): number of rows taken from every cluster.
-        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2.
+        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2, and must not be given.
         k (`int` or `"sqrt"`): number of clusters; `"sqrt"` is the paper's int(sqrt(rows / 2)).
         explained_variance (`float`): PCA keeps the fewest components that hold this share; 1.0 keeps all.
         seed (`int`): seed of k-means.
@@ -77,6 +84,8 @@ def cluster_filter(
         ValueError: a column is missing or would be overwritten, a number does not fit, embeddings are invalid, the
             selection is worse than the pool, or, in `.filter`, the batch is not the entire dataset.
     """
+    if not isinstance(dataset, Mapping):
+        refuse_other_datasets(dataset, "cluster_filter", "ClusterModel.fit on a sample, then select_car_streaming")
     fitting: dict[str, Any] = {
         "k": k,
         "explained_variance": explained_variance,
@@ -123,24 +132,26 @@ def _mask_of_batch(
     num_rows: int | None,
 ) -> list[bool]:
     """Cluster the batch of all rows that `.filter` passes, and return True for the rows that are selected."""
-    rows = len(batch[names.score])
-    if num_rows != rows:
+    scores = batch[names.score]
+    rows = len(scores) if isinstance(scores, Sized) else 0  # without batched=True, `.filter` passes one row
+    if num_rows != rows or not rows:
+        seen = f"a batch of {rows} rows" if rows else "a single row or none"
         raise ValueError(
-            f"cluster_filter saw a batch of {rows} rows with num_rows={num_rows}: it must see the entire dataset at "
-            "once. Call dataset.filter(cluster_filter, batched=True, batch_size=None, "
-            "fn_kwargs={'num_rows': len(dataset), ...}), without num_proc."
+            f"cluster_filter saw {seen} with num_rows={num_rows}: it must see the entire dataset at once. Call "
+            "dataset.filter(cluster_filter, batched=True, batch_size=None, fn_kwargs={'num_rows': len(dataset), ...}), "
+            "without num_proc."
         )
     # Two columns alone: the others would be converted to Arrow for nothing.
     pool = Dataset.from_dict({name: batch[name] for name in (names.score, names.embedding)})
     # Under a launcher, `.filter` may call one process only, while the others read its cache: it must not wait for them.
     with alone():
         labelled = ClusterModel.fit(pool, names.embedding, **fitting).label(pool)
-    scores = read_numbers(pool, names.score, np.nan)
+    numbers = read_numbers(pool, names.score, np.nan)
     # -1 marks a row without a cluster, as `choose` expects it.
     clusters = np.asarray(read_numbers(labelled, names.cluster, -1), dtype=np.int64)
-    positions = choose(scores, clusters, amounts.n1, amounts.n2, amounts.budget).positions
+    positions = choose(numbers, clusters, amounts.n1, amounts.n2, amounts.budget).positions
     if not amounts.allow_worse:
-        refuse_worse(scores, positions)
+        refuse_worse(numbers, positions)
     keep = np.zeros(rows, dtype=bool)
     keep[positions] = True
     return keep.tolist()

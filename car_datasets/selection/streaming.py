@@ -19,14 +19,14 @@ from car_datasets.clustering.model import ClusterModel
 from car_datasets.selection.rule import SELECTION_COLUMNS, Choice, add_selection, choose, ranks_of, refuse_worse
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, numbers_of, refuse_overwrite
-from car_datasets.utils.settings import N1, is_whole_number
+from car_datasets.utils.settings import N1, default_n1, is_whole_number
 
 
 def select_car_streaming(
     dataset: IterableDataset | Dataset,
     clusters: ClusterModel | None = None,
     *,
-    n1: int = N1,
+    n1: int | None = None,
     n2: int = 1,
     score_column: str = ColumnNames.score,
     cluster_column: str = ColumnNames.cluster,
@@ -50,7 +50,7 @@ def select_car_streaming(
         dataset (`IterableDataset`): rows with a score, and either a cluster or, with `clusters`, an embedding. Rows
             without a score are never selected; rows without a cluster can only be selected by score.
         clusters ([`ClusterModel`], *optional*): assigns each row its cluster, unless the rows have one.
-        n1 (`int`): number of rows taken by score.
+        n1 (`int`, *optional*): number of rows taken by score; by default 1000, but at most half of the scored rows.
         n2 (`int`): number of rows taken from every cluster.
         score_column (`str`): column of scores.
         cluster_column (`str`): column of clusters.
@@ -65,8 +65,9 @@ def select_car_streaming(
         ValueError: a column is missing or would be overwritten, a number does not fit, there are no rows, or the
             selection is worse than the pool.
     """
-    counts = [n for n in (n1, n2, batch_size) if not is_whole_number(n) or n < 0]
-    if counts or n1 + n2 == 0 or batch_size < 1:
+    most = N1 if n1 is None else n1  # the number of rows, on which the default depends, is known at the end
+    counts = [n for n in (most, n2, batch_size) if not is_whole_number(n) or n < 0]
+    if counts or most + n2 == 0 or batch_size < 1:
         raise ValueError(
             f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole "
             "numbers, n1 or n2 above 0; for a share or a budget call select_car on a Dataset."
@@ -87,12 +88,13 @@ def select_car_streaming(
         kept = batch if kept is None else pa.concat_tables([kept, batch], promote_options="permissive")
         # A row that is not among the best so far can never be again, so it is dropped. Sorted by position, because ties
         # go to the earlier row.
-        still = np.sort(_choice(kept, names, n1, n2).positions)
+        still = np.sort(_choice(kept, names, most, n2).positions)
         kept, places = kept.take(pa.array(still)), np.concatenate([places, here])[still]
     scores = np.concatenate(scores_read or [np.zeros(0)])
     scored = int(np.count_nonzero(~np.isnan(scores)))
     if kept is None or scored == 0:
         raise ValueError("dataset: the stream has no rows with a score; map a QualityScorer over it first.")
+    n1 = default_n1(scored) if n1 is None else n1
     if max(n1, n2) > scored:
         raise ValueError(f"n1={n1} and n2={n2} must be between 0 and the {scored} rows that have a score.")
     choice = _choice(kept, names, n1, n2)

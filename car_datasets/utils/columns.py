@@ -15,7 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, concatenate_datasets
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+)
 
 Matrix = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -299,6 +306,18 @@ def refuse_tables(batch: Any, instead: str) -> None:
         batch: what `.map` passes to a stage.
         instead (`str`): a call that works in every format.
     """
+    kind = type(batch).__name__
+    if isinstance(batch, (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)):
+        raise ValueError(
+            f"This is called with a {kind}, and takes a batch of columns: call dataset.map(..., batched=True, "
+            "with_rank=True) with it, in place of the other way round."
+        )
+    # Tables of pyarrow, pandas and polars have columns; lists, texts and arrays have none.
+    if not isinstance(batch, Mapping) and not any(hasattr(batch, name) for name in ("columns", "column_names")):
+        raise ValueError(
+            f"This is called with a {kind}, and takes a batch of columns, such as {{'instruction': [...], 'output': "
+            "[...]}. In dataset.map(..., batched=True, with_rank=True), leave out input_columns."
+        )
     if not isinstance(batch, Mapping):
         raise ValueError(
             "A dataset in Arrow, pandas or polars format loses its columns in .map. Map over "
@@ -307,3 +326,18 @@ def refuse_tables(batch: Any, instead: str) -> None:
     # Without batched=True, `.map` passes one row: a mapping as well, but of single values.
     if any(isinstance(value, (str, int, float)) for value in batch.values()):
         raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")
+
+
+def refuse_other_datasets(dataset: Any, function: str, for_streams: str) -> None:
+    """Raise ValueError if this is not a `Dataset`.
+
+    Args:
+        dataset: what a function of a `Dataset` was called with.
+        function (`str`): its name, for the message.
+        for_streams (`str`): the call that works for an `IterableDataset`.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{function} reads a Dataset, and this is a stream (IterableDataset). Call {for_streams}.")
+    if not isinstance(dataset, Dataset):
+        hint = "one of its splits" if isinstance(dataset, (DatasetDict, IterableDatasetDict)) else "a Dataset"
+        raise ValueError(f"{function} reads a Dataset, and this is a {type(dataset).__name__}. Pass {hint}.")
