@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from datasets import Dataset, DatasetDict
 
 from car_datasets.clustering.fitting import number_of_clusters
@@ -35,9 +34,8 @@ from car_datasets.results import files_to_replace, unfinished, write_result
 from car_datasets.scoring.stage import text_columns
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_taken
-from car_datasets.stages import Stages, fit_settings, refuse_taken_columns, resolve, scorer_of
+from car_datasets.stages import Stages, fit_settings, refuse_taken_columns, resolve, scorer_of, settled
 from car_datasets.utils import revisions
-from car_datasets.utils.columns import read_numbers
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
 from car_datasets.utils.settings import default_n1
 
@@ -108,7 +106,7 @@ def curate(
     stages = resolve(pinned_source(recipe, source, opened), token)
 
     pool = stages.score(dataset, token=token, shard_dir=shard_dir)
-    stages = _with_n1(stages, pool)
+    stages = replace(stages, recipe=settled(stages.recipe, pool))  # the receipt names the n1 that was used
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = stages.cluster(procedure.order(pool, recipe.names))
     # Selected rows do not need the vectors, which make up most of the size.
@@ -124,15 +122,6 @@ def curate(
         written = _Written(origin, schema, own_index, old)
         from_main(lambda: _write_files(folder, curated, overview, stages, written))
     return curated
-
-
-def _with_n1(stages: Stages, pool: Dataset) -> Stages:
-    """Return the stages with the n1 that the default gives for a scored pool, so that the receipt names it."""
-    recipe = stages.recipe
-    if recipe.n1 is not None or recipe.budget is not None:
-        return stages
-    scored = np.count_nonzero(~np.isnan(read_numbers(pool, recipe.score_column, np.nan)))
-    return replace(stages, recipe=recipe.changed(n1=default_n1(int(scored))))
 
 
 class OpenSource(NamedTuple):
@@ -182,7 +171,7 @@ def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
         # Equal rows share a cluster, so there may be fewer clusters with rows than k.
         clusters = min(clusters, _distinct_rows(dataset, recipe, clusters))
     fit_settings(recipe)
-    find_procedure(recipe.procedure).check(rows, clusters, recipe.amounts)
+    find_procedure(recipe.procedure).check(rows, clusters, recipe.amounts_of(rows))
 
 
 def _distinct_rows(dataset: Dataset, recipe: Recipe, most: int) -> int:

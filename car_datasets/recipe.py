@@ -15,7 +15,14 @@ from car_datasets.loading.schemas import as_column_names
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.public import public
-from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, SEED, Settings, refuse_two_amounts
+from car_datasets.utils.settings import (
+    EXPLAINED_VARIANCE,
+    KMEANS_SAMPLE,
+    SEED,
+    Settings,
+    default_n1,
+    refuse_two_amounts,
+)
 
 if TYPE_CHECKING:
     from car_datasets.selection.procedures import Amounts
@@ -172,13 +179,13 @@ class Recipe(Settings):
         """Return the names of the columns that the stages add."""
         return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column)
 
-    @property
-    def amounts(self) -> "Amounts":
-        """Return how many rows to select."""
+    def amounts_of(self, rows: int) -> "Amounts":
+        """Return how many rows to select from a pool with so many scored rows."""
         # Imported here, because the command line reads this class for its help.
         from car_datasets.selection.procedures import Amounts
 
-        return Amounts(self.n1, self.n2, self.budget, self.allow_worse)
+        n1 = default_n1(rows) if self.n1 is None and self.budget is None else self.n1
+        return Amounts(n1, self.n2, self.budget, self.allow_worse)
 
     @property
     def kmeans_engine(self) -> str:

@@ -102,8 +102,8 @@ def read_result(folder: Path) -> Result:
 
 
 def plots_in(folder: Path) -> list[Path]:
-    """Return the figures of a result; earlier versions wrote them into the folder itself."""
-    return sorted((folder / PLOTS).glob("*.png")) or sorted(folder.glob("*.png"))
+    """Return all figures in the folder of a result, the user's own among them."""
+    return sorted(path for path in folder.rglob("*.png") if NEW not in path.relative_to(folder).parts)
 
 
 def read_tables(folder: Path) -> tuple[Dataset, Dataset]:

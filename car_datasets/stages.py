@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from car_datasets.clustering.fitting import FitSettings, checked_fit
@@ -27,7 +28,7 @@ from car_datasets.selection.procedures import Procedure, find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, refuse_overwrite
+from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
 from car_datasets.utils.processes import process_rank
 
 
@@ -204,7 +205,19 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
 
 def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
     """Select from a scored, clustered pool by a recipe, without looking its models up."""
-    return find_procedure(recipe.procedure).select(pool, recipe.amounts, recipe.names)
+    return find_procedure(recipe.procedure).select(pool, recipe.amounts_of(_scored(recipe, pool)), recipe.names)
+
+
+def settled(recipe: Recipe, pool: Dataset) -> Recipe:
+    """Return a recipe with the n1 that its default gives for a scored pool, unless it has an n1 or a budget."""
+    return recipe.changed(n1=recipe.amounts_of(_scored(recipe, pool)).n1)
+
+
+def _scored(recipe: Recipe, pool: Dataset) -> int:
+    """Return the number of rows that have a score; 0 without the column, which the selection refuses."""
+    if recipe.score_column not in pool.column_names:
+        return 0
+    return int(np.count_nonzero(~np.isnan(read_numbers(pool, recipe.score_column, np.nan))))
 
 
 def embed_where_missing(

@@ -112,10 +112,14 @@ def _bars_of_map(shown: bool) -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print a line to standard error, without breaking a progress bar; silent where progress bars are switched off."""
+    if is_main_process() and not _bars_are_off():
+        _write(text)
+
+
+def _write(text: str) -> None:
     from tqdm.auto import tqdm
 
-    if is_main_process() and not _bars_are_off():
-        tqdm.write(text, file=sys.stderr)
+    tqdm.write(text, file=sys.stderr)
 
 
 def _bars_are_off() -> bool:
@@ -134,7 +138,7 @@ def _can_draw() -> bool:
 
 
 LINE_EVERY = 30.0  # seconds between the lines that replace a progress bar where none can be drawn
-FIRST_ESTIMATE = 3.0  # seconds of forward passes after which the time left is told
+FIRST_ESTIMATE = 5.0  # seconds of forward passes after which the time left is told
 
 
 class Progress:
@@ -170,10 +174,10 @@ class Progress:
         if not self.shown:
             return
         if not self._begun and rows:
-            say(f"{self.description}: {rows:,} rows are finished already, by an earlier run or other workers.")
+            _write(f"{self.description}: {rows:,} rows are finished already, by an earlier run or other workers.")
         self._begun = True
         if self._bar is None and _can_draw():
-            from datasets.utils import tqdm
+            from tqdm.auto import tqdm  # not that of `datasets`, whose bars are off while `.map` runs
 
             # Made with the first number: a run that is read from the cache shows no bar.
             self._bar = tqdm(total=self.total, desc=self.description, unit=" examples", initial=rows)
@@ -193,10 +197,10 @@ class Progress:
             return
         if not self._estimated and now - self._started[0] >= FIRST_ESTIMATE and self.rows > self._started[1]:
             self._estimated = True
-            say(self._line(now))
+            _write(self._line(now))
         elif self._bar is None and now >= self._next_line:
             self._next_line = now + LINE_EVERY
-            say(self._line(now))
+            _write(self._line(now))
 
     def _line(self, now: float) -> str:
         assert self._started is not None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from car_datasets.clustering.model import ClusterModel
 from car_datasets.selection.procedures import Amounts
@@ -84,7 +84,9 @@ def cluster_filter(
         ValueError: a column is missing or would be overwritten, a number does not fit, embeddings are invalid, the
             selection is worse than the pool, or, in `.filter`, the batch is not the entire dataset.
     """
-    if not isinstance(dataset, Mapping):
+    # A batch of `.filter` is a mapping of columns, or a table with the attribute `columns`.
+    is_batch = isinstance(dataset, Mapping) or hasattr(dataset, "columns")
+    if isinstance(dataset, DatasetDict) or not is_batch:
         refuse_other_datasets(dataset, "cluster_filter", "ClusterModel.fit on a sample, then select_car_streaming")
     fitting: dict[str, Any] = {
         "k": k,

@@ -30,8 +30,8 @@ class Amounts:
     """How many rows to select.
 
     Args:
-        n1 (`int` or `float`, *optional*): rows taken by score; a float in (0, 1) is that share of the scored rows.
-            None: what follows from the budget, or `default_n1` of the scored rows.
+        n1 (`int` or `float`, *optional*): rows taken by score; a float in (0, 1) is that share of the scored rows. A
+            recipe without n1 gives its default here, and None only with a budget.
         n2 (`int`): rows taken from every cluster.
         budget (`int`, *optional*): rows in all; n1 then follows from it and from n2.
         allow_worse (`bool`): accept a selection whose mean score is below the pool's.

@@ -79,6 +79,8 @@ def select_car(
     refuse_other_datasets(dataset, "select_car", "select_car_streaming(dataset, clusters)")
     check_columns(dataset.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
     scores = read_numbers(dataset, score_column, np.nan)
+    if n1 is None and budget is None and np.isnan(scores).all():
+        raise ValueError(f"No row has a score in the column {score_column!r}, so there is nothing to select.")
     choice = choose(scores, read_numbers(dataset, cluster_column, -1), n1, n2, budget)
     if len(choice.positions) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows; pass at least one of them above 0.")
@@ -169,7 +171,7 @@ def _best_first(score: npt.NDArray[np.float64]) -> Indices:
 def _rows_by_score(n1: int | float | None, rows: int) -> int:
     """Return n1 as a number of rows; a fraction is rounded down, but to 1 at least."""
     if n1 is None:
-        return min(default_n1(rows), rows)  # no row at all if none has a score
+        return default_n1(rows)
     # numpy's floats are Real too; 1.0 is refused, since it could mean one row or all rows.
     if isinstance(n1, numbers.Real) and not isinstance(n1, numbers.Integral):
         if not 0 < n1 < 1:

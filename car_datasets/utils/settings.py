@@ -110,12 +110,13 @@ class Settings:
 def default_n1(rows: int) -> int:
     """Return the number of rows taken by score where none is given: 1000, but at most half of the scored rows.
 
-    So any pool leaves something to choose, and one of 2000 rows or more gives the paper's number.
+    So any pool leaves something to choose, and one of 2000 rows or more gives the paper's number. The half of an odd
+    number is rounded up.
 
     Args:
         rows (`int`): number of rows that have a score.
     """
-    return min(N1, max(1, rows // 2))
+    return min(N1, (rows + 1) // 2)
 
 
 def refuse_two_amounts(n1: int | float | None, budget: int | None) -> None:

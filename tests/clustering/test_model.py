@@ -482,7 +482,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_cluster_filter_is_cluster_and_select_in_one(scored: Dataset, options: dict[str, Any]) -> None:
     fitting = {name: options[name] for name in ("k", "seed", "explained_variance", "n_init") if name in options}
     labelled = ClusterModel.fit(scored, **fitting).label(scored)
-    expected = select_car(labelled, options.get("n1", 1000), options.get("n2", 1), budget=options.get("budget"))
+    expected = select_car(labelled, options.get("n1"), options.get("n2", 1), budget=options.get("budget"))
     chosen = cluster_filter(scored, **options)
     assert chosen.features == expected.features
     assert chosen[:] == expected[:]
