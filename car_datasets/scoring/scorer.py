@@ -29,6 +29,7 @@ from car_datasets.scoring.stage import (
     Rows,
     check_options,
     pin_model,
+    refuse_one_text,
     refuse_taken,
     row_names,
     set_fields,
@@ -308,6 +309,7 @@ class QualityScorer:
         Raises:
             ValueError: strings without the mark between question and answer, for a model that reads the two separately.
         """
+        refuse_one_text(texts)
         if not texts:  # a batch of rows that cannot be scored; the model need not be loaded
             empty = np.zeros(0, np.float32)
             vectors = None if self.embedding_column is None else empty.reshape(0, 0)

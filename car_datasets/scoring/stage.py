@@ -288,6 +288,11 @@ def pin_model(model_id: str, revision: str | None = None, token: str | None = No
         ValueError: the model does not exist, or does not have that revision.
         ConnectionError: the Hub does not answer.
     """
+    if not isinstance(model_id, (str, os.PathLike)):
+        raise ValueError(
+            f"model_id is a {type(model_id).__name__}, and must be the Hub id or the folder of a model. Make the stage "
+            "first, then pass it to the dataset: dataset.map(QualityScorer(), batched=True, with_rank=True)."
+        )
     # A branch or tag never matches: the keys hold commits only.
     if revision is not None and (model_id, revision) in _HUB_FOLDERS:
         return PinnedModel(revision, _HUB_FOLDERS[model_id, revision])
@@ -416,6 +421,12 @@ def _mean_vector(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | 
     length = float(np.linalg.norm(mean))
     scale = float(np.linalg.norm(vectors, axis=1).mean()) / length if length > 0 else 1.0
     return np.asarray(mean * scale, dtype=np.float32)
+
+
+def refuse_one_text(texts: Any) -> None:
+    """Raise ValueError if this is one text, whose characters would be taken for texts."""
+    if isinstance(texts, str):
+        raise ValueError("texts is one text; pass a list of texts: [text].")
 
 
 def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> list[Any]:

@@ -18,7 +18,7 @@ from datasets.table import InMemoryTable
 from car_datasets.clustering.model import ClusterModel
 from car_datasets.selection.rule import SELECTION_COLUMNS, Choice, add_selection, choose, ranks_of, refuse_worse
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, numbers_of, refuse_overwrite
+from car_datasets.utils.columns import check_columns, numbers_of, refuse_other_datasets, refuse_overwrite
 from car_datasets.utils.settings import N1, default_n1, is_whole_number
 
 
@@ -29,7 +29,7 @@ def select_car_streaming(
     n1: int | None = None,
     n2: int = 1,
     score_column: str = ColumnNames.score,
-    cluster_column: str = ColumnNames.cluster,
+    cluster_column: str | None = None,
     index_column: str = ColumnNames.index,
     allow_worse: bool = False,
     batch_size: int = 10_000,
@@ -53,7 +53,7 @@ def select_car_streaming(
         n1 (`int`, *optional*): number of rows taken by score; by default 1000, but at most half of the scored rows.
         n2 (`int`): number of rows taken from every cluster.
         score_column (`str`): column of scores.
-        cluster_column (`str`): column of clusters.
+        cluster_column (`str`, *optional*): column of clusters; by default the one that `clusters` names, else `cluster`.
         index_column (`str`): kept if the rows have it, otherwise added: the row's position in the stream.
         allow_worse (`bool`): accept a selection whose mean score is below the pool's.
         batch_size (`int`): number of rows read at a time.
@@ -72,6 +72,10 @@ def select_car_streaming(
             f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole "
             "numbers, n1 or n2 above 0; for a share or a budget call select_car on a Dataset."
         )
+    if not isinstance(dataset, IterableDataset):
+        refuse_other_datasets(dataset, "select_car_streaming", "")
+    if cluster_column is None:
+        cluster_column = ColumnNames.cluster if clusters is None else clusters.output_column
     names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
     kept: pa.Table | None = None
     places = np.zeros(0, dtype=np.int64)  # positions of the kept rows in the stream

@@ -309,23 +309,29 @@ def refuse_tables(batch: Any, instead: str) -> None:
     kind = type(batch).__name__
     if isinstance(batch, (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)):
         raise ValueError(
-            f"This is called with a {kind}, and takes a batch of columns: call dataset.map(..., batched=True, "
-            "with_rank=True) with it, in place of the other way round."
+            f"A stage was called with a {kind}, and takes a batch of its columns. Pass the stage to the dataset: "
+            "dataset.map(stage, batched=True, with_rank=True)."
         )
     # Tables of pyarrow, pandas and polars have columns; lists, texts and arrays have none.
     if not isinstance(batch, Mapping) and not any(hasattr(batch, name) for name in ("columns", "column_names")):
         raise ValueError(
-            f"This is called with a {kind}, and takes a batch of columns, such as {{'instruction': [...], 'output': "
-            "[...]}. In dataset.map(..., batched=True, with_rank=True), leave out input_columns."
+            f"A stage was called with a {kind}, and takes a batch of columns, such as {{'instruction': [...], 'output': "
+            "[...]}. In dataset.map(stage, batched=True, with_rank=True), leave out input_columns."
         )
     if not isinstance(batch, Mapping):
         raise ValueError(
             "A dataset in Arrow, pandas or polars format loses its columns in .map. Map over "
             f"dataset.with_format(None), or call {instead}."
         )
-    # Without batched=True, `.map` passes one row: a mapping as well, but of single values.
-    if any(isinstance(value, (str, int, float)) for value in batch.values()):
+    # Without batched=True, `.map` passes one row: a mapping as well, but of single values, or of one chat.
+    if any(isinstance(value, (str, int, float)) or _is_chat(name, value) for name, value in batch.items()):
         raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")
+
+
+def _is_chat(name: str, value: Any) -> bool:
+    """Return True if the value of a chat's column is one chat, a list of turns, and not a list of chats."""
+    turn = value[0] if isinstance(value, list) and value else None
+    return name in ("messages", "conversations") and isinstance(turn, Mapping) and ("role" in turn or "from" in turn)
 
 
 def refuse_other_datasets(dataset: Any, function: str, for_streams: str) -> None:

@@ -152,6 +152,8 @@ def test_progress_is_told_after_every_forward_pass(
     if chats:
         turns = [{"role": role, "content": "sea"} for role in ("user", "assistant")]
         pairs = Dataset.from_dict({"messages": [turns * (1 + i % 3) for i in range(6)]})
+    pairs.to_parquet(tmp_path / "rows.parquet")  # `datasets` keeps no cache for rows in memory
+    pairs = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))["train"]
 
     def run() -> Dataset:
         return score_in_shards(pairs, scorer, tmp_path / "s") if in_shards else add_columns(pairs, scorer, "Scoring")
@@ -199,11 +201,12 @@ def test_a_run_says_how_many_rows_it_scores_with_which_model(
         (lambda stage, rows: stage(rows), r"called with a Dataset.*call dataset\.map\("),
         (lambda stage, rows: stage(rows.to_iterable_dataset()), r"called with a IterableDataset.*call dataset\.map\("),
         (lambda stage, rows: stage(rows[0]), "This is a row, not a batch of rows"),
+        (lambda stage, rows: stage({"messages": [{"role": "user", "content": "a"}]}), "This is a row, not a batch"),
         (lambda stage, rows: rows.map(stage), "This is a row, not a batch of rows"),
         (lambda stage, rows: rows.map(stage, batched=True, input_columns=["output"]), "leave out input_columns"),
         (lambda stage, rows: rows.with_format("arrow").map(stage, batched=True), "Arrow, pandas or polars format"),
     ],
-    ids=["texts", "list", "dataset", "stream", "row", "rows", "input_columns", "arrow"],
+    ids=["texts", "list", "dataset", "stream", "row", "chat", "rows", "input_columns", "arrow"],
 )
 def test_a_wrong_call_is_told_its_own_mistake(
     wrong: Callable[[Any, Dataset], Any], message: str, tiny_iqs: str, tiny_embedder: str, pairs: Dataset
@@ -213,6 +216,15 @@ def test_a_wrong_call_is_told_its_own_mistake(
         rows = vectors if isinstance(stage, ClusterModel) else pairs
         with pytest.raises(ValueError, match=message):
             wrong(stage, rows)
+
+
+def test_a_dataset_or_one_text_in_a_wrong_place_is_named(tiny_iqs: str, tiny_embedder: str, pairs: Dataset) -> None:
+    for stage in (QualityScorer, TextEmbedder):
+        with pytest.raises(ValueError, match=r"model_id is a Dataset, .*dataset\.map\(QualityScorer\(\)"):
+            stage(pairs)
+    for method in (QualityScorer(tiny_iqs).score_texts, TextEmbedder(tiny_embedder).embed_texts):
+        with pytest.raises(ValueError, match=r"texts is one text; pass a list of texts: \[text\]"):
+            method("Say hi")
 
 
 @pytest.mark.parametrize(

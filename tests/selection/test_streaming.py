@@ -55,9 +55,7 @@ def test_rows_are_clustered_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     clusters = ClusterModel.fit(whole.select(range(100)), k=5, output_column="group", distance_column="far")
     expected = select_car(clusters.label(whole), 20, 3, cluster_column="group")
-    found = select_car_streaming(
-        whole.to_iterable_dataset(), clusters, n1=20, n2=3, batch_size=64, cluster_column="group"
-    )
+    found = select_car_streaming(whole.to_iterable_dataset(), clusters, n1=20, n2=3, batch_size=64)
     assert found.remove_columns("embedding").to_dict() == expected.remove_columns("embedding").to_dict()
 
 
