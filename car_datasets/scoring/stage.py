@@ -27,7 +27,7 @@ from car_datasets.scoring.batching import current_watch, watching
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, refuse_overwrite
-from car_datasets.utils.processes import is_main_process
+from car_datasets.utils.processes import is_main_process, process_rank
 from car_datasets.utils.public import public
 
 if TYPE_CHECKING:
@@ -173,14 +173,16 @@ class Progress:
         self.rows = max(self.rows, rows)
         if not self.shown:
             return
-        if not self._begun and rows:
-            _write(f"{self.description}: {rows:,} rows are finished already, by an earlier run or other workers.")
+        # Other processes of this run may have finished rows before this one looks, which says nothing new.
+        found = rows if process_rank()[1] == 1 else 0
+        if not self._begun and found:
+            _write(f"{self.description}: {found:,} rows are finished already, by an earlier run or other workers.")
         self._begun = True
         if self._bar is None and _can_draw():
             from tqdm.auto import tqdm  # not that of `datasets`, whose bars are off while `.map` runs
 
             # Made with the first number: a run that is read from the cache shows no bar.
-            self._bar = tqdm(total=self.total, desc=self.description, unit=" examples", initial=rows)
+            self._bar = tqdm(total=self.total, desc=self.description, unit=" examples", initial=found)
         if self._bar is not None:
             self._bar.update(self.rows - self._bar.n)
 

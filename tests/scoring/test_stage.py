@@ -140,7 +140,7 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     monkeypatch.setattr(stage_module, "_bars_are_off", lambda: False)
     monkeypatch.setattr(stage_module, "FIRST_ESTIMATE", 0.0)
     monkeypatch.setattr(stage_module, "LINE_EVERY", 0.0)
-    return lambda: capsys.readouterr().err.splitlines()
+    return lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith(("Scoring", "\rScoring"))]
 
 
 @pytest.mark.parametrize("chats", [False, True], ids=["pairs", "chats"])
@@ -198,8 +198,11 @@ def test_a_run_says_how_many_rows_it_scores_with_which_model(
     [
         (lambda stage, rows: stage("Say hi", "Hi"), "called with a str.*batch of columns, such as"),
         (lambda stage, rows: stage(rows.to_list()), "called with a list.*batch of columns, such as"),
-        (lambda stage, rows: stage(rows), r"called with a Dataset.*call dataset\.map\("),
-        (lambda stage, rows: stage(rows.to_iterable_dataset()), r"called with a IterableDataset.*call dataset\.map\("),
+        (lambda stage, rows: stage(rows), r"called with a Dataset.*Pass the stage to the dataset: dataset\.map\("),
+        (
+            lambda stage, rows: stage(rows.to_iterable_dataset()),
+            r"called with a IterableDataset.*to the dataset: dataset\.map\(",
+        ),
         (lambda stage, rows: stage(rows[0]), "This is a row, not a batch of rows"),
         (lambda stage, rows: stage({"messages": [{"role": "user", "content": "a"}]}), "This is a row, not a batch"),
         (lambda stage, rows: rows.map(stage), "This is a row, not a batch of rows"),
