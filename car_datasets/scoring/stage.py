@@ -154,6 +154,7 @@ class Progress:
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self.total = description, total
         self.shown = is_main_process() and not _bars_are_off()
+        self._draws = self.shown and _can_draw()
         self.rows = 0
         self._bar: Any = None
         self._begun = False
@@ -178,7 +179,7 @@ class Progress:
         if not self._begun and found:
             _write(f"{self.description}: {found:,} rows are finished already, by an earlier run or other workers.")
         self._begun = True
-        if self._bar is None and _can_draw():
+        if self._bar is None and self._draws:
             from tqdm.auto import tqdm  # not that of `datasets`, whose bars are off while `.map` runs
 
             # Made with the first number: a run that is read from the cache shows no bar.
