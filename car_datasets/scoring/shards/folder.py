@@ -108,7 +108,7 @@ class SharedRun(ABC):
         # On the Hub only the workers of one machine can claim, in their local folder.
         self.claims = Claims(self.folder if isinstance(self.folder, Folder) else Folder(self.copies), options.expiry)
         self.done = 0
-        self._passed: Callable[[], None] | None = None  # shows `done`, while there is a progress bar
+        self._tell: Callable[[int], None] = lambda done: None  # sets and shows `done`, once there is a progress bar
         self.whole: dict[int, Dataset] = {}
         self._torn: set[int] = set()
 
@@ -364,21 +364,13 @@ class SharedRun(ABC):
                         known = finished + self.claims.rows_elsewhere(names)
                 bar.to(known + self.done)
 
-            def passed() -> None:
+            def tell(done: int) -> None:
+                self.done = done
                 show()
-                bar.passed(known + self.done)
+                bar.passed(known + done)
 
-            self._passed = passed
-            try:
-                yield show
-            finally:
-                self._passed = None
-
-    def _tell(self, done: int) -> None:
-        """Note the rows of the current shard that are done; other workers read them from its claim."""
-        self.done = done
-        if self._passed is not None:
-            self._passed()
+            self._tell = tell
+            yield show
 
 
 def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
