@@ -6,8 +6,9 @@ Does not: hold the logic of a stage; each can be called alone.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +30,14 @@ from car_datasets.receipt import (
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import RESULT_FILES, unfinished, write_result
+from car_datasets.results import files_to_replace, unfinished, write_result
+from car_datasets.scoring.stage import text_columns
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
-from car_datasets.stages import Pipeline, fit_settings, refuse_taken_columns, resolve, scorer_of
+from car_datasets.stages import Pipeline, fit_settings, refuse_taken_columns, resolve, scorer_of, settled
 from car_datasets.utils import revisions
-from car_datasets.utils.files import fresh_folder
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
+from car_datasets.utils.settings import default_n1
 
 
 class Curated(NamedTuple):
@@ -53,6 +55,7 @@ def curate(
     *,
     token: str | None = None,
     shard_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     **changes: Any,
 ) -> Curated:
     """Load, score, embed, cluster, select and report; every setting is checked before the first stage runs.
@@ -70,12 +73,16 @@ def curate(
         source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a
             folder of such files or of `save_to_disk`, or a dataset in memory.
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list
-            of rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html` and,
-            with matplotlib, four `plot_*.png`. It must not hold a result.
-        recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n1 = 1000, n2 = 1, k = int(sqrt(n / 2)).
+            of rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html`, a
+            `README.md` by which `load_dataset(output_dir)` loads the selection, and, with matplotlib, four
+            `plots/plot_*.png`. It must not hold a result.
+        recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n2 = 1, k = int(sqrt(n / 2)) and
+            n1 = 1000, but at most half of the scored rows. The receipt says which n1 was used.
         token (`str`, *optional*): for private sources and models; never stored.
         shard_dir (`str`, *optional*): a folder or URL for finished shards of scores and embeddings, so that a second
             run, or more processes, compute only what is missing.
+        overwrite (`bool`): replace the files of a complete result in `output_dir` once the new one is complete. Other
+            files in the folder stay.
         changes: fields of [`Recipe`] by name, which win over `recipe`.
 
     Returns:
@@ -88,7 +95,8 @@ def curate(
     recipe = (recipe or Recipe()).changed(**changes)
     procedure = find_procedure(recipe.procedure)
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
-    folder = None if output_dir is None else fresh_folder(Path(output_dir), (*RESULT_FILES, *procedure.files))
+    folder = None if output_dir is None else Path(output_dir)
+    old = () if folder is None else files_to_replace(folder, procedure, overwrite, source)
     opened, dataset, schema = open_source(source, recipe, token)
     _check_settings(dataset, recipe, schema)
     if folder is not None and procedure.files:
@@ -98,6 +106,7 @@ def curate(
     stages = resolve(pinned_source(recipe, source, opened), token)
 
     pool = stages.score(dataset, token=token, shard_dir=shard_dir)
+    stages = replace(stages, recipe=settled(stages.recipe, pool))  # the receipt names the n1 that was used
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = stages.cluster(procedure.order(pool, recipe.names))
     # Selected rows do not need the vectors, which make up most of the size.
@@ -111,7 +120,8 @@ def curate(
     if folder is not None:
         # `opened` tells this, because `dataset` has the column in any case.
         own_index = recipe.index_column in opened.column_names
-        from_main(lambda: _write_files(folder, curated, overview, stages, origin, schema, own_index))
+        written = _Written(origin, schema, own_index, old)
+        from_main(lambda: _write_files(folder, curated, overview, stages, written))
     return curated
 
 
@@ -158,19 +168,40 @@ def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
                 f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
             )
     clusters = number_of_clusters(recipe.k, rows)
+    if recipe.budget is not None and recipe.n2 and recipe.budget < clusters:
+        # Equal rows share a cluster, so there may be fewer clusters with rows than k.
+        clusters = min(clusters, _distinct_rows(dataset, recipe, clusters))
     fit_settings(recipe)
-    find_procedure(recipe.procedure).check(rows, clusters, recipe.amounts)
+    find_procedure(recipe.procedure).check(rows, clusters, recipe.amounts_of(rows))
 
 
-def _write_files(
-    folder: Path,
-    curated: Curated,
-    overview: Overview,
-    stages: Pipeline,
-    origin: dict[str, Any],
-    schema: Schema,
-    own_index: bool,
-) -> None:
+def _distinct_rows(dataset: Dataset, recipe: Recipe, most: int) -> int:
+    """Return how many rows have different texts; counting stops at `most`."""
+    texts = dataset.select_columns(text_columns(dataset.column_names, recipe.schema, recipe.columns))
+    seen: set[str] = set()
+    for row in texts.with_format(None):
+        seen.add(json.dumps(row, default=str))
+        if len(seen) >= most:
+            break
+    return len(seen)
+
+
+class _Written(NamedTuple):
+    """What the files of a result tell about the source, and which files they replace.
+
+    Args:
+        origin (`dict`), schema ([`Schema`]): the source for the receipt, and how its rows were read.
+        own_index (`bool`): the source itself has the index column.
+        old (`Sequence[str]`): files of the result that is replaced.
+    """
+
+    origin: dict[str, Any]
+    schema: Schema
+    own_index: bool
+    old: Sequence[str]
+
+
+def _write_files(folder: Path, curated: Curated, overview: Overview, stages: Pipeline, written: _Written) -> None:
     """Write the result into a folder.
 
     Args:
@@ -178,22 +209,21 @@ def _write_files(
         curated ([`Curated`]): the result.
         overview ([`Overview`]): pool and selection, with the embeddings that the map needs.
         stages ([`Pipeline`]): what made the result.
-        origin (`dict`), schema ([`Schema`]): the source for the receipt, and how its rows were read.
-        own_index (`bool`): the source itself has the index column.
+        written (`_Written`): what else the files tell, and which files they replace.
     """
     selected, scored, report = curated
     recipe, scorer, names = stages.recipe, stages.scorer, stages.recipe.names
     without_vectors = overview.pool.remove_columns(recipe.embedding_column)
     # The recipe of the stages, not the caller's: it has the revisions that were really loaded.
-    receipt = make_receipt(origin, schema.name, recipe, scorer, without_vectors, selected, report)
+    receipt = make_receipt(written.origin, written.schema.name, recipe, scorer, without_vectors, selected, report)
     # The receipt first: hashing and counting may fail, and then nothing has been written.
-    with unfinished(folder):
+    with unfinished(folder, written.old) as place:
         pictures = report.pictures(overview, recipe.projection)
         files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}
         tables = stages.procedure.tables(selected, without_vectors, scorer.objective, names)
-        if own_index:
+        if written.own_index:
             names = replace(names, index="")  # the original's files hold every column of the source
-        write_result(folder, selected, scored, report, files, tables, names)
+        write_result(place, selected, scored, report, files, tables, names)
 
 
 def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None = None) -> bool:
@@ -209,6 +239,8 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
     # A run fills in the revisions that it was not given, so these are compared only if they are asked for.
     filled_in = ("scorer_revision", "embedder_revision")
     given = {name: value for name, value in wanted if name != "revision" and (value or name not in filled_in)}
+    if settings.n1 is None and settings.budget is None:
+        given["n1"] = default_n1(receipt.counts["scored"])
     if any(receipt.recipe.get(name) != value for name, value in given.items()):
         return False
     if not _is_source(receipt.source, source, settings, token):

@@ -6,6 +6,7 @@ Does not: run a stage or look up a model.
 
 # No `from __future__ import annotations`: the command line reads the types of the fields, which would then be strings.
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,14 @@ from car_datasets.loading.schemas import as_column_names
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import public
-from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, N1, SEED, Settings
+from car_datasets.utils.settings import (
+    EXPLAINED_VARIANCE,
+    KMEANS_SAMPLE,
+    SEED,
+    Settings,
+    default_n1,
+    refuse_two_amounts,
+)
 
 if TYPE_CHECKING:
     from car_datasets.selection.procedures import Amounts
@@ -60,9 +68,10 @@ class Recipe(Settings):
         n_init (`int`): number of k-means runs, of which the best is kept.
         kmeans (`str`, *optional*): `"torch"` or `"sklearn"`; None takes the engine of the procedure.
         kmeans_sample (`int`): with `"torch"`, fit on this many rows per cluster if there are more; 0 fits on all.
-        n1 (`int` or `float`): rows by score, or a share of the scored rows.
+        n1 (`int` or `float`, *optional*): rows by score, or a share of the scored rows. None takes what follows from
+            `budget`, or without one 1000, but at most half of the scored rows.
         n2 (`int`): rows from every cluster.
-        budget (`int`, *optional*): total number of rows; n1 then follows from it and from n2.
+        budget (`int`, *optional*): total number of rows; n1 then follows from it and from n2, and must not be given.
         allow_worse (`bool`): accept a selection whose mean score is below the pool's.
         score_column, embedding_column, cluster_column (`str`): the new columns; `iqs_tokens`, ... follow the first.
         procedure (`str`): `"default"`, or `"paper"`: the published rule on clusters of the score-sorted rows, which
@@ -107,9 +116,11 @@ class Recipe(Settings):
         None, "k-means engine: torch, or sklearn (on all rows, as in the paper).", shown="by procedure"
     )
     kmeans_sample: int = _setting(KMEANS_SAMPLE, "Rows per cluster to fit on, if there are more; 0 fits on all.")
-    n1: int | float = _setting(N1, "Rows by score: a number, or a share such as 0.05.")
+    n1: int | float | None = _setting(
+        None, "Rows by score: a number, or a share such as 0.05.", shown="1000, but at most half of the scored rows"
+    )
     n2: int = _setting(1, "Rows from every cluster.")
-    budget: int | None = _setting(None, "Total number of rows to select; n1 then follows from it.")
+    budget: int | None = _setting(None, "Total number of rows to select, in place of --n1, which follows from it.")
     allow_worse: bool = _setting(False, "Accept a selection whose mean score is below the pool's.")
     score_column: str = _setting(NAMES.score, "Name of the score column.")
     embedding_column: str = _setting(NAMES.embedding, "Name of the embedding column.")
@@ -133,12 +144,22 @@ class Recipe(Settings):
             raise ValueError(
                 f"embedder_revision={self.embedder_revision!r} needs an embedder=... that it is a revision of."
             )
+        refuse_two_amounts(self.n1, self.budget)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> "Recipe":
+        """Read a recipe from a YAML file; `changes` win over the file, and a budget wins over an n1 in the file.
+
+        Raises:
+            ValueError: the file is not YAML, or holds a key that is not a field (the message names the nearest field).
+        """
+        return super().from_yaml(path).changed(**changes)
 
     def changed(self, **changes: Any) -> "Recipe":
         """Return a copy with other values.
 
         Another scorer does not keep revision, tokenizer and engine of the previous one, nor another embedder its
-        revision.
+        revision. A new n1 replaces the budget, and a new budget replaces n1.
 
         Raises:
             ValueError: a name is not a field, or a value does not have the field's type.
@@ -148,6 +169,9 @@ class Recipe(Settings):
             changes = {"scorer_revision": None, "tokenizer": None, "engine": None, **changes}
         if changes.get("embedder", self.embedder) != self.embedder:
             changes = {"embedder_revision": None, **changes}
+        for name, other in (("n1", "budget"), ("budget", "n1")):
+            if changes.get(name) is not None:
+                changes = {other: None, **changes}
         return super().changed(**changes)
 
     @property
@@ -155,13 +179,13 @@ class Recipe(Settings):
         """Return the names of the columns that the stages add."""
         return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column)
 
-    @property
-    def amounts(self) -> "Amounts":
-        """Return how many rows to select."""
+    def amounts_of(self, rows: int) -> "Amounts":
+        """Return how many rows to select from a pool with so many scored rows."""
         # Imported here, because the command line reads this class for its help.
         from car_datasets.selection.procedures import Amounts
 
-        return Amounts(self.n1, self.n2, self.budget, self.allow_worse)
+        n1 = default_n1(rows) if self.n1 is None and self.budget is None else self.n1
+        return Amounts(n1, self.n2, self.budget, self.allow_worse)
 
     @property
     def kmeans_engine(self) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,27 +20,52 @@ from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting.page import PAGE_FILE
 from car_datasets.reporting.plots import PLOT_FILES
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.selection.procedures import PROCEDURES
+from car_datasets.selection.procedures import PROCEDURES, Procedure
 from car_datasets.selection.published import original_columns, write_original
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.files import UNFINISHED, write_whole
+from car_datasets.utils.files import UNFINISHED, fresh_folder, write_whole
+from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 SELECTED_TABLE = "selected.parquet"
 SELECTED_JSON = "selected.json"  # the selected rows in the original's format
 SCORED_TABLE = "scored.parquet"
 REPORT_FILE = "report.json"
 SUMMARY_FILE = "report.md"
+README_FILE = "README.md"
+PLOTS_FOLDER = "plots"  # the folder of the figures, where `load_dataset` does not take them for the data
 # All files of a result but those of its procedure. A folder that holds any of them is refused for a new result.
 RESULT_FILES = (
     SELECTED_TABLE,
     SELECTED_JSON,
     SCORED_TABLE,
     RECEIPT_FILE,
-    *PLOT_FILES,
+    *(f"{PLOTS_FOLDER}/{name}" for name in PLOT_FILES),
     PAGE_FILE,
+    README_FILE,
     REPORT_FILE,
     SUMMARY_FILE,
 )
+READ_BACK = (SELECTED_TABLE, SCORED_TABLE, REPORT_FILE, RECEIPT_FILE)  # the others may have been deleted
+NEW = ".new"  # a folder inside that of a result, for the one that replaces it
+OURS = "`car-datasets curate` wrote this folder"  # the words by which our own README.md is known
+# `datasets` reads the header, and otherwise would load all Parquet, JSON and PNG files together. Configuration and
+# split have the names that a push gives them.
+README = f"""---
+configs:
+- config_name: {CONFIG_NAME}
+  data_files:
+  - split: {SPLIT}
+    path: {SELECTED_TABLE}
+- config_name: scored
+  data_files:
+  - split: scored
+    path: {SCORED_TABLE}
+---
+
+{OURS}. `load_dataset(DIR, split="{SPLIT}")` loads the selected rows, and `load_dataset(DIR, "scored",
+split="scored")` all rows with their scores and clusters. The figures are in {PAGE_FILE} and {SUMMARY_FILE}; what the
+selection was made from is in {RECEIPT_FILE}. `car-datasets push DIR OWNER/NAME` publishes it with a card of its own.
+"""
 
 
 class Result(NamedTuple):
@@ -65,15 +92,18 @@ def read_result(folder: Path) -> Result:
     Raises:
         ValueError: a file is missing or invalid, or the run was interrupted while it wrote them.
     """
-    names = (SELECTED_TABLE, SCORED_TABLE, REPORT_FILE, RECEIPT_FILE)
-    # `selected.json`, page and plots may have been deleted; only these four are read back.
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in READ_BACK if not (folder / name).is_file()]
     if missing or (folder / UNFINISHED).exists():
         state = f"has no {', '.join(missing)}" if missing else "was not written to the end"
         raise ValueError(f"{folder} {state}: pass a folder that `car-datasets curate` wrote, or run it again.")
     selected, scored = read_tables(folder)
     report = read_report((folder / REPORT_FILE).read_bytes(), str(folder / REPORT_FILE))
-    return Result(selected, scored, report, Receipt.read(folder), sorted(folder.rglob("*.png")))
+    return Result(selected, scored, report, Receipt.read(folder), plots_in(folder))
+
+
+def plots_in(folder: Path) -> list[Path]:
+    """Return all figures in the folder of a result, the user's own among them."""
+    return sorted(path for path in folder.rglob("*.png") if NEW not in path.relative_to(folder).parts)
 
 
 def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
@@ -106,14 +136,91 @@ def read_report(text: bytes, shown: str) -> SelectionReport:
         ) from error
 
 
+def files_to_replace(folder: Path, procedure: Procedure, overwrite: bool, source: object) -> list[str]:
+    """Return the files of a complete result in a folder, which a new one is to replace; empty for a new folder.
+
+    Args:
+        folder (`Path`): need not exist.
+        procedure ([`Procedure`]): of the new result; names its extra files.
+        overwrite (`bool`): a complete result may be replaced.
+        source: what is curated; if it is one of the files to replace, it would be lost.
+
+    Raises:
+        ValueError: the folder is a file, or holds files of these names that may not be replaced.
+    """
+    old = _complete_result(folder)
+    replaced = old if overwrite else []
+    readme = folder / README_FILE
+    if readme.is_file() and OURS not in readme.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds a {README_FILE} of its own, which would be overwritten. Name a new folder."
+        )
+    try:
+        fresh_folder(folder, [name for name in (*RESULT_FILES, *procedure.files) if name not in replaced])
+    except ValueError as error:
+        more = " To replace it, pass overwrite=True (--overwrite)." if old and not overwrite else ""
+        raise ValueError(f"{error}{more}") from error
+    if replaced and isinstance(source, (str, Path)) and Path(source).expanduser().exists():
+        path = Path(source).expanduser().resolve()
+        if folder.resolve() in (path, *path.parents):
+            raise ValueError(
+                f"source={str(source)!r} lies in output_dir={str(folder)!r}, whose result would be replaced. Name "
+                "another folder."
+            )
+    return replaced
+
+
+def _complete_result(folder: Path) -> list[str]:
+    """Return the names of the files of a complete result; empty if the folder holds none."""
+    if (folder / UNFINISHED).exists() or not all((folder / name).is_file() for name in READ_BACK):
+        return []
+    try:
+        recipe = Receipt.read(folder).recipe
+    except ValueError:  # of another version: which files are its own is not known
+        return []
+    procedure = PROCEDURES.get(recipe.get("procedure", ""))
+    # PLOT_FILES without their folder: as earlier versions wrote them.
+    names = (*RESULT_FILES, *PLOT_FILES, *(procedure.files if procedure else ()))
+    return [name for name in names if (folder / name).is_file()]
+
+
 @contextlib.contextmanager
-def unfinished(folder: Path) -> Iterator[None]:
-    """Mark a folder as unfinished while its files are written, so that an interrupted run can be repeated."""
+def unfinished(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield the folder to write a result into, marked as unfinished meanwhile, so that the run can be repeated.
+
+    Args:
+        folder (`Path`): made if it does not exist.
+        old (`Sequence[str]`): files of a complete result there. The new one is then written into a folder inside, and
+            takes their place file by file once it is complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    new = folder / NEW
+    shutil.rmtree(new, ignore_errors=True)  # of a killed run
+    if not old:
+        with _marked(folder):
+            yield folder
+        return
+    try:
+        new.mkdir()
+        yield new
+        with _marked(folder):
+            written = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+            for name in set(old) - {path.as_posix() for path in written}:
+                (folder / name).unlink()
+            for path in written:
+                (folder / path).parent.mkdir(exist_ok=True)
+                os.replace(new / path, folder / path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _marked(folder: Path) -> Iterator[None]:
+    """Keep a file `.unfinished` in the folder until the block has ended without an error."""
     if (folder / UNFINISHED).exists():
         extra = (name for procedure in PROCEDURES.values() for name in procedure.files)
-        for name in (*RESULT_FILES, *extra):
-            for left in folder.glob(f".{name}.*"):  # temporary files of an interrupted write_whole
+        for path in (folder / name for name in (*RESULT_FILES, *extra)):
+            for left in path.parent.glob(f".{path.name}.*"):  # temporary files of an interrupted write_whole
                 left.unlink()
     (folder / UNFINISHED).touch()
     # Not in a `finally`: after an error the marker must stay, since it permits the next run to overwrite.
@@ -146,7 +253,7 @@ def write_result(
     Args:
         folder (`Path`): made if it does not exist.
         selected, scored (`Dataset`), report ([`SelectionReport`]): the selection, its pool and its figures.
-        files (`Mapping`): name to content of receipt, plots and page.
+        files (`Mapping`): name to content of receipt, plots and page; the plots go into a folder of their own.
         tables (`Mapping`): name to rows of the files that only the procedure of the selection has.
         names ([`ColumnNames`]): the names of the added columns.
     """
@@ -157,8 +264,11 @@ def write_result(
     write_whole(folder / SELECTED_JSON, lambda path: write_original(selected, path, names, where_free=True))
     # `content` is bound as a default because a closure would see the last value of the loop.
     for name, content in files.items():
-        write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
+        place = folder / PLOTS_FOLDER / name if name.endswith(".png") else folder / name
+        place.parent.mkdir(exist_ok=True)
+        write_whole(place, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
     for name, table in tables.items():
         write_table(table, folder / name, names)
+    write_whole(folder / README_FILE, lambda path: Path(path).write_text(README, encoding="utf-8"))
     write_whole(folder / SUMMARY_FILE, lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
     write_whole(folder / REPORT_FILE, lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))

@@ -7,33 +7,29 @@ Does not: load or check rows, report, or write results.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from car_datasets.clustering.fitting import FitSettings
 from car_datasets.clustering.model import ClusterModel, checked_fit
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
-from car_datasets.scoring.engines import LARGE, estimate_scoring
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.shards.folder import refuse_blank
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
-from car_datasets.scoring.stage import Stage, add_columns
+from car_datasets.scoring.stage import Stage, add_columns, say
 from car_datasets.selection.procedures import Procedure, find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, refuse_overwrite
-from car_datasets.utils.processes import is_main_process, process_rank
+from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
+from car_datasets.utils.processes import process_rank
 
 
 @dataclass(frozen=True)
@@ -72,12 +68,7 @@ class Pipeline:
         refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
         folders = [None if shard_dir is None else _shard_folder(shard_dir, name) for _, name, _ in self._passes()]
-        # A resumed run needs no estimate. A URL counts as begun: listing it would take requests.
-        begun = shard_dir is not None and ("://" in str(shard_dir) or any(Path(shard_dir).glob("*/part-*")))
-        # Timing takes some seconds, which only a run of minutes or hours repays.
-        if len(dataset) >= LARGE and is_main_process() and not begun:
-            with contextlib.suppress(ValueError):  # rows that cannot be scored are reported by the stage itself
-                tqdm.write(str(estimate_scoring(dataset, self.scorer)), file=sys.stderr)
+        say(f"Scoring {len(dataset):,} rows with {self.scorer.model_id}; the time left follows from the first batches.")
         for (description, _, stage), folder in zip(self._passes(), folders, strict=True):
             dataset = _add(dataset, stage, description, folder, token)
         return dataset
@@ -214,7 +205,19 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
 
 def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
     """Select from a scored, clustered pool by a recipe, without looking its models up."""
-    return find_procedure(recipe.procedure).select(pool, recipe.amounts, recipe.names)
+    return find_procedure(recipe.procedure).select(pool, recipe.amounts_of(_scored(recipe, pool)), recipe.names)
+
+
+def settled(recipe: Recipe, pool: Dataset) -> Recipe:
+    """Return a recipe with the n1 that its default gives for a scored pool, unless it has an n1 or a budget."""
+    return recipe.changed(n1=recipe.amounts_of(_scored(recipe, pool)).n1)
+
+
+def _scored(recipe: Recipe, pool: Dataset) -> int:
+    """Return the number of rows that have a score; 0 without the column, which the selection refuses."""
+    if recipe.score_column not in pool.column_names:
+        return 0
+    return int(np.count_nonzero(~np.isnan(read_numbers(pool, recipe.score_column, np.nan))))
 
 
 def embed_where_missing(

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets, load_dataset
 
-from car_datasets import QualityScorer, Recipe, TextEmbedder, curate
-from car_datasets.curation import Curated
+from car_datasets import QualityScorer, Receipt, Recipe, TextEmbedder, curate, verify
+from car_datasets.curation import Curated, made_by
 from car_datasets.loading import schemas
 from car_datasets.reporting.plots import PLOT_FILES
 from car_datasets.results import RESULT_FILES
@@ -49,7 +49,7 @@ def short_rows(count: int = 24) -> Dataset:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- what comes out
@@ -63,7 +63,7 @@ def result(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_result_is_whole_files_and_nothing_else(result: tuple[Curated, Path]) -> None:
     _, folder = result
-    assert sorted(path.name for path in folder.iterdir()) == sorted(RESULT_FILES)
+    assert sorted(files_of(folder)) == sorted(RESULT_FILES)
 
 
 def test_scored_file_has_all_rows_and_the_promised_columns(result: tuple[Curated, Path]) -> None:
@@ -118,7 +118,7 @@ def test_report_files_are_the_report(result: tuple[Curated, Path]) -> None:
 def test_plots_and_page_are_those_of_the_report(result: tuple[Curated, Path], tmp_path: Path) -> None:
     (selected, scored, report), folder = result
     for path in report.plot(tmp_path, scored, selected):
-        assert path.read_bytes() == (folder / path.name).read_bytes()
+        assert path.read_bytes() == (folder / "plots" / path.name).read_bytes()
     assert (folder / "report.html").read_text(encoding="utf-8") == report.to_html(scored, selected)
 
 
@@ -126,7 +126,7 @@ def test_without_matplotlib_all_but_the_plots_is_written(
     tiny: dict[str, Any], tmp_path: Path, no_matplotlib: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     curate(short_rows(), tmp_path, **tiny)
-    assert sorted(files_of(tmp_path)) == sorted(set(RESULT_FILES) - set(PLOT_FILES))
+    assert sorted(files_of(tmp_path)) == sorted(set(RESULT_FILES) - {f"plots/{name}" for name in PLOT_FILES})
     [said] = [record.getMessage() for record in caplog.records if record.name.startswith("car_datasets")]
     assert said == "No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'."
 
@@ -148,7 +148,10 @@ def test_settings_by_name_win_over_the_recipe(tiny: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("budget", [3, 7, 24])
 def test_budget_is_met_exactly(budget: int, tiny: dict[str, Any]) -> None:
-    assert len(curate(short_rows(), None, **{**tiny, "budget": budget, "allow_worse": True}).selected) == budget
+    assert (
+        len(curate(short_rows(), None, **{**tiny, "n1": None, "budget": budget, "allow_worse": True}).selected)
+        == budget
+    )
 
 
 def test_text_outside_ascii_and_odd_columns_survive(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -368,8 +371,9 @@ def test_folder_that_holds_a_result_is_refused_and_left_as_it_is(
     assert files_of(folder) == before
 
 
-@pytest.mark.parametrize("name", RESULT_FILES)
+@pytest.mark.parametrize("name", [name for name in RESULT_FILES if name != "README.md"])
 def test_any_result_file_makes_a_folder_taken(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=rf"already holds a result .{name}.*Name another folder"):
         curate("no-such-source.json", tmp_path)  # refused before the source is opened
@@ -381,6 +385,95 @@ def test_other_files_in_the_folder_are_left_alone(tiny: dict[str, Any], tmp_path
     curate(short_rows(), tmp_path, **tiny)
     assert sorted(files_of(tmp_path)) == sorted([*RESULT_FILES, "notes.txt"])
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_readme_of_ones_own_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds a README\.md of its own.*Name a new folder"):
+        curate("no-such-source.json", tmp_path, overwrite=True)
+    assert files_of(tmp_path) == {"README.md": b"mine"}
+
+
+def test_overwrite_replaces_a_complete_result_and_nothing_else(
+    tiny: dict[str, Any], weightless: dict[str, Any], tmp_path: Path
+) -> None:
+    rows, folder = short_rows(), tmp_path / "out"
+    curate(rows, folder, **{**tiny, "procedure": "paper"})  # with three more files
+    (folder / "notes.txt").write_text("mine")
+    before = files_of(folder)
+    with pytest.raises(ValueError, match=r"already holds a result.*overwrite=True \(--overwrite\)"):
+        curate(rows, folder, **tiny)
+    with pytest.raises(Exception, match=r"model\.safetensors"):  # fails while it scores
+        curate(rows, folder, overwrite=True, **weightless)
+    with pytest.raises(ValueError, match="lies in output_dir"):
+        curate(folder / "selected.json", folder, overwrite=True, **tiny)
+    assert files_of(folder) == before
+    curate(rows, folder, overwrite=True, **tiny)
+    curate(rows, tmp_path / "plain", **tiny)
+    assert files_of(folder) == {**files_of(tmp_path / "plain"), "notes.txt": b"mine"}
+    (folder / "receipt.json").unlink()  # no complete result any more
+    with pytest.raises(ValueError, match="already holds a result"):
+        curate(rows, folder, overwrite=True, **tiny)
+
+
+def test_a_write_that_fails_leaves_the_old_result(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curate(short_rows(), tmp_path, **tiny)
+    before = files_of(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("car_datasets.results.write_original", full)
+    with pytest.raises(OSError, match="No space left"):
+        curate(short_rows(), tmp_path, overwrite=True, **{**tiny, "k": 4})
+    assert files_of(tmp_path) == before
+
+
+def test_load_dataset_reads_the_selection_in_the_folder(result: tuple[Curated, Path], tmp_path: Path) -> None:
+    (selected, scored, _), folder = result
+    loaded = load_dataset(str(folder), cache_dir=str(tmp_path))
+    assert list(loaded) == ["selected"]
+    assert loaded["selected"].to_list() == selected.to_list()
+    pool = load_dataset(str(folder), "scored", split="scored", cache_dir=str(tmp_path))
+    assert pool.to_list() == scored.to_list()
+
+
+# --- how many rows
+
+
+def test_an_n1_that_nobody_gave_is_half_of_a_small_pool_and_in_the_receipt(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {name: value for name, value in tiny.items() if name != "n1"}
+    short_rows().to_json(tmp_path / "rows.jsonl")
+    curated = curate(tmp_path / "rows.jsonl", tmp_path / "out", **settings)
+    assert sum(curated.report.selected_by[name] for name in ("score", "both")) == 12
+    receipt = Receipt.read(tmp_path / "out")
+    assert receipt.recipe["n1"] == 12
+    assert "with n1 = 12: " in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert verify(tmp_path / "out", source=tmp_path / "rows.jsonl").matches
+    assert made_by(receipt, str(tmp_path / "rows.jsonl"), Recipe(**settings))
+    assert not made_by(receipt, str(tmp_path / "rows.jsonl"), Recipe(**settings, n1=13))
+
+
+def test_a_budget_is_compared_with_the_clusters_that_can_have_rows(tiny: dict[str, Any]) -> None:
+    pair = short_rows(2)
+    rows = concatenate_datasets([pair] * 5)
+    settings = {**tiny, "n1": None, "k": 5, "allow_worse": True}
+    assert len(curate(rows, None, budget=3, **settings).selected) == 3
+    with pytest.raises(ValueError, match="budget=1 must be between the 2 rows that the clusters take"):
+        curate(rows, None, budget=1, **settings)
+
+
+def test_the_later_of_n1_and_budget_replaces_the_other(tmp_path: Path) -> None:
+    """As an option of the command line replaces what a recipe file says."""
+    (tmp_path / "recipe.yaml").write_text("n1: 7\n")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml", budget=9) == Recipe(budget=9)
+    assert Recipe(budget=9).changed(n1=7) == Recipe(n1=7)
+    with pytest.raises(ValueError, match="Leave one of the two out"):
+        Recipe(n1=7).changed(n1=7, budget=9)
 
 
 # --- everything is checked before the first model call
@@ -412,10 +505,11 @@ def test_scorer_without_weights_fails_only_when_it_is_called(weightless: dict[st
         ({"n2": -1}, "n2=-1 must be between 0 and the 24 rows"),
         ({"n2": 25}, "n2=25 must be between 0 and the 24 rows"),
         ({"n2": 1.5}, r"n2=1\.5"),
-        ({"budget": 0}, "budget=0 must be between"),
-        ({"budget": 2}, "budget=2 must be between the 3 rows that the clusters take"),
-        ({"budget": 25}, "budget=25 must be between .* the 24 rows"),
+        ({"budget": 0, "n1": None}, "budget=0 must be between"),
+        ({"budget": 2, "n1": None}, "budget=2 must be between the 3 rows that the clusters take"),
+        ({"budget": 25, "n1": None}, "budget=25 must be between .* the 24 rows"),
         ({"budget": 7.5}, r"budget=7\.5"),
+        ({"budget": 7, "n1": 5}, "n1=5 and budget=7: with a budget, n1 follows from it"),
         ({"k": 0}, "k=0 must be 'sqrt' or a number between 1 and the 24 rows"),
         ({"k": 25}, "k=25 must be 'sqrt' or a number between 1 and the 24 rows"),
         ({"k": "many"}, "k='many' must be 'sqrt' or a number"),
@@ -533,7 +627,8 @@ def test_options_that_the_refusal_names_make_room(tiny: dict[str, Any], tmp_path
     "recipe",
     [
         Recipe(),
-        Recipe(columns={"response": "answer", "instruction": "task"}, k=50, n1=0.05, budget=70, seed=7, split="train"),
+        Recipe(columns={"response": "answer", "instruction": "task"}, k=50, n1=0.05, seed=7, split="train"),
+        Recipe(budget=70),
         Recipe(columns=(("instruction", "task"), ("response", "answer")), on_invalid="mark", keep_embeddings=False),
     ],
 )

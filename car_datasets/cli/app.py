@@ -9,10 +9,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import logging
 import os
+import re
+import shlex
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -22,6 +28,7 @@ import typer
 
 from car_datasets import __version__
 from car_datasets.recipe import Recipe
+from car_datasets.utils.files import UNFINISHED
 from car_datasets.utils.hub import clean_token
 from car_datasets.utils.processes import launched_rank
 
@@ -89,6 +96,9 @@ SHARED = {
     "shards": option(
         str | None,
         "Folder or URL for finished shards: a second run resumes from them, and several processes share the work.",
+    ),
+    "overwrite": option(
+        bool, "Replace an earlier result in --output, once the new one is complete.", False, "--overwrite"
     ),
     "public": option(bool, "Make the repository public.  [default: private]", False, "--public"),
     "check": option(bool, "Read back what was pushed, and compare it row by row.", False, "--check"),
@@ -229,6 +239,8 @@ GRACE = 5.0  # seconds for the launcher to end this process, if the main one mad
 def one_line_errors(command: Command) -> Command:
     """End a user's mistake with one line and exit code 2; anything else is our bug and keeps its traceback.
 
+    Ctrl-C ends in one line as well, with exit code 130, and SIGTERM with 143.
+
     Under `accelerate launch` or `torchrun` only the main process prints, unless another one alone fails.
     """
 
@@ -238,15 +250,74 @@ def one_line_errors(command: Command) -> Command:
         # From the environment: torch, which would know as well, must not be imported yet.
         is_main = launched_rank()[0] == 0
         try:
-            with contextlib.nullcontext() if is_main else _silence():
+            with contextlib.nullcontext() if is_main else _silence(), _terminable():
                 command(**arguments)
         except (ValueError, OSError) as error:
             if not is_main:
                 time.sleep(GRACE)
             typer.echo(f"car-datasets: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as stop:
+            if is_main:
+                typer.echo(f"\ncar-datasets: stopped. {_what_is_kept(command.__name__, arguments)}", err=True)
+            raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
 
     return run
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `_Terminated` at a SIGTERM in this block."""
+    # Not under a launcher, whose SIGTERM must end a process that waits for others without ever returning to Python.
+    if launched_rank()[1] > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _what_is_kept(name: str, arguments: Mapping[str, Any]) -> str:
+    """Return what a stopped command has kept, and the command that resumes."""
+    output, shards = arguments.get("output"), arguments.get("shards")
+    kept, verb = "Nothing was kept.", "start again"
+    if shards:
+        kept, verb = _finished_shards(str(shards)), "resume"
+    elif "shards" in arguments:
+        kept = "Scores of an unfinished pass are not kept; with --shards DIR the same command would resume from them."
+    elif isinstance(output, Path):
+        kept = f"Nothing was written to {output}."
+    if isinstance(output, Path) and (output / UNFINISHED).exists():
+        kept += f" {output} is incomplete, and the same command completes it."
+    typed = sys.argv[1:]
+    if typed[:1] != [name] or launched_rank()[1] > 1:  # a launcher has a command of its own
+        return f"{kept} To {verb}, run the same command again."
+    # The token stays out of the terminal's history.
+    shown = [re.sub("^--token=.*", "--token=TOKEN", word) for word in typed]
+    shown = ["TOKEN" if before == "--token" else word for before, word in zip(["", *shown], shown, strict=False)]
+    return f"{kept} To {verb}: {shlex.join(['car-datasets', *shown])}"
+
+
+def _finished_shards(place: str) -> str:
+    """Return how many rows the folders of shards hold, read without the libraries that may be half imported."""
+    found = []
+    for folder in sorted(path.parent for path in Path(place).glob("*/manifest.json")):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        rows, size = manifest["rows"], manifest["shard_rows"]
+        numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.arrow")]
+        done = sum(min(size, rows - number * size) for number in numbers)
+        found.append(f"{folder} holds {done:,} of {rows:,} rows")
+    return f"{', '.join(found)}." if found else f"Finished shards are kept in {place}."
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ SCORING = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtyp
 @app.command(epilog="Example: car-datasets curate alpaca_data.json --output out --n1 1000 --n2 1")
 @one_line_errors
 @recipe_options(*FLAGS)
-@add_options("shards", "public", "check", "token")
+@add_options("shards", "overwrite", "public", "check", "token")
 def curate(
     source: Source,
     output: Output,
@@ -74,7 +74,9 @@ def curate(
     if push is not None and _is_there(output, source, recipe, token):
         typer.echo(f"{output} holds this result already.")
     else:
-        report = curate(source, output, recipe, token=token, shard_dir=options["shards"]).report
+        report = curate(
+            source, output, recipe, token=token, shard_dir=options["shards"], overwrite=options["overwrite"]
+        ).report
         print_table(report.to_table())
         _say_where(output)
     if push is not None:
@@ -111,16 +113,17 @@ def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None
 
 @app.command(epilog="Example: car-datasets demo --output demo")
 @one_line_errors
+@add_options("overwrite")
 def demo(
     output: Output,
     budget: Annotated[int, typer.Option(help="Rows to select.")] = 60,
+    **options: Any,
 ) -> None:
     """Curate the sample of instruction rows that ships with the package; needs no network."""
     quiet_models()
     from car_datasets.curation import curate
 
-    # A budget, because the default of 1,000 rows by score is more than the sample has.
-    report = curate(sample_file(), output, budget=budget).report
+    report = curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report
     print_table(report.to_table())
     _say_where(output)
 
@@ -141,7 +144,7 @@ def _say_where(folder: Path) -> None:
     *("index_column", "score_column", "embedding_column"),
     cluster_column="Name of the column that `cluster` will add; the source must not have it.",
 )
-@add_options("shards", "token")
+@add_options("shards", "overwrite", "token")
 def score(
     source: Source,
     changes: dict[str, Any],
@@ -161,7 +164,7 @@ def score(
 
     shards, token = options["shards"], options["token"]
     if output is not None:
-        fresh_file(output)
+        fresh_file(output, source, options["overwrite"])
     elif shards is None:
         raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
     from car_datasets.curation import open_source
@@ -224,17 +227,19 @@ def estimate(
     embedding_column="Name of the embedding column.",
     cluster_column="Name of the cluster column.",
 )
+@add_options("overwrite")
 def cluster(
     source: Source,
     output: OutputFile,
     changes: dict[str, Any],
     save_model: Annotated[Path | None, typer.Option(help="Also save the cluster model into this folder.")] = None,
+    **options: Any,
 ) -> None:
     """Add cluster and cluster_distance; compute the embeddings first if the file has none, as the original's files."""
     quiet_models()
     from car_datasets.clustering.model import CLUSTER_MODEL_FILES
 
-    fresh_file(output)
+    fresh_file(output, source, options["overwrite"])
     if save_model is not None:
         fresh_folder(save_model, CLUSTER_MODEL_FILES, "--save-model")
     from car_datasets.stages import embed_where_missing, fit_clusters, fit_settings
@@ -263,9 +268,10 @@ def cluster(
     *("n1", "n2", "budget", "procedure", "score_column", "cluster_column", "index_column", "allow_worse"),
     seed="Seed of the report's control samples.",
 )
-def select(source: Source, output: OutputFile, changes: dict[str, Any]) -> None:
+@add_options("overwrite")
+def select(source: Source, output: OutputFile, changes: dict[str, Any], **options: Any) -> None:
     """Select from a scored, clustered dataset and print the report."""
-    fresh_file(output)
+    fresh_file(output, source, options["overwrite"])
     from car_datasets.reporting.report import SelectionReport
     from car_datasets.stages import select_by
 

@@ -45,6 +45,7 @@ from car_datasets.utils.columns import (
     join_columns,
     matrix_of,
     refuse_no_embeddings,
+    refuse_other_datasets,
     refuse_overwrite,
     refuse_tables,
 )
@@ -158,6 +159,11 @@ class ClusterModel:
             ValueError: the column is missing, embeddings are of unequal length or not finite, there are more clusters
                 than rows, a setting is invalid, or processes pass different rows.
         """
+        refuse_other_datasets(
+            dataset,
+            "ClusterModel.fit",
+            "a sample of its rows: ClusterModel.fit(Dataset.from_list(list(dataset.shuffle(seed=0).take(50_000))), k=...)",
+        )
         settings = checked_fit(k, explained_variance, seed, n_init, kmeans, kmeans_sample)
         note_that_torch_runs()
         return cls(
@@ -224,6 +230,7 @@ class ClusterModel:
         Raises:
             ValueError: a column is missing or would be overwritten, or processes pass different rows or models.
         """
+        refuse_other_datasets(dataset, "ClusterModel.label", "dataset.map(clusters, batched=True)")
         self._refuse_columns(dataset.column_names)
         with all_processes() if across_processes else nullcontext(Processes()) as processes:
             table = processes.joined(lambda: self._label_share(dataset, processes), _joined_labels)

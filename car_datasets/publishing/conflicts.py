@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from car_datasets.receipt import RECEIPT_FILE, Receipt
-from car_datasets.results import REPORT_FILE
+from car_datasets.results import PLOTS_FOLDER, REPORT_FILE
 
 TABLES = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".xml", ".h5", ".hdf5")
 DATA_FILES = (*TABLES, ".zip", ".tar")
@@ -23,7 +23,6 @@ DATA_FILES = (*TABLES, ".zip", ".tar")
 MAYBE_DATA = (".txt", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".wav", ".mp3", ".flac", ".mp4")
 SPLIT_WORDS = "train|training|validation|valid|dev|val|test|testing|eval|evaluation"  # `datasets` finds splits by them
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".lz4")
-PLOTS_FOLDER = "plots"  # the folder of the plots in the repository
 NOT_ROWS = (RECEIPT_FILE, REPORT_FILE, "dataset_infos.json")
 ELSEWHERE = "Push to another repository"
 

@@ -43,13 +43,13 @@ from car_datasets.publishing.card import (
     stale_files,
     with_section,
 )
-from car_datasets.publishing.conflicts import PLOTS_FOLDER, Standing, refuse_second_selection
+from car_datasets.publishing.conflicts import Standing, refuse_second_selection
 from car_datasets.publishing.verification import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import draw_controls, positions_in_pool, row_lengths
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import REPORT_FILE, Result, read_result
+from car_datasets.results import PLOTS_FOLDER, REPORT_FILE, Result, read_result
 from car_datasets.utils import hub
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, read_numbers

@@ -117,7 +117,10 @@ def verify(
     models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer}
     try:
         # `changed` checks names and types: a receipt from the Hub may have been edited by hand.
-        recipe = Recipe().changed(**receipt.recipe)
+        settings = dict(receipt.recipe)
+        if settings.get("budget") is not None:  # earlier versions wrote an n1 next to it, and did not read it
+            settings["n1"] = None
+        recipe = Recipe().changed(**settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}, {RECEIPT_FILE}: its recipe cannot be read: {error}") from error
     checks = _Checks(found, receipt, recipe, token)

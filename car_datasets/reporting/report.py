@@ -243,8 +243,8 @@ class SelectionReport:
             f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
             f"scored but marked: {marked:,}{_listed(self.marked)}",
             f"{self.selected.rows:,} selected "
-            f"({100 * self.selected.rows / max(1, self.rows_in):.2f} % of the rows in): "
-            f"{by['score']:,} by score, {by['both']:,} by both, "
+            f"({100 * self.selected.rows / max(1, self.rows_in):.2f} % of the rows in) with "
+            f"n1 = {by['score'] + by['both']:,}: {by['score']:,} by score, {by['both']:,} by both, "
             f"{by['cluster']:,} added by clustering ({100 * by['cluster'] / total:.1f} %)",
             f"{self.selected.clusters:,} of {self.clusters:,} clusters covered; "
             f"the rows taken by score alone cover {self.clusters_by_score:,}",

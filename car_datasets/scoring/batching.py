@@ -1,16 +1,18 @@
 """Group texts into batches with little padding: tokenised ahead, sorted by length, cut by a budget of tokens.
 
 Does: make the batches of scoring, embedding and training; put results back in the order of the texts; make batches
-smaller when memory runs out.
+smaller when memory runs out; tell a watcher how far the model is.
 Does not: know a model, or a row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -178,6 +180,56 @@ def padding_waste(lengths: Sequence[int], budget: int) -> float:
     return 1 - sum(lengths) / sum(sizes)
 
 
+class Watch:
+    """The progress of a stage within its calls, told after every forward pass.
+
+    Args:
+        tell (`Callable`): gets the number of rows that are done since the watch began.
+    """
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell, self.called = tell, False
+        self._before = self._rows = self._texts = 0
+        self._read = 0.0
+
+    def begin(self, rows: int, texts: int) -> None:
+        """Note that a call with so many rows begins, which hold so many texts."""
+        self.called = True
+        self._before += self._rows
+        self._rows, self._texts, self._read = rows, texts, 0.0
+
+    def passed(self, texts: float) -> None:
+        """Note that the model has read so many more texts; parts count, as long texts take longer."""
+        self._read += texts
+        # A second pass, over texts that are longer than the embedder reads, moves nothing.
+        share = min(1.0, self._read / max(1, self._texts))
+        self.tell(self._before + int(self._rows * share + 1e-6))
+
+
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextlib.contextmanager
+def watching(tell: Callable[[int], None]) -> Iterator[Watch]:
+    """Call `tell(rows)` after every forward pass of the stages that are called in this block.
+
+    Args:
+        tell (`Callable`): gets the number of rows that are done since the block began. On a GPU it is called when a
+            pass has been launched, as waiting for its end would slow it down.
+    """
+    watch = Watch(tell)
+    before = _watch.set(watch)
+    try:
+        yield watch
+    finally:
+        _watch.reset(before)
+
+
+def current_watch() -> Watch | None:
+    """Return the watch of the surrounding `watching` block, if there is one."""
+    return _watch.get()
+
+
 def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[int]], T]) -> list[tuple[list[int], T]]:
     """Call `forward` on the positions of every batch; if memory runs out, halve the budget and batch the rest again.
 
@@ -195,6 +247,7 @@ def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[
     from accelerate.utils.memory import should_reduce_batch_size  # knows how each device says so
 
     done: list[tuple[list[int], T]] = []
+    watch, total = current_watch(), max(1, sum(lengths))
     waiting = deque(token_batches(lengths, budget.tokens))
     while waiting:
         places = waiting.popleft()
@@ -204,6 +257,8 @@ def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[
             if len(places) == 1 or not should_reduce_batch_size(error):
                 raise
         else:
+            if watch is not None:  # by tokens, because the longest texts come first
+                watch.passed(len(lengths) * sum(lengths[i] for i in places) / total)
             continue
         budget.halve()  # after the `except` block, which keeps the failed call's tensors alive
         if torch.cuda.is_available():

@@ -20,7 +20,14 @@ from torch import Tensor
 from car_datasets.loading.schemas import as_column_names, check_schema, find_schema
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.scoring.batching import in_order, pad, run_batches, token_budget, tokenise
-from car_datasets.scoring.stage import Rows, check_options, refuse_taken, set_fields, text_columns
+from car_datasets.scoring.stage import (
+    Rows,
+    check_options,
+    refuse_one_text,
+    refuse_taken,
+    set_fields,
+    text_columns,
+)
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_tables
@@ -133,6 +140,7 @@ class TextEmbedder:
         Returns:
             A float32 array of shape `(texts, dimension)`, in the order of the texts.
         """
+        refuse_one_text(texts)
         model = self._model(rank)
         if not texts:
             return np.zeros((0, dimension(model)), dtype=np.float32)

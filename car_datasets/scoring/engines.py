@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-LARGE = 10_000  # rows from which `curate` prints an estimate before it starts
 WARM_UP = 4  # rows or texts of the call that loads the model and compiles kernels, which is not timed
 
 

@@ -27,6 +27,7 @@ from car_datasets.scoring.iqs.openvino_encoder import pin_engine
 from car_datasets.scoring.stage import (
     Rows,
     check_options,
+    refuse_one_text,
     refuse_taken,
     row_names,
     set_fields,
@@ -307,6 +308,7 @@ class QualityScorer:
         Raises:
             ValueError: strings without the mark between question and answer, for a model that reads the two separately.
         """
+        refuse_one_text(texts)
         if not texts:  # a batch of rows that cannot be scored; the model need not be loaded
             empty = np.zeros(0, np.float32)
             vectors = None if self.embedding_column is None else empty.reshape(0, 0)

@@ -1,13 +1,18 @@
 """`Stage`: the interface of callables that add columns, `add_columns`, and the parts that scorer and embedder share.
 
 Does: define the protocol that shards, estimates, Ray and verification rely on; add the columns of a stage to a dataset
-without copying its own; turn a batch of rows into texts, and values per text back into one value per row.
+without copying its own, and show its progress; turn a batch of rows into texts, and values per text back into one value
+per row.
 Does not: run a model, start processes, or depend on any particular stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -17,9 +22,11 @@ import torch
 
 from car_datasets.loading.schemas import ON_INVALID, UNSCORABLE, Schema, find_schema, format_batch, invalid_rows_message
 from car_datasets.loading.templates import TEMPLATES, Text
+from car_datasets.scoring.batching import current_watch, watching
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, refuse_overwrite
 from car_datasets.utils.digests import public
+from car_datasets.utils.processes import is_main_process, process_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -65,16 +72,151 @@ def add_columns(dataset: Dataset, stage: Stage, description: str) -> Dataset:
     """
     refuse_taken(dataset.column_names, stage)
     read = read_columns(dataset.column_names, stage)
-    added = dataset.select_columns(read).map(
-        stage,
-        batched=True,
-        batch_size=batch_rows(),
-        with_rank=True,
-        desc=description,
-        features=stage.output_features(),
-        remove_columns=read,  # the cached file then holds the new columns alone
-    )
+    # Only stages with this field run texts through `run_batches`, which tells how far they are.
+    own_bar = hasattr(stage, "batch_tokens")
+    with Progress(description, len(dataset)) if own_bar else contextlib.nullcontext() as progress:
+        with watching(progress.passed if progress else lambda rows: None) as watch, _bars_of_map(not own_bar):
+            added = dataset.select_columns(read).map(
+                stage,
+                batched=True,
+                batch_size=batch_rows(),
+                with_rank=True,
+                desc=description,
+                features=stage.output_features(),
+                remove_columns=read,  # the cached file then holds the new columns alone
+            )
+        if progress and watch.called:
+            progress.to(len(dataset))
+        elif progress and len(dataset):
+            say(f"{description}: these {len(dataset):,} rows were computed before, and are read from the cache.")
     return join_columns(dataset, added)
+
+
+@contextlib.contextmanager
+def _bars_of_map(shown: bool) -> Iterator[None]:
+    """Switch the progress bars of `datasets` off in this block, unless they are to be shown or cannot be switched."""
+    from datasets import are_progress_bars_disabled, config, disable_progress_bars, enable_progress_bars
+
+    # With HF_DATASETS_DISABLE_PROGRESS_BARS=0 they are always on.
+    if shown or are_progress_bars_disabled() or config.HF_DATASETS_DISABLE_PROGRESS_BARS is False:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def say(text: str) -> None:
+    """Print a line to standard error, without breaking a progress bar; silent where progress bars are switched off."""
+    if is_main_process() and not _bars_are_off():
+        _write(text)
+
+
+def _write(text: str) -> None:
+    from tqdm.auto import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def _bars_are_off() -> bool:
+    from datasets import are_progress_bars_disabled
+
+    return are_progress_bars_disabled() or os.environ.get("TQDM_DISABLE", "").lower() in ("1", "true", "yes")
+
+
+def _can_draw() -> bool:
+    """Return True if a progress bar can be redrawn in its line: on a terminal, in a notebook, or if it is forced."""
+    from datasets import config
+    from tqdm.auto import tqdm
+
+    in_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+    return in_notebook or sys.stderr.isatty() or config.HF_DATASETS_DISABLE_PROGRESS_BARS is False
+
+
+LINE_EVERY = 30.0  # seconds between the lines that replace a progress bar where none can be drawn
+FIRST_ESTIMATE = 5.0  # seconds of forward passes after which the time left is told
+
+
+class Progress:
+    """The progress of a stage: a bar, or a line every half minute where the output is not a terminal.
+
+    Only the main process shows it, and nobody where the progress bars of `datasets` or tqdm are switched off.
+
+    Args:
+        description (`str`): label of the bar.
+        total (`int`, *optional*): number of rows, if known.
+    """
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self.description, self.total = description, total
+        self.shown = is_main_process() and not _bars_are_off()
+        self._draws = self.shown and _can_draw()
+        self.rows = 0
+        self._bar: Any = None
+        self._begun = False
+        self._started: tuple[float, int] | None = None  # time and rows of the first forward pass of this run
+        self._next_line = 0.0
+        self._estimated = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def to(self, rows: int) -> None:
+        """Show that so many rows are done; fewer than before are ignored, since a bar cannot go back."""
+        self.rows = max(self.rows, rows)
+        if not self.shown:
+            return
+        # Other processes of this run may have finished rows before this one looks, which says nothing new.
+        found = rows if process_rank()[1] == 1 else 0
+        if not self._begun and found:
+            _write(f"{self.description}: {found:,} rows are finished already, by an earlier run or other workers.")
+        self._begun = True
+        if self._bar is None and self._draws:
+            from tqdm.auto import tqdm  # not that of `datasets`, whose bars are off while `.map` runs
+
+            # Made with the first number: a run that is read from the cache shows no bar.
+            self._bar = tqdm(total=self.total, desc=self.description, unit=" examples", initial=found)
+        if self._bar is not None:
+            self._bar.update(self.rows - self._bar.n)
+
+    def passed(self, rows: int) -> None:
+        """Show that so many rows are done, from the loop of forward passes, whose speed gives the time left."""
+        now = time.monotonic()
+        self._begun = True
+        self.to(rows)
+        if not self.shown:
+            return
+        # From the first pass on: the time before it went into loading the model.
+        if self._started is None:
+            self._started, self._next_line = (now, self.rows), now + LINE_EVERY
+            return
+        if not self._estimated and now - self._started[0] >= FIRST_ESTIMATE and self.rows > self._started[1]:
+            self._estimated = True
+            _write(self._line(now))
+        elif self._bar is None and now >= self._next_line:
+            self._next_line = now + LINE_EVERY
+            _write(self._line(now))
+
+    def _line(self, now: float) -> str:
+        assert self._started is not None
+        since, before = self._started
+        rate = (self.rows - before) / max(now - since, 1e-9)
+        done = f"{self.rows:,} rows" if self.total is None else f"{self.rows:,} of {self.total:,} rows"
+        left = "" if self.total is None or not rate else f", about {in_words((self.total - self.rows) / rate)} left"
+        return f"{self.description}: {done}, {rate:,.1f} rows/s{left}."
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration rounded for a reader: `"40 seconds"`, `"12 minutes"`, `"3.5 hours"`."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def read_columns(column_names: Sequence[str], stage: Stage, with_index: bool = True) -> list[str]:
@@ -194,6 +336,8 @@ class Rows:
             names = row_names(batch, bad)
             raise ValueError(invalid_rows_message([rows[i].status for i in bad], names, len(rows), where))
         texts = [text for row in rows for text in row.texts]
+        if (watch := current_watch()) is not None:
+            watch.begin(len(rows), len(texts))
         return cls(texts, [len(row.texts) for row in rows], [row.status for row in rows])
 
     def split(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
@@ -231,6 +375,12 @@ def _mean_vector(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32] | 
     length = float(np.linalg.norm(mean))
     scale = float(np.linalg.norm(vectors, axis=1).mean()) / length if length > 0 else 1.0
     return np.asarray(mean * scale, dtype=np.float32)
+
+
+def refuse_one_text(texts: Any) -> None:
+    """Raise ValueError if this is one text, whose characters would be taken for texts."""
+    if isinstance(texts, str):
+        raise ValueError("texts is one text; pass a list of texts: [text].")
 
 
 def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> list[Any]:

@@ -7,13 +7,13 @@ Does not: compute scores or embeddings; select a share or a budget of a stream, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.table import InMemoryTable
 
 from car_datasets.clustering.model import ClusterModel
@@ -29,15 +29,22 @@ from car_datasets.selection.rule import (
     select_car,
 )
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, numbers_of, read_numbers, refuse_no_embeddings, refuse_overwrite
+from car_datasets.utils.columns import (
+    check_columns,
+    numbers_of,
+    read_numbers,
+    refuse_no_embeddings,
+    refuse_other_datasets,
+    refuse_overwrite,
+)
 from car_datasets.utils.processes import alone
-from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, N1, SEED, is_whole_number
+from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, N1, SEED, default_n1, is_whole_number
 
 
 def cluster_filter(
     dataset: Dataset | Mapping[str, Sequence[Any]],
     *,
-    n1: int | float = N1,
+    n1: int | float | None = None,
     n2: int = 1,
     budget: int | None = None,
     k: int | str = "sqrt",
@@ -69,9 +76,10 @@ def cluster_filter(
 
     Args:
         dataset (`Dataset`, or a batch of `.filter`): rows with `score_column` and `embedding_column`.
-        n1 (`int` or `float`): number of rows taken by score; a float in (0, 1) is that share of the scored rows.
+        n1 (`int` or `float`, *optional*): number of rows taken by score; a float in (0, 1) is that share of the scored
+            rows. Without n1 and budget it is 1000, but at most half of the scored rows.
         n2 (`int`): number of rows taken from every cluster.
-        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2.
+        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2, and must not be given.
         k (`int` or `"sqrt"`): number of clusters; `"sqrt"` is the paper's int(sqrt(rows / 2)).
         explained_variance (`float`): PCA keeps the fewest components that hold this share; 1.0 keeps all.
         seed (`int`): seed of k-means.
@@ -90,6 +98,10 @@ def cluster_filter(
         ValueError: a column is missing or would be overwritten, a number does not fit, embeddings are invalid, the
             selection is worse than the pool, or, in `.filter`, the batch is not the entire dataset.
     """
+    # A batch of `.filter` is a mapping of columns, or a table with the attribute `columns`.
+    is_batch = isinstance(dataset, Mapping) or hasattr(dataset, "columns")
+    if isinstance(dataset, DatasetDict) or not is_batch:
+        refuse_other_datasets(dataset, "cluster_filter", "ClusterModel.fit on a sample, then select_car_streaming")
     fitting: dict[str, Any] = {
         "k": k,
         "explained_variance": explained_variance,
@@ -136,24 +148,26 @@ def _mask_of_batch(
     num_rows: int | None,
 ) -> list[bool]:
     """Cluster the batch of all rows that `.filter` passes, and return True for the rows that are selected."""
-    rows = len(batch[names.score])
-    if num_rows != rows:
+    scores = batch[names.score]
+    rows = len(scores) if isinstance(scores, Sized) else 0  # without batched=True, `.filter` passes one row
+    if num_rows != rows or not rows:
+        seen = f"a batch of {rows} rows" if rows else "a single row or none"
         raise ValueError(
-            f"cluster_filter saw a batch of {rows} rows with num_rows={num_rows}: it must see the entire dataset at "
-            "once. Call dataset.filter(cluster_filter, batched=True, batch_size=None, "
-            "fn_kwargs={'num_rows': len(dataset), ...}), without num_proc."
+            f"cluster_filter saw {seen} with num_rows={num_rows}: it must see the entire dataset at once. Call "
+            "dataset.filter(cluster_filter, batched=True, batch_size=None, fn_kwargs={'num_rows': len(dataset), ...}), "
+            "without num_proc."
         )
     # Two columns alone: the others would be converted to Arrow for nothing.
     pool = Dataset.from_dict({name: batch[name] for name in (names.score, names.embedding)})
     # Under a launcher, `.filter` may call one process only, while the others read its cache: it must not wait for them.
     with alone():
         labelled = ClusterModel.fit(pool, names.embedding, **fitting).label(pool)
-    scores = read_numbers(pool, names.score, np.nan)
+    numbers = read_numbers(pool, names.score, np.nan)
     # -1 marks a row without a cluster, as `choose` expects it.
     clusters = np.asarray(read_numbers(labelled, names.cluster, -1), dtype=np.int64)
-    positions = choose(scores, clusters, amounts.n1, amounts.n2, amounts.budget).positions
+    positions = choose(numbers, clusters, amounts.n1, amounts.n2, amounts.budget).positions
     if not amounts.allow_worse:
-        refuse_worse(scores, positions)
+        refuse_worse(numbers, positions)
     keep = np.zeros(rows, dtype=bool)
     keep[positions] = True
     return keep.tolist()
@@ -163,10 +177,10 @@ def select_car_streaming(
     dataset: IterableDataset | Dataset,
     clusters: ClusterModel | None = None,
     *,
-    n1: int = N1,
+    n1: int | None = None,
     n2: int = 1,
     score_column: str = ColumnNames.score,
-    cluster_column: str = ColumnNames.cluster,
+    cluster_column: str | None = None,
     index_column: str = ColumnNames.index,
     allow_worse: bool = False,
     batch_size: int = 10_000,
@@ -187,10 +201,10 @@ def select_car_streaming(
         dataset (`IterableDataset`): rows with a score, and either a cluster or, with `clusters`, an embedding. Rows
             without a score are never selected; rows without a cluster can only be selected by score.
         clusters ([`ClusterModel`], *optional*): assigns each row its cluster, unless the rows have one.
-        n1 (`int`): number of rows taken by score.
+        n1 (`int`, *optional*): number of rows taken by score; by default 1000, but at most half of the scored rows.
         n2 (`int`): number of rows taken from every cluster.
         score_column (`str`): column of scores.
-        cluster_column (`str`): column of clusters.
+        cluster_column (`str`, *optional*): column of clusters; by default the one that `clusters` names, else `cluster`.
         index_column (`str`): kept if the rows have it, otherwise added: the row's position in the stream.
         allow_worse (`bool`): accept a selection whose mean score is below the pool's.
         batch_size (`int`): number of rows read at a time.
@@ -202,12 +216,17 @@ def select_car_streaming(
         ValueError: a column is missing or would be overwritten, a number does not fit, there are no rows, or the
             selection is worse than the pool.
     """
-    counts = [n for n in (n1, n2, batch_size) if not is_whole_number(n) or n < 0]
-    if counts or n1 + n2 == 0 or batch_size < 1:
+    most = N1 if n1 is None else n1  # the number of rows, on which the default depends, is known at the end
+    counts = [n for n in (most, n2, batch_size) if not is_whole_number(n) or n < 0]
+    if counts or most + n2 == 0 or batch_size < 1:
         raise ValueError(
             f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole "
             "numbers, n1 or n2 above 0; for a share or a budget call select_car on a Dataset."
         )
+    if not isinstance(dataset, IterableDataset):
+        refuse_other_datasets(dataset, "select_car_streaming", "")
+    if cluster_column is None:
+        cluster_column = ColumnNames.cluster if clusters is None else clusters.output_column
     names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
     kept: pa.Table | None = None
     places = np.zeros(0, dtype=np.int64)  # positions of the kept rows in the stream
@@ -224,12 +243,13 @@ def select_car_streaming(
         kept = batch if kept is None else pa.concat_tables([kept, batch], promote_options="permissive")
         # A row that is not among the best so far can never be again, so it is dropped. Sorted by position, because ties
         # go to the earlier row.
-        still = np.sort(_choice(kept, names, n1, n2).positions)
+        still = np.sort(_choice(kept, names, most, n2).positions)
         kept, places = kept.take(pa.array(still)), np.concatenate([places, here])[still]
     scores = np.concatenate(scores_read or [np.zeros(0)])
     scored = int(np.count_nonzero(~np.isnan(scores)))
     if kept is None or scored == 0:
         raise ValueError("dataset: the stream has no rows with a score; map a QualityScorer over it first.")
+    n1 = default_n1(scored) if n1 is None else n1
     if max(n1, n2) > scored:
         raise ValueError(f"n1={n1} and n2={n2} must be between 0 and the {scored} rows that have a score.")
     choice = _choice(kept, names, n1, n2)

@@ -30,13 +30,14 @@ class Amounts:
     """How many rows to select.
 
     Args:
-        n1 (`int` or `float`): rows taken by score; a float in (0, 1) is that share of the scored rows.
+        n1 (`int` or `float`, *optional*): rows taken by score; a float in (0, 1) is that share of the scored rows. A
+            recipe without n1 gives its default here, and None only with a budget.
         n2 (`int`): rows taken from every cluster.
         budget (`int`, *optional*): rows in all; n1 then follows from it and from n2.
         allow_worse (`bool`): accept a selection whose mean score is below the pool's.
     """
 
-    n1: int | float
+    n1: int | float | None
     n2: int
     budget: int | None = None
     allow_worse: bool = False
@@ -60,7 +61,8 @@ class Procedure:
 
     Args:
         check (`Callable`): `(rows, clusters, amounts)`; raises ValueError if these amounts cannot be selected from so
-            many scorable rows and clusters. Called before any model runs.
+            many scorable rows and clusters. Called before any model runs; with fewer distinct rows than clusters, as
+            many clusters as distinct rows, since no more can have rows.
         select (`Callable`): `(pool, amounts, names)`; returns the selected rows of a scored, clustered pool with the
             columns `selected_by`, `score_rank` and `cluster_rank`.
         order (`Callable`): `(pool, names)`; returns the scored pool in the order in which it is clustered.
@@ -108,7 +110,7 @@ def _select_default(pool: Dataset, amounts: Amounts, names: ColumnNames) -> Data
 
 def _check_published(rows: int, clusters: int, amounts: Amounts) -> None:
     # Asking for more rows than there are is fine: the published code takes all of them.
-    numbers = (amounts.n1, amounts.n2)
+    numbers = [n for n in (amounts.n1, amounts.n2) if n is not None]
     if amounts.budget is not None or not all(is_whole_number(n) and n >= 0 for n in numbers):
         raise ValueError(
             f"procedure='paper' takes whole numbers n1={amounts.n1} and n2={amounts.n2} that are not negative, and no "
@@ -121,7 +123,7 @@ def _select_published(pool: Dataset, amounts: Amounts, names: ColumnNames) -> Da
     # `allow_worse` is not passed on: the published code does not compare its selection with the pool.
     return select_as_published(
         pool,
-        int(amounts.n1),
+        None if amounts.n1 is None else int(amounts.n1),
         amounts.n2,
         score_column=names.score,
         cluster_column=names.cluster,

@@ -28,7 +28,7 @@ from car_datasets.selection.rule import (
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import read_numbers
 from car_datasets.utils.files import without_nan
-from car_datasets.utils.settings import N1, is_whole_number
+from car_datasets.utils.settings import default_n1, is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ SELECTED_FILE = "CaR_selected_result.json"
 # - n2 = 0 acts like 1.
 def select_as_published(
     dataset: Dataset,
-    n1: int = N1,
+    n1: int | None = None,
     n2: int = 1,
     *,
     score_column: str = ColumnNames.score,
@@ -58,7 +58,8 @@ def select_as_published(
 
     Args:
         dataset (`Dataset`): pool with a score and a cluster for every row.
-        n1 (`int`): number of rows taken by score, 1000 in the paper; all rows if it is above their number.
+        n1 (`int`, *optional*): number of rows taken by score; all rows if it is above their number. By default 1000 as
+            in the paper, but at most half of the scored rows.
         n2 (`int`): number of rows looked at in every cluster, 1 in the paper; 0 acts like 1.
         score_column (`str`): column of scores.
         cluster_column (`str`): column of clusters.
@@ -77,6 +78,7 @@ def select_as_published(
     ranked = rank_rows(dataset, score_column)
     scores = read_numbers(ranked, score_column, np.nan)
     labels = np.asarray(read_numbers(ranked, cluster_column, -1), dtype=np.int64)
+    n1 = default_n1(len(ranked)) if n1 is None else n1
     if not all(is_whole_number(n) and n >= 0 for n in (n1, n2)):
         raise ValueError(f"n1={n1} and n2={n2} must not be negative; pass whole numbers of rows from 0 on.")
     n1 = min(int(n1), len(ranked))  # the original takes all rows if n1 is above their number

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, read_numbers
-from car_datasets.utils.settings import N1, is_whole_number
+from car_datasets.utils.columns import check_columns, read_numbers, refuse_other_datasets
+from car_datasets.utils.settings import default_n1, is_whole_number, refuse_two_amounts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 
 def select_car(
     dataset: Dataset,
-    n1: int | float = N1,
+    n1: int | float | None = None,
     n2: int = 1,
     *,
     budget: int | None = None,
@@ -59,10 +59,10 @@ def select_car(
     Args:
         dataset (`Dataset`): pool with a score and a cluster for every row. Rows without a score are never selected;
             rows without a cluster can only be selected by score.
-        n1 (`int` or `float`): number of rows taken by score, 1000 in the paper; a float in (0, 1) is that share of the
-            scored rows.
+        n1 (`int` or `float`, *optional*): number of rows taken by score; a float in (0, 1) is that share of the scored
+            rows. Without n1 and budget it is 1000 as in the paper, but at most half of the scored rows.
         n2 (`int`): number of rows taken from every cluster, 1 in the paper.
-        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2.
+        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2, and must not be given.
         score_column (`str`): column of scores.
         cluster_column (`str`): column of clusters.
         index_column (`str`): kept if the dataset has it, otherwise added: the row's position in `dataset`.
@@ -76,8 +76,11 @@ def select_car(
         ValueError: a column is missing or would be overwritten, a number does not fit, or the selection is worse than
             the pool on average.
     """
+    refuse_other_datasets(dataset, "select_car", "select_car_streaming(dataset, clusters)")
     check_columns(dataset.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
     scores = read_numbers(dataset, score_column, np.nan)
+    if n1 is None and budget is None and np.isnan(scores).all():
+        raise ValueError(f"No row has a score in the column {score_column!r}, so there is nothing to select.")
     choice = choose(scores, read_numbers(dataset, cluster_column, -1), n1, n2, budget)
     if len(choice.positions) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows; pass at least one of them above 0.")
@@ -103,7 +106,7 @@ def add_selection(dataset: Dataset, choice: Choice, index_column: str) -> Datase
 def choose(
     scores: npt.ArrayLike,
     clusters: npt.ArrayLike,
-    n1: int | float = N1,
+    n1: int | float | None = None,
     n2: int = 1,
     budget: int | None = None,
 ) -> Choice:
@@ -114,18 +117,20 @@ def choose(
             chosen.
         clusters (`(rows,)` int): labels; a negative one marks a row without a cluster, which can only be chosen by
             score.
-        n1 (`int` or `float`): number of rows taken by score; a float in (0, 1) is that share of the scored rows.
+        n1 (`int` or `float`, *optional*): number of rows taken by score; a float in (0, 1) is that share of the scored
+            rows. Without n1 and budget it is 1000, but at most half of the scored rows.
         n2 (`int`): number of rows taken from every cluster.
-        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2.
+        budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2, and must not be given.
 
     Raises:
-        ValueError: a number is negative or larger than the number of rows, or the budget is below what the clusters
-            take.
+        ValueError: n1 and budget are both given, a number is negative or larger than the number of rows, or the budget
+            is below what the clusters take.
     """
     score, cluster = np.asarray(scores, dtype=np.float64), np.asarray(clusters, dtype=np.int64)
     if score.shape != cluster.shape or score.ndim != 1:
         raise ValueError(f"scores have the shape {score.shape} and clusters {cluster.shape}; both must be (rows,).")
     scored = int(np.count_nonzero(~np.isnan(score)))
+    refuse_two_amounts(n1, budget)
     _check_counts(scored, n2, budget)
     # From here on rows are in order of falling score: the rows taken by score are the first `count`.
     order = _best_first(score)[:scored]
@@ -163,8 +168,10 @@ def _best_first(score: npt.NDArray[np.float64]) -> Indices:
     return np.argsort(-score, kind="stable")
 
 
-def _rows_by_score(n1: int | float, rows: int) -> int:
+def _rows_by_score(n1: int | float | None, rows: int) -> int:
     """Return n1 as a number of rows; a fraction is rounded down, but to 1 at least."""
+    if n1 is None:
+        return default_n1(rows)
     # numpy's floats are Real too; 1.0 is refused, since it could mean one row or all rows.
     if isinstance(n1, numbers.Real) and not isinstance(n1, numbers.Integral):
         if not 0 < n1 < 1:
@@ -207,16 +214,17 @@ def _is_count(value: Any) -> bool:
     return is_whole_number(value) and int(value) >= 0
 
 
-def refuse_impossible(rows: int, clusters: int, n1: int | float, n2: int, budget: int | None) -> None:
+def refuse_impossible(rows: int, clusters: int, n1: int | float | None, n2: int, budget: int | None) -> None:
     """Raise ValueError for an n1, n2 or budget that cannot fit, before any row is scored.
 
     Args:
         rows (`int`): number of rows that may get a score.
-        clusters (`int`): number of clusters.
-        n1 (`int` or `float`): number of rows taken by score, or their share.
+        clusters (`int`): number of clusters that will have rows.
+        n1 (`int` or `float`, *optional*): number of rows taken by score, or their share.
         n2 (`int`): number of rows taken from every cluster.
         budget (`int`, *optional*): number of rows in total, in place of n1.
     """
+    refuse_two_amounts(n1, budget)
     _check_counts(rows, n2, budget)
     # Every cluster gives at least one row if n2 > 0, so a budget below the number of clusters can never be met.
     if budget is None:

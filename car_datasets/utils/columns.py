@@ -15,7 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, concatenate_datasets
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    concatenate_datasets,
+)
 
 Matrix = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -299,11 +306,44 @@ def refuse_tables(batch: Any, instead: str) -> None:
         batch: what `.map` passes to a stage.
         instead (`str`): a call that works in every format.
     """
+    kind = type(batch).__name__
+    if isinstance(batch, (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)):
+        raise ValueError(
+            f"A stage was called with a {kind}, and takes a batch of its columns. Pass the stage to the dataset: "
+            "dataset.map(stage, batched=True, with_rank=True)."
+        )
+    # Tables of pyarrow, pandas and polars have columns; lists, texts and arrays have none.
+    if not isinstance(batch, Mapping) and not any(hasattr(batch, name) for name in ("columns", "column_names")):
+        raise ValueError(
+            f"A stage was called with a {kind}, and takes a batch of columns, such as {{'instruction': [...], 'output': "
+            "[...]}. In dataset.map(stage, batched=True, with_rank=True), leave out input_columns."
+        )
     if not isinstance(batch, Mapping):
         raise ValueError(
             "A dataset in Arrow, pandas or polars format loses its columns in .map. Map over "
             f"dataset.with_format(None), or call {instead}."
         )
-    # Without batched=True, `.map` passes one row: a mapping as well, but of single values.
-    if any(isinstance(value, (str, int, float)) for value in batch.values()):
+    # Without batched=True, `.map` passes one row: a mapping as well, but of single values, or of one chat.
+    if any(isinstance(value, (str, int, float)) or _is_chat(name, value) for name, value in batch.items()):
         raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")
+
+
+def _is_chat(name: str, value: Any) -> bool:
+    """Return True if the value of a chat's column is one chat, a list of turns, and not a list of chats."""
+    turn = value[0] if isinstance(value, list) and value else None
+    return name in ("messages", "conversations") and isinstance(turn, Mapping) and ("role" in turn or "from" in turn)
+
+
+def refuse_other_datasets(dataset: Any, function: str, for_streams: str) -> None:
+    """Raise ValueError if this is not a `Dataset`.
+
+    Args:
+        dataset: what a function of a `Dataset` was called with.
+        function (`str`): its name, for the message.
+        for_streams (`str`): the call that works for an `IterableDataset`.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"{function} reads a Dataset, and this is a stream (IterableDataset). Call {for_streams}.")
+    if not isinstance(dataset, Dataset):
+        hint = "one of its splits" if isinstance(dataset, (DatasetDict, IterableDatasetDict)) else "a Dataset"
+        raise ValueError(f"{function} reads a Dataset, and this is a {type(dataset).__name__}. Pass {hint}.")

@@ -47,19 +47,27 @@ def fresh_folder(folder: Path, names: Sequence[str], argument: str = "output_dir
     return folder
 
 
-def fresh_file(path: Path) -> Path:
+def fresh_file(path: Path, source: str = "", overwrite: bool = False) -> Path:
     """Return the path if a command can write its dataset there.
 
+    Args:
+        path (`Path`): the file.
+        source (`str`): what the command reads, which must be another file.
+        overwrite (`bool`): a file there may be replaced.
+
     Raises:
-        ValueError: it exists, lies in a file, or is neither Parquet nor JSON.
+        ValueError: it exists and may not be replaced, lies in a file, or is neither Parquet nor JSON.
     """
     if path.suffix not in (".parquet", ".json"):
         raise ValueError(f"--output {path}: name a .parquet file, or a .json file for the original's format.")
     for parent in path.parents:
         if parent.is_file():
             raise ValueError(f"--output {path}: {parent} is a file; name a folder.")
-    if path.exists():
-        raise ValueError(f"--output {path} is there already; name another file or move it away.")
+    if path.is_file() and overwrite:
+        if Path(source).expanduser().resolve() == path.resolve():
+            raise ValueError(f"--output {path} is the file that is read; name another file.")
+    elif path.exists():
+        raise ValueError(f"--output {path} is there already; name another file, move it away, or pass --overwrite.")
     return path
 
 

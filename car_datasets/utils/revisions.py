@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,11 @@ def pin_model(model_id: str, revision: str | None = None, token: str | None = No
         ValueError: the model does not exist, or does not have that revision.
         ConnectionError: the Hub does not answer.
     """
+    if not isinstance(model_id, (str, os.PathLike)):
+        raise ValueError(
+            f"model_id is a {type(model_id).__name__}, and must be the Hub id or the folder of a model. Make the stage "
+            "first, then pass it to the dataset: dataset.map(QualityScorer(), batched=True, with_rank=True)."
+        )
     # A branch or tag never matches: the keys hold commits only.
     if revision is not None and (model_id, revision) in _HUB_FOLDERS:
         return PinnedModel(revision, _HUB_FOLDERS[model_id, revision])

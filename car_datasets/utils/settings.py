@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
 
 # Defaults of more than one public function, each written once.
-N1 = 1000  # rows by score; the paper's number
+N1 = 1000  # rows by score; the paper's number, and the most that `default_n1` gives
 EXPLAINED_VARIANCE = 0.95  # share of the variance that PCA keeps; the paper's number
 KMEANS_SAMPLE = 256  # rows per cluster to fit k-means on; faiss samples as many (`max_points_per_centroid`)
 SEED = 42
@@ -96,6 +96,26 @@ class Settings:
                 with contextlib.suppress(ValueError):
                     changes[name] = float(value)
         return replace(self, **changes)
+
+
+def default_n1(rows: int) -> int:
+    """Return the number of rows taken by score where none is given: 1000, but at most half of the scored rows.
+
+    So any pool leaves something to choose, and one of 2000 rows or more gives the paper's number. The half of an odd
+    number is rounded up.
+
+    Args:
+        rows (`int`): number of rows that have a score.
+    """
+    return min(N1, (rows + 1) // 2)
+
+
+def refuse_two_amounts(n1: int | float | None, budget: int | None) -> None:
+    """Raise ValueError if both n1 and a budget are given, of which one would have to be ignored."""
+    if n1 is not None and budget is not None:
+        raise ValueError(
+            f"n1={n1} and budget={budget}: with a budget, n1 follows from it. Leave one of the two out (--n1, --budget)."
+        )
 
 
 def is_whole_number(value: object) -> TypeGuard[int]:

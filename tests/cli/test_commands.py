@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,15 @@ from click.testing import Result
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from car_datasets import ClusterModel, QualityScorer, Recipe, TextEmbedder, __version__
+from car_datasets import (
+    ClusterModel,
+    QualityScorer,
+    Recipe,
+    TextEmbedder,
+    __version__,
+    load_instructions,
+    score_in_shards,
+)
 from car_datasets.cli import app
 from car_datasets.results import RESULT_FILES
 
@@ -144,7 +154,7 @@ def test_an_option_wins_over_a_recipe_file_even_with_the_default_value(
     options += ("--embeddings", "--n1", "1000", "--explained-variance", "0.95")
     run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml", *options)
     run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
-    assert seen[0] == Recipe()
+    assert seen[0] == Recipe(n1=1000)
     assert (seen[1].schema, seen[1].compile, seen[1].keep_embeddings) == ("messages", True, False)
 
 
@@ -155,12 +165,13 @@ def test_curate_on_tiny_models(rows: Path, tiny_iqs: str, tiny_embedder: str, tm
     models = ("--scorer", tiny_iqs, "--embedder", tiny_embedder, "--token", TOKEN)
     result = run("curate", rows, "-o", tmp_path / "out", *models, "--budget", 6, "--k", 3, "--seed", 1, "--allow-worse")
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(RESULT_FILES)
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(path.relative_to(tmp_path / "out").as_posix() for path in written) == sorted(RESULT_FILES)
     assert len(json.loads((tmp_path / "out" / "selected.json").read_text())) == 6
     assert "Selection report" in result.stdout
     assert str(tmp_path / "out" / "selected.parquet") in result.stdout
     assert TOKEN not in result.output
-    assert all(TOKEN.encode() not in path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert all(TOKEN.encode() not in path.read_bytes() for path in written)
 
 
 def test_curate_reads_a_recipe_and_options_win_over_it(
@@ -280,7 +291,7 @@ def test_columns_named_on_the_command_line(tiny_iqs: str, tmp_path: Path) -> Non
 def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = run_process("demo", "--output", "demo", "--budget", 30, cwd=tmp_path, bars=True)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == sorted(RESULT_FILES)
+    assert all((tmp_path / "demo" / name).is_file() for name in RESULT_FILES)
     assert len(json.loads((tmp_path / "demo" / "selected.json").read_text(encoding="utf-8"))) == 30
     assert "demo/selected.json" in done.stdout
     assert "Scoring and embedding: 100%" in done.stderr
@@ -310,7 +321,8 @@ MISTAKES: list[Any] = [
         '[{"instruction": "a", "output": "b", "iqs_score": 1}]', ("--n1", "1"), "--score-column", id="taken column"
     ),
     pytest.param('[{"instruction": "a", "output": "b", "source_index": null}]', (), "--index-column", id="null ids"),
-    pytest.param(f"{GOOD}\n{GOOD}", (), "n1=1000 must be between 0 and the 2 rows", id="n1 above the rows"),
+    pytest.param(f"{GOOD}\n{GOOD}", ("--n1", "3"), "n1=3 must be between 0 and the 2 rows", id="n1 above the rows"),
+    pytest.param(GOOD, ("--n1", "1", "--budget", "1"), "n1=1 and budget=1: .*Leave one of the two out", id="both"),
     pytest.param(GOOD, ("--n1", "-1"), "n1=-1 must be between", id="negative n1"),
     pytest.param(GOOD, ("--n1", "1.5"), r"n1=1\.5: a fraction must lie between 0 and 1", id="fraction above 1"),
     pytest.param(GOOD, ("--n1", "nan"), "n1=nan", id="n1 is no number"),
@@ -411,8 +423,8 @@ def test_source_that_cannot_be_read_is_one_line(name: str, content: bytes, messa
             "'output' holds .*, not numbers",
         ),
         (
-            ("select", "rows.json", "-o", "out.parquet", "--score-column", "page", "--cluster-column", "page"),
-            "n1=1000 must be between 0 and the 24 rows",
+            ("select", "rows.json", "-o", "o.json", "--n1", "99", "--score-column", "page", "--cluster-column", "page"),
+            "n1=99 must be between 0 and the 24 rows",
         ),
         (("demo", "--output", "rows.json"), "is a file; name a folder"),
         (("demo", "--output", "demo", "--budget", "100000"), "budget=100000 must be between"),
@@ -462,6 +474,16 @@ def test_file_that_is_there_is_not_overwritten(command: str, rows: Path, tmp_pat
     assert (tmp_path / "out.parquet").read_text() == "mine"
 
 
+def test_overwrite_replaces_the_file_but_never_the_one_that_is_read(rows: Path, tmp_path: Path) -> None:
+    content = [{**row, "iqs_score": i / 7, "cluster": i % 2} for i, row in enumerate(json.loads(rows.read_text()))]
+    Dataset.from_list(content).to_parquet(tmp_path / "pool.parquet")
+    (tmp_path / "out.parquet").write_text("an earlier result")
+    assert run("select", tmp_path / "pool.parquet", "-o", tmp_path / "out.parquet", "--overwrite").exit_code == 0
+    assert len(Dataset.from_parquet(str(tmp_path / "out.parquet"))) == 12
+    result = run("select", tmp_path / "pool.parquet", "-o", tmp_path / "pool.parquet", "--overwrite")
+    assert_mistake(result.exit_code, result.stderr, "is the file that is read; name another file")
+
+
 @pytest.mark.parametrize("command", [["curate", "nope.json"], ["demo"]], ids=["curate", "demo"])
 def test_folder_that_holds_a_result_is_not_overwritten(command: list[str], tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("mine")
@@ -479,3 +501,75 @@ def test_saved_cluster_model_is_not_overwritten(tmp_path: Path) -> None:
     assert_mistake(result.exit_code, result.stderr, "model")
     assert (tmp_path / "model" / "cluster_model.json").read_text() == "mine"
     assert not (tmp_path / "out.parquet").exists()
+
+
+# --- stopped
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (("curate", "rows.json", "-o", "out"), "Scores of an unfinished pass are not kept; with --shards DIR .*"),
+        (("curate", "rows.json", "-o", "out", "--shards", "s"), "s/scores holds 16 of 24 rows."),
+        (("score", "rows.json", "-o", "out.parquet", "--shards", "s"), "s/scores holds 16 of 24 rows."),
+        (("cluster", "rows.json", "-o", "out.parquet"), "Nothing was written to out.parquet."),
+        (("select", "rows.json", "-o", "out.parquet"), "Nothing was written to out.parquet."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_stopped_command_says_what_is_kept_and_how_to_resume(
+    arguments: tuple[str, ...], kept: str, rows: Path, tiny_iqs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows.parent)
+    score_in_shards(load_instructions(str(rows)), QualityScorer(tiny_iqs), "s/scores", shard_rows=8)
+    Path("s/scores/part-00001.arrow").unlink()
+
+    def stop(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    monkeypatch.setattr("car_datasets.loading.sources.open_dataset", stop)
+    monkeypatch.setattr("car_datasets.curation.open_source", stop)
+    monkeypatch.setattr(sys, "argv", ["car-datasets", *arguments, "--token", TOKEN, f"--token={TOKEN}"])
+    before = sorted(Path().rglob("*"))
+    result = run(*arguments)
+    assert result.exit_code == 130
+    again = re.escape(shlex.join(["car-datasets", *arguments, "--token", "TOKEN", "--token=TOKEN"]))
+    assert re.fullmatch(rf"\ncar-datasets: stopped\. {kept} To (resume|start again): {again}\n", result.stderr)
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_in_one_line_and_the_same_command_resumes(
+    sent: signal.Signals, code: int, rows: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    content = json.loads(rows.read_text())
+    rows.write_text(
+        json.dumps([{**row, "instruction": f"{row['instruction']} {i}"} for i in range(250) for row in content])
+    )
+    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--shards", "shards", "--n1", "9", "--k", "3"]
+    command = [sys.executable, "-m", "car_datasets", "curate", "rows.json", "--output", "out", *models]
+    # A parent in the background may have told its children to ignore Ctrl-C.
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("shards/scores/part-*.arrow"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(sent)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert re.search(
+        r"car-datasets: stopped\. shards/scores holds [\d,]+ of 6,000 rows.* To resume: car-datasets", errors
+    )
+    assert not (tmp_path / "out").exists()
+    done = run_process(*command[3:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

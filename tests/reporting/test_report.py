@@ -343,7 +343,10 @@ def test_the_sentences_hold_the_counts(report: SelectionReport) -> None:
     scored, marked, chosen, covered, correlation = report.sentences()
     assert scored == "10 rows in, 8 scored, 2 rejected (1 null, 1 not_a_string)"
     assert marked == "scored but marked: 3 (2 truncated, 1 empty_response)"
-    assert chosen == "4 selected (40.00 % of the rows in): 1 by score, 1 by both, 2 added by clustering (50.0 %)"
+    assert (
+        chosen
+        == "4 selected (40.00 % of the rows in) with n1 = 2: 1 by score, 1 by both, 2 added by clustering (50.0 %)"
+    )
     assert covered == "3 of 4 clusters covered; the rows taken by score alone cover 1"
     assert correlation == "score against length in tokens: Pearson +1.00, Spearman +1.00"
 

@@ -14,14 +14,14 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from car_datasets import ClusterModel, QualityScorer, Recipe, cluster_filter, map_across_gpus, select_car, stages
+from car_datasets import ClusterModel, QualityScorer, cluster_filter, map_across_gpus, select_car
 from car_datasets.cli import app
 from car_datasets.scoring import engines, inference
 from car_datasets.scoring.engines import Estimate, estimate_scoring
 from car_datasets.utils.processes import device_for
 from tests.conftest import ROOT
 
-# --- estimate_scoring: timed on rows drawn at random; curate prints it before it starts on a large dataset
+# --- estimate_scoring: timed on rows drawn at random
 
 
 def test_an_estimate_counts_what_the_scorer_reads(tiny_iqs: str, pairs: Dataset) -> None:
@@ -84,17 +84,7 @@ def test_the_command_times_the_engine_that_it_is_given(
     assert timed == [tiny_engine]
 
 
-@pytest.mark.parametrize("large", [6, 7])
-def test_a_large_dataset_is_announced(
-    large: int, tiny_iqs: str, pairs: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(stages, "LARGE", large)
-    stages.resolve(Recipe(scorer=tiny_iqs), embed=False).score(pairs)
-    assert ("to score 6 rows" in capsys.readouterr().err) == (large == 6)
-    assert engines.LARGE >= 1000
-
-
-# --- map_across_gpus: `.map` over spawned workers, and what cannot be spawned
+# --- map_across_gpus: `.map` over spawned workers, and what cannot be spawned, on a machine without a GPU
 
 
 def score_and_tell(batch: Any, rank: int, scorer: QualityScorer) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """stage.py: new columns are as `.map` gives them, in fixed-size lists, and the old ones are untouched."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 
-from car_datasets import QualityScorer, TextEmbedder
+from car_datasets import ClusterModel, QualityScorer, Recipe, TextEmbedder, cluster_filter, score_in_shards, stages
+from car_datasets.scoring import stage as stage_module
 from car_datasets.scoring.engines import OnRay, estimate_scoring
 from car_datasets.scoring.stage import Stage, add_columns, read_columns
 
@@ -127,3 +129,119 @@ def test_the_second_time_is_read_from_the_cache(
 def test_a_taken_name_is_refused_before_the_model_runs(tiny_iqs: str, pairs: Dataset) -> None:
     with pytest.raises(ValueError, match="iqs_score"):
         add_columns(pairs.add_column("iqs_score", [1.0] * 6), QualityScorer(tiny_iqs), "Scoring")
+
+
+# --- progress
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
+    """Switch progress on, with a line after every forward pass, and return what reads the lines since the last call."""
+    monkeypatch.setattr(stage_module, "_bars_are_off", lambda: False)
+    monkeypatch.setattr(stage_module, "FIRST_ESTIMATE", 0.0)
+    monkeypatch.setattr(stage_module, "LINE_EVERY", 0.0)
+    return lambda: [line for line in capsys.readouterr().err.splitlines() if line.startswith(("Scoring", "\rScoring"))]
+
+
+@pytest.mark.parametrize("chats", [False, True], ids=["pairs", "chats"])
+@pytest.mark.parametrize("in_shards", [False, True], ids=["map", "shards"])
+def test_progress_is_told_after_every_forward_pass(
+    in_shards: bool, chats: bool, tiny_iqs: str, pairs: Dataset, tmp_path: Path, told: Callable[[], list[str]]
+) -> None:
+    scorer = QualityScorer(tiny_iqs, batch_tokens=1)  # every text is a batch
+    if chats:
+        turns = [{"role": role, "content": "sea"} for role in ("user", "assistant")]
+        pairs = Dataset.from_dict({"messages": [turns * (1 + i % 3) for i in range(6)]})
+    pairs.to_parquet(tmp_path / "rows.parquet")  # `datasets` keeps no cache for rows in memory
+    pairs = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))["train"]
+
+    def run() -> Dataset:
+        return score_in_shards(pairs, scorer, tmp_path / "s") if in_shards else add_columns(pairs, scorer, "Scoring")
+
+    first = run()
+    lines = told()
+    assert len(lines) == (12 if chats else 6) - 1  # from the second pass on, which gives a speed
+    assert all(
+        re.fullmatch(r"Scoring: \d of 6 rows, [\d,.]+ rows/s(, about \d+ seconds left)?\.", line) for line in lines
+    )
+    done = [int(line.split()[1]) for line in lines]
+    assert done == sorted(done)
+    assert done[-1] == 6
+    assert run().to_dict() == first.to_dict()
+    [line] = told()
+    assert re.search("6 rows are finished already" if in_shards else "6 rows were computed before.*the cache", line)
+
+
+def test_a_terminal_gets_a_bar_and_a_quiet_run_nothing(
+    tiny_iqs: str, pairs: Dataset, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "_can_draw", lambda: True)
+    add_columns(pairs, QualityScorer(tiny_iqs, batch_tokens=1), "Scoring")
+    assert any("Scoring: 100%" in line and "6/6" in line for line in told())
+    monkeypatch.setattr(stage_module, "_bars_are_off", lambda: True)
+    add_columns(pairs, QualityScorer(tiny_iqs, batch_tokens=2), "Scoring")
+    assert told() == []
+
+
+def test_a_run_says_how_many_rows_it_scores_with_which_model(
+    tiny_iqs: str, pairs: Dataset, told: Callable[[], list[str]]
+) -> None:
+    stages.resolve(Recipe(scorer=tiny_iqs), embed=False).score(pairs)
+    assert told()[0].startswith(f"Scoring 6 rows with {tiny_iqs};")
+
+
+# --- called in a wrong way
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda stage, rows: stage("Say hi", "Hi"), "called with a str.*batch of columns, such as"),
+        (lambda stage, rows: stage(rows.to_list()), "called with a list.*batch of columns, such as"),
+        (lambda stage, rows: stage(rows), r"called with a Dataset.*Pass the stage to the dataset: dataset\.map\("),
+        (
+            lambda stage, rows: stage(rows.to_iterable_dataset()),
+            r"called with a IterableDataset.*to the dataset: dataset\.map\(",
+        ),
+        (lambda stage, rows: stage(rows[0]), "This is a row, not a batch of rows"),
+        (lambda stage, rows: stage({"messages": [{"role": "user", "content": "a"}]}), "This is a row, not a batch"),
+        (lambda stage, rows: rows.map(stage), "This is a row, not a batch of rows"),
+        (lambda stage, rows: rows.map(stage, batched=True, input_columns=["output"]), "leave out input_columns"),
+        (lambda stage, rows: rows.with_format("arrow").map(stage, batched=True), "Arrow, pandas or polars format"),
+    ],
+    ids=["texts", "list", "dataset", "stream", "row", "chat", "rows", "input_columns", "arrow"],
+)
+def test_a_wrong_call_is_told_its_own_mistake(
+    wrong: Callable[[Any, Dataset], Any], message: str, tiny_iqs: str, tiny_embedder: str, pairs: Dataset
+) -> None:
+    vectors = pairs.add_column("embedding", [[float(i), 1.0] for i in range(6)])
+    for stage in (QualityScorer(tiny_iqs), TextEmbedder(tiny_embedder), ClusterModel.fit(vectors, k=2)):
+        rows = vectors if isinstance(stage, ClusterModel) else pairs
+        with pytest.raises(ValueError, match=message):
+            wrong(stage, rows)
+
+
+def test_a_dataset_or_one_text_in_a_wrong_place_is_named(tiny_iqs: str, tiny_embedder: str, pairs: Dataset) -> None:
+    for stage in (QualityScorer, TextEmbedder):
+        with pytest.raises(ValueError, match=r"model_id is a Dataset, .*dataset\.map\(QualityScorer\(\)"):
+            stage(pairs)
+    for method in (QualityScorer(tiny_iqs).score_texts, TextEmbedder(tiny_embedder).embed_texts):
+        with pytest.raises(ValueError, match=r"texts is one text; pass a list of texts: \[text\]"):
+            method("Say hi")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda rows: ClusterModel.fit(rows.to_iterable_dataset()), r"a stream.*ClusterModel\.fit\(Dataset\.from_list"),
+        (lambda rows: ClusterModel.fit({"embedding": rows["embedding"][:]}), "this is a dict. Pass a Dataset"),
+        (lambda rows: cluster_filter(rows.to_iterable_dataset()), "a stream.*select_car_streaming"),
+        (lambda rows: cluster_filter(DatasetDict(train=rows)), "is a DatasetDict. Pass one of its splits"),
+        (lambda rows: rows.filter(cluster_filter), r"saw a single row.*dataset\.filter\(cluster_filter, batched=True"),
+    ],
+    ids=["fit a stream", "fit a dict", "filter a stream", "filter splits", "filter row by row"],
+)
+def test_what_cannot_be_clustered_is_told_the_call_that_works(wrong: Callable[[Dataset], Any], message: str) -> None:
+    rows = Dataset.from_dict({"embedding": [[float(i), 1.0] for i in range(6)], "iqs_score": [0.5] * 6})
+    with pytest.raises(ValueError, match=message):
+        wrong(rows)

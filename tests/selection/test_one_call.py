@@ -45,7 +45,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_cluster_filter_is_cluster_and_select_in_one(scored: Dataset, options: dict[str, Any]) -> None:
     fitting = {name: options[name] for name in ("k", "seed", "explained_variance", "n_init") if name in options}
     labelled = ClusterModel.fit(scored, **fitting).label(scored)
-    expected = select_car(labelled, options.get("n1", 1000), options.get("n2", 1), budget=options.get("budget"))
+    expected = select_car(labelled, options.get("n1"), options.get("n2", 1), budget=options.get("budget"))
     chosen = cluster_filter(scored, **options)
     assert chosen.features == expected.features
     assert chosen[:] == expected[:]
@@ -187,9 +187,7 @@ def test_rows_are_clustered_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     clusters = ClusterModel.fit(whole.select(range(100)), k=5, output_column="group", distance_column="far")
     expected = select_car(clusters.label(whole), 20, 3, cluster_column="group")
-    found = select_car_streaming(
-        whole.to_iterable_dataset(), clusters, n1=20, n2=3, batch_size=64, cluster_column="group"
-    )
+    found = select_car_streaming(whole.to_iterable_dataset(), clusters, n1=20, n2=3, batch_size=64)
     assert found.remove_columns("embedding").to_dict() == expected.remove_columns("embedding").to_dict()
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from car_datasets import select_car
+from car_datasets import Recipe, select_car, select_car_streaming
+from car_datasets.selection.published import select_as_published
 from car_datasets.selection.rule import choose, refuse_impossible, refuse_worse
+from car_datasets.stages import select_by
 from car_datasets.utils.columns import read_numbers
 
 NAN = math.nan
@@ -105,12 +107,13 @@ def test_nothing_that_works_is_refused_early(pool: tuple[list[float], list[int],
     scores = [0.0 if math.isnan(s) else s for s in scores]
     n1, n2 = data.draw(st.integers(0, 31)), data.draw(st.integers(0, 31))
     budget = data.draw(st.none() | st.integers(0, 31))
+    given_n1 = n1 if budget is None else None
     try:
-        possible = len(choose(scores, clusters, n1, n2, budget).positions) > 0
+        possible = len(choose(scores, clusters, given_n1, n2, budget).positions) > 0
     except ValueError:
         possible = False
     if possible:
-        refuse_impossible(len(scores), len({c for c in clusters if c >= 0}), n1, n2, budget)
+        refuse_impossible(len(scores), len({c for c in clusters if c >= 0}), given_n1, n2, budget)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +123,14 @@ def test_nothing_that_works_is_refused_early(pool: tuple[list[float], list[int],
         (11, 1, None, "n1=11 must be between 0 and the 10 rows"),
         (1, -1, None, "n2=-1 must be between 0 and the 10 rows"),
         (1, 11, None, "n2=11 must be between 0 and the 10 rows"),
-        (1, 1, 3, "budget=3 must be between the 4 rows"),
-        (1, 0, 0, "budget=0 must be between the 1 rows"),
-        (1, 1, 11, "budget=11 .* and the 10 rows"),
+        (None, 1, 3, "budget=3 must be between the 4 rows"),
+        (None, 0, 0, "budget=0 must be between the 1 rows"),
+        (None, 1, 11, "budget=11 .* and the 10 rows"),
+        (1, 1, 5, "n1=1 and budget=5: with a budget, n1 follows from it. Leave one of the two out"),
     ],
 )
 def test_numbers_that_cannot_fit_are_refused_before_scores_are_known(
-    n1: int, n2: int, budget: int | None, message: str
+    n1: int | None, n2: int, budget: int | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         refuse_impossible(rows=10, clusters=4, n1=n1, n2=n2, budget=budget)
@@ -252,6 +256,36 @@ def test_the_pool_is_left_as_it_was(pool: Dataset) -> None:
     before = repr(pool[:])
     select_car(pool, n1=3, n2=1)
     assert repr(pool[:]) == before
+
+
+@pytest.mark.parametrize(("rows", "n1"), [(1, 1), (5, 3), (999, 500), (1999, 1000), (2000, 1000), (5000, 1000)])
+def test_an_n1_that_nobody_gave_fits_any_pool(rows: int, n1: int) -> None:
+    """The paper's number from 2000 rows on, and half of a smaller pool, the same by every way to select."""
+    scores = np.random.default_rng(0).random(rows)
+    pool = Dataset.from_dict({"iqs_score": scores, "cluster": [0] * rows, "output": [str(i) for i in range(rows)]})
+    expected = select_car(pool, n1, 1)[:]
+    assert select_car(pool)[:] == expected
+    assert select_car_streaming(pool.to_iterable_dataset(), batch_size=700)[:] == expected
+    assert len(select_as_published(pool)) == n1
+    assert len(select_by(Recipe(), pool)) == n1
+
+
+def test_a_pool_without_scores_says_so() -> None:
+    with pytest.raises(ValueError, match="No row has a score in the column 'iqs_score'"):
+        select_car(Dataset.from_dict({"iqs_score": [NAN, NAN], "cluster": [0, 0]}))
+
+
+@pytest.mark.parametrize(
+    ("made_of", "message"),
+    [
+        (lambda d: d.to_iterable_dataset(), r"is a stream.*Call select_car_streaming\(dataset, clusters\)"),
+        (lambda d: DatasetDict(train=d), "is a DatasetDict. Pass one of its splits"),
+        (lambda d: d.to_list(), "is a list. Pass a Dataset"),
+    ],
+)
+def test_what_is_no_dataset_is_told_the_call_that_works(made_of: Any, message: str, pool: Dataset) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_car(made_of(pool))
 
 
 def test_budget_counts_all_rows(pool: Dataset) -> None:

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from car_datasets.scoring.batching import watching
 from car_datasets.scoring.shards.claims import CLAIM, Claims
 from car_datasets.scoring.shards.storage import Folder, open_storage
-from car_datasets.scoring.stage import Stage, read_columns, refuse_taken
+from car_datasets.scoring.stage import Progress, Stage, read_columns, refuse_taken
 from car_datasets.utils.digests import content_digest
 from car_datasets.utils.files import write_whole
-from car_datasets.utils.processes import is_main_process, launched_rank, local_rank
+from car_datasets.utils.processes import launched_rank, local_rank
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -107,6 +108,7 @@ class SharedRun(ABC):
         # On the Hub only the workers of one machine can claim, in their local folder.
         self.claims = Claims(self.folder if isinstance(self.folder, Folder) else Folder(self.copies), options.expiry)
         self.done = 0
+        self._tell: Callable[[int], None] = lambda done: None  # sets and shows `done`, once there is a progress bar
         self.whole: dict[int, Dataset] = {}
         self._torn: set[int] = set()
 
@@ -138,7 +140,10 @@ class SharedRun(ABC):
         Raises:
             ValueError: they are not the columns that the stage declares, or have another number of rows.
         """
-        new = self.stage(batch)
+        before = self.done
+        with watching(lambda done: self._tell(before + done)):
+            new = self.stage(batch)
+        self.done = before + rows
         wrong = {name: len(values) for name, values in new.items() if len(values) != rows}
         declared = list(self.stage.output_features())
         if set(new) != set(declared) or wrong:
@@ -342,28 +347,29 @@ class SharedRun(ABC):
         Yields:
             `Callable`: updates the bar: at once if given the names in the folder, else if the last look is old enough.
         """
-        from datasets.utils import tqdm
-
-        with tqdm(total=total, desc=description, unit=" examples", disable=not is_main_process()) as bar:
-            looked = [0.0]  # time of the last look at the folder, in seconds; a list, so that the functions can set it
-
-            def draw(names: set[str]) -> None:
-                looked[0] = time.monotonic()
-                finished = sum(rows_in(int(part[1])) for part in map(PART.fullmatch, names) if part)
-                # A claim that is taken over may tell fewer rows than before; a bar cannot go back.
-                bar.update(max(0, finished + self.claims.rows_elsewhere(names) + self.done - bar.n))
+        with Progress(description, total) as bar:
+            # Time of the last look at the folder, and the rows of finished shards and other workers that it found.
+            looked, known = 0.0, 0
 
             def show(names: set[str] | None = None) -> None:
-                if bar.disable:  # tqdm would ignore the numbers, but the look at the folder costs a request
-                    return
-                if names is not None:
-                    draw(names)
-                elif time.monotonic() - looked[0] >= 2 * self.folder.patience:
+                nonlocal looked, known
+                # A look at the folder costs a request, so there are few, and none without a bar.
+                if bar.shown and (names is not None or time.monotonic() - looked >= 2 * self.folder.patience):
                     # Set before the look: a storage that fails should not be asked again after every batch.
-                    looked[0] = time.monotonic()
+                    looked = time.monotonic()
                     with contextlib.suppress(Exception):  # a failing look must not end a shard that is being scored
-                        draw(self.names())
+                        names = self.names() if names is None else names
+                        finished = sum(rows_in(int(part[1])) for part in map(PART.fullmatch, names) if part)
+                        # A claim that is taken over may tell fewer rows than before, which the bar ignores.
+                        known = finished + self.claims.rows_elsewhere(names)
+                bar.to(known + self.done)
 
+            def tell(done: int) -> None:
+                self.done = done
+                show()
+                bar.passed(known + done)
+
+            self._tell = tell
             yield show
 
 

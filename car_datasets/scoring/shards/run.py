@@ -257,7 +257,6 @@ class DatasetRun(SharedRun):
                     for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
                         rows = len(next(iter(batch.values())))
                         batches.append(self.new_columns(batch, rows))
-                        self.done += rows
                         show()
                     self.write(shard, self.stage.output_features(), batches)
                 self.put(shard)

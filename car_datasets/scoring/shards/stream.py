@@ -188,7 +188,6 @@ class StreamedRun(SharedRun):
                 ) from error
             source = piece.table.data.slice(at, len(rows))
             yield {**{name: source[name] for name in source.column_names}, **new}
-            self.done = at + len(rows)
             show()
 
     def _save_state(self, piece: Piece) -> None:
