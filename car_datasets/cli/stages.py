@@ -25,8 +25,10 @@ from car_datasets.cli.app import (
     quiet_models,
     recipe_options,
 )
-from car_datasets.recipe import Recipe
+from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
+from car_datasets.recipe import HUB, OUTPUT, Recipe, listed
 from car_datasets.utils.files import fresh_file, fresh_folder, sample_file
+from car_datasets.utils.revisions import DEFAULT_ENCODER
 from car_datasets.utils.settings import ESTIMATE_ROWS
 
 if TYPE_CHECKING:
@@ -34,11 +36,17 @@ if TYPE_CHECKING:
 
     from car_datasets.utils.column_names import ColumnNames
 
+# The groups of commands in the help.
+ENTIRE = "The entire pipeline"
+STAGES = "One stage of it"
+
 READING = ("name", "split", "revision", "schema", "columns", "on_invalid")
-SCORING = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtype", "batch_tokens", "compile")
+SCORER = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtype", "batch_tokens", "compile")
 
 
-@app.command(epilog="Example: car-datasets curate alpaca_data.json --output out --n1 1000 --n2 1")
+@app.command(
+    rich_help_panel=ENTIRE, epilog="Example: car-datasets curate alpaca_data.json --output out --n1 1000 --n2 1"
+)
 @one_line_errors
 @recipe_options(*FLAGS)
 @add_options("shards", "public", "check", "token")
@@ -47,13 +55,14 @@ def curate(
     output: Output,
     changes: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="A recipe in YAML, such as configs/default.yaml; options win over it.")
+        Path | None, typer.Option(help="Read a recipe in YAML, such as configs/default.yaml; options win over it.")
     ] = None,
     push: Annotated[
         str | None,
         typer.Option(
             metavar="REPO",
-            help="Also push the result to this dataset repository; before the run, check that this is possible.",
+            help="Also push the result to this dataset repository, and check before the run that this is possible.",
+            rich_help_panel=HUB,
         ),
     ] = None,
     **options: Any,
@@ -108,13 +117,13 @@ def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None
     print_pushed(from_main(lambda: push_selection(folder, repo, private=private, check=check, token=token)))
 
 
-@app.command(epilog="Example: car-datasets demo --output demo")
+@app.command(rich_help_panel=ENTIRE, epilog="Example: car-datasets demo --output demo")
 @one_line_errors
 def demo(
     output: Output,
-    budget: Annotated[int, typer.Option(help="Rows to select.")] = 60,
+    budget: Annotated[int, typer.Option(help="Select this many rows in total.")] = 60,
 ) -> None:
-    """Curate the sample of instruction rows that ships with the package; needs no network."""
+    """Curate the sample of instruction rows that ships with the package, without a network."""
     quiet_models()
     from car_datasets.curation import curate
 
@@ -133,12 +142,12 @@ def _say_where(folder: Path) -> None:
     typer.echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
 
 
-@app.command(epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
+@app.command(rich_help_panel=STAGES, epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
 @one_line_errors
 @recipe_options(
-    *(*SCORING, "embedder", "embedder_revision", "turns", "uncertainty", "embedding_dtype", *READING),
+    *(*SCORER, "embedder", "embedder_revision", "turns", "uncertainty", "embedding_dtype", *READING),
     *("index_column", "score_column", "embedding_column"),
-    cluster_column="Name of the column that `cluster` will add; the source must not have it.",
+    cluster_column="Name the column that `cluster` will add, which the source must not have.",
 )
 @add_options("shards", "token")
 def score(
@@ -149,13 +158,16 @@ def score(
         typer.Option(
             "--output",
             "-o",
-            help="A new .parquet file, or a .json file in the original's format; without it, only fill --shards.",
+            help="Write this new file: .parquet, or .json for a list of rows in the original's format. Without it, "
+            "only fill --shards.",
         ),
     ] = None,
-    embeddings: Annotated[bool, typer.Option(help="Also add the embedding, which `cluster` reads.")] = True,
+    embeddings: Annotated[
+        bool, typer.Option(rich_help_panel=OUTPUT, help="Also add the embedding, which `cluster` reads.")
+    ] = True,
     **options: Any,
 ) -> None:
-    """Add iqs_score, iqs_tokens, iqs_truncated, iqs_status and embedding; write Parquet, or the original's JSON."""
+    """Add iqs_score, iqs_tokens, iqs_truncated, iqs_status and embedding to the rows of a dataset."""
     quiet_models()
 
     shards, token = options["shards"], options["token"]
@@ -190,15 +202,15 @@ def score(
     _write(scored, output, replace(recipe.names, index=added))
 
 
-@app.command(epilog="Example: car-datasets estimate alpaca_data.json")
+@app.command(rich_help_panel=STAGES, epilog="Example: car-datasets estimate alpaca_data.json")
 @one_line_errors
-@recipe_options(*SCORING, *READING)
+@recipe_options(*SCORER, *READING)
 @add_options("token")
 def estimate(
     source: Source,
     changes: dict[str, Any],
-    rows: Annotated[int, typer.Option(help="Rows to time.")] = ESTIMATE_ROWS,
-    embeddings: Annotated[bool, typer.Option(help="Include the embedding, if it comes from the same pass.")] = True,
+    rows: Annotated[int, typer.Option(help="Time this many rows.")] = ESTIMATE_ROWS,
+    embeddings: Annotated[bool, typer.Option(help="Include the embedding if it comes from the same pass.")] = True,
     **options: Any,
 ) -> None:
     """Time some rows on this machine, and estimate how long the entire dataset takes to score."""
@@ -213,23 +225,29 @@ def estimate(
     typer.echo(str(estimate_scoring(dataset, scorer, rows)))
 
 
-@app.command(epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
+@app.command(rich_help_panel=STAGES, epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
 @one_line_errors
 @recipe_options(
     *("k", "explained_variance", "n_init", "kmeans", "kmeans_sample"),
-    embedder="For a file without embeddings: a sentence-transformers model.  [default: all-MiniLM-L6-v2]",
-    template="For a file without embeddings: text template, clean-1 or paper.  [default: clean-1]",
-    seed="Seed of k-means.",
-    embedding_column="Name of the embedding column.",
-    cluster_column="Name of the cluster column.",
+    embedder="Embed a file without embeddings with this sentence-transformers model."
+    f"  [default: {DEFAULT_ENCODER.partition('/')[2]}]",
+    template=f"Embed a file without embeddings by this text template: {listed(TEMPLATES)}.  [default: {CLEAN_TEMPLATE}]",
+    seed="Seed k-means with this number.",
+    embedding_column="Read the embeddings from this column.",
+    cluster_column="Name the cluster column.",
 )
 def cluster(
     source: Source,
     output: OutputFile,
     changes: dict[str, Any],
-    save_model: Annotated[Path | None, typer.Option(help="Also save the cluster model into this folder.")] = None,
+    save_model: Annotated[
+        Path | None, typer.Option(rich_help_panel=OUTPUT, help="Also save the cluster model into this folder.")
+    ] = None,
 ) -> None:
-    """Add cluster and cluster_distance; compute the embeddings first if the file has none, as the original's files."""
+    """Add cluster and cluster_distance to scored rows.
+
+    Files without embeddings, such as the original's, are embedded first.
+    """
     quiet_models()
     from car_datasets.clustering.model import MODEL_FILES
 
@@ -256,14 +274,19 @@ def cluster(
         from_main(lambda: model.save_pretrained(save_model))
 
 
-@app.command(epilog="Example: car-datasets select clustered.parquet --output selected.parquet --n1 1000 --n2 1")
+@app.command(
+    rich_help_panel=STAGES,
+    epilog="Example: car-datasets select clustered.parquet --output selected.parquet --n1 1000 --n2 1",
+)
 @one_line_errors
 @recipe_options(
-    *("n1", "n2", "budget", "procedure", "score_column", "cluster_column", "index_column", "allow_worse"),
-    seed="Seed of the report's control samples.",
+    *("n1", "n2", "budget", "procedure", "allow_worse", "index_column"),
+    score_column="Read the scores from this column.",
+    cluster_column="Read the clusters from this column.",
+    seed="Seed the report's control samples with this number.",
 )
 def select(source: Source, output: OutputFile, changes: dict[str, Any]) -> None:
-    """Select from a scored, clustered dataset and print the report."""
+    """Select rows from a scored, clustered dataset, and print the report."""
     fresh_file(output)
     from car_datasets.reporting.report import SelectionReport
     from car_datasets.stages import select_by
@@ -276,16 +299,21 @@ def select(source: Source, output: OutputFile, changes: dict[str, Any]) -> None:
     print_table(report.to_table())
 
 
-@app.command(epilog="Example: car-datasets explore out")
+@app.command(rich_help_panel=STAGES, epilog="Example: car-datasets explore out")
 @one_line_errors
 @recipe_options("projection", "score_column", "cluster_column", "index_column", "embedding_column")
 def explore(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `curate` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Show the result in this folder, which `curate` wrote.")
+    ],
     changes: dict[str, Any],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port; if it is taken, the next free one.")] = 5055,
+    host: Annotated[str, typer.Option(help="Listen on this address.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Listen on this port, or on the next one that is free.")] = 5055,
 ) -> None:
-    """Show a curated pool as a map in embedding-atlas; needs the extra: pip install 'car-datasets[explore]'."""
+    """Show a curated pool as a map in embedding-atlas.
+
+    This needs an extra: pip install 'car-datasets[explore]'.
+    """
     from car_datasets import exploring
 
     recipe = Recipe().changed(**changes)
