@@ -301,6 +301,10 @@ def one_line_errors(command: Command) -> Command:
     return run
 
 
+# What the library calls the values of these options.
+_ARGUMENTS = {"output": "output_dir", "shards": "shard_dir", "rows": "sample"}
+
+
 def _as_typed(message: str, command: Command, arguments: dict[str, Any]) -> str:
     """Return a message of the library with its arguments as the options of a command: `--n1=9` for `n1=9`.
 
@@ -325,9 +329,10 @@ def _as_typed(message: str, command: Command, arguments: dict[str, Any]) -> str:
         ]
         for flag in flags[:1]:
             on, _, off = flag.partition("/")
-            message = re.sub(rf"(?<![\w-]){name}=True\b", on, message)
-            message = re.sub(rf"(?<![\w-]){name}=False\b", off or on, message)
-            message = re.sub(rf"(?<![\w-]){name}=", f"{on}=", message)
+            argument = rf"(?<![\w-])(?:{name}|{_ARGUMENTS.get(name, name)})="
+            message = re.sub(rf"{argument}True\b", on, message)
+            message = re.sub(rf"{argument}False\b", off or on, message)
+            message = re.sub(argument, f"{on}=", message)
     return message
 
 

@@ -29,7 +29,7 @@ def select_car_streaming(
     n1: int = N1,
     n2: int = 1,
     score_column: str = ColumnNames.score,
-    cluster_column: str = ColumnNames.cluster,
+    cluster_column: str | None = None,
     index_column: str = ColumnNames.index,
     allow_worse: bool = False,
     batch_size: int = 10_000,
@@ -53,7 +53,8 @@ def select_car_streaming(
         n1 (`int`): number of rows taken by score.
         n2 (`int`): number of rows taken from every cluster.
         score_column (`str`): column of scores.
-        cluster_column (`str`): column of clusters.
+        cluster_column (`str`, *optional*): column of clusters; defaults to the `output_column` of `clusters`, or to
+            `"cluster"` without a model.
         index_column (`str`): kept if the rows have it, otherwise added: the row's position in the stream.
         allow_worse (`bool`): accept a selection whose mean score is below the pool's.
         batch_size (`int`): number of rows read at a time.
@@ -71,6 +72,8 @@ def select_car_streaming(
             f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole "
             "numbers, n1 or n2 above 0; for a share or a budget call select_car on a Dataset."
         )
+    if cluster_column is None:  # the name that was given to the model stays
+        cluster_column = ColumnNames.cluster if clusters is None else clusters.output_column
     names = ColumnNames(score=score_column, cluster=cluster_column, index=index_column)
     kept: pa.Table | None = None
     places = np.zeros(0, dtype=np.int64)  # positions of the kept rows in the stream

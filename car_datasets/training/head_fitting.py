@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from datasets.utils import tqdm
 from torch import Tensor, nn
 
 FOLDS = 5  # of the cross-validation that gives the word logits
@@ -88,11 +89,15 @@ def fit_words(
     # Filled fold by fold by regressions that have not seen the row.
     logits = words.each(lambda matrix: np.zeros(matrix.shape[0], dtype=np.float32))
     pairs = np.arange(len(labels)) // 2  # both halves of a pair are in one fold: they share most words
-    for known, unseen in GroupKFold(min(FOLDS, len(labels) // 2)).split(labels, groups=pairs):
-        model = fit(known)
-        for matrix, out in zip(words.every(), logits.every(), strict=True):
-            out[unseen] = model.decision_function(matrix[unseen])
-    final = fit(np.arange(len(labels)))
+    folds = GroupKFold(min(FOLDS, len(labels) // 2))
+    with tqdm(total=folds.get_n_splits() + 1, desc="Fitting words", unit=" fits") as bar:
+        for known, unseen in folds.split(labels, groups=pairs):
+            model = fit(known)
+            for matrix, out in zip(words.every(), logits.every(), strict=True):
+                out[unseen] = model.decision_function(matrix[unseen])
+            bar.update()
+        final = fit(np.arange(len(labels)))
+        bar.update()
     return final.coef_[0], float(final.intercept_[0]), logits.each(lambda out: torch.from_numpy(out).unsqueeze(1))
 
 
@@ -154,7 +159,7 @@ def fit_quality(
             total = total + consistency / len(styled) * (shift.square().mean() / 4 + shift.mean(dim=0).square().mean())
         return total + margin_weight * _softplus(1 - (plain - corrupted)).mean()
 
-    return _descend(voters, loss, len(labels) // 2, **schedule)
+    return _descend(voters, loss, len(labels) // 2, "quality", **schedule)
 
 
 def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any) -> Voters:
@@ -171,34 +176,40 @@ def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any)
         total = _softplus(-plain).mean() + 0.3 * _softplus(-other).mean() + _softplus(broken).mean()
         return total + _softplus(3 - (plain - broken)).mean()
 
-    return _descend(voters, loss, pairs, **schedule)
+    return _descend(voters, loss, pairs, "integrity", **schedule)
 
 
 def _descend(
     voters: Voters,
     loss_of: Callable[[Tensor, int], Tensor],
     pairs: int,
+    part: str,
     *,
     epochs: int,
     pairs_per_batch: int,
     learning_rate: float,
     weight_decay: float,
 ) -> Voters:
-    """Minimise a loss of (rows, step) with AdamW and a one-cycle learning rate, in batches of pairs."""
+    """Minimise a loss of (rows, step) with AdamW and a one-cycle learning rate, in batches of pairs.
+
+    A progress bar names the `part` of the head that is fitted.
+    """
     optimiser = torch.optim.AdamW(voters.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps = epochs * -(-pairs // pairs_per_batch)
     # One more than the steps taken: the scheduler is also stepped after the last one.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps + 1)
     voters.train()
     step = 0
-    for _ in range(epochs):
-        for chosen in torch.randperm(pairs).split(pairs_per_batch):
-            # Pairs are shuffled, never split: the loss compares the two halves.
-            rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()
-            loss = loss_of(rows, step)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            step += 1
+    with tqdm(total=steps, desc=f"Fitting {part}", unit=" batches") as bar:
+        for _ in range(epochs):
+            for chosen in torch.randperm(pairs).split(pairs_per_batch):
+                # Pairs are shuffled, never split: the loss compares the two halves.
+                rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()
+                loss = loss_of(rows, step)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                step += 1
+                bar.update()
     return voters.eval()

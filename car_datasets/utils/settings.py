@@ -70,9 +70,7 @@ class Settings:
                 raise ValueError(f"{name}={value} must be at least {low:g}{most}.")
 
     @classmethod
-    def from_yaml(
-        cls: type[Kind], path: str | os.PathLike[str], *, given: Sequence[str] = (), **changes: Any
-    ) -> Kind:
+    def from_yaml(cls: type[Kind], path: str | os.PathLike[str], *, given: Sequence[str] = (), **changes: Any) -> Kind:
         """Read the settings from a YAML file; `changes` win over the file, and `given` over both.
 
         A value without quotes is text where the field is text: `no`, `1e5` and `0123` are then what was written, not
