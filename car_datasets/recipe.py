@@ -107,7 +107,7 @@ class Recipe(Settings):
     )
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = _setting(
         (),
-        f"Name columns that are called differently, as in instruction=task,response=answer. The keys are {listed(ROLE_NAMES)}.",
+        f"Name columns that are called differently, as in instruction=task,response=answer. A key is {listed(ROLE_NAMES)}.",
         SOURCE,
     )
     index_column: str = _setting(
@@ -124,7 +124,7 @@ class Recipe(Settings):
     )
     template: str | None = _setting(
         None,
-        f"Score the text of this template: {listed(TEMPLATES)}. Other templates than the scorer's own mean little.",
+        f"Score the text as this template writes it: {listed(TEMPLATES)}.",
         SCORING,
         shown="the scorer's own",
     )

@@ -60,12 +60,16 @@ def test_commands_run(folder: Path) -> None:
 def shown_commands() -> list[tuple[str, str]]:
     """The commands with arguments of all pages, comments and messages, with the file that shows each."""
     folders = [ROOT / name for name in ("configs", "hub_cards", "notebooks", "car_datasets")]
-    paths = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.*"))]
+    paths = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(path for folder in folders for path in folder.rglob("*.*")),
+    ]
     found = []
     for path in paths:
         if path.suffix in (".md", ".yaml", ".jinja", ".ipynb", ".py"):
             lines = re.findall(
-                r"`car-datasets ([^`]+)`|^\W*car-datasets (.+)$|Example: car-datasets (.+)\"",
+                r"`car-datasets ([^`\n]+)`|^(?:#\s+|\$ )?car-datasets (.+)$|Example: car-datasets (.+)\"",
                 path.read_text(encoding="utf-8"),
                 flags=re.MULTILINE,
             )
@@ -80,8 +84,8 @@ def test_every_command_that_a_page_shows_is_understood() -> None:
     commands = shown_commands()
     assert len(commands) > 40
     for page, line in commands:
-        name, *words = shlex.split(line.strip(), comments=True)
         try:
+            name, *words = shlex.split(line, comments=True)
             parser.commands[name].make_context(name, words)
         except Exception as error:
             pytest.fail(f"{page}: car-datasets {line}: {error!r}")
@@ -103,6 +107,13 @@ def test_the_two_commands_come_first_and_exist() -> None:
         command = ["make", "--dry-run", target]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_commands_is_complete_and_in_the_order_of_the_help() -> None:
+    parser: Any = get_command(app)
+    assert re.findall(r"^\| `car-datasets (\w+) ", README, flags=re.MULTILINE)[: len(parser.commands)] == list(
+        parser.commands
+    )
 
 
 def test_linked_files_exist() -> None:
