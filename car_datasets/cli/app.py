@@ -320,20 +320,25 @@ def _as_typed(message: str, command: Command, arguments: dict[str, Any]) -> str:
         # A recipe file has no options, and messages about a model say "revision" too.
         if not typed and (arguments.get("config") is not None or name == "revision"):
             continue
-        flags = [
-            flag
-            for info in getattr(parameter.annotation, "__metadata__", ())
-            if isinstance(info, OptionInfo)
-            for flag in info.param_decls or (f"--{name.replace('_', '-')}",)
-            if flag.startswith("--")
-        ]
-        for flag in flags[:1]:
-            on, _, off = flag.partition("/")
-            argument = rf"(?<![\w-])(?:{name}|{_ARGUMENTS.get(name, name)})="
-            message = re.sub(rf"{argument}True\b", on, message)
-            message = re.sub(rf"{argument}False\b", off or on, message)
-            message = re.sub(argument, f"{on}=", message)
+        on, _, off = _flag_of(parameter).partition("/")
+        if not on:
+            continue
+        # A value is quoted or a number; a bare word belongs to `--columns`, as in instruction=task,output=answer.
+        argument = rf"(?<![\w,-])(?:{name}|{_ARGUMENTS.get(name, name)})=(?!(?!nan|inf)[a-z])"
+        message = re.sub(rf"{argument}True\b", on, message)
+        message = re.sub(rf"{argument}False\b", off or on, message)
+        message = re.sub(argument, f"{on}=", message)
     return message
+
+
+def _flag_of(parameter: inspect.Parameter) -> str:
+    """Return the name of an option, `--x` or `--x/--no-x`, or nothing for an argument."""
+    for info in getattr(parameter.annotation, "__metadata__", ()):
+        if isinstance(info, OptionInfo):
+            # In an annotation, typer takes the first name of an option for its default.
+            names = [str(name) for name in (info.default, *(info.param_decls or ()))]
+            return next((name for name in names if name.startswith("--")), f"--{parameter.name.replace('_', '-')}")
+    return ""
 
 
 @contextlib.contextmanager
