@@ -314,7 +314,11 @@ def _as_typed(message: str, command: Command, arguments: dict[str, Any]) -> str:
         arguments (`dict`): what it was called with.
     """
     # Many messages name both, as in "on_invalid='mark' (--on-invalid mark)".
-    message = re.sub(r"(?<![\w-])\w+=[^\s()]* \((--[^()]+)\)", r"\1", message)
+    message = re.sub(
+        r"(?<![\w-])(\w+)=[^\s()]* \((--([\w-]+)[^()]*)\)",
+        lambda both: both[2] if both[3].replace("-", "_") == both[1] else both[0],
+        message,
+    )
     for name, parameter in inspect.signature(command).parameters.items():
         typed = arguments.get(name) is not None
         # A recipe file has no options, and messages about a model say "revision" too.

@@ -53,7 +53,9 @@ def push(
 @one_line_errors
 @add_options(
     "token",
-    source=option(str | None, "Compare with this file or folder, the one that was curated; a Hub dataset is found."),
+    source=option(
+        str | None, "Compare with this file or folder, which was curated. A Hub dataset is found without it."
+    ),
     rescore=option(int, "Also score this many rows again, drawn at random.", 0, panel=SCORING),
     seed=option(int, "Seed the draw of --rescore with this number.", 0, panel=SCORING),
     scorer=option(str | None, "Rescore with the scorer in this folder, if it was a folder.", panel=SCORING),

@@ -102,7 +102,9 @@ def train(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change any key of CONFIG, as in --set epochs=2; may be repeated."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change any key of CONFIG, as in --set epochs=2. The option may be repeated.",
         ),
     ] = None,
     **options: Any,

@@ -144,7 +144,7 @@ def fit_quality(
         schedule: `epochs`, `pairs_per_batch`, `learning_rate` and `weight_decay`.
     """
 
-    def loss(rows: Tensor, step: int) -> Tensor:
+    def quality(rows: Tensor, step: int) -> Tensor:
         draw = step % len(features.corrupted)  # one draw of corruptions per step, in turn
         inputs = [features.rows, *features.styled, features.corrupted[draw]]
         offsets = [words.rows, *words.styled, words.corrupted[draw]]
@@ -159,7 +159,7 @@ def fit_quality(
             total = total + consistency / len(styled) * (shift.square().mean() / 4 + shift.mean(dim=0).square().mean())
         return total + margin_weight * _softplus(1 - (plain - corrupted)).mean()
 
-    return _descend(voters, loss, len(labels) // 2, "quality", **schedule)
+    return _descend(voters, quality, len(labels) // 2, **schedule)
 
 
 def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any) -> Voters:
@@ -168,7 +168,7 @@ def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any)
     `features` are scaled, (rows, width) each; `schedule` is the same as in [`fit_quality`].
     """
 
-    def loss(rows: Tensor, step: int) -> Tensor:
+    def integrity(rows: Tensor, step: int) -> Tensor:
         styled = features.styled[step % len(features.styled)]
         corrupted = features.corrupted[step % len(features.corrupted)]
         plain, other, broken = voters(torch.cat([m[rows] for m in (features.rows, styled, corrupted)])).split(len(rows))
@@ -176,14 +176,13 @@ def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any)
         total = _softplus(-plain).mean() + 0.3 * _softplus(-other).mean() + _softplus(broken).mean()
         return total + _softplus(3 - (plain - broken)).mean()
 
-    return _descend(voters, loss, pairs, "integrity", **schedule)
+    return _descend(voters, integrity, pairs, **schedule)
 
 
 def _descend(
     voters: Voters,
     loss_of: Callable[[Tensor, int], Tensor],
     pairs: int,
-    part: str,
     *,
     epochs: int,
     pairs_per_batch: int,
@@ -192,7 +191,7 @@ def _descend(
 ) -> Voters:
     """Minimise a loss of (rows, step) with AdamW and a one-cycle learning rate, in batches of pairs.
 
-    A progress bar names the `part` of the head that is fitted.
+    The progress bar shows the name of the loss, which is that of the part of the head.
     """
     optimiser = torch.optim.AdamW(voters.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps = epochs * -(-pairs // pairs_per_batch)
@@ -200,7 +199,7 @@ def _descend(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps + 1)
     voters.train()
     step = 0
-    with tqdm(total=steps, desc=f"Fitting {part}", unit=" batches") as bar:
+    with tqdm(total=steps, desc=f"Fitting {loss_of.__name__}", unit=" batches") as bar:
         for _ in range(epochs):
             for chosen in torch.randperm(pairs).split(pairs_per_batch):
                 # Pairs are shuffled, never split: the loss compares the two halves.

@@ -100,7 +100,7 @@ def test_a_trained_folder_is_a_scorer(
     figures = train_scorer(settings)
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert re.search(r"Training: 100%\|.*\| (\d+)/\1 .*kendall=", printed.err)
+    assert re.search(r"Training: .*/\d+ \[.*kendall=", printed.err)  # it may stop early
     assert "Validating: 100%" in printed.err
     assert figures["best_kendall"] > 0.5
     assert figures["accuracy"]["cleaned"]["pairs"]["value"] == 1.0
