@@ -314,7 +314,7 @@ def test_cluster_checks_its_settings_before_it_embeds(
 
 
 def test_estimate_shows_the_number_of_rows_that_it_times() -> None:
-    text = " ".join(run("estimate", "--help").stdout.split())
+    text = " ".join(run("estimate", "--help", env={"COLUMNS": "300"}).stdout.split())
     assert re.search(r"Time this many rows\. +\[default: 256\]", text)
 
 
