@@ -7,11 +7,12 @@ Does not: run a stage or look up a model.
 # No `from __future__ import annotations`: the command line reads the types of the fields, which would then be strings.
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from car_datasets.loading.schemas import as_column_names
+from car_datasets.loading.schemas import ROLE_NAMES, SCHEMAS, as_column_names
+from car_datasets.loading.templates import TEMPLATES
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import public
@@ -29,17 +30,35 @@ if TYPE_CHECKING:
 
 NAMES = ColumnNames()
 
+# The groups of options in the command line's help, in this order.
+SOURCE = "Source"
+SCORING = "Scoring"
+CLUSTERING = "Embedding and clustering"
+SELECTION = "Selection"
+COLUMNS = "Names of columns"
+OUTPUT = "Output"
+PERFORMANCE = "Performance"
+HUB = "Hub"
+PANELS = (SOURCE, SCORING, CLUSTERING, SELECTION, COLUMNS, OUTPUT, PERFORMANCE, HUB)
 
-def _setting(default: Any, help: str, *, flag: str | None = None, shown: str | None = None) -> Any:
+
+def _setting(default: Any, help: str, panel: str, *, flag: str | None = None, shown: str | None = None) -> Any:
     """Return a field of `Recipe` with its option.
 
     Args:
         default: the default of the field.
-        help (`str`): the help text of the option, without the default.
+        help (`str`): the help text of the option, in full sentences and without the default.
+        panel (`str`): the group of options that it is shown in, one of `PANELS`.
         flag (`str`, *optional*): the option, if it is not called like the field.
         shown (`str`, *optional*): the default as the help shows it, for a default such as None that says nothing.
     """
-    return field(default=default, metadata={"help": help, "flag": flag, "shown": shown})
+    return field(default=default, metadata={"help": help, "panel": panel, "flag": flag, "shown": shown})
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names as `a, b or c`, for a help text."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
 @public
@@ -85,56 +104,103 @@ class Recipe(Settings):
         projection (`str`): projection of the map in plots and page: `"pca"`, `"tsne"`, or `"umap"` (needs umap-learn).
     """
 
-    name: str | None = _setting(None, "Configuration of a Hub dataset.")
-    split: str | None = _setting(None, "Split, if the source has several.")
-    revision: str | None = _setting(None, "Branch, tag or commit of a Hub dataset.")
+    _called = "recipe"
+
+    name: str | None = _setting(None, "Read this configuration of a Hub dataset.", SOURCE)
+    split: str | None = _setting(None, "Read this split. A source with a single split needs no name.", SOURCE)
+    revision: str | None = _setting(None, "Read this branch, tag or commit of a Hub dataset.", SOURCE)
     schema: str = _setting(
-        "auto", "Schema: alpaca, prompt/completion, messages, conversations, ...; auto recognises it."
+        "auto",
+        f"Read the columns of this schema: {listed(SCHEMAS)}. With auto, the column names tell which one it is.",
+        SOURCE,
     )
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = _setting(
-        (), "Columns under other names: instruction=task,response=answer."
+        (),
+        f"Name columns that are called differently, as in instruction=task,response=answer. A key is {listed(ROLE_NAMES)}.",
+        SOURCE,
     )
-    index_column: str = _setting(NAMES.index, "Column that identifies a row; added if it does not exist.")
+    index_column: str = _setting(
+        NAMES.index,
+        "This column identifies a row; the row's number is added under this name if it is missing.",
+        COLUMNS,
+    )
     on_invalid: str = _setting(
-        "error", "Rows that cannot be scored: error refuses them, mark keeps them without a score."
+        "error", "Say what to do with rows that cannot be scored: error refuses them, mark keeps them unscored.", SOURCE
     )
-    scorer: str = _setting(revisions.DEFAULT_SCORER, "An IQS model: Hub id or folder.")
-    scorer_revision: str | None = _setting(None, "Branch, tag or commit of the scorer; of a folder, its digest.")
-    template: str | None = _setting(None, "Text that is scored: clean-1, or paper.", shown="the scorer's own")
-    turns: str = _setting("mean", "Score of a chat from its exchanges: mean, min, last or sum.")
-    uncertainty: bool = _setting(False, "Also add the standard deviation over the members of the scorer's head.")
+    scorer: str = _setting(revisions.DEFAULT_SCORER, "Score with this IQS model, a Hub id or a folder.", SCORING)
+    scorer_revision: str | None = _setting(
+        None, "Take this branch, tag or commit of the scorer, or expect this digest of its folder.", SCORING
+    )
+    template: str | None = _setting(
+        None,
+        f"Score the text as this template writes it: {listed(TEMPLATES)}.",
+        SCORING,
+        shown="the scorer's own",
+    )
+    turns: str = _setting("mean", "Combine the scores of a chat's exchanges by mean, min, sum or last.", SCORING)
+    uncertainty: bool = _setting(
+        False, "Also add the standard deviation over the members of the scorer's head.", SCORING
+    )
     dtype: str = _setting(
-        "float32", "Precision of the encoder: float32; or bfloat16 or float16, which are faster on a GPU."
+        "float32", "Run the encoder in float32, or in bfloat16 or float16, which are faster on a GPU.", PERFORMANCE
     )
-    embedder: str | None = _setting(None, "A sentence-transformers model.", shown="the scorer's own encoder")
-    embedder_revision: str | None = _setting(None, "Branch, tag or commit of --embedder.")
-    k: int | str = _setting("sqrt", "Clusters: a number, or sqrt for int(sqrt(rows / 2)).")
-    explained_variance: float = _setting(EXPLAINED_VARIANCE, "Share of the variance that PCA keeps before k-means.")
-    seed: int = _setting(SEED, "Seed of k-means and of the report's control samples.")
-    n_init: int = _setting(1, "k-means runs, of which the best is kept.")
+    embedder: str | None = _setting(
+        None, "Embed with this sentence-transformers model.", CLUSTERING, shown="the scorer's own encoder"
+    )
+    embedder_revision: str | None = _setting(None, "Take this branch, tag or commit of --embedder.", CLUSTERING)
+    k: int | str = _setting(
+        "sqrt", "Make this number of clusters, or int(sqrt(rows / 2)) of them with sqrt.", CLUSTERING
+    )
+    explained_variance: float = _setting(
+        EXPLAINED_VARIANCE, "Cluster on the principal components that hold this share of the variance.", CLUSTERING
+    )
+    seed: int = _setting(SEED, "Seed k-means and the report's control samples with this number.", CLUSTERING)
+    n_init: int = _setting(1, "Run k-means this many times, and keep the best run.", CLUSTERING)
     kmeans: str | None = _setting(
-        None, "k-means engine: torch, or sklearn (on all rows, as in the paper).", shown="by procedure"
+        None,
+        "Run k-means in torch or, on all rows as in the paper, in sklearn.",
+        CLUSTERING,
+        shown="by procedure",
     )
-    kmeans_sample: int = _setting(KMEANS_SAMPLE, "Rows per cluster to fit on, if there are more; 0 fits on all.")
+    kmeans_sample: int = _setting(
+        KMEANS_SAMPLE, "Fit on this many rows per cluster if there are more; 0 fits on all rows.", CLUSTERING
+    )
     n1: int | float | None = _setting(
-        None, "Rows by score: a number, or a share such as 0.05.", shown="1000, but at most half of the scored rows"
+        None,
+        "Take this many rows by score, or this share of them, such as 0.05.",
+        SELECTION,
+        shown="1000, but at most half of the scored rows",
     )
-    n2: int = _setting(1, "Rows from every cluster.")
-    budget: int | None = _setting(None, "Total number of rows to select, in place of --n1, which follows from it.")
-    allow_worse: bool = _setting(False, "Accept a selection whose mean score is below the pool's.")
-    score_column: str = _setting(NAMES.score, "Name of the score column.")
-    embedding_column: str = _setting(NAMES.embedding, "Name of the embedding column.")
-    cluster_column: str = _setting(NAMES.cluster, "Name of the cluster column.")
-    procedure: str = _setting("default", "Rule of selection: default, or paper, the published one with its oddities.")
+    n2: int = _setting(1, "Take this many rows from every cluster.", SELECTION)
+    budget: int | None = _setting(
+        None, "Take this many rows in total, in place of --n1, which then follows from it.", SELECTION
+    )
+    allow_worse: bool = _setting(
+        False, "Accept a selection whose mean score is below that of the entire pool.", SELECTION
+    )
+    score_column: str = _setting(NAMES.score, "Name the score column.", COLUMNS)
+    embedding_column: str = _setting(NAMES.embedding, "Name the embedding column.", COLUMNS)
+    cluster_column: str = _setting(NAMES.cluster, "Name the cluster column.", COLUMNS)
+    procedure: str = _setting(
+        "default", "Select by the rule default, or by paper, the published one with its oddities.", SELECTION
+    )
     tokenizer: str | None = _setting(
-        None, "For a scorer in the original's layout: folder or Hub id of its base model's tokenizer."
+        None, "Name the base model's tokenizer, a folder or Hub id, for a scorer in the original's layout.", SCORING
     )
-    batch_tokens: int | None = _setting(None, "Padded tokens in one forward pass.", shown="by device")
-    embedding_dtype: str = _setting("float32", "Type of the embedding column: float32 or float16.")
-    compile: bool = _setting(False, "Compile the encoder; worthwhile only for large datasets on a GPU.")
-    engine: str | None = _setting(None, "Score with the int8 encoder in this folder, which `quantise` wrote.")
-    keep_embeddings: bool = _setting(True, "Keep the embeddings in scored.parquet.", flag="--embeddings")
-    projection: str = _setting("pca", "Projection of the map: pca, tsne, or umap (needs the extra umap).")
+    batch_tokens: int | None = _setting(
+        None, "Read this many tokens in one forward pass, padding included.", PERFORMANCE, shown="by device"
+    )
+    embedding_dtype: str = _setting("float32", "Store the embeddings as float32 or float16.", OUTPUT)
+    compile: bool = _setting(
+        False, "Compile the encoder. This is worthwhile only for large datasets on a GPU.", PERFORMANCE
+    )
+    engine: str | None = _setting(
+        None, "Score on the CPU with the int8 encoder in this folder, which `quantise` wrote.", PERFORMANCE
+    )
+    keep_embeddings: bool = _setting(True, "Keep the embeddings in scored.parquet.", OUTPUT, flag="--embeddings")
+    projection: str = _setting(
+        "pca", "Draw the map by the projection pca, tsne or umap, which needs the extra umap.", OUTPUT
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,11 +10,15 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from car_datasets.cli import app
+from car_datasets.training.head import HeadTraining
+from car_datasets.training.train import ScorerTraining
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +57,48 @@ def test_commands_run(folder: Path) -> None:
         assert done.exit_code == 0, (line, done.output)
 
 
+def shown_commands() -> list[tuple[str, str]]:
+    """The commands with arguments of all pages, comments and messages, with the file that shows each."""
+    folders = [ROOT / name for name in ("configs", "hub_cards", "notebooks", "car_datasets")]
+    paths = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(path for folder in folders for path in folder.rglob("*.*")),
+    ]
+    found = []
+    for path in paths:
+        if path.suffix in (".md", ".yaml", ".jinja", ".ipynb", ".py"):
+            lines = re.findall(
+                r"`car-datasets ([^`\n]+)`|^(?:#\s+|\$ )?car-datasets (.+)$|Example: car-datasets (.+)\"",
+                path.read_text(encoding="utf-8"),
+                flags=re.MULTILINE,
+            )
+            found += [(path.name, next(filter(None, forms))) for forms in lines]
+    # Left out: names of commands alone, and lines that a program fills in.
+    return [(name, line) for name, line in found if " " in line and not re.search(r"[{$]|\.\.\.", line)]
+
+
+def test_every_command_that_a_page_shows_is_understood() -> None:
+    """Parsed only: commands and options exist, values have the right types, and nothing is missing."""
+    parser: Any = get_command(app)
+    commands = shown_commands()
+    assert len(commands) > 40
+    for page, line in commands:
+        try:
+            name, *words = shlex.split(line, comments=True)
+            parser.commands[name].make_context(name, words)
+        except Exception as error:
+            pytest.fail(f"{page}: car-datasets {line}: {error!r}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("train_*.yaml")), ids=lambda path: path.name)
+def test_the_settings_that_a_comment_shows_are_accepted(path: Path) -> None:
+    kind: Any = HeadTraining if "kind: head" in path.read_text(encoding="utf-8") else ScorerTraining
+    given = re.findall(r"--set (\w+=[\w./-]+)", path.read_text(encoding="utf-8").replace("key=value", ""))
+    changed = kind.from_yaml(path, given=given)
+    assert {f"{name}={getattr(changed, name)}" for name in (each.partition("=")[0] for each in given)} == set(given)
+
+
 def test_the_two_commands_come_first_and_exist() -> None:
     first = blocks("sh")[0]
     targets = re.findall(r"^make ([a-z-]+)", first, flags=re.MULTILINE)
@@ -61,6 +107,13 @@ def test_the_two_commands_come_first_and_exist() -> None:
         command = ["make", "--dry-run", target]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_commands_is_complete_and_in_the_order_of_the_help() -> None:
+    parser: Any = get_command(app)
+    assert re.findall(r"^\| `car-datasets (\w+) ", README, flags=re.MULTILINE)[: len(parser.commands)] == list(
+        parser.commands
+    )
 
 
 def test_linked_files_exist() -> None:

@@ -25,21 +25,37 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
+from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from car_datasets import __version__
-from car_datasets.recipe import Recipe
+from car_datasets.recipe import HUB, OUTPUT, PANELS, PERFORMANCE, Recipe
 from car_datasets.utils.files import UNFINISHED
 from car_datasets.utils.hub import clean_token
 from car_datasets.utils.processes import launched_rank
 
+
+class Commands(TyperGroup):
+    """The group of all commands: rich lays out its help, and a wrong call ends with plain lines."""
+
+    def __init__(self, **settings: Any) -> None:
+        # In this mode typer draws a box around an error, in which a message is broken into short lines.
+        super().__init__(**{**settings, "rich_markup_mode": None})
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the commands in panels, as typer does for the options of each."""
+        from typer import rich_utils
+
+        rich_utils.rich_format_help(obj=self, ctx=ctx, markup_mode="rich")
+
+
 app = typer.Typer(
     name="car-datasets",
-    help="Pick the best and most diverse subset of an instruction-tuning dataset.",
+    cls=Commands,
     no_args_is_help=True,
     # rich's tracebacks may print local variables, and a token may be among them.
     pretty_exceptions_enable=False,
-    # Help texts contain square brackets, which rich would read as markup.
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -55,7 +71,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Pick the best and most diverse subset of an instruction-tuning dataset."""
@@ -68,9 +84,25 @@ class Option(NamedTuple):
     default: Any = None
 
 
-def option(kind: Any, help: str, default: Any = None, *flags: str, **settings: Any) -> Option:
-    """Return an option with a help text; `flags` and `settings` are those of `typer.Option`."""
-    return Option(Annotated[kind, typer.Option(*flags, help=help, **settings)], default)
+def option(kind: Any, help: str, default: Any = None, *flags: str, panel: str | None = None, **more: Any) -> Option:
+    """Return an option with a help text.
+
+    Args:
+        kind (`type`): the type of the value.
+        help (`str`): the help text; `[default: ...]` at its end shows a default that is not the option's own.
+        default: the default of the option.
+        flags (`str`): the names of the option, if it is not called like the argument.
+        panel (`str`, *optional*): the group that the help shows it in, one of `PANELS`.
+        more: further settings of `typer.Option`.
+    """
+    return Option(Annotated[kind, typer.Option(*flags, help=_as_markup(help), rich_help_panel=panel, **more)], default)
+
+
+def _as_markup(help: str) -> str:
+    """Return a help text for rich, which would read its square brackets as markup, with the default in grey."""
+    text, mark, default = help.partition("  [default: ")
+    escaped = text.replace("[", r"\[")
+    return f"{escaped}  [dim]\\[default: {default}[/dim]" if mark else escaped
 
 
 def _parse_token(text: str | None) -> str | None:
@@ -80,28 +112,39 @@ def _parse_token(text: str | None) -> str | None:
         raise typer.BadParameter(str(error)) from error
 
 
-Source = Annotated[str, typer.Argument(help="Hub id, .json, .jsonl, .csv or .parquet file, or a folder.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="A new folder for the result.")]
+Source = Annotated[
+    str, typer.Argument(help="Read this dataset: a Hub id, a file in JSON, JSON Lines, CSV or Parquet, or a folder.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Write the result into this new folder.")]
 OutputFile = Annotated[
-    Path, typer.Option("--output", "-o", help="A new .parquet file, or a .json file in the original's format.")
+    Path,
+    typer.Option(
+        "--output", "-o", help="Write this new file: .parquet, or .json for a list of rows in the original's format."
+    ),
 ]
 SHARED = {
     "token": option(
         str | None,
-        "Hub token: for private sources and models, for --shards on the Hub, and to push.",
+        "Use this Hub token for private datasets and models and to push; `hf auth login` saves one.",
+        panel=HUB,
         envvar="HF_TOKEN",
         show_envvar=True,  # the name of the variable; typer never shows its value
         callback=_parse_token,
     ),
     "shards": option(
         str | None,
-        "Folder or URL for finished shards: a second run resumes from them, and several processes share the work.",
+        "Keep finished shards in this folder or URL: a second run resumes from them, and processes share the work.",
+        panel=PERFORMANCE,
     ),
     "overwrite": option(
-        bool, "Replace an earlier result in --output, once the new one is complete.", False, "--overwrite"
+        bool,
+        "Replace an earlier result in --output, once the new one is complete.",
+        False,
+        "--overwrite",
+        panel=OUTPUT,
     ),
-    "public": option(bool, "Make the repository public.  [default: private]", False, "--public"),
-    "check": option(bool, "Read back what was pushed, and compare it row by row.", False, "--check"),
+    "public": option(bool, "Make the repository public instead of private.", False, "--public", panel=HUB),
+    "check": option(bool, "Read back what was pushed, and compare it row by row.", False, "--check", panel=HUB),
 }
 
 
@@ -163,11 +206,11 @@ def _recipe_option(setting: Any, help: str | None) -> Option:
     # typer would show the option's own default, which is None.
     if "[default: " not in text and shown not in (None, ()):
         text = f"{text}  [default: {shown}]"
-    return option(kind | None, text, None, flag)
+    return option(kind | None, text, None, flag, panel=setting.metadata["panel"])
 
 
 def _with_parameters(command: Command, like: Command, options: dict[str, Option], drop: Any) -> Command:
-    """Give a command the signature that typer reads: that of `like`, with options in the place of one parameter.
+    """Give a command the signature that typer reads: that of `like`, with options instead of one parameter.
 
     Args:
         command (`Callable`): what typer calls.
@@ -187,10 +230,20 @@ def _with_parameters(command: Command, like: Command, options: dict[str, Option]
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.annotation)
         for name, each in options.items()
     ]
+    # The help shows the panels in the order of their first options; the sort keeps the order within each.
+    parameters = sorted([*kept, *new], key=_place_of_panel)
     # typer reads the parameters from the signature and their types from the annotations, so both are set.
-    command.__signature__ = inspect.Signature([*kept, *new])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in [*kept, *new]}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
+
+
+def _place_of_panel(parameter: inspect.Parameter) -> int:
+    """Return the place of a parameter's panel in `PANELS`, or -1 without a panel."""
+    for info in getattr(parameter.annotation, "__metadata__", ()):
+        if info.rich_help_panel in PANELS:
+            return PANELS.index(info.rich_help_panel)
+    return -1
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -255,13 +308,15 @@ def one_line_errors(command: Command) -> Command:
         except (ValueError, OSError) as error:
             if not is_main:
                 time.sleep(GRACE)
-            typer.echo(f"car-datasets: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"car-datasets: {_as_typed(' '.join(str(error).split()), command, arguments)}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as stop:
             if is_main:
                 typer.echo(f"\ncar-datasets: stopped. {_what_is_kept(command.__name__, arguments)}", err=True)
             raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
 
+    # typer shows the docstring as the help, and rich would read the brackets of "car-datasets[explore]" as markup.
+    run.__doc__ = _as_markup(command.__doc__ or "")
     return run
 
 
@@ -318,6 +373,50 @@ def _finished_shards(place: str) -> str:
         done = sum(min(size, rows - number * size) for number in numbers)
         found.append(f"{folder} holds {done:,} of {rows:,} rows")
     return f"{', '.join(found)}." if found else f"Finished shards are kept in {place}."
+
+
+# What the library calls the values of these options.
+_ARGUMENTS = {"output": "output_dir", "shards": "shard_dir", "rows": "sample"}
+
+
+def _as_typed(message: str, command: Command, arguments: dict[str, Any]) -> str:
+    """Return a message of the library with its arguments as the options of a command: `--n1=9` for `n1=9`.
+
+    Args:
+        message (`str`): the message, in one line.
+        command (`Callable`): the command that failed.
+        arguments (`dict`): what it was called with.
+    """
+    # Many messages name both, as in "on_invalid='mark' (--on-invalid mark)".
+    message = re.sub(
+        r"(?<![\w-])(\w+)=[^\s()]* \((--([\w-]+)[^()]*)\)",
+        lambda both: both[2] if both[3].replace("-", "_") == both[1] else both[0],
+        message,
+    )
+    for name, parameter in inspect.signature(command).parameters.items():
+        typed = arguments.get(name) is not None
+        # A recipe file has no options, and messages about a model say "revision" too.
+        if not typed and (arguments.get("config") is not None or name == "revision"):
+            continue
+        on, _, off = _flag_of(parameter).partition("/")
+        if not on:
+            continue
+        # A value is quoted or a number; a bare word belongs to `--columns`, as in instruction=task,output=answer.
+        argument = rf"(?<![\w,-])(?:{name}|{_ARGUMENTS.get(name, name)})=(?!(?!nan|inf)[a-z])"
+        message = re.sub(rf"{argument}True\b", on, message)
+        message = re.sub(rf"{argument}False\b", off or on, message)
+        message = re.sub(argument, f"{on}=", message)
+    return message
+
+
+def _flag_of(parameter: inspect.Parameter) -> str:
+    """Return the name of an option, `--x` or `--x/--no-x`, or nothing for an argument."""
+    for info in getattr(parameter.annotation, "__metadata__", ()):
+        if isinstance(info, OptionInfo):
+            # In an annotation, typer takes the first name of an option for its default.
+            names = [str(name) for name in (info.default, *(info.param_decls or ()))]
+            return next((name for name in names if name.startswith("--")), f"--{parameter.name.replace('_', '-')}")
+    return ""
 
 
 @contextlib.contextmanager

@@ -20,30 +20,39 @@ from car_datasets.cli.app import (
     quiet_models,
     recipe_options,
 )
-from car_datasets.recipe import Recipe
+from car_datasets.recipe import SCORING, Recipe
 from car_datasets.utils.files import fresh_folder, without_nan
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
 
+SCORERS = "Make and measure a scorer"  # the group of these commands in the help
 
-@app.command(epilog="Example: car-datasets prepare revisions.json --output expert-pairs")
+
+@app.command(rich_help_panel=SCORERS, epilog="Example: car-datasets prepare revisions.json --output expert-pairs")
 @one_line_errors
 def prepare(
-    revisions: Annotated[Path, typer.Argument(help="JSON list of revisions: objects with original and revised.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder for the files.")],
+    revisions: Annotated[
+        Path, typer.Argument(help="Read this JSON list of objects with the keys original and revised.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the files into this new folder.")],
     drop: Annotated[
         float | None,
-        typer.Option(help="Smallest edits to leave out: a share below 1, or a number.  [default: 0.323, as in CaR]"),
+        typer.Option(
+            help="Leave out the smallest edits: this share of them if below 1, else this many.",
+            show_default="0.323, as in CaR",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = Recipe.seed,
+    seed: Annotated[int, typer.Option(help="Seed the split with this number.")] = Recipe.seed,
     similarity: Annotated[
         float,
-        typer.Option(help="Cosine from which two pairs are near-duplicates and stay in one file; 0 skips the search."),
+        typer.Option(help="Keep pairs in one file whose cosine similarity is at least this; 0 skips the search."),
     ] = 0.8,
-    clean: Annotated[bool, typer.Option(help="Decode typed-out escapes, straighten quotes, fold white space.")] = True,
+    clean: Annotated[
+        bool, typer.Option(help="Decode typed-out escapes, straighten quotes and fold white space.")
+    ] = True,
 ) -> None:
     """Split expert revisions into training, validation and test files, in the original's two formats.
 
-    Also audits whether single words give the labels away.
+    It also prints whether single words give the labels away.
     """
     from car_datasets.training.preparation import PUBLISHED_SHARE, audit_table
     from car_datasets.training.preparation import prepare as prepare_files
@@ -65,36 +74,53 @@ def prepare(
         print_table(audit_table(name, audit))
 
 
-@app.command(epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer")
+@app.command(
+    rich_help_panel=SCORERS, epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer"
+)
 @one_line_errors
 @add_options("token")
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings in YAML, such as configs/train_*.yaml.")],
-    train: Annotated[str | None, typer.Option(help="File of pairs or scored rows.  [default: from CONFIG]")] = None,
-    valid: Annotated[
-        str | None, typer.Option(help="File of pairs to choose the epoch by.  [default: from CONFIG]")
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG", help="Read the settings from this YAML file, such as configs/train_iqs_minilm.yaml."
+        ),
+    ],
+    train: Annotated[
+        str | None, typer.Option(help="Train on this file of pairs or scored rows.", show_default="from CONFIG")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="A new folder.  [default: from CONFIG]")] = None,
+    valid: Annotated[
+        str | None, typer.Option(help="Choose the epoch by this file of pairs.", show_default="from CONFIG")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Write the model into this new folder.", show_default="from CONFIG"),
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of weights, order and dropout.  [default: from CONFIG]")
+        int | None, typer.Option(help="Seed weights, order and dropout with this number.", show_default="from CONFIG")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other key of CONFIG, as in --set epochs=2; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change any key of CONFIG, as in --set epochs=2. The option may be repeated.",
+        ),
     ] = None,
     **options: Any,
 ) -> None:
-    """Train a scorer: the head of the embedded one, or a complete model (IQS or ranking) as the original does."""
+    """Train a scorer: the head of the embedded one, or a complete model as the original does."""
     quiet_models()
     given = {"train": train, "valid": valid, "output": output, "seed": seed}
-    changes = {**{name: value for name, value in given.items() if value is not None}, **_parse_settings(set_ or [])}
+    changes = {name: value for name, value in given.items() if value is not None}
     from car_datasets.training.head import HeadTraining, train_head
     from car_datasets.training.train import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
 
     if read_kind(config, ("head", *OBJECTIVE_OF_KIND)) == "head":
-        settings: Any = HeadTraining.from_yaml(config, **changes)
+        settings: Any = HeadTraining.from_yaml(config, given=set_ or (), **changes)
         figures = train_head(settings)
     else:
-        settings = ScorerTraining.from_yaml(config, **changes)
+        settings = ScorerTraining.from_yaml(config, given=set_ or (), **changes)
         figures = train_scorer(settings, options["token"])
     if figures:  # the other processes of a distributed run have none
         pairs = figures["accuracy"]["cleaned"]["pairs"]
@@ -104,30 +130,42 @@ def train(
         )
 
 
-@app.command(epilog="Example: car-datasets evaluate car-datasets/iqs-minilm --pairs expert_score_valid.csv")
+@app.command(
+    rich_help_panel=SCORERS,
+    epilog="Example: car-datasets evaluate car-datasets/iqs-minilm --pairs expert_score_valid.csv",
+)
 @one_line_errors
 @recipe_options("tokenizer")
 @add_options(
     "token",
-    revision=option(str | None, "Branch, tag or commit of a Hub model."),
-    engine=option(str | None, "Also measure the int8 encoder in this folder, and compare it with the float32 one."),
-    samples=option(int | None, f"Bootstrap samples for each interval.  [default: {BOOTSTRAP_SAMPLES}]"),
-    seed=option(int, "Seed of bootstrap and corruptions.", 0),
+    revision=option(str | None, "Take this branch, tag or commit of a Hub model.", panel=SCORING),
+    engine=option(
+        str | None, "Also measure the int8 encoder in this folder, and compare it with float32.", panel=SCORING
+    ),
+    samples=option(int | None, f"Draw this many bootstrap samples per interval.  [default: {BOOTSTRAP_SAMPLES}]"),
+    seed=option(int, "Seed bootstrap and corruptions with this number.", 0),
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(help="An IQS model: Hub id or folder; car-datasets/iqs-minilm is included.")],
+    model: Annotated[
+        str, typer.Argument(help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included.")
+    ],
     pairs: Annotated[
-        Path, typer.Option(help="Pairs: CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected).")
+        Path,
+        typer.Option(
+            help="Measure on these pairs: CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected)."
+        ),
     ],
     changes: dict[str, Any],
-    json_: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this new file.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write all figures into this new JSON file.")
+    ] = None,
     other: Annotated[
         Path | None,
-        typer.Option(help="Other pairs, to choose the threshold and train the bag of words on."),
+        typer.Option(help="Choose the threshold and train the bag of words on these other pairs."),
     ] = None,
     **options: Any,
 ) -> None:
-    """Evaluate a scorer: accuracy with intervals and baselines, corrupted copies, changes of style."""
+    """Evaluate a scorer on pairs of answers: its accuracy, what fools it, and what moves its scores."""
     quiet_models()
     from car_datasets.training.pairs import read_pairs
 
@@ -162,23 +200,25 @@ def evaluate(
         json_.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-@app.command(epilog="Example: car-datasets quantise alpaca_data.json --output int8")
+@app.command(rich_help_panel=SCORERS, epilog="Example: car-datasets quantise alpaca_data.json --output int8")
 @one_line_errors
 @recipe_options(
     *("scorer", "scorer_revision", "tokenizer", "name", "split", "revision", "schema", "columns"),
-    seed="Seed of the choice of rows.",
+    seed="Seed the choice of rows with this number.",
 )
 @add_options("token")
 def quantise(
     source: Source,
     output: Output,
     changes: dict[str, Any],
-    rows: Annotated[int, typer.Option(help="Rows of the source to calibrate on; as many others are compared.")] = 300,
+    rows: Annotated[
+        int, typer.Option(help="Calibrate on this many rows of the source, and compare on as many others.")
+    ] = 300,
     **options: Any,
 ) -> None:
     """Quantise a scorer's encoder to int8, for --engine on the CPU.
 
-    Needs the extra: pip install 'car-datasets[openvino]'.
+    This needs an extra: pip install 'car-datasets[openvino]'.
     """
     quiet_models()
     from car_datasets.scoring.iqs.openvino_encoder import RECORD_FILE, import_openvino
@@ -205,28 +245,22 @@ def quantise(
         typer.echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
 
 
-@app.command(epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large")
+@app.command(
+    rich_help_panel=SCORERS,
+    epilog="Example: car-datasets convert instruction_score iqs --tokenizer FacebookAI/xlm-roberta-large",
+)
 @one_line_errors
 @recipe_options("tokenizer")
 def convert(
-    checkpoint: Annotated[str, typer.Argument(help="A .ckpt file, or a folder or Hub id in the original's layout.")],
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Convert this .ckpt file, or folder or Hub id in the original's layout.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Write the model into this new folder.")],
     changes: dict[str, Any],
 ) -> None:
-    """Convert a checkpoint of the original CaR project to a model folder: configuration, safetensors, tokenizer."""
+    """Convert a checkpoint of the original CaR project to an ordinary model folder."""
     quiet_models()
     from car_datasets.scoring.iqs.modeling_iqs import convert_checkpoint
 
     convert_checkpoint(checkpoint, output, changes.get("tokenizer"))
     typer.echo(f"The model is in {output}.")
-
-
-def _parse_settings(given: list[str]) -> dict[str, Any]:
-    """Return the settings of `--set key=value`; the value is read as YAML."""
-    import yaml
-
-    wrong = [text for text in given if "=" not in text]
-    if wrong:
-        raise ValueError(f"--set {wrong[0]}: write key=value, as in --set epochs=2.")
-    # YAML, as in the file: 2 is a number, true a bool, [256] a list.
-    return {key.strip(): yaml.safe_load(value) for key, value in (text.split("=", 1) for text in given)}

@@ -26,8 +26,10 @@ from car_datasets.cli.app import (
     quiet_models,
     recipe_options,
 )
-from car_datasets.recipe import Recipe
+from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
+from car_datasets.recipe import HUB, OUTPUT, SCORING, Recipe, listed
 from car_datasets.utils.files import fresh_file, fresh_folder, sample_file
+from car_datasets.utils.revisions import DEFAULT_ENCODER
 from car_datasets.utils.settings import CONFIG_NAME, ESTIMATE_ROWS, SPLIT
 
 if TYPE_CHECKING:
@@ -35,11 +37,18 @@ if TYPE_CHECKING:
 
     from car_datasets.utils.column_names import ColumnNames
 
+# The groups of commands in the help.
+ENTIRE = "The entire pipeline"
+STAGES = "One stage of it"
+PUBLISHING = "Publish and check a result"
+
 READING = ("name", "split", "revision", "schema", "columns", "on_invalid")
-SCORING = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtype", "batch_tokens", "compile")
+SCORER = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtype", "batch_tokens", "compile")
 
 
-@app.command(epilog="Example: car-datasets curate alpaca_data.json --output out --n1 1000 --n2 1")
+@app.command(
+    rich_help_panel=ENTIRE, epilog="Example: car-datasets curate alpaca_data.json --output out --n1 1000 --n2 1"
+)
 @one_line_errors
 @recipe_options(*FLAGS)
 @add_options("shards", "overwrite", "public", "check", "token")
@@ -48,13 +57,14 @@ def curate(
     output: Output,
     changes: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="A recipe in YAML, such as configs/default.yaml; options win over it.")
+        Path | None, typer.Option(help="Read a recipe in YAML, such as configs/default.yaml; options win over it.")
     ] = None,
     push: Annotated[
         str | None,
         typer.Option(
             metavar="REPO",
-            help="Also push the result to this dataset repository; before the run, check that this is possible.",
+            help="Also push the result to this dataset repository, and check before the run that this is possible.",
+            rich_help_panel=HUB,
         ),
     ] = None,
     **options: Any,
@@ -111,15 +121,15 @@ def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None
     print_pushed(from_main(lambda: push_selection(folder, repo, private=private, check=check, token=token)))
 
 
-@app.command(epilog="Example: car-datasets demo --output demo")
+@app.command(rich_help_panel=ENTIRE, epilog="Example: car-datasets demo --output demo")
 @one_line_errors
 @add_options("overwrite")
 def demo(
     output: Output,
-    budget: Annotated[int, typer.Option(help="Rows to select.")] = 60,
+    budget: Annotated[int, typer.Option(help="Select this many rows in total.")] = 60,
     **options: Any,
 ) -> None:
-    """Curate the sample of instruction rows that ships with the package; needs no network."""
+    """Curate the sample of instruction rows that ships with the package, without a network."""
     quiet_models()
     from car_datasets.curation import curate
 
@@ -137,12 +147,12 @@ def _say_where(folder: Path) -> None:
     typer.echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
 
 
-@app.command(epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
+@app.command(rich_help_panel=STAGES, epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
 @one_line_errors
 @recipe_options(
-    *(*SCORING, "embedder", "embedder_revision", "turns", "uncertainty", "embedding_dtype", *READING),
+    *(*SCORER, "embedder", "embedder_revision", "turns", "uncertainty", "embedding_dtype", *READING),
     *("index_column", "score_column", "embedding_column"),
-    cluster_column="Name of the column that `cluster` will add; the source must not have it.",
+    cluster_column="Name the column that `cluster` will add, which the source must not have.",
 )
 @add_options("shards", "overwrite", "token")
 def score(
@@ -153,13 +163,16 @@ def score(
         typer.Option(
             "--output",
             "-o",
-            help="A new .parquet file, or a .json file in the original's format; without it, only fill --shards.",
+            help="Write this new file: .parquet, or .json for a list of rows in the original's format. Without it, "
+            "only fill --shards.",
         ),
     ] = None,
-    embeddings: Annotated[bool, typer.Option(help="Also add the embedding, which `cluster` reads.")] = True,
+    embeddings: Annotated[
+        bool, typer.Option(rich_help_panel=OUTPUT, help="Also add the embedding, which `cluster` reads.")
+    ] = True,
     **options: Any,
 ) -> None:
-    """Add iqs_score, iqs_tokens, iqs_truncated, iqs_status and embedding; write Parquet, or the original's JSON."""
+    """Add iqs_score, iqs_tokens, iqs_truncated, iqs_status and embedding to the rows of a dataset."""
     quiet_models()
 
     shards, token = options["shards"], options["token"]
@@ -194,15 +207,15 @@ def score(
     _write(scored, output, replace(recipe.names, index=added))
 
 
-@app.command(epilog="Example: car-datasets estimate alpaca_data.json")
+@app.command(rich_help_panel=STAGES, epilog="Example: car-datasets estimate alpaca_data.json")
 @one_line_errors
-@recipe_options(*SCORING, *READING)
+@recipe_options(*SCORER, *READING)
 @add_options("token")
 def estimate(
     source: Source,
     changes: dict[str, Any],
-    rows: Annotated[int, typer.Option(help="Rows to time.")] = ESTIMATE_ROWS,
-    embeddings: Annotated[bool, typer.Option(help="Include the embedding, if it comes from the same pass.")] = True,
+    rows: Annotated[int, typer.Option(help="Time this many rows.")] = ESTIMATE_ROWS,
+    embeddings: Annotated[bool, typer.Option(help="Include the embedding if it comes from the same pass.")] = True,
     **options: Any,
 ) -> None:
     """Time some rows on this machine, and estimate how long the entire dataset takes to score."""
@@ -217,25 +230,31 @@ def estimate(
     typer.echo(str(estimate_scoring(dataset, scorer, rows)))
 
 
-@app.command(epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
+@app.command(rich_help_panel=STAGES, epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
 @one_line_errors
 @recipe_options(
     *("k", "explained_variance", "n_init", "kmeans", "kmeans_sample"),
-    embedder="For a file without embeddings: a sentence-transformers model.  [default: all-MiniLM-L6-v2]",
-    template="For a file without embeddings: text template, clean-1 or paper.  [default: clean-1]",
-    seed="Seed of k-means.",
-    embedding_column="Name of the embedding column.",
-    cluster_column="Name of the cluster column.",
+    embedder="Embed a file without embeddings with this sentence-transformers model."
+    f"  [default: {DEFAULT_ENCODER.partition('/')[2]}]",
+    template=f"Embed a file without embeddings by this text template: {listed(TEMPLATES)}.  [default: {CLEAN_TEMPLATE}]",
+    seed="Seed k-means with this number.",
+    embedding_column="Read the embeddings from this column.",
+    cluster_column="Name the cluster column.",
 )
 @add_options("overwrite")
 def cluster(
     source: Source,
     output: OutputFile,
     changes: dict[str, Any],
-    save_model: Annotated[Path | None, typer.Option(help="Also save the cluster model into this folder.")] = None,
+    save_model: Annotated[
+        Path | None, typer.Option(rich_help_panel=OUTPUT, help="Also save the cluster model into this folder.")
+    ] = None,
     **options: Any,
 ) -> None:
-    """Add cluster and cluster_distance; compute the embeddings first if the file has none, as the original's files."""
+    """Add cluster and cluster_distance to scored rows.
+
+    Files without embeddings, such as the original's, are embedded first.
+    """
     quiet_models()
     from car_datasets.clustering.model import CLUSTER_MODEL_FILES
 
@@ -262,15 +281,20 @@ def cluster(
         from_main(lambda: model.save_pretrained(save_model))
 
 
-@app.command(epilog="Example: car-datasets select clustered.parquet --output selected.parquet --n1 1000 --n2 1")
+@app.command(
+    rich_help_panel=STAGES,
+    epilog="Example: car-datasets select clustered.parquet --output selected.parquet --n1 1000 --n2 1",
+)
 @one_line_errors
 @recipe_options(
-    *("n1", "n2", "budget", "procedure", "score_column", "cluster_column", "index_column", "allow_worse"),
-    seed="Seed of the report's control samples.",
+    *("n1", "n2", "budget", "procedure", "allow_worse", "index_column"),
+    score_column="Read the scores from this column.",
+    cluster_column="Read the clusters from this column.",
+    seed="Seed the report's control samples with this number.",
 )
 @add_options("overwrite")
 def select(source: Source, output: OutputFile, changes: dict[str, Any], **options: Any) -> None:
-    """Select from a scored, clustered dataset and print the report."""
+    """Select rows from a scored, clustered dataset, and print the report."""
     fresh_file(output, source, options["overwrite"])
     from car_datasets.reporting.report import SelectionReport
     from car_datasets.stages import select_by
@@ -283,44 +307,55 @@ def select(source: Source, output: OutputFile, changes: dict[str, Any], **option
     print_table(report.to_table())
 
 
-@app.command(epilog="Example: car-datasets explore out")
+@app.command(rich_help_panel=STAGES, epilog="Example: car-datasets explore out")
 @one_line_errors
 @recipe_options("projection", "score_column", "cluster_column", "index_column", "embedding_column")
 def explore(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `curate` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Show the result in this folder, which `curate` wrote.")
+    ],
     changes: dict[str, Any],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port; if it is taken, the next free one.")] = 5055,
+    host: Annotated[str, typer.Option(help="Listen on this address.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Listen on this port, or on the next one that is free.")] = 5055,
 ) -> None:
-    """Show a curated pool as a map in embedding-atlas; needs the extra: pip install 'car-datasets[explore]'."""
+    """Show a curated pool as a map in embedding-atlas.
+
+    This needs an extra: pip install 'car-datasets[explore]'.
+    """
     from car_datasets import exploring
 
     recipe = Recipe().changed(**changes)
     exploring.explore(folder, host, port, recipe.projection, names=recipe.names)
 
 
-@app.command(epilog="Example: car-datasets push out me/alpaca-car")
+@app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets push out me/alpaca-car")
 @one_line_errors
 @add_options(
     "public",
     "check",
     "token",
-    split=option(str, "Name of the split of the selected rows.", SPLIT),
-    config_name=option(str, "Configuration to push to; all its splits have the same columns.", CONFIG_NAME),
+    split=option(str, "Name the split of the selected rows.", SPLIT),
+    config_name=option(str, "Push to this configuration, whose splits all have the same columns.", CONFIG_NAME),
     embeddings=option(bool, "Push the embeddings of the pool as well.", False, "--embeddings"),
 )
 def push(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `curate` wrote.")],
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository; created if it does not exist.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Push the result in this folder, which `curate` wrote.")],
+    repo: Annotated[
+        str, typer.Argument(help="Push to this dataset repository, OWNER/NAME, which is created if needed.")
+    ],
     also: Annotated[
         str,
         typer.Option(
-            help="More splits, separated by commas: scored (the pool), random_control, length_matched_control; or none."
+            help="Push these splits too, separated by commas: scored (the entire pool), random_control and "
+            "length_matched_control, or none of them with the word none."
         ),
     ] = "scored",
     **options: Any,
 ) -> None:
-    """Push a result with its card and receipt in one commit, private by default; if interrupted, run it again."""
+    """Push a result with its card and receipt in one commit, into a private repository by default.
+
+    If the push is interrupted, run the same command again.
+    """
     from car_datasets.publishing.push import push_selection
 
     # A word for the empty list, because an empty argument is easily lost in a shell script.
@@ -329,30 +364,34 @@ def push(
     print_pushed(push_selection(folder, repo, also=names, private=private, **options))
 
 
-@app.command(epilog="Example: car-datasets verify out --source alpaca_data.json")
+@app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets verify out --source alpaca_data.json")
 @one_line_errors
 @add_options(
     "token",
-    source=option(str | None, "The file or folder that was curated; not needed for a Hub dataset."),
-    rescore=option(int, "Also score this many rows again, drawn at random.", 0),
-    seed=option(int, "Seed of the draw of --rescore.", 0),
-    scorer=option(str | None, "For --rescore, if the scorer was a folder: its path."),
-    tokenizer=option(str | None, "For --rescore, if the tokenizer was a folder: its path."),
-    engine=option(str | None, "For --rescore, if an int8 encoder was used: its folder."),
-    revision=option(str | None, "Branch, tag or commit of the repository."),
-    config_name=option(str, "Configuration in the repository.", CONFIG_NAME),
-    split=option(str, "Split in the repository with the selected rows.", SPLIT),
+    source=option(
+        str | None, "Compare with this file or folder, which was curated. A Hub dataset is found without it."
+    ),
+    rescore=option(int, "Also score this many rows again, drawn at random.", 0, panel=SCORING),
+    seed=option(int, "Seed the draw of --rescore with this number.", 0, panel=SCORING),
+    scorer=option(str | None, "Rescore with the scorer in this folder, if it was a folder.", panel=SCORING),
+    tokenizer=option(str | None, "Rescore with the tokenizer in this folder, if it was a folder.", panel=SCORING),
+    engine=option(str | None, "Rescore with the int8 encoder in this folder, if one was used.", panel=SCORING),
+    revision=option(str | None, "Check this branch, tag or commit of the repository.", panel=HUB),
+    config_name=option(str, "Check this configuration of the repository.", CONFIG_NAME, panel=HUB),
+    split=option(str, "Check the selected rows in this split of the repository.", SPLIT, panel=HUB),
 )
 def verify(
     where: Annotated[
         str,
-        typer.Argument(metavar="REPO_OR_DIR", help="Repository of a push, or folder of a result."),
+        typer.Argument(
+            metavar="REPO_OR_DIR", help="Check this repository, which `push` wrote, or this folder of a result."
+        ),
     ],
     **options: Any,
 ) -> None:
     """Check a selection against its receipt: its source, its choice and, with --rescore, its scores.
 
-    Names the first difference, with exit code 1.
+    A difference is printed, and the exit code is then 1.
     """
     from car_datasets.publishing.verification import verify
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from datasets.utils import tqdm
 
 from car_datasets.loading.templates import Exchange, Text, render
 from car_datasets.scoring.scorer import QualityScorer
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 Halves = tuple[Scores, Scores]  # of the worse and of the better answers, (pairs,) each
 TextHalves = tuple[list[Text], list[Text]]
+KINDS = ("mismatched", *CORRUPTIONS)  # of corrupted copies
+TEXTS_PER_STEP = 128  # texts between two steps of the progress bar
 Measure = Callable[[npt.NDArray[np.int64]], Mapping[str, float]]  # indices of pairs -> figures
 
 
@@ -158,34 +161,38 @@ def evaluate_scorer(
         # Without a threshold the share of rows on its right side means nothing.
         return {name: figure for name, figure in by_name.items() if name != "rows" or threshold is not None}
 
-    given, clean_text = _texts(pairs, as_given), _texts(pairs, lambda row: _cleaned_text(row, scorer))
-    cleaned_halves = _score_halves(scorer, clean_text)
-    known = _texts(other, lambda row: _cleaned_text(row, scorer))
-    threshold = best_threshold(*_score_halves(scorer, known)) if other else 0.5
-    baselines: dict[str, dict[str, Figures]] = {"length": {}, "bag of words": {}}
-    for name, texts, rest in (("as given", given, _texts(other, as_given)), ("cleaned", clean_text, known)):
-        limit = best_threshold(*_lengths(rest)) if other else None
-        baselines["length"][name] = accuracy(_lengths(texts), limit)
-        baselines["bag of words"][name] = accuracy(_bag_of_words(texts, rest), 0.5)
     rows = [row for pair in pairs for row in pair]
-    tables = _Tables(scorer, rows, [cleaned(row) for row in rows], cleaned_halves, figures, seed)
-    return Evaluation(
-        model=scorer.model_id,
-        revision=str(scorer.revision),
-        engine=scorer.engine,
-        pairs=len(pairs),
-        threshold=threshold,
-        threshold_from="chosen on other pairs" if other else "fixed",
-        accuracy={
-            "as given": accuracy(_score_halves(scorer, given), threshold),
-            "cleaned": accuracy(cleaned_halves, threshold),
-        },
-        baselines=baselines,
-        bag_of_words_from="trained on other pairs" if other else "cross-validated on these pairs",
-        corruptions={kind: tables.corruption(kind) for kind in ("mismatched", *CORRUPTIONS)},
-        styles={kind: tables.style(kind) for kind in STYLES},
-        escapes=tables.escapes(),
-    )
+    # As given and cleaned, every copy, and twice for the escapes.
+    count = len(rows) * (2 + len(KINDS) + len(STYLES) + 2) + 2 * len(other)
+    with tqdm(total=count, desc="Scoring", unit=" texts") as bar:
+        reader = _Reader(scorer, bar)
+        given, clean_text = _texts(pairs, as_given), _texts(pairs, lambda row: _cleaned_text(row, scorer))
+        cleaned_halves = reader.halves(clean_text)
+        known = _texts(other, lambda row: _cleaned_text(row, scorer))
+        threshold = best_threshold(*reader.halves(known)) if other else 0.5
+        baselines: dict[str, dict[str, Figures]] = {"length": {}, "bag of words": {}}
+        for name, texts, rest in (("as given", given, _texts(other, as_given)), ("cleaned", clean_text, known)):
+            limit = best_threshold(*_lengths(rest)) if other else None
+            baselines["length"][name] = accuracy(_lengths(texts), limit)
+            baselines["bag of words"][name] = accuracy(_bag_of_words(texts, rest), 0.5)
+        tables = _Tables(reader, rows, [cleaned(row) for row in rows], cleaned_halves, figures, seed)
+        return Evaluation(
+            model=scorer.model_id,
+            revision=str(scorer.revision),
+            engine=scorer.engine,
+            pairs=len(pairs),
+            threshold=threshold,
+            threshold_from="chosen on other pairs" if other else "fixed",
+            accuracy={
+                "as given": accuracy(reader.halves(given), threshold),
+                "cleaned": accuracy(cleaned_halves, threshold),
+            },
+            baselines=baselines,
+            bag_of_words_from="trained on other pairs" if other else "cross-validated on these pairs",
+            corruptions={kind: tables.corruption(kind) for kind in KINDS},
+            styles={kind: tables.style(kind) for kind in STYLES},
+            escapes=tables.escapes(),
+        )
 
 
 def _texts(pairs: Sequence[Pair], form: Callable[[Exchange], Text]) -> TextHalves:
@@ -196,20 +203,39 @@ def _cleaned_text(row: Exchange, scorer: QualityScorer) -> Text:
     return render(cleaned(row), str(scorer.template))
 
 
-def _score_halves(scorer: QualityScorer, texts: TextHalves) -> Halves:
-    # One call for both halves: texts are batched by length, and more of them waste less padding.
-    scores = _score(scorer, [*texts[0], *texts[1]])
-    return scores[: len(texts[0])], scores[len(texts[0]) :]
+@dataclass(frozen=True)
+class _Reader:
+    """A scorer and the progress bar of all texts that it scores."""
 
+    scorer: QualityScorer
+    bar: Any
 
-def _score(scorer: QualityScorer, texts: Sequence[Text]) -> npt.NDArray[np.float64]:
-    scores = scorer.score_texts(texts).scores.astype(np.float64)
-    finite = np.isfinite(scores)
-    if not finite.all():
-        raise ValueError(
-            f"{(~finite).sum()} of {len(scores)} scores of {scorer.model_id} are not finite; check its weights."
-        )
-    return scores
+    def halves(self, texts: TextHalves) -> Halves:
+        """Return the scores of both halves of pairs."""
+        # One call for both: texts are batched by length, and more of them waste less padding.
+        scores = self.scores([*texts[0], *texts[1]])
+        return scores[: len(texts[0])], scores[len(texts[0]) :]
+
+    def scores(self, texts: Sequence[Text], without: int = 0) -> npt.NDArray[np.float64]:
+        """Return the scores of texts, (texts,); the bar also counts the rows `without` a text.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
+        scores = np.empty(len(texts))
+        steps = -(-len(texts) // TEXTS_PER_STEP)
+        # Every n-th text, so that the steps take equally long, and equal lists of texts are cut alike.
+        for step in range(steps):
+            scores[step::steps] = self.scorer.score_texts(texts[step::steps]).scores
+            self.bar.update(len(scores[step::steps]))
+        self.bar.update(without)
+        finite = np.isfinite(scores)
+        if not finite.all():
+            raise ValueError(
+                f"{(~finite).sum()} of {len(scores)} scores of {self.scorer.model_id} are not finite; check its "
+                "weights."
+            )
+        return scores
 
 
 def _lengths(texts: TextHalves) -> Halves:
@@ -229,7 +255,7 @@ def _bag_of_words(texts: TextHalves, other: TextHalves) -> Halves:
 class _Tables:
     """The data that the corruption, style and escape figures share."""
 
-    scorer: QualityScorer
+    reader: _Reader
     as_given: list[Exchange]  # worse and better in turn
     rows: list[Exchange]  # the same rows, cleaned
     halves: Halves  # scores of `rows`
@@ -257,8 +283,8 @@ class _Tables:
         typed = [Exchange(*(json.dumps(part)[1:-1] for part in row)) for row in self.as_given]
         scores = []
         for rows in (self.as_given, typed):
-            texts = [render(row, str(self.scorer.template)) for row in rows]
-            scores.append(np.stack(_score_halves(self.scorer, (texts[::2], texts[1::2]))))
+            texts = [render(row, str(self.reader.scorer.template)) for row in rows]
+            scores.append(np.stack(self.reader.halves((texts[::2], texts[1::2]))))
         difference = np.abs(scores[1] - scores[0]).ravel()
         count = sum(copy != row for copy, row in zip(typed, self.as_given, strict=True))
         return {"changed": int((difference > 0).sum()), "largest": float(difference.max()), "rows": count}
@@ -269,9 +295,8 @@ class _Tables:
         places = [i for i, copy in enumerate(copies) if copy is not None]
         rows = np.stack(self.halves, axis=1).ravel()
         differences = np.full(len(rows), np.nan)
-        texts = [render(copy, str(self.scorer.template)) for copy in copies if copy is not None]
-        if texts:
-            differences[places] = _score(self.scorer, texts) - rows[places]
+        texts = [render(copy, str(self.reader.scorer.template)) for copy in copies if copy is not None]
+        differences[places] = self.reader.scores(texts, len(rows) - len(texts)) - rows[places]
         return differences.reshape(-1, 2)
 
     def _mean(self, values: npt.NDArray[np.float64]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from datasets.utils import tqdm
 from torch import Tensor
 
 from car_datasets.loading.templates import CLEAN_TEMPLATE, Exchange, render
@@ -162,7 +163,9 @@ def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
     styled = [[c or row for c, row in zip(corrupt(k, rows, s, "train"), rows, strict=True)] for k, s in STYLE_DRAWS]
     corrupted = [draw_corruptions(rows, s, CORRUPTION_WEIGHTS) for s in range(settings.corruption_draws)]
     encoder, tokenizer, config = _frozen_encoder(settings)
-    encoded = Copies(rows, styled, corrupted).each(lambda texts: read_rows(encoder, tokenizer, config, texts))
+    copies = Copies(rows, styled, corrupted)
+    with tqdm(total=len(rows) * len(copies.every()), desc="Encoding", unit=" texts") as bar:
+        encoded = copies.each(lambda texts: read_rows(encoder, tokenizer, config, texts, bar.update))
     features, words = encoded.each(lambda both: both[0]), encoded.each(lambda both: both[1])
     # The head repeats this scaling when it scores, so it is that of the rows alone, for the copies as well.
     mean, scale = features.rows.mean(dim=0), features.rows.std(dim=0) + 1e-3
@@ -243,8 +246,17 @@ def fit_head(
     return head
 
 
-def read_rows(encoder: Any, tokenizer: Any, config: IQSConfig, rows: Sequence[Exchange]) -> tuple[Tensor, Any]:
-    """Return features of rows, (rows, width) float32, and their hashed words, a sparse (rows, 2 ** bits) matrix."""
+def read_rows(
+    encoder: Any,
+    tokenizer: Any,
+    config: IQSConfig,
+    rows: Sequence[Exchange],
+    read: Callable[[int], Any] = lambda rows: None,
+) -> tuple[Tensor, Any]:
+    """Return features of rows, (rows, width) float32, and their hashed words, a sparse (rows, 2 ** bits) matrix.
+
+    After every batch it calls `read` with the number of rows in it.
+    """
     from scipy.sparse import csr_matrix
 
     texts = [render(row, config.template) for row in rows]
@@ -263,6 +275,7 @@ def read_rows(encoder: Any, tokenizer: Any, config: IQSConfig, rows: Sequence[Ex
         # Weight 0 marks padding and repeated words.
         at, column = np.nonzero(weights.numpy())
         entries.append((np.asarray(batch)[at], numbers.numpy()[at, column], weights.numpy()[at, column]))
+        read(len(batch))
     # Coordinates of all non-zero entries: row, hashed word, weight.
     i, j, value = (np.concatenate(part) for part in zip(*entries, strict=True))
     return features, csr_matrix((value, (i, j)), shape=(len(rows), 1 << config.word_bits))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from datasets.utils import tqdm
 from torch import Tensor, nn
 
 FOLDS = 5  # of the cross-validation that gives the word logits
@@ -88,11 +89,15 @@ def fit_words(
     # Filled fold by fold by regressions that have not seen the row.
     logits = words.each(lambda matrix: np.zeros(matrix.shape[0], dtype=np.float32))
     pairs = np.arange(len(labels)) // 2  # both halves of a pair are in one fold: they share most words
-    for known, unseen in GroupKFold(min(FOLDS, len(labels) // 2)).split(labels, groups=pairs):
-        model = fit(known)
-        for matrix, out in zip(words.every(), logits.every(), strict=True):
-            out[unseen] = model.decision_function(matrix[unseen])
-    final = fit(np.arange(len(labels)))
+    folds = GroupKFold(min(FOLDS, len(labels) // 2))
+    with tqdm(total=folds.get_n_splits() + 1, desc="Fitting words", unit=" fits") as bar:
+        for known, unseen in folds.split(labels, groups=pairs):
+            model = fit(known)
+            for matrix, out in zip(words.every(), logits.every(), strict=True):
+                out[unseen] = model.decision_function(matrix[unseen])
+            bar.update()
+        final = fit(np.arange(len(labels)))
+        bar.update()
     return final.coef_[0], float(final.intercept_[0]), logits.each(lambda out: torch.from_numpy(out).unsqueeze(1))
 
 
@@ -139,7 +144,7 @@ def fit_quality(
         schedule: `epochs`, `pairs_per_batch`, `learning_rate` and `weight_decay`.
     """
 
-    def loss(rows: Tensor, step: int) -> Tensor:
+    def quality(rows: Tensor, step: int) -> Tensor:
         draw = step % len(features.corrupted)  # one draw of corruptions per step, in turn
         inputs = [features.rows, *features.styled, features.corrupted[draw]]
         offsets = [words.rows, *words.styled, words.corrupted[draw]]
@@ -154,7 +159,7 @@ def fit_quality(
             total = total + consistency / len(styled) * (shift.square().mean() / 4 + shift.mean(dim=0).square().mean())
         return total + margin_weight * _softplus(1 - (plain - corrupted)).mean()
 
-    return _descend(voters, loss, len(labels) // 2, **schedule)
+    return _descend(voters, quality, len(labels) // 2, **schedule)
 
 
 def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any) -> Voters:
@@ -163,7 +168,7 @@ def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any)
     `features` are scaled, (rows, width) each; `schedule` is the same as in [`fit_quality`].
     """
 
-    def loss(rows: Tensor, step: int) -> Tensor:
+    def integrity(rows: Tensor, step: int) -> Tensor:
         styled = features.styled[step % len(features.styled)]
         corrupted = features.corrupted[step % len(features.corrupted)]
         plain, other, broken = voters(torch.cat([m[rows] for m in (features.rows, styled, corrupted)])).split(len(rows))
@@ -171,7 +176,7 @@ def fit_integrity(features: Copies, voters: Voters, pairs: int, **schedule: Any)
         total = _softplus(-plain).mean() + 0.3 * _softplus(-other).mean() + _softplus(broken).mean()
         return total + _softplus(3 - (plain - broken)).mean()
 
-    return _descend(voters, loss, pairs, **schedule)
+    return _descend(voters, integrity, pairs, **schedule)
 
 
 def _descend(
@@ -184,21 +189,26 @@ def _descend(
     learning_rate: float,
     weight_decay: float,
 ) -> Voters:
-    """Minimise a loss of (rows, step) with AdamW and a one-cycle learning rate, in batches of pairs."""
+    """Minimise a loss of (rows, step) with AdamW and a one-cycle learning rate, in batches of pairs.
+
+    The progress bar shows the name of the loss, which is that of the part of the head.
+    """
     optimiser = torch.optim.AdamW(voters.parameters(), lr=learning_rate, weight_decay=weight_decay)
     steps = epochs * -(-pairs // pairs_per_batch)
     # One more than the steps taken: the scheduler is also stepped after the last one.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps + 1)
     voters.train()
     step = 0
-    for _ in range(epochs):
-        for chosen in torch.randperm(pairs).split(pairs_per_batch):
-            # Pairs are shuffled, never split: the loss compares the two halves.
-            rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()
-            loss = loss_of(rows, step)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            step += 1
+    with tqdm(total=steps, desc=f"Fitting {loss_of.__name__}", unit=" batches") as bar:
+        for _ in range(epochs):
+            for chosen in torch.randperm(pairs).split(pairs_per_batch):
+                # Pairs are shuffled, never split: the loss compares the two halves.
+                rows = torch.stack([2 * chosen, 2 * chosen + 1], dim=1).flatten()
+                loss = loss_of(rows, step)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+                step += 1
+                bar.update()
     return voters.eval()

@@ -27,6 +27,7 @@ from car_datasets.training.trainer import (
     STATE_FILE,
     BudgetTrainer,
     Collator,
+    Progress,
     ThawEncoder,
     claim,
     compute_kendall,
@@ -231,6 +232,7 @@ def _arguments(settings: ScorerTraining) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
+        disable_tqdm=True,  # `Progress` shows the bar
         **({"train_sampling_strategy": "group_by_length"} if settings.group_by_length else {}),
         restore_callback_states_from_checkpoint=True,  # otherwise a resumed run starts counting patience at zero
         use_cpu=not torch.accelerator.is_available(),
@@ -300,7 +302,7 @@ def _trainer(
     train: Sequence[Any],
     valid: Sequence[Pair],
 ) -> Trainer:
-    from transformers import EarlyStoppingCallback, get_constant_schedule_with_warmup
+    from transformers import EarlyStoppingCallback, PrinterCallback, get_constant_schedule_with_warmup
 
     examples: Any = ranking_examples
     measured: Sequence[Any] = valid
@@ -312,7 +314,7 @@ def _trainer(
     # Freezes the embeddings as well, and so must run before the optimiser is made.
     groups = parameter_groups(model, *rates, settings.keep_embeddings_frozen)
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-    return BudgetTrainer(
+    trainer = BudgetTrainer(
         model=model,
         args=arguments,
         train_dataset=examples(train, *how),
@@ -320,8 +322,15 @@ def _trainer(
         data_collator=Collator(tokenizer.pad_token_id),
         compute_metrics=compute_kendall,
         optimizers=(optimiser, get_constant_schedule_with_warmup(optimiser, settings.warmup_steps)),
-        callbacks=[ThawEncoder(model.encoder, settings.frozen_epochs), EarlyStoppingCallback(settings.patience)],
+        callbacks=[
+            ThawEncoder(model.encoder, settings.frozen_epochs),
+            EarlyStoppingCallback(settings.patience),
+            Progress(),
+        ],
     )
+    # `Trainer` adds it where its own progress bar is off, to print to standard output.
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _train(trainer: Trainer, checkpoint: str | None) -> None:

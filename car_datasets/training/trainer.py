@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets.utils import tqdm
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
@@ -165,6 +166,35 @@ class ThawEncoder(TrainerCallback):
             parameter.requires_grad_(required)
 
 
+class Progress(TrainerCallback):
+    """A callback that shows steps, time left and the latest Kendall's tau in a progress bar of `datasets`.
+
+    transformers' own callback also writes to standard output, and does not know that progress bars are disabled.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar in the main process; a resumed run begins where it was interrupted."""
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="Training",
+            unit=" steps",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the latest result on the validation file."""
+        self.bar.set_postfix(kendall=f"{kwargs['metrics']['eval_kendall']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.bar.close()
+
+
 class BudgetTrainer(Trainer):
     """A `Trainer` whose evaluation cuts batches by tokens instead of rows.
 
@@ -207,12 +237,16 @@ class BudgetTrainer(Trainer):
             batch = self.data_collator([own[i] for i in places])
             # Not the wrapped model, which synchronises at every batch: processes have different numbers of batches.
             loss, scores, labels = self.prediction_step(model, batch, prediction_loss_only=False)
+            bar.update(len(places))
             if loss is None or not isinstance(scores, Tensor) or not isinstance(labels, Tensor):
                 raise TypeError("The model must return loss, scores and labels.")
             # A batch's mean loss counts once per example, so that the mean over all does not depend on the batches.
             return loss.expand(len(places)), scores, labels
 
-        ran = run_batches(lengths, token_budget(self.args.device, model.config.encoder_config.hidden_size), forward)
+        budget = token_budget(self.args.device, model.config.encoder_config.hidden_size)
+        # Not kept on the screen: there is one for every epoch.
+        with tqdm(total=len(own), desc="Validating", unit=" examples", leave=False, disable=rank > 0) as bar:
+            ran = run_batches(lengths, budget, forward)
         places = [at for at, _ in ran]
         losses, scores, labels = (in_order(places, [part[i] for _, part in ran]) for i in range(3))
         # The order of rows is lost here, which neither tau nor the mean of the losses depends on.

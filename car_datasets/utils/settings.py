@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeGuard, TypeVar, get_origin, get_type_hints
 
 # Defaults of more than one public function, each written once.
 N1 = 1000  # rows by score; the paper's number, and the most that `default_n1` gives
@@ -35,6 +35,8 @@ Kind = TypeVar("Kind", bound="Settings")
 @dataclass(frozen=True)
 class Settings:
     """The base class of dataclasses of plain values: checked by type when made, read from and written to YAML."""
+
+    _called = "training file"  # what messages call the settings; without a type, since it is not a field
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -59,14 +61,29 @@ class Settings:
                 raise ValueError(f"{name}={value} must be at least {low:g}{most}.")
 
     @classmethod
-    def from_yaml(cls: type[Kind], path: str | os.PathLike[str], **changes: Any) -> Kind:
-        """Read the settings from a YAML file; `changes` win over the file.
+    def from_yaml(cls: type[Kind], path: str | os.PathLike[str], *, given: Sequence[str] = (), **changes: Any) -> Kind:
+        """Read the settings from a YAML file; `changes` win over the file, and `given` over both.
+
+        A value without quotes is text where the field is text: `no`, `1e5` and `0123` are then what was written, not
+        what YAML makes of them.
+
+        Args:
+            path (`str`): the file.
+            given (`Sequence[str]`): settings as `"key=value"`, with the value in YAML as in the file.
+            changes: settings by name.
 
         Raises:
             ValueError: the file is not YAML, or holds a key that is not a field (the message names the nearest field).
         """
+        values = _read_yaml(path)
+        later = dict(_parse_given(text) for text in given)
+        kinds = get_type_hints(cls)
+        read = {
+            name: value.for_text() if _is_text(name, kinds.get(name)) else value.value
+            for name, value in (values | later).items()
+        }
         # Through `changed`, which names the nearest field for an unknown key.
-        return cls().changed(**{**_read_yaml(path), **changes})
+        return cls().changed(**{**read, **{name: value for name, value in changes.items() if name not in later}})
 
     def to_yaml(self) -> str:
         """Return the settings as YAML that [`~Settings.from_yaml`] reads back."""
@@ -88,8 +105,8 @@ class Settings:
         for name in changes:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"A {type(self).__name__.lower()} has no {name!r}{meant} Known: {known}.")
+                meant = f"; did you mean {near[0]!r}?" if near else "."
+                raise ValueError(f"A {self._called} has no {name!r}{meant} Known: {known}.")
         kinds = get_type_hints(type(self))
         for name, value in changes.items():
             if kinds[name] is float and isinstance(value, str):  # YAML 1.1 reads 1e-5 as text: it wants 1.0e-5
@@ -157,20 +174,68 @@ def read_kind(path: str | os.PathLike[str], known: Sequence[str]) -> str:
     Raises:
         ValueError: the file has no `kind`, or one that is not in `known`.
     """
-    kind = _read_yaml(path).get("kind")
+    read = _read_yaml(path).get("kind")
+    kind = None if read is None else read.value
     if kind not in known:
         raise ValueError(f"{path}: kind={kind!r}; a training file needs one of {list(known)}.")
     return str(kind)
 
 
-def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _is_text(name: str, kind: Any) -> bool:
+    # `columns` maps text to text.
+    return kind in (str, str | None) or name == "columns"
+
+
+class _Written(NamedTuple):
+    """A value of a YAML file: what YAML makes of it, and the node that it was written as."""
+
+    value: Any
+    node: Any
+
+    def for_text(self) -> Any:
+        """Return the value with every scalar but null as the text that was written; nothing is the empty text."""
+        return "" if self.node is None else _as_written(self.value, self.node)
+
+
+def _as_written(value: Any, node: Any) -> Any:
+    if isinstance(value, dict):
+        # Aliases are resolved in nodes as well; a merge key (`<<`) is not, and leaves the values as YAML reads them.
+        if len(value) != len(node.value):
+            return value
+        pairs = zip(value.items(), node.value, strict=True)
+        return {_as_written(k, key): _as_written(v, item) for (k, v), (key, item) in pairs}
+    return value if value is None or not isinstance(node.value, str) else node.value
+
+
+def _parse_given(text: str) -> tuple[str, _Written]:
+    """Return the name and the value of `key=value`.
+
+    Raises:
+        ValueError: there is no equals sign, or the value is not YAML.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text}: write key=value, as in --set epochs=2.")
+    return name.strip(), _parse_yaml(value, f"--set {text}:")
+
+
+def _parse_yaml(text: str, where: str) -> _Written:
     import yaml
 
+    # This loader builds plain values only, so a recipe from a stranger cannot run code.
     try:
-        # safe_load builds plain values only, so a recipe from a stranger cannot run code. An empty file gives defaults.
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        return _Written(None if node is None else loader.construct_document(node), node)
+    except (yaml.YAMLError, ValueError) as error:  # of a date such as 2026-13-01, a ValueError
+        raise ValueError(f"{where} is not YAML: {error}") from error
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, _Written]:
+    content, node = _parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    if not content:  # an empty file gives the defaults
+        return {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not `key: value` lines.")
-    return {str(key): value for key, value in content.items()}
+    written = {key.value: item for key, item in node.value}
+    return {str(key): _Written(value, written.get(str(key))) for key, value in content.items()}

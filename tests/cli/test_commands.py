@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from datasets import Dataset
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from car_datasets import (
@@ -30,9 +32,13 @@ from car_datasets import (
     score_in_shards,
 )
 from car_datasets.cli import app
+from car_datasets.exploring import atlas_table
+from car_datasets.recipe import PANELS
 from car_datasets.results import RESULT_FILES
+from car_datasets.utils.column_names import ColumnNames
 
 COMMANDS = [str(command.callback.__name__) for command in app.registered_commands if command.callback is not None]
+PARSER: Any = get_command(app)
 TOKEN = "hf_ThisIsNotARealTokenButNobodyMaySeeIt"
 GOOD = '{"instruction": "a", "output": "b"}'
 
@@ -69,23 +75,25 @@ def rows(tmp_path: Path) -> Path:
 # --- help and version
 
 
-def test_the_commands_are_the_promised_ones() -> None:
-    assert sorted(COMMANDS) == [
-        "cluster",
-        "convert",
+def test_the_commands_are_the_promised_ones_in_the_order_of_the_pipeline() -> None:
+    assert COMMANDS == [
         "curate",
         "demo",
-        "estimate",
-        "evaluate",
-        "explore",
-        "prepare",
-        "push",
-        "quantise",
         "score",
+        "estimate",
+        "cluster",
         "select",
-        "train",
+        "explore",
+        "push",
         "verify",
+        "prepare",
+        "train",
+        "evaluate",
+        "quantise",
+        "convert",
     ]
+    listed = re.findall(r"^│ (\w+) ", run("--help").stdout, flags=re.MULTILINE)
+    assert listed == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -99,6 +107,48 @@ def test_help_shows_an_example_whose_options_exist(command: str) -> None:
         re.findall(r"--[\w-]+", result.stdout.split("Example")[0])
     )
     assert TOKEN not in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_texts_are_full_sentences_in_panels_and_never_cut(command: str) -> None:
+    parameters = PARSER.commands[command].params
+    for parameter in parameters:
+        text = parameter.help.partition("  [dim]")[0]
+        assert re.fullmatch(r"[A-Z]\w+ \S+ .*\.", text, flags=re.DOTALL), (parameter.name, text)
+    flags = {flag for parameter in parameters for flag in parameter.opts if flag.startswith("--")}
+    for width in ("80", "120"):
+        shown = run(command, "--help", env={"COLUMNS": width}).stdout
+        assert "…" not in shown
+        assert max(map(len, shown.splitlines())) <= int(width)
+        assert flags <= set(re.findall(r"--[\w-]+", shown))
+    titles = re.findall(r"^╭─ ([\w ]+) ─", shown, flags=re.MULTILINE)
+    panels = [title for title in titles if title not in ("Arguments", "Options")]
+    assert panels == [panel for panel in PANELS if panel in panels]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "table"),
+    [
+        ("curate", "schema", "car_datasets.loading.schemas:SCHEMAS"),
+        ("curate", "columns", "car_datasets.loading.schemas:ROLE_NAMES"),
+        ("curate", "on_invalid", "car_datasets.loading.schemas:ON_INVALID"),
+        ("curate", "template", "car_datasets.loading.templates:TEMPLATES"),
+        ("curate", "turns", "car_datasets.scoring.scorer:TURNS"),
+        ("curate", "dtype", "car_datasets.scoring.stage:DTYPES"),
+        ("curate", "embedding_dtype", "car_datasets.scoring.stage:EMBEDDING_DTYPES"),
+        ("curate", "kmeans", "car_datasets.clustering.model:ENGINES"),
+        ("curate", "procedure", "car_datasets.selection.procedures:PROCEDURES"),
+        ("curate", "projection", "car_datasets.reporting.overview:PROJECTIONS"),
+        ("cluster", "template", "car_datasets.loading.templates:TEMPLATES"),
+        ("push", "also", "car_datasets.publishing.push:CONTROLS"),
+    ],
+)
+def test_the_names_in_a_help_text_are_those_of_the_table(command: str, option: str, table: str) -> None:
+    """recipe.py must not import the modules of most tables, so it repeats their names."""
+    module, _, name = table.partition(":")
+    [text] = [parameter.help for parameter in PARSER.commands[command].params if parameter.name == option]
+    words = re.findall(r"[\w/-]+", text)
+    assert [key for key in getattr(importlib.import_module(module), name) if key not in words] == []
 
 
 def test_no_arguments_list_the_commands() -> None:
@@ -130,7 +180,7 @@ def test_help_loads_no_heavy_library() -> None:
 
 
 def test_help_shows_the_defaults_of_the_recipe() -> None:
-    text = " ".join(run("curate", "--help").stdout.split())
+    text = " ".join(run("curate", "--help", env={"COLUMNS": "300"}).stdout.split())
     for flag, default in (("--seed", "42"), ("--n1", "1000"), ("--explained-variance", "0.95"), ("--kmeans", "by")):
         assert re.search(rf"{flag} <.{{0,90}}\[default: {default}", text), flag
     assert all(flag in text for flag in ("--no-compile", "--no-allow-worse", "--no-uncertainty", "--no-embeddings"))
@@ -260,9 +310,9 @@ def test_score_names_the_columns_of_later_stages(
     ("options", "message"),
     [
         (("--k", 0), "k=0 must be"),
-        (("--n-init", 0), "n_init=0 must be"),
+        (("--n-init", 0), "--n-init=0 must be"),
         (("--kmeans", "fast"), "kmeans='fast' is not known"),
-        (("--explained-variance", 2), r"explained_variance=2\.0 must lie"),
+        (("--explained-variance", 2), r"--explained-variance=2\.0 must lie"),
     ],
     ids=str,
 )
@@ -275,8 +325,8 @@ def test_cluster_checks_its_settings_before_it_embeds(
 
 
 def test_estimate_shows_the_number_of_rows_that_it_times() -> None:
-    text = " ".join(run("estimate", "--help").stdout.split())
-    assert re.search(r"Rows to time\. +\[default: 256\]", text)
+    text = " ".join(run("estimate", "--help", env={"COLUMNS": "300"}).stdout.split())
+    assert re.search(r"Time this many rows\. +\[default: 256\]", text)
 
 
 def test_columns_named_on_the_command_line(tiny_iqs: str, tmp_path: Path) -> None:
@@ -297,6 +347,39 @@ def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "Scoring and embedding: 100%" in done.stderr
     assert "Clustering: 100%" in done.stderr
     assert "Warning" not in done.stderr
+
+
+def test_columns_keep_their_given_names_through_every_stage(
+    rows: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    given = {"score": "quality", "embedding": "vector", "cluster": "group", "index": "row"}
+    options = [part for name, column in given.items() for part in (f"--{name}-column", column)]
+    models = ("--scorer", tiny_iqs, "--embedder", tiny_embedder)
+    scored, clustered, selected = (tmp_path / f"{name}.parquet" for name in ("scored", "clustered", "selected"))
+    for arguments in (
+        ("score", rows, "-o", scored, *models, *options),
+        ("cluster", scored, "-o", clustered, "--k", 3, "--embedding-column", "vector", "--cluster-column", "group"),
+        ("select", clustered, "-o", selected, "--n1", 4, *options[:2], *options[4:], "--allow-worse"),
+        ("curate", rows, "-o", tmp_path / "out", "--k", 3, "--n1", 4, *models, *options, "--allow-worse"),
+        ("curate", rows, "-o", tmp_path / "plain", "--k", 3, "--n1", 4, *models, "--allow-worse"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 0, (arguments, result.output)
+    names, plain = ColumnNames(**given), ColumnNames()
+    renamed = {getattr(plain, each): getattr(names, each) for each in (*given, "tokens", "truncated", "status")}
+    renamed["cluster_distance"] = "group_distance"
+    for file in ("scored.parquet", "selected.parquet"):
+        expected = [
+            renamed.get(name, name) for name in Dataset.from_parquet(str(tmp_path / "plain" / file)).column_names
+        ]
+        assert Dataset.from_parquet(str(tmp_path / "out" / file)).column_names == expected
+    assert set(Dataset.from_parquet(str(selected)).column_names) == {*expected, "vector"}
+    # Reports read the same columns: their figures do not depend on the names.
+    reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("out", "plain")]
+    assert reports[0] == reports[1]
+    table, columns = atlas_table(tmp_path / "out", names=names)
+    assert {"quality", "group", "row"} <= set(table.columns)
+    assert not {"iqs_score", "cluster", "source_index"} & {*table.columns, *columns.values()}
 
 
 # --- mistakes
@@ -340,7 +423,7 @@ MISTAKES: list[Any] = [
     pytest.param(GOOD, ("--split", "test"), "split='test' is not in the source", id="unknown split"),
     pytest.param(GOOD, ("--n1", "1", "--turns", "max"), "turns='max' is not known", id="unknown turns"),
     pytest.param(
-        GOOD, ("--n1", "1", "--on-invalid", "drop"), "on_invalid='drop' is not known", id="unknown on_invalid"
+        GOOD, ("--n1", "1", "--on-invalid", "drop"), "--on-invalid='drop' is not known", id="unknown on_invalid"
     ),
     pytest.param(GOOD, ("--n1", "1", "--scorer", "/no/model"), "no such folder", id="missing scorer"),
     pytest.param(GOOD, ("--n1", "1", "--scorer", "me/none"), "model_id='me/none'", id="scorer not on the Hub"),
@@ -407,7 +490,7 @@ def test_source_that_cannot_be_read_is_one_line(name: str, content: bytes, messa
     [
         (("score", "rows.json", "-o", "scored.csv"), "scored.csv: name a .parquet file"),
         (("score", "rows.json"), "--output FILE, or --shards DIR"),
-        (("score", "rows.json", "--shards", ""), "shard_dir='' is empty"),
+        (("score", "rows.json", "--shards", ""), "--shards='' is empty"),
         (("score", "nope.json", "-o", "scored.parquet"), "no such file or folder"),
         (("score", "someone/no-such-dataset", "-o", "scored.parquet"), "someone/no-such-dataset"),
         (("score", "rows.json", "-o", "rows.json/scored.parquet"), "rows.json.* is a file"),
@@ -437,6 +520,36 @@ def test_mistake_in_another_command_is_one_line(
     result = run(*arguments)
     assert_mistake(result.exit_code, result.stderr, message)
     assert [path.name for path in rows.parent.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("curate", "rows.json", "-o", "out", "--n1", "25"), "--n1=25 must be between 0 and the 24 rows"),
+        (
+            ("curate", "rows.json", "-o", "out", "--n1", "3", "--embedder-revision", "x"),
+            "--embedder-revision='x' needs",
+        ),
+        (("estimate", "rows.json", "--rows", "0"), "--rows=0 must be at least 1"),
+        (("demo", "-o", "rows.json"), "--output='rows.json': "),
+        (("score", "mixed.json", "-o", "o.parquet"), "or pass --on-invalid mark to keep them"),
+        (("push", "nope", "me/x", "--also", "what"), r"--also=\('what',\)"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_a_message_names_an_option_as_it_is_typed(
+    arguments: tuple[str, ...], message: str, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows.parent)
+    Path("mixed.json").write_text(f'[{GOOD}, {{"instruction": "a", "output": null}}]')
+    result = run(*arguments)
+    assert_mistake(result.exit_code, result.stderr, message)
+
+
+def test_a_value_of_a_recipe_file_is_not_called_an_option(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("n1: 25\n")
+    result = run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
+    assert_mistake(result.exit_code, result.stderr, "(?<!--)n1=25 must be between")
 
 
 @pytest.mark.parametrize(

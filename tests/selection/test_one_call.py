@@ -180,14 +180,15 @@ def test_a_stream_gives_the_selection_of_the_whole(
     assert found.to_dict() == expected.to_dict()
 
 
-def test_rows_are_clustered_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"cluster_column": "group"}], ids=["name of the model", "name given"])
+def test_rows_are_clustered_on_the_way(options: dict[str, str]) -> None:
     rng = np.random.default_rng(0)
     whole = (
         pool(1).remove_columns("cluster").add_column("embedding", list(rng.normal(size=(ROWS, 8)).astype(np.float32)))
     )
     clusters = ClusterModel.fit(whole.select(range(100)), k=5, output_column="group", distance_column="far")
     expected = select_car(clusters.label(whole), 20, 3, cluster_column="group")
-    found = select_car_streaming(whole.to_iterable_dataset(), clusters, n1=20, n2=3, batch_size=64)
+    found = select_car_streaming(whole.to_iterable_dataset(), clusters, n1=20, n2=3, batch_size=64, **options)
     assert found.remove_columns("embedding").to_dict() == expected.remove_columns("embedding").to_dict()
 
 

@@ -6,12 +6,14 @@ import dataclasses
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from car_datasets import QualityScorer
@@ -285,8 +287,9 @@ def test_scores_that_are_not_finite_are_refused(answer: str, monkeypatch: pytest
 
 
 def test_the_command_prints_and_writes_the_figures(
-    files: dict[str, Path], with_other: Evaluation, tmp_path: Path
+    files: dict[str, Path], with_other: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("car_datasets.training.evaluation.tqdm", tqdm)  # that of datasets is disabled in tests
     output = tmp_path / "new" / "figures.json"
     done = run("--pairs", files["pairs"], "--other", files["other"], "--samples", 5, "--json", output)
     assert done.exit_code == 0, done.output
@@ -294,6 +297,7 @@ def test_the_command_prints_and_writes_the_figures(
     assert "on 10 pairs" in done.stdout
     assert "mismatched" in done.stdout
     assert "bullets" in done.stdout
+    assert re.search(r"Scoring: 100%\|.*\| (\d+)/\1 ", done.stderr)
 
 
 def test_the_command_overwrites_nothing(files: dict[str, Path], tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from car_datasets import QualityScorer
@@ -84,13 +86,19 @@ def test_the_shipped_settings_are_the_defaults() -> None:
     assert HeadTraining.from_yaml(files.data_folder("configs") / "train_iqs_minilm.yaml") == HeadTraining()
 
 
-def test_the_command_trains_a_scorer_that_works(settings: HeadTraining, tmp_path: Path) -> None:
+def test_the_command_trains_a_scorer_that_works(
+    settings: HeadTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("head", "head_fitting"):  # the progress bars of datasets are disabled in tests
+        monkeypatch.setattr(f"car_datasets.training.{module}.tqdm", tqdm)
     config = str(files.data_folder("configs") / "train_iqs_minilm.yaml")
     options = ["--train", settings.train, "--valid", settings.valid, "--output", str(tmp_path / "out")]
     options += [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
     done = CliRunner().invoke(app, ["train", config, *options])
     assert done.exit_code == 0, done.output
-    assert "validation pairs right (95 % interval" in done.output
+    assert "validation pairs right (95 % interval" in done.stdout
+    for part in ("Encoding", "Fitting words", "Fitting quality", "Fitting integrity"):
+        assert re.search(rf"{part}: 100%\|.*\| (\d+)/\1 ", done.stderr), part
     assert len(QualityScorer(str(tmp_path / "out"))({"prompt": ["a"], "completion": ["b"]})["iqs_score"]) == 1
     assert CliRunner().invoke(app, ["train", config, *options]).exit_code == 2  # nothing is overwritten
 

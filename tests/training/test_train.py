@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig
 
 from car_datasets import IQSModel, QualityScorer
@@ -83,12 +85,23 @@ def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["iqs", "ranking"])
-def test_a_trained_folder_is_a_scorer(settings: ScorerTraining, tmp_path: Path, kind: str) -> None:
+def test_a_trained_folder_is_a_scorer(
+    settings: ScorerTraining,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("car_datasets.training.trainer.tqdm", tqdm)  # that of datasets is disabled in tests
     settings = settings.changed(kind=kind, epochs=4, accumulation=1, keep_embeddings_frozen=False)
     if kind == "ranking":
         settings = settings.changed(train=str(write_triples(tmp_path / "t.csv", 24, 0)))
         settings = settings.changed(valid=str(write_triples(tmp_path / "v.csv", 8, 100)))
     figures = train_scorer(settings)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.search(r"Training: .*/\d+ \[.*kendall=", printed.err)  # it may stop early
+    assert "Validating: 100%" in printed.err
     assert figures["best_kendall"] > 0.5
     assert figures["accuracy"]["cleaned"]["pairs"]["value"] == 1.0
     scorer = QualityScorer(settings.output)
