@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from car_datasets.utils.column_names import ColumnNames
 
-READING = ("name", "split", "revision", "schema", "columns", "on_invalid")
+READING = ("name", "split", "revision", "schema", "columns", "on_invalid", "score_thoughts")
 SCORING = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtype", "batch_tokens", "compile")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from car_datasets.loading.schemas import OK, TRUNCATED
+from car_datasets.loading.chats import OK, TRUNCATED
 from car_datasets.reporting.overview import Overview
 from car_datasets.selection.rule import BY_BOTH, BY_CLUSTER, BY_SCORE, Indices
 from car_datasets.utils.column_names import ColumnNames

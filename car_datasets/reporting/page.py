@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from car_datasets.loading.schemas import TRUNCATED
+from car_datasets.loading.chats import TRUNCATED
 from car_datasets.reporting.alternatives import HEADER, WhatIf, try_out
 from car_datasets.reporting.explaining import Explanation, explain_rows
 from car_datasets.reporting.overview import Floats, Overview, PoolMap
