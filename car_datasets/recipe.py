@@ -70,12 +70,14 @@ class Recipe(Settings):
         name, split, revision (`str`, *optional*): configuration, split and commit of a source on the Hub; a source with
             a single split needs no name.
         schema (`str`): `"alpaca"`, `"messages"`, ..., or `"auto"` to recognise it from the column names.
-        columns (`Mapping[str, str]`): columns under other names: `{"instruction": "task", "response": "answer"}`.
+        columns (`Mapping[str, str]`): columns under other names: `{"instruction": "task", "response": "answer"}`; also
+            `system`, `history` and `tools`.
         index_column (`str`): the column that identifies a row, added as the row's number unless the source has it.
         on_invalid (`str`): `"error"` refuses rows that cannot be scored, `"mark"` keeps them without a score.
         scorer, scorer_revision (`str`): an IQS model, on the Hub or in a folder, and its branch, tag, commit or digest.
         template (`str`, *optional*): the text that is scored; defaults to the one the scorer was trained with.
         turns (`str`): how the exchanges of a chat make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
+        score_thoughts (`bool`): put the thoughts of an answer in front of it; by default the answer alone is scored.
         uncertainty (`bool`): also add the standard deviation over the members of the scorer's head.
         dtype (`str`): precision of the encoder: `"float32"`, `"bfloat16"` or `"float16"`.
         embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; None takes the scorer's
@@ -140,6 +142,9 @@ class Recipe(Settings):
     turns: str = _setting("mean", "Combine the scores of a chat's exchanges by mean, min, sum or last.", SCORING)
     uncertainty: bool = _setting(
         False, "Also add the standard deviation over the members of the scorer's head.", SCORING
+    )
+    score_thoughts: bool = _setting(
+        False, "Put the thoughts of an answer, as in <think>, in front of it before it is scored.", SCORING
     )
     dtype: str = _setting(
         "float32", "Run the encoder in float32, or in bfloat16 or float16, which are faster on a GPU.", PERFORMANCE

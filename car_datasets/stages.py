@@ -242,7 +242,7 @@ def embed_where_missing(
 def _reading(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments that scorer and embedder have in common."""
     # Equal for both, so that they read the same columns and skip the same rows.
-    names = ("schema", "columns", "on_invalid", "dtype", "batch_tokens", "embedding_dtype")
+    names = ("schema", "columns", "score_thoughts", "on_invalid", "dtype", "batch_tokens", "embedding_dtype")
     return {name: getattr(recipe, name) for name in names}
 
 

@@ -21,6 +21,7 @@ TESTS = Path(__file__).parent
 ACROSS_MODULES = {  # test files below tests/<folder>/ whose subject is more than one module
     "cli/test_commands.py",
     "loading/test_real_input.py",
+    "loading/test_shapes.py",
     "loading/test_sources_on_the_hub.py",
     "publishing/test_real_hub.py",
     "scoring/iqs/test_models_on_the_hub.py",

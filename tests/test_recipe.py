@@ -334,7 +334,7 @@ def test_marked_rows_are_counted_by_reason_and_never_selected(tiny: dict[str, An
     bad = {0: None, 4: chats[4][:2], 9: [{"role": "wizard", "content": "x"}], 10: [], 11: None}
     pool = Dataset.from_dict({"messages": [bad.get(i, chat) for i, chat in enumerate(chats)]})
     selected, scored, report = curate(pool, tmp_path / "out", **{**tiny, "on_invalid": "mark", "n1": 19, "n2": 2})
-    assert report.rejected == {"null": 2, "no_assistant_turn": 2, "bad_turn": 1}
+    assert report.rejected == {"null": 2, "no_assistant_turn": 2, "unknown_role: wizard": 1}
     assert (report.rows_in, report.rows_scored, len(selected)) == (24, 19, 19)
     assert set(selected["source_index"][:]).isdisjoint(bad)
     for column in ("iqs_score", "embedding", "cluster", "cluster_distance"):

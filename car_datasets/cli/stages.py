@@ -42,7 +42,7 @@ ENTIRE = "The entire pipeline"
 STAGES = "One stage of it"
 PUBLISHING = "Publish and check a result"
 
-READING = ("name", "split", "revision", "schema", "columns", "on_invalid")
+READING = ("name", "split", "revision", "schema", "columns", "on_invalid", "score_thoughts")
 SCORER = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtype", "batch_tokens", "compile")
 
 

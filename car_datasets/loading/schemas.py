@@ -1,35 +1,40 @@
 """Recognise the schema of an instruction dataset and turn its rows into the texts that are scored.
 
-Does: know the column names of published datasets; cut a chat into user-assistant exchanges; render each exchange.
-Does not: load files, count tokens, or change a row: a rendered text is read by a model and discarded.
+Does: know the column names of published datasets; read the exchanges of every row, and render them.
+Does not: load files, cut a chat, count tokens, or change a row: a rendered text is read by a model and discarded.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
-from car_datasets.loading.templates import Exchange, Text, render
+from car_datasets.loading.chats import (
+    NOT_A_STRING,
+    NULL,
+    Reading,
+    Turn,
+    cut_at_answers,
+    is_scored,
+    join_prompt,
+    read_side,
+    read_text_chat,
+    read_turns,
+    status_of,
+)
+from car_datasets.loading.templates import Exchange, Text, render, split_thought
 
-# Statuses of a row. They are values of the status column and keys of reports, so renaming one breaks saved results.
-OK = "ok"
-EMPTY_RESPONSE = "empty_response"  # scored, but marked
-TRUNCATED = "truncated"  # scored, but the model did not see the end
-NULL = "null"
-NOT_A_STRING = "not_a_string"
-NO_ASSISTANT_TURN = "no_assistant_turn"
-BAD_TURN = "bad_turn"
-UNSCORABLE = (NULL, NOT_A_STRING, NO_ASSISTANT_TURN, BAD_TURN)  # a row of any other status has a score
-
+logger = logging.getLogger(__name__)
 ON_INVALID = ("error", "mark")  # values of the argument: refuse a dataset with unscorable rows, or keep them unscored
 
 
 class FormattedRow(NamedTuple):
-    """The texts of a row, one per exchange, and its status.
-
-    The status is `"ok"`, `"empty_response"`, or one of [`UNSCORABLE`], which says why there are no texts.
-    """
+    """The texts of a row, one per exchange, and its status, which says why there are none or what the score lacks."""
 
     texts: list[Text]
     status: str
@@ -39,15 +44,20 @@ class FormattedRow(NamedTuple):
 class Schema:
     """The columns of a dataset that contain the instruction, the input and the response, or the turns of a chat.
 
+    The columns `input`, `system`, `history` and `tools` may be missing from a dataset, and their values may be null.
+
     Args:
         name (`str`): the schema's key in [`SCHEMAS`]; shown in receipts.
-        instruction (`str`, *optional*): the column of the instruction.
-        input (`str`, *optional*): the column of the context. It may be missing from a dataset, and its values may be
-            null.
-        response (`str`, *optional*): the column of the response.
+        instruction (`str`, *optional*): the column of the instruction; a text, or a chat that the response continues.
+        input (`str`, *optional*): the column of the context.
+        response (`str`, *optional*): the column of the response; a text, a message or a chat.
         turns (`str`, *optional*): the column that contains a list of turns; then the three above are `None`.
         role (`str`, defaults to `"role"`): the key of a turn's role.
         content (`str`, defaults to `"content"`): the key of a turn's text.
+        system (`str`, *optional*): the column of the system prompt.
+        history (`str`, *optional*): the column of earlier turns, or of pairs of question and answer.
+        tools (`str`, *optional*): the column that defines tools. It is carried, and not part of the text.
+        marks (`tuple[str, ...]`): further columns by which the schema is recognised.
     """
 
     name: str
@@ -57,42 +67,75 @@ class Schema:
     turns: str | None = None
     role: str = "role"
     content: str = "content"
+    system: str | None = None
+    history: str | None = None
+    tools: str | None = None
+    marks: tuple[str, ...] = ()
 
     @property
     def required(self) -> tuple[str, ...]:
         """Return the columns that every row needs to be scored."""
         return tuple(c for c in (self.instruction, self.response, self.turns) if c is not None)
 
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        """Return the columns that are read, and those by which a batch of them is recognised again."""
+        optional = (c for c in (self.input, self.system, self.history) if c is not None)
+        return tuple(dict.fromkeys((*self.required, *optional, *self.marks)))
 
-ROLE_NAMES = tuple(field.name for field in fields(Schema) if field.name != "name")  # the keys that `columns` may have
+
+ROLE_NAMES = tuple(
+    f.name for f in fields(Schema) if f.name not in ("name", "marks")
+)  # the keys that `columns` may have
+OPTIONAL = ("input", "system", "history", "tools")  # those whose column may be missing from a dataset
+# Columns that are text of the conversation in most datasets, by the key of `columns` that reads them.
+TEXT_ROLES = {
+    **{"context": "input", "input": "input", "system": "system", "system_prompt": "system", "history": "history"},
+}
+
+
+def _single(name: str, instruction: str, response: str, **others: Any) -> Schema:
+    return Schema(name, instruction, response=response, **{"system": "system", "tools": "tools", **others})
+
+
+def _chat(turns: str, role: str = "role", content: str = "content", **others: Any) -> Schema:
+    return Schema(turns, turns=turns, role=role, content=content, system="system", tools="tools", **others)
+
 
 # The one table of schemas: a new entry is recognised, can be named with `schema=`, and is listed by `schema_names`.
 SCHEMAS: dict[str, Schema] = {
-    "alpaca": Schema("alpaca", "instruction", "input", "output"),
-    "prompt/completion": Schema("prompt/completion", "prompt", None, "completion"),
-    "prompt/response": Schema("prompt/response", "prompt", None, "response"),
-    "question/answer": Schema("question/answer", "question", None, "answer"),
-    "messages": Schema("messages", turns="messages"),
-    "conversations": Schema("conversations", turns="conversations", role="from", content="value"),
+    schema.name: schema
+    for schema in (
+        _single("alpaca", "instruction", "output", input="input", history="history"),
+        _single("prompt/completion", "prompt", "completion"),
+        _single("prompt/response", "prompt", "response"),
+        _single("question/answer", "question", "answer"),
+        _chat("messages"),
+        _chat("conversations", "from", "value"),
+        _single("dolly", "instruction", "response", input="context", marks=("context",)),
+        _single("instruction/response", "instruction", "response", input="input", history="history"),
+        _single("openorca", "question", "response", system="system_prompt", marks=("system_prompt",)),
+        _single("question/response", "question", "response"),
+        _single("query/response", "query", "response"),
+        _single("inputs/targets", "inputs", "targets"),
+        _chat("conversation"),
+        _chat("data", marks=("id",)),  # UltraChat; a column "data" alone may be anything
+        _single("prompt/chosen", "prompt", "chosen", marks=("rejected",)),
+        _single("question/chosen", "question", "chosen", marks=("rejected",)),
+        _single("instruction/chosen", "instruction", "chosen", input="input", history="history", marks=("rejected",)),
+        _single(
+            *("conversations/chosen", "conversations", "chosen"), role="from", content="value", marks=("rejected",)
+        ),
+        _chat("chosen", marks=("rejected",)),
+    )
 }
-# The spellings (in lower case) in OpenAI, ShareGPT and Vicuna files. The output of a tool is something that the
-# assistant is given to read, so it counts as part of the question.
-ROLES: dict[str, str] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "tool": "user",
-    "function": "user",
-    "observation": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
+# Where several schemas fit, one of the first of these groups wins over all that are not in it. The second group is the
+# table as it was: what is added to the table must not change how a dataset is read.
+FIRST = (
+    ("conversations/chosen",),
+    ("alpaca", "prompt/completion", "prompt/response", "question/answer", "messages", "conversations"),
+    ("prompt/chosen",),
+)
 
 
 def schema_names() -> tuple[str, ...]:
@@ -105,63 +148,142 @@ def find_schema(
 ) -> Schema:
     """Recognise the schema of a dataset from its column names, or check the one that was named.
 
+    A column that looks like a part of the conversation and is not read is named in a warning, once per process.
+
     Args:
         column_names (`Iterable[str]`): the columns of the dataset.
         schema (`str`, defaults to `"auto"`): a key of [`SCHEMAS`], or `"auto"`.
         columns (`Mapping[str, str]`, *optional*): columns whose names differ from the schema's, such as
-            `{"instruction": "task", "response": "answer"}`; keys are `instruction`, `input`, `response` or `turns`,
-            `role`, `content`. With `"auto"`, they alone define the schema.
+            `{"instruction": "task", "response": "answer"}`; keys are `instruction`, `input`, `response`, `turns`,
+            `role`, `content`, `system`, `history` or `tools`, or a schema's own name of such a column, such as
+            `output`. With `"auto"`, they alone define the schema if they name instruction and response, or turns;
+            otherwise they are added to the recognised one.
 
     Raises:
         ValueError: no schema fits, more than one fits, or a named column is missing.
     """
     available = list(column_names)
-    renamed = dict(as_column_names(columns))
     check_schema(schema, columns)
-    if schema == "auto" and not renamed:
-        return _recognise(available)
-    if schema == "auto":
+    renamed = _by_role(columns)
+    if schema == "auto" and ("turns" in renamed or {"instruction", "response"} <= set(renamed)):
         known = Schema(name="named columns", **renamed)
-        if not known.turns and not (known.instruction and known.response):
-            raise ValueError(f"columns={renamed} must name instruction and response, or turns.")
+    elif schema == "auto":
+        known = _recognise(available, renamed)
     else:
-        settings = {**asdict(SCHEMAS[schema]), **renamed}
-        if "input" not in renamed and settings["input"] not in available:
-            settings["input"] = None  # the schema's own input is optional, one that the user names is not
-        known = Schema(**settings)
-    missing = [c for c in (*known.required, known.input) if c is not None and c not in available]
-    if missing:
-        raise ValueError(
-            f"Columns {missing} are not in the dataset, which has {available}. Name the right ones in `columns`."
-        )
+        known = _present(replace(SCHEMAS[schema], **renamed), available, renamed)
+    optional = [getattr(known, role) for role in OPTIONAL]
+    _refuse_missing([c for c in (*known.required, *optional) if c is not None], available)
+    _warn_unread(known, tuple(c for c in TEXT_ROLES if c in available and c not in known.read_columns))
     return known
 
 
-def _recognise(column_names: list[str]) -> Schema:
-    """Return the only schema of [`SCHEMAS`] whose required columns are all there."""
-    fitting = [schema for schema in SCHEMAS.values() if all(c in column_names for c in schema.required)]
+def _refuse_missing(named: Iterable[str], available: Sequence[str]) -> None:
+    if missing := [column for column in named if column not in available]:
+        raise ValueError(
+            f"Columns {missing} are not in the dataset, which has {available}. Name the right ones in `columns`."
+        )
+
+
+def _present(schema: Schema, available: Sequence[str], renamed: Mapping[str, Any]) -> Schema:
+    """Return the schema without the optional columns that a dataset lacks; one that the user names is kept."""
+    absent = [role for role in OPTIONAL if role not in renamed and getattr(schema, role) not in available]
+    changes: dict[str, Any] = dict.fromkeys(absent)
+    if "system" in absent and schema.system is not None and "system_prompt" in available:
+        changes["system"] = "system_prompt"
+    return replace(schema, **changes)
+
+
+def _recognise(available: list[str], renamed: Mapping[str, Any]) -> Schema:
+    """Return the schema of [`SCHEMAS`] whose columns, or those named for them, are all there."""
+    fitting = [
+        schema for schema in SCHEMAS.values() if all(c in available for c in _needed(replace(schema, **renamed)))
+    ]
+    if not fitting and renamed:
+        _refuse_missing((column for role, column in renamed.items() if role not in ("role", "content")), available)
+        raise ValueError(f"columns={dict(renamed)} must name instruction and response, or turns.")
     if not fitting:
         raise ValueError(
-            f"No known schema fits the columns {column_names}. Known: {sorted(SCHEMAS)}. "
-            "Name the columns: columns={'instruction': ..., 'response': ...} (--columns instruction=...,response=...)."
+            f"No known schema fits the columns {available}. Known: {sorted(SCHEMAS)}. {_proposal(available)}"
         )
+    for group in FIRST:
+        if any(schema.name in group for schema in fitting):
+            fitting = [schema for schema in fitting if schema.name in group]
+            break
+    # The more specific schema wins: dolly has the columns of instruction/response, and one more.
+    fitting = [s for s in fitting if not any(_needed(s) < _needed(other) for other in fitting)]
     if len(fitting) > 1:
         raise ValueError(
-            f"The columns {column_names} fit several schemas: {[s.name for s in fitting]}. Choose one: "
+            f"The columns {available} fit several schemas: {[s.name for s in fitting]}. Choose one: "
             f"schema={fitting[0].name!r} (--schema {fitting[0].name})."
         )
-    [schema] = fitting
-    # Many Alpaca-like datasets leave out the column `input`.
-    return schema if schema.input in column_names else replace(schema, input=None)
+    return _present(replace(fitting[0], **renamed), available, renamed)
+
+
+def _needed(schema: Schema) -> frozenset[str]:
+    """Return the columns by which a schema is recognised."""
+    return frozenset((*schema.required, *schema.marks))
+
+
+def _proposal(available: Sequence[str]) -> str:
+    """Return the call that names the columns, as far as their names say what they are."""
+    known = {**_own_names(), **TEXT_ROLES}
+    found = {known[column]: column for column in reversed(available) if column in known}
+    found = {role: found.get(role, "...") for role in ROLE_NAMES if role in (*found, "instruction", "response")}
+    call = ", ".join(f"{role!r}: {column if column == '...' else repr(column)}" for role, column in found.items())
+    option = ",".join(f"{role}={column}" for role, column in found.items())
+    return f"Name the columns: columns={{{call}}} (--columns {option}), or of a chat columns={{'turns': ...}}."
+
+
+@lru_cache(maxsize=256)  # every batch finds its schema again; one warning is enough
+def _warn_unread(schema: Schema, unread: tuple[str, ...]) -> None:
+    if not unread:
+        return
+    # A column whose role another one has can only be read in its place.
+    roles = {TEXT_ROLES[column]: column for column in reversed(unread)}
+    option = ",".join(f"{role}={column}" for role, column in roles.items())
+    logger.warning(
+        "The column(s) %s look like text of the conversation, but the schema %r does not read them. "
+        "columns=%s (--columns %s) reads them.",
+        list(unread),
+        schema.name,
+        roles,
+        option,
+    )
 
 
 def check_schema(schema: str, columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
     """Raise ValueError if the schema or a key of `columns` is unknown; no dataset is needed for this check."""
-    unknown = {role for role, _ in as_column_names(columns)} - set(ROLE_NAMES)
-    if unknown:
-        raise ValueError(f"columns has the keys {sorted(unknown)}; known are {', '.join(ROLE_NAMES)}.")
     if schema != "auto" and schema not in SCHEMAS:
         raise ValueError(f"schema={schema!r} is not known; choose one of {sorted(SCHEMAS)} or 'auto'.")
+    _by_role(columns)
+
+
+def _by_role(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return a `columns` argument by the names of [`Schema`]'s fields.
+
+    Raises:
+        ValueError: a key is unknown, or two keys mean the same.
+    """
+    pairs, known = as_column_names(columns), _own_names()
+    unknown = {key for key, _ in pairs} - set(ROLE_NAMES) - set(known)
+    if unknown:
+        raise ValueError(
+            f"columns has the keys {sorted(unknown)}; known are {', '.join(ROLE_NAMES)}, and the names that the "
+            f"schemas have for them: {', '.join(sorted(set(known) - set(ROLE_NAMES)))}."
+        )
+    roles = {key: key if key in ROLE_NAMES else known[key] for key, _ in pairs}
+    twice = sorted(key for key in roles if list(roles.values()).count(roles[key]) > 1)
+    if twice:
+        raise ValueError(f"columns has the keys {twice}, which mean the same; leave one of them out.")
+    return {roles[key]: column for key, column in pairs}
+
+
+def _own_names() -> dict[str, str]:
+    """Return the fields of [`Schema`] by the names that the schemas of the table have for their columns."""
+    wanted = ("turns", *OPTIONAL, "instruction", "response")  # for a name with two meanings the last one counts
+    return {
+        column: role for role in wanted for schema in SCHEMAS.values() if (column := getattr(schema, role)) is not None
+    }
 
 
 def as_column_names(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -181,127 +303,126 @@ def as_column_names(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> t
     return pairs
 
 
-def format_batch(batch: Mapping[str, Sequence[Any]], schema: Schema, template: str) -> list[FormattedRow]:
+def format_batch(
+    batch: Mapping[str, Sequence[Any]], schema: Schema, template: str, score_thoughts: bool = False
+) -> list[FormattedRow]:
     """Render the rows of a `.map` batch.
 
     Args:
         batch (`Mapping[str, Sequence]`): columns of equal length, as `.map(batched=True)` passes them.
         schema ([`Schema`]): the columns that contain the text.
         template (`str`): `"paper"` (CaR's, byte for byte) or `"clean-1"` (white space and escapes cleaned up).
+        score_thoughts (`bool`): put the thoughts of an answer in front of it, instead of leaving them out.
 
     Returns:
         `list[FormattedRow]`: one entry per row. A row that cannot be scored has no texts and a status that says why.
     """
-    rows = []
-    for exchanges in exchanges_of(batch, schema):
-        if isinstance(exchanges, str):
-            rows.append(FormattedRow([], exchanges))
-        else:
-            # An empty response is text all the same: the row is scored, and only marked.
-            empty = any(not e.response.strip() for e in exchanges)
-            rows.append(FormattedRow([render(e, template) for e in exchanges], EMPTY_RESPONSE if empty else OK))
-    return rows
+    return [
+        FormattedRow([render(exchange, template) for exchange in row.exchanges], row.status)
+        for row in read_rows(batch, schema, score_thoughts)
+    ]
 
 
-def exchanges_of(batch: Mapping[str, Sequence[Any]], schema: Schema) -> list[list[Exchange] | str]:
+def exchanges_of(
+    batch: Mapping[str, Sequence[Any]], schema: Schema, score_thoughts: bool = False
+) -> list[list[Exchange] | str]:
     """Return the exchanges of every row of a batch, or for a row without any the status that says why."""
+    rows = read_rows(batch, schema, score_thoughts)
+    return [row.exchanges if is_scored(row.status) else row.status for row in rows]
+
+
+def read_rows(batch: Mapping[str, Sequence[Any]], schema: Schema, score_thoughts: bool = False) -> list[Reading]:
+    """Return exchanges and status of every row of a batch."""
+    count = len(batch[schema.required[0]])
+
+    def values(column: str | None) -> Iterable[Any]:
+        return repeat(None, count) if column is None or column not in batch else batch[column]
+
+    before = zip(values(schema.system), values(schema.history), strict=True)
     if schema.turns is not None:
-        return [_chat_exchanges(_turn_list(turns), schema) for turns in batch[schema.turns]]
-    instructions, responses = batch[str(schema.instruction)], batch[str(schema.response)]
-    inputs = batch[schema.input] if schema.input is not None else [None] * len(responses)
-    return [_pair(i, x, r) for i, x, r in zip(instructions, inputs, responses, strict=True)]
+        rows = zip(batch[schema.turns], before, strict=True)
+        return [_read_chat(turns, *given, schema, score_thoughts) for turns, given in rows]
+    texts = zip(values(schema.instruction), values(schema.input), values(schema.response), strict=True)
+    return [_read_pair(row, *given, schema, score_thoughts) for row, given in zip(texts, before, strict=True)]
 
 
-def _pair(instruction: Any, context: Any, response: Any) -> list[Exchange] | str:
+def _read_chat(turns: Any, system: Any, history: Any, schema: Schema, score_thoughts: bool) -> Reading:
+    before, chat = _turns_before(system, history, schema), read_turns(turns, schema.role, schema.content)
+    if isinstance(chat, str) or isinstance(before, str):
+        return Reading([], chat if isinstance(chat, str) else str(before))
+    return cut_at_answers([*before, *chat], score_thoughts)
+
+
+def _read_pair(row: tuple[Any, Any, Any], system: Any, history: Any, schema: Schema, score_thoughts: bool) -> Reading:
+    """Read a row that has its instruction and its response in two columns."""
+    instruction, context, response = row
     if instruction is None or response is None:
-        return NULL
+        return Reading([], NULL)
     context = "" if context is None else context  # published datasets use null and "" alike for "no input"
-    if not (isinstance(instruction, str) and isinstance(context, str) and isinstance(response, str)):
+    before = _turns_before(system, history, schema)
+    if not before and isinstance(instruction, str) and _is_plain(response):
+        if not isinstance(context, str):
+            return Reading([], NOT_A_STRING)
+        thought, answer = split_thought(response)
+        exchanges = [Exchange(instruction, context, f"{thought}\n{answer}" if thought and score_thoughts else answer)]
+        return Reading(exchanges, status_of(exchanges))
+    asked, said = _read_sides(instruction, response, schema)
+    if isinstance(asked, str) or isinstance(said, str) or isinstance(before, str):
+        return Reading([], next(side for side in (asked, said, before) if isinstance(side, str)))
+    if not isinstance(context, str):
+        return Reading([], NOT_A_STRING)
+    found = cut_at_answers([*before, *join_prompt(asked, said)], score_thoughts)
+    if context and found.exchanges:
+        found.exchanges[-1] = found.exchanges[-1]._replace(input=context)
+    return found
+
+
+def _is_plain(response: Any) -> bool:
+    """Return True for a text that cannot be a chat as JSON, as most answers are."""
+    return isinstance(response, str) and response.lstrip()[:1] not in ("[", "{")
+
+
+def _read_sides(instruction: Any, response: Any, schema: Schema) -> tuple[list[Turn] | str, list[Turn] | str]:
+    """Return the turns of instruction and response, or a status for one that is neither a text nor a chat."""
+    asked = read_side(instruction, "user", schema.role, schema.content)
+    said = read_side(response, "assistant", schema.role, schema.content)
+    # Text that could be a chat as JSON is taken for one only if both are, or if it repeats the instruction: an answer
+    # may well be JSON.
+    chat = read_text_chat(response, schema.role, schema.content)
+    if chat is not None and isinstance(instruction, str):
+        prompt = read_text_chat(instruction, schema.role, schema.content)
+        if prompt is not None:
+            return prompt, chat
+        if any((turn.kind, turn.text.strip()) == ("user", instruction.strip()) for turn in chat):
+            return asked, chat
+    elif chat is not None:
+        return asked, chat
+    return asked, said
+
+
+def _turns_before(system: Any, history: Any, schema: Schema) -> list[Turn] | str:
+    """Return what the columns of system prompt and history hold, or a status for what cannot be read."""
+    turns: list[Turn] = []
+    if isinstance(system, str):
+        turns += [Turn("system", system)] if system.strip() else []
+    elif system is not None:
         return NOT_A_STRING
-    return [Exchange(instruction, context, response)]
-
-
-def _turn_list(turns: Any) -> Any:
-    """Return a chat as a list of turns; `datasets` before 4.0 passes a list of dicts as a dict of lists."""
-    if isinstance(turns, Mapping):
-        keys = list(turns)
-        if not all(isinstance(v, list) for v in turns.values()) or len({len(v) for v in turns.values()}) > 1:
-            return [None]  # not a dict of lists of equal length: one invalid turn makes the row a `bad_turn`
-        return [dict(zip(keys, values, strict=True)) for values in zip(*turns.values(), strict=True)]
-    return turns
-
-
-def _chat_exchanges(turns: Any, schema: Schema) -> list[Exchange] | str:
-    """Cut a chat into exchanges, or return the status that says why it has none."""
-    if turns is None:
-        return NULL
-    if isinstance(turns, str) or not isinstance(turns, Sequence):  # a str is a Sequence too
-        return BAD_TURN
-    read: list[_Turn] = []
-    for raw in turns:
-        turn = _read_turn(raw, schema)
-        if isinstance(turn, str):
-            return turn  # one invalid turn makes the row unscorable, rather than a score for a part of the chat
-        if turn is not None:
-            read.append(turn)
-    return _cut_at_answers(read) or NO_ASSISTANT_TURN
-
-
-class _Turn(NamedTuple):
-    role: str
-    content: str
-
-
-def _read_turn(turn: Any, schema: Schema) -> _Turn | str | None:
-    """Return a turn, the status that says why it is invalid, or `None` for a tool call, which says nothing."""
-    keys = _turn_keys(turn, schema)
-    role = None if keys is None else ROLES.get(str(turn[keys[0]]).lower())
-    if keys is None or role is None:
-        return BAD_TURN
-    content = turn[keys[1]]
-    if content is None and role == "assistant" and (turn.get("tool_calls") or turn.get("function_call")):
-        return None  # the assistant's answer follows the tool's
-    if content is None:
-        return NULL
-    return _Turn(role, content) if isinstance(content, str) else NOT_A_STRING
-
-
-def _turn_keys(turn: Any, schema: Schema) -> tuple[str, str] | None:
-    """Return the keys of role and content: the schema's, or one of the two usual pairs, which many files mix."""
-    if isinstance(turn, Mapping):
-        for role, content in ((schema.role, schema.content), ("role", "content"), ("from", "value")):
-            if turn.get(role) is not None and content in turn:
-                return role, content
-    return None
-
-
-def _cut_at_answers(turns: Iterable[_Turn]) -> list[Exchange]:
-    """Make one exchange per answer; its instruction is the system prompt and what was asked since the last answer."""
-    system: list[str] = []
-    asked: list[str] = []
-    exchanges: list[Exchange] = []
-    previous = ""
-    for role, content in turns:
-        if role == "system":
-            system.append(content)
-        elif role == "user":
-            asked.append(content)
-        elif previous == "assistant" and exchanges and not asked:  # one answer in two turns
-            exchanges[-1] = exchanges[-1]._replace(response=exchanges[-1].response + "\n" + content)
-        elif asked or system:  # an opening turn of the assistant answers nothing, and is left out
-            exchanges.append(Exchange("\n".join([*system, *asked]), "", content))
-            asked = []
-        previous = role
-    return exchanges
+    if history is None or (isinstance(history, str) and not history.strip()):
+        return turns
+    earlier = read_turns(history, schema.role, schema.content)
+    return earlier if isinstance(earlier, str) else [*turns, *earlier]
 
 
 def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: int, where: str = "") -> str:
     """Return `3 of 1000 rows cannot be scored: 2 null (rows 4, 17), 1 not_a_string (row 9). ...`."""
-    parts = []
-    for kind in dict.fromkeys(statuses):
-        which = [str(n) for s, n in zip(statuses, names, strict=True) if s == kind]
-        shown = ", ".join(which[:5]) + (", ..." if len(which) > 5 else "")
-        parts.append(f"{len(which)} {kind} (rows {shown})")
+    rows = defaultdict(list)
+    for status, name in zip(statuses, names, strict=True):
+        rows[status].append(str(name))
+    parts = [
+        f"{len(which)} {status} (rows {', '.join(which[:5])}{', ...' if len(which) > 5 else ''})"
+        for status, which in list(rows.items())[:8]
+    ]
+    parts += [f"{sum(map(len, list(rows.values())[8:]))} others"] if len(rows) > 8 else []
     return (
         f"{len(statuses)} of {total} rows{where} cannot be scored: {'; '.join(parts)}. Fix or drop them, or pass "
         "on_invalid='mark' (--on-invalid mark) to keep them without a score."

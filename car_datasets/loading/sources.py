@@ -29,7 +29,7 @@ from datasets.config import HF_HUB_OFFLINE
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from car_datasets.loading.files import FORMATS, check_json_start, csv_options, needs_rereading, reading, reread_json
-from car_datasets.loading.schemas import ON_INVALID, UNSCORABLE, Schema, exchanges_of, find_schema, invalid_rows_message
+from car_datasets.loading.schemas import ON_INVALID, Schema, exchanges_of, find_schema, invalid_rows_message
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import is_text
@@ -349,13 +349,12 @@ def unscorable_rows(dataset: Dataset, schema: Schema) -> dict[int, str]:
     """Return the positions of the rows that cannot be scored, each with its reason."""
     if _all_plain_text(dataset, schema):
         return {}
-    wanted = [c for c in (*schema.required, schema.input) if c is not None]
     reasons: dict[int, str] = {}
     position = 0
     # Without a format: a NumPy or PyTorch format would turn nulls and lists into other values.
-    for batch in dataset.select_columns(wanted).with_format(None).iter(batch_size=10_000):
+    for batch in dataset.select_columns(list(schema.read_columns)).with_format(None).iter(batch_size=10_000):
         rows = exchanges_of(batch, schema)
-        reasons |= {position + i: row for i, row in enumerate(rows) if isinstance(row, str) and row in UNSCORABLE}
+        reasons |= {position + i: row for i, row in enumerate(rows) if isinstance(row, str)}
         position += len(rows)
     return reasons
 
@@ -366,11 +365,10 @@ def _all_plain_text(dataset: Dataset, schema: Schema) -> bool:
     This spares most datasets a pass over all their rows: text columns without a null cannot contain an invalid row. A
     null input counts as an empty one, so only the required columns must be free of nulls.
     """
-    if schema.turns is not None:
+    if schema.turns is not None or schema.history is not None:
         return False  # the roles of a chat are values, which types say nothing about
-    types = {getattr(dataset.features[c], "dtype", None) for c in schema.required}
-    if schema.input is not None:
-        types.add(getattr(dataset.features[schema.input], "dtype", None))
+    read = [c for c in (*schema.required, schema.input, schema.system) if c is not None]
+    types = {getattr(dataset.features[c], "dtype", None) for c in read}
     # `data` ignores the indices of a filtered dataset: nulls of dropped rows may count as well, but none is missed.
     nulls = sum(dataset.data.column(c).null_count for c in schema.required)
     return types <= {"string", "large_string"} and nulls == 0

@@ -1,14 +1,18 @@
 """Render an exchange as the text that models read, with CaR's own template or a cleaned one.
 
-Does: keep templates under versioned names, because scores depend on them; clean up text.
+Does: keep templates under versioned names, because scores depend on them; clean up text; split the thought from an
+answer; write a tool call as text.
 Does not: know a dataset's columns.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
 
 # The version is part of the name, and the name part of fingerprints, receipts and configurations of models.
 PAPER_TEMPLATE = "paper"
@@ -111,3 +115,83 @@ def join_surrogates(text: str) -> str:
         # UTF-16 is the encoding that writes such characters as pairs, so its decoder joins them.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+# --- parts of an answer
+
+# A thought at the start of an answer. Only `<think>` may be left open: the model ran out of tokens while it thought.
+_THOUGHT = re.compile(
+    r"\s*(?:<think>(.*?)(?:</think>|\Z)|<(?P<tag>thinking|thought|reasoning)>(.*?)</(?P=tag)>"
+    r"|<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|\[THINK\](.*?)\[/THINK\])\s*",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """Split an answer into the thought at its start, without its tags, and the rest.
+
+    The opening tag may be missing, as where the prompt template of a model ends with it.
+    """
+    thoughts, position = [], 0
+    while (found := _THOUGHT.match(text, position)) and found.end() > position:
+        thoughts += [part.strip() for name, part in enumerate(found.groups()) if part is not None and name != 1]
+        position = found.end()
+    if not thoughts:
+        thought, mark, answer = text.partition("</think>")
+        if mark and "<think>" not in thought and not thought.endswith("`"):  # not an answer about the tag
+            return thought.strip(), answer.lstrip()
+    return join_lines(*thoughts), text[position:]
+
+
+def render_call(call: Any, given: Any) -> str:
+    """Return a tool call as compact JSON of its name and arguments.
+
+    Args:
+        call: the call, or a list of calls, as parsed from JSON.
+        given: what the dataset holds, which is returned if it does not name a tool: a text as it is.
+    """
+    if isinstance(call, (list, tuple)):
+        return join_lines(*(render_call(each, each) for each in call))
+    if isinstance(call, Mapping):
+        call = call.get("function") or call
+    if isinstance(call, Mapping) and isinstance(call.get("name"), str):
+        arguments: Any = next(
+            (call[key] for key in ("arguments", "input", "parameters") if call.get(key) is not None), {}
+        )
+        if isinstance(arguments, str):
+            parsed = parse_json(arguments or "{}")
+            arguments = arguments if parsed is None else parsed
+        shown = compact_json(arguments)
+        return f'{{"name":{compact_json(call["name"])},"arguments":{shown}}}'
+    if isinstance(given, str):
+        return given
+    tidy = _tidy(given)
+    return compact_json(tidy) if tidy else ""  # Arrow fills in nulls, also for calls that nobody made
+
+
+def compact_json(value: Any) -> str:
+    """Return a value as compact JSON, with sorted keys and without nulls."""
+    return json.dumps(_tidy(value), ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def _tidy(value: Any) -> Any:
+    """Sort keys and drop nulls at any depth: Arrow takes both from other rows, on which a score must not depend."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        tidy = {str(key): _tidy(value[key]) for key in sorted(value, key=str)}
+        return {key: inner for key, inner in tidy.items() if inner is not None and inner != {}}
+    return [_tidy(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def parse_json(text: str) -> Any:
+    """Return the value that a text holds as JSON; `None` if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def join_lines(*parts: str) -> str:
+    """Join the parts that are not blank, one per line."""
+    return "\n".join(part for part in parts if part.strip())

@@ -19,7 +19,7 @@ import torch
 
 from car_datasets.clustering.fitting import Covariance, project
 from car_datasets.clustering.kmeans import lloyd, nearest
-from car_datasets.loading.schemas import OK, TRUNCATED
+from car_datasets.loading.chats import OK, TRUNCATED
 from car_datasets.reporting.overview import Overview, count_clusters
 from car_datasets.selection.rule import BY_BOTH, BY_CLUSTER, BY_SCORE, Indices, choose
 from car_datasets.utils.column_names import ColumnNames

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from car_datasets.loading.schemas import EMPTY_RESPONSE, OK, TRUNCATED
+from car_datasets.loading.chats import OK, is_scored, status_kind
 from car_datasets.reporting.overview import Overview, check_projection, count_clusters, map_of
 from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Keys of `score_quantiles` as str(q): saved reports hold them.
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-SCORED_STATUSES = (OK, EMPTY_RESPONSE, TRUNCATED)  # rows of any other status have no score
+DETAILS = 5  # of one kind of status that are listed, such as unknown roles; the others are counted together
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class SelectionReport:
     Args:
         rows_in (`int`): rows in the pool.
         rows_scored (`int`): rows that have a score.
-        rejected (`dict[str, int]`): rows without a score, by reason (`null`, `not_a_string`, `no_assistant_turn`, ...).
-        marked (`dict[str, int]`): rows that were scored but deserve a look (`empty_response`, `truncated`).
+        rejected (`dict[str, int]`): rows without a score, by reason (`null`, `unknown_role: narrator`, ...).
+        marked (`dict[str, int]`): rows that were scored but deserve a look (`empty_response`, `tool_call`, ...).
         selected_by (`dict[str, int]`): rows that were selected by `score` only, by `cluster` only, or by `both`.
         clusters (`int`): clusters in the pool.
         clusters_by_score (`int`): clusters that the rows taken by score cover by themselves.
@@ -121,8 +121,8 @@ class SelectionReport:
         return cls(
             rows_in=len(overview.scores),
             rows_scored=len(overview.scored),
-            rejected={k: n for k, n in statuses.items() if k not in SCORED_STATUSES},
-            marked={k: n for k, n in statuses.items() if k in SCORED_STATUSES and k != OK},
+            rejected={k: n for k, n in statuses.items() if not is_scored(k)},
+            marked={k: n for k, n in statuses.items() if is_scored(k) and k != OK},
             selected_by={name: reasons.get(name, 0) for name in REASONS},
             clusters=overview.cluster_count,
             clusters_by_score=count_clusters(overview.clusters[by_score]),
@@ -276,7 +276,12 @@ def _listed(counts: dict[str, int]) -> str:
 def _statuses(overview: Overview) -> dict[str, int]:
     """Count the rows by status, most frequent first; without a status column, by whether they have a score."""
     if overview.statuses is not None:
-        return dict(Counter(overview.statuses.to_pylist()).most_common())
+        counts, kinds = Counter[str](), Counter[str]()
+        for status, n in Counter(overview.statuses.to_pylist()).most_common():
+            kind = status_kind(str(status))
+            kinds[kind] += 1
+            counts[str(status) if kinds[kind] <= DETAILS else f"{kind}: others"] += n
+        return dict(counts.most_common())
     missing = int(np.isnan(overview.scores).sum())
     return {OK: len(overview.scores) - missing} | ({"no_score": missing} if missing else {})
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise it when numbers change
+CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise it when numbers change
 
 
 @public
@@ -59,6 +59,7 @@ class TextEmbedder:
         schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
         columns (`Mapping[str, str]`): your names for the schema's columns, such as `{"response": "answer"}`.
         template (`str`): the template of the embedded text; the default is the one that the default scorer reads.
+        score_thoughts (`bool`): put the thoughts of an answer in front of it, as in [`QualityScorer`].
         output_column (`str`): the new column, float32 lists of the model's dimension.
         on_invalid (`str`): a row without text raises (`"error"`) or gets a null (`"mark"`).
         dtype (`str`): of the model, `"float32"`, `"bfloat16"` or `"float16"`.
@@ -77,6 +78,7 @@ class TextEmbedder:
     schema: str = "auto"
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
     template: str = CLEAN_TEMPLATE
+    score_thoughts: bool = False
     output_column: str = ColumnNames.embedding
     on_invalid: str = "error"
     dtype: str = "float32"
@@ -126,7 +128,8 @@ class TextEmbedder:
         """
         refuse_tables(batch, "embed_texts(texts)")
         refuse_taken(batch, self)
-        rows = Rows.from_batch(batch, find_schema(batch, self.schema, self.columns), self.template, self.on_invalid)
+        schema = find_schema(batch, self.schema, self.columns)
+        rows = Rows.from_batch(batch, schema, self.template, self.on_invalid, self.score_thoughts)
         vectors = self.embed_texts([text.whole for text in rows.texts], rank)
         return {self.output_column: rows.mean_vectors(vectors, self.embedding_dtype)}
 

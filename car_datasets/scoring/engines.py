@@ -259,7 +259,7 @@ def estimate_scoring(dataset: Dataset, scorer: Stage, sample: int = ESTIMATE_ROW
 def _time_scorer(scorer: QualityScorer, rows: dict[str, Any], count: int) -> tuple[float, int, float]:
     """Time a scorer on its texts; return seconds, tokens read by the model, and the share of padding."""
     schema = find_schema(rows, scorer.schema, scorer.columns)
-    texts = Rows.from_batch(rows, schema, str(scorer.template), "mark").texts
+    texts = Rows.from_batch(rows, schema, str(scorer.template), "mark", scorer.score_thoughts).texts
     if not texts:
         raise ValueError(f"None of {count} rows, drawn at random, can be scored.")
     loaded = scorer.load()

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from car_datasets.loading.schemas import OK, TRUNCATED, as_column_names, check_schema, find_schema
+from car_datasets.loading.chats import OK, TRUNCATED
+from car_datasets.loading.schemas import as_column_names, check_schema, find_schema
 from car_datasets.loading.templates import Text
 from car_datasets.scoring.embedder import TextEmbedder, load_sentence_transformer, pool_tokens
 from car_datasets.scoring.inference import LoadedScorer, TextScores, Weights, load_scorer, read_scorer_config
@@ -43,7 +44,7 @@ from car_datasets.utils.revisions import PinnedModel, pin_model
 if TYPE_CHECKING:
     from datasets import Features
 
-CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise it when numbers change
+CACHE_VERSION = "3"  # datasets hashes the fields below, never our code: raise it when numbers change
 
 # How the score of a chat follows from the scores of its exchanges.
 TURNS: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "min": np.min, "sum": np.sum, "last": lambda s: s[-1]}
@@ -77,6 +78,8 @@ class QualityScorer:
         template (`str`, *optional*): defaults to the template the model was trained with; change it only for
             experiments.
         turns (`str`): how the scores of a chat's exchanges make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
+        score_thoughts (`bool`): put the thoughts of an answer (`<think>...</think>`, or a key of the message) in front
+            of it. By default the answer alone is scored.
         output_column (`str`): the new column, float32. `diagnostics` columns are named after it.
         diagnostics (`bool`): also add `iqs_tokens` (int32: length of the entire text with special tokens, summed over
             exchanges), `iqs_truncated` (bool: the model did not read the end) and `iqs_status`.
@@ -113,6 +116,7 @@ class QualityScorer:
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
     template: str | None = None
     turns: str = "mean"
+    score_thoughts: bool = False
     output_column: str = ColumnNames.score
     diagnostics: bool = False
     uncertainty: bool = False
@@ -266,7 +270,7 @@ class QualityScorer:
         refuse_taken(batch, self)
         # Found anew for every batch: a scorer that kept what it saw of a dataset would have another fingerprint.
         schema = find_schema(batch, self.schema, self.columns)
-        rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid)
+        rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid, self.score_thoughts)
         texts = self.score_texts(rows.texts, rank)
         scores = rows.fold(texts.scores, TURNS[self.turns])
         self._refuse_nan(scores, batch)
@@ -374,6 +378,7 @@ def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
         schema=scorer.schema,
         columns=scorer.columns,
         template=str(scorer.template),
+        score_thoughts=scorer.score_thoughts,
         output_column=scorer.embedding_column or ColumnNames.embedding,
         on_invalid=scorer.on_invalid,
         dtype=scorer.dtype,

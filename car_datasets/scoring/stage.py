@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from car_datasets.loading.schemas import ON_INVALID, UNSCORABLE, Schema, find_schema, format_batch, invalid_rows_message
+from car_datasets.loading.chats import is_scored
+from car_datasets.loading.schemas import ON_INVALID, Schema, find_schema, format_batch, invalid_rows_message
 from car_datasets.loading.templates import TEMPLATES, Text
 from car_datasets.scoring.batching import current_watch, watching
 from car_datasets.utils.column_names import ColumnNames
@@ -303,8 +304,7 @@ def text_columns(column_names: Iterable[str], schema: str, columns: Any) -> list
     Raises:
         ValueError: no schema fits.
     """
-    found = find_schema(list(column_names), schema, columns)
-    return [name for name in (*found.required, found.input) if name is not None]
+    return list(find_schema(column_names, schema, columns).read_columns)
 
 
 @dataclass(frozen=True)
@@ -322,14 +322,21 @@ class Rows:
     status: list[str]
 
     @classmethod
-    def from_batch(cls, batch: Mapping[str, Sequence[Any]], schema: Schema, template: str, on_invalid: str) -> Rows:
+    def from_batch(
+        cls,
+        batch: Mapping[str, Sequence[Any]],
+        schema: Schema,
+        template: str,
+        on_invalid: str,
+        score_thoughts: bool = False,
+    ) -> Rows:
         """Format a batch.
 
         Raises:
             ValueError: with `on_invalid="error"`, some rows cannot be scored; the message counts and names them.
         """
-        rows = format_batch(batch, schema, template)
-        bad = [i for i, row in enumerate(rows) if row.status in UNSCORABLE]
+        rows = format_batch(batch, schema, template, score_thoughts)
+        bad = [i for i, row in enumerate(rows) if not is_scored(row.status)]
         if bad and on_invalid == "error":
             # Without `source_index` the rows are numbered within the batch, and the message has to say so.
             where = "" if ColumnNames.index in batch else " of this batch"

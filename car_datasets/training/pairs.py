@@ -1,7 +1,7 @@
 """Read pairs of a worse and a better answer, the data that scorers are trained and evaluated on.
 
-Does: read CaR's two CSV formats (`src,score` and `src,pos,neg`) and JSON Lines with `chosen`, `rejected` and an
-optional `prompt`, as text or as chat messages; name the row of everything that cannot be read.
+Does: read CaR's two CSV formats (`src,score` and `src,pos,neg`), and preference files with `chosen`, `rejected` and
+mostly a prompt, as text or as chat messages; name the row of everything that cannot be read.
 Does not: split files or score.
 """
 
@@ -13,16 +13,22 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from car_datasets.loading.schemas import SCHEMAS, exchanges_of
+from car_datasets.loading.chats import NOT_A_STRING, NULL
+from car_datasets.loading.schemas import Schema, exchanges_of
 from car_datasets.loading.templates import Exchange, Text, clean, join_surrogates
 
 logger = logging.getLogger(__name__)
+# The columns that a prompt may have, as text or as a chat; the first that a row has counts.
+PROMPTS = ("prompt", "conversations", "messages", "conversation", "instruction", "question", "query", "input")
 # The first "Response:" ends the instruction; DOTALL, because texts have line breaks.
 _PARTS = re.compile(r"\s*Instruction:(?P<asked>.*?) ?\bResponse:(?P<response>.*)", re.DOTALL)
 # The last such turn starts the answer (Anthropic's HH-RLHF).
@@ -49,8 +55,10 @@ def read_pairs(path: str | Path) -> list[Pair]:
     Args:
         path (`str`): `.csv` with the columns `src` and `score` (rows 2i and 2i + 1 are a pair, the higher score is the
             better half) or `src`, `pos` and `neg` (the original's ranking files; both answers get the same
-            instruction); `.jsonl` or `.json` with `chosen` and `rejected`, and with `prompt` unless they contain it.
-            The answer of a chat is its last one; all earlier messages become part of the instruction.
+            instruction); or a preference file, `.jsonl`, `.json`, `.parquet` or `.csv`, with `chosen` and `rejected`
+            (a text, a message or a list of messages), and with the prompt in one of `PROMPTS` unless they contain it.
+            `input`, `system` and `history` are read as in a dataset. The answer of a chat is its last one, after the
+            nearest earlier turns.
 
     An empty answer is kept, with a warning. It is an error if both instruction and answer are empty.
 
@@ -136,6 +144,8 @@ def _read(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no file {path}; check the path.")
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")  # as bytes: text mode would change line ends within answers
     except UnicodeDecodeError as error:
@@ -145,9 +155,19 @@ def _read(path: str | Path) -> list[dict[str, Any]]:
     elif path.suffix in (".jsonl", ".json"):
         rows = _read_json(path, text)
     else:
-        raise ValueError(f"{path}: pairs are read from .csv, .jsonl or .json files.")
+        raise ValueError(f"{path}: pairs are read from .csv, .jsonl, .json or .parquet files.")
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} holds no rows." if not rows else f"{path} must hold one JSON object per row.")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not Parquet: {error}.") from error
+    if not rows:
+        raise ValueError(f"{path} holds no rows.")
     return rows
 
 
@@ -187,7 +207,7 @@ def _read_json(path: Path, text: str) -> list[Any]:
 def _wrong_columns(path: str | Path, content: Sequence[Mapping[str, Any]]) -> ValueError:
     return ValueError(
         f"{path} has the columns {list(content[0])}; pairs need src and score, or src, pos and neg, or chosen and "
-        "rejected (and prompt)."
+        f"rejected, with a prompt in one of {', '.join(PROMPTS)}."
     )
 
 
@@ -259,30 +279,30 @@ def _checked(path: str | Path, number: int, row: Exchange) -> Exchange:
 
 
 def _preference(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
+    prompt = next((name for name in PROMPTS if row.get(name) is not None), None)
     sides = []
     for side in ("rejected", "chosen"):
-        prompt, answer = row.get("prompt"), row.get(side)
-        if isinstance(answer, list) and (prompt is None or isinstance(prompt, (str, list))):
-            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or ())
-            sides.append(_last_exchange(path, number, side, [*asked, *answer]))
-        elif not isinstance(answer, str) or not (prompt is None or isinstance(prompt, str)):
-            raise ValueError(f"{path}, row {number}: prompt and {side} must be text, or lists of messages.")
-        elif prompt is not None:
-            sides.append(_checked(path, number, Exchange(prompt, "", answer)))
-        else:
+        answer = row.get(side)
+        if prompt is None and isinstance(answer, str):
             sides.append(_parse_conversation(path, number, answer))
+        else:
+            sides.append(_last_exchange(path, number, side, row, prompt))
     return Pair(*sides)
 
 
-def _last_exchange(path: str | Path, number: int, side: str, messages: list[Any]) -> Exchange:
-    """Return the last answer of a chat, with all earlier messages as part of its instruction."""
-    exchanges = exchanges_of({"messages": [messages]}, SCHEMAS["messages"])[0]
+def _last_exchange(path: str | Path, number: int, side: str, row: Mapping[str, Any], prompt: str | None) -> Exchange:
+    """Return the last answer of one side, after the prompt and what was said before, as the scorer reads a row."""
+    given = Schema("pairs", prompt or "prompt", "input", side, system="system", history="history")
+    # Without a prompt, a chat contains it.
+    batch = {"prompt": [[]], **{name: [value] for name, value in row.items() if value is not None}}
+    if prompt == "input":  # then it is the question, not its context
+        given = replace(given, input=None)
+    exchanges = exchanges_of({**batch, side: [row.get(side)]}, given)[0]
+    if exchanges in (NULL, NOT_A_STRING):
+        raise ValueError(f"{path}, row {number}: prompt and {side} must be text, or lists of messages.")
     if isinstance(exchanges, str):  # the reason why these messages are not a chat
         raise ValueError(f"{path}, row {number}: {side} is not a valid chat ({exchanges}).")
-    *earlier, last = exchanges
-    # The scorer reads one exchange; what was said before is context of the question.
-    before = "\n".join(f"{e.instruction}\n{e.response}" for e in earlier)
-    return _checked(path, number, last._replace(instruction=f"{before}\n{last.instruction}".strip()))
+    return _checked(path, number, exchanges[-1])
 
 
 def _parse_conversation(path: str | Path, number: int, text: str) -> Exchange:

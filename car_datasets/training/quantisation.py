@@ -135,7 +135,7 @@ def sample_texts(
     def texts(places: npt.NDArray[np.int64]) -> list[Text]:
         batch = dataset.with_format(None).select(places)[:]
         schema = find_schema(dataset.column_names, scorer.schema, scorer.columns)
-        return Rows.from_batch(batch, schema, str(scorer.template), "mark").texts
+        return Rows.from_batch(batch, schema, str(scorer.template), "mark", scorer.score_thoughts).texts
 
     return texts(drawn[:rows]), texts(drawn[rows : rows + (rows if others is None else others)])
 

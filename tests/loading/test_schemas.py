@@ -1,4 +1,4 @@
-"""formatting.py: which columns are the text, how a chat is cut, what the model reads, and what `clean` undoes."""
+"""schemas.py and templates.py: which columns are the text, what the model reads, and what `clean` undoes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from car_datasets import load_instructions
+from car_datasets.loading.chats import EMPTY_RESPONSE, NOT_A_STRING, NULL, OK, ROLES
 from car_datasets.loading.schemas import (
-    BAD_TURN,
-    EMPTY_RESPONSE,
-    NO_ASSISTANT_TURN,
-    NOT_A_STRING,
-    NULL,
-    OK,
-    ROLES,
     SCHEMAS,
     Schema,
     exchanges_of,
@@ -30,16 +24,13 @@ from car_datasets.loading.schemas import (
 from car_datasets.loading.templates import Exchange, clean, render
 from tests.conftest import ROOT
 
-SHAREGPT = SCHEMAS["conversations"]
-
-
 # --- schemas
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schema_is_recognised_from_its_columns(name: str) -> None:
     schema = SCHEMAS[name]
-    seen = ["id", *(c for c in (schema.instruction, schema.input, schema.response, schema.turns) if c), "source"]
+    seen = ["id", *schema.read_columns, *([schema.tools] if schema.tools else []), "source"]
     assert find_schema(seen) == schema
     assert find_schema(iter(seen)) == schema
     assert find_schema(seen, name) == schema
@@ -81,7 +72,14 @@ def test_renamed_columns_decide_between_schemas() -> None:
         (["messages", "conversations"], {}, "fit several schemas.*--schema messages"),
         (["instruction"], {"schema": "vicuna"}, "schema='vicuna' is not known; choose one of .*'messages'.*auto"),
         (["task"], {"schema": "alpaca"}, r"Columns \['instruction', 'output'\] are not in the dataset.*\['task'\]"),
-        (["a"], {"columns": {"question": "a"}}, r"columns has the keys \['question'\]; known are instruction"),
+        (["a"], {"columns": {"quest": "a"}}, r"columns has the keys \['quest'\]; known are instruction.*question"),
+        (["a"], {"columns": {"question": "a"}}, "must name instruction and response, or turns"),
+        (
+            ["a"],
+            {"columns": {"prompt": "a", "question": "b"}},
+            r"the keys \['prompt', 'question'\], which mean the same",
+        ),
+        (["instruction", "output"], {"columns": {"system": "rules"}}, r"Columns \['rules'\] are not in the dataset"),
         (["a"], {"columns": {"instruction": "a"}}, "must name instruction and response, or turns"),
         (["a", "b"], {"columns": {"instruction": "a", "response": "c"}}, r"Columns \['c'\] are not in the dataset"),
         (["instruction", "output"], {"schema": "alpaca", "columns": {"input": "hint"}}, r"Columns \['hint'\] are not"),
@@ -182,111 +180,6 @@ def test_rows_become_texts_and_a_status() -> None:
 def test_row_that_is_no_text_has_no_texts(row: tuple[Any, Any, Any], status: str) -> None:
     batch = dict(zip(("instruction", "input", "output"), ([value] for value in row), strict=True))
     assert [tuple(r) for r in format_batch(batch, SCHEMAS["alpaca"], "clean-1")] == [([], status)]
-
-
-# --- chats: turns are written "role: content", `s`, `u`, `a`, `t` for system, user, assistant and tool
-
-ROLE = {"s": "system", "u": "user", "a": "assistant", "t": "tool", "d": "developer"}
-
-
-def chat(*turns: str) -> list[dict[str, str]]:
-    return [{"role": ROLE[turn[0]], "content": turn[2:]} for turn in turns]
-
-
-def cut(turns: Any, schema: Schema = SCHEMAS["messages"]) -> list[tuple[str, str]] | str:
-    """(instruction, response) of every exchange, or the status."""
-    [row] = exchanges_of({schema.turns: [turns]}, schema)
-    if isinstance(row, str):
-        return row
-    assert all(exchange.input == "" for exchange in row)
-    return [(exchange.instruction, exchange.response) for exchange in row]
-
-
-@pytest.mark.parametrize(
-    ("turns", "expected"),
-    [
-        pytest.param(["u q", "a r"], [("q", "r")], id="one exchange"),
-        pytest.param(["u q", "a r", "u q2", "a r2"], [("q", "r"), ("q2", "r2")], id="several exchanges"),
-        pytest.param(
-            ["s rules", "u q", "a r", "u q2", "a r2"],
-            [("rules\nq", "r"), ("rules\nq2", "r2")],
-            id="the system prompt belongs to every instruction",
-        ),
-        pytest.param(["d rules", "u q", "a r"], [("rules\nq", "r")], id="a developer's prompt is a system prompt"),
-        pytest.param(["s rules", "a r"], [("rules", "r")], id="a system prompt alone asks"),
-        pytest.param(["u q", "u more", "a r"], [("q\nmore", "r")], id="consecutive user turns"),
-        pytest.param(["u q", "a r", "a r2"], [("q", "r\nr2")], id="consecutive assistant turns are one answer"),
-        pytest.param(["a hello", "u q", "a r"], [("q", "r")], id="opening assistant turn"),
-        pytest.param(["a hello", "a again", "u q", "a r"], [("q", "r")], id="two opening assistant turns"),
-        pytest.param(["u q", "a r", "u q2"], [("q", "r")], id="trailing user turn"),
-        pytest.param(["u q", "a call", "t result", "a r"], [("q", "call"), ("result", "r")], id="tool"),
-        pytest.param(["u q", "a "], [("q", "")], id="empty answer"),
-        pytest.param([], NO_ASSISTANT_TURN, id="no turns"),
-        pytest.param(["s rules", "u q"], NO_ASSISTANT_TURN, id="no assistant turn"),
-        pytest.param(["a hello", "u q"], NO_ASSISTANT_TURN, id="only an opening assistant turn"),
-    ],
-)
-def test_chat_is_cut_at_every_answer(turns: list[str], expected: list[tuple[str, str]] | str) -> None:
-    turns_of_row = chat(*turns)
-    assert cut(turns_of_row) == expected
-    assert cut(tuple(turns_of_row)) == expected
-    renamed = {"system": "system", "user": "human", "assistant": "gpt", "tool": "tool", "developer": "system"}
-    assert cut([{"from": renamed[t["role"]], "value": t["content"]} for t in turns_of_row], SHAREGPT) == expected
-
-
-@pytest.mark.parametrize(
-    ("turns", "status"),
-    [
-        pytest.param(None, NULL, id="no chat"),
-        pytest.param("user: q", BAD_TURN, id="text instead of turns"),
-        pytest.param(7, BAD_TURN, id="a number instead of turns"),
-        pytest.param(["q", "r"], BAD_TURN, id="strings instead of turns"),
-        pytest.param([None], BAD_TURN, id="a null turn"),
-        pytest.param([{"role": "user"}], BAD_TURN, id="a turn without content"),
-        pytest.param([{"content": "q"}], BAD_TURN, id="a turn without a role"),
-        pytest.param([*chat("u q", "a r"), {"role": "narrator", "content": "x"}], BAD_TURN, id="unknown role"),
-        pytest.param([{"role": None, "content": "q"}], BAD_TURN, id="null role"),
-        pytest.param([*chat("u q"), {"role": "assistant", "content": None}], NULL, id="null content"),
-        pytest.param([{"role": "user", "content": [{"type": "text", "text": "q"}]}], NOT_A_STRING, id="parts"),
-        pytest.param({"role": "user", "content": "q"}, BAD_TURN, id="one turn that is no list"),
-        pytest.param({"role": ["user", "assistant"], "content": ["q"]}, BAD_TURN, id="lists of unequal length"),
-        pytest.param({"role": None, "content": None}, BAD_TURN, id="null lists"),
-    ],
-)
-def test_chat_that_cannot_be_read_says_why(turns: Any, status: str) -> None:
-    assert cut(turns) == status
-
-
-@pytest.mark.parametrize("role", ["ASSISTANT", "Assistant", "gpt", "model", "bot"])
-def test_other_names_of_the_assistant(role: str) -> None:
-    assert cut([*chat("u q"), {"role": role, "content": "r"}]) == [("q", "r")]
-
-
-def test_chat_as_a_dict_of_lists() -> None:
-    assert cut({"role": ["system", "user", "assistant"], "content": ["rules", "q", "r"]}) == [("rules\nq", "r")]
-    assert cut({"from": ["human", "gpt"], "value": ["q", "r"]}, SHAREGPT) == [("q", "r")]
-    assert cut({"role": [], "content": []}) == NO_ASSISTANT_TURN
-
-
-def test_chat_becomes_one_text_per_exchange() -> None:
-    batch = {"messages": [chat("s rules", "u q", "a r", "u q2", "a "), chat("u q"), chat("u q", "a r")]}
-    found = format_batch(batch, SCHEMAS["messages"], "clean-1")
-    assert [([text.whole for text in texts], status) for texts, status in found] == [
-        (["Instruction: rules q Response: r", "Instruction: rules q2 Response: "], EMPTY_RESPONSE),
-        ([], NO_ASSISTANT_TURN),
-        (["Instruction: q Response: r"], OK),
-    ]
-
-
-def test_keys_of_the_other_schema_and_tool_calls_are_read() -> None:
-    mixed = [{"from": "human", "value": "q"}, {"role": "assistant", "content": "r"}]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    tools = [*chat("u q"), call, {"role": "tool", "content": "42"}, {"role": "assistant", "content": "It is 42."}]
-    found = format_batch({"messages": [mixed, tools]}, SCHEMAS["messages"], "clean-1")
-    assert [[text.whole for text in texts] for texts, _ in found] == [
-        ["Instruction: q Response: r"],
-        ["Instruction: q 42 Response: It is 42."],
-    ]
 
 
 # --- clean

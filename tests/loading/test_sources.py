@@ -326,7 +326,7 @@ BAD_ROWS = [
     ),
     pytest.param(
         {"messages": [[{"role": "user", "content": "a"}], [{"role": "wizard", "content": "a"}], None]},
-        r"1 no_assistant_turn \(rows 0\); 1 bad_turn \(rows 1\); 1 null \(rows 2\)",
+        r"1 no_assistant_turn \(rows 0\); 1 unknown_role: wizard \(rows 1\); 1 null \(rows 2\)",
         id="chats",
     ),
     pytest.param(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -188,6 +190,34 @@ def test_of_a_chat_the_last_answer_counts_after_all_that_was_said(tmp_path: Path
     assert pair.better == pair.worse._replace(response="Red Sea")
 
 
+@pytest.mark.parametrize("write", [write_jsonl, lambda path, rows: pq.write_table(pa.Table.from_pylist(rows), path)])
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        pytest.param({"conversations": [{"from": "human", "value": "Name a sea."}]}, "from", id="LLaMA-Factory, chats"),
+        pytest.param({"messages": [said("user", "Name a sea.")]}, "role", id="axolotl, chats"),
+        pytest.param({"instruction": "Name a sea.", "input": ""}, None, id="LLaMA-Factory, alpaca"),
+        pytest.param({"question": "Name a sea.", "system": ""}, None, id="axolotl, question"),
+        pytest.param({"input": "Name a sea."}, None, id="axolotl, input"),
+    ],
+)
+def test_pairs_of_other_trainers(prompt: dict[str, Any], answers: str | None, write: Any, tmp_path: Path) -> None:
+    forms = {None: str, "from": lambda a: {"from": "gpt", "value": a}, "role": lambda a: [said("assistant", a)]}
+    row = {**prompt, "chosen": forms[answers]("Red Sea"), "rejected": forms[answers]("Red")}
+    path = tmp_path / ("rows.jsonl" if write is write_jsonl else "rows.parquet")
+    write(path, [row])
+    assert read_pairs(path) == [Pair(Exchange("Name a sea.", "", "Red"), Exchange("Name a sea.", "", "Red Sea"))]
+
+
+def test_input_system_and_history_belong_to_both_answers(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1, 2", "system": "Be brief.", "history": [["Hi", "Hello"]]}
+    [pair] = read_pairs(
+        write_jsonl(tmp_path / "rows.jsonl", [{**row, "chosen": "<think>1 + 2</think>3", "rejected": "4"}])
+    )
+    assert pair.better == Exchange("Be brief.\nHi\nHello\nAdd.", "1, 2", "3")
+    assert pair.worse == pair.better._replace(response="4")
+
+
 def test_conversations_as_hh_rlhf_writes_them(tmp_path: Path) -> None:
     start = "\n\nHuman: Name a sea.\n\nAssistant: Which one?\n\nHuman: Any.\n\nAssistant:"
     [pair] = read_pairs(
@@ -270,7 +300,8 @@ def test_cleaned_and_question() -> None:
         ("jsonl", "null", "must hold one JSON object per row"),
         ("jsonl", '{"chosen": ', "is not JSON"),
         ("json", "[" * 100_000, "is not JSON"),
-        ("parquet", "PAR1", r"pairs are read from \.csv, \.jsonl or \.json files"),
+        ("txt", "a", r"pairs are read from \.csv, \.jsonl, \.json or \.parquet files"),
+        ("parquet", "PAR1", r"rows\.parquet is not Parquet"),
         ("jsonl", '{"chosen": "a", "rejected": "b"}', "row 1: there is no prompt, .* Add a prompt column"),
         ("jsonl", '{"prompt": "a", "chosen": "b", "rejected": null}', "row 1: prompt and rejected must be"),
         (
