@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict
 
 from car_datasets.clustering.fitting import number_of_clusters
+from car_datasets.loading.languages import count_languages, languages_of_rows, refuse_languages
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.receipt import (
@@ -32,7 +33,15 @@ from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, unfinished, write_result
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_taken
-from car_datasets.stages import Stages, fit_settings, refuse_taken_columns, resolve, scorer_of
+from car_datasets.stages import (
+    Stages,
+    fit_settings,
+    ranked,
+    refuse_taken_columns,
+    refuse_taken_language,
+    resolve,
+    scorer_of,
+)
 from car_datasets.utils import revisions
 from car_datasets.utils.files import fresh_folder
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
@@ -96,8 +105,15 @@ def curate(
     # The main process alone writes the receipt, and reads the source again for its digest.
     origin = describe_source(source, opened, recipe) if folder is not None and is_main_process() else {}
     stages = resolve(pinned_source(recipe, source, opened), token)
+    # By the main process alone, so that all agree: the last digits of a probability differ between machines.
+    languages = from_main(lambda: stages.read_languages(dataset, schema))
+    counts = count_languages(languages)
+    if recipe.languages == "refuse":
+        refuse_languages(counts, stages.scorer.languages)
+    if recipe.names.language:
+        dataset = dataset.add_column(recipe.names.language, languages)
 
-    pool = stages.score(dataset, token=token, shard_dir=shard_dir)
+    pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = stages.cluster(procedure.order(pool, recipe.names))
     # Selected rows do not need the vectors, which make up most of the size.
@@ -105,6 +121,10 @@ def curate(
     selected = stages.select(without_vectors)
     overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names)
     report = SelectionReport.from_overview(overview)
+    if not recipe.names.language:  # else the report has read them from the column
+        report = replace(
+            report, languages=counts, selected_languages=count_languages(languages_of_rows(selected, schema))
+        )
 
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
     if folder is not None:
@@ -149,6 +169,7 @@ def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     """Raise ValueError if a setting cannot work with the rows that can be scored; nothing is looked up or computed."""
     check_projection(recipe.projection)
     refuse_taken_columns(dataset.column_names, recipe)
+    refuse_taken_language(dataset.column_names, recipe)
     rows = len(dataset)
     if recipe.on_invalid == "mark":
         rows -= len(unscorable_rows(dataset, schema))

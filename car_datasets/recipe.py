@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from car_datasets.loading.languages import CHOICES, LANGUAGE_COLUMN
 from car_datasets.loading.schemas import as_column_names
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
@@ -46,6 +47,13 @@ class Recipe(Settings):
         columns (`Mapping[str, str]`): columns under other names: `{"instruction": "task", "response": "answer"}`.
         index_column (`str`): the column that identifies a row, added as the row's number unless the source has it.
         on_invalid (`str`): `"error"` refuses rows that cannot be scored, `"mark"` keeps them without a score.
+        language_column (`str`, *optional*): also add the language of each row, a code of ISO 639-1 or `"und"`.
+        languages (`str`): what to do if more than 5 % of the rows whose language can be told are in languages that the
+            scorer's configuration does not list (20,000 rows are looked at, all if there is a language column):
+            `"refuse"`; `"within"`: rank within each language, by the share of its rows that score worse, so that
+            n1 is divided in proportion to the rows of each language and each cluster gives its best by that rank;
+            `"across"`: compare the scores of all languages. `"within"` adds the columns `language` and
+            `iqs_score_within`. If the scorer's languages are not known, nothing is refused.
         scorer, scorer_revision (`str`): an IQS model, on the Hub or in a folder, and its branch, tag, commit or digest.
         template (`str`, *optional*): the text that is scored; defaults to the one the scorer was trained with.
         turns (`str`): how the exchanges of a chat make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
@@ -89,6 +97,12 @@ class Recipe(Settings):
     on_invalid: str = _setting(
         "error", "Rows that cannot be scored: error refuses them, mark keeps them without a score."
     )
+    language_column: str | None = _setting(None, "Also add the language of each row, in a column of this name.")
+    languages: str = _setting(
+        "refuse",
+        "If over 5 % of the rows are in languages that the scorer does not read: refuse them, rank within each "
+        "language, or across all.",
+    )
     scorer: str = _setting(revisions.DEFAULT_SCORER, "An IQS model: Hub id or folder.")
     scorer_revision: str | None = _setting(None, "Branch, tag or commit of the scorer; of a folder, its digest.")
     template: str | None = _setting(None, "Text that is scored: clean-1, or paper.", shown="the scorer's own")
@@ -129,6 +143,10 @@ class Recipe(Settings):
         super().__post_init__()
         # A mapping cannot be hashed, and its order means nothing; the class is frozen, hence object.__setattr__.
         object.__setattr__(self, "columns", as_column_names(self.columns))
+        if self.languages not in CHOICES:
+            raise ValueError(f"languages={self.languages!r} is not known; choose one of {CHOICES}.")
+        if self.languages == "within" and self.procedure == "paper":
+            raise ValueError("languages='within' needs another procedure: procedure='paper' compares all scores.")
         if self.embedder_revision is not None and self.embedder is None:
             raise ValueError(
                 f"embedder_revision={self.embedder_revision!r} needs an embedder=... that it is a revision of."
@@ -153,7 +171,8 @@ class Recipe(Settings):
     @property
     def names(self) -> ColumnNames:
         """Return the names of the columns that the stages add."""
-        return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column)
+        language = self.language_column or (LANGUAGE_COLUMN if self.languages == "within" else "")
+        return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column, language)
 
     @property
     def amounts(self) -> "Amounts":

@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from tqdm.auto import tqdm
 
 from car_datasets.loading.schemas import Schema, exchanges_of
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 UNDETERMINED = "und"  # ISO 639-2's code for a text whose language is not known
 SAMPLE = 20_000  # rows that a check reads at most: some seconds, and shares within 0.2 % at the limit of 5 %
 TOLERATED = 0.05  # share of the determined rows that may be in other languages
+LANGUAGE_COLUMN = "language"  # unless the recipe names another
 CHOICES = ("refuse", "within", "across")  # values of `languages` in a recipe
 
 # What py3langid was trained on and few datasets are written in, but English lists, names and verse resemble.
@@ -112,9 +113,13 @@ def languages_of_rows(dataset: Dataset, schema: Schema) -> list[str]:
     """
     wanted = [column for column in (*schema.required, schema.input) if column is not None]
     languages: list[str] = []
-    for batch in dataset.select_columns(wanted).with_format(None).iter(batch_size=1_000):
-        for exchanges in exchanges_of(batch, schema):
-            languages.append(UNDETERMINED if isinstance(exchanges, str) else _language_of(exchanges))
+    rows = dataset.select_columns(wanted).with_format(None)
+    # The bar appears after two seconds: a million rows take minutes, a sample hardly any time.
+    with tqdm(total=len(rows), desc="Reading languages", unit="rows", delay=2, leave=False) as bar:
+        for batch in rows.iter(batch_size=1_000):
+            found = exchanges_of(batch, schema)
+            languages += [UNDETERMINED if isinstance(row, str) else _language_of(row) for row in found]
+            bar.update(len(found))
     return languages
 
 
@@ -133,7 +138,7 @@ def sample_of(dataset: Dataset, limit: int = SAMPLE) -> Dataset:
     """Return at most `limit` rows, spread evenly over the dataset; always the same ones."""
     if len(dataset) <= limit:
         return dataset
-    return dataset.select(np.linspace(0, len(dataset) - 1, limit).astype(np.int64).tolist())
+    return dataset.select([i * (len(dataset) - 1) // (limit - 1) for i in range(limit)])
 
 
 def describe_languages(counts: Mapping[str, int], unit: str = "") -> str:

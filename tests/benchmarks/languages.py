@@ -215,7 +215,9 @@ def detector(name: str) -> Callable[[Sequence[str]], list[str]]:
     if name == "lingua":
         from lingua import LanguageDetectorBuilder
 
-        detect = LanguageDetectorBuilder.from_all_languages().with_preloaded_language_models().build().detect_language_of
+        detect = (
+            LanguageDetectorBuilder.from_all_languages().with_preloaded_language_models().build().detect_language_of
+        )
         return lambda texts: ["und" if (seen := detect(text)) is None else _code(seen) for text in texts]
     if name == "langdetect":
         import langdetect

@@ -135,7 +135,9 @@ def check_languages(languages: Sequence[str]) -> list[str]:
     Raises:
         ValueError: they are not a list of codes such as "en".
     """
-    if isinstance(languages, str) or not all(re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", str(code)) for code in languages):
+    if isinstance(languages, str) or not all(
+        re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", str(code)) for code in languages
+    ):
         raise ValueError(f"languages={languages!r} must be a list of codes such as ['en', 'de'] (ISO 639).")
     return [str(code) for code in languages]
 
