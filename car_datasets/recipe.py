@@ -49,7 +49,7 @@ class Recipe(Settings):
         on_invalid (`str`): `"error"` refuses rows that cannot be scored, `"mark"` keeps them without a score.
         language_column (`str`, *optional*): also add the language of each row, a code of ISO 639-1 or `"und"`.
         languages (`str`): what to do if more than 5 % of the rows whose language can be told are in languages that the
-            scorer's configuration does not list (20,000 rows are looked at, all if there is a language column):
+            scorer's configuration does not list (10,000 rows are looked at, all if there is a language column):
             `"refuse"`; `"within"`: rank within each language, by the share of its rows that score worse, so that
             n1 is divided in proportion to the rows of each language and each cluster gives its best by that rank;
             `"across"`: compare the scores of all languages. `"within"` adds the columns `language` and

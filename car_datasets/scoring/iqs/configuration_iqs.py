@@ -126,6 +126,7 @@ class IQSConfig(PreTrainedConfig):
         """Return the configuration as plain values, the encoder's included."""
         values: dict[str, Any] = super().to_dict()
         values["encoder_config"] = self.encoder_config.to_dict()  # else an object, which JSON cannot hold
+        values["encoder_config"].pop("_name_or_path", None)  # a path of the machine, which published models would show
         return values
 
 
