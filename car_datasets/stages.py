@@ -258,8 +258,8 @@ def ranked(recipe: Recipe, pool: Dataset) -> Dataset:
         return pool
     if names.language not in pool.column_names:
         raise ValueError(
-            f"languages='within' needs the column {names.language!r}, which the rows do not have. Name the one that they "
-            "have (--language-column), or let `score --language-column` or `curate --languages within` add it."
+            f"languages='within' needs the column {names.language!r}, which the rows do not have. Name the one "
+            "that they have (--language-column), or let `score --language-column` or `curate --languages within` add it."
         )
     check_columns(pool.column_names, (names.score,), ())
     shares = shares_within(read_numbers(pool, names.score, np.nan), pool.with_format(None)[names.language][:])

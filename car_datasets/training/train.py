@@ -89,8 +89,8 @@ class ScorerTraining(Settings):
             kept.
         push_to (`str`): Hub id to push the model to; `""` does not push.
         private (`bool`): require the Hub repository to be private.
-        languages (`list[str]`): codes of the languages that the training file is in, such as `["en"]`, for configuration
-            and card: `curate` then refuses pools in other languages. Empty: not known.
+        languages (`list[str]`): codes of the languages that the training file is in, such as `["en"]`, for
+            configuration and card: `curate` then refuses pools in other languages. Empty: not known.
     """
 
     kind: str = "iqs"

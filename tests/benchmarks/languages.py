@@ -29,17 +29,17 @@ ANSWERS = {
     "cs": (
         "Hlavním městem Francie je Paříž",
         "Pijte každý den dostatek vody a snažte se chodit spát včas.",
-        "Sluneční energie mění světlo na elektřinu. Neznečišťuje ovzduší, ale potřebuje hodně místa a závisí na počasí.",
+        "Sluneční energie mění světlo na elektřinu. Neznečišťuje ovzduší, ale potřebuje hodně místa.",
     ),
     "da": (
         "Hovedstaden i Frankrig er Paris",
         "Drik nok vand hver dag, og prøv at gå tidligt i seng om aftenen.",
-        "Solenergi omdanner lys til elektricitet. Den forurener ikke luften, men kræver meget plads og afhænger af vejret.",
+        "Solenergi omdanner lys til elektricitet. Den forurener ikke luften, men kræver meget plads.",
     ),
     "de": (
         "Die Hauptstadt von Frankreich ist Paris",
         "Trinken Sie jeden Tag genug Wasser und gehen Sie rechtzeitig schlafen.",
-        "Solarenergie wandelt Licht in Strom um. Sie verschmutzt die Luft nicht, braucht aber viel Platz und gutes Wetter.",
+        "Solarenergie wandelt Licht in Strom um. Sie verschmutzt die Luft nicht, braucht aber viel Platz.",
     ),
     "el": (
         "Η πρωτεύουσα της Γαλλίας είναι το Παρίσι",
@@ -49,12 +49,12 @@ ANSWERS = {
     "en": (
         "The capital of France is Paris",
         "Drink enough water every day and try to go to bed in good time.",
-        "Solar power turns light into electricity. It does not pollute the air, but it needs much space and good weather.",
+        "Solar power turns light into electricity. It does not pollute the air, but it needs much space.",
     ),
     "es": (
         "La capital de Francia es París",
         "Beba suficiente agua cada día e intente acostarse temprano.",
-        "La energía solar convierte la luz en electricidad. No contamina el aire, pero necesita mucho espacio y buen tiempo.",
+        "La energía solar convierte la luz en electricidad. No contamina el aire, pero necesita mucho espacio.",
     ),
     "fa": (
         "پایتخت فرانسه پاریس است",
@@ -69,7 +69,7 @@ ANSWERS = {
     "fr": (
         "La capitale de la France est Paris",
         "Buvez assez d'eau chaque jour et essayez de vous coucher tôt.",
-        "L'énergie solaire transforme la lumière en électricité. Elle ne pollue pas l'air, mais demande beaucoup de place.",
+        "L'énergie solaire transforme la lumière en électricité. Elle ne pollue pas l'air, mais demande de la place.",
     ),
     "he": (
         "בירת צרפת היא פריז",
@@ -84,12 +84,12 @@ ANSWERS = {
     "hu": (
         "Franciaország fővárosa Párizs",
         "Igyon minden nap elég vizet, és próbáljon időben lefeküdni.",
-        "A napenergia a fényt elektromossággá alakítja. Nem szennyezi a levegőt, de sok hely kell hozzá, és függ az időjárástól.",
+        "A napenergia a fényt elektromossággá alakítja. Nem szennyezi a levegőt, de sok hely kell hozzá.",
     ),
     "id": (
         "Ibu kota Prancis adalah Paris",
         "Minumlah cukup air setiap hari dan cobalah tidur lebih awal.",
-        "Tenaga surya mengubah cahaya menjadi listrik. Energi ini tidak mencemari udara, tetapi membutuhkan banyak tempat.",
+        "Tenaga surya mengubah cahaya menjadi listrik. Ia tidak mencemari udara, tetapi membutuhkan banyak tempat.",
     ),
     "it": (
         "La capitale della Francia è Parigi",
@@ -114,7 +114,7 @@ ANSWERS = {
     "pl": (
         "Stolicą Francji jest Paryż",
         "Pij codziennie wystarczająco dużo wody i staraj się chodzić wcześnie spać.",
-        "Energia słoneczna zamienia światło w prąd. Nie zanieczyszcza powietrza, ale wymaga dużo miejsca i zależy od pogody.",
+        "Energia słoneczna zamienia światło w prąd. Nie zanieczyszcza powietrza, ale wymaga dużo miejsca.",
     ),
     "pt": (
         "A capital da França é Paris",
@@ -211,7 +211,8 @@ def detector(name: str) -> Callable[[Sequence[str]], list[str]]:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
         plain = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        return lambda texts: [plain.classify(text)[0] for text in texts]
+        # zxx is its label for no linguistic content.
+        return lambda texts: [plain.classify(text)[0].replace("zxx", "und") for text in texts]
     if name == "lingua":
         from lingua import LanguageDetectorBuilder
 
