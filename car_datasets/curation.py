@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict
 
 from car_datasets.clustering.fitting import number_of_clusters
+from car_datasets.loading.languages import count_languages, languages_of_rows, refuse_languages
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.receipt import (
@@ -34,7 +35,16 @@ from car_datasets.results import files_to_replace, unfinished, write_result
 from car_datasets.scoring.stage import text_columns
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
-from car_datasets.stages import Pipeline, fit_settings, refuse_taken_columns, resolve, scorer_of, settled
+from car_datasets.stages import (
+    Pipeline,
+    fit_settings,
+    ranked,
+    refuse_taken_columns,
+    refuse_taken_language,
+    resolve,
+    scorer_of,
+    settled,
+)
 from car_datasets.utils import revisions
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
 from car_datasets.utils.settings import default_n1
@@ -104,8 +114,15 @@ def curate(
     # The main process alone writes the receipt, and reads the source again for its digest.
     origin = describe_source(source, opened, recipe) if folder is not None and is_main_process() else {}
     stages = resolve(pinned_source(recipe, source, opened), token)
+    # By the main process alone, so that all agree: the last digits of a probability differ between machines.
+    languages = from_main(lambda: stages.read_languages(dataset, schema))
+    counts = count_languages(languages)
+    if recipe.languages == "refuse":
+        refuse_languages(counts, stages.scorer.languages)
+    if recipe.names.language:
+        dataset = dataset.add_column(recipe.names.language, languages)
 
-    pool = stages.score(dataset, token=token, shard_dir=shard_dir)
+    pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
     stages = replace(stages, recipe=settled(stages.recipe, pool))  # the receipt names the n1 that was used
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = stages.cluster(procedure.order(pool, recipe.names))
@@ -115,6 +132,10 @@ def curate(
     asked = (recipe.n2, recipe.k)
     overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names, asked=asked)
     report = SelectionReport.from_overview(overview)
+    if not recipe.names.language:  # else the report has read them from the column
+        report = replace(
+            report, languages=counts, selected_languages=count_languages(languages_of_rows(selected, schema))
+        )
 
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
     if folder is not None:
@@ -160,6 +181,7 @@ def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     """Raise ValueError if a setting cannot work with the rows that can be scored; nothing is looked up or computed."""
     check_projection(recipe.projection)
     refuse_taken_columns(dataset.column_names, recipe)
+    refuse_taken_language(dataset.column_names, recipe)
     rows = len(dataset)
     if recipe.on_invalid == "mark":
         rows -= len(unscorable_rows(dataset, schema))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from car_datasets.loading.languages import CHOICES, LANGUAGE_COLUMN
 from car_datasets.loading.schemas import ROLE_NAMES, SCHEMAS, as_column_names
 from car_datasets.loading.templates import TEMPLATES
 from car_datasets.utils import revisions
@@ -74,6 +75,13 @@ class Recipe(Settings):
             `system`, `history` and `tools`.
         index_column (`str`): the column that identifies a row, added as the row's number unless the source has it.
         on_invalid (`str`): `"error"` refuses rows that cannot be scored, `"mark"` keeps them without a score.
+        language_column (`str`, *optional*): also add the language of each row, a code of ISO 639-1 or `"und"`.
+        languages (`str`): what to do if more than 5 % of the rows whose language can be told are in languages that the
+            scorer's configuration does not list (10,000 rows are looked at, all if there is a language column):
+            `"refuse"`; `"within"`: rank within each language, by the share of its rows that score worse, so that
+            n1 is divided in proportion to the rows of each language and each cluster gives its best by that rank;
+            `"across"`: compare the scores of all languages. `"within"` adds the columns `language` and
+            `iqs_score_within`. If the scorer's languages are not known, nothing is refused.
         scorer, scorer_revision (`str`): an IQS model, on the Hub or in a folder, and its branch, tag, commit or digest.
         template (`str`, *optional*): the text that is scored; defaults to the one the scorer was trained with.
         turns (`str`): how the exchanges of a chat make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
@@ -146,6 +154,15 @@ class Recipe(Settings):
     score_thoughts: bool = _setting(
         False, "Put the thoughts of an answer, as in <think>, in front of it before it is scored.", SCORING
     )
+    language_column: str | None = _setting(
+        None, "Also add the language of each row, in a column of this name.", COLUMNS
+    )
+    languages: str = _setting(
+        "refuse",
+        "If over 5 % of the rows are in languages that the scorer does not read, refuse them, rank within each language, "
+        "or rank across all.",
+        SELECTION,
+    )
     dtype: str = _setting(
         "float32", "Run the encoder in float32, or in bfloat16 or float16, which are faster on a GPU.", PERFORMANCE
     )
@@ -211,6 +228,10 @@ class Recipe(Settings):
         super().__post_init__()
         # A mapping cannot be hashed, and its order means nothing; the class is frozen, hence object.__setattr__.
         object.__setattr__(self, "columns", as_column_names(self.columns))
+        if self.languages not in CHOICES:
+            raise ValueError(f"languages={self.languages!r} is not known; choose one of {CHOICES}.")
+        if self.languages == "within" and self.procedure == "paper":
+            raise ValueError("languages='within' needs another procedure: procedure='paper' compares all scores.")
         if self.embedder_revision is not None and self.embedder is None:
             raise ValueError(
                 f"embedder_revision={self.embedder_revision!r} needs an embedder=... that it is a revision of."
@@ -248,7 +269,8 @@ class Recipe(Settings):
     @property
     def names(self) -> ColumnNames:
         """Return the names of the columns that the stages add."""
-        return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column)
+        language = self.language_column or (LANGUAGE_COLUMN if self.languages == "within" else "")
+        return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column, language)
 
     def amounts_of(self, rows: int) -> "Amounts":
         """Return how many rows to select from a pool with so many scored rows."""

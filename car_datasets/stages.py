@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from car_datasets.clustering.fitting import FitSettings
 from car_datasets.clustering.model import ClusterModel, checked_fit
+from car_datasets.loading.languages import languages_of_rows, sample_of
+from car_datasets.loading.schemas import Schema
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
@@ -25,7 +28,7 @@ from car_datasets.scoring.shards.folder import refuse_blank
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
 from car_datasets.scoring.stage import Stage, add_columns, say
 from car_datasets.selection.procedures import Procedure, find_procedure
-from car_datasets.selection.rule import SELECTION_COLUMNS
+from car_datasets.selection.rule import SELECTION_COLUMNS, shares_within
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
@@ -50,6 +53,15 @@ class Pipeline:
     embedder: TextEmbedder | None
     fit: FitSettings
     procedure: Procedure
+
+    def read_languages(self, dataset: Dataset, schema: Schema) -> list[str]:
+        """Return the language of each row if the recipe wants them in a column, else those of a sample of the rows.
+
+        Args:
+            dataset (`Dataset`): checked rows.
+            schema ([`Schema`]): of these rows.
+        """
+        return languages_of_rows(dataset if self.recipe.names.language else sample_of(dataset), schema)
 
     def score(
         self, dataset: Dataset, *, token: str | None = None, shard_dir: str | os.PathLike[str] | None = None
@@ -151,10 +163,11 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
     names = recipe.names
     std = [names.std] if recipe.uncertainty else []
     scores = [names.score, *std, names.tokens, names.truncated, names.status]
+    within = [names.within] if recipe.languages == "within" else []
     if not embed:
         refuse_overwrite(columns, scores, "score_column= (--score-column)")
         return
-    new = [*scores, names.embedding, names.cluster, names.distance]
+    new = [*scores, *within, names.embedding, names.cluster, names.distance]
     every = [*new, *SELECTION_COLUMNS]
     twice = sorted({name for name in every if every.count(name) > 1})
     if twice:
@@ -162,6 +175,17 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
     # The names of the selection cannot be changed, so they are checked apart, by `check_columns`.
     refuse_overwrite(columns, new, "score_column=, embedding_column= or cluster_column= (--score-column, ...)")
     check_columns(columns, (), SELECTION_COLUMNS)
+
+
+def refuse_taken_language(columns: Sequence[str], recipe: Recipe) -> None:
+    """Raise ValueError if the column of languages that a recipe wants is taken, or is a column of a stage."""
+    names = recipe.names
+    if not names.language:
+        return
+    own = (names.score, names.embedding, names.cluster, names.within, *names.diagnostics, *SELECTION_COLUMNS)
+    if names.language in own:
+        raise ValueError(f"language_column={names.language!r} is the name of another new column; name it differently.")
+    refuse_overwrite(columns, [names.language], "language_column= (--language-column)")
 
 
 def fit_settings(recipe: Recipe) -> FitSettings:
@@ -205,7 +229,11 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
 
 def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
     """Select from a scored, clustered pool by a recipe, without looking its models up."""
-    return find_procedure(recipe.procedure).select(pool, recipe.amounts_of(_scored(recipe, pool)), recipe.names)
+    pool, names = ranked(recipe, pool), recipe.names
+    amounts = recipe.amounts_of(_scored(recipe, pool))
+    if recipe.languages == "within":
+        names = replace(names, score=names.within)
+    return find_procedure(recipe.procedure).select(pool, amounts, names)
 
 
 def settled(recipe: Recipe, pool: Dataset) -> Recipe:
@@ -218,6 +246,29 @@ def _scored(recipe: Recipe, pool: Dataset) -> int:
     if recipe.score_column not in pool.column_names:
         return 0
     return int(np.count_nonzero(~np.isnan(read_numbers(pool, recipe.score_column, np.nan))))
+
+
+def ranked(recipe: Recipe, pool: Dataset) -> Dataset:
+    """Return a scored pool with the column by which its rows are ranked within their languages, if a recipe wants that.
+
+    The scores stay as they are. Rows of undetermined language are ranked among themselves.
+
+    Raises:
+        ValueError: the pool has no column of scores or of languages.
+    """
+    names = recipe.names
+    if recipe.languages != "within":
+        return pool
+    if names.language not in pool.column_names:
+        raise ValueError(
+            f"languages='within' needs the column {names.language!r}, which the rows do not have. Name the one "
+            "that they have (--language-column), or let `score --language-column` or `curate --languages within` add it."
+        )
+    check_columns(pool.column_names, (names.score,), ())
+    shares = shares_within(read_numbers(pool, names.score, np.nan), pool.with_format(None)[names.language][:])
+    if names.within in pool.column_names:  # computed anew, so that a check of the selection does not trust it
+        pool = pool.remove_columns(names.within)
+    return pool.add_column(names.within, pa.array(shares, from_pandas=True))
 
 
 def embed_where_missing(

@@ -35,6 +35,8 @@ from car_datasets.utils.settings import CONFIG_NAME, ESTIMATE_ROWS, SPLIT
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from car_datasets.loading.schemas import Schema
+    from car_datasets.stages import Pipeline
     from car_datasets.utils.column_names import ColumnNames
 
 # The groups of commands in the help.
@@ -151,7 +153,7 @@ def _say_where(folder: Path) -> None:
 @one_line_errors
 @recipe_options(
     *(*SCORER, "embedder", "embedder_revision", "turns", "uncertainty", "embedding_dtype", *READING),
-    *("index_column", "score_column", "embedding_column"),
+    *("index_column", "score_column", "embedding_column", "language_column"),
     cluster_column="Name the column that `cluster` will add, which the source must not have.",
 )
 @add_options("shards", "overwrite", "token")
@@ -182,20 +184,22 @@ def score(
         raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
     from car_datasets.curation import open_source
     from car_datasets.selection.published import rank_rows, refuse_original_names
-    from car_datasets.stages import refuse_taken_columns, resolve
+    from car_datasets.stages import refuse_taken_columns, refuse_taken_language, resolve
     from car_datasets.utils.processes import start_processes
 
     recipe = Recipe().changed(**changes)
     if output is not None:  # workers that only fill shards need not meet
         start_processes()
-    opened, dataset, _ = open_source(source, recipe, token)
+    opened, dataset, schema = open_source(source, recipe, token)
     # The original's files have no embeddings, so none are computed.
     as_original = output is not None and output.suffix == ".json"
     if as_original:
         refuse_original_names(dataset.column_names, {recipe.score_column: "score"})
     embed = embeddings and not as_original
     refuse_taken_columns(dataset.column_names, recipe, embed)  # before a model is downloaded
+    refuse_taken_language(dataset.column_names, recipe)
     stages = resolve(recipe, token, embed=embed)
+    dataset = _with_languages(dataset, schema, stages)
     if output is None:
         _say_what_is_left(len(dataset), stages.fill_shards(dataset, shards, token=token), shards)
         return
@@ -205,6 +209,17 @@ def score(
     # The original's format leaves out the row index that we added; an index column of the source stays.
     added = "" if recipe.index_column in opened.column_names else recipe.index_column
     _write(scored, output, replace(recipe.names, index=added))
+
+
+def _with_languages(dataset: Dataset, schema: Schema, stages: Pipeline) -> Dataset:
+    """Say which rows the scorer does not read, and add the column of languages if it was asked for."""
+    from car_datasets.loading.languages import count_languages, languages_not_read
+
+    languages = stages.read_languages(dataset, schema)
+    if sentence := languages_not_read(count_languages(languages), stages.scorer.languages):
+        typer.echo(f"Warning: {sentence} `select --languages within` ranks within languages.", err=True)
+    column = stages.recipe.names.language
+    return dataset.add_column(column, languages) if column else dataset
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets estimate alpaca_data.json")
@@ -291,16 +306,18 @@ def cluster(
     score_column="Read the scores from this column.",
     cluster_column="Read the clusters from this column.",
     seed="Seed the report's control samples with this number.",
+    languages="With within, rank within each language, by --language-column; any other value compares all scores.",
+    language_column="Read the languages from this column.  [default: language, with --languages within]",
 )
 @add_options("overwrite")
 def select(source: Source, output: OutputFile, changes: dict[str, Any], **options: Any) -> None:
     """Select rows from a scored, clustered dataset, and print the report."""
     fresh_file(output, source, options["overwrite"])
     from car_datasets.reporting.report import SelectionReport
-    from car_datasets.stages import select_by
+    from car_datasets.stages import ranked, select_by
 
     recipe = Recipe().changed(**changes)
-    pool = _open(source)
+    pool = ranked(recipe, _open(source))
     chosen = select_by(recipe, pool)
     report = SelectionReport.from_selection(pool, chosen, names=recipe.names, seed=recipe.seed)
     _write(chosen, output, recipe.names)

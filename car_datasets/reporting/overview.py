@@ -53,6 +53,8 @@ class Overview:
         clusters (`(rows,)` int64): -1 for a row without a cluster.
         lengths (`(rows,)` float64): length of every row in `length_unit`.
         length_unit (`str`): `"tokens"` of the scored text, or `"characters"` of the row's strings.
+        ranking (`(rows,)` float64): what the rows are ranked by: the scores, or their ranks within languages.
+        languages (`pyarrow.Array`, *optional*): the language of every row; `None` if the names have no such column.
         statuses (`pyarrow.Array`, *optional*): the scorer's status of every row; `None` if the pool has no such column.
         ids (`pyarrow.Array`, *optional*): the index column; `None` if rows are named by their position.
         positions (`(selected,)` int64): the selected rows, in the order of the selection.
@@ -68,6 +70,8 @@ class Overview:
     clusters: Indices
     lengths: Floats
     length_unit: str
+    ranking: Floats
+    languages: pa.Array | None
     statuses: pa.Array | None
     ids: pa.Array | None
     positions: Indices
@@ -114,6 +118,8 @@ class Overview:
             clusters=read_numbers(pool, names.cluster, -1),
             lengths=lengths,
             length_unit=unit,
+            ranking=_ranking(pool, selected, names, scores, positions),
+            languages=_column(pool, names.language),
             statuses=_column(pool, names.status),
             ids=_column(pool, names.index),
             positions=positions,
@@ -130,7 +136,8 @@ class Overview:
     def user_columns(self) -> list[str]:
         """Return the pool's columns that no stage added."""
         names = self.names
-        added = {names.score, names.cluster, names.index, names.embedding, *names.diagnostics, *SELECTION_COLUMNS}
+        added = {names.score, names.within, names.cluster, names.index, names.embedding, names.language}
+        added |= {*names.diagnostics, *SELECTION_COLUMNS}
         return [column for column in self.pool.column_names if column not in added]
 
     @cached_property
@@ -206,7 +213,7 @@ class Overview:
     @cached_property
     def score_ranks(self) -> Indices:
         """Return the rank of every row in the pool, 1 for the best; ties by row order, rows without a score last."""
-        return ranks_of(self.scores)
+        return ranks_of(self.ranking)
 
     @cached_property
     def percentiles(self) -> Floats:
@@ -276,6 +283,16 @@ def _column(dataset: Dataset, name: str) -> pa.Array | None:
         return None
     # In Arrow's format, a column is read without a Python object per row.
     return dataset.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
+
+
+def _ranking(pool: Dataset, selected: Dataset, names: ColumnNames, scores: Floats, positions: Indices) -> Floats:
+    """Return what the selection was ranked by: the column of ranks within languages, if its ranks are those."""
+    if names.within not in pool.column_names or "score_rank" not in selected.column_names:
+        return scores
+    within: Floats = read_numbers(pool, names.within, np.nan)
+    # Another selection from the same pool may compare all scores.
+    by_language = np.array_equal(ranks_of(within)[positions], read_numbers(selected, "score_rank", 0))
+    return within if by_language else scores
 
 
 def positions_in_pool(pool: Dataset, selected: Dataset, index_column: str) -> Indices:

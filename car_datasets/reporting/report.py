@@ -14,14 +14,16 @@ import json
 import logging
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from rich.table import Table
 
 from car_datasets.loading.chats import OK, is_scored, status_kind
+from car_datasets.loading.languages import UNDETERMINED, count_languages, describe_languages
 from car_datasets.reporting.overview import Overview, check_projection, count_clusters, map_of
 from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
@@ -77,6 +79,10 @@ class SelectionReport:
         selected ([`GroupFigures`]): of the selected rows.
         random_control, length_matched_control ([`GroupFigures`]): of the two controls, which have the selection's size.
         seed (`int`): of the controls.
+        languages (`dict[str, int]`): rows of the pool by language, `"und"` for those whose language cannot be told. They
+            are fewer than `rows_in` if a sample was read; empty if none was.
+        selected_languages (`dict[str, int]`): the selected rows by language.
+        within_languages (`bool`): True if the rows were ranked within their languages.
     """
 
     rows_in: int
@@ -93,6 +99,9 @@ class SelectionReport:
     random_control: GroupFigures
     length_matched_control: GroupFigures
     seed: int
+    languages: dict[str, int] = field(default_factory=dict)
+    selected_languages: dict[str, int] = field(default_factory=dict)
+    within_languages: bool = False
 
     @classmethod
     def from_selection(
@@ -133,6 +142,9 @@ class SelectionReport:
             random_control=_figures(overview.random_control, overview),
             length_matched_control=_figures(overview.length_matched_control, overview),
             seed=overview.seed,
+            languages=_languages(overview.languages),
+            selected_languages=_languages(overview.languages, overview.positions),
+            within_languages=overview.ranking is not overview.scores,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,7 +251,7 @@ class SelectionReport:
         by, correlation = self.selected_by, self.score_length_correlation
         total = max(1, self.selected.rows)  # a divisor
         rejected, marked = sum(self.rejected.values()), sum(self.marked.values())
-        return [
+        sentences = [
             f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
             f"scored but marked: {marked:,}{_listed(self.marked)}",
             f"{self.selected.rows:,} selected "
@@ -250,6 +262,19 @@ class SelectionReport:
             f"the rows taken by score alone cover {self.clusters_by_score:,}",
             f"score against length in {self.length_unit}: Pearson {correlation['pearson']:+.2f}, "
             f"Spearman {correlation['spearman']:+.2f}",
+        ]
+        return [*sentences, *self._language_sentence()]
+
+    def _language_sentence(self) -> list[str]:
+        """Return a sentence about the languages, none if the pool is in one."""
+        if len(self.languages.keys() - {UNDETERMINED}) < 2:
+            return []
+        read = sum(self.languages.values())
+        pool = "languages of the pool" if read == self.rows_in else f"languages of {read:,} rows of the pool"
+        ranked = "; ranked within each language" if self.within_languages else ""
+        return [
+            f"{pool}: {describe_languages(self.languages)}; of the selection: "
+            f"{describe_languages(self.selected_languages)}{ranked}"
         ]
 
     def comparison(self) -> list[list[str]]:
@@ -271,6 +296,12 @@ def _quantile_name(q: float) -> str:
 
 def _listed(counts: dict[str, int]) -> str:
     return f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())})" if counts else ""
+
+
+def _languages(languages: pa.Array | None, rows: Indices | None = None) -> dict[str, int]:
+    if languages is None:
+        return {}
+    return count_languages((languages if rows is None else languages.take(pa.array(rows))).to_pylist())
 
 
 def _statuses(overview: Overview) -> dict[str, int]:

@@ -202,6 +202,11 @@ class QualityScorer:
         return str(self._config().objective)
 
     @property
+    def languages(self) -> tuple[str, ...]:
+        """Return the codes of the languages that the model was made to score; empty if its configuration has none."""
+        return tuple(self._config().languages)
+
+    @property
     def shares_encoder(self) -> bool:
         """Return True if `embedding_column` is possible: the encoder is an unchanged sentence-transformers model."""
         return self._config().encoder_source is not None

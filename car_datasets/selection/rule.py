@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -161,6 +162,25 @@ def ranks_within(labels: Indices) -> Indices:
     ranks: Indices = pd.Series(labels).groupby(labels).cumcount().to_numpy() + 1
     ranks[labels < 0] = 0
     return ranks
+
+
+def shares_within(scores: npt.NDArray[np.float64], groups: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Return for every row the share of its group that it outranks, from 0 to 1; NaN without a score.
+
+    The row of rank r among n is at 1 - (r - 0.5) / n. The best rows by this number are thus divided among the groups in
+    proportion to their rows (Sainte-Lague's rule), whatever the scale of the scores in each; standardised scores would
+    give more rows to the group with the longer tail.
+
+    Args:
+        scores (`(rows,)` float64): higher is better; NaN without a score.
+        groups (`(rows,)` str): such as the language of each row.
+    """
+    order = _best_first(scores)[: int(np.count_nonzero(~np.isnan(scores)))]
+    labels = pd.Series(pd.factorize(np.asarray(groups, dtype=object))[0][order])
+    within = labels.groupby(labels)
+    shares = np.full(len(scores), np.nan)
+    shares[order] = 1 - (within.cumcount().to_numpy() + 0.5) / within.transform("size").to_numpy()
+    return shares
 
 
 def _best_first(score: npt.NDArray[np.float64]) -> Indices:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from car_datasets.loading.templates import CLEAN_TEMPLATE, Exchange, render
 from car_datasets.scoring.batching import CPU_BUDGET, pad, token_batches, tokenise
-from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
+from car_datasets.scoring.iqs.configuration_iqs import IQSConfig, check_languages
 from car_datasets.scoring.iqs.layers import SegmentHead, hashed_words, segment_features
 from car_datasets.scoring.iqs.modeling_iqs import IQSModel
 from car_datasets.scoring.scorer import QualityScorer
@@ -79,6 +79,8 @@ class HeadTraining(Settings):
         penalty (`float`): the most that a corrupted answer loses.
         penalty_offset, penalty_slope (`float`): negated integrity logit at which half of it applies; the slope there.
         pairs_per_batch (`int`): batch size of both optimisations, in pairs.
+        languages (`list[str]`): codes of the languages that the head is made for, kept in configuration and card. The
+            encoder reads English.
     """
 
     kind: str = "head"
@@ -109,6 +111,7 @@ class HeadTraining(Settings):
     penalty_offset: float = 3.0
     penalty_slope: float = 1.5
     pairs_per_batch: int = 32
+    languages: list[str] = field(default_factory=lambda: ["en"])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,6 +124,7 @@ class HeadTraining(Settings):
         self.refuse_outside(0, None, "word_style_weight", "penalty")
         self.refuse_outside(0, 0.99, "dropout", "integrity_dropout")
         self.refuse_outside(8, 24, "word_bits")
+        check_languages(self.languages)
 
 
 class Material(NamedTuple):
@@ -311,6 +315,7 @@ def _config(settings: HeadTraining) -> IQSConfig:
         word_bits=settings.word_bits,
         penalty=settings.penalty,
         encoder_source=source,
+        languages=settings.languages,
         architectures=[IQSModel.__name__],
     )
 

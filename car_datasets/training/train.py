@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
-from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
+from car_datasets.scoring.iqs.configuration_iqs import IQSConfig, check_languages
 from car_datasets.scoring.iqs.modeling_iqs import IQSModel
 from car_datasets.scoring.iqs.packing import first_position
 from car_datasets.training.pairs import Pair, read_labelled_rows, read_pairs, refuse_crossing
@@ -91,6 +91,8 @@ class ScorerTraining(Settings):
             kept.
         push_to (`str`): Hub id to push the model to; `""` does not push.
         private (`bool`): require the Hub repository to be private.
+        languages (`list[str]`): codes of the languages that the training file is in, such as `["en"]`, for
+            configuration and card: `curate` then refuses pools in other languages. Empty: not known.
     """
 
     kind: str = "iqs"
@@ -124,6 +126,7 @@ class ScorerTraining(Settings):
     patience: int = 2
     push_to: str = ""
     private: bool = True
+    languages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +146,7 @@ class ScorerTraining(Settings):
         self.refuse_outside(0, 1, "dropout", "layerwise_decay")
         if not all(type(size) is int and size > 0 for size in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be a list of positive integers.")
+        check_languages(self.languages)
 
 
 def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str, Any]:
@@ -274,12 +278,13 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
         )
     # Directly before the model is built: its initial weights are the next random numbers.
     torch.manual_seed(settings.seed)
-    shape = ("layer_mix", "layer_norm", "pooling", "hidden_sizes", "activation", "dropout", "max_tokens", "template")
+    kept = ("layer_mix", "layer_norm", "pooling", "hidden_sizes", "activation", "dropout", "max_tokens", "template")
     model = IQSModel(
         IQSConfig(
             encoder_config=encoder_config,
             objective=OBJECTIVE_OF_KIND[settings.kind],
-            **{name: getattr(settings, name) for name in shape},
+            languages=settings.languages,
+            **{name: getattr(settings, name) for name in kept},
         )
     )
     # Loaded apart and copied, as `from_pretrained` of the IQS model expects weights of its own layout.

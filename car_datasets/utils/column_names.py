@@ -21,6 +21,7 @@ class ColumnNames:
         cluster (`str`): k-means label, int32. The distance to the centre is named after it.
         index (`str`): identity of a row: its position in the source, or an id column of the dataset.
         embedding (`str`): sentence embedding, a list of float32 or float16.
+        language (`str`): code of the row's language, text; `""` if there is no such column.
 
     Example:
     ```python
@@ -33,6 +34,7 @@ class ColumnNames:
     cluster: str = "cluster"
     index: str = "source_index"
     embedding: str = "embedding"
+    language: str = ""
 
     @property
     def _stem(self) -> str:
@@ -60,6 +62,11 @@ class ColumnNames:
     def std(self) -> str:
         """Return the name of the column of standard deviations over the members of the scorer's head, float32."""
         return f"{self.score}_std"
+
+    @property
+    def within(self) -> str:
+        """Return the name of the column that ranks within languages, the share of them that scores worse, float64."""
+        return f"{self.score}_within"
 
     @property
     def distance(self) -> str:

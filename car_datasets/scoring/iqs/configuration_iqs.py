@@ -6,6 +6,7 @@ Does not: build a model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -50,6 +51,8 @@ class IQSConfig(PreTrainedConfig):
         penalty (`float`): with `"segments"`: the most that a broken answer loses.
         encoder_source (`dict`, *optional*): for a model whose weights file leaves out an unchanged encoder:
             `{"model_id", "revision", "sha256"}` of the model that the encoder comes from.
+        languages (`Sequence[str]`): codes (ISO 639-1) of the languages that the model was made to score; empty if that
+            is not known. `curate` refuses pools in other languages.
 
     Raises:
         ValueError: a value is invalid; the message names the argument.
@@ -78,6 +81,7 @@ class IQSConfig(PreTrainedConfig):
         word_bits: int = 17,
         penalty: float = 1.0,
         encoder_source: dict[str, str] | None = None,
+        languages: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         for argument, value, known in (
@@ -115,13 +119,28 @@ class IQSConfig(PreTrainedConfig):
         self.word_bits = word_bits
         self.penalty = penalty
         self.encoder_source = encoder_source
+        self.languages = check_languages(languages)
         super().__init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain values, the encoder's included."""
         values: dict[str, Any] = super().to_dict()
         values["encoder_config"] = self.encoder_config.to_dict()  # else an object, which JSON cannot hold
+        values["encoder_config"].pop("_name_or_path", None)  # a path of the machine, which published models would show
         return values
+
+
+def check_languages(languages: Sequence[str]) -> list[str]:
+    """Return codes of languages as a list.
+
+    Raises:
+        ValueError: they are not a list of codes such as "en".
+    """
+    if isinstance(languages, str) or not all(
+        re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", str(code)) for code in languages
+    ):
+        raise ValueError(f"languages={languages!r} must be a list of codes such as ['en', 'de'] (ISO 639).")
+    return [str(code) for code in languages]
 
 
 def _as_config(encoder_config: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
