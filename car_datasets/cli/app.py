@@ -393,7 +393,8 @@ def _as_typed(message: str, command: Command, arguments: dict[str, Any]) -> str:
         lambda both: both[2] if both[3].replace("-", "_") == both[1] else both[0],
         message,
     )
-    for name, parameter in inspect.signature(command).parameters.items():
+    # Evaluated, since the annotations of a command without added options are text.
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         typed = arguments.get(name) is not None
         # A recipe file has no options, and messages about a model say "revision" too.
         if not typed and (arguments.get("config") is not None or name == "revision"):
