@@ -111,9 +111,8 @@ def languages_of_rows(dataset: Dataset, schema: Schema) -> list[str]:
         dataset (`Dataset`): checked rows.
         schema ([`Schema`]): of these rows.
     """
-    wanted = [column for column in (*schema.required, schema.input) if column is not None]
     languages: list[str] = []
-    rows = dataset.select_columns(wanted).with_format(None)
+    rows = dataset.select_columns(list(schema.read_columns)).with_format(None)
     # The bar appears after two seconds: a million rows take minutes, a sample hardly any time.
     with tqdm(total=len(rows), desc="Reading languages", unit="rows", delay=2, leave=False) as bar:
         for batch in rows.iter(batch_size=1_000):
