@@ -18,7 +18,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -396,7 +396,7 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _csv_lines(file: DataFile, separator: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_lines(file: DataFile, separator: str) -> Generator[tuple[int, list[str]], None, None]:
     """Yield the records of a CSV file, the header first, each with the number of its first line."""
     with _long_fields(), file.open() as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as lines:
         # Strict, as `csv` would otherwise take a quote that is never closed for a field that ends with the file.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.features.features import get_nested_type, register_feature
 from datasets.formatting.formatting import LazyBatch
 from datasets.table import InMemoryTable
@@ -33,7 +33,7 @@ DEEPEST = 8  # levels of lists and objects that become Arrow types; Arrow's file
 
 if hasattr(datasets, "Json"):
 
-    class StoredJson(datasets.Json):  # type: ignore[misc]
+    class StoredJson(datasets.Json):
         """The feature `Json` of `datasets`, read by Python's parser: its own loses digits and refuses big integers."""
 
         def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
@@ -132,6 +132,13 @@ def carried(dataset: Dataset) -> Dataset:
     if not any_feature(dataset.features, lambda f: hasattr(f, "decode")):
         return dataset
     return _with_features(dataset, carried_features(dataset.features), "carried")
+
+
+def carried_stream(stream: IterableDataset) -> IterableDataset:
+    """Return a stream like [`carried`]; one that does not declare its features is returned as it is."""
+    if stream.features is None or not any_feature(stream.features, lambda f: hasattr(f, "decode")):
+        return stream
+    return stream.cast(carried_features(stream.features))
 
 
 def any_feature(feature: Any, wanted: Callable[[Any], bool]) -> bool:
@@ -301,7 +308,9 @@ def warn_of_json(shown: str, reasons: Mapping[str, str]) -> None:
     """Log which places of a source are kept as JSON text, and why."""
     if reasons:
         places = "; ".join(f"{path!r} {reason}" for path, reason in reasons.items())
-        logger.warning("%s: kept as JSON (the feature Json), because Arrow has no type for all values: %s.", shown, places)
+        logger.warning(
+            "%s: kept as JSON (the feature Json), because Arrow has no type for all values: %s.", shown, places
+        )
 
 
 def mended(value: Any) -> Any:
@@ -350,7 +359,9 @@ def dataset_from_rows(rows: Sequence[Mapping[str, Any]], shown: str = "source") 
         raise ValueError(f"{shown} holds {len(wrong)} rows that are no mappings (the first are {wrong[:5]}).")
     plain = [_plain(row, f"{shown}, row {i}") for i, row in enumerate(rows)]
     whole = [mended(row) for row in plain]
-    halves = [i for i, (one, other) in enumerate(zip(plain, whole, strict=True)) if one != other and repr(one) != repr(other)]
+    halves = [
+        i for i, (one, other) in enumerate(zip(plain, whole, strict=True)) if one != other and repr(one) != repr(other)
+    ]
     names = dict.fromkeys(name for row in whole for name in row)
     return _dataset_of({name: [row.get(name) for row in whole] for name in names}, shown, halves)
 
@@ -365,7 +376,9 @@ def dataset_from_pandas(frame: DataFrame, shown: str = "source") -> Dataset:
         frame = frame.reset_index()
     names = list(frame.columns)
     if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{shown} has the columns {names}: rename them, so that each has a text of its own as its name.")
+        raise ValueError(
+            f"{shown} has the columns {names}: rename them, so that each has a text of its own as its name."
+        )
     columns: dict[str, Any] = {}
     for name in names:
         column = frame[name]
@@ -375,9 +388,7 @@ def dataset_from_pandas(frame: DataFrame, shown: str = "source") -> Dataset:
             missing = column.isna().tolist()
             values = [None if gone else value for value, gone in zip(column.tolist(), missing, strict=True)]
             columns[name] = [_plain(value, f"{shown}, column {name!r}") for value in values]
-    halves = [
-        i for i in range(len(frame)) if any(isinstance(c, list) and _has_half(c[i]) for c in columns.values())
-    ]
+    halves = [i for i in range(len(frame)) if any(isinstance(c, list) and _has_half(c[i]) for c in columns.values())]
     return _dataset_of(columns, shown, halves)
 
 

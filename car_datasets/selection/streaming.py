@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from datasets.table import InMemoryTable
 
 from car_datasets.clustering.model import ClusterModel
+from car_datasets.loading.values import carried_features, carried_stream
 from car_datasets.selection.rule import SELECTION_COLUMNS, Choice, add_selection, choose, ranks_of, refuse_worse
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, numbers_of, refuse_overwrite
@@ -111,11 +112,11 @@ def _tables(dataset: IterableDataset | Dataset, batch_size: int) -> Iterator[pa.
     # Built here, since the tables of a stream have the types that each batch alone suggests: a column that is null in
     # one batch could not be joined with the same column in another.
     features = dataset.features
-    for batch in dataset.with_format(None).iter(batch_size=batch_size):
+    for batch in carried_stream(dataset.with_format(None)).iter(batch_size=batch_size):
         if features is None:
             yield pa.table(dict(batch))
         else:
-            yield pa.table(features.encode_batch(batch), schema=features.arrow_schema)
+            yield pa.table(carried_features(features).encode_batch(batch), schema=features.arrow_schema)
 
 
 def _labelled(batch: pa.Table, clusters: ClusterModel | None, names: ColumnNames) -> pa.Table:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, concatenate_datasets
+from datasets.formatting.formatting import LazyBatch
 
 Matrix = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -304,6 +305,7 @@ def refuse_tables(batch: Any, instead: str) -> None:
             "A dataset in Arrow, pandas or polars format loses its columns in .map. Map over "
             f"dataset.with_format(None), or call {instead}."
         )
-    # Without batched=True, `.map` passes one row: a mapping as well, but of single values.
-    if any(isinstance(value, (str, int, float)) for value in batch.values()):
+    # Without batched=True, `.map` passes one row: a mapping as well, but of single values. A lazy batch would decode
+    # every column if its values were looked at.
+    if not isinstance(batch, LazyBatch) and any(isinstance(value, (str, int, float)) for value in batch.values()):
         raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")

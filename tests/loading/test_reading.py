@@ -18,7 +18,9 @@ from car_datasets.utils.column_names import ColumnNames
 
 TEXTS = st.one_of(
     st.text(max_size=8),
-    st.sampled_from(["007", "42", "true", "null", "1e5", "NaN", '"q"', "{}", "[1]", "2024-01-02", "\u2028x", "a\tb", ""]),
+    st.sampled_from(
+        ["007", "42", "true", "null", "1e5", "NaN", '"q"', "{}", "[1]", "2024-01-02", "\u2028x", "a\tb", ""]
+    ),
 )
 NUMBERS = st.one_of(
     st.integers(-(2**70), 2**70),
@@ -70,7 +72,11 @@ def same(one: Any, other: Any) -> bool:
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=tables(), escaped=st.booleans(), listed=st.booleans(), indent=st.sampled_from([None, 2]))
 def test_any_json_comes_back_as_it_was(
-    rows: list[dict[str, Any]], escaped: bool, listed: bool, indent: int | None, tmp_path_factory: pytest.TempPathFactory
+    rows: list[dict[str, Any]],
+    escaped: bool,
+    listed: bool,
+    indent: int | None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     if listed:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from car_datasets.loading.values import carried_features, carried_stream
 from car_datasets.scoring.shards.claims import last_turns
 from car_datasets.scoring.shards.folder import PART, RunOptions, SharedRun, part_name
 from car_datasets.scoring.stage import batch_rows
@@ -264,14 +265,15 @@ class StreamReader:
         """Read the first rows."""
         from datasets import Features
 
-        self.stream, self.shard_rows, self.shard = stream.with_format(None), shard_rows, 0
+        self.stream, self.shard_rows, self.shard = carried_stream(stream.with_format(None)), shard_rows, 0
         self._start = self.stream.state_dict()  # before the first row is read
         self._rows: Iterator[Row] = iter(self.stream)
         self._pending = list(islice(self._rows, min(HEAD, shard_rows)))
         if not self._pending:
             raise ValueError("dataset: the stream has no rows.")
-        self._declared = self.stream.features is not None
-        self.features: Features = self.stream.features or Features.from_arrow_schema(
+        self._declared = stream.features is not None
+        # As the stream has them, so that images are decoded where the shards are read, if they were in the stream.
+        self.features: Features = stream.features or Features.from_arrow_schema(
             self._inferred(_columns(self._pending), 0)
         )
         self.head = self._table(self._pending)
@@ -327,7 +329,7 @@ class StreamReader:
             )
         columns = {name: columns.get(name, [None] * len(rows)) for name in self.features}
         # Declared types may need encoding (images, class labels); inferred ones are those that Arrow gives the values.
-        encoded = self.features.encode_batch(columns) if self._declared else columns
+        encoded = carried_features(self.features).encode_batch(columns) if self._declared else columns
         return Dataset(InMemoryTable(pa.table(encoded, schema=schema)))
 
     def _inferred(self, columns: dict[str, list[Any]], start: int) -> pa.Schema:
