@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.features.features import get_nested_type, register_feature
+from datasets.features.features import generate_from_arrow_type, get_nested_type, register_feature
 from datasets.formatting.formatting import LazyBatch
 from datasets.table import InMemoryTable
 
@@ -139,6 +139,27 @@ def carried_stream(stream: IterableDataset) -> IterableDataset:
     if stream.features is None or not any_feature(stream.features, lambda f: hasattr(f, "decode")):
         return stream
     return stream.cast(carried_features(stream.features))
+
+
+def table_of(columns: Mapping[str, Sequence[Any]], features: Features) -> pa.Table:
+    """Return columns of Python values, as [`carried`] rows have them, as a table of these features.
+
+    Args:
+        columns (`Mapping[str, Sequence]`): a column for every feature.
+        features (`Features`): may decode images and the like, which are stored as the bytes and paths that they are.
+    """
+
+    def stored(feature: Any) -> Any:
+        media = hasattr(feature, "decode") and not is_json(feature)
+        return generate_from_arrow_type(feature()) if media else feature
+
+    arrays = {}
+    for name, feature in changed_features(features, stored).items():
+        values = columns[name]
+        if not any_feature(feature, is_json):  # class labels, for one, become numbers
+            values = Features({name: feature}).encode_column(values, name)
+        arrays[name] = array_of(values, feature)
+    return pa.table(arrays, schema=features.arrow_schema)
 
 
 def any_feature(feature: Any, wanted: Callable[[Any], bool]) -> bool:
@@ -404,7 +425,7 @@ def _dataset_of(columns: Mapping[str, Any], shown: str, halves: Sequence[int]) -
     arrays: list[pa.Array] = []
     for name, values in columns.items():
         if isinstance(values, pa.Array):
-            feature, array = datasets.features.features.generate_from_arrow_type(values.type), values
+            feature, array = generate_from_arrow_type(values.type), values
         else:
             feature, array = _column([mended(value) for value in values], name, reasons)
         features[name] = feature
@@ -431,7 +452,7 @@ def _column(values: list[Any], name: str, reasons: dict[str, str]) -> tuple[Any,
                 f"The column {name!r} holds values that Arrow cannot give back ({error}); pass text, numbers, lists and "
                 "dicts, or a Dataset with the features of your choice."
             ) from error
-        return datasets.features.features.generate_from_arrow_type(array.type), array
+        return generate_from_arrow_type(array.type), array
     feature = kind.feature(name, reasons)
     return feature, array_of(values, feature)
 

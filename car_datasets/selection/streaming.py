@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from datasets.table import InMemoryTable
 
 from car_datasets.clustering.model import ClusterModel
-from car_datasets.loading.values import carried_features, carried_stream
+from car_datasets.loading.values import carried_stream, table_of
 from car_datasets.selection.rule import SELECTION_COLUMNS, Choice, add_selection, choose, ranks_of, refuse_worse
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, numbers_of, refuse_overwrite
@@ -116,7 +116,7 @@ def _tables(dataset: IterableDataset | Dataset, batch_size: int) -> Iterator[pa.
         if features is None:
             yield pa.table(dict(batch))
         else:
-            yield pa.table(carried_features(features).encode_batch(batch), schema=features.arrow_schema)
+            yield table_of(batch, features)
 
 
 def _labelled(batch: pa.Table, clusters: ClusterModel | None, names: ColumnNames) -> pa.Table:

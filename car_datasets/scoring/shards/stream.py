@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from car_datasets.loading.values import carried_features, carried_stream
+from car_datasets.loading.values import carried_stream, table_of
 from car_datasets.scoring.shards.claims import last_turns
 from car_datasets.scoring.shards.folder import PART, RunOptions, SharedRun, part_name
 from car_datasets.scoring.stage import batch_rows
@@ -329,8 +329,8 @@ class StreamReader:
             )
         columns = {name: columns.get(name, [None] * len(rows)) for name in self.features}
         # Declared types may need encoding (images, class labels); inferred ones are those that Arrow gives the values.
-        encoded = carried_features(self.features).encode_batch(columns) if self._declared else columns
-        return Dataset(InMemoryTable(pa.table(encoded, schema=schema)))
+        table = table_of(columns, self.features) if self._declared else pa.table(columns, schema=schema)
+        return Dataset(InMemoryTable(table))
 
     def _inferred(self, columns: dict[str, list[Any]], start: int) -> pa.Schema:
         try:
