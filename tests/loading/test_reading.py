@@ -285,5 +285,5 @@ def test_a_broken_table_is_named_with_its_line(text: str | bytes, message: str, 
 def test_tables_of_different_columns_are_refused(tmp_path: Path) -> None:
     texts = {"one.csv": "instruction,output\na,b\n", "two.csv": "instruction,answer\na,b\n"}
     files = [DataFile(str(save(tmp_path, name, text)), name, "csv") for name, text in texts.items()]
-    with pytest.raises(ValueError, match="'two.csv' has the columns .*answer.* and 'one.csv' has"):
+    with pytest.raises(ValueError, match=r"'two.csv' has the columns .*answer.* and 'one.csv' has"):
         read_csv(files, ())

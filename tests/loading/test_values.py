@@ -102,7 +102,7 @@ def test_no_stage_decodes_media_and_every_one_keeps_them(
     settings: dict[str, Any] = {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 2, "k": 2, "allow_worse": True}
     selected, scored, _ = curate(media, tmp_path / "out", **settings)
     assert Receipt.read(tmp_path / "out").source["kind"] == "memory"
-    scorer = QualityScorer(tiny_iqs, embedding_column="embedding")
+    scorer = QualityScorer(tiny_iqs)
     assert estimate_scoring(media, scorer, sample=2).sample == 2
     mapped = media.map(scorer, batched=True)
     sharded = score_in_shards(media, scorer, tmp_path / "shards")
