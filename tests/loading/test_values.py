@@ -21,6 +21,7 @@ from car_datasets.receipt import Receipt
 from car_datasets.scoring.engines import estimate_scoring
 from car_datasets.selection.published import write_original
 from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import join_columns
 
 
 def test_python_rows_come_back_equal() -> None:
@@ -115,6 +116,18 @@ def test_no_stage_decodes_media_and_every_one_keeps_them(
         for row in carried(result):
             assert (row["picture"], row["sound"], row["raw"]) == (PIXEL, SOUND, PIXEL)
             assert [turn["image"] for turn in row["messages"]] == [None, PIXEL]
+
+
+def test_images_whose_files_are_gone_are_refused_before_scoring(tmp_path: Path) -> None:
+    (tmp_path / "here.png").write_bytes(b"no picture")
+    rows = Dataset.from_dict({"instruction": ["a", "b"], "output": ["c", "d"]})
+    for column, feature in ((["here.png", "gone.png"], Image()), ([[None], ["here.png", "gone.png"]], List(Image()))):
+        paths = [
+            [f and str(tmp_path / f) for f in row] if isinstance(row, list) else str(tmp_path / row) for row in column
+        ]
+        media = Dataset.from_dict({"picture": paths}, features=Features(picture=feature))
+        with pytest.raises(ValueError, match=r"The column 'picture' names 1 files that are not there, .*gone\.png"):
+            curate(join_columns(rows, media), tmp_path / "out", scorer="no/scorer", n1=1)
 
 
 def test_what_json_does_not_have_is_written_as_text(media: Dataset, tmp_path: Path) -> None:

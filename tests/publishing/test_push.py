@@ -108,7 +108,9 @@ def test_a_result_lands_in_one_commit_with_card_and_receipt(hub: Hub, result: Pa
 def test_json_and_images_are_pushed_as_they_are(hub: Hub, tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
     """`--check` compares what was pushed; the image could not be decoded."""
     sides = [2**70, "42", 1.0000000000000002e16, {"id": "007"}]
-    rows = dataset_from_rows([{"instruction": f"Say {i}.", "output": "b", "side": side} for i, side in enumerate(sides)])
+    rows = dataset_from_rows(
+        [{"instruction": f"Say {i}.", "output": "b", "side": side} for i, side in enumerate(sides)]
+    )
     picture = {"bytes": b"no picture", "path": "p.png"}
     media = Dataset(pa.table({"picture": [picture] * 4}), DatasetInfo(features=Features(picture=Image())))
     join_columns(rows, media).to_parquet(tmp_path / "rows.parquet")
