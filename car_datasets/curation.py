@@ -13,12 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
 from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.loading.languages import count_languages, languages_of_rows, refuse_languages
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
+from car_datasets.loading.values import any_feature, is_json
 from car_datasets.receipt import (
     RECEIPT_FILE,
     Receipt,
@@ -46,6 +49,7 @@ from car_datasets.stages import (
     settled,
 )
 from car_datasets.utils import revisions
+from car_datasets.utils.columns import column_batches
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
 from car_datasets.utils.settings import default_n1
 
@@ -174,7 +178,37 @@ def open_source(source: str | Path | Dataset | DatasetDict, recipe: Recipe, toke
     dataset = check_rows(
         opened.with_format(None), schema=schema, on_invalid=recipe.on_invalid, index_column=recipe.index_column
     )
+    _refuse_lost_media(dataset)
     return OpenSource(opened, dataset, schema)
+
+
+def _refuse_lost_media(dataset: Dataset) -> None:
+    """Raise ValueError if images and the like name files that are not there: Parquet would be written with their bytes.
+
+    The files are only looked for; a URL, or bytes in the dataset itself, are taken as they are.
+    """
+    for name, feature in dataset.features.items():
+        if not any_feature(feature, lambda f: hasattr(f, "decode") and not is_json(f)):
+            continue
+        paths = (path for batch in column_batches(dataset, name) for path in _files_of(batch.combine_chunks(), feature))
+        lost = [path for path in paths if "://" not in path and not Path(path).exists()]
+        if lost:
+            raise ValueError(
+                f"The column {name!r} names {len(lost)} files that are not there, the first {lost[:3]}. Start in the "
+                f"folder that the paths begin in, or drop the column: dataset.remove_columns({name!r})."
+            )
+
+
+def _files_of(values: pa.Array, feature: Any) -> list[str]:
+    """Return the paths of all images and the like in an array that holds no bytes for them."""
+    if isinstance(feature, Mapping):
+        return [path for name, part in feature.items() for path in _files_of(pc.struct_field(values, name), part)]
+    if hasattr(feature, "feature"):
+        return _files_of(pc.list_flatten(values), feature.feature)
+    if is_json(feature) or not hasattr(feature, "decode") or not pa.types.is_struct(values.type):
+        return []
+    without_bytes = pc.struct_field(values, "path").filter(pc.is_null(pc.struct_field(values, "bytes")))
+    return list(without_bytes.drop_null().to_pylist())
 
 
 def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from car_datasets import __version__
+from car_datasets.loading.values import carried
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import numbers_of
@@ -218,7 +219,7 @@ def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> di
     # Only what was given: a name or split of None says nothing about the source.
     part = {name: getattr(settings, name) for name in ("name", "split") if getattr(settings, name) is not None}
     if not isinstance(source, (str, Path)):
-        return {"kind": "memory", "sha256": rows_digest(source if opened is None else opened)}
+        return {"kind": "memory", "sha256": rows_digest(carried(source if opened is None else opened))}
     path = Path(source).expanduser()
     if path.is_file():
         return {"kind": "file", "name": path.name, "sha256": digests.file_digest(path), **part}

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
+from car_datasets.loading.values import as_written
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting.page import PAGE_FILE
 from car_datasets.reporting.plots import PLOT_FILES
@@ -115,7 +116,8 @@ def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
     for name in (SCORED_TABLE, SELECTED_TABLE):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
-    return Dataset.from_parquet(str(folder / SELECTED_TABLE)), Dataset.from_parquet(str(folder / SCORED_TABLE))
+    selected, scored = (Dataset.from_parquet(str(folder / name)) for name in (SELECTED_TABLE, SCORED_TABLE))
+    return as_written(selected), as_written(scored)
 
 
 def read_report(text: bytes, shown: str) -> SelectionReport:

@@ -36,6 +36,7 @@ from car_datasets.clustering.fitting import (
     refuse_others,
 )
 from car_datasets.clustering.kmeans import nearest
+from car_datasets.loading.values import untouched
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     BATCH,
@@ -185,6 +186,7 @@ class ClusterModel:
             batch (`Mapping`): columns of a `.map(batched=True)` batch.
             rank (`int`, *optional*): rank that `.map(with_rank=True)` passes; it chooses the GPU, if there is one.
         """
+        batch = untouched(batch)
         refuse_tables(batch, "ClusterModel.label(dataset)")
         self._refuse_columns(list(batch))
         *arrays, missing = self._label(as_arrow(batch[self.embedding_column]), rank)

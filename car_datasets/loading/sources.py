@@ -26,10 +26,19 @@ from datasets import (
     load_from_disk,
 )
 from datasets.config import HF_HUB_OFFLINE
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.exceptions import DatasetsError
 
-from car_datasets.loading.files import FORMATS, check_json_start, csv_options, needs_rereading, reading, reread_json
-from car_datasets.loading.schemas import ON_INVALID, Schema, exchanges_of, find_schema, invalid_rows_message
+from car_datasets.loading.files import FORMATS, DataFile, reading
+from car_datasets.loading.reading import read_csv, read_json
+from car_datasets.loading.schemas import (
+    ON_INVALID,
+    SCHEMAS,
+    Schema,
+    exchanges_of,
+    find_schema,
+    invalid_rows_message,
+)
+from car_datasets.loading.values import as_written, carried
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import is_text
@@ -125,7 +134,7 @@ def open_dataset(
     if len(dataset) == 0:
         shown = repr(str(source)) if isinstance(source, (str, Path)) else type(source).__name__
         raise ValueError(f"source={shown} has no rows.")
-    return dataset
+    return as_written(dataset)
 
 
 def check_rows(
@@ -195,21 +204,19 @@ def _open_file(path: Path, columns: Mapping[str, str], cache_dir: str | None) ->
         )
     if path.stat().st_size == 0:
         raise ValueError(f"source={str(path)!r} is an empty file; pass one that contains rows.")
-    options: dict[str, Any] = {}
-    if kind == "json":
-        check_json_start(path)
-    elif kind == "csv":
-        options = csv_options(path, columns)
-    with reading(path, kind):
-        try:
-            opened = load_dataset(kind, data_files=str(path), cache_dir=cache_dir, **options)
-        except (DatasetGenerationError, StopIteration):
-            if kind != "json":
-                raise
-            opened = None  # Python's parser may still read it, or gives a clearer reason why it cannot be read
-        if kind == "json" and (opened is None or needs_rereading(opened["train"])):
-            opened = DatasetDict({"train": reread_json(path, None if opened is None else opened["train"])})
-    return opened
+    if kind == "parquet":
+        with reading(path, kind):
+            return load_dataset(kind, data_files=str(path), cache_dir=cache_dir)
+    return DatasetDict(train=_read([DataFile(str(path), str(path), kind)], columns, cache_dir))
+
+
+def _read(files: list[DataFile], columns: Mapping[str, str], cache_dir: str | None) -> Dataset:
+    """Read JSON or CSV files, which must be of one kind."""
+    if files[0].kind == "json":
+        return read_json(files, cache_dir)
+    # The schema is recognised only after loading, so every column that is text in some schema is read as text.
+    texts = {c for s in SCHEMAS.values() for c in (s.instruction, s.input, s.response) if c} | set(columns.values())
+    return read_csv(files, texts, cache_dir)
 
 
 def _open_folder(path: Path, name: str | None, columns: Mapping[str, str], cache_dir: str | None) -> Any:
@@ -223,17 +230,11 @@ def _open_folder(path: Path, name: str | None, columns: Mapping[str, str], cache
             f"source={str(path)!r} is a folder without data. Pass one that save_to_disk wrote, or one with files that "
             f"end in {sorted(FORMATS)}."
         )
-    tables = [p for p in files if FORMATS.get(p.suffix.lower()) == "csv"]
-    # One set of options serves all tables, since `datasets` wants the same columns in each; each table is checked.
-    options = [csv_options(table, columns) for table in tables]
+    data = [DataFile(str(p), str(p), FORMATS[p.suffix.lower()]) for p in files if p.suffix.lower() in FORMATS]
+    if len({file.kind for file in data}) == 1 and data[0].kind != "parquet":
+        return DatasetDict(train=_read(data, columns, cache_dir))
     with reading(path, "a folder of data files"):
-        opened = load_dataset(str(path), name, cache_dir=cache_dir, **(options[0] if options else {}))
-    if any(needs_rereading(split) for split in opened.values()):
-        raise ValueError(
-            f"source={str(path)!r} contains JSON whose values `datasets` would change (text that looks like a date, or "
-            "columns of mixed types). Load the files one by one."
-        )
-    return opened
+        return load_dataset(str(path), name, cache_dir=cache_dir)
 
 
 def _open_hub(
@@ -352,7 +353,8 @@ def unscorable_rows(dataset: Dataset, schema: Schema) -> dict[int, str]:
     reasons: dict[int, str] = {}
     position = 0
     # Without a format: a NumPy or PyTorch format would turn nulls and lists into other values.
-    for batch in dataset.select_columns(list(schema.read_columns)).with_format(None).iter(batch_size=10_000):
+    columns = list(schema.read_columns)
+    for batch in carried(dataset.select_columns(columns).with_format(None)).iter(batch_size=10_000):
         rows = exchanges_of(batch, schema)
         reasons |= {position + i: row for i, row in enumerate(rows) if isinstance(row, str)}
         position += len(rows)

@@ -338,6 +338,8 @@ def row_lengths(dataset: Dataset, names: ColumnNames = ColumnNames()) -> tuple[F
 
 def _characters(values: pa.Array) -> Floats:
     """Count the characters of all strings in every value, including those in lists and structs (a chat's turns)."""
+    if isinstance(values, pa.ExtensionArray):  # JSON, as text
+        values = values.storage
     kind = values.type
     if is_text(kind):
         return np.asarray(pc.utf8_length(values).fill_null(0), dtype=np.float64)

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from car_datasets.loading.chats import TRUNCATED
+from car_datasets.loading.values import carried
 from car_datasets.reporting.overview import Floats, Overview, PoolMap
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
 from car_datasets.reporting.questions import HEADER, Explanation, WhatIf, explain_rows, try_out
@@ -259,7 +260,7 @@ def texts_of(overview: Overview, rows: Sequence[int]) -> list[list[tuple[str, st
     columns = text_columns(overview)
     if not columns:
         return [[] for _ in rows]
-    values = overview.pool.select_columns(columns).select(list(rows))[:]
+    values = carried(overview.pool.select_columns(columns)).select(list(rows))[:]
     return [[(name, _plain(values[name][i])) for name in columns] for i in range(len(rows))]
 
 
@@ -270,7 +271,7 @@ def text_columns(overview: Overview) -> list[str]:
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    if is_text(kind):
+    if is_text(kind) or isinstance(kind, pa.BaseExtensionType):  # JSON, such as turns of differing keys
         return True
     return any(_holds_text(kind.field(i).type) for i in range(kind.num_fields))
 

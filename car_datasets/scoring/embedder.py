@@ -19,6 +19,7 @@ from torch import Tensor
 
 from car_datasets.loading.schemas import as_column_names, check_schema, find_schema
 from car_datasets.loading.templates import CLEAN_TEMPLATE
+from car_datasets.loading.values import untouched
 from car_datasets.scoring.batching import in_order, pad, run_batches, token_budget, tokenise
 from car_datasets.scoring.stage import (
     Rows,
@@ -126,6 +127,7 @@ class TextEmbedder:
         Raises:
             ValueError: the batch already has the column, no schema fits, or a row has no text and `on_invalid="error"`.
         """
+        batch = untouched(batch)
         refuse_tables(batch, "embed_texts(texts)")
         refuse_taken(batch, self)
         schema = find_schema(batch, self.schema, self.columns)

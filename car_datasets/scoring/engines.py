@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 
 from car_datasets.loading.schemas import find_schema
+from car_datasets.loading.values import carried
 from car_datasets.scoring.batching import padding_waste, token_budget
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows, Stage, read_columns, refuse_taken
@@ -246,7 +247,7 @@ def estimate_scoring(dataset: Dataset, scorer: Stage, sample: int = ESTIMATE_ROW
     if len(dataset) == 0:
         raise ValueError("The dataset has no rows, so there is nothing to time.")
     drawn = np.random.default_rng(seed).permutation(len(dataset))[:sample]
-    rows = dataset.with_format(None)[np.sort(drawn).tolist()]  # sorted: Arrow reads ascending rows faster
+    rows = carried(dataset.with_format(None))[np.sort(drawn).tolist()]  # sorted: Arrow reads ascending rows faster
     device = str(device_for())
     if isinstance(scorer, QualityScorer):
         seconds, tokens, waste = _time_scorer(scorer, rows, len(drawn))

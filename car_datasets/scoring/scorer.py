@@ -20,6 +20,7 @@ import torch
 from car_datasets.loading.chats import OK, TRUNCATED
 from car_datasets.loading.schemas import as_column_names, check_schema, find_schema
 from car_datasets.loading.templates import Text
+from car_datasets.loading.values import untouched
 from car_datasets.scoring.embedder import TextEmbedder, load_sentence_transformer, pool_tokens
 from car_datasets.scoring.inference import LoadedScorer, TextScores, Weights, load_scorer, read_scorer_config
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
@@ -271,6 +272,7 @@ class QualityScorer:
             ValueError: the batch already has one of the columns, no schema fits, a score is not a number, or a row
                 cannot be scored and `on_invalid="error"`.
         """
+        batch = untouched(batch)
         refuse_tables(batch, "curate(dataset)")
         refuse_taken(batch, self)
         # Found anew for every batch: a scorer that kept what it saw of a dataset would have another fingerprint.

@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.table import InMemoryTable
 
 from car_datasets.clustering.model import ClusterModel
+from car_datasets.loading.values import carried_stream, table_of
 from car_datasets.selection.procedures import Amounts
 from car_datasets.selection.rule import (
     SELECTION_COLUMNS,
@@ -268,11 +269,11 @@ def _tables(dataset: IterableDataset | Dataset, batch_size: int) -> Iterator[pa.
     # Built here, since the tables of a stream have the types that each batch alone suggests: a column that is null in
     # one batch could not be joined with the same column in another.
     features = dataset.features
-    for batch in dataset.with_format(None).iter(batch_size=batch_size):
+    for batch in carried_stream(dataset.with_format(None)).iter(batch_size=batch_size):
         if features is None:
             yield pa.table(dict(batch))
         else:
-            yield pa.table(features.encode_batch(batch), schema=features.arrow_schema)
+            yield table_of(batch, features)
 
 
 def _labelled(batch: pa.Table, clusters: ClusterModel | None, names: ColumnNames) -> pa.Table:

@@ -7,15 +7,21 @@ Does not: score or cluster.
 
 from __future__ import annotations
 
+import base64
+import datetime
+import decimal
 import json
 import os
 import re
+import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
+from car_datasets.loading.values import carried
 from car_datasets.selection.rule import (
     BY_BOTH,
     BY_CLUSTER,
@@ -116,7 +122,9 @@ def original_columns(dataset: Dataset, names: ColumnNames) -> Dataset:
 
 def _values(rows: Dataset, positions: list[int]) -> list[str]:
     """Return rows as text that is equal if they are equal by value."""
-    return [json.dumps(row, sort_keys=True, default=str) for row in rows.select(positions)] if positions else []
+    if not positions:
+        return []
+    return [json.dumps(row, sort_keys=True, default=as_text) for row in carried(rows.select(positions))]
 
 
 def from_original(dataset: Dataset) -> Dataset:
@@ -143,6 +151,10 @@ def write_original(
 ) -> None:
     """Write rows as the original does: a JSON list, indented, `score` a number, `label` a string.
 
+    What JSON does not have is written as text, from which it can be made again: bytes in base64, dates and times in ISO
+    8601, decimals in digits. Images, audio and video are not decoded: they are objects of `bytes` (in base64) and
+    `path`, either of which may be null. NaN and infinities are null.
+
     Args:
         dataset (`Dataset`): rows to write, with all of their columns.
         path (`str` or `PathLike`): file to write.
@@ -151,7 +163,8 @@ def write_original(
             under its own name.
 
     Raises:
-        ValueError: the dataset already has a column `score` or `label`, and `where_free` is off.
+        ValueError: the dataset already has a column `score` or `label`, and `where_free` is off; or a value cannot be
+            written.
     """
     columns = dataset.column_names
     renamed = {old: new for old, new in ((names.score, "score"), (names.cluster, "label")) if old in columns}
@@ -165,9 +178,26 @@ def write_original(
             values["label"] = str(row[names.cluster])
         return values
 
-    rows = [original(row) for row in dataset.with_format(None)]
-    text = json.dumps(without_nan(rows), indent=4, ensure_ascii=False, default=str, allow_nan=False)
+    rows = [original(row) for row in carried(dataset.with_format(None))]
+    text = json.dumps(without_nan(rows), indent=4, ensure_ascii=False, default=as_text, allow_nan=False)
     Path(path).write_text(text, encoding="utf-8")
+
+
+def as_text(value: Any) -> str:
+    """Return the text from which a value that JSON does not have can be made again, as [`write_original`] writes it.
+
+    Raises:
+        ValueError: the value has no such text.
+    """
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, datetime.timedelta):
+        return pd.Timedelta(value).isoformat()
+    if isinstance(value, (datetime.date, datetime.time)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, (decimal.Decimal, uuid.UUID)):
+        return str(value)
+    raise ValueError(f"A {type(value).__name__} cannot be written as JSON: drop its column, or make it text.")
 
 
 def refuse_original_names(columns: Collection[str], renamed: Mapping[str, str]) -> None:

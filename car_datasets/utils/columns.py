@@ -23,6 +23,7 @@ from datasets import (
     IterableDatasetDict,
     concatenate_datasets,
 )
+from datasets.formatting.formatting import LazyBatch
 
 Matrix = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
@@ -323,8 +324,11 @@ def refuse_tables(batch: Any, instead: str) -> None:
             "A dataset in Arrow, pandas or polars format loses its columns in .map. Map over "
             f"dataset.with_format(None), or call {instead}."
         )
-    # Without batched=True, `.map` passes one row: a mapping as well, but of single values, or of one chat.
-    if any(isinstance(value, (str, int, float)) or _is_chat(name, value) for name, value in batch.items()):
+    # Without batched=True, `.map` passes one row: a mapping as well, but of single values, or of one chat. A lazy batch
+    # would decode every column if its values were looked at.
+    if not isinstance(batch, LazyBatch) and any(
+        isinstance(value, (str, int, float)) or _is_chat(name, value) for name, value in batch.items()
+    ):
         raise ValueError("This is a row, not a batch of rows: call dataset.map(..., batched=True, with_rank=True).")
 
 

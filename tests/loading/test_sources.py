@@ -390,9 +390,10 @@ def test_text_beside_numbers_is_not_changed_in_silence(tmp_path: Path) -> None:
     """datasets stores such a column as JSON, and gives back the text "42" as a number and '"q"' without its quotes."""
     rows = [{"instruction": "a", "output": value} for value in ("42", '"q"', "null", 3, "plain")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    for mode in ("error", "mark"):
-        with pytest.raises(ValueError, match=r"'output' contains text and 1 other values \(rows 3\)"):
-            load_instructions(tmp_path / "rows.json", on_invalid=mode)
+    with pytest.raises(ValueError, match=r"1 of 5 rows cannot be scored: 1 not_a_string \(rows 3\)"):
+        load_instructions(tmp_path / "rows.json")
+    loaded = load_instructions(tmp_path / "rows.json", on_invalid="mark")
+    assert loaded["output"][:] == ["42", '"q"', "null", 3, "plain"]
 
 
 def test_text_that_looks_like_dates_stays_text_and_keeps_all_columns(tmp_path: Path) -> None:

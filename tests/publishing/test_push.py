@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo, Features, Image
 
 from car_datasets import curate, select_car
+from car_datasets.loading.values import dataset_from_rows
 from car_datasets.publishing.push import selection_splits
 from car_datasets.receipt import Receipt
 from car_datasets.reporting.plots import PLOT_FILES
+from car_datasets.utils.columns import join_columns
 from car_datasets.utils.digests import indices_digest
 from tests.hub_server import Hub
 from tests.test_recipe import short_rows
@@ -100,6 +103,25 @@ def test_a_result_lands_in_one_commit_with_card_and_receipt(hub: Hub, result: Pa
     assert (commits(hub, "me/car"), hub.count("PUT", "/large/")) == (1, uploads)
     sent = [row for row in hub.log() if row["path"].startswith("/large/")]
     assert sent and not any(row["token"] for row in sent)
+
+
+@pytest.mark.slow
+def test_json_and_images_are_pushed_as_they_are(hub: Hub, tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
+    """`--check` compares what was pushed; the image could not be decoded."""
+    sides = [2**70, "42", 1.0000000000000002e16, {"id": "007"}]
+    rows = dataset_from_rows(
+        [{"instruction": f"Say {i}.", "output": "b", "side": side} for i, side in enumerate(sides)]
+    )
+    picture = {"bytes": b"no picture", "path": "p.png"}
+    media = Dataset(pa.table({"picture": [picture] * 4}), DatasetInfo(features=Features(picture=Image())))
+    join_columns(rows, media).to_parquet(tmp_path / "rows.parquet")
+    settings = {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 2, "k": 2, "allow_worse": True}
+    curate(tmp_path / "rows.parquet", tmp_path / "out", **settings)
+    push(hub, tmp_path / "out", "me/sides", "--also", "scored", "--check", check=True)
+    code = "import json; from car_datasets import load_instructions\n"
+    code += "rows = load_instructions('me/sides', split='scored', schema='alpaca').remove_columns('picture')\n"
+    code += "print(json.dumps(rows['side'][:]))"
+    assert json.loads(hub.run(code, check=True).stdout.splitlines()[-1]) == sides
 
 
 @pytest.mark.slow

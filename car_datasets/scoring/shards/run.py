@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from car_datasets.loading.values import carried
 from car_datasets.scoring.shards.claims import EXPIRY, last_turns
 from car_datasets.scoring.shards.folder import RunOptions, SharedRun, part_name
 from car_datasets.scoring.shards.stream import StreamedRun
@@ -181,7 +182,7 @@ class DatasetRun(SharedRun):
     def texts(self) -> Dataset:
         """Return the columns that the stage reads, and `source_index`, which names a row in a message."""
         # A view of the Arrow table: nothing is copied.
-        return self.table.select_columns(read_columns(self.table.column_names, self.stage))
+        return carried(self.table.select_columns(read_columns(self.table.column_names, self.stage)))
 
     def expected_rows(self, shard: int, fingerprint: str) -> int:
         """Return the number of rows of a shard; `fingerprint` is not needed for it."""

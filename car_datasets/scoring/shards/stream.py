@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from car_datasets.loading.values import carried_stream, table_of
 from car_datasets.scoring.shards.claims import last_turns
 from car_datasets.scoring.shards.folder import PART, RunOptions, SharedRun, part_name
 from car_datasets.scoring.stage import batch_rows
@@ -263,14 +264,15 @@ class StreamReader:
         """Read the first rows."""
         from datasets import Features
 
-        self.stream, self.shard_rows, self.shard = stream.with_format(None), shard_rows, 0
+        self.stream, self.shard_rows, self.shard = carried_stream(stream.with_format(None)), shard_rows, 0
         self._start = self.stream.state_dict()  # before the first row is read
         self._rows: Iterator[Row] = iter(self.stream)
         self._pending = list(islice(self._rows, min(HEAD, shard_rows)))
         if not self._pending:
             raise ValueError("dataset: the stream has no rows.")
-        self._declared = self.stream.features is not None
-        self.features: Features = self.stream.features or Features.from_arrow_schema(
+        self._declared = stream.features is not None
+        # As the stream has them, so that images are decoded where the shards are read, if they were in the stream.
+        self.features: Features = stream.features or Features.from_arrow_schema(
             self._inferred(_columns(self._pending), 0)
         )
         self.head = self._table(self._pending)
@@ -326,8 +328,8 @@ class StreamReader:
             )
         columns = {name: columns.get(name, [None] * len(rows)) for name in self.features}
         # Declared types may need encoding (images, class labels); inferred ones are those that Arrow gives the values.
-        encoded = self.features.encode_batch(columns) if self._declared else columns
-        return Dataset(InMemoryTable(pa.table(encoded, schema=schema)))
+        table = table_of(columns, self.features) if self._declared else pa.table(columns, schema=schema)
+        return Dataset(InMemoryTable(table))
 
     def _inferred(self, columns: dict[str, list[Any]], start: int) -> pa.Schema:
         try:
