@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from car_datasets import Recipe, select_car, select_car_streaming
 from car_datasets.selection.published import select_as_published
-from car_datasets.selection.rule import choose, refuse_impossible, refuse_worse
+from car_datasets.selection.rule import choose, refuse_impossible, refuse_worse, shares_within
 from car_datasets.stages import select_by
 from car_datasets.utils.columns import read_numbers
 
@@ -353,3 +353,13 @@ def test_clusters_as_pandas_keeps_them_among_missing_ones(pool: Dataset) -> None
     clusters = [None if c is None else float(c) for c in pool["cluster"][:]]
     floats = pool.remove_columns("cluster").add_column("cluster", [math.nan if c is None else c for c in clusters])
     assert select_car(floats, 2, 1)["source_index"][:] == select_car(pool, 2, 1)["source_index"][:]
+
+
+def test_shares_within_groups_divide_n1_in_proportion() -> None:
+    """Hold ranks within groups on other scales, ties by row order, and rows without a score."""
+    groups = ["a"] * 6 + ["b"] * 3
+    shares = shares_within(np.array([1.0, 3.0, NAN, 2.0, 2.0, 0.0, 70.0, 90.0, 80.0]), groups)
+    np.testing.assert_allclose(shares, [0.3, 0.9, NAN, 0.7, 0.5, 0.1, 1 / 6, 5 / 6, 1 / 2])
+    many = shares_within(np.random.default_rng(0).normal(size=100), ["a"] * 60 + ["b"] * 30 + ["c"] * 10)
+    best = choose(many, np.zeros(100), n1=20, n2=0).positions
+    assert np.histogram(best, bins=[0, 60, 90, 100])[0].tolist() == [12, 6, 2]
