@@ -101,7 +101,7 @@ def test_a_trained_folder_is_a_scorer(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert re.search(r"Training: .*/\d+ \[.*kendall=", printed.err)  # it may stop early
-    assert "Validating: 100%" in printed.err
+    assert "Validating: " in printed.err
     assert figures["best_kendall"] > 0.5
     assert figures["accuracy"]["cleaned"]["pairs"]["value"] == 1.0
     scorer = QualityScorer(settings.output)
