@@ -386,18 +386,19 @@ def _read_sides(instruction: Any, response: Any, schema: Schema) -> tuple[list[T
     """Return the turns of instruction and response, or a status for one that is neither a text nor a chat."""
     asked = read_side(instruction, "user", schema.role, schema.content)
     said = read_side(response, "assistant", schema.role, schema.content)
-    # Text that could be a chat as JSON is taken for one only if both are, or if it repeats the instruction: an answer
-    # may well be JSON.
+    # Text that could be a chat as JSON is taken for one only if both are, or if it repeats the instruction, and if it
+    # can be scored: an answer may well be JSON.
     chat = read_text_chat(response, schema.role, schema.content)
-    if chat is not None and isinstance(instruction, str):
-        prompt = read_text_chat(instruction, schema.role, schema.content)
-        if prompt is not None:
-            return prompt, chat
-        if any((turn.kind, turn.text.strip()) == ("user", instruction.strip()) for turn in chat):
-            return asked, chat
-    elif chat is not None:
+    if chat is None:
+        return asked, said
+    if not isinstance(instruction, str):
         return asked, chat
-    return asked, said
+    prompt = read_text_chat(instruction, schema.role, schema.content)
+    repeated = any((turn.kind, turn.text.strip()) == ("user", instruction.strip()) for turn in chat)
+    if prompt is None and not repeated:
+        return asked, said
+    joined = join_prompt([] if prompt is None else prompt, chat)
+    return ([], joined) if cut_at_answers(joined).exchanges else (asked, said)
 
 
 def _turns_before(system: Any, history: Any, schema: Schema) -> list[Turn] | str:

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from car_datasets import load_instructions
+from car_datasets.loading import schemas
 from car_datasets.loading.chats import EMPTY_RESPONSE, NOT_A_STRING, NULL, OK, ROLES
 from car_datasets.loading.schemas import (
     SCHEMAS,
@@ -245,3 +246,93 @@ def test_cleaned_text_can_be_encoded_and_holds_no_loose_white_space(text: str) -
 )
 def test_clean_examples(text: str, expected: str) -> None:
     assert clean(text) == expected
+
+
+# --- columns that are read
+
+
+@pytest.mark.parametrize(
+    ("seen", "options", "unread", "call"),
+    [
+        (
+            ["question", "answer", "context"],
+            {},
+            "['context']",
+            "columns={'input': 'context'} (--columns input=context)",
+        ),
+        (["messages", "system", "history"], {}, "['history']", "--columns history=history"),
+        (
+            ["task", "reply", "input"],
+            {"columns": {"instruction": "task", "response": "reply"}},
+            "['input']",
+            "input=input",
+        ),
+        (["instruction", "input", "output", "system", "history", "tools"], {}, None, None),
+        (["messages", "system_prompt"], {}, None, None),
+    ],
+)
+def test_a_column_that_is_not_read_is_named_once(
+    seen: list[str], options: dict[str, Any], unread: str | None, call: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    schemas._warn_unread.cache_clear()
+    found = find_schema(seen, **options)
+    find_schema(seen, **options)
+    assert len(caplog.records) == (unread is not None)
+    if unread is not None and call is not None:
+        assert unread in caplog.text and call in caplog.text
+        role, column = call.rstrip(")").split()[-1].split("=")
+        mended = find_schema(seen, columns={**options.get("columns", {}), role: column})
+        assert getattr(mended, role) == column and len(caplog.records) == 1
+        assert set(found.read_columns) < set(mended.read_columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "role", "column"),
+    [
+        ({"output": "reply"}, "response", "reply"),
+        ({"context": "facts"}, "input", "facts"),
+        ({"system": "rules"}, "system", "rules"),
+        ({"history": "before"}, "history", "before"),
+        ({"tools": "functions"}, "tools", "functions"),
+    ],
+)
+def test_columns_may_be_named_as_the_schemas_name_them(columns: dict[str, str], role: str, column: str) -> None:
+    seen = ["instruction", "input", "output", "reply", "facts", "rules", "before", "functions"]
+    for schema in ("auto", "alpaca"):
+        found = find_schema(seen, schema, columns)
+        assert (found.name, found.instruction, getattr(found, role)) == ("alpaca", "instruction", column)
+
+
+@pytest.mark.parametrize(
+    ("seen", "name"),
+    [
+        (["instruction", "context", "response"], "dolly"),
+        (["system_prompt", "question", "response"], "openorca"),
+        (["prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen"], "messages"),
+        (["prompt", "chosen", "rejected", "question"], "prompt/chosen"),
+        (["instruction", "output", "chosen", "rejected"], "alpaca"),
+        (["question", "answer", "response"], "question/answer"),
+    ],
+)
+def test_the_more_specific_schema_wins_and_nothing_is_recognised_anew(seen: list[str], name: str) -> None:
+    assert find_schema(seen).name == name
+    assert find_schema(find_schema(seen).read_columns).name == name
+
+
+def test_the_error_proposes_the_columns_that_are_there() -> None:
+    with pytest.raises(
+        ValueError, match=r"columns=\{'instruction': 'instruction', 'input': 'context', 'response': \.\.\.\}"
+    ):
+        find_schema(["instruction", "context", "reply"])
+
+
+def test_rows_of_one_turn_are_read_as_before() -> None:
+    """Hold that a system prompt or a history which is null or empty changes nothing, to the byte."""
+    rows = {"instruction": [" a\n", "b"], "input": ["", " x "], "output": ["\t1 ", '[{"role": "user"}]']}
+    expected = [[Exchange(*row)] for row in zip(*rows.values(), strict=True)]
+    for more in ({}, {"system": [None, ""], "history": [[], None]}):
+        assert exchanges_of({**rows, **more}, SCHEMAS["alpaca"]) == expected
+    assert [row.texts[0].whole for row in format_batch(rows, SCHEMAS["alpaca"], "paper")] == [
+        "Instruction:  a\n Input:  Response: \t1 ",
+        'Instruction: b Input:  x  Response: [{"role": "user"}]',
+    ]
