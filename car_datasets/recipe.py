@@ -40,8 +40,9 @@ class Recipe(Settings):
     """The settings of [`curate`], one for each choice of a stage.
 
     Args:
-        name, split, revision (`str`, *optional*): configuration, split and commit of a source on the Hub; a source with
-            a single split needs no name.
+        name, split, revision (`str`, *optional*): configuration, split and commit of the source; a split may be a slice
+            such as `"train[:10%]"`, or `"all"`, and a source with a single split needs none.
+        glob (`bool`): a source that is not an existing path is a pattern, and all files that fit it are read.
         schema (`str`): `"alpaca"`, `"messages"`, ..., or `"auto"` to recognise it from the column names.
         columns (`Mapping[str, str]`): columns under other names: `{"instruction": "task", "response": "answer"}`.
         index_column (`str`): the column that identifies a row, added as the row's number unless the source has it.
@@ -77,8 +78,9 @@ class Recipe(Settings):
     """
 
     name: str | None = _setting(None, "Configuration of a Hub dataset.")
-    split: str | None = _setting(None, "Split, if the source has several.")
+    split: str | None = _setting(None, "Split, if the source has several, a slice such as train[:10%], or all.")
     revision: str | None = _setting(None, "Branch, tag or commit of a Hub dataset.")
+    glob: bool = _setting(False, "Read SOURCE as a pattern with * ? [ ], if there is no such path: all files that fit.")
     schema: str = _setting(
         "auto", "Schema: alpaca, prompt/completion, messages, conversations, ...; auto recognises it."
     )

@@ -7,6 +7,7 @@ Does not: compute anything that it writes.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,9 @@ def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
     for name in (SCORED_TABLE, SELECTED_TABLE):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
-    return Dataset.from_parquet(str(folder / SELECTED_TABLE)), Dataset.from_parquet(str(folder / SCORED_TABLE))
+    # Escaped, because `datasets` takes every path for a pattern.
+    selected, scored = (glob.escape(str(folder / name)) for name in (SELECTED_TABLE, SCORED_TABLE))
+    return Dataset.from_parquet(selected), Dataset.from_parquet(scored)
 
 
 def read_report(text: bytes, shown: str) -> SelectionReport:

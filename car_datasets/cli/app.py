@@ -73,7 +73,9 @@ def _parse_token(text: str | None) -> str | None:
         raise typer.BadParameter(str(error)) from error
 
 
-Source = Annotated[str, typer.Argument(help="Hub id, .json, .jsonl, .csv or .parquet file, or a folder.")]
+Source = Annotated[
+    str, typer.Argument(help="Hub id, .json, .jsonl, .csv or .parquet file, folder, address of a file, or -.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A new folder for the result.")]
 OutputFile = Annotated[
     Path, typer.Option("--output", "-o", help="A new .parquet file, or a .json file in the original's format.")

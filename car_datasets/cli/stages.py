@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from car_datasets.utils.column_names import ColumnNames
 
-READING = ("name", "split", "revision", "schema", "columns", "on_invalid")
+READING = ("name", "split", "revision", "glob", "schema", "columns", "on_invalid")
 SCORING = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtype", "batch_tokens", "compile")
 
 
@@ -171,7 +171,7 @@ def score(
     recipe = Recipe().changed(**changes)
     if output is not None:  # workers that only fill shards need not meet
         start_processes()
-    opened, dataset, _ = open_source(source, recipe, token)
+    opened, dataset, *_ = open_source(source, recipe, token)
     # The original's files have no embeddings, so none are computed.
     as_original = output is not None and output.suffix == ".json"
     if as_original:

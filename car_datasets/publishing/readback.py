@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
-from car_datasets.loading.sources import load_split
+from car_datasets.loading.hub_datasets import load_split
 from car_datasets.utils.settings import CONFIG_NAME
 
 BLOCK = 1000  # rows compared at a time
