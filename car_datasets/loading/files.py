@@ -374,8 +374,8 @@ def _most_frequent(names: Sequence[str], folder: Path) -> list[str]:
     ranked = sorted(kinds.values(), key=len, reverse=True)
     if len(ranked) > 1 and len(ranked[0]) == len(ranked[1]):
         raise ValueError(
-            f"source={str(folder)!r} holds as many files of one format as of another: {_listed(ranked[0])} and "
-            f"{_listed(ranked[1])}. Pass one file, a list of files, or a pattern with glob=True (--glob)."
+            f"source={str(folder)!r} holds as many files of one format as of another: {listed(ranked[0])} and "
+            f"{listed(ranked[1])}. Pass one file, a list of files, or a pattern with glob=True (--glob)."
         )
     return ranked[0]
 
@@ -383,10 +383,11 @@ def _most_frequent(names: Sequence[str], folder: Path) -> list[str]:
 def _say_what_is_left_out(folder: Path, names: Sequence[str], splits: Mapping[str, Sequence[str]]) -> None:
     read = {name for found in splits.values() for name in found}
     if left := [name for name in names if name not in read]:
-        logger.warning("source=%r: %d data files are not read: %s.", str(folder), len(left), _listed(left))
+        logger.warning("source=%r: %d data files are not read: %s.", str(folder), len(left), listed(left))
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first names for a message, and the number of all of them if there are more."""
     return ", ".join(names[:5]) + (f", ... ({len(names)} files)" if len(names) > 5 else "")
 
 
@@ -420,6 +421,18 @@ def _configured(folder: Path, name: str | None) -> tuple[dict[str, list[str]] | 
 
 
 # --- bytes
+
+
+@contextlib.contextmanager
+def quiet_readers() -> Iterator[None]:
+    """Silence the log of the readers of `datasets`, which tell an error before they raise it: it would be seen twice."""
+    log = logging.getLogger("datasets.packaged_modules")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -470,9 +483,9 @@ def read_parquet(files: Sequence[DataFile], cache_dir: str | None = None) -> Dat
     paths = [glob.escape(str(Path(file.path).absolute())) for file in files]
     builder = Parquet(cache_dir=cache_dir, data_files={SPLIT: paths}, hash=content)
     try:
-        builder.download_and_prepare()
+        with quiet_readers():
+            builder.download_and_prepare()
         return builder.as_dataset(SPLIT)
     except (DatasetsError, pa.ArrowException) as error:
-        cause = error.__cause__ or error
-        names = _listed([file.shown for file in files])
+        cause, names = error.__cause__ or error, listed([file.shown for file in files])
         raise ValueError(f"source={names!r} cannot be read as parquet: {reason(cause)[:300]}") from error

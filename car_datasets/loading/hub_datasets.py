@@ -16,15 +16,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import yaml
 from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset_builder
 from datasets.config import HF_DATASETS_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE
 from datasets.exceptions import DatasetsError
 
-from car_datasets.loading.files import DataFile, data_file, kind_of
+from car_datasets.loading.files import DataFile, data_file, kind_of, listed, quiet_readers
 from car_datasets.utils import revisions
 from car_datasets.utils.files import write_whole
-from car_datasets.utils.hub import CACHE_ADVICE, READING_WAITS, asking, clean_token, reason, retry
+from car_datasets.utils.hub import READING_WAITS, asking, clean_token, reason, retry
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def find_dataset(
     commit = revision if resolved else revisions.pin_dataset(repo_id, revision, token, FileNotFoundError)
     note = _note(repo_id, name, commit, cache_dir)
     try:
-        with asking(shown, "dataset", revision, FileNotFoundError, CACHE_ADVICE):
+        with asking(shown, "dataset", revision, FileNotFoundError):
             found = _read_note(note)
             if found is None:
                 found = _ask_datasets(repo_id, name, commit, token, cache_dir)
@@ -86,7 +87,6 @@ def find_dataset(
             "Correct it, or download the data files and pass their paths."
         ) from error
     except (DatasetsError, RuntimeError, ImportError, StopIteration) as error:
-        # The error of `datasets` says only that there was one; its cause names the file or the line.
         raise ValueError(f"{shown} cannot be loaded: {reason(error.__cause__ or error)[:300]}") from error
     if found.files:
         for each in {note, _note(repo_id, name, found.commit, cache_dir), _note(repo_id, name, revision, cache_dir)}:
@@ -100,7 +100,19 @@ def _ask_datasets(
     builder = builder_at_commit(repo_id, name, commit, token, cache_dir)
     if files := _plain_files(builder):
         return HubDataset(str(builder.hash), files)
-    builder.download_and_prepare()
+    try:
+        with quiet_readers():
+            builder.download_and_prepare()
+    except (DatasetsError, pa.ArrowException) as error:
+        # The error of `datasets` says only that there was one; its cause says which.
+        found = [
+            file.rpartition(f"@{builder.hash}/")[2]
+            for split in (builder.config.data_files or {}).values()
+            for file in split
+        ]
+        raise ValueError(
+            f"source={repo_id!r} cannot be loaded from {listed(found)}: {reason(error.__cause__ or error)[:300]}"
+        ) from error
     return HubDataset(str(builder.hash), {}, builder.as_dataset())
 
 
@@ -136,7 +148,7 @@ def download_splits(
         path = retry(lambda: hf_hub_download(repo_id, name, **options), READING_WAITS)
         return data_file(path, f"{repo_id}/{name}")
 
-    with asking(f"source={repo_id!r}", "dataset", found.commit, advice=CACHE_ADVICE), ThreadPoolExecutor(8) as pool:
+    with asking(f"source={repo_id!r}", "dataset", found.commit), ThreadPoolExecutor(8) as pool:
         return {split: list(pool.map(fetch, found.files[split])) for split in splits}
 
 

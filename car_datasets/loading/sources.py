@@ -265,8 +265,9 @@ def _find_source(source: Any, reading: Reading) -> _Found:
     if isinstance(source, (list, tuple)) and _are(source, (str, Path)):
         return _find_all(source, reading)
     if not isinstance(source, (str, Path)):
+        what = "an empty list" if source in ([], ()) else f"a {type(source).__name__}"
         raise ValueError(
-            f"source is a {type(source).__name__}; pass a path, a Hub id, a list of paths or of rows, a DataFrame, a "
+            f"source is {what}; pass a path, a Hub id, a list of paths or of rows, a DataFrame, a "
             "Dataset or a DatasetDict."
         )
     if not (text := str(source)).strip():
