@@ -47,7 +47,7 @@ from car_datasets.loading.schemas import (
     invalid_rows_message,
 )
 from car_datasets.loading.splits import choose_rows, named_splits
-from car_datasets.loading.values import as_written, dataset_from_rows
+from car_datasets.loading.values import as_written, dataset_from_pandas, dataset_from_rows
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import is_text
 from car_datasets.utils.digests import file_digest
@@ -260,7 +260,9 @@ def _find_source(source: Any, reading: Reading) -> _Found:
         )
     if isinstance(source, (Dataset, DatasetDict)):
         return _Found(Origin("memory"), _splits_of(source))
-    if isinstance(source, pd.DataFrame) or (isinstance(source, (list, tuple)) and _are(source, Mapping)):
+    if isinstance(source, pd.DataFrame):
+        return _Found(Origin("memory"), {SPLIT: dataset_from_pandas(source)})
+    if isinstance(source, (list, tuple)) and _are(source, Mapping):
         return _Found(Origin("memory"), {SPLIT: dataset_from_rows(source)})
     if isinstance(source, (list, tuple)) and _are(source, (str, Path)):
         return _find_all(source, reading)

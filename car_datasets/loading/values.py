@@ -9,10 +9,13 @@ import pandas as pd
 from datasets import Dataset
 
 
-def dataset_from_rows(rows: Sequence[Mapping[str, Any]] | pd.DataFrame) -> Dataset:
+def dataset_from_pandas(frame: pd.DataFrame) -> Dataset:
     """STAND-IN."""
-    if isinstance(rows, pd.DataFrame):
-        return Dataset.from_pandas(rows, preserve_index=False)
+    return Dataset.from_pandas(frame, preserve_index=False)
+
+
+def dataset_from_rows(rows: Sequence[Mapping[str, Any]]) -> Dataset:
+    """STAND-IN."""
     return Dataset.from_list([dict(row) for row in rows])
 
 
