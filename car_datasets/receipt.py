@@ -21,6 +21,7 @@ import numpy as np
 from car_datasets import __version__
 from car_datasets.loading.files import STANDARD_INPUT, is_address
 from car_datasets.loading.sources import Origin, Reading, source_numbers
+from car_datasets.loading.values import carried
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import numbers_of
@@ -240,7 +241,7 @@ def describe_source(origin: Origin, opened: Dataset | None, settings: Recipe) ->
     if kind == "memory":
         assert opened is not None
         moved = {} if source_numbers(opened) is None else {"numbered": BEFORE_CHOICE}
-        return {"kind": kind, "sha256": rows_digest(opened), **moved, **part}
+        return {"kind": kind, "sha256": rows_digest(carried(opened)), **moved, **part}
     if kind == "hub":
         # Name and digest of a Hub dataset are its id and commit, so rows that `datasets` read are not hashed.
         files = [{"name": name.removeprefix(f"{place}/"), "sha256": sha256} for name, sha256 in origin.files]

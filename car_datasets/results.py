@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
+from car_datasets.loading.values import as_written
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting.page import PAGE_FILE
 from car_datasets.reporting.plots import PLOT_FILES
@@ -88,7 +89,7 @@ def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
             raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
     # Escaped, because `datasets` takes every path for a pattern.
     selected, scored = (glob.escape(str(folder / name)) for name in (SELECTED_TABLE, SCORED_TABLE))
-    return Dataset.from_parquet(selected), Dataset.from_parquet(scored)
+    return as_written(Dataset.from_parquet(selected)), as_written(Dataset.from_parquet(scored))
 
 
 def read_report(text: bytes, shown: str) -> SelectionReport:

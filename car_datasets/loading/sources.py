@@ -47,7 +47,7 @@ from car_datasets.loading.schemas import (
     invalid_rows_message,
 )
 from car_datasets.loading.splits import choose_rows, named_splits
-from car_datasets.loading.values import as_written, dataset_from_pandas, dataset_from_rows
+from car_datasets.loading.values import as_written, carried, dataset_from_pandas, dataset_from_rows
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import is_text
 from car_datasets.utils.digests import file_digest
@@ -395,7 +395,7 @@ def unscorable_rows(dataset: Dataset, schema: Schema) -> dict[int, str]:
     reasons: dict[int, str] = {}
     position = 0
     # Without a format: a NumPy or PyTorch format would turn nulls and lists into other values.
-    for batch in dataset.select_columns(wanted).with_format(None).iter(batch_size=10_000):
+    for batch in carried(dataset.select_columns(wanted).with_format(None)).iter(batch_size=10_000):
         rows = exchanges_of(batch, schema)
         reasons |= {position + i: row for i, row in enumerate(rows) if isinstance(row, str) and row in UNSCORABLE}
         position += len(rows)

@@ -25,6 +25,7 @@ from car_datasets.loading.files import is_address
 from car_datasets.loading.hub_datasets import load_split
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.sources import Origin, number_rows, open_rows, source_numbers
+from car_datasets.loading.values import carried
 from car_datasets.publishing.card import data_prefix
 from car_datasets.publishing.push import SCORED
 from car_datasets.publishing.readback import first_difference
@@ -336,10 +337,10 @@ def _places(source: Dataset, table: Dataset) -> list[int]:
     """
     columns = source.column_names
     known: dict[str, list[int]] = defaultdict(list)
-    for position, row in enumerate(source.with_format(None)):
+    for position, row in enumerate(carried(source.with_format(None))):
         known[json.dumps(row, sort_keys=True, default=str)].append(position)
     places = []
-    for position, row in enumerate(table.with_format(None).select_columns(columns)):
+    for position, row in enumerate(carried(table.with_format(None).select_columns(columns))):
         found = known[json.dumps(row, sort_keys=True, default=str)]
         if not found:
             raise ValueError(f"row {position} is not in the source, or is there less often")
