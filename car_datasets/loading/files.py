@@ -469,7 +469,9 @@ def read_parquet(files: Sequence[DataFile], cache_dir: str | None = None) -> Dat
     for file in files:
         try:
             columns = sorted(pq.read_schema(file.path).names)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # from the operating system: the file is not to blame
+                raise
             raise ValueError(f"source={file.shown!r} cannot be read as parquet: {reason(error)}") from error
         if first is not None and columns != first:
             raise ValueError(
