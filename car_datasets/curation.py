@@ -6,6 +6,7 @@ Does not: hold the logic of a stage; each can be called alone.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,20 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from car_datasets.clustering.fitting import number_of_clusters
+from car_datasets.loading.files import STANDARD_INPUT, hub_address, is_address
 from car_datasets.loading.languages import count_languages, languages_of_rows, refuse_languages
-from car_datasets.loading.schemas import Schema, find_schema
-from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
+from car_datasets.loading.schemas import Schema, check_schema, find_schema
+from car_datasets.loading.sources import (
+    Origin,
+    Source,
+    check_rows,
+    find_origin,
+    open_rows,
+    unscorable_rows,
+)
 from car_datasets.loading.values import any_feature, is_json
 from car_datasets.receipt import (
     RECEIPT_FILE,
@@ -29,6 +38,7 @@ from car_datasets.receipt import (
     make_receipt,
     pinned_source,
     portable_settings,
+    reading_of,
     scorer_pins,
 )
 from car_datasets.recipe import Recipe
@@ -63,7 +73,7 @@ class Curated(NamedTuple):
 
 
 def curate(
-    source: str | Path | Dataset | DatasetDict,
+    source: Source,
     output_dir: str | os.PathLike[str] | None = None,
     recipe: Recipe | None = None,
     *,
@@ -84,8 +94,9 @@ def curate(
     ```
 
     Args:
-        source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a
-            folder of such files or of `save_to_disk`, or a dataset in memory.
+        source (`str`, `Path`, a list of these, a list of rows, `DataFrame`, `Dataset` or `DatasetDict`): a Hub id, a
+            .json, .jsonl, .csv, .tsv or .parquet file, a folder of such files or of `save_to_disk`, the address of a
+            file, or rows in memory; see [`load_instructions`].
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list
             of rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html`, a
             `README.md` by which `load_dataset(output_dir)` loads the selection, and, with matplotlib, four
@@ -111,13 +122,13 @@ def curate(
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
     folder = None if output_dir is None else Path(output_dir)
     old = () if folder is None else files_to_replace(folder, procedure, overwrite, source)
-    opened, dataset, schema = open_source(source, recipe, token)
+    opened, dataset, schema, origin = open_source(source, recipe, token)
     _check_settings(dataset, recipe, schema)
     if folder is not None and procedure.files:
         refuse_original_names(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
-    # The main process alone writes the receipt, and reads the source again for its digest.
-    origin = describe_source(source, opened, recipe) if folder is not None and is_main_process() else {}
-    stages = resolve(pinned_source(recipe, source, opened), token)
+    # The main process alone writes the receipt, and hashes rows in memory for it.
+    told = describe_source(origin, opened, recipe) if folder is not None and is_main_process() else {}
+    stages = resolve(pinned_source(recipe, origin), token)
     # By the main process alone, so that all agree: the last digits of a probability differ between machines.
     languages = from_main(lambda: stages.read_languages(dataset, schema))
     counts = count_languages(languages)
@@ -145,24 +156,25 @@ def curate(
     if folder is not None:
         # `opened` tells this, because `dataset` has the column in any case.
         own_index = recipe.index_column in opened.column_names
-        written = _Written(origin, schema, own_index, old)
+        written = _Written(told, schema, own_index, old)
         from_main(lambda: _write_files(folder, curated, overview, stages, written))
     return curated
 
 
 class OpenSource(NamedTuple):
-    """A source as it was opened, its rows checked and numbered, and the schema that they were read by."""
+    """A source as it was opened, its rows checked and numbered, the schema that they were read by, and their origin."""
 
     opened: Dataset
     dataset: Dataset
     schema: Schema
+    origin: Origin
 
 
-def open_source(source: str | Path | Dataset | DatasetDict, recipe: Recipe, token: str | None = None) -> OpenSource:
+def open_source(source: Source, recipe: Recipe, token: str | None = None) -> OpenSource:
     """Open a source by the settings of a recipe, and check and number its rows.
 
     Args:
-        source (`str`, `Path`, `Dataset` or `DatasetDict`): as in [`curate`].
+        source (`str`, `Path`, list, `DataFrame`, `Dataset` or `DatasetDict`): as in [`curate`].
         recipe ([`Recipe`]): the settings.
         token (`str`, *optional*): for a private source; never stored.
 
@@ -170,16 +182,15 @@ def open_source(source: str | Path | Dataset | DatasetDict, recipe: Recipe, toke
         ValueError: a setting, the source or a row is invalid.
         FileNotFoundError: the source does not exist.
     """
-    opened = open_dataset(
-        source, recipe.name, recipe.split, revision=recipe.revision, token=token, columns=recipe.columns
-    )
+    check_schema(recipe.schema, recipe.columns)  # before a download
+    opened, origin = open_rows(source, reading_of(recipe, token))
     schema = find_schema(opened.column_names, recipe.schema, recipe.columns)
     # Without a format, because a NumPy or PyTorch format would turn nulls and lists into other values.
     dataset = check_rows(
         opened.with_format(None), schema=schema, on_invalid=recipe.on_invalid, index_column=recipe.index_column
     )
     _refuse_lost_media(dataset)
-    return OpenSource(opened, dataset, schema)
+    return OpenSource(opened, dataset, schema, origin)
 
 
 def _refuse_lost_media(dataset: Dataset) -> None:
@@ -297,7 +308,8 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
     given = {name: value for name, value in wanted if name != "revision" and (value or name not in filled_in)}
     if settings.n1 is None and settings.budget is None:
         given["n1"] = default_n1(receipt.counts["scored"])
-    if any(receipt.recipe.get(name) != value for name, value in given.items()):
+    known = {**portable_settings(Recipe()), **receipt.recipe}  # an older receipt lacks settings that are new
+    if any(known[name] != value for name, value in given.items()):
         return False
     if not _is_source(receipt.source, source, settings, token):
         return False
@@ -312,10 +324,18 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
 
 
 def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
-    # In the order of `open_dataset`: an existing path wins over a Hub id of the same name.
-    if Path(source).expanduser().exists():
-        return known == describe_source(source, None, settings)
+    if source == STANDARD_INPUT:
+        return False  # what was there is gone
+    path = Path(source).expanduser()
+    # In the order of `open_rows`: an existing path wins over a Hub id of the same name.
+    if path.exists() or glob.has_magic(source) or (is_address(source) and hub_address(source) is None):
+        origin = find_origin(source, reading_of(settings, token))
+        now = describe_source(origin, None, settings)
+        return {**known, "files": now.get("files")} == {**now, "files": now.get("files")}
     names = ("kind", "id", "name", "split")
-    if [known.get(name) for name in names] != ["hub", source, settings.name, settings.split]:
+    at = hub_address(source)
+    repo_id, revision = (source, None) if at is None else (at.repo_id, at.revision)
+    if [known.get(name) for name in names] != ["hub", repo_id, settings.name, settings.split]:
         return False
-    return bool(known["revision"] == revisions.pin_dataset(source, settings.revision, token, FileNotFoundError))
+    revision = settings.revision or revision
+    return bool(known["revision"] == revisions.pin_dataset(repo_id, revision, token, FileNotFoundError))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import re
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from car_datasets import __version__
+from car_datasets.loading.files import STANDARD_INPUT, is_address
+from car_datasets.loading.sources import Origin, Reading, source_numbers
 from car_datasets.loading.values import carried
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
@@ -50,7 +52,14 @@ PACKAGES = (
 MODELS = ("scorer", "embedder", "tokenizer", "engine")  # settings that may be paths
 
 # The fields that identify a source of each kind. A Hub dataset also has a `revision`, which is None if it is unknown.
-SOURCES = {"hub": ("id",), "file": ("name", "sha256"), "folder": ("name", "sha256"), "memory": ("sha256",)}
+SOURCES = {
+    "hub": ("id",),
+    "file": ("name", "sha256"),
+    "files": ("sha256",),
+    "folder": ("name", "sha256"),
+    "memory": ("sha256",),
+}
+BEFORE_CHOICE = "before filter, select, shuffle or sort"  # what the row numbers of a dataset in memory count
 KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error messages
 
 
@@ -60,8 +69,10 @@ class Receipt:
     """The source, models, settings and counts of a selection; the content of `receipt.json`.
 
     Args:
-        source (`dict`): `kind` (`"hub"`, `"file"`, `"folder"` or `"memory"`), and `id` and `revision` on the Hub,
-            `name` and `sha256` of a file or folder, `sha256` over the rows of a dataset in memory.
+        source (`dict`): `kind` (`"hub"`, `"file"`, `"files"`, `"folder"` or `"memory"`), and `id` and `revision` on the
+            Hub, `name` and `sha256` of a file or folder, `sha256` over the rows of a dataset in memory; `files`, name
+            and sha256 of each file that was read, in the order of the rows, unless there is one file, or `datasets`
+            read a Hub dataset.
         schema, template (`str`): how its rows were read.
         scorer, embedder (`dict`): `model_id`, `revision` (commit, or digest of a folder) and `weights` (digest).
         recipe (`dict`): all settings, including seeds, k, n1 and n2; the name alone of a model that was a folder.
@@ -205,47 +216,64 @@ def counts_of(report: SelectionReport) -> dict[str, Any]:
     }
 
 
-def describe_source(source: Any, opened: Dataset | None, settings: Recipe) -> dict[str, Any]:
+def reading_of(settings: Recipe, token: str | None = None) -> Reading:
+    """Return how a recipe opens its source."""
+    return Reading(
+        settings.name, settings.split, settings.revision, token, columns=dict(settings.columns), glob=settings.glob
+    )
+
+
+def describe_source(origin: Origin, opened: Dataset | None, settings: Recipe) -> dict[str, Any]:
     """Describe which rows a source holds, without a path of this machine.
 
     Args:
-        source: what was opened: a path, a Hub id, or a dataset.
-        opened (`Dataset`, *optional*): what [`open_dataset`] returned for it; not needed for a path.
+        origin ([`Origin`]): where the rows come from.
+        opened (`Dataset`, *optional*): what [`open_dataset`] returned; needed only for rows in memory.
         settings ([`Recipe`]): gives `name`, `split` and `revision`.
 
     Returns:
         `dict`: the field `source` of a [`Receipt`].
     """
+    kind, place = origin.kind, origin.name
     # Only what was given: a name or split of None says nothing about the source.
     part = {name: getattr(settings, name) for name in ("name", "split") if getattr(settings, name) is not None}
-    if not isinstance(source, (str, Path)):
-        return {"kind": "memory", "sha256": rows_digest(carried(source if opened is None else opened))}
-    path = Path(source).expanduser()
-    if path.is_file():
-        return {"kind": "file", "name": path.name, "sha256": digests.file_digest(path), **part}
-    if path.is_dir():
-        # `datasets` leaves cache files in folders of save_to_disk, and tools leave hidden files in any folder.
-        own = ("cache-", ".")
-        files = sorted(each for each in path.rglob("*") if each.is_file() and not each.name.startswith(own))
-        return {"kind": "folder", "name": path.resolve().name, "sha256": digests.files_digest(path, files), **part}
-    # Name and digest of a Hub dataset are its id and commit, so the rows are not hashed.
-    return {"kind": "hub", "id": str(source), "revision": loaded_revision(opened) or settings.revision, **part}
+    if kind == "memory":
+        assert opened is not None
+        moved = {} if source_numbers(opened) is None else {"numbered": BEFORE_CHOICE}
+        return {"kind": kind, "sha256": rows_digest(carried(opened)), **moved, **part}
+    if kind == "hub":
+        # Name and digest of a Hub dataset are its id and commit, so rows that `datasets` read are not hashed.
+        files = [{"name": name.removeprefix(f"{place}/"), "sha256": sha256} for name, sha256 in origin.files]
+        told = {"kind": kind, "id": place, "revision": origin.commit or settings.revision, **part}
+        return {**told, "files": files} if files else told
+    if kind == "file":
+        [(name, sha256)] = origin.files
+        return {"kind": kind, "name": name if is_address(name) else Path(name).name, "sha256": sha256, **part}
+    if kind == "files":
+        names = _relative([name for name, _ in origin.files])
+        content = hashlib.sha256(json.dumps([sha256 for _, sha256 in origin.files]).encode()).hexdigest()
+        files = [{"name": n, "sha256": sha256} for n, (_, sha256) in zip(names, origin.files, strict=True)]
+        return {"kind": kind, "sha256": content, "files": files, **part}
+    folder = Path(place)
+    # `datasets` leaves cache files in folders of save_to_disk, and tools leave hidden files in any folder.
+    own = ("cache-", ".")
+    every = sorted(each for each in folder.rglob("*") if each.is_file() and not each.name.startswith(own))
+    read = origin.files or tuple((str(each), digests.file_digest(each)) for each in every)
+    files = [{"name": Path(n).relative_to(folder).as_posix(), "sha256": sha256} for n, sha256 in read]
+    whole = digests.files_digest(folder, every)
+    return {"kind": kind, "name": folder.resolve().name, "sha256": whole, "files": files, **part}
 
 
-def pinned_source(settings: Recipe, source: Any, opened: Dataset) -> Recipe:
+def _relative(names: Sequence[str]) -> list[str]:
+    """Return paths relative to the folder that all are in, and addresses as they are."""
+    paths = {name: os.path.abspath(name) for name in names if not is_address(name) and name != STANDARD_INPUT}
+    base = os.path.commonpath([os.path.dirname(path) for path in paths.values()]) if paths else ""
+    return [Path(os.path.relpath(paths[n], base)).as_posix() if n in paths else n for n in names]
+
+
+def pinned_source(settings: Recipe, origin: Origin) -> Recipe:
     """Return the settings with the commit that a Hub source was read at, so that they give the same rows later."""
-    if not isinstance(source, (str, Path)) or Path(source).expanduser().exists():
-        return settings
-    return settings.changed(revision=loaded_revision(opened) or settings.revision)
-
-
-def loaded_revision(opened: Dataset | None) -> str | None:
-    """Return the commit that the rows of a Hub dataset were read from, `None` if it is not known."""
-    # `datasets` names the folder of its cache after the commit.
-    for file in [] if opened is None else opened.cache_files:
-        if found := re.search(r"[/\\]([0-9a-f]{40})[/\\][^/\\]+$", str(file["filename"])):
-            return found[1]
-    return None
+    return settings if origin.commit is None else settings.changed(revision=origin.commit)
 
 
 def pool_digest(pool: Dataset, names: ColumnNames) -> str:

@@ -68,8 +68,9 @@ class Recipe(Settings):
     """The settings of [`curate`], one for each choice of a stage.
 
     Args:
-        name, split, revision (`str`, *optional*): configuration, split and commit of a source on the Hub; a source with
-            a single split needs no name.
+        name, split, revision (`str`, *optional*): configuration, split and commit of the source; a split may be a slice
+            such as `"train[:10%]"`, or `"all"`, and a source with a single split needs none.
+        glob (`bool`): a source that is not an existing path is a pattern, and all files that fit it are read.
         schema (`str`): `"alpaca"`, `"messages"`, ..., or `"auto"` to recognise it from the column names.
         columns (`Mapping[str, str]`): columns under other names: `{"instruction": "task", "response": "answer"}`; also
             `system`, `history` and `tools`.
@@ -117,8 +118,15 @@ class Recipe(Settings):
     _called = "recipe"
 
     name: str | None = _setting(None, "Read this configuration of a Hub dataset.", SOURCE)
-    split: str | None = _setting(None, "Read this split. A source with a single split needs no name.", SOURCE)
+    split: str | None = _setting(
+        None,
+        "Read this split, a slice such as train[:10%], or all. A source with a single split needs no name.",
+        SOURCE,
+    )
     revision: str | None = _setting(None, "Read this branch, tag or commit of a Hub dataset.", SOURCE)
+    glob: bool = _setting(
+        False, "Read SOURCE as a pattern with * ? [ ] if there is no such path, and all files that fit it.", SOURCE
+    )
     schema: str = _setting(
         "auto",
         f"Read the columns of this schema: {listed(SCHEMAS)}. With auto, the column names tell which one it is.",

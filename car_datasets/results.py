@@ -7,6 +7,7 @@ Does not: compute anything that it writes.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -116,8 +117,9 @@ def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
     for name in (SCORED_TABLE, SELECTED_TABLE):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
-    selected, scored = (Dataset.from_parquet(str(folder / name)) for name in (SELECTED_TABLE, SCORED_TABLE))
-    return as_written(selected), as_written(scored)
+    # Escaped, because `datasets` takes every path for a pattern.
+    selected, scored = (glob.escape(str(folder / name)) for name in (SELECTED_TABLE, SCORED_TABLE))
+    return as_written(Dataset.from_parquet(selected)), as_written(Dataset.from_parquet(scored))
 
 
 def read_report(text: bytes, shown: str) -> SelectionReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -84,6 +85,39 @@ def test_sources_in_memory_and_in_folders_have_digests(tiny: dict[str, Any], tmp
     curate(tmp_path / "saved", tmp_path / "folder", **tiny)
     source = Receipt.read(tmp_path / "folder").source
     assert (source["kind"], source["name"], len(source["sha256"])) == ("folder", "saved", len("sha256:") + 64)
+
+
+def test_every_file_is_named_without_its_folder(tiny: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    rows = short_rows()
+    for name, wanted in {"in/b/x.jsonl": range(12), "in/a/x.jsonl": range(12, 24)}.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        rows.select(wanted).to_json(tmp_path / name)
+    named = {name: digests.file_digest(tmp_path / "in" / name / "x.jsonl") for name in "ab"}
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper((tmp_path / "in/a/x.jsonl").open("rb")))
+    settings, seen = {**tiny, "k": 2}, {}
+    for kind, source in {
+        "list": [tmp_path / "in/b/x.jsonl", tmp_path / "in/a/x.jsonl"],
+        "folder": tmp_path / "in",
+        "-": "-",
+    }.items():
+        curate(source, tmp_path / kind, **settings)
+        text = (tmp_path / kind / "receipt.json").read_text()
+        assert str(tmp_path) not in text
+        seen[kind] = Receipt.from_json(text).source
+        if kind != "list":  # the command line has no lists; standard input is gone
+            assert made_by(Receipt.from_json(text), str(source), Recipe(**settings)) == (kind == "folder")
+    files = {name: {"name": f"{name}/x.jsonl", "sha256": named[name]} for name in "ab"}
+    assert seen["list"]["kind"] == "files" and seen["list"]["files"] == [files["b"], files["a"]]
+    assert seen["folder"]["files"] == [files["a"], files["b"]]
+    assert seen["-"] == {"kind": "file", "name": "-", "sha256": named["a"]}
+
+
+def test_a_receipt_of_before_is_read_and_recognised(run: tuple[Path, Path, Dataset], tiny: dict[str, Any]) -> None:
+    """It lacks the settings that are new, and the names of several files."""
+    source, folder, _ = run
+    before = Receipt.read(folder)
+    del before.recipe["glob"]
+    assert made_by(Receipt.from_json(before.to_json()), str(source), Recipe(**tiny))
 
 
 def test_the_same_command_is_recognised(run: tuple[Path, Path, Dataset], tiny: dict[str, Any], tmp_path: Path) -> None:

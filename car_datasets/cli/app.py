@@ -113,7 +113,11 @@ def _parse_token(text: str | None) -> str | None:
 
 
 Source = Annotated[
-    str, typer.Argument(help="Read this dataset: a Hub id, a file in JSON, JSON Lines, CSV or Parquet, or a folder.")
+    str,
+    typer.Argument(
+        help="Read this dataset: a Hub id, a file in JSON, JSON Lines, CSV or Parquet, a folder, the address of a file, or "
+        "- for standard input."
+    ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Write the result into this new folder.")]
 OutputFile = Annotated[

@@ -44,7 +44,7 @@ ENTIRE = "The entire pipeline"
 STAGES = "One stage of it"
 PUBLISHING = "Publish and check a result"
 
-READING = ("name", "split", "revision", "schema", "columns", "on_invalid", "score_thoughts")
+READING = ("name", "split", "revision", "glob", "schema", "columns", "on_invalid", "score_thoughts")
 SCORER = ("scorer", "scorer_revision", "tokenizer", "engine", "template", "dtype", "batch_tokens", "compile")
 
 
@@ -190,7 +190,7 @@ def score(
     recipe = Recipe().changed(**changes)
     if output is not None:  # workers that only fill shards need not meet
         start_processes()
-    opened, dataset, schema = open_source(source, recipe, token)
+    opened, dataset, schema, _ = open_source(source, recipe, token)
     # The original's files have no embeddings, so none are computed.
     as_original = output is not None and output.suffix == ".json"
     if as_original:

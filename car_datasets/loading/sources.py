@@ -1,54 +1,67 @@
 """Load an instruction dataset from any source and check its rows.
 
-Does: open Hub datasets, JSON lists, JSON Lines, CSV, Parquet, `save_to_disk` folders and datasets in memory; find the
-schema; refuse rows that cannot be scored, before anything expensive runs; number the rows.
+Does: open Hub datasets, data files, folders, addresses and datasets in memory by the same readers; choose splits; find
+the schema; refuse rows that cannot be scored, before anything expensive runs; number the rows.
 Does not: rename or change a column, or render text.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
-import yaml
 from datasets import (
     Dataset,
-    DatasetBuilder,
     DatasetDict,
     IterableDataset,
     IterableDatasetDict,
-    load_dataset,
-    load_dataset_builder,
     load_from_disk,
 )
-from datasets.config import HF_HUB_OFFLINE
-from datasets.exceptions import DatasetsError
 
-from car_datasets.loading.files import FORMATS, DataFile, reading
+from car_datasets.loading.files import (
+    SPLIT,
+    STANDARD_INPUT,
+    DataFile,
+    find_files,
+    folder_files,
+    hub_address,
+    naming_broken,
+    read_parquet,
+)
+from car_datasets.loading.hub_datasets import download_splits, find_dataset
 from car_datasets.loading.reading import read_csv, read_json
 from car_datasets.loading.schemas import (
     ON_INVALID,
     SCHEMAS,
     Schema,
+    check_schema,
     exchanges_of,
     find_schema,
     invalid_rows_message,
 )
-from car_datasets.loading.values import as_written, carried
-from car_datasets.utils import revisions
+from car_datasets.loading.splits import choose_rows, named_splits
+from car_datasets.loading.values import as_written, carried, dataset_from_pandas, dataset_from_rows
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import is_text
-from car_datasets.utils.hub import READING_WAITS, asking, clean_token, reason, retry
+from car_datasets.utils.digests import file_digest
+from car_datasets.utils.processes import launched_rank
 
 logger = logging.getLogger(__name__)
 
+# What one can pass: where rows are, or the rows.
+Source: TypeAlias = (
+    "str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | pd.DataFrame | Dataset | DatasetDict"
+)
+
 
 def load_instructions(
-    source: str | Path | Dataset | DatasetDict,
+    source: Source,
     name: str | None = None,
     split: str | None = None,
     *,
@@ -59,17 +72,21 @@ def load_instructions(
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = (),
     on_invalid: str = "error",
     index_column: str = ColumnNames.index,
+    glob: bool = False,
 ) -> Dataset:
     """Load an instruction dataset and check every row before anything expensive runs.
 
     The two halves are [`open_dataset`] and [`check_rows`].
 
     Args:
-        source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a file (`.json`, a list of objects like
-            `alpaca_data.json`; `.jsonl`, `.csv`, `.tsv`, `.parquet`), a folder (written by `save_to_disk`, or of data
-            files), or a dataset in memory. An existing path takes precedence over a Hub id of the same name.
-        name (`str`, *optional*): the configuration of a Hub dataset.
-        split (`str`, *optional*): the split to load. Needed only if the source has more than one.
+        source (`str`, `Path`, a list of these, a list of rows, `DataFrame`, `Dataset` or `DatasetDict`): a Hub id; a
+            file (`.json`, a list of objects like `alpaca_data.json`; `.jsonl`, `.csv`, `.tsv`, `.parquet`; text may end
+            in `.gz`, `.bz2`, `.xz` or `.zst`); a folder (written by `save_to_disk`, or of data files); the address of a
+            file (`https://`, `hf://datasets/`, ...); `"-"`, standard input; or rows in memory. An existing path means
+            that path, whatever characters it contains, and takes precedence over a Hub id of the same name.
+        name (`str`, *optional*): the configuration of a Hub dataset, or of a folder whose README.md has some.
+        split (`str`, *optional*): the split to load, or a slice such as `"train[:10%]"`, `"train[10:20]"` or
+            `"train+test"`; `"all"` loads all splits and adds a column `split`. Needed only if there are several.
         revision (`str`, *optional*): branch, tag or commit of a Hub dataset. Defaults to its main branch.
         token (`str`, *optional*): a token for a private Hub dataset. Defaults to `HF_TOKEN` or `hf auth login`.
         cache_dir (`str`, *optional*): where `datasets` keeps its Arrow files.
@@ -79,8 +96,10 @@ def load_instructions(
             `{"instruction": "task", "response": "answer"}`.
         on_invalid (`str`, defaults to `"error"`): `"error"` refuses a dataset with rows that cannot be scored; `"mark"`
             keeps them, and the scorer writes the reason into their status column.
-        index_column (`str`, defaults to `"source_index"`): the row number in the source (int64). It is added unless the
-            dataset has a column of this name, which must then be unique for each row.
+        index_column (`str`, defaults to `"source_index"`): the row number in the source (int64), as [`check_rows`]
+            explains. It is added unless the dataset has a column of this name, which must then be unique for each row.
+        glob (`bool`): if there is no such path, `source` is a pattern with `*`, `?` or `[...]`, and all files that fit
+            it are read, sorted by name.
 
     Returns:
         `Dataset`: the columns and rows of the source, unchanged and in order, and `index_column`.
@@ -92,12 +111,14 @@ def load_instructions(
             there are no rows; rows cannot be scored; the index column contains duplicates.
     """
     _check_on_invalid(on_invalid)  # before a download that may take an hour
-    dataset = open_dataset(source, name, split, revision=revision, token=token, cache_dir=cache_dir, columns=columns)
+    check_schema(schema, columns)
+    reading = Reading(name, split, revision, token, cache_dir, dict(columns), glob)
+    dataset = open_rows(source, reading).dataset
     return check_rows(dataset, schema=schema, columns=columns, on_invalid=on_invalid, index_column=index_column)
 
 
 def open_dataset(
-    source: str | Path | Dataset | DatasetDict,
+    source: Source,
     name: str | None = None,
     split: str | None = None,
     *,
@@ -105,18 +126,14 @@ def open_dataset(
     token: str | None = None,
     cache_dir: str | None = None,
     columns: Mapping[str, str] | tuple[tuple[str, str], ...] = (),
+    glob: bool = False,
 ) -> Dataset:
     """Open a source without checking its rows.
 
     Use it alone for datasets that are scored already; [`load_instructions`] calls it and then [`check_rows`].
 
     Args:
-        source (`str`, `Path`, `Dataset` or `DatasetDict`): a Hub id, a file, a folder, or a dataset in memory.
-        name (`str`, *optional*): the configuration of a Hub dataset.
-        split (`str`, *optional*): the split to load. Needed only if the source has more than one.
-        revision (`str`, *optional*): branch, tag or commit of a Hub dataset. Defaults to its main branch.
-        token (`str`, *optional*): a token for a private Hub dataset. Defaults to `HF_TOKEN` or `hf auth login`.
-        cache_dir (`str`, *optional*): where `datasets` keeps its Arrow files.
+        source, name, split, revision, token, cache_dir, glob: as in [`load_instructions`].
         columns (`Mapping[str, str]`, *optional*): columns of a CSV file that are text, apart from those of the schemas;
             keys are ignored.
 
@@ -129,12 +146,7 @@ def open_dataset(
         ValueError: the file does not have the format that its name promises, `split` is missing or unknown, or there
             are no rows.
     """
-    # No rows is an error here, before a model is downloaded for them.
-    dataset = _one_split(_open(source, name, split, revision, token, cache_dir, dict(columns)), split)
-    if len(dataset) == 0:
-        shown = repr(str(source)) if isinstance(source, (str, Path)) else type(source).__name__
-        raise ValueError(f"source={shown} has no rows.")
-    return as_written(dataset)
+    return open_rows(source, Reading(name, split, revision, token, cache_dir, dict(columns), glob)).dataset
 
 
 def check_rows(
@@ -146,6 +158,11 @@ def check_rows(
     index_column: str = ColumnNames.index,
 ) -> Dataset:
     """Find the schema of an open dataset, check that its rows can be scored, and number them.
+
+    A row has the number that it has in the source. With several files or splits, the number counts through them in the
+    order in which they are read. A slice (`split="train[10:20]"`) and a dataset in memory after `.filter`, `.shuffle`,
+    `.sort` or `.select` keep the numbers that their rows had before. `datasets` forgets these numbers after `.map`, and
+    after a `.select` of adjacent rows: then rows are numbered from 0, with a warning if that can be seen.
 
     Args:
         dataset (`Dataset`): a dataset from [`open_dataset`].
@@ -167,171 +184,194 @@ def check_rows(
     # With "mark" the scorer finds the same rows again, and writes the reason into their status column.
     if on_invalid == "error":
         refuse_invalid_rows(dataset, known)
-    return _number_rows(dataset, index_column)
+    return number_rows(dataset, index_column)
 
 
-def _open(
-    source: Any,
-    name: str | None,
-    split: str | None,
-    revision: str | None,
-    token: str | None,
-    cache_dir: str | None,
-    columns: Mapping[str, str],
-) -> Any:
-    """Open a source before a split is chosen: an object in memory, else a path that exists, else a Hub id."""
-    if not isinstance(source, (str, Path)):
-        return source
-    if not str(source).strip():
-        raise ValueError("source is empty; pass a path, a Hub id, a Dataset or a DatasetDict.")
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _open_file(path, columns, cache_dir)
-    if path.is_dir():
-        return _open_folder(path, name, columns, cache_dir)
-    # These can only mean a path; asking the Hub would hide a misspelt file name behind an error about repositories.
-    if path.suffix.lower() in FORMATS or path.is_absolute() or str(source).startswith((".", "~")):
-        raise FileNotFoundError(f"source={str(source)!r}: no such file or folder. Check the path.")
-    return _open_hub(str(source), name, split, revision, token, cache_dir)
+class Reading(NamedTuple):
+    """How a source is opened: the arguments of [`open_dataset`] apart from the source."""
+
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: str | None = None
+    columns: Mapping[str, str] = {}
+    glob: bool = False
 
 
-def _open_file(path: Path, columns: Mapping[str, str], cache_dir: str | None) -> DatasetDict:
-    """Load a data file with options that keep its text as it is."""
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(
-            f"source={str(path)!r}: the file extension {path.suffix!r} is not known; use one of {sorted(FORMATS)}."
-        )
-    if path.stat().st_size == 0:
-        raise ValueError(f"source={str(path)!r} is an empty file; pass one that contains rows.")
-    if kind == "parquet":
-        with reading(path, kind):
-            return load_dataset(kind, data_files=str(path), cache_dir=cache_dir)
-    return DatasetDict(train=_read([DataFile(str(path), str(path), kind)], columns, cache_dir))
+READING = Reading()
 
 
-def _read(files: list[DataFile], columns: Mapping[str, str], cache_dir: str | None) -> Dataset:
-    """Read JSON or CSV files, which must be of one kind."""
-    if files[0].kind == "json":
-        return read_json(files, cache_dir)
-    # The schema is recognised only after loading, so every column that is text in some schema is read as text.
-    texts = {c for s in SCHEMAS.values() for c in (s.instruction, s.input, s.response) if c} | set(columns.values())
-    return read_csv(files, texts, cache_dir)
-
-
-def _open_folder(path: Path, name: str | None, columns: Mapping[str, str], cache_dir: str | None) -> Any:
-    """Load a folder that `save_to_disk` wrote, or one of data files."""
-    # The files by which `datasets` itself tells a saved Dataset and a saved DatasetDict apart.
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    if not any(p.suffix.lower() in FORMATS for p in files):
-        raise ValueError(
-            f"source={str(path)!r} is a folder without data. Pass one that save_to_disk wrote, or one with files that "
-            f"end in {sorted(FORMATS)}."
-        )
-    data = [DataFile(str(p), str(p), FORMATS[p.suffix.lower()]) for p in files if p.suffix.lower() in FORMATS]
-    if len({file.kind for file in data}) == 1 and data[0].kind != "parquet":
-        return DatasetDict(train=_read(data, columns, cache_dir))
-    with reading(path, "a folder of data files"):
-        return load_dataset(str(path), name, cache_dir=cache_dir)
-
-
-def _open_hub(
-    source: str, name: str | None, split: str | None, revision: str | None, token: str | None, cache_dir: str | None
-) -> Any:
-    """Load a dataset from the Hub at the commit that `revision` means now.
-
-    The commit is resolved before anything is loaded, so that a branch which moves meanwhile makes no difference.
-    """
-    resolved = revisions.is_commit(revision) or HF_HUB_OFFLINE  # offline, `datasets` looks the branch up in its cache
-    commit = revision if resolved else revisions.pin_dataset(source, revision, token, FileNotFoundError)
-    try:
-        with asking(f"source={source!r}", "dataset", revision, FileNotFoundError):
-            builder = builder_at_commit(source, name, commit, token, cache_dir)
-            # Offline this may be an old commit, which the user should see without asking for it.
-            level = logging.WARNING if HF_HUB_OFFLINE else logging.INFO
-            logger.log(level, "source=%r: commit %s is loaded.", source, builder.hash)
-            builder.download_and_prepare()
-            return builder.as_dataset(split)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"source={source!r} is not a local file or folder, and as a Hub id: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"source={source!r}: the header of its README.md is not valid YAML ({' '.join(str(error).split())}). "
-            "Correct it, or download the data files and pass their paths."
-        ) from error
-
-
-def load_split(
-    repo_id: str, config_name: str, split: str, sha: str, token: str | None = None, cache_dir: str | None = None
-) -> Dataset:
-    """Load a split of a dataset repository at a commit, retrying on transient errors.
-
-    Raises:
-        ValueError: the configuration or split does not exist, the Hub refuses it, or its files cannot be read.
-        ConnectionError: the Hub does not answer.
-    """
-    shown = f"{repo_id!r}, split {split!r}"
-
-    def load() -> Dataset:
-        builder = builder_at_commit(repo_id, config_name, sha, clean_token(token), cache_dir)
-        builder.download_and_prepare()
-        return builder.as_dataset(split)
-
-    try:
-        with asking(shown, "dataset", sha):
-            return retry(load, READING_WAITS)
-    except DatasetsError as error:
-        raise ValueError(f"{shown}: its files cannot be read ({reason(error)}).") from error
-
-
-def builder_at_commit(
-    repo_id: str, name: str | None, revision: str | None, token: str | None = None, cache_dir: str | None = None
-) -> DatasetBuilder:
-    """Return the builder of a Hub dataset at exactly the commit `revision`, never at another one from the cache.
-
-    If the Hub fails, `datasets` falls back to any revision in its cache without a warning; that fallback is refused.
+class Origin(NamedTuple):
+    """Where rows come from, as a receipt says it.
 
     Args:
-        repo_id (`str`): `"owner/name"`.
-        name (`str`, *optional*): the configuration.
-        revision (`str`, *optional*): a commit. A branch, a tag or `None` is not checked: offline, its current commit
-            cannot be known.
-        token (`str`, *optional*): a token for a private dataset.
-        cache_dir (`str`, *optional*): where `datasets` keeps its Arrow files.
-
-    Raises:
-        ConnectionError: the cache holds another commit, and the Hub did not provide this one.
+        kind (`str`): `"hub"`, `"folder"`, `"file"`, `"files"` or `"memory"`.
+        name (`str`): the Hub id or the path.
+        files (`tuple`): name and sha256 of each file that was read, in the order of the rows; empty for rows in memory
+            and for what `datasets` read.
+        commit (`str`, *optional*): the commit of a Hub dataset.
     """
-    builder = load_dataset_builder(repo_id, name, revision=revision, token=token, cache_dir=cache_dir)
-    # For a Hub dataset `hash` is the commit that the builder reads; a cached builder carries that of its own commit.
-    if revisions.is_commit(revision) and str(builder.hash) != revision:
-        raise ConnectionError(
-            f"commit {revision} could not be loaded, and the cache holds {builder.hash}, which is a different commit"
-        )
-    return builder
+
+    kind: str
+    name: str = ""
+    files: tuple[tuple[str, str], ...] = ()
+    commit: str | None = None
 
 
-def _one_split(opened: Any, split: str | None) -> Dataset:
-    """Return the only split, or the one that was named; raise ValueError if it is unclear."""
-    if isinstance(opened, (IterableDataset, IterableDatasetDict)):
+class Opened(NamedTuple):
+    """The rows of a source, and where they come from."""
+
+    dataset: Dataset
+    origin: Origin
+
+
+class _Found(NamedTuple):
+    """The splits of a source before any file is parsed: rows that are there, or the files that contain them."""
+
+    origin: Origin
+    splits: dict[str, Dataset | list[DataFile]]
+
+
+def open_rows(source: Source, reading: Reading = READING) -> Opened:
+    """Open a source, and say where its rows come from; [`open_dataset`] returns the rows alone."""
+    opened = _read_splits(_find_source(source, reading), reading)
+    # No rows is an error here, before a model is downloaded for them.
+    if len(opened.dataset) == 0:
+        shown = repr(str(source)) if isinstance(source, (str, Path)) else type(source).__name__
+        part = "" if reading.split is None else f" in split={reading.split!r}"
+        raise ValueError(f"source={shown} has no rows{part}.")
+    return opened
+
+
+def find_origin(source: str | Path, reading: Reading = READING) -> Origin:
+    """Return where the rows of a source would come from, without parsing its files."""
+    found = _find_source(source, reading)
+    return _with_digests(found, named_splits(reading.split, list(found.splits)))
+
+
+def _find_source(source: Any, reading: Reading) -> _Found:
+    """Return the splits of an object in memory, a path that exists, an address or a Hub id, in this order."""
+    if isinstance(source, (IterableDataset, IterableDatasetDict)):
         raise ValueError(
             "source is a streaming dataset; load it without streaming=True, or pass the Dataset that "
             "score_in_shards(stream, QualityScorer(), shard_dir) returns."
         )
-    if isinstance(opened, DatasetDict):
-        if split is not None and split not in opened:
-            raise ValueError(f"split={split!r} is not in the source; it has {sorted(opened)}. Pass one of these.")
-        # No guess such as "train": the rows of the other splits would be left out without a word.
-        if split is None and len(opened) != 1:
-            raise ValueError(
-                f"The source has the splits {sorted(opened)}; say which, such as split='train' (--split train)."
-            )
-        opened = opened[split if split is not None else next(iter(opened))]
-    if not isinstance(opened, Dataset):
-        raise ValueError(f"source is a {type(opened).__name__}; pass a path, a Hub id, a Dataset or a DatasetDict.")
-    return opened
+    if isinstance(source, (Dataset, DatasetDict)):
+        return _Found(Origin("memory"), _splits_of(source))
+    if isinstance(source, pd.DataFrame):
+        return _Found(Origin("memory"), {SPLIT: dataset_from_pandas(source)})
+    if isinstance(source, (list, tuple)) and _are(source, Mapping):
+        return _Found(Origin("memory"), {SPLIT: dataset_from_rows(source)})
+    if isinstance(source, (list, tuple)) and _are(source, (str, Path)):
+        return _find_all(source, reading)
+    if not isinstance(source, (str, Path)):
+        what = "an empty list" if source in ([], ()) else f"a {type(source).__name__}"
+        raise ValueError(
+            f"source is {what}; pass a path, a Hub id, a list of paths or of rows, a DataFrame, a "
+            "Dataset or a DatasetDict."
+        )
+    if not (text := str(source)).strip():
+        raise ValueError("source is empty; pass a path, a Hub id, a Dataset or a DatasetDict.")
+    if text == STANDARD_INPUT and launched_rank()[1] > 1:
+        raise ValueError("source='-': several processes cannot share standard input; pass a file.")
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return _find_folder(folder, reading)
+    at = hub_address(text)
+    if at is not None and not at.path:
+        if at.revision and reading.revision and at.revision != reading.revision:
+            raise ValueError(f"source={text!r} names another revision than revision={reading.revision!r}; pass one.")
+        return _find_on_hub(at.repo_id, reading._replace(revision=reading.revision or at.revision))
+    if files := find_files(text, reading.glob, reading.token, reading.cache_dir):
+        return _Found(Origin("file" if len(files) == 1 else "files", text), {SPLIT: files})
+    return _find_on_hub(text, reading)
+
+
+def _are(values: Sequence[Any], kinds: Any) -> bool:
+    return len(values) > 0 and all(isinstance(value, kinds) for value in values)
+
+
+def _splits_of(rows: Dataset | DatasetDict) -> dict[str, Dataset | list[DataFile]]:
+    if isinstance(rows, DatasetDict):
+        return {str(name): split for name, split in rows.items()}
+    name = str(rows.split or SPLIT)
+    return {name if name.isidentifier() else SPLIT: rows}  # a slice that `datasets` loaded is called "train[:10]"
+
+
+def _find_all(sources: Sequence[str | Path], reading: Reading) -> _Found:
+    """Return the files of a list of paths, in its order."""
+    files: list[DataFile] = []
+    for each in map(str, sources):
+        found = (
+            [] if Path(each).expanduser().is_dir() else find_files(each, reading.glob, reading.token, reading.cache_dir)
+        )
+        if not found:
+            raise ValueError(f"source={each!r}, in a list of {len(sources)}, is not a file. Pass a list of files.")
+        files += found
+    return _Found(Origin("file" if len(files) == 1 else "files", str(sources[0])), {SPLIT: files})
+
+
+def _find_folder(folder: Path, reading: Reading) -> _Found:
+    """Return the splits of a folder that `save_to_disk` wrote, or of one of data files."""
+    origin = Origin("folder", str(folder))
+    # The files by which `datasets` itself tells a saved Dataset and a saved DatasetDict apart.
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _Found(origin, _splits_of(load_from_disk(str(folder))))
+    return _Found(origin, dict(folder_files(folder, reading.name)))
+
+
+def _read_splits(found: _Found, reading: Reading) -> Opened:
+    """Read the splits that were asked for, and no others."""
+    names = named_splits(reading.split, list(found.splits))
+    origin = _with_digests(found, names)
+    texts = text_columns(reading.columns)
+    tables = {}
+    for name in names:
+        part = found.splits[name]
+        rows = part if isinstance(part, Dataset) else _read_files(part, texts, reading.cache_dir)
+        tables[name] = as_written(rows)
+    # Each is hashed again only if it was written to meanwhile.
+    if _with_digests(found, names) != origin:
+        raise ValueError(f"source={origin.name!r} was changed while it was read. Run the same again.")
+    return Opened(choose_rows(tables, reading.split, found.splits), origin)
+
+
+def _with_digests(found: _Found, names: Sequence[str]) -> Origin:
+    parts = [found.splits[name] for name in names]
+    files = [file for part in parts if not isinstance(part, Dataset) for file in part]
+    return found.origin._replace(files=tuple((file.shown, file_digest(Path(file.path))) for file in files))
+
+
+def text_columns(columns: Mapping[str, str]) -> set[str]:
+    """Return the columns of a table that are read as text: those of every schema, and those that the user named."""
+    # The schema is recognised only after loading.
+    known = {name for s in SCHEMAS.values() for name in (s.instruction, s.input, s.response, s.system) if name}
+    return known | set(columns.values())
+
+
+def _read_files(files: Sequence[DataFile], texts: Collection[str], cache_dir: str | None) -> Dataset:
+    """Read files of one kind into one dataset, in order."""
+    by_kind = {file.kind: file.shown for file in files}
+    if len(by_kind) > 1:
+        raise ValueError(f"source has files of several formats: {sorted(by_kind.values())}. Pass those of one format.")
+    with naming_broken(files):
+        if files[0].kind == "json":
+            return read_json(files, cache_dir)
+        return read_csv(files, texts, cache_dir) if files[0].kind == "csv" else read_parquet(files, cache_dir)
+
+
+def _find_on_hub(repo_id: str, reading: Reading) -> _Found:
+    """Return the splits of a dataset on the Hub, with the files of those that are read."""
+    found = find_dataset(repo_id, reading.name, reading.revision, reading.token, reading.cache_dir)
+    origin = Origin("hub", repo_id, commit=found.commit)
+    if found.rows is not None:
+        return _Found(origin, _splits_of(found.rows))
+    wanted = named_splits(reading.split, list(found.files))  # before a download
+    return _Found(origin, {**{n: [] for n in found.files}, **download_splits(repo_id, found, wanted, reading.token)})
+
+
+# --- rows
 
 
 def _check_on_invalid(on_invalid: str) -> None:
@@ -350,10 +390,10 @@ def unscorable_rows(dataset: Dataset, schema: Schema) -> dict[int, str]:
     """Return the positions of the rows that cannot be scored, each with its reason."""
     if _all_plain_text(dataset, schema):
         return {}
+    columns = list(schema.read_columns)
     reasons: dict[int, str] = {}
     position = 0
     # Without a format: a NumPy or PyTorch format would turn nulls and lists into other values.
-    columns = list(schema.read_columns)
     for batch in carried(dataset.select_columns(columns).with_format(None)).iter(batch_size=10_000):
         rows = exchanges_of(batch, schema)
         reasons |= {position + i: row for i, row in enumerate(rows) if isinstance(row, str)}
@@ -376,10 +416,11 @@ def _all_plain_text(dataset: Dataset, schema: Schema) -> bool:
     return types <= {"string", "large_string"} and nulls == 0
 
 
-def _number_rows(dataset: Dataset, index_column: str) -> Dataset:
+def number_rows(dataset: Dataset, index_column: str) -> Dataset:
     """Add the row number as `index_column`, or check the column of that name which the dataset has."""
     if index_column not in dataset.column_names:
-        return dataset.add_column(index_column, np.arange(len(dataset), dtype=np.int64))
+        numbers = source_numbers(dataset)
+        return dataset.add_column(index_column, np.arange(len(dataset)) if numbers is None else numbers)
     # Arrow keeps the types apart that NumPy merges: a nullable integer column would arrive as floats.
     values = dataset.select_columns([index_column]).with_format("arrow")[:][index_column]
     kind = values.type
@@ -391,3 +432,25 @@ def _number_rows(dataset: Dataset, index_column: str) -> Dataset:
             "drop the column."
         )
     return dataset
+
+
+def source_numbers(dataset: Dataset) -> npt.NDArray[np.int64] | None:
+    """Return the number that each row had before `.filter`, `.shuffle` and the like, or `None` if rows are in place.
+
+    A warning is logged if rows lost their numbers.
+    """
+    lost = None
+    if dataset._indices is not None:
+        numbers = dataset._indices.column(0).to_numpy().astype(np.int64)
+        if len(np.unique(numbers)) == len(numbers):
+            return None if np.array_equal(numbers, np.arange(len(numbers))) else numbers
+        lost = "some of its rows occur more than once"
+    elif dataset.data.num_columns and dataset.data.num_rows and dataset.data.column(0).chunk(0).offset:
+        lost = "it is a part of a larger one, of which `datasets` does not tell the start"
+    if lost:
+        logger.warning(
+            "The dataset in memory has no row numbers of its own source (%s): its rows are numbered from 0. Add a "
+            "column that identifies a row before you choose rows, and pass index_column=<its name>.",
+            lost,
+        )
+    return None

@@ -7,10 +7,13 @@ Does not: push; fit the clusters again, because their last digits differ between
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +22,11 @@ import numpy as np
 from datasets import Dataset
 
 from car_datasets.clustering.fitting import number_of_clusters
+from car_datasets.loading.files import is_address
+from car_datasets.loading.hub_datasets import load_split
 from car_datasets.loading.schemas import find_schema
-from car_datasets.loading.sources import load_split, open_dataset
+from car_datasets.loading.sources import Origin, number_rows, open_rows, source_numbers
+from car_datasets.loading.values import carried
 from car_datasets.publishing.card import SCORED, data_prefix
 from car_datasets.receipt import (
     RECEIPT_FILE,
@@ -29,6 +35,7 @@ from car_datasets.receipt import (
     describe_source,
     embedder_record,
     pool_digest,
+    reading_of,
     scorer_record,
 )
 from car_datasets.recipe import Recipe
@@ -73,7 +80,7 @@ class Verification(NamedTuple):
 def verify(
     where: str | os.PathLike[str],
     *,
-    source: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | Sequence[str | Path] | None = None,
     rescore: int = 0,
     seed: int = 0,
     scorer: str | None = None,
@@ -88,8 +95,8 @@ def verify(
 
     Args:
         where (`str`): a folder that [`curate`] wrote, or a dataset repository that [`push_selection`] wrote.
-        source (`str`, *optional*): the file or folder that was curated. Needed unless that was a Hub dataset, because a
-            receipt has the name and digest of a file, but not its path.
+        source (`str` or a list, *optional*): the file, the files or the folder that was curated. Needed unless that was
+            a Hub dataset, because a receipt has the name and digest of a file, but not its path.
         rescore (`int`): number of rows, drawn at random, to score again. Scores may differ by what the recipe's dtype
             allows (1e-5 in float32 and int8, 0.03 in bfloat16, 0.005 in float16).
         seed (`int`): seed of that draw.
@@ -175,7 +182,11 @@ class _Checks:
     skipped: list[str] = field(default_factory=list)
 
     def run(
-        self, source: str | os.PathLike[str] | None, rescore: int, seed: int, models: dict[str, str | None]
+        self,
+        source: str | os.PathLike[str] | Sequence[str | Path] | None,
+        rescore: int,
+        seed: int,
+        models: dict[str, str | None],
     ) -> Iterator[str]:
         """Yield the sentence of one check after the other."""
         receipt, selected, scored = self.receipt, self.found.selected, self.found.scored
@@ -222,23 +233,32 @@ class _Checks:
         if schema != receipt.schema:
             raise Difference(f"the rows have the schema {schema!r}; the receipt says {receipt.schema!r}")
 
-    def _open_source(self, source: str | os.PathLike[str] | None) -> Dataset:
+    def _open_source(self, source: str | os.PathLike[str] | Sequence[str | Path] | None) -> Dataset:
         known = self.receipt.source
+        reading = reading_of(self.recipe, self.token)._replace(name=known.get("name"), split=known.get("split"))
         if source is None:
             if known["kind"] != "hub":
-                what = f"{known['kind']} {known['name']!r}" if "name" in known else "dataset in memory"
-                raise ValueError(f"The source was a {what}; say where it is: source=... (--source FILE).")
-            name, split, revision = (known.get(key) for key in ("name", "split", "revision"))
-            return open_dataset(known["id"], name, split, revision=revision, token=self.token)
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"source={str(source)!r}: there is no such file or folder.")
-        opened = open_dataset(path, split=known.get("split"), columns=dict(self.recipe.columns))
-        # A dataset in memory may be given as a file; then its rows count, and not the bytes of the file.
-        seen = describe_source(opened if known["kind"] == "memory" else path, opened, self.recipe)
+                what = f"a {known['kind']} {known['name']!r}" if "name" in known else _WHAT[known["kind"]]
+                raise ValueError(f"The source was {what}; say where it is: source=... (--source FILE).")
+            return self._numbered(open_rows(known["id"], reading._replace(revision=known.get("revision"))).dataset)
+        if isinstance(source, (str, os.PathLike)):
+            place = os.fspath(source)
+            path = Path(place).expanduser()
+            if not (path.exists() or is_address(place) or (self.recipe.glob and glob.has_magic(place))):
+                raise FileNotFoundError(f"source={place!r}: there is no such file or folder.")
+            source = place
+        # The name of a file or folder is not that of a configuration; a dataset in memory may be given as a file.
+        of_memory = known["kind"] == "memory"
+        name = self.recipe.name if known["kind"] == "folder" else None
+        opened, origin = open_rows(source, reading._replace(name=name, split=None if of_memory else reading.split))
+        seen = describe_source(Origin("memory") if of_memory else origin, opened, self.recipe)
         if known["kind"] != "hub" and seen["sha256"] != known["sha256"]:
             raise Difference(f"the source has the sha256 {seen['sha256']}; the receipt says {known['sha256']}")
-        return opened
+        return self._numbered(opened)
+
+    def _numbered(self, opened: Dataset) -> Dataset:
+        """Return the source with the numbers that its rows have in the split, if it is a slice."""
+        return opened if source_numbers(opened) is None else number_rows(opened, self.recipe.index_column)
 
     def _same_rows(self, source: Dataset, table: Dataset, name: str) -> str:
         if name == SCORED and len(table) != self.receipt.counts["rows"]:
@@ -248,14 +268,17 @@ class _Checks:
             raise Difference(f"{name} has no column {missing} of the source")
         try:
             # By the index, not by position: the selection has another order.
-            places = positions_in_pool(source, table, self.recipe.index_column)
+            by_content = "numbered" in self.receipt.source and self.recipe.index_column not in source.column_names
+            places = (
+                _places(source, table) if by_content else positions_in_pool(source, table, self.recipe.index_column)
+            )
             if len(twice := np.flatnonzero(np.bincount(places) > 1)):
                 raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
             # Cast, because Parquet and JSON may give other types for equal values.
             same = table.select_columns(source.column_names).cast(source.features)
         except ValueError as error:  # Arrow's errors derive from it
             raise Difference(f"{name} does not fit the source: {error}") from error
-        if difference := first_difference(source.select(places.tolist()), same):
+        if difference := first_difference(source.select(list(places)), same):
             raise Difference(f"{name} is not what the source holds: {difference}")
         return f"{len(table)} rows of {name} are the source's"
 
@@ -304,6 +327,28 @@ class _Checks:
         if pool_digest(scored, self.recipe.names) != self.receipt.scored_sha256:
             raise Difference(f"indices, scores and clusters of {SCORED} do not have the receipt's sha256")
         return f"indices, scores and clusters of {len(scored)} rows have the receipt's sha256"
+
+
+_WHAT = {"memory": "a dataset in memory", "files": "several files"}
+
+
+def _places(source: Dataset, table: Dataset) -> list[int]:
+    """Return the position in the source of each row of a table, found by content; equal rows stand for each other.
+
+    Raises:
+        ValueError: a row is not in the source, or more often than there.
+    """
+    columns = source.column_names
+    known: dict[str, list[int]] = defaultdict(list)
+    for position, row in enumerate(carried(source.with_format(None))):
+        known[json.dumps(row, sort_keys=True, default=str)].append(position)
+    places = []
+    for position, row in enumerate(carried(table.with_format(None).select_columns(columns))):
+        found = known[json.dumps(row, sort_keys=True, default=str)]
+        if not found:
+            raise ValueError(f"row {position} is not in the source, or is there less often")
+        places.append(found.pop(0))
+    return places
 
 
 class Difference(Exception):

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
@@ -100,6 +101,10 @@ SOURCES: dict[str, Callable[[Path], Any]] = {
     "folder of CSV": save_folder_of_csv,
     "Dataset": lambda _: Dataset.from_list(ROWS),
     "DatasetDict": lambda _: DatasetDict(rows=Dataset.from_list(ROWS)),
+    "list of rows": lambda _: ROWS,
+    "DataFrame": lambda _: pd.DataFrame(ROWS),
+    "DataFrame with an index of its own": lambda _: pd.DataFrame(ROWS, index=list("cafebd")),
+    "list of paths": lambda folder: [save("rows.jsonl", LINES)(folder)],
 }
 
 
@@ -177,6 +182,52 @@ def test_index_column_that_does_not_tell_rows_apart_is_refused(values: list[int 
     with pytest.raises(ValueError, match=r"'source_index' does not tell rows apart.*--index-column"):
         load_instructions(dataset)
     assert load_instructions(dataset, index_column="row")["row"][:] == list(range(6))
+
+
+CHOICES: dict[str, tuple[Callable[[Dataset], Dataset], list[int] | None]] = {
+    "filter": (lambda rows: rows.filter(lambda row: row["id"] > 4), [0, 2, 3]),
+    "select": (lambda rows: rows.select([4, 1]), [4, 1]),
+    "first rows": (lambda rows: rows.select(range(2)), [0, 1]),
+    "sort": (lambda rows: rows.sort("id"), [5, 4, 1, 3, 0, 2]),
+    "filter twice": (lambda rows: rows.filter(lambda row: row["id"] > 1).filter(lambda row: row["id"] < 6), [1, 3, 4]),
+    "shuffle": (lambda rows: rows.shuffle(seed=1), None),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_rows_that_the_user_chose_keep_their_numbers(choice: str, caplog: pytest.LogCaptureFixture) -> None:
+    choose, expected = CHOICES[choice]
+    loaded = load_instructions(choose(Dataset.from_list(ROWS)))
+    assert [ROWS[i]["output"] for i in loaded["source_index"][:]] == loaded["output"][:]
+    assert expected is None or loaded["source_index"][:] == expected
+    assert "row numbers" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("choose", "reason"),
+    [
+        (lambda rows: rows.select(range(2, 5)), "a part of a larger one"),
+        (lambda rows: rows.select([1, 1, 0]), "than once"),
+    ],
+)
+def test_rows_whose_numbers_datasets_forgot_are_numbered_with_a_warning(
+    choose: Callable[[Dataset], Dataset], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load_instructions(choose(Dataset.from_list(ROWS)))
+    assert loaded["source_index"][:] == [0, 1, 2]
+    assert reason in caplog.text and "index_column=" in caplog.text
+
+
+def test_numbers_count_through_several_files(tmp_path: Path) -> None:
+    parts = [save(f"{name}.jsonl", json.dumps(row))(tmp_path) for name, row in zip("ba", ROWS, strict=False)]
+    loaded = load_instructions(parts)
+    assert loaded["source_index"][:] == [0, 1] and loaded["output"][:] == [row["output"] for row in ROWS[:2]]
+
+
+def test_a_wrong_setting_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for setting in ({"schema": "chats"}, {"columns": {"colour": "a"}}, {"on_invalid": "drop"}):
+        with pytest.raises(ValueError, match="known"):
+            load_instructions(tmp_path / "there-is-no-such-file.json", **setting)
 
 
 # --- splits
@@ -291,7 +342,7 @@ def test_empty_text_is_no_source(source: str) -> None:
         load_instructions(source)
 
 
-@pytest.mark.parametrize("source", [[{"instruction": "a", "output": "b"}], None, 3])
+@pytest.mark.parametrize("source", [{"instruction": "a", "output": "b"}, None, 3, ["rows.json", {"output": "b"}]])
 def test_source_of_another_type_is_refused(source: Any) -> None:
     with pytest.raises(ValueError, match=f"source is a {type(source).__name__}; pass a path"):
         load_instructions(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from typing import Any
@@ -115,7 +116,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(hub: Hub) -> None:
         ("you/open", {"revision": "v9"}, "hf_me_writes", "source='you/open' has no revision 'v9'. Name a branch, a tag or"),
         ("you/open", {"revision": "0" * 40}, "hf_me_writes", "you/open"),
         ("you/open", {}, "hf_wrong", "ValueError: source='you/open': the Hub does not know your token (401). HF_TOKEN wins"),
-        ("you/open", {"split": "test"}, "hf_me_writes", 'Unknown split "test"'),
+        ("you/open", {"split": "test"}, "hf_me_writes", "split='test' is not in the source; it has ['train']"),
         ("you/x y", {}, "hf_me_writes", "nor a Hub id of the form 'owner/name'"),
         ("you/header", {}, "hf_me_writes", "ValueError: source='you/header': the header of its README.md is not valid YAML"),
     ],
@@ -143,3 +144,103 @@ def test_on_the_command_line_it_is_one_line_without_a_token(hub: Hub) -> None:
 def test_a_token_that_cannot_be_one_is_refused_unseen(hub: Hub, token: str) -> None:
     message = load(hub, "me/rows", {"token": None}, token=token)
     assert "The token contains white space" in message and token not in message
+
+
+# --- JSON and CSV: the readers of this machine
+
+TRY = """
+import json, logging, sys
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+from car_datasets import load_instructions
+for source, options in json.loads(sys.argv[1]):
+    try:
+        rows = load_instructions(source, **options)
+        found = [rows["output"][:], rows["source_index"][:]]
+    except (ValueError, OSError) as error:
+        found = f"{type(error).__name__}: {error}"
+    print(json.dumps(found))
+"""
+
+
+def try_all(hub: Hub, *wanted: tuple[str, dict[str, Any]], **run: Any) -> list[Any]:
+    done = hub.run(TRY, json.dumps(wanted), check=True, **run)
+    assert "Traceback" not in done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def jsonl(*answers: Any, **more: str) -> bytes:
+    rows = ({"instruction": "a", "output": answer, **more} for answer in answers)
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_values_stay_what_they_are_in_the_files(hub: Hub) -> None:
+    """`datasets` alone makes numbers, dates and nulls of such text, and takes some chats for traces of agents."""
+    texts = ["007", "3", "NA", "None", "2024-01-02", "true", "1e-12"]
+    table = "instruction,output\n" + "".join(f"a,{text}\n" for text in texts)
+    hub.commit("you/csv", {"rows.csv": table.encode()})
+    hub.commit("you/tsv", {"rows.tsv": table.replace(",", "\t").encode()})
+    hub.commit("you/dates", {"rows.json": json.dumps([{"instruction": "a", "output": "2024-01-02"}] * 2).encode()})
+    hub.commit("you/traces", {"train.jsonl": jsonl("b", id="r", source="forum", model="m", system_prompt="s")})
+    splits = {f"data/{name}.jsonl.gz": gzip.compress(jsonl(*map(str, range(4)))) for name in ("train", "test")}
+    hub.commit("you/splits", splits)
+    everything = list(range(len(texts)))
+    page = f"{hub.url}/datasets/you"
+    assert try_all(
+        hub,
+        ("you/csv", {}),
+        ("you/tsv", {}),
+        ("you/dates", {}),
+        ("you/traces", {}),
+        ("you/splits", {"split": "test[1:3]"}),
+        ("you/splits", {"split": "all"}),
+        (f"{page}/dates", {}),
+        (f"{page}/csv/resolve/main/rows.csv", {}),
+        ("hf://datasets/you/dates/rows.json", {}),
+        ("hf://datasets/you/splits/data/*.gz", {"glob": True}),
+    ) == [
+        [texts, everything],
+        [texts, everything],
+        [["2024-01-02"] * 2, [0, 1]],
+        [["b"], [0]],
+        [["1", "2"], [1, 2]],
+        [["0", "1", "2", "3"] * 2, list(range(8))],
+        [["2024-01-02"] * 2, [0, 1]],
+        [texts, everything],
+        [["2024-01-02"] * 2, [0, 1]],
+        [["0", "1", "2", "3"] * 2, list(range(8))],
+    ]
+
+
+def test_what_cannot_be_built_is_one_line_with_the_name_of_the_file(hub: Hub) -> None:
+    broken = {
+        "cut": ("rows.jsonl", jsonl("b") + jsonl("c")[:20]),
+        "latin": ("data/rows.csv", "instruction,output\ncafé,b\n".encode("latin-1")),
+        "empty": ("rows.jsonl", b""),
+        "gzip": ("rows.json.gz", b"not compressed"),
+        "parquet": ("data/train-00000-of-00001.parquet", b"PAR1 and no more"),
+        "script": ("script.py", b"raise SystemExit"),
+    }
+    for name, (file, content) in broken.items():
+        hub.commit(f"you/{name}", {file: content})
+    missing = [("hf://datasets/you/cut/none.csv", {}), ("hf://datasets/you/none/rows.csv", {})]
+    found = try_all(hub, *((f"you/{name}", {}) for name in broken), *missing)
+    for (name, (file, _)), message in zip(broken.items(), found, strict=False):
+        assert message.startswith("ValueError: source=") and f"you/{name}" in message and file in message, message
+    assert all(message.startswith("FileNotFoundError: source=") for message in found[-2:]), found[-2:]
+
+
+@pytest.mark.slow
+def test_files_are_cached_by_their_commit(hub: Hub) -> None:
+    first = hub.commit("me/rows", {"train.jsonl": jsonl("red"), "test.jsonl": jsonl("grey")}, private=True)
+    assert try_all(hub, ("me/rows", {"split": "train"})) == [[["red"], [0]]]
+    second = hub.commit("me/rows", {"train.jsonl": jsonl("blue")})
+    wanted = [("me/rows", {"split": "train"}), ("me/rows", {"split": "train", "revision": first})]
+    assert try_all(hub, *wanted) == [[["blue"], [0]], [["red"], [0]]]
+    hub.kill()
+    offline: dict[str, Any] = {"env": {"HF_HUB_OFFLINE": "1"}}
+    assert try_all(hub, *wanted, **offline) == [[["blue"], [0]], [["red"], [0]]]
+    # A split that was never downloaded is not taken for an empty one, nor for that of another commit.
+    [message] = try_all(hub, ("me/rows", {"split": "test", "revision": second}), **offline)
+    assert message.startswith("ConnectionError: source='me/rows'")
+    [message] = try_all(hub, ("me/rows", {"split": "train", "revision": "0" * 40}), **offline)
+    assert message.startswith(("ConnectionError: source='me/rows'", "FileNotFoundError: source='me/rows'"))

@@ -254,6 +254,59 @@ def test_other_sources_and_recipes_match(kind: str, tiny_iqs: str, tiny_embedder
     assert len(found.checked) == 8
 
 
+def test_sources_in_other_places_match(tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
+    """Several files, slices, rows that the user chose before, and names that look like patterns."""
+    rows, folder = short_rows(), tmp_path / "rows[1]"
+    parts = [folder / "b.jsonl", folder / "a.jsonl"]
+    folder.mkdir()
+    for part, wanted in zip(parts, (range(10), range(10, 24)), strict=True):
+        rows.select(wanted).to_json(part)
+    chosen = rows.shuffle(seed=1).filter(lambda row: len(row["output"]) % 5)
+    chosen.to_json(tmp_path / "chosen.jsonl")
+    settings: dict[str, Any] = {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 3, "k": 2}
+    pattern = f"{tmp_path}/rows*/*.jsonl"
+    for name, source, again, more in (
+        ("list", parts, parts, {}),
+        ("pattern", pattern, pattern, {"glob": True}),
+        ("slice", folder, folder, {"split": "train[4:]"}),
+        ("chosen", chosen, tmp_path / "chosen.jsonl", {}),
+    ):
+        out = tmp_path / f"out[{len(name)}]"
+        curate(source, out, **settings, **more)
+        found = verify(out, source=again)
+        assert found.matches, (name, found.difference)
+        selected = Dataset.from_parquet(str(tmp_path / f"out[[]{len(name)}]" / "selected.parquet"))
+        numbered = rows if name != "slice" and name != "pattern" else rows.select([*range(10, 24), *range(10)])
+        assert [numbered[i]["output"] for i in selected["source_index"][:]] == selected["output"][:], name
+        shutil.rmtree(out)
+    with pytest.raises(ValueError, match="The source was several files; say where"):
+        curate(parts, tmp_path / "out", **settings)
+        verify(tmp_path / "out")
+    found = verify(tmp_path / "out", source=parts[::-1])
+    assert found.difference is not None and found.difference.startswith("the source has the sha256")
+
+
+def test_rows_that_were_chosen_before_are_compared_by_content(
+    tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    chosen = short_rows().select([5, 3, 20, 8, 13, 1, 2, 11])
+    chosen.to_json(tmp_path / "chosen.jsonl")
+    curate(chosen, tmp_path / "out", scorer=tiny_iqs, embedder=tiny_embedder, n1=3, k=2)
+    change(tmp_path / "out", "scored", output=first("better"))
+    found = verify(tmp_path / "out", source=tmp_path / "chosen.jsonl")
+    assert found.difference == "scored does not fit the source: row 0 is not in the source, or is there less often"
+
+
+def test_a_result_is_read_from_its_own_folder(run: tuple[Path, Path], tmp_path: Path) -> None:
+    """`datasets` would read `out1` when it is given `out[1]`."""
+    source, out = run
+    for name in ("out[1]", "out1"):
+        shutil.copytree(out, tmp_path / name)
+    change(tmp_path / "out1", "selected", output=first("OTHER"))
+    assert verify(tmp_path / "out[1]", source=source).matches
+    assert not verify(tmp_path / "out1", source=source).matches
+
+
 @pytest.mark.slow
 def test_a_pushed_selection_is_verified_from_the_hub(
     hub: Hub, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
