@@ -202,7 +202,8 @@ def test_chats_end_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "selected.json").read_text())[0]["messages"] == selected["messages"][0]
     system, ask = "You write short answers.", short_rows()["instruction"][1]
     assert short_rows()[1] == {"instruction": ask, "input": "", "output": "red"}
-    texts = [f"Instruction: {system} {ask} Response: red", f"Instruction: {system} And the sum? Response: a red b"]
+    later = f"{ask} red And the sum?"
+    texts = [f"Instruction: {system} {ask} Response: red", f"Instruction: {system} {later} Response: a red b"]
     first, second = QualityScorer(tiny["scorer"]).score_texts(texts).scores
     assert scored["iqs_score"][1] == pytest.approx((first + second) / 2, abs=1e-5)
     least = curate(chats, None, **{**tiny, "turns": "min"}).scored

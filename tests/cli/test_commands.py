@@ -419,7 +419,7 @@ MISTAKES: list[Any] = [
     pytest.param(GOOD, ("--schema", "vicuna"), "schema='vicuna' is not known", id="unknown schema"),
     pytest.param(GOOD, ("--schema", "messages"), r"Columns \['messages'\] are not in the dataset", id="other schema"),
     pytest.param(GOOD, ("--columns", "instruction"), "--columns instruction: write role=column pairs", id="columns"),
-    pytest.param(GOOD, ("--columns", "question=a"), r"columns has the keys \['question'\]", id="unknown role"),
+    pytest.param(GOOD, ("--columns", "quest=a"), r"columns has the keys \['quest'\]", id="unknown role"),
     pytest.param(GOOD, ("--split", "test"), "split='test' is not in the source", id="unknown split"),
     pytest.param(GOOD, ("--n1", "1", "--turns", "max"), "turns='max' is not known", id="unknown turns"),
     pytest.param(

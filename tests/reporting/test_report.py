@@ -69,6 +69,16 @@ def figures_of(pool: Dataset, rows: list[int]) -> GroupFigures:
 # the figures ----------------------------------------------------------------------------------------------------------
 
 
+def test_many_details_of_one_status_are_counted_together(pool: Dataset, selected: Dataset) -> None:
+    statuses = [*(f"unknown_role: {c}" for c in "aabcdefg"), "tool_call", "ok"]
+    found = SelectionReport.from_selection(
+        pool.remove_columns("iqs_status").add_column("iqs_status", statuses), selected
+    )
+    assert found.marked == {"tool_call": 1}
+    assert found.rejected["unknown_role: a"] == found.rejected["unknown_role: others"] == 2
+    assert len(found.rejected) == 6 and sum(found.rejected.values()) == 8
+
+
 def test_counts_of_a_small_selection(report: SelectionReport, selected: Dataset) -> None:
     assert selected["source_index"][:] == [101, 108, 104, 106]  # 0.9 and 0.8 by score; the best of clusters 0 and 3
     assert (report.rows_in, report.rows_scored) == (10, 8)

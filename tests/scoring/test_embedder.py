@@ -57,7 +57,7 @@ def test_a_chat_is_the_mean_of_its_exchanges_at_their_length(tiny_embedder: str)
     turns = [("user", "write a list"), ("assistant", "a, the"), ("user", "name the sea"), ("assistant", "good")]
     chat = {"messages": [[{"role": r, "content": c} for r, c in turns]]}
     parts = embedder.embed_texts(
-        ["Instruction: write a list Response: a, the", "Instruction: name the sea Response: good"]
+        ["Instruction: write a list Response: a, the", "Instruction: write a list a, the name the sea Response: good"]
     )
     mean = parts.mean(axis=0)
     found = embedder(chat)["embedding"][0]

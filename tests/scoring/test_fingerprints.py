@@ -60,6 +60,7 @@ def test_same_hash_in_every_process_and_after_a_call(tiny_iqs: str, tiny_embedde
         {"columns": {"instruction": "output", "response": "output"}},
         {"output_column": "other_score"},
         {"diagnostics": True},
+        {"score_thoughts": True},
         {"on_invalid": "mark"},
     ],
 )

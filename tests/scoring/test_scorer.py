@@ -124,12 +124,23 @@ def test_a_chat_scores_by_its_exchanges(tiny_iqs: str, turns: str, fold: Any) ->
     parts = QualityScorer(tiny_iqs).score_texts(
         [
             "Instruction: the list is short write a poem Response: the sea, the sea",
-            "Instruction: the list is short name three colours Response: red and good",
+            "Instruction: the list is short write a poem the sea, the sea name three colours Response: red and good",
         ]
     )
     found = QualityScorer(tiny_iqs, turns=turns, diagnostics=True)({"messages": [chat]})
     assert found["iqs_score"][0] == pytest.approx(fold(parts.scores.tolist()), abs=TOLERANCE)
     assert found["iqs_tokens"][0] == parts.tokens.sum()
+
+
+def test_thoughts_are_scored_and_embedded_on_request() -> None:
+    rows = {"instruction": ["Name a sea."], "output": ["<think>Salt water?</think>The Red Sea."]}
+    for thoughts, answer in ((False, "The Red Sea."), (True, "Salt water? The Red Sea.")):
+        scorer = QualityScorer(embedding_column="embedding", score_thoughts=thoughts)
+        found, text = scorer(rows), f"Instruction: Name a sea. Response: {answer}"
+        assert found["iqs_score"][0] == pytest.approx(float(scorer.score_texts([text]).scores[0]), abs=TOLERANCE)
+        apart = scorer.embedder()
+        assert np.allclose(found["embedding"][0], apart(rows)["embedding"][0], atol=1e-5)
+        assert np.allclose(found["embedding"][0], apart.embed_texts([text])[0], atol=1e-5)
 
 
 def test_rows_that_cannot_be_scored_stop_the_run_by_name(tiny_iqs: str) -> None:
@@ -175,7 +186,7 @@ def test_an_existing_column_is_not_overwritten(tiny_iqs: str, pairs: Dataset) ->
         ({"on_invalid": "ignore"}, "on_invalid='ignore'"),
         ({"revision": "main"}, "Leave revision out"),
         ({"schema": "alpacka"}, "schema='alpacka'"),
-        ({"columns": {"question": "a"}}, "columns has the keys"),
+        ({"columns": {"quest": "a"}}, "columns has the keys"),
         ({"batch_tokens": 0}, "batch_tokens=0"),
         ({"output_column": "x", "embedding_column": "x"}, "must have different names"),
     ],
@@ -266,9 +277,8 @@ def test_uncertainty_of_a_chat_is_that_of_its_score(make_tiny_iqs: Any) -> None:
     folder = make_tiny_iqs(**SEGMENTS)
     chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
     found = QualityScorer(folder, uncertainty=True, turns="sum")({"messages": [chat]})
-    members = (
-        QualityScorer(folder).score_texts([render(Exchange("a", "", "b")), render(Exchange("c", "", "d"))]).members
-    )
+    texts = [render(Exchange("a", "", "b")), render(Exchange("a\nb\nc", "", "d"))]
+    members = QualityScorer(folder).score_texts(texts).members
     assert found["iqs_score_std"][0] == pytest.approx(members.sum(axis=0).std(), abs=TOLERANCE)
 
 
