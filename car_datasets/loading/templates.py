@@ -98,10 +98,55 @@ def clean(text: str) -> str:
     price: `\nabla` in LaTeX loses its `\n`. Only the scored text is changed, never the row.
     """
     text = text.translate(_QUOTES)
-    # This ends: each replacement makes the text shorter.
-    while (decoded := _ESCAPE.sub(_decode, text).translate(_QUOTES)) != text:  # a straightened quote can end an escape
+    for _ in range(_PASSES):
+        decoded = _ESCAPE.sub(_decode, text).translate(_QUOTES)  # a straightened quote can end an escape
+        if decoded == text:
+            break
         text = decoded
+    else:
+        text = _decode_deep(text)
     return " ".join(join_surrogates(text).split())
+
+
+_PASSES = 8  # over an entire text; every pass takes off a level of escapes, and few texts have more than two
+
+
+def _decode_deep(text: str) -> str:
+    r"""Return what passes over the text end with, in time linear in its length.
+
+    In `\u005cu005cu005c`, every pass decodes one escape, so that passes over all of the text would be quadratic. An
+    escape that a pass finds contains a sign that the pass before it made, so only the signs around those are read.
+    """
+    signs, after, before = list(text), list(range(1, len(text) + 1)), list(range(-1, len(text) - 1))
+    starts = [place for place, sign in enumerate(signs) if sign == "\\"]
+    while starts:
+        made: list[int] = []
+        end = 0
+        for start in starts:
+            ends = [start]
+            while ends[-1] < len(signs) and len(ends) <= _LONGEST:
+                ends.append(after[ends[-1]])
+            if start >= end and (found := _ESCAPE.match("".join(signs[place] for place in ends[:-1]))):
+                end = ends[found.end()]
+                signs[start] = _decode(found).translate(_QUOTES)
+                after[start] = end
+                if end < len(signs):
+                    before[end] = start
+                made.append(start)
+        starts = []
+        for place in made:
+            near = [place]
+            while before[near[-1]] >= 0 and len(near) < _LONGEST:
+                near.append(before[near[-1]])
+            starts += [at for at in reversed(near) if signs[at] == "\\" and at > (starts or [-1])[-1]]
+    place, kept = 0, []
+    while place < len(signs):
+        kept.append(signs[place])
+        place = after[place]
+    return "".join(kept)
+
+
+_LONGEST = 6  # signs of an escape
 
 
 def _decode(match: re.Match[str]) -> str:
