@@ -42,6 +42,7 @@ from datasets.utils.metadata import MetadataConfigs
 from fsspec.utils import glob_translate
 from huggingface_hub import DatasetCard
 
+from car_datasets.utils.columns import refuse_wide
 from car_datasets.utils.digests import file_digest
 from car_datasets.utils.hub import asking, clean_token, reason
 
@@ -473,6 +474,7 @@ def read_parquet(files: Sequence[DataFile], cache_dir: str | None = None) -> Dat
             if getattr(error, "errno", None) is not None:  # from the operating system: the file is not to blame
                 raise
             raise ValueError(f"source={file.shown!r} cannot be read as parquet: {reason(error)}") from error
+        refuse_wide(f"source={file.shown!r}", len(columns))
         if first is not None and columns != first:
             raise ValueError(
                 f"source={file.shown!r} has the columns {columns}; {files[0].shown!r} has {first}. One dataset has the "

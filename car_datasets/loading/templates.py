@@ -164,6 +164,8 @@ def join_surrogates(text: str) -> str:
 
 # --- parts of an answer
 
+DEEPEST_READ = 200  # levels of lists and objects; Python's recursion and Arrow's reader end not far beyond
+
 # A thought at the start of an answer. Only `<think>` may be left open: the model ran out of tokens while it thought.
 _THOUGHT = re.compile(
     r"\s*(?:<think>(.*?)(?:</think>|\Z)|<(?P<tag>thinking|thought|reasoning)>(.*?)</(?P=tag)>"
@@ -230,11 +232,28 @@ def _tidy(value: Any) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value that a text holds as JSON; `None` if it is not JSON."""
+    """Return the value that a text holds as JSON; `None` if it is not JSON, or nested too deeply."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    return None if is_deep(value, text) else value
+
+
+def is_deep(value: Any, text: str | None = None) -> bool:
+    """Return True if a value holds lists or mappings at more than DEEPEST_READ levels, where recursion would fail.
+
+    Args:
+        value: of any kind.
+        text (`str`, *optional*): the JSON that it was parsed from, by which most values are spared the walk.
+    """
+    if text is not None and text.count("[") + text.count("{") <= DEEPEST_READ:
+        return False
+    level = [value]
+    for _ in range(DEEPEST_READ + 1):
+        mappings = [part.values() for part in level if isinstance(part, Mapping)]
+        level = [part for parts in (*mappings, *(p for p in level if isinstance(p, (list, tuple)))) for part in parts]
+    return bool(level)
 
 
 def join_lines(*parts: str) -> str:

@@ -27,6 +27,7 @@ from datasets.formatting.formatting import LazyBatch
 
 Matrix = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
+MOST_COLUMNS = 10_000  # of a source: every step takes time for each column
 BATCH = 16_384  # rows in memory at a time: 25 MB at 384 float32 numbers a row
 
 
@@ -351,3 +352,12 @@ def refuse_other_datasets(dataset: Any, function: str, for_streams: str) -> None
     if not isinstance(dataset, Dataset):
         hint = "one of its splits" if isinstance(dataset, (DatasetDict, IterableDatasetDict)) else "a Dataset"
         raise ValueError(f"{function} reads a Dataset, and this is a {type(dataset).__name__}. Pass {hint}.")
+
+
+def refuse_wide(shown: str, columns: int) -> None:
+    """Raise ValueError if a source, named in the message as `shown`, has more columns than are read."""
+    if columns > MOST_COLUMNS:
+        raise ValueError(
+            f"{shown} has {columns:,} columns, and at most {MOST_COLUMNS:,} are read. Drop some, or put them into one "
+            "column of objects."
+        )

@@ -206,7 +206,9 @@ def _as_written(value: Any, node: Any) -> Any:
             return value
         pairs = zip(value.items(), node.value, strict=True)
         # No field has mappings in a mapping, and aliases would make their number grow.
-        return {_as_written(k, key): v if isinstance(v, dict) else _as_written(v, item) for (k, v), (key, item) in pairs}
+        return {
+            _as_written(k, key): v if isinstance(v, dict) else _as_written(v, item) for (k, v), (key, item) in pairs
+        }
     return value if value is None or not isinstance(node.value, str) else node.value
 
 
