@@ -44,6 +44,7 @@ from huggingface_hub import DatasetCard
 
 from car_datasets.utils.columns import refuse_wide
 from car_datasets.utils.digests import file_digest
+from car_datasets.utils.files import printable
 from car_datasets.utils.hub import asking, clean_token, reason
 
 logger = logging.getLogger(__name__)
@@ -389,7 +390,7 @@ def _say_what_is_left_out(folder: Path, names: Sequence[str], splits: Mapping[st
 
 def listed(names: Sequence[str]) -> str:
     """Return the first names for a message, and the number of all of them if there are more."""
-    return ", ".join(names[:5]) + (f", ... ({len(names)} files)" if len(names) > 5 else "")
+    return printable(", ".join(names[:5])) + (f", ... ({len(names)} files)" if len(names) > 5 else "")
 
 
 def _configured(folder: Path, name: str | None) -> tuple[dict[str, list[str]] | None, str]:
