@@ -34,7 +34,7 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def printable(text: str) -> str:
-    """Return text of others for a terminal: what a terminal would obey becomes a Python escape, such as `\\x1b`."""
+    r"""Return text of others for a terminal: what a terminal would obey becomes a Python escape, such as `\x1b`."""
     return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
