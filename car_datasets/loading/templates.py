@@ -250,10 +250,10 @@ def is_deep(value: Any, text: str | None = None) -> bool:
     if text is not None and text.count("[") + text.count("{") <= DEEPEST_READ:
         return False
     level = [value]
-    for _ in range(DEEPEST_READ + 1):
+    for _ in range(DEEPEST_READ):
         mappings = [part.values() for part in level if isinstance(part, Mapping)]
         level = [part for parts in (*mappings, *(p for p in level if isinstance(p, (list, tuple)))) for part in parts]
-    return bool(level)
+    return any(isinstance(part, (list, tuple, Mapping)) for part in level)
 
 
 def join_lines(*parts: str) -> str:

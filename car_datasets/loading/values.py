@@ -481,7 +481,7 @@ def _plain(value: Any, shown: str, levels: int = DEEPEST_READ) -> Any:
     """Return a Python value with lists, dicts and numbers of Python's own in place of NumPy's and other kinds."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    if levels < 0:
+    if levels < 1 and isinstance(value, (list, tuple, Mapping)):
         raise ValueError(f"{shown}: {NESTED}.")
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):

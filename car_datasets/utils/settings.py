@@ -179,7 +179,7 @@ def read_kind(path: str | os.PathLike[str], known: Sequence[str]) -> str:
     read = _read_yaml(path).get("kind")
     kind = None if read is None else read.value
     if kind not in known:
-        raise ValueError(f"{path}: kind={kind!r}; a training file needs one of {list(known)}.")
+        raise ValueError(f"{path}: kind={reprlib.repr(kind)}; a training file needs one of {list(known)}.")
     return str(kind)
 
 
