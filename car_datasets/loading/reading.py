@@ -205,6 +205,7 @@ def _refuse_no_rows(files: Sequence[DataFile]) -> None:
 
 def _broken(file: DataFile, what: str, line: int | None = None) -> ValueError:
     where = "" if line is None else f"line {line}: "
+    what = what if len(what) <= 1_000 else f"{what[:1_000]} ..."  # names and values may be of any length
     return ValueError(f"source={file.shown!r} cannot be read as {file.kind}: {where}{what}.")
 
 
@@ -432,7 +433,7 @@ def _header(file: DataFile) -> tuple[str, list[str]]:
         logger.warning("source=%r: its fields are separated by %r, not by %r.", file.shown, separator, usual)
         names = _first_record(file, separator)
     refuse_wide(f"source={file.shown!r}", len(names))
-    unnamed = [i for i, name in enumerate(names, 1) if not name.strip()]
+    unnamed = [i for i, name in enumerate(names, 1) if not name.strip()][:20]
     if unnamed:
         raise _broken(
             file,
