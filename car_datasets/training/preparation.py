@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from car_datasets.loading.templates import Exchange, join_surrogates
-from car_datasets.training.measures import Clue, clues, cross_validated, pair_metrics
+from car_datasets.training.evaluation import Clue, clues, cross_validated, pair_metrics
 from car_datasets.training.pairs import Pair, as_given, cleaned, parse_text, question
 from car_datasets.utils.files import write_folder
 from car_datasets.utils.settings import SEED, refuse_missing_extra
