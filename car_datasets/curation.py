@@ -99,8 +99,8 @@ def curate(
             file, or rows in memory; see [`load_instructions`].
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list
             of rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html`, a
-            `README.md` by which `load_dataset(output_dir)` loads the selection, and, with matplotlib, four
-            `plots/plot_*.png`. It must not hold a result.
+            `README.md` by which `load_dataset(output_dir)` loads the selection, and, with matplotlib, one
+            `plots/plot_<name>.png` per figure. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n2 = 1, k = int(sqrt(n / 2)) and
             n1 = 1000, but at most half of the scored rows. The receipt says which n1 was used.
         token (`str`, *optional*): for private sources and models; never stored.

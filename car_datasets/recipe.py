@@ -248,7 +248,7 @@ class Recipe(Settings):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> "Recipe":
-        """Read a recipe from a YAML file; `changes` win over the file, and a budget wins over an n1 in the file.
+        """Read a recipe from a YAML file; `changes` win over the file; an n1 also replaces its budget, and a budget its n1.
 
         Raises:
             ValueError: the file is not YAML, or holds a key that is not a field (the message names the nearest field).

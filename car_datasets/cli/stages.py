@@ -59,7 +59,10 @@ def curate(
     output: Output,
     changes: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="Read a recipe in YAML, such as configs/default.yaml; options win over it.")
+        Path | None,
+        typer.Option(
+            help="Read a recipe in YAML, such as configs/default.yaml. Options win over it; the word none undoes a value."
+        ),
     ] = None,
     push: Annotated[
         str | None,
@@ -181,7 +184,9 @@ def score(
     if output is not None:
         fresh_file(output, source, options["overwrite"])
     elif shards is None:
-        raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
+        raise ValueError(
+            "Pass --output FILE, or --shards DIR for one worker of many, or both: there is nowhere to write to."
+        )
     from car_datasets.curation import open_source
     from car_datasets.selection.published import rank_rows, refuse_original_names
     from car_datasets.stages import refuse_taken_columns, refuse_taken_language, resolve
@@ -414,7 +419,7 @@ def verify(
 
     found = verify(where, **options)
     for words in found.checked:
-        typer.echo(f"right: {words}")
+        typer.echo(f"ok: {words}")
     for words in found.skipped:
         typer.echo(f"not checked: {words}")
     typer.echo("match" if found.matches else f"mismatch: {found.difference}")

@@ -62,7 +62,10 @@ CACHE_VERSION = "2"  # part of the fingerprint by which `datasets` finds cached 
 READABLE_VERSIONS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
 
 # To add an engine, write a function of this signature in a module of its own, and name it here.
-ENGINES: dict[str, Engine] = {"torch": fit_torch, "sklearn": fit_sklearn}
+ENGINES: dict[str, Engine] = {
+    "torch": fit_torch,
+    "sklearn": fit_sklearn,
+}
 
 
 @public

@@ -188,10 +188,10 @@ class SelectionReport:
         projection: str = "pca",
         names: ColumnNames = ColumnNames(),
     ) -> list[Path]:
-        """Draw the selection: scores, map, clusters, lengths. Files of an earlier call in the same folder are replaced.
+        """Draw every figure of the selection. Files of an earlier call in the same folder are replaced.
 
         Args:
-            folder (`str`): for `plot_scores.png`, `plot_map.png`, `plot_clusters.png` and `plot_lengths.png`.
+            folder (`str`): for one `plot_<name>.png` per figure of `PLOTS`.
             pool, selected (`Dataset`): the datasets that this report was made from; without embeddings there is no map.
             projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
             names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.

@@ -139,16 +139,21 @@ def test_help_texts_are_full_sentences_in_panels_and_never_cut(command: str) -> 
         ("curate", "kmeans", "car_datasets.clustering.model:ENGINES"),
         ("curate", "procedure", "car_datasets.selection.procedures:PROCEDURES"),
         ("curate", "projection", "car_datasets.reporting.overview:PROJECTIONS"),
+        ("curate", "languages", "car_datasets.loading.languages:CHOICES"),
         ("cluster", "template", "car_datasets.loading.templates:TEMPLATES"),
         ("push", "also", "car_datasets.publishing.push:CONTROLS"),
     ],
 )
 def test_the_names_in_a_help_text_are_those_of_the_table(command: str, option: str, table: str) -> None:
-    """recipe.py must not import the modules of most tables, so it repeats their names."""
+    """Hold that recipe.py, which must not import the modules of most tables, repeats their names, in its docstring too."""
     module, _, name = table.partition(":")
     [text] = [parameter.help for parameter in PARSER.commands[command].params if parameter.name == option]
-    words = re.findall(r"[\w/-]+", text)
-    assert [key for key in getattr(importlib.import_module(module), name) if key not in words] == []
+    names = list(getattr(importlib.import_module(module), name))
+    told = re.search(
+        rf"\n    [\w, ]*\b{option}\b[\w, ]* \(.*?(?=\n    \w|\Z)", inspect.getdoc(Recipe) or "", flags=re.DOTALL
+    )
+    for words in [text, *([told[0]] if told and '`"' in told[0] and '"`, ...' not in told[0] else [])]:
+        assert [key for key in names if key not in re.findall(r"[\w/-]+", words)] == []
 
 
 def test_no_arguments_list_the_commands() -> None:
@@ -160,7 +165,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout.strip()) == (0, f"car-datasets {__version__}")
 
 
-def test_options_have_no_default_of_their_own_beside_the_recipe() -> None:
+def test_only_the_recipe_has_defaults_for_its_options() -> None:
     """A default in the command line would silently win over a recipe file."""
     curate = next(
         c.callback for c in app.registered_commands if c.callback is not None and c.callback.__name__ == "curate"
@@ -206,6 +211,38 @@ def test_an_option_wins_over_a_recipe_file_even_with_the_default_value(
     run("curate", rows, "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
     assert seen[0] == Recipe(n1=1000)
     assert (seen[1].schema, seen[1].compile, seen[1].keep_embeddings) == ("messages", True, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        ("budget: 30", ("--n1", "5"), {"n1": 5}),
+        ("n1: 5", ("--budget", "30"), {"budget": 30}),
+        ("budget: 30", ("--budget", "none"), {}),
+        ("n1: 5", ("--n1", "none"), {}),
+        ("batch_tokens: 9", ("--batch-tokens", "none"), {}),
+        ("name: a\nsplit: b\nrevision: c", ("--name", "none", "--split", "none", "--revision", "none"), {}),
+        ("scorer: a\nscorer_revision: b", ("--scorer-revision", "none"), {"scorer": "a"}),
+        ("template: paper\nkmeans: sklearn", ("--template", "none", "--kmeans", "none"), {}),
+        ("tokenizer: a\nengine: b", ("--tokenizer", "none", "--engine", "none"), {}),
+        ("embedder: a\nembedder_revision: b", ("--embedder", "none"), {}),
+        ("language_column: a", ("--language-column", "none"), {}),
+        ("score_column: a", ("--score-column", "none"), {"score_column": "none"}),
+    ],
+)
+def test_an_option_replaces_or_undoes_what_a_file_says(
+    content: str, options: tuple[str, ...], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+    monkeypatch.setattr("car_datasets.curation.curate", lambda source, output, recipe, **_: seen.append(recipe))
+    (tmp_path / "recipe.yaml").write_text(content)
+    run("curate", "rows.json", "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml", *options)
+    assert seen == [Recipe(**expected)]
+
+
+def test_a_number_that_is_none_is_one_line(tmp_path: Path) -> None:
+    found = run("curate", "rows.json", "-o", tmp_path / "out", "--budget", "many")
+    assert_mistake(found.exit_code, found.stderr, "--budget many: pass an integer, or none")
 
 
 # --- the work
@@ -569,7 +606,7 @@ def test_words_that_are_no_command_line_show_the_usage(arguments: tuple[str, ...
 
 @pytest.mark.slow
 def test_mistake_in_a_process_of_its_own_prints_nothing_else(tmp_path: Path) -> None:
-    """Libraries log to the real stderr, where their lines would stand beside ours."""
+    """Libraries log to the real stderr, where their lines would be mixed with ours."""
     (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{GOOD[:20]}")
     done = run_process("curate", "rows.jsonl", "--output", "out", cwd=tmp_path)
     assert_mistake(done.returncode, done.stderr, "cannot be read as json")

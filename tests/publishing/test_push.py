@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -136,22 +137,23 @@ def test_public_only_when_asked_for(hub: Hub, result: Path) -> None:
 def test_plots_and_embeddings_travel_and_old_plots_go(hub: Hub, result: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(result, folder)
-    (folder / "figures").mkdir()
-    for name in ("score length.png", "old.png"):
-        (folder / "figures" / name).write_bytes(b"\x89PNG\r\n" + name.encode())
+    # An own picture is none of the result's, and earlier versions had no folder of plots.
+    (folder / "plots" / "private.png").write_bytes(b"\x89PNG\r\n")
+    (folder / "plots" / PLOT_FILES[0]).rename(folder / PLOT_FILES[0])
     push(hub, folder, "me/car", "--embeddings", "--check", check=True)
     card = hub.repo("me/car").files()["README.md"].decode()
-    assert "![plots/score length.png](plots/score%20length.png)" in card and "plots/old.png" in card
+    drawn = [f"plots/{name}" for name in PLOT_FILES]
+    assert re.findall(r"!\[.*\]\((.*\.png)\)", card) == drawn
+    assert {name for name in hub.repo("me/car").files() if name.endswith(".png")} == set(drawn)
     embeddings = Dataset.from_parquet(str(result / "scored.parquet"))["embedding"][:]
     found = splits_of(hub, "me/car")
     assert [row["embedding"] for row in found["scored"]] == embeddings
     assert [row["embedding"] for row in found["selected"]] == [embeddings[r["source_index"]] for r in found["selected"]]
-    (folder / "figures" / "old.png").unlink()
+    (folder / PLOT_FILES[0]).unlink()
     push(hub, folder, "me/car", check=True)
     files = hub.repo("me/car").files()
-    drawn = {f"plots/{name}" for name in PLOT_FILES}
-    assert {name for name in files if name.startswith("plots/")} == {*drawn, "plots/score length.png"}
-    assert "old.png" not in files["README.md"].decode()
+    assert {name for name in files if name.endswith(".png")} == set(drawn[1:])
+    assert drawn[0] not in files["README.md"].decode()
     assert "embedding" not in splits_of(hub, "me/car")["scored"][0]
 
 

@@ -19,7 +19,10 @@ OBJECTIVE_NAMES = ("regression", "ranking")
 LAYER_MIXES = ("sparsemax", "softmax")
 POOLINGS = ("avg", "max", "cls")
 # The keys of `HEADS`, which is defined with the model: a configuration must be checked without building one.
-HEAD_NAMES = ("feed_forward", "segments")
+HEAD_NAMES = (
+    "feed_forward",
+    "segments",
+)
 
 
 @public
