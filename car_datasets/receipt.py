@@ -26,7 +26,7 @@ from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import numbers_of
 from car_datasets.utils.digests import indices_digest, public, rows_digest
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import is_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +60,7 @@ SOURCES = {
     "memory": ("sha256",),
 }
 BEFORE_CHOICE = "before filter, select, shuffle or sort"  # what the row numbers of a dataset in memory count
-KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error messages
+KINDS = {str: "text", dict: "a record", int: "an integer"}  # for error messages
 
 
 @public
@@ -165,7 +165,7 @@ def _refuse_others(record: Mapping[str, Any], wanted: Mapping[str, type], shown:
     for name, kind in wanted.items():
         value = record.get(name)
         # bool is a subclass of int, and `true` must not pass as a count.
-        if not (is_whole_number(value) if kind is int else isinstance(value, kind)):
+        if not (is_integer(value) if kind is int else isinstance(value, kind)):
             seen = f"is {value!r:.80}" if name in record else "is missing"
             raise ValueError(
                 f"{shown}{name} {seen}; a receipt has {KINDS[kind]} there. Take the file that was written."

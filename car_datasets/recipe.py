@@ -20,7 +20,9 @@ from car_datasets.utils.digests import public
 from car_datasets.utils.settings import (
     EXPLAINED_VARIANCE,
     KMEANS_SAMPLE,
+    N_INIT,
     SEED,
+    K,
     Settings,
     default_n1,
     refuse_two_amounts,
@@ -178,14 +180,12 @@ class Recipe(Settings):
         None, "Embed with this sentence-transformers model.", CLUSTERING, shown="the scorer's own encoder"
     )
     embedder_revision: str | None = _setting(None, "Take this branch, tag or commit of --embedder.", CLUSTERING)
-    k: int | str = _setting(
-        "sqrt", "Make this number of clusters, or int(sqrt(rows / 2)) of them with sqrt.", CLUSTERING
-    )
+    k: int | str = _setting(K, "Make this number of clusters, or int(sqrt(rows / 2)) of them with sqrt.", CLUSTERING)
     explained_variance: float = _setting(
         EXPLAINED_VARIANCE, "Cluster on the principal components that hold this share of the variance.", CLUSTERING
     )
     seed: int = _setting(SEED, "Seed k-means and the report's control samples with this number.", CLUSTERING)
-    n_init: int = _setting(1, "Run k-means this many times, and keep the best run.", CLUSTERING)
+    n_init: int = _setting(N_INIT, "Run k-means this many times, and keep the best run.", CLUSTERING)
     kmeans: str | None = _setting(
         None,
         "Run k-means in torch or, on all rows as in the paper, in sklearn.",

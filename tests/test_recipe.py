@@ -21,7 +21,7 @@ from car_datasets.results import RESULT_FILES
 from car_datasets.selection.procedures import PROCEDURES, Amounts, Procedure
 from car_datasets.stages import resolve
 from car_datasets.utils import digests, revisions
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import is_integer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("train_"))
@@ -726,4 +726,4 @@ def test_another_embedder_does_not_keep_the_revision_of_the_one_before() -> None
     ("value", "whole"), [(3, True), (np.int64(3), True), (True, False), (3.0, False), ("3", False)]
 )
 def test_a_bool_is_no_whole_number(value: Any, whole: bool) -> None:
-    assert is_whole_number(value) is whole
+    assert is_integer(value) is whole

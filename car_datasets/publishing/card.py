@@ -25,7 +25,6 @@ END = "<!-- car_datasets: end -->"
 BEGIN = re.compile(r"<!-- car_datasets: begin(?: config=(?P<config>\S+) split=(?P<split>\S+))? -->")
 SECTION = re.compile(f"{BEGIN.pattern}.*?{END}", flags=re.DOTALL)
 SCORED = "scored"  # the split of the entire pool
-CONTROLS = ("random_control", "length_matched_control")  # the splits of rows drawn to compare with
 TAGS = ("car", "data-selection", "instruction-tuning")
 CARRIED = ("license", "license_name", "license_link", "language")  # copied from the source's card
 
@@ -108,7 +107,7 @@ def read_header(card: str, repo_id: str) -> Header:
         configs = MetadataConfigs.from_dataset_card_data(parsed.data)
     except Exception as error:  # the YAML library's errors, and others that depend on what the header holds
         raise ValueError(
-            f"repo_id={repo_id!r}: its card's header cannot be read ({_line(error)}). Mend README.md there."
+            f"repo_id={repo_id!r}: its card's header cannot be read ({_line(error)}). Fix README.md there."
         ) from error
     return Header(parsed, infos, configs)
 
@@ -140,7 +139,7 @@ def check_header(
     repo_id, config_name, _ = target
     replaced = (*splits, *dropped)
     refuse_unloadable(header.configs, config_name, replaced, files, repo_id)
-    # Without entries for its splits, `datasets` loads all files that it finds; with ours it loads ours alone.
+    # Without entries for its splits, `datasets` loads all files that it finds; with entries for our splits, only those.
     implicit = header.files_by_split(config_name) is None
     if implicit:
         new = [name for split in splits.values() for name in split.names]

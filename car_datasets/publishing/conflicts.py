@@ -47,7 +47,7 @@ def refuse_hidden_data(files: Iterable[str], ours: Collection[str], repo_id: str
         )
 
 
-class Standing(NamedTuple):
+class ExistingSelection(NamedTuple):
     """The selection whose receipt a repository holds.
 
     Args:
@@ -63,7 +63,7 @@ class Standing(NamedTuple):
     made: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
-    def read(cls, receipt: bytes, place: tuple[str, str] | None) -> Standing:
+    def read(cls, receipt: bytes, place: tuple[str, str] | None) -> ExistingSelection:
         """Parse a `receipt.json`.
 
         Args:
@@ -86,21 +86,21 @@ class Standing(NamedTuple):
         return self.is_of(receipt) and made == self.made
 
 
-def refuse_second_selection(standing: Standing, config_name: str, split: str, repo_id: str) -> None:
+def refuse_second_selection(existing: ExistingSelection, config_name: str, split: str, repo_id: str) -> None:
     """Raise ValueError for another selection than the one that a repository holds.
 
     A repository has one receipt, one report and one section of a card, and so one selection that can be verified.
 
     Args:
-        standing ([`Standing`]): the selection that the repository holds.
+        existing ([`ExistingSelection`]): the selection that the repository holds.
         config_name, split (`str`): where the other was to be pushed.
         repo_id (`str`): for the error message.
 
     Raises:
         ValueError: always.
     """
-    where = "" if standing.place is None else " in configuration {!r}, split {!r}".format(*standing.place)
-    name = standing.source.get("id") or standing.source.get("name")
+    where = "" if existing.place is None else " in configuration {!r}, split {!r}".format(*existing.place)
+    name = existing.source.get("id") or existing.source.get("name")
     raise ValueError(
         f"repo_id={repo_id!r} holds the receipt of another selection{f' from {name!r}' if name else ''}{where}. Pushed "
         f"as config_name={config_name!r}, split={split!r}, this one would replace its receipt, report and card, and "

@@ -24,7 +24,7 @@ from car_datasets.reporting.overview import Overview, count_clusters
 from car_datasets.selection.rule import BY_BOTH, BY_CLUSTER, BY_SCORE, Indices, choose
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
-from car_datasets.utils.settings import SEED, is_whole_number
+from car_datasets.utils.settings import SEED, is_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -143,8 +143,8 @@ def explain(
     Raises:
         ValueError: the row does not exist, or a column is missing.
     """
-    if not is_whole_number(neighbours) or neighbours < 0:
-        raise ValueError(f"neighbours={neighbours!r} must be a whole number, 0 or more.")
+    if not is_integer(neighbours) or neighbours < 0:
+        raise ValueError(f"neighbours={neighbours!r} must be an integer, 0 or more.")
     overview = Overview.of(pool, selected, names=names)
     return explain_rows(overview, [_position(overview, row)], neighbours)[0]
 
@@ -153,7 +153,7 @@ def _position(overview: Overview, row: int | str) -> int:
     """Return the position of a row in the pool; raise ValueError if it does not exist."""
     rows = len(overview.scores)
     if overview.ids is None:
-        if is_whole_number(row) and 0 <= row < rows:
+        if is_integer(row) and 0 <= row < rows:
             return int(row)
         raise ValueError(f"row={row!r} does not exist: the pool has the rows 0 to {rows - 1}.")
     # pandas compares values of any type without raising; the index column may hold text, numbers or dates.

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from car_datasets.loading.chats import OK, is_scored, status_kind
 from car_datasets.loading.languages import UNDETERMINED, count_languages, describe_languages
-from car_datasets.reporting.overview import Overview, check_projection, count_clusters, map_of
+from car_datasets.reporting.overview import CONTROLS, Overview, check_projection, count_clusters, map_of
 from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
 from car_datasets.selection.rule import BY_CLUSTER, REASONS, Indices
@@ -154,7 +154,7 @@ class SelectionReport:
     @classmethod
     def from_dict(cls, figures: dict[str, Any]) -> SelectionReport:
         """Create a report from the result of `to_dict`, such as the content of `report.json`."""
-        groups = ("pool", "selected", "random_control", "length_matched_control")  # fields that are dataclasses too
+        groups = ("pool", "selected", *CONTROLS)  # fields that are dataclasses too
         return cls(**{**figures, **{name: GroupFigures(**figures[name]) for name in groups}})
 
     def to_json(self) -> str:

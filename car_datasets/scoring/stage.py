@@ -58,7 +58,7 @@ class Stage(Protocol):
 
 
 def add_columns(dataset: Dataset, stage: Stage, description: str) -> Dataset:
-    """Return what `dataset.map(stage, batched=True)` gives, computed from the columns that the stage reads alone.
+    """Return what `dataset.map(stage, batched=True)` gives, computed from only the columns that it reads.
 
     The new columns have the stage's own types (`.map` would infer lists of any length for embeddings, and fail on a
     first batch of nulls). Like those of `.map`, they are read from the cache the second time.

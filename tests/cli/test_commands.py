@@ -141,7 +141,7 @@ def test_help_texts_are_full_sentences_in_panels_and_never_cut(command: str) -> 
         ("curate", "projection", "car_datasets.reporting.overview:PROJECTIONS"),
         ("curate", "languages", "car_datasets.loading.languages:CHOICES"),
         ("cluster", "template", "car_datasets.loading.templates:TEMPLATES"),
-        ("push", "also", "car_datasets.publishing.push:CONTROLS"),
+        ("push", "also", "car_datasets.reporting.overview:CONTROLS"),
     ],
 )
 def test_the_names_in_a_help_text_are_those_of_the_table(command: str, option: str, table: str) -> None:

@@ -118,7 +118,7 @@ def test_more_centers_than_different_points_stay_where_they_are() -> None:
 
 def test_from_the_same_centers_it_ends_where_scikit_learn_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans, "TOLERANCE", 0.0)
-    monkeypatch.setattr(kmeans, "BEYOND", 0.0)
+    monkeypatch.setattr(kmeans, "OVER_RELAXATION", 0.0)
     points = groups(800)
     reference = KMeans(12, init=points[:12], n_init=1, tol=0).fit(points)
     found = lloyd(torch.from_numpy(points), torch.from_numpy(points[:12]))
@@ -139,8 +139,8 @@ def test_long_steps_take_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans, "TOLERANCE", 1e-5)
     monkeypatch.setattr(kmeans, "one_pass", lambda *given: counted.append(1) or one_pass(*given))
     inertias, passes = [], []
-    for beyond in (0.0, kmeans.BEYOND):
-        monkeypatch.setattr(kmeans, "BEYOND", beyond)
+    for beyond in (0.0, kmeans.OVER_RELAXATION):
+        monkeypatch.setattr(kmeans, "OVER_RELAXATION", beyond)
         counted.clear()
         inertias.append(np.mean([lloyd(points, points[i : i + 40]).inertia for i in range(0, 800, 200)]))
         passes.append(len(counted))

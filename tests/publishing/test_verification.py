@@ -179,7 +179,7 @@ def broken(name: str, text: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "name", "message"),
     [
-        (in_receipt(counts={}), "receipt.json", "counts.rows is missing; a receipt has a whole number there"),
+        (in_receipt(counts={}), "receipt.json", "counts.rows is missing; a receipt has an integer there"),
         (in_receipt(counts__rows="many"), "receipt.json", "counts.rows is 'many'"),
         (in_receipt(recipe=None), "receipt.json", "recipe is None; a receipt has a record there"),
         (in_receipt(recipe__n1="many"), "receipt.json", "its recipe cannot be read: n1='many'"),

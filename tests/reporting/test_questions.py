@@ -103,7 +103,7 @@ def test_a_row_that_is_not_there_is_named(pool: Dataset, selected: Dataset) -> N
         explain(pool, selected, True)
     with pytest.raises(ValueError, match="neighbours=-1"):
         explain(pool, selected, 1005, neighbours=-1)
-    with pytest.raises(ValueError, match="neighbours=True must be a whole number"):
+    with pytest.raises(ValueError, match="neighbours=True must be an integer"):
         explain(pool, selected, 1005, neighbours=True)
     assert len(explain(pool, selected, 1005, neighbours=2).neighbours) == 2
 

@@ -198,7 +198,7 @@ def test_no_rows_per_cluster_acts_like_one_in_the_original(scored: Dataset) -> N
 
 @pytest.mark.parametrize("numbers", [{"n1": 0.5}, {"n1": True}, {"n2": 1.5}, {"n2": -1}], ids=str)
 def test_a_share_of_the_rows_is_refused(numbers: dict[str, Any], scored: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"n1=.* and n2=.* must not be negative; pass whole numbers"):
+    with pytest.raises(ValueError, match=r"n1=.* and n2=.* must not be negative; pass integers"):
         select_as_published(scored, **numbers)
 
 
@@ -252,7 +252,7 @@ def test_a_scored_file_is_clustered_and_selected_without_scoring(
 
 @pytest.mark.parametrize("changes", [{"budget": 5}, {"n1": 0.5}, {"n1": -1}, {"n2": -1}])
 def test_numbers_that_the_published_procedure_does_not_take(changes: dict[str, Any], pairs: Dataset) -> None:
-    with pytest.raises(ValueError, match="procedure='paper' takes whole numbers"):
+    with pytest.raises(ValueError, match="procedure='paper' takes integers"):
         curate(pairs, procedure="paper", **changes)
 
 

@@ -233,7 +233,7 @@ def test_order_of_the_rows_only_decides_ties(pool: Dataset) -> None:
         assert select_car(distinct.shuffle(seed=seed), n1=2, n2=2, allow_worse=True)["text"][:] == chosen
 
 
-# A null in a column of whole numbers is where a passage through numpy shows: it makes floats of them.
+# A null in a column of integers is where a passage through numpy shows: it makes floats of them.
 @pytest.mark.parametrize("kind", ["arrow", "numpy", "torch", "pandas"])
 def test_the_format_of_the_dataset_changes_nothing(pool: Dataset, kind: str) -> None:
     chosen = select_car(pool.with_format(kind), n1=3, n2=1)
@@ -304,8 +304,8 @@ def test_budget_counts_all_rows(pool: Dataset) -> None:
         ({"n1": 1, "n2": 7}, "n2=7 must be between 0 and the 6 rows"),
         ({"n1": 0, "n2": 0}, "select no rows"),
         ({"budget": 1, "n2": 1}, "budget=1 must be between the 2 rows that the clusters take"),
-        ({"budget": True}, "budget=True must be a whole number of rows"),
-        ({"budget": "5"}, "budget='5' must be a whole number of rows"),
+        ({"budget": True}, "budget=True must be an integer"),
+        ({"budget": "5"}, "budget='5' must be an integer"),
         ({"budget": 7}, "budget=7 .* and the 6 rows"),
         ({"budget": -1, "n2": 0}, "budget=-1 must be between the 0 rows"),
         ({"n1": 1, "score_column": "quality"}, r"no column \['quality'\]; it has .*'iqs_score'"),

@@ -100,12 +100,12 @@ def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "new_group", None)
     with all_processes() as group:
         assert group == Processes(0, 1)
-        assert group.each(lambda: 3) == 3
-        assert group.joined(lambda: 3, lambda found: found) == [3]
+        assert group.barrier(lambda: 3) == 3
+        assert group.gather(lambda: 3, lambda found: found) == [3]
         total = torch.ones(2)
-        assert group.added(lambda: total) is total
+        assert group.all_reduce(lambda: total) is total
         with pytest.raises(ZeroDivisionError):
-            group.joined(lambda: 1 / 0, len)
+            group.gather(lambda: 1 / 0, len)
 
 
 class Unpicklable(ValueError):

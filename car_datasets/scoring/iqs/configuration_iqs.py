@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from car_datasets.loading.templates import PAPER_TEMPLATE
 from car_datasets.utils.digests import public
 
 OBJECTIVE_NAMES = ("regression", "ranking")
@@ -79,7 +80,7 @@ class IQSConfig(PreTrainedConfig):
         final_activation: str | None = None,
         dropout: float = 0.1,
         max_tokens: int = 510,
-        template: str = "paper",
+        template: str = PAPER_TEMPLATE,
         members: int = 1,
         word_bits: int = 17,
         penalty: float = 1.0,

@@ -437,6 +437,7 @@ print(json.dumps({"anonymous": int(status["RssAnon"].split()[0]), "peak": resour
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 def test_memory_does_not_grow_with_the_rows(make_tiny_iqs: Any, tmp_path: Path) -> None:
     model = make_tiny_iqs(max_tokens=16)
     peaks = {}
