@@ -1,5 +1,4 @@
-"""Set up every test: no network except a Hub on this machine, temporary caches, tiny random models, and the project's
-data folder where it exists."""
+"""Set up every test: no network but a Hub on this machine, temporary caches, tiny random models, the data folder."""
 
 from __future__ import annotations
 

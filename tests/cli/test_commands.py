@@ -44,12 +44,12 @@ GOOD = '{"instruction": "a", "output": "b"}'
 
 
 def run(*arguments: Any, env: dict[str, str] | None = None) -> Result:
-    """The command line in this process, where the models stay loaded."""
+    """Run the command line in this process, where the models stay loaded."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
 
 
 def run_process(*arguments: Any, cwd: Path, bars: bool = False) -> subprocess.CompletedProcess[str]:
-    """The command line as a user has it, in a process of its own."""
+    """Run the command line as a user does, in a process of its own."""
     command = [sys.executable, "-m", "car_datasets", *map(str, arguments)]
     environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": str(int(not bars))}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
@@ -62,7 +62,7 @@ def assert_mistake(code: int, errors: str, message: str) -> None:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """24 rows as the original's JSON list."""
+    """Write 24 rows as the original's JSON list."""
     words = ["red", "green", "blue", "sea", "poem", "list", "sum"]
     content = [
         {"instruction": f"Write {words[i % 7]}.", "input": "", "output": " ".join(words[: 1 + i % 5]), "page": i // 2}
@@ -166,7 +166,7 @@ def test_version() -> None:
 
 
 def test_only_the_recipe_has_defaults_for_its_options() -> None:
-    """A default in the command line would silently win over a recipe file."""
+    """Check it, because a default in the command line would silently win over a recipe file."""
     curate = next(
         c.callback for c in app.registered_commands if c.callback is not None and c.callback.__name__ == "curate"
     )
@@ -278,7 +278,7 @@ def test_curate_reads_a_recipe_and_options_win_over_it(
 
 @pytest.mark.slow
 def test_stages_one_by_one_give_what_curate_gives(rows: Path, tmp_path: Path) -> None:
-    """On the embedded default, whose one pass gives the score and the embedding."""
+    """Run the stages on the embedded default, whose one pass gives the score and the embedding."""
     scored, clustered, selected = (tmp_path / f"{name}.parquet" for name in ("scored", "clustered", "selected"))
     for arguments in (
         ("score", rows, "-o", scored),
@@ -315,7 +315,7 @@ def test_score_without_an_output_fills_shards_that_curate_takes(
 
 
 def test_score_alone_needs_no_room_for_later_columns(rows: Path, tiny_iqs: str, tmp_path: Path) -> None:
-    """Who brings embeddings and clusters of their own wants the score only."""
+    """Score rows that have embeddings and clusters of their own."""
     own = Dataset.from_json(str(rows)).add_column("embedding", [[1.0]] * 24).add_column("cluster", [0] * 24)
     own.to_parquet(tmp_path / "own.parquet")
     arguments = ("--scorer", tiny_iqs, "--no-embeddings", "--score-column", "quality")
@@ -606,7 +606,7 @@ def test_words_that_are_no_command_line_show_the_usage(arguments: tuple[str, ...
 
 @pytest.mark.slow
 def test_mistake_in_a_process_of_its_own_prints_nothing_else(tmp_path: Path) -> None:
-    """Libraries log to the real stderr, where their lines would be mixed with ours."""
+    """Run a process, because libraries log to the real stderr, where their lines would be mixed with ours."""
     (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{GOOD[:20]}")
     done = run_process("curate", "rows.jsonl", "--output", "out", cwd=tmp_path)
     assert_mistake(done.returncode, done.stderr, "cannot be read as json")

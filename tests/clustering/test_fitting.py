@@ -206,7 +206,7 @@ def test_readers_can_be_joined_in_a_tree() -> None:
 
 
 def test_rows_far_from_the_origin_lose_no_digits() -> None:
-    """The sum of squares minus the square of the sum would leave nothing here: 1e8 against 1, in float32."""
+    """Use rows whose sum of squares minus the square of the sum has no correct digit: 1e8 and 1, in float32."""
     matrix = correlated(2_000) + np.float32(1e4)
     exact = np.cov(matrix.astype(np.float64), rowvar=False) * (len(matrix) - 1)
     found = joined(np.array_split(matrix, 7))

@@ -180,7 +180,7 @@ def test_the_best_run_is_kept() -> None:
 
 
 def test_a_sample_is_all_that_is_held() -> None:
-    """Of 1,000 rows read in chunks of 100, 5 per cluster; the full passes see one chunk at a time."""
+    """Read 1,000 rows in chunks of 100, of which 5 per cluster are held; the full passes see one chunk at a time."""
     points, seen = groups(1_000), []
 
     def project(chunk: Matrix) -> Tensor:
@@ -235,7 +235,7 @@ def test_equal_rows_and_one_row() -> None:
 
 
 def test_many_copies_of_one_row_leave_clusters_for_the_others() -> None:
-    """Nine rows in ten are the same; of 20 clusters one is theirs."""
+    """Fit rows of which nine in ten are equal; they take one of 20 clusters."""
     points = groups(1_000, of=25)
     points[100:] = points[0]
     labels, _ = nearest(torch.from_numpy(points), fit(points, 20).centers)

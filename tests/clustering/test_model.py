@@ -458,7 +458,7 @@ def test_assign_refuses_a_single_vector(model: ClusterModel) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 def test_labelling_leaves_no_memory_behind(tmp_path: Path) -> None:
-    """Not even as holes between small results: they once came to as much as the embeddings, here 460 MB."""
+    """Measure memory, of which holes between small results once took as much as the embeddings, here 460 MB."""
     matrix = np.random.default_rng(0).normal(size=(300_000, 384)).astype(np.float32)
     lists = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), 384)
     Dataset(InMemoryTable(pa.table({"embedding": lists}))).save_to_disk(tmp_path / "pool")

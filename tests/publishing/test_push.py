@@ -108,7 +108,7 @@ def test_a_result_lands_in_one_commit_with_card_and_receipt(hub: Hub, result: Pa
 
 @pytest.mark.slow
 def test_json_and_images_are_pushed_as_they_are(hub: Hub, tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
-    """`--check` compares what was pushed; the image could not be decoded."""
+    """Push an image that cannot be decoded; `--check` compares what was pushed."""
     sides = [2**70, "42", 1.0000000000000002e16, {"id": "007"}]
     rows = dataset_from_rows(
         [{"instruction": f"Say {i}.", "output": "b", "side": side} for i, side in enumerate(sides)]

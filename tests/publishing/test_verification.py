@@ -255,7 +255,7 @@ def test_other_sources_and_recipes_match(kind: str, tiny_iqs: str, tiny_embedder
 
 
 def test_sources_in_other_places_match(tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
-    """Several files, slices, rows that the user chose before, and names that look like patterns."""
+    """Verify several files, slices, rows that a user selected before, and names that look like patterns."""
     rows, folder = short_rows(), tmp_path / "rows[1]"
     parts = [folder / "b.jsonl", folder / "a.jsonl"]
     folder.mkdir()
@@ -298,7 +298,7 @@ def test_rows_that_were_chosen_before_are_compared_by_content(
 
 
 def test_a_result_is_read_from_its_own_folder(run: tuple[Path, Path], tmp_path: Path) -> None:
-    """`datasets` would read `out1` when it is given `out[1]`."""
+    """Read `out[1]`, for which `datasets` would read `out1`."""
     source, out = run
     for name in ("out[1]", "out1"):
         shutil.copytree(out, tmp_path / name)

@@ -52,7 +52,7 @@ def as_tuples(choice: Any) -> list[tuple[int, str, int, int]]:
 
 @st.composite
 def pools(draw: st.DrawFn) -> tuple[list[float], list[int], int]:
-    """Scores, clusters, and how many rows have a score."""
+    """Draw scores, clusters, and how many rows have a score."""
     rows = draw(st.lists(st.tuples(st.sampled_from(LEVELS), st.integers(-1, 5)), max_size=30))
     return [s for s, _ in rows], [c for _, c in rows], sum(not math.isnan(s) for s, _ in rows)
 
@@ -159,7 +159,7 @@ def test_choose_refuses_arrays_that_do_not_match(scores: Any, clusters: Any) -> 
 
 @pytest.fixture
 def pool() -> Dataset:
-    """Two rows have no score, two no cluster; cluster 1 is weak."""
+    """Return a pool in which two rows have no score and two no cluster, and cluster 1 is weak."""
     columns = {
         "text": ["a", "b", "c", "d", "e", "f", "g", "h"],
         "iqs_score": [0.9, None, 0.5, 0.9, NAN, 0.1, 0.8, 0.2],
@@ -260,7 +260,7 @@ def test_the_pool_is_left_as_it_was(pool: Dataset) -> None:
 
 @pytest.mark.parametrize(("rows", "n1"), [(1, 1), (5, 3), (999, 500), (1999, 1000), (2000, 1000), (5000, 1000)])
 def test_an_n1_that_nobody_gave_fits_any_pool(rows: int, n1: int) -> None:
-    """The paper's number from 2000 rows on, and half of a smaller pool, the same by every way to select."""
+    """Expect the paper's number from 2000 rows on, and half of a smaller pool, by every way to select."""
     scores = np.random.default_rng(0).random(rows)
     pool = Dataset.from_dict({"iqs_score": scores, "cluster": [0] * rows, "output": [str(i) for i in range(rows)]})
     expected = select_car(pool, n1, 1)[:]

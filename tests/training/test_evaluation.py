@@ -206,7 +206,7 @@ def test_the_same_seed_gives_the_same_figures(scorer: QualityScorer) -> None:
 
 
 def test_escapes_change_nothing_for_a_scorer_that_cleans(evaluation: Evaluation) -> None:
-    """Line breaks, quotes and backslashes are what JSON escapes."""
+    """Evaluate texts with line breaks, quotes and backslashes, which JSON escapes."""
     assert evaluation.escapes == {"changed": 0, "largest": 0.0, "rows": 4}
 
 
@@ -229,7 +229,7 @@ def test_kinds_that_no_row_can_have_are_null(scorer: QualityScorer) -> None:
 
 @pytest.mark.slow
 def test_intervals_draw_only_pairs_that_have_a_copy(scorer: QualityScorer) -> None:
-    """A sample without a single copy has no share at all, least of all 0 %."""
+    """Draw no sample without a copy, which would have no share rather than one of 0 %."""
     long = Exchange("Name three seas.", "", "The North Sea is the one in the north.")
     found = evaluate_scorer(scorer, [*MUTE, Pair(MUTE[0].worse, long)], samples=50).corruptions["repeated"]
     assert found["rows"] == 1
@@ -469,7 +469,7 @@ def test_where_nothing_varies_the_interval_is_a_point() -> None:
 
 
 def test_whole_pairs_are_drawn() -> None:
-    """Of pairs that are all ranked right by a hair, every sample is; rows drawn apart would overlap."""
+    """Draw from pairs that are all ranked right by a little: rows drawn one by one would overlap."""
     worse = np.random.default_rng(0).normal(size=50)
     found = with_intervals(lambda at: pair_metrics(worse[at], worse[at] + 1e-6), 50, 100)
     assert found["pairs"] == {"value": 1.0, "low": 1.0, "high": 1.0}
@@ -541,7 +541,7 @@ def test_random_texts_are_guessed_no_better_than_by_chance() -> None:
 
 
 def test_cross_validation_does_not_see_its_own_group() -> None:
-    """Each group has a word of its own on each side: a probe that has seen the group knows it, another cannot."""
+    """Give each group a word of its own on each side, by which a probe that has seen the group knows it."""
     groups = [i // 4 for i in range(80)]
     worse, better = ([f"Response: {side}{group}" for group in groups] for side in ("left", "right"))
     apart = cross_validated(worse, better, groups)

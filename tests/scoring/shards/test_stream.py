@@ -28,7 +28,7 @@ PARTS = ["manifest.json", *(f"part-{i:05d}.arrow" for i in range(6)), "state-000
 
 
 def content(count: int = 23) -> list[dict[str, Any]]:
-    """With shards of 4, six of them, the last of three rows."""
+    """Return rows that make six shards of 4, the last of three rows."""
     return [
         {"instruction": f"Write a list of {i} colours.", "output": ANSWERS[i % 5] * (1 + i % 3), "page": i}
         for i in range(count)
