@@ -277,6 +277,7 @@ class Recipe(Settings):
     @property
     def names(self) -> ColumnNames:
         """Return the names of the columns that the stages add."""
+        # Ranking within languages needs the column, so it is added even if nobody has named it.
         language = self.language_column or (LANGUAGE_COLUMN if self.languages == "within" else "")
         return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column, language)
 
@@ -285,6 +286,7 @@ class Recipe(Settings):
         # Imported here, because the command line reads this class for its help.
         from car_datasets.selection.procedures import Amounts
 
+        # The default depends on the scored rows, so it is not known before they are counted.
         n1 = default_n1(rows) if self.n1 is None and self.budget is None else self.n1
         return Amounts(n1, self.n2, self.budget, self.allow_worse)
 

@@ -82,6 +82,7 @@ def curate(
     # An ignored --public would look like a public result that never appears.
     if push is None and (check or not private):
         raise ValueError("--public and --check belong to --push REPO.")
+    # The file first, then the options, which therefore win.
     recipe = (Recipe() if config is None else Recipe.from_yaml(config)).changed(**changes)
     if push is not None:
         _refuse_push(push, private, token)
@@ -138,6 +139,7 @@ def demo(
     quiet_models()
     from car_datasets.curation import curate
 
+    # The default scorer and the sample are part of the package, so this needs no network.
     report = curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report
     print_table(report.to_table())
     _say_where(output)
@@ -203,6 +205,7 @@ def score(
     embed = embeddings and not as_original
     refuse_taken_columns(dataset.column_names, recipe, embed)  # before a model is downloaded
     refuse_taken_language(dataset.column_names, recipe)
+    # After all checks of the rows, since this downloads the models.
     stages = resolve(recipe, token, embed=embed)
     dataset = _with_languages(dataset, schema, stages)
     if output is None:
@@ -347,6 +350,7 @@ def explore(
     from car_datasets import exploring
 
     recipe = Recipe().changed(**changes)
+    # Only the projection and the names count here; the other settings are those of the result.
     exploring.explore(folder, host, port, recipe.projection, names=recipe.names)
 
 

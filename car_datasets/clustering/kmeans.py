@@ -118,12 +118,14 @@ def fit_kmeans(
     # A generator: the centres of the next run are drawn after Lloyd's algorithm has ended from these.
     first = (first_centers(held, k, rng, share, drawn, processes).to(device) for _ in range(n_init))
     best = min((lloyd(held, centers, processes) for centers in first), key=lambda fitted: fitted.inertia)
+    # Fitted on all rows: there is nothing left to correct.
     if drawn == rows:
         return best
     own = processes.share(len(chunks.lengths), 1)
     centers = best.centers
     for _ in range(FULL_PASSES):
         centers = next_centers(pass_of_all(map(project, chunks.read(own)), centers, processes), centers)
+    # One more pass, because each of those above measured the centres that it started from.
     inertia = processes.gather(
         lambda: _inertia(map(project, chunks.read(own)), centers), lambda parts: float(sum(parts))
     )
@@ -188,7 +190,9 @@ def first_centers(
 def _far_apart(parts: list[Matrix], k: int, seed: int) -> Tensor:
     from sklearn.cluster import kmeans_plusplus
 
+    # A process without a row to draw from sends an empty matrix of no width.
     candidates = np.concatenate([part for part in parts if len(part) > 0])
+    # In float64, because in float32 the sums, and so the drawn centres, differ between processors.
     _, chosen = kmeans_plusplus(candidates.astype(np.float64), k, random_state=seed)
     return torch.from_numpy(candidates[chosen])
 
@@ -210,6 +214,7 @@ def lloyd(points: Tensor, centers: Tensor, processes: Processes = ALONE) -> Fitt
         centers = next_centers(current, centers, beyond)
         before, current = current.inertia, pass_of_all([points], centers, processes)
         if before - current.inertia <= TOLERANCE * before:
+            # The first time this only ends the overshooting, which keeps the centres away from the means.
             if beyond == 0:
                 break
             beyond = 0.0
@@ -257,6 +262,7 @@ def one_pass(points: Iterable[Tensor], centers: Tensor) -> Pass:
     sums = torch.zeros(centers.shape, dtype=torch.float64, device=centers.device)
     counts = torch.zeros(len(centers), dtype=torch.int64, device=centers.device)
     inertia = torch.zeros((), dtype=torch.float64, device=centers.device)
+    # k of them are enough, since fewer than k clusters can be empty.
     far = centers[:0], counts[:0], centers.new_empty(0)
     for chunk in _chunks(points):
         labels, distances = nearest(chunk, centers)

@@ -293,6 +293,7 @@ class ClusterModel:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         arrays = {"mean": self.mean, "components": self.components, "centers": self.centers}
+        # Everything but the arrays is plain, and stays readable without this package.
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
         text = json.dumps(plain, indent=2) + "\n"
         # The JSON file marks a complete model: an old one is deleted first, the new one is written last.
@@ -313,6 +314,7 @@ class ClusterModel:
                 f"{str(folder)!r} holds no cluster model: there is no {CONFIG_FILE}. Write one by save_pretrained."
             )
         plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        # Not an argument of the class: a loaded model gets the version of this code.
         version = plain.pop("cache_version", None)
         if version not in READABLE_VERSIONS:
             raise ValueError(

@@ -185,6 +185,7 @@ def merge_header(
     total = SplitDict({name: SplitInfo(name, split.num_bytes, split.num_examples) for name, split in others.items()})
     total |= {name: SplitInfo(name, split.num_bytes, split.rows) for name, split in splits.items()}
     merged = DatasetInfo(features=features, splits=total)
+    # As `push_to_hub` of `datasets` sums it, over all splits of the configuration.
     merged.dataset_size = sum(split.num_bytes for split in total.values())
     # The header has no sizes on disk for single splits, so with other splits the sum is not known.
     merged.download_size = None if others else sum(split.size for split in splits.values())

@@ -242,6 +242,7 @@ class SelectionReport:
         if not drawable:
             logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
         pool_map = map_of(overview, projection)
+        # One map for the plots and the page, so that a row has the same place and colour in both.
         plots = draw(overview, pool_map) if drawable else {}
         page = render_page(overview, pool_map, plots, self.sentences(), self.comparison())
         return {**plots, PAGE_FILE: page.encode()}
@@ -250,6 +251,7 @@ class SelectionReport:
         """Return the counts in words."""
         by, correlation = self.selected_by, self.score_length_correlation
         total = max(1, self.selected.rows)  # a divisor
+        # Both from the counts by status, so that the sum and its parts cannot differ.
         rejected, marked = sum(self.rejected.values()), sum(self.marked.values())
         sentences = [
             f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
@@ -267,8 +269,10 @@ class SelectionReport:
 
     def _language_sentence(self) -> list[str]:
         """Return a sentence about the languages, none if the pool is in one."""
+        # Rows of undetermined language, such as code, do not make a second language.
         if len(self.languages.keys() - {UNDETERMINED}) < 2:
             return []
+        # Without a column of languages `curate` reads a sample, which the sentence must say.
         read = sum(self.languages.values())
         pool = "languages of the pool" if read == self.rows_in else f"languages of {read:,} rows of the pool"
         ranked = "; ranked within each language" if self.within_languages else ""
@@ -309,6 +313,7 @@ def _statuses(overview: Overview) -> dict[str, int]:
     if overview.statuses is not None:
         counts, kinds = Counter[str](), Counter[str]()
         for status, n in Counter(overview.statuses.to_pylist()).most_common():
+            # The part after the kind comes from the rows (a role, a type), so there may be as many as rows.
             kind = status_kind(str(status))
             kinds[kind] += 1
             counts[str(status) if kinds[kind] <= DETAILS else f"{kind}: others"] += n

@@ -132,6 +132,7 @@ def _can_draw() -> bool:
     from datasets import config
     from tqdm.auto import tqdm
 
+    # `tqdm.auto` chooses the notebook's class when it is imported in one.
     in_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
     return in_notebook or sys.stderr.isatty() or config.HF_DATASETS_DISABLE_PROGRESS_BARS is False
 
@@ -207,6 +208,7 @@ class Progress:
     def _line(self, now: float) -> str:
         assert self._started is not None
         since, before = self._started
+        # Only rows of this run: those that were found finished took no time now.
         rate = (self.rows - before) / max(now - since, 1e-9)
         done = f"{self.rows:,} rows" if self.total is None else f"{self.rows:,} of {self.total:,} rows"
         left = "" if self.total is None or not rate else f", about {in_words((self.total - self.rows) / rate)} left"

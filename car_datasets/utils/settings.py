@@ -104,6 +104,7 @@ class Settings:
         Raises:
             ValueError: a name is not a field, or a value does not have the field's type.
         """
+        # All names before any value, so that a misspelt key is not hidden by a wrong type.
         known = [f.name for f in fields(self)]
         for name in changes:
             if name not in known:

@@ -88,6 +88,7 @@ class IQSConfig(PreTrainedConfig):
         languages: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        # Here, because the model is built after its weights were downloaded, and would fail with a KeyError.
         for argument, value, known in (
             ("objective", objective, OBJECTIVE_NAMES),
             ("head", head, HEAD_NAMES),
@@ -111,9 +112,8 @@ class IQSConfig(PreTrainedConfig):
         self.layer = layer
         self.layer_norm = layer_norm
         self.pooling = pooling
-        self.hidden_sizes = list(
-            hidden_sizes
-        )  # as JSON gives it back, so that a configuration equals the one that was saved
+        # A list, as JSON gives it back, so that a configuration equals the one that was saved.
+        self.hidden_sizes = list(hidden_sizes)
         self.activation = activation
         self.final_activation = final_activation
         self.dropout = dropout

@@ -92,6 +92,7 @@ def score_in_shards(
         options = RunOptions(shard_dir, shard_rows or STREAMED, expiry, token)
         return StreamedRun(dataset, fn, options).finish(description)
     run = _run_of(dataset, fn, shard_dir, shard_rows, expiry, token)
+    # No shard, so there would be no part file to take the types of the columns from.
     if len(dataset) == 0:  # after `_run_of`, which makes the same checks as for any dataset
         types = fn.output_features()
         return join_columns(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
@@ -251,9 +252,8 @@ class DatasetRun(SharedRun):
             return False
         self.done = 0
         with self.claims.renewing(claim, lambda: self.done):
-            if not self.is_finished(
-                shard, self.names()
-            ):  # another worker may have finished it before the claim was taken
+            # Another worker may have finished it before the claim was taken.
+            if not self.is_finished(shard, self.names()):
                 # A shard that was scored before but never uploaded only has to be uploaded.
                 if not self.is_not_uploaded(shard):
                     batches = []
