@@ -158,6 +158,7 @@ def files_to_replace(folder: Path, procedure: Procedure, overwrite: bool, source
     old = _complete_result(folder)
     replaced = old if overwrite else []
     readme = folder / README_FILE
+    # A README that is not ours must stay, even in the folder of a result.
     if readme.is_file() and OURS not in readme.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(
             f"output_dir={str(folder)!r} holds a {README_FILE} of its own, which would be overwritten. Name a new folder."
@@ -211,7 +212,9 @@ def unfinished(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
         new.mkdir()
         yield new
         with _marked(folder):
+            # Marked only now, because until here the old result is complete.
             written = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+            # Files that only the old result has, such as those of another procedure.
             for name in set(old) - {path.as_posix() for path in written}:
                 (folder / name).unlink()
             for path in written:

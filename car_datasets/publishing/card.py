@@ -253,6 +253,7 @@ def forget(card: DatasetCard, source: Mapping[str, Any], source_card: str | None
     if source.get("kind") != "hub":
         return
     known = _carried_from(source_card, source)
+    # The three entries about the licence go together; the language goes alone.
     for names in (CARRIED[:3], CARRIED[3:]):
         if source_card is None or (names[0] in known and card.data.get(names[0]) == known[names[0]]):
             for name in names:
@@ -349,6 +350,7 @@ def with_section(text: str, section: str, target: Target) -> str:
             f"repo_id={target.repo_id!r}: its card has {unended[0]!r} and no {END!r} after it. In README.md there, "
             "delete the first and the section that follows it, or add the second at the end of that section."
         )
+    # A new card has no title yet, under which the Hub would show the section.
     before = text.strip() or f"# {target.repo_id.split('/')[-1]}"
     return f"{before}\n\n{marked}\n"
 

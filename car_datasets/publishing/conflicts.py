@@ -78,6 +78,7 @@ class ExistingSelection(NamedTuple):
 
     def is_of(self, receipt: Receipt | None) -> bool:
         """Return True if a receipt is of this selection: the same source and the same rows."""
+        # Not the entire receipt: versions differ between two runs that make one selection.
         return receipt is not None and (self.source, self.selected_sha256) == (receipt.source, receipt.selected_sha256)
 
     def has_scores_of(self, receipt: Receipt | None) -> bool:
@@ -136,6 +137,7 @@ def refuse_unloadable(
                 f"{shown} with {seen}, which `datasets` fills from the files that it finds, ours among them. "
                 f"{ELSEWHERE}, or name its files in `data_files` there."
             )
+        # Without the splits that the push replaces, which are Parquet afterwards.
         kept = [path for split, path in _paths(config) if name != config_name or split not in splits]
         if foreign := _first_foreign(kept, files):
             raise ValueError(
