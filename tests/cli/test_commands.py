@@ -405,7 +405,7 @@ MISTAKES: list[Any] = [
     ),
     pytest.param('[{"instruction": "a", "output": "b", "source_index": null}]', (), "--index-column", id="null ids"),
     pytest.param(f"{GOOD}\n{GOOD}", ("--n1", "3"), "n1=3 must be between 0 and the 2 rows", id="n1 above the rows"),
-    pytest.param(GOOD, ("--n1", "1", "--budget", "1"), "n1=1 and budget=1: .*Leave one of the two out", id="both"),
+    pytest.param(GOOD, ("--n1", "1", "--budget", "1"), "--n1=1 and --budget=1: .*Leave one of the two out", id="both"),
     pytest.param(GOOD, ("--n1", "-1"), "n1=-1 must be between", id="negative n1"),
     pytest.param(GOOD, ("--n1", "1.5"), r"n1=1\.5: a fraction must lie between 0 and 1", id="fraction above 1"),
     pytest.param(GOOD, ("--n1", "nan"), "n1=nan", id="n1 is no number"),
