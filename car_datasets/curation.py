@@ -30,7 +30,7 @@ from car_datasets.loading.sources import (
     open_rows,
     unscorable_rows,
 )
-from car_datasets.loading.values import any_feature, is_json
+from car_datasets.loading.values import any_feature, carried, is_json
 from car_datasets.receipt import (
     RECEIPT_FILE,
     Receipt,
@@ -246,7 +246,7 @@ def _distinct_rows(dataset: Dataset, recipe: Recipe, most: int) -> int:
     """Return how many rows have different texts; counting stops at `most`."""
     texts = dataset.select_columns(text_columns(dataset.column_names, recipe.schema, recipe.columns))
     seen: set[str] = set()
-    for row in texts.with_format(None):
+    for row in carried(texts.with_format(None)):
         seen.add(json.dumps(row, default=str))
         if len(seen) >= most:
             break
