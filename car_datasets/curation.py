@@ -117,6 +117,11 @@ def curate(
         ValueError: a setting or the source is invalid, or the folder already holds a result.
         FileNotFoundError: the source does not exist.
     """
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"recipe is a {type(recipe).__name__}; pass a Recipe, such as Recipe(n1=1000), or pass the settings themselves: "
+            "curate(source, output_dir, n1=1000)."
+        )
     recipe = (recipe or Recipe()).changed(**changes)
     procedure = find_procedure(recipe.procedure)
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it

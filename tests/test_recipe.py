@@ -489,6 +489,12 @@ def weightless(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     return {**tiny, "scorer": str(folder)}
 
 
+@pytest.mark.parametrize("recipe", [{"n1": 5}, "recipe.yaml"])
+def test_a_recipe_that_is_none_is_refused(recipe: Any) -> None:
+    with pytest.raises(ValueError, match=rf"recipe is a {type(recipe).__name__}; pass a Recipe"):
+        curate(short_rows(), None, recipe)
+
+
 def test_scorer_without_weights_fails_only_when_it_is_called(weightless: dict[str, Any]) -> None:
     with pytest.raises(Exception, match=r"model\.safetensors"):
         curate(short_rows(), None, **weightless)

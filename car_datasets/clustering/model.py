@@ -166,7 +166,7 @@ class ClusterModel:
         refuse_other_datasets(
             dataset,
             "ClusterModel.fit",
-            "a sample of its rows: ClusterModel.fit(Dataset.from_list(list(dataset.shuffle(seed=0).take(50_000))), k=...)",
+            "it with a sample: ClusterModel.fit(Dataset.from_list(list(dataset.shuffle(seed=0).take(50_000))), k=...)",
         )
         settings = checked_fit(k, explained_variance, seed, n_init, kmeans, kmeans_sample)
         note_that_torch_runs()

@@ -290,7 +290,7 @@ def _labelled(batch: pa.Table, clusters: ClusterModel | None, names: ColumnNames
     """Return the batch with its clusters, which are added by the model if the rows have none."""
     if clusters is not None and names.cluster not in batch.column_names:
         new = (names.cluster, clusters.distance_column)
-        check_columns(batch.column_names, (clusters.embedding_column,), ())
+        refuse_no_embeddings(batch.column_names, clusters.embedding_column)
         refuse_overwrite(batch.column_names, new, "output_column=... and distance_column=... to ClusterModel.fit")
         labels = clusters.label_arrow(batch[clusters.embedding_column])
         batch = batch.append_column(names.cluster, labels[clusters.output_column])

@@ -192,6 +192,8 @@ def _rows_by_score(n1: int | float | None, rows: int) -> int:
     """Return n1 as a number of rows; a fraction is rounded down, but to 1 at least."""
     if n1 is None:
         return default_n1(rows)
+    if not isinstance(n1, numbers.Real):
+        raise ValueError(f"n1={n1!r} is a {type(n1).__name__}; pass a number of rows, or a share such as 0.05.")
     # numpy's floats are Real too; 1.0 is refused, since it could mean one row or all rows.
     if isinstance(n1, numbers.Real) and not isinstance(n1, numbers.Integral):
         if not 0 < n1 < 1:

@@ -259,6 +259,11 @@ def join_columns(dataset: Dataset, new: Dataset) -> Dataset:
 def check_columns(existing: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:
     """Raise ValueError if a column that is read is missing, or one that would be added exists already."""
     missing = [c for c in needed if c not in existing]
+    if "selected_by" in missing:
+        raise ValueError(
+            f"The selection has no column {missing}; it has {list(existing)}. Pass the pool first, and then the rows that "
+            "curate or select_car returned."
+        )
     if missing:
         raise ValueError(
             f"The dataset has no column {missing}; it has {list(existing)}. Run the stage that adds it, or name yours: "

@@ -187,3 +187,8 @@ def test_numbers_that_do_not_fit(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         what_if(plain_pool, plain_selected, **numbers)
+
+
+def test_pool_and_selection_in_the_wrong_order(plain_pool: Dataset, plain_selected: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"no column \['selected_by'\].* Pass the pool first"):
+        what_if(plain_selected, plain_pool)

@@ -363,3 +363,9 @@ def test_shares_within_groups_divide_n1_in_proportion() -> None:
     many = shares_within(np.random.default_rng(0).normal(size=100), ["a"] * 60 + ["b"] * 30 + ["c"] * 10)
     best = choose(many, np.zeros(100), n1=20, n2=0).positions
     assert np.histogram(best, bins=[0, 60, 90, 100])[0].tolist() == [12, 6, 2]
+
+
+def test_n1_that_is_no_number() -> None:
+    scored = Dataset.from_dict({"iqs_score": [0.1, 0.2], "cluster": [0, 1]})
+    with pytest.raises(ValueError, match="n1='1' is a str; pass a number of rows, or a share"):
+        select_car(scored, n1="1")  # type: ignore[arg-type]
