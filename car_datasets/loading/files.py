@@ -43,6 +43,7 @@ from fsspec.utils import glob_translate
 from huggingface_hub import DatasetCard
 
 from car_datasets.utils.digests import file_digest
+from car_datasets.utils.files import user_path
 from car_datasets.utils.hub import asking, clean_token, reason
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def find_files(source: str, pattern: bool, token: str | None, cache_dir: str | N
         return [_read_stream(_standard_input(), source, cache_dir)]
     if is_address(source):
         return [_download(each, token, cache_dir) for each in _addresses(source, pattern, token)]
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return [data_file(path, str(path))]
     if path.is_fifo():  # such as the shell's <(zcat rows.jsonl.gz)

@@ -81,6 +81,15 @@ def test_a_path_that_looks_like_a_pattern_is_that_path(name: str, trap: str, tmp
         assert answers(tmp_path / name, glob=glob) == ["red"]
 
 
+def test_a_tilde_is_part_of_a_name_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"~rows.jsonl": lines("red"), "home/rows.jsonl": lines("blue")})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert (answers("~rows.jsonl"), answers(["~rows.jsonl"]), answers("~/rows.jsonl")) == (["red"], ["red"], ["blue"])
+    with pytest.raises(FileNotFoundError, match=r"~nobody\.jsonl.*no such file or folder"):
+        answers("~nobody.jsonl")
+
+
 def test_a_pattern_is_read_only_when_it_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path, {"b.jsonl": lines("blue"), "a.jsonl": lines("red", "green"), "sub/c.jsonl": lines("grey")})
     with pytest.raises(FileNotFoundError, match=r"\*\.jsonl.*no such file or folder.*glob=True \(--glob\)"):
