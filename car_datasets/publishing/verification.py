@@ -244,8 +244,7 @@ class _Checks:
             return self._numbered(open_rows(known["id"], reading._replace(revision=known.get("revision"))).dataset)
         if isinstance(source, (str, os.PathLike)):
             place = os.fspath(source)
-            path = user_path(place)
-            if not (path.exists() or is_address(place) or (self.recipe.glob and glob.has_magic(place))):
+            if not (user_path(place).exists() or is_address(place) or (self.recipe.glob and glob.has_magic(place))):
                 raise FileNotFoundError(f"source={place!r}: there is no such file or folder.")
             source = place
         # The name of a file or folder is not that of a configuration; a dataset in memory may be given as a file.

@@ -386,6 +386,28 @@ def test_parquet_files_of_different_columns_are_refused(tmp_path: Path) -> None:
 # --- what was read
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array([1]), pa.array(["01"])),
+        (pa.array(["01"]), pa.array([1])),
+        (pa.array([True]), pa.array([2])),
+        (pa.array([[1]]), pa.array([["01"]])),
+        (pa.array([{"a": 1}]), pa.array([{"a": "01"}])),
+        (pa.array([0.5], pa.float32()), pa.array([0.1])),
+    ],
+)
+def test_parquet_files_whose_values_would_be_cast_are_refused(
+    first: pa.Array, second: pa.Array, tmp_path: Path
+) -> None:
+    files = []
+    for name, column in (("a", first), ("b", second)):
+        files.append(tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table({"output": ["red"], "n": column}), files[-1])
+    with pytest.raises(ValueError, match=r"b\.parquet' cannot be read as parquet: .*columns of different types.*'n'"):
+        open_dataset(files, cache_dir=str(tmp_path / "cache"))
+
+
 def test_the_origin_names_every_file_with_its_digest(tmp_path: Path) -> None:
     write(tmp_path, {"train/b.jsonl": lines("blue"), "train/a.jsonl": lines("red"), "test/c.jsonl": lines("grey")})
     opened = open_rows(tmp_path, Reading(split="train[1:]"))
