@@ -30,7 +30,7 @@ from car_datasets.loading.sources import (
     open_rows,
     unscorable_rows,
 )
-from car_datasets.loading.values import any_feature, is_json
+from car_datasets.loading.values import any_feature, carried, is_json
 from car_datasets.receipt import (
     RECEIPT_FILE,
     Receipt,
@@ -100,8 +100,8 @@ def curate(
             file, or rows in memory; see [`load_instructions`].
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list
             of rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html`, a
-            `README.md` by which `load_dataset(output_dir)` loads the selection, and, with matplotlib, four
-            `plots/plot_*.png`. It must not hold a result.
+            `README.md` by which `load_dataset(output_dir)` loads the selection, and, with matplotlib, one
+            `plots/plot_<name>.png` per figure. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n2 = 1, k = int(sqrt(n / 2)) and
             n1 = 1000, but at most half of the scored rows. The receipt says which n1 was used.
         token (`str`, *optional*): for private sources and models; never stored.
@@ -247,7 +247,7 @@ def _distinct_rows(dataset: Dataset, recipe: Recipe, most: int) -> int:
     """Return how many rows have different texts; counting stops at `most`."""
     texts = dataset.select_columns(text_columns(dataset.column_names, recipe.schema, recipe.columns))
     seen: set[str] = set()
-    for row in texts.with_format(None):
+    for row in carried(texts.with_format(None)):
         seen.add(json.dumps(row, default=str))
         if len(seen) >= most:
             break

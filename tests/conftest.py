@@ -1,5 +1,4 @@
-"""Set up every test: no network except a Hub on this machine, temporary caches, tiny random models, and the project's
-data folder where it exists."""
+"""Set up every test: no network but a Hub on this machine, temporary caches, tiny random models, the data folder."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="car-datasets-tests-")
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.pop("TQDM_DISABLE", None)  # read once, on import; tests of progress need bars that can be drawn
 os.environ["CAR_DATASETS_TOKEN"] = os.environ.pop("HF_TOKEN", "")  # used by --real-hub only
 os.environ["CAR_DATASETS_LOOKUPS"] = os.path.join(os.environ["HF_HOME"], "lookups")
 

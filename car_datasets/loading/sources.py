@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 # What one can pass: where rows are, or the rows.
 Source: TypeAlias = (
-    "str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | pd.DataFrame | Dataset | DatasetDict"
+    str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | pd.DataFrame | Dataset | DatasetDict
 )
 
 

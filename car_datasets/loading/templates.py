@@ -79,7 +79,10 @@ def _clean(exchange: Exchange) -> Text:
 
 
 # Scores depend on the template, so a change of wording or of `clean` gets a new name; a published one is never edited.
-TEMPLATES: dict[str, Callable[[Exchange], Text]] = {PAPER_TEMPLATE: _paper, CLEAN_TEMPLATE: _clean}
+TEMPLATES: dict[str, Callable[[Exchange], Text]] = {
+    PAPER_TEMPLATE: _paper,
+    CLEAN_TEMPLATE: _clean,
+}
 
 # `\uXXXX`, or a backslash and one of the letters and signs that JSON escapes (and Python: the single quote).
 _ESCAPE = re.compile(r"""\\(?:u([0-9a-fA-F]{4})|([nrtbf"'\\/]))""")

@@ -244,7 +244,7 @@ def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[
     Raises:
         RuntimeError: memory does not suffice for a single text (`torch.OutOfMemoryError` on CUDA).
     """
-    from accelerate.utils.memory import should_reduce_batch_size  # knows how each device says so
+    from accelerate.utils.memory import should_reduce_batch_size  # recognises the errors of all devices
 
     done: list[tuple[list[int], T]] = []
     watch, total = current_watch(), max(1, sum(lengths))

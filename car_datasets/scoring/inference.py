@@ -76,6 +76,7 @@ class LoadedScorer(NamedTuple):
         Raises:
             ValueError: the model reads question and answer separately, and a string has no mark between them.
         """
+        # Another model, not another head: it embeds two texts, and its score is how close they are.
         if self.model.config.objective == "ranking":
             return self._rank_texts(texts, batch_tokens)
         # A head that reads the answer separately is told its first token, which the tokenizer finds from the character.
@@ -130,6 +131,7 @@ class LoadedScorer(NamedTuple):
         budget = token_budget(self.device, config.encoder_config.hidden_size, batch_tokens)
         windows: list[list[Any]] = []
         lengths: list[int] = []
+        # Window by window: while the model reads one, the next is tokenised.
         for tokens in tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at):
             # A default binds the value of `tokens` now; the name itself is reassigned by the loop.
             def step(places: list[int], tokens: Tokens = tokens) -> tuple[Tensor, ...]:
@@ -218,6 +220,7 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     if packed:
         use_packing(model.encoder)
     if weights.compiled:
+        # Last, because packing and the engine change the encoder that is compiled.
         model.encoder.compile(dynamic=True)  # batches differ in both dimensions: static shapes would recompile for each
     return LoadedScorer(model.eval().to(device), reader, device, packed)
 

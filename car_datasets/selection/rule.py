@@ -18,7 +18,7 @@ import pandas as pd
 
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers, refuse_other_datasets
-from car_datasets.utils.settings import default_n1, is_whole_number, refuse_two_amounts
+from car_datasets.utils.settings import default_n1, is_integer, refuse_two_amounts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -224,14 +224,14 @@ def _rows_for_budget(budget: int, from_clusters: npt.NDArray[np.bool_]) -> int:
 def _check_counts(rows: int, n2: int, budget: int | None) -> None:
     """Raise ValueError if n2 or the budget is not a number of rows."""
     if not _is_count(n2) or n2 > max(rows, 1):
-        raise ValueError(f"n2={n2!r} must be between 0 and the {rows} rows, a whole number.")
+        raise ValueError(f"n2={n2!r} must be between 0 and the {rows} rows, an integer.")
     # A negative budget is refused later, together with the number of rows that the clusters take.
-    if budget is not None and not is_whole_number(budget):
-        raise ValueError(f"budget={budget!r} must be a whole number of rows.")
+    if budget is not None and not is_integer(budget):
+        raise ValueError(f"budget={budget!r} must be an integer.")
 
 
 def _is_count(value: Any) -> bool:
-    return is_whole_number(value) and int(value) >= 0
+    return is_integer(value) and int(value) >= 0
 
 
 def refuse_impossible(rows: int, clusters: int, n1: int | float | None, n2: int, budget: int | None) -> None:

@@ -39,7 +39,7 @@ from car_datasets.training.trainer import (
 from car_datasets.utils import hub, revisions
 from car_datasets.utils.files import FIGURES_FILE, write_figures, write_folder
 from car_datasets.utils.hub import write_card
-from car_datasets.utils.settings import Settings
+from car_datasets.utils.settings import SEED, Settings
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -102,7 +102,7 @@ class ScorerTraining(Settings):
     valid: str = "expert_score_valid.csv"
     output: str = "iqs-xlmr-large"
     template: str = CLEAN_TEMPLATE
-    seed: int = 42
+    seed: int = SEED
     layer_mix: str = "sparsemax"
     layer_norm: bool = False
     pooling: str = "avg"

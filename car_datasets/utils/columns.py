@@ -59,7 +59,7 @@ def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) 
             continue
         width = width or matrix.shape[1]
         _refuse_unequal({width, matrix.shape[1]}, column)
-        # After the first bad row the loop only counts on, so that the error states how many rows to mend.
+        # After the first bad row the loop yields nothing and only counts, so that the error states how many rows to fix.
         bad.extend(present[~_finite(matrix)].tolist())
         if not bad:
             yield matrix, present
@@ -238,7 +238,7 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
             values = pc.if_else(pc.is_nan(values), None, values)
         return np.asarray(values.cast(kind).fill_null(missing).to_numpy())
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
-        wanted = "whole numbers" if kind == "int64" else "numbers"
+        wanted = "integers" if kind == "int64" else "numbers"
         raise ValueError(f"The column {column!r} holds {values.type}, not {wanted} throughout: {error}.") from error
 
 

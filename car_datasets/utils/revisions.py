@@ -237,7 +237,7 @@ def download_model(model_id: str, revision: str, token: str | None, inner: str =
     try:
         files = HfApi(token=token).model_info(model_id, revision=revision).siblings or []
         names = [file.rfilename for file in files]
-    except (HTTPError, OSError):  # offline: assume an ordinary model, and let the cache tell
+    except (HTTPError, OSError):  # offline: assume an ordinary model; a file that the cache lacks is an error later
         names = ["config.json", "model.safetensors"]
     if not any(name.endswith((".safetensors", ".ckpt")) for name in names):
         raise ValueError(

@@ -393,14 +393,14 @@ BAD_FITS: dict[str, tuple[dict[str, Any], str]] = {
     "k a bool": ({"k": True}, "k=True must be"),
     "variance 0": ({"explained_variance": 0.0}, r"explained_variance=0\.0 must lie in \(0, 1\]"),
     "variance above 1": ({"explained_variance": 1.5}, "explained_variance=1.5 must lie"),
-    "k a number as text": ({"k": "12"}, "k='12' must be 'sqrt' or a whole number"),
+    "k a number as text": ({"k": "12"}, "k='12' must be 'sqrt' or an integer"),
     "k of numpy, a fraction": ({"k": np.float64(3)}, "k=.*3.0.* must be"),
     "variance a bool": ({"explained_variance": True}, "explained_variance=True must lie"),
     "variance a word": ({"explained_variance": "0.9"}, "explained_variance='0.9' must lie"),
     "no runs": ({"n_init": 0}, "n_init=0 must be at least 1"),
     "runs a fraction": ({"n_init": 1.5}, "n_init=1.5 must be at least 1"),
     "runs a bool": ({"n_init": True}, "n_init=True must be"),
-    "seed a fraction": ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+    "seed a fraction": ({"seed": 1.5}, "seed=1.5 must be an integer"),
     "seed a bool": ({"seed": False}, "seed=False must be"),
     "seed negative": ({"seed": -1}, "seed=-1 must be"),
     "sample a fraction": ({"kmeans_sample": 2.5}, "kmeans_sample=2.5 must be a number of rows"),
@@ -458,7 +458,7 @@ def test_assign_refuses_a_single_vector(model: ClusterModel) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 def test_labelling_leaves_no_memory_behind(tmp_path: Path) -> None:
-    """Not even as holes between small results: they once came to as much as the embeddings, here 460 MB."""
+    """Measure memory, of which holes between small results once took as much as the embeddings, here 460 MB."""
     matrix = np.random.default_rng(0).normal(size=(300_000, 384)).astype(np.float32)
     lists = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), 384)
     Dataset(InMemoryTable(pa.table({"embedding": lists}))).save_to_disk(tmp_path / "pool")

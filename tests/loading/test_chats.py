@@ -38,7 +38,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
 
 
 def cut(turns: Any, schema: Schema = SCHEMAS["messages"]) -> list[tuple[str, str]] | str:
-    """(instruction, response) of every exchange, or the status."""
+    """Return (instruction, response) of every exchange, or the status."""
     [row] = exchanges_of({schema.turns: [turns]}, schema)
     if isinstance(row, str):
         return row

@@ -368,7 +368,7 @@ def test_a_readme_that_does_not_fit_its_folder_is_refused(
 
 
 def test_parquet_is_read_by_its_content(tmp_path: Path) -> None:
-    """`datasets` keys its cache by path and time, and would give the old rows."""
+    """Read it without the cache of `datasets`, whose keys are path and time: it would give the old rows."""
     path = tmp_path / "rows.parquet"
     for answer in ("red", "tan"):
         pq.write_table(pa.table({"output": [answer]}), path)

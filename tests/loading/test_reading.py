@@ -135,7 +135,7 @@ def test_a_run_carries_awkward_columns_through(tmp_path: Path, tiny_iqs: str, ti
 
 
 def test_map_and_its_cache_leave_the_values(tmp_path: Path, tiny_iqs: str) -> None:
-    """`datasets` would encode the columns that a stage reads anew, and read the cached ones with fewer digits."""
+    """Compare the values, because `datasets` would encode them anew, and read cached ones with fewer digits."""
     answers = [*(row["output"] for row in AWKWARD), 1.0000000000000002e16]
     rows = [{"instruction": "a", "output": answer, "side": [1.0000000000000002e16, str(answer)]} for answer in answers]
     source = save(tmp_path, "rows.json", json.dumps(rows))

@@ -28,7 +28,7 @@ except (ValueError, OSError) as error:
 
 
 def data(*answers: str) -> dict[str, bytes]:
-    """The files of a dataset with these answers."""
+    """Return the files of a dataset with these answers."""
     file = io.BytesIO()
     pq.write_table(pa.table({"instruction": ["Name a colour."] * len(answers), "output": list(answers)}), file)
     return {"data/train-00000-of-00001.parquet": file.getvalue()}
@@ -175,7 +175,7 @@ def jsonl(*answers: Any, **more: str) -> bytes:
 
 
 def test_values_stay_what_they_are_in_the_files(hub: Hub) -> None:
-    """`datasets` alone makes numbers, dates and nulls of such text, and takes some chats for traces of agents."""
+    """Load text of which `datasets` alone makes numbers, dates and nulls, and chats that it takes for traces of agents."""
     texts = ["007", "3", "NA", "None", "2024-01-02", "true", "1e-12"]
     table = "instruction,output\n" + "".join(f"a,{text}\n" for text in texts)
     hub.commit("you/csv", {"rows.csv": table.encode()})

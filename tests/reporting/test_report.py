@@ -210,7 +210,7 @@ def test_controls_of_all_rows_are_all_rows(large: Dataset) -> None:
 
 
 def test_what_the_controls_are_for(large: Dataset) -> None:
-    """Long rows score well here: chance is as short as the pool, the matched control as long as the selection."""
+    """Use a pool whose long rows score well: the random control is as short as the pool, the matched one is not."""
     report = SelectionReport.from_selection(large, select_car(large, 100, 1))
     assert report.selected.mean_length > report.pool.mean_length + 50
     assert report.random_control.mean_length == pytest.approx(report.pool.mean_length, abs=40)
@@ -247,7 +247,7 @@ def test_the_length_matched_control_has_the_lengths_of_the_selection(seed: int) 
 
 @pytest.mark.parametrize("counts", [(52, 48), (32, 40, 28), (97, 3), (100,)], ids=str)
 def test_lengths_that_many_rows_share_are_matched_too(counts: tuple[int, ...]) -> None:
-    """As where the tokens of most rows are few, or were cut at the model's limit."""
+    """Use lengths that most rows share, as where texts were cut at the model's limit."""
     lengths = np.repeat([8.0, 64.0, 512.0][: len(counts)], counts)
     positions = np.array([0, 1, 97, 98, 99])
     for seed in range(5):

@@ -98,7 +98,7 @@ def test_bfloat16_stays_close_and_keeps_scores_apart(tiny_iqs: str, sample_rows:
 def test_in_half_precision_company_moves_a_score_within_its_tolerance(
     dtype: str, sample_rows: list[dict[str, Any]]
 ) -> None:
-    """The embedded scorer on real rows: alone, in small and large batches, backwards; and the ranking of float32."""
+    """Score real rows alone, in small and large batches and backwards, and compare the ranking with that of float32."""
     rows = [Exchange(row["instruction"], row["input"], row["output"]) for row in sample_rows[:80]]
     texts = [render(row, "clean-1") for row in rows]
     full = QualityScorer().score_texts(texts).scores
@@ -239,7 +239,7 @@ def test_typed_out_escapes_do_not_change_the_default_score() -> None:
 
 
 def test_the_default_prefers_better_answers_to_the_same_question(sample_rows: list[dict]) -> None:
-    """Not a quality figure (the card has those), a guard: an inverted or random scorer fails this."""
+    """Refuse an inverted or random scorer; the figures of quality are in the card."""
     scores = QualityScorer()({c: [r[c] for r in sample_rows] for c in ("instruction", "input", "output")})["iqs_score"]
     by_question: dict[tuple, dict[str, float]] = {}
     for row, score in zip(sample_rows, scores, strict=True):

@@ -13,13 +13,17 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from car_datasets.loading.templates import PAPER_TEMPLATE
 from car_datasets.utils.digests import public
 
 OBJECTIVE_NAMES = ("regression", "ranking")
 LAYER_MIXES = ("sparsemax", "softmax")
 POOLINGS = ("avg", "max", "cls")
 # The keys of `HEADS`, which is defined with the model: a configuration must be checked without building one.
-HEAD_NAMES = ("feed_forward", "segments")
+HEAD_NAMES = (
+    "feed_forward",
+    "segments",
+)
 
 
 @public
@@ -76,7 +80,7 @@ class IQSConfig(PreTrainedConfig):
         final_activation: str | None = None,
         dropout: float = 0.1,
         max_tokens: int = 510,
-        template: str = "paper",
+        template: str = PAPER_TEMPLATE,
         members: int = 1,
         word_bits: int = 17,
         penalty: float = 1.0,
@@ -84,6 +88,7 @@ class IQSConfig(PreTrainedConfig):
         languages: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        # Here, because the model is built after its weights were downloaded, and would fail with a KeyError.
         for argument, value, known in (
             ("objective", objective, OBJECTIVE_NAMES),
             ("head", head, HEAD_NAMES),
@@ -107,9 +112,8 @@ class IQSConfig(PreTrainedConfig):
         self.layer = layer
         self.layer_norm = layer_norm
         self.pooling = pooling
-        self.hidden_sizes = list(
-            hidden_sizes
-        )  # as JSON gives it back, so that a configuration equals the one that was saved
+        # A list, as JSON gives it back, so that a configuration equals the one that was saved.
+        self.hidden_sizes = list(hidden_sizes)
         self.activation = activation
         self.final_activation = final_activation
         self.dropout = dropout

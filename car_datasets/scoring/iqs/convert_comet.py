@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from car_datasets.loading.templates import PAPER_TEMPLATE
 from car_datasets.utils import digests, revisions
 
 # The original's names for its two models and two encoder families, and ours.
@@ -163,7 +164,10 @@ def tokenizer_revision(base: str, token: str | None = None) -> str | None:
         return " ".join(digests.file_digest(file) for file in files if file.is_file())
     try:
         return revisions.pin_revision(base, None, token) if base else None
-    except (ValueError, ConnectionError):  # the tokenizer may be in the cache anyway; if not, loading says so
+    except (
+        ValueError,
+        ConnectionError,
+    ):  # the tokenizer may be in the cache anyway; if not, loading it raises the error
         return None
 
 
@@ -292,7 +296,7 @@ def _config(options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, 
         "dropout": float(read("dropout", float, int)),
         # The original's limit: two positions for XLM-R's offset, taken off for BERT as well, and two special tokens.
         "max_tokens": encoder["max_position_embeddings"] - 4,
-        "template": "paper",
+        "template": PAPER_TEMPLATE,
     }
     if pool == "default":  # the last layer's first token, whatever the mix
         config |= {"layer": encoder["num_hidden_layers"], "pooling": "cls"}

@@ -126,7 +126,7 @@ def test_a_claim_from_another_machine_lives_while_it_changes(folder: Folder) -> 
 
 
 def test_a_stale_look_takes_nothing_twice(folder: Folder) -> None:
-    """Two workers see the same dead claim; the second looks at a listing from before the first took over."""
+    """Let two workers see the same dead claim, the second in a listing from before the first took over."""
     elsewhere(folder, 0)
     one, two = Claims(folder, expiry=0.1), Claims(folder, expiry=0.1)
     before = last_turns(folder.names())
