@@ -60,6 +60,7 @@ from car_datasets.stages import (
 )
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import column_batches
+from car_datasets.utils.files import user_path
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
 from car_datasets.utils.settings import default_n1
 
@@ -331,7 +332,7 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
 def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
     if source == STANDARD_INPUT:
         return False  # what was there is gone
-    path = Path(source).expanduser()
+    path = user_path(source)
     # In the order of `open_rows`: an existing path wins over a Hub id of the same name.
     if path.exists() or glob.has_magic(source) or (is_address(source) and hub_address(source) is None):
         origin = find_origin(source, reading_of(settings, token))

@@ -25,7 +25,7 @@ from car_datasets.reporting.report import SelectionReport
 from car_datasets.selection.procedures import PROCEDURES, Procedure
 from car_datasets.selection.published import original_columns, write_original
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.files import UNFINISHED, fresh_folder, write_whole
+from car_datasets.utils.files import UNFINISHED, fresh_folder, user_path, write_whole
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 SELECTED_TABLE = "selected.parquet"
@@ -168,8 +168,8 @@ def files_to_replace(folder: Path, procedure: Procedure, overwrite: bool, source
     except ValueError as error:
         more = " To replace it, pass overwrite=True (--overwrite)." if old and not overwrite else ""
         raise ValueError(f"{error}{more}") from error
-    if replaced and isinstance(source, (str, Path)) and Path(source).expanduser().exists():
-        path = Path(source).expanduser().resolve()
+    if replaced and isinstance(source, (str, Path)) and user_path(source).exists():
+        path = user_path(source).resolve()
         if folder.resolve() in (path, *path.parents):
             raise ValueError(
                 f"source={str(source)!r} lies in output_dir={str(folder)!r}, whose result would be replaced. Name "

@@ -49,6 +49,7 @@ from car_datasets.stages import scorer_of, select_by
 from car_datasets.utils import hub, revisions
 from car_datasets.utils.columns import read_numbers
 from car_datasets.utils.digests import indices_digest
+from car_datasets.utils.files import user_path
 from car_datasets.utils.hub import READING_WAITS, asking
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
@@ -147,7 +148,7 @@ def _open(
     where: str | os.PathLike[str], revision: str | None, config_name: str, split: str, token: str | None
 ) -> Result:
     """Read a selection and its receipt from a folder or a repository."""
-    folder = Path(where).expanduser()
+    folder = user_path(where)
     if folder.is_dir():
         return read_result(folder)
     if folder.exists():
@@ -243,8 +244,7 @@ class _Checks:
             return self._numbered(open_rows(known["id"], reading._replace(revision=known.get("revision"))).dataset)
         if isinstance(source, (str, os.PathLike)):
             place = os.fspath(source)
-            path = Path(place).expanduser()
-            if not (path.exists() or is_address(place) or (self.recipe.glob and glob.has_magic(place))):
+            if not (user_path(place).exists() or is_address(place) or (self.recipe.glob and glob.has_magic(place))):
                 raise FileNotFoundError(f"source={place!r}: there is no such file or folder.")
             source = place
         # The name of a file or folder is not that of a configuration; a dataset in memory may be given as a file.

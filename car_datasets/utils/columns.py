@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
     Dataset,
+    DatasetBuilder,
     DatasetDict,
     Features,
     IterableDataset,
     IterableDatasetDict,
+    Value,
     concatenate_datasets,
 )
 from datasets.formatting.formatting import LazyBatch
@@ -356,3 +358,49 @@ def refuse_other_datasets(dataset: Any, function: str, for_streams: str) -> None
     if not isinstance(dataset, Dataset):
         hint = "one of its splits" if isinstance(dataset, (DatasetDict, IterableDatasetDict)) else "a Dataset"
         raise ValueError(f"{function} reads a Dataset, and this is a {type(dataset).__name__}. Pass {hint}.")
+
+
+def refuse_casts(builder: DatasetBuilder) -> None:
+    """Let a builder of Parquet or Arrow files refuse what it would cast: the text "01" of one file to the number 1."""
+    cast = builder._cast_table
+
+    def checked(table: pa.Table, *arguments: Any) -> pa.Table:
+        features = builder.info.features or {}
+        changed = [f.name for f in table.schema if f.name in features and _is_changed(f.type, features[f.name])]
+        if changed:
+            seen = {name: [str(table.schema.field(name).type), str(features[name])] for name in changed}
+            raise ValueError(
+                f"files have columns of different types, or not those of the README.md: {seen}. Write them with equal "
+                "types, or read them one by one"
+            )
+        return cast(table, *arguments)
+
+    builder._cast_table = checked
+
+
+def _is_changed(kind: pa.DataType, feature: Any) -> bool:
+    """Return True if values of an Arrow type are others as plain values of a feature."""
+    if isinstance(feature, Value):
+        wanted = feature.pa_type
+        if pa.types.is_floating(kind) and pa.types.is_floating(wanted):
+            return bool(kind.bit_width > wanted.bit_width)
+        groups = {_group(kind), _group(wanted)}
+        return len(groups) > 1 and None not in groups
+    if isinstance(feature, Mapping):
+        return pa.types.is_struct(kind) and any(_is_changed(f.type, feature[f.name]) for f in kind if f.name in feature)
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and hasattr(feature, "feature") and _is_changed(kind.value_type, feature.feature)
+
+
+def _group(kind: pa.DataType) -> str | None:
+    """Return which values a type has, or `None` if it is not among those that a cast makes others."""
+    if pa.types.is_dictionary(kind):
+        return _group(kind.value_type)
+    tests = {
+        "text": is_text,
+        "booleans": pa.types.is_boolean,
+        "numbers": lambda t: pa.types.is_integer(t) or pa.types.is_floating(t),
+        "decimals": pa.types.is_decimal,
+        "times": pa.types.is_temporal,
+    }
+    return next((name for name, test in tests.items() if test(kind)), None)

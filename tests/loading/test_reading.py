@@ -259,6 +259,14 @@ def test_another_separator_is_found_and_said(sign: str, tmp_path: Path, caplog: 
     assert f"separated by {sign!r}" in caplog.text
 
 
+@pytest.mark.parametrize("text", ['"instruction";"output"\n"a, b";"c"\n', "sep=;\ninstruction;output\na, b;c\n"])
+def test_headers_as_spreadsheets_write_them(text: str, tmp_path: Path) -> None:
+    path = save(tmp_path, "rows.csv", text)
+    assert load_instructions(path, cache_dir=str(tmp_path)).to_list() == [
+        {"instruction": "a, b", "output": "c", "source_index": 0}
+    ]
+
+
 def test_a_long_field_is_read_and_the_limit_of_the_process_stays(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     path = save(tmp_path, "rows.csv", f"instruction,output\na,{'step ' * 40_000}\n")

@@ -342,7 +342,10 @@ def test_empty_text_is_no_source(source: str) -> None:
         load_instructions(source)
 
 
-@pytest.mark.parametrize("source", [{"instruction": "a", "output": "b"}, None, 3, ["rows.json", {"output": "b"}]])
+@pytest.mark.parametrize(
+    "source",
+    [{"instruction": "a", "output": "b"}, None, 3, ["rows.json", {"output": "b"}], pd.Series(["a"]), np.array(["a"])],
+)
 def test_source_of_another_type_is_refused(source: Any) -> None:
     with pytest.raises(ValueError, match=f"source is a {type(source).__name__}; pass a path"):
         load_instructions(source)
