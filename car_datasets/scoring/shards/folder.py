@@ -190,12 +190,12 @@ class SharedRun(ABC):
             self.folder.make()  # checks the token now, before an hour of work that could not be uploaded
         try:
             stored = json.loads(earlier or b"")
-        except ValueError:
-            stored = {}
+        except (ValueError, RecursionError):
+            stored = None
         if stored != self.manifest:
+            other = differences(stored, self.manifest) if isinstance(stored, dict) else f"its {MANIFEST} is damaged"
             raise ValueError(
-                f"{self.shown} belongs to another run: {differences(stored, self.manifest)}. Pass "
-                "another folder (--shards DIR), or delete this one."
+                f"{self.shown} belongs to another run: {other}. Pass another folder (--shards DIR), or delete this one."
             )
 
     def claim(self, shard: int, turns: Mapping[str, int]) -> str | None:
