@@ -312,9 +312,11 @@ class ClusterModel:
                 f"{str(folder)!r} holds no cluster model: there is no {CONFIG_FILE}. Write one by save_pretrained."
             )
         try:
-            plain = dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError, OSError) as error:
+            plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path / CONFIG_FILE} is damaged: {error}. {REFIT}") from error
+        if not isinstance(plain, dict):
+            raise ValueError(f"{path / CONFIG_FILE} is damaged: it is no JSON object. {REFIT}")
         version = plain.pop("cache_version", None)
         if version not in READABLE_VERSIONS:
             raise ValueError(

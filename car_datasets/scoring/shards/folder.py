@@ -486,10 +486,12 @@ def read_part(path: Path) -> tuple[Dataset, str] | str:
         with pa.memory_map(str(path)) as file:
             metadata = pa.ipc.open_stream(file).schema.metadata or {}
         part = Dataset.from_file(str(path))
-    except (pa.ArrowInvalid, FileNotFoundError) as error:  # torn at the start, or gone
+        fingerprint = str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
+    # Torn at the start, or gone; or it holds what no worker wrote.
+    except (pa.ArrowInvalid, FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         return str(error)
     except OSError as error:
         if error.errno is None:  # raised by Arrow for a file that ends early; errors of the system have a number
             return str(error)
         raise
-    return part, str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
+    return part, fingerprint
