@@ -234,7 +234,7 @@ def _check_lengths(model: SentenceTransformer) -> None:
         raise ValueError(f"max_seq_length={longest!r} is not a number of tokens")
     if longest is not None:
         refuse_long_texts(encoder, "max_seq_length", longest)
-    words = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
+    words = None if encoder is None else encoder.get_input_embeddings()
     if isinstance(words, torch.nn.Embedding):
         refuse_foreign_tokens(model.tokenizer, words.num_embeddings)
 

@@ -93,7 +93,6 @@ DAMAGES: dict[str, tuple[str, Any]] = {
     "a module that is a number": ("modules.json", "[5]"),
     "no modules": ("modules.json", "[]"),
     "no pooling": ("1_Pooling/config.json", "x"),
-    "cut to -4 numbers": ("config_sentence_transformers.json", {"truncate_dim": -4}),
 }
 
 
