@@ -28,7 +28,7 @@ from car_datasets.scoring.shards.folder import refuse_blank
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
 from car_datasets.scoring.stage import Stage, add_columns, say
 from car_datasets.selection.procedures import Procedure, find_procedure
-from car_datasets.selection.rule import SELECTION_COLUMNS, shares_within
+from car_datasets.selection.rule import SELECTION_COLUMNS, refuse_infinite, shares_within
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
@@ -250,7 +250,9 @@ def _scored(recipe: Recipe, pool: Dataset) -> int:
     # The selection names the missing column in a better message.
     if recipe.score_column not in pool.column_names:
         return 0
-    return int(np.count_nonzero(~np.isnan(read_numbers(pool, recipe.score_column, np.nan))))
+    scores = read_numbers(pool, recipe.score_column, np.nan)
+    refuse_infinite(scores, recipe.score_column)  # here, as plots of them would fail once the selection is made
+    return int(np.count_nonzero(~np.isnan(scores)))
 
 
 def ranked(recipe: Recipe, pool: Dataset) -> Dataset:

@@ -395,11 +395,12 @@ def _finished_shards(place: str) -> str:
     """Return how many rows the folders of shards hold, read without the libraries that may be half imported."""
     found = []
     for folder in sorted(path.parent for path in Path(place).glob("*/manifest.json")):
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        rows, size = manifest["rows"], manifest["shard_rows"]
-        numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.arrow")]
-        done = sum(min(size, rows - number * size) for number in numbers)
-        found.append(f"{folder} holds {done:,} of {rows:,} rows")
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # of a damaged manifest
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            rows, size = manifest["rows"], manifest["shard_rows"]
+            numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.arrow")]
+            done = sum(min(size, rows - number * size) for number in numbers)
+            found.append(f"{folder} holds {done:,} of {rows:,} rows")
     return f"{', '.join(found)}." if found else f"Finished shards are kept in {place}."
 
 

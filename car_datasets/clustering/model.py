@@ -59,6 +59,7 @@ CONFIG_FILE = "cluster_model.json"
 WEIGHTS_FILE = "cluster_model.safetensors"
 CLUSTER_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 CACHE_VERSION = "2"  # part of the fingerprint by which `datasets` finds cached labels
+REFIT = "Fit the clusters again, and save them by save_pretrained."
 READABLE_VERSIONS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
 
 # To add an engine, write a function of this signature in a module of its own, and name it here.
@@ -97,10 +98,11 @@ class ClusterModel:
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Bring the arrays into one layout; raise ValueError if both new columns have one name."""
+        """Bring the arrays into one layout; raise ValueError for parts that do not fit, or two columns of one name."""
         # One type and layout in memory, so that equal models have equal fingerprints.
         for name in ("mean", "components", "centers"):
             object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.float32, order="C", copy=True))
+        _check_parts(self)
         if self.output_column == self.distance_column:
             raise ValueError(
                 f"output_column and distance_column are both {self.output_column!r}; name one differently."
@@ -306,14 +308,19 @@ class ClusterModel:
         """Load a model that [`~ClusterModel.save_pretrained`] wrote.
 
         Raises:
-            ValueError: the folder holds no cluster model, or one of an unknown version.
+            ValueError: the folder holds no cluster model, a damaged one, or one of an unknown version.
         """
         path = Path(folder)
         if not (path / CONFIG_FILE).is_file():
             raise ValueError(
                 f"{str(folder)!r} holds no cluster model: there is no {CONFIG_FILE}. Write one by save_pretrained."
             )
-        plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        try:
+            plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path / CONFIG_FILE} is damaged: {error}. {REFIT}") from error
+        if not isinstance(plain, dict):
+            raise ValueError(f"{path / CONFIG_FILE} is damaged: it is no JSON object. {REFIT}")
         # Not an argument of the class: a loaded model gets the version of this code.
         version = plain.pop("cache_version", None)
         if version not in READABLE_VERSIONS:
@@ -321,7 +328,28 @@ class ClusterModel:
                 f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {READABLE_VERSIONS}. "
                 "Fit it again."
             )
-        return cls(**load_file(path / WEIGHTS_FILE), **plain)
+        try:
+            return cls(**load_file(path / WEIGHTS_FILE), **plain)
+        except Exception as error:  # of safetensors, of a part that is missing, or of `__post_init__`
+            raise ValueError(f"The cluster model in {str(folder)!r} is damaged: {error} {REFIT}") from error
+
+
+def _check_parts(model: ClusterModel) -> None:
+    """Raise ValueError if the parts of a model do not fit each other: all rows would fall into cluster 0."""
+    shapes = {name: getattr(model, name).shape for name in ("mean", "components", "centers")}
+    mean, components, centers = shapes.values()
+    fits = len(mean) == 1 and len(components) == len(centers) == 2
+    if not fits or mean[0] != components[1] or components[0] != centers[1] or not all(mean + components + centers):
+        raise ValueError(f"{shapes} must be the shapes (dimension,), (kept, dimension) and (k, kept), without a 0.")
+    if broken := [name for name in shapes if not np.isfinite(getattr(model, name)).all()]:
+        raise ValueError(f"{' and '.join(broken)} must be finite numbers, without NaN.")
+    columns = {name: getattr(model, name) for name in ("embedding_column", "output_column", "distance_column")}
+    if odd := {name: value for name, value in columns.items() if not isinstance(value, str) or not value}:
+        raise ValueError(f"{odd} must be the names of columns.")
+    if not is_whole_number(model.seed) or not all(
+        isinstance(number, (int, float, np.number)) for number in (model.explained_variance, model.inertia)
+    ):
+        raise ValueError("seed, explained_variance and inertia must be numbers.")
 
 
 def checked_fit(

@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from car_datasets.clustering.fitting import number_of_clusters, project
-from car_datasets.selection.rule import BY_CLUSTER, BY_SCORE, SELECTION_COLUMNS, Indices, ranks_of, ranks_within
+from car_datasets.selection.rule import (
+    BY_CLUSTER,
+    BY_SCORE,
+    SELECTION_COLUMNS,
+    Indices,
+    ranks_of,
+    ranks_within,
+    refuse_infinite,
+)
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     Matrix,
@@ -102,12 +110,13 @@ class Overview:
                 them, both are what the rows show.
 
         Raises:
-            ValueError: a selected row is not in the pool, or a column is missing.
+            ValueError: a selected row is not in the pool, a score is infinite, or a column is missing.
         """
         check_columns(pool.column_names, (names.score, names.cluster), ())
         check_columns(selected.column_names, (names.index, "selected_by"), ())
         pool, selected = pool.with_format(None), selected.with_format(None)
         scores = read_numbers(pool, names.score, np.nan)
+        refuse_infinite(scores, names.score)
         lengths, unit = row_lengths(pool, names)
         positions = positions_in_pool(pool, selected, names.index)
         random, matched = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)

@@ -188,6 +188,15 @@ def _best_first(score: npt.NDArray[np.float64]) -> Indices:
     return np.argsort(-score, kind="stable")
 
 
+def refuse_infinite(scores: npt.NDArray[np.float64], column: str) -> None:
+    """Raise ValueError for scores of which no mean, quantile or histogram can be computed; NaN is no score."""
+    if len(rows := np.flatnonzero(np.abs(scores) > 1e100)):
+        raise ValueError(
+            f"The column {column!r} holds infinite or absurd scores in {len(rows)} rows, the first {rows[:5].tolist()}. "
+            "Score these rows again, or make their scores null, which leaves them out."
+        )
+
+
 def _rows_by_score(n1: int | float | None, rows: int) -> int:
     """Return n1 as a number of rows; a fraction is rounded down, but to 1 at least."""
     if n1 is None:

@@ -66,6 +66,14 @@ def figures_of(pool: Dataset, rows: list[int]) -> GroupFigures:
     )
 
 
+@pytest.mark.parametrize("score", [float("inf"), -float("inf"), 1e308])
+def test_scores_without_a_mean_are_named(score: float, pool: Dataset, selected: Dataset) -> None:
+    absurd = [score if old == 0.3 else old for old in pool["iqs_score"]]
+    pool = pool.remove_columns("iqs_score").add_column("iqs_score", absurd)
+    with pytest.raises(ValueError, match=r"'iqs_score' holds infinite or absurd scores in 1 rows, the first \[2\]"):
+        SelectionReport.from_selection(pool, selected)
+
+
 # the figures ----------------------------------------------------------------------------------------------------------
 
 

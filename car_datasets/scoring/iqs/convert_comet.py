@@ -205,7 +205,19 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     odd = [n for n, w in content["state_dict"].items() if not (isinstance(n, str) and isinstance(w, Tensor))]
     if odd:
         raise ValueError(f"{path} is not a Lightning checkpoint: {odd[:5]} in its state_dict are not named tensors.")
+    odd = [name for name, weight in content["state_dict"].items() if not _is_plain(weight)]
+    if odd:
+        raise ValueError(
+            f"{path} holds weights that are sparse, complex, quantised or empty shells ({odd[:5]}), which no model of "
+            "CaR has. Download the checkpoint again."
+        )
     return dict(content)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Return True for a dense tensor of real numbers, the only kind that can be copied into a model unchanged."""
+    dense = weight.layout == torch.strided and not weight.is_nested and not weight.is_quantized
+    return dense and weight.device.type == "cpu" and not weight.is_complex()
 
 
 def _read_options(checkpoint: Path) -> dict[str, Any]:

@@ -190,12 +190,12 @@ class SharedRun(ABC):
             self.folder.make()  # checks the token now, before an hour of work that could not be uploaded
         try:
             stored = json.loads(earlier or b"")
-        except ValueError:
-            stored = {}
+        except (ValueError, RecursionError):
+            stored = None
         if stored != self.manifest:
+            other = differences(stored, self.manifest) if isinstance(stored, dict) else f"its {MANIFEST} is damaged"
             raise ValueError(
-                f"{self.shown} belongs to another run: {differences(stored, self.manifest)}. Pass "
-                "another folder (--shards DIR), or delete this one."
+                f"{self.shown} belongs to another run: {other}. Pass another folder (--shards DIR), or delete this one."
             )
 
     def claim(self, shard: int, turns: Mapping[str, int]) -> str | None:
@@ -486,10 +486,12 @@ def read_part(path: Path) -> tuple[Dataset, str] | str:
         with pa.memory_map(str(path)) as file:
             metadata = pa.ipc.open_stream(file).schema.metadata or {}
         part = Dataset.from_file(str(path))
-    except (pa.ArrowInvalid, FileNotFoundError) as error:  # truncated at the start, or gone
+        fingerprint = str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
+    # Truncated at the start, or gone; or it holds what no worker wrote.
+    except (pa.ArrowInvalid, FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         return str(error)
     except OSError as error:
         if error.errno is None:  # raised by Arrow for a file that ends early; errors of the system have a number
             return str(error)
         raise
-    return part, str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
+    return part, fingerprint

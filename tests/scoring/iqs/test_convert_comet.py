@@ -131,6 +131,18 @@ def test_a_pickle_that_runs_code_is_refused(layout: Path, tmp_path: Path) -> Non
     assert marker.exists()
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda w: w.to(torch.complex64), lambda w: w.to("meta")])
+def test_weights_that_are_no_plain_numbers_are_refused(layout: Path, change: Any) -> None:
+    path = next(layout.glob("checkpoints/*.ckpt"))
+    content = torch.load(path, weights_only=True)
+    name = next(iter(content["state_dict"]))
+    content["state_dict"][name] = change(content["state_dict"][name])
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="are sparse, complex, quantised") as error:
+        IQSModel.from_pretrained(layout)
+    assert str(path) in str(error.value)
+
+
 def _zip_with(payload: Any, folder: Path) -> Path:
     torch.save(payload, folder / "careless.ckpt")
     return folder / "careless.ckpt"
