@@ -30,7 +30,7 @@ from typer.models import OptionInfo
 
 from car_datasets import __version__
 from car_datasets.recipe import HUB, OUTPUT, PANELS, PERFORMANCE, Recipe
-from car_datasets.utils.files import UNFINISHED
+from car_datasets.utils.files import UNFINISHED, printable
 from car_datasets.utils.hub import clean_token
 from car_datasets.utils.processes import launched_rank
 
@@ -327,7 +327,9 @@ def one_line_errors(command: Command) -> Command:
 
     @wraps(command)
     def run(**arguments: Any) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Printable("%(message)s"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         # From the environment: torch, which would know as well, must not be imported yet.
         is_main = launched_rank()[0] == 0
         try:
@@ -336,16 +338,25 @@ def one_line_errors(command: Command) -> Command:
         except (ValueError, OSError) as error:
             if not is_main:
                 time.sleep(GRACE)
-            typer.echo(f"car-datasets: {_as_typed(' '.join(str(error).split()), command, arguments)}", err=True)
+            echo(f"car-datasets: {_as_typed(' '.join(str(error).split()), command, arguments)}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as stop:
             if is_main:
-                typer.echo(f"\ncar-datasets: stopped. {_what_is_kept(command.__name__, arguments)}", err=True)
+                typer.echo(err=True)
+                echo(f"car-datasets: stopped. {_what_is_kept(command.__name__, arguments)}", err=True)
             raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
 
     # typer shows the docstring as the help, and rich would read the brackets of "car-datasets[explore]" as markup.
     run.__doc__ = _as_markup(command.__doc__ or "")
     return run
+
+
+class _Printable(logging.Formatter):
+    """Log records without the characters that a terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        return printable(super().format(record))
 
 
 class _Terminated(KeyboardInterrupt):
@@ -457,16 +468,21 @@ def _silence() -> Iterator[None]:
         yield
 
 
+def echo(text: str, err: bool = False) -> None:
+    """Print one line, whatever names, paths and statuses of others it contains."""
+    typer.echo(printable(text).replace("\n", r"\n"), err=err)
+
+
 def print_table(table: Any) -> None:
-    """Print a `rich` table to standard output."""
+    """Print a `rich` table to standard output, without reading its text as markup."""
     from rich.console import Console
 
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def print_pushed(pushed: tuple[str, str]) -> None:
     """Print the repository and the commit of a push."""
-    typer.echo(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
+    echo(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
 
 
 def quiet_models() -> None:

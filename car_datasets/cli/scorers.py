@@ -14,6 +14,7 @@ from car_datasets.cli.app import (
     Source,
     add_options,
     app,
+    echo,
     one_line_errors,
     option,
     print_table,
@@ -66,7 +67,7 @@ def prepare(
         similarity=similarity or None,
     )
     kept = ", ".join(f"{found.counts[side]:,} {side}" for side in ("train", "valid", "test"))
-    typer.echo(
+    echo(
         f"{found.counts['revisions']:,} revisions, {found.counts['dropped']:,} smallest edits dropped; pairs: {kept} "
         f"({found.moved:,} near-duplicates moved to train). The files are in {output}."
     )
@@ -126,7 +127,7 @@ def train(
         figures = train_scorer(settings, options["token"])
     if figures:  # the other processes of a distributed run have none
         pairs = figures["accuracy"]["cleaned"]["pairs"]
-        typer.echo(
+        echo(
             f"The model is in {settings.output}; it ranks {100 * pairs['value']:.1f} % of the validation pairs right "
             f"(95 % interval {100 * pairs['low']:.1f} to {100 * pairs['high']:.1f})."
         )
@@ -241,12 +242,12 @@ def quantise(
     scorer = scorer_of(recipe, token, embed=False)
     texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
     quantise_encoder(scorer, texts, output)
-    typer.echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
+    echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
     # On rows that were not calibrated on, where the agreement would be too good.
     if len(others) >= FEWEST_TEXTS:
         print_table(compare_engines(scorer, replace(scorer, engine=str(output)), others).to_table())
     else:
-        typer.echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
+        echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
 
 
 @app.command(
@@ -267,4 +268,4 @@ def convert(
     from car_datasets.scoring.iqs.modeling_iqs import convert_checkpoint
 
     convert_checkpoint(checkpoint, output, changes.get("tokenizer"))
-    typer.echo(f"The model is in {output}.")
+    echo(f"The model is in {output}.")

@@ -19,6 +19,7 @@ from car_datasets.cli.app import (
     Source,
     add_options,
     app,
+    echo,
     one_line_errors,
     option,
     print_pushed,
@@ -88,7 +89,7 @@ def curate(
         _refuse_push(push, private, token)
     # Interrupted between the result and the end of the push, the same command must push and not refuse its own result.
     if push is not None and _is_there(output, source, recipe, token):
-        typer.echo(f"{output} holds this result already.")
+        echo(f"{output} holds this result already.")
     else:
         report = curate(
             source, output, recipe, token=token, shard_dir=options["shards"], overwrite=options["overwrite"]
@@ -149,9 +150,9 @@ def _say_where(folder: Path) -> None:
     from car_datasets.reporting.page import PAGE_FILE
     from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
 
-    typer.echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
-    typer.echo(f"the figures are in {folder / PAGE_FILE} (open it in a browser) and {folder / SUMMARY_FILE},")
-    typer.echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
+    echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
+    echo(f"the figures are in {folder / PAGE_FILE} (open it in a browser) and {folder / SUMMARY_FILE},")
+    echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
@@ -225,7 +226,7 @@ def _with_languages(dataset: Dataset, schema: Schema, stages: Pipeline) -> Datas
 
     languages = stages.read_languages(dataset, schema)
     if sentence := languages_not_read(count_languages(languages), stages.scorer.languages):
-        typer.echo(f"Warning: {sentence} `select --languages within` ranks within languages.", err=True)
+        echo(f"Warning: {sentence} `select --languages within` ranks within languages.", err=True)
     column = stages.recipe.names.language
     return dataset.add_column(column, languages) if column else dataset
 
@@ -250,7 +251,7 @@ def estimate(
     recipe = Recipe().changed(**changes)
     dataset = open_source(source, recipe, options["token"]).dataset
     scorer = scorer_of(recipe, options["token"], embeddings)
-    typer.echo(str(estimate_scoring(dataset, scorer, rows)))
+    echo(str(estimate_scoring(dataset, scorer, rows)))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
@@ -423,10 +424,10 @@ def verify(
 
     found = verify(where, **options)
     for words in found.checked:
-        typer.echo(f"ok: {words}")
+        echo(f"ok: {words}")
     for words in found.skipped:
-        typer.echo(f"not checked: {words}")
-    typer.echo("match" if found.matches else f"mismatch: {found.difference}")
+        echo(f"not checked: {words}")
+    echo("match" if found.matches else f"mismatch: {found.difference}")
     # 1 for a mismatch, so that scripts can tell it from a wrong call, which exits with 2.
     if not found.matches:
         raise typer.Exit(1)
@@ -436,7 +437,7 @@ def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
     # `left` counts the rows that other workers have claimed and not finished.
     done = ", ".join(f"{folder} holds {rows - others:,} of {rows:,} rows" for folder, others in left.items())
     rest = "the others are with other workers" if any(left.values()) else "none is left"
-    typer.echo(f"{done}; {rest}. car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.")
+    echo(f"{done}; {rest}. car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.")
 
 
 def _open(source: str) -> Dataset:
@@ -452,4 +453,4 @@ def _write(dataset: Dataset, output: Path, names: ColumnNames) -> None:
     from car_datasets.utils.processes import from_main
 
     from_main(lambda: write_table(dataset, output, names))
-    typer.echo(f"{len(dataset):,} rows are in {output}.")
+    echo(f"{len(dataset):,} rows are in {output}.")

@@ -346,7 +346,7 @@ def _check_parts(model: ClusterModel) -> None:
     columns = {name: getattr(model, name) for name in ("embedding_column", "output_column", "distance_column")}
     if odd := {name: value for name, value in columns.items() if not isinstance(value, str) or not value}:
         raise ValueError(f"{odd} must be the names of columns.")
-    if not is_whole_number(model.seed) or not all(
+    if not is_integer(model.seed) or not all(
         isinstance(number, (int, float, np.number)) for number in (model.explained_variance, model.inertia)
     ):
         raise ValueError("seed, explained_variance and inertia must be numbers.")

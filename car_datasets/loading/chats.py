@@ -36,6 +36,7 @@ OTHER_PARTS = "other_parts"  # scored without images, audio and other parts that
 NULL = "null"
 NOT_A_STRING = "not_a_string"
 NO_ASSISTANT_TURN = "no_assistant_turn"
+TOO_LONG = "too_long"  # its exchanges would repeat the system prompt to more than MOST_REPEATED characters
 BAD_TURN = "bad_turn"  # with the keys of the message, if it has any
 NO_CONTENT = "no_content"  # with the role of the message
 UNKNOWN_ROLE = "unknown_role"  # with the role
@@ -68,6 +69,7 @@ CONTEXT_CHARACTERS = 1_000  # of earlier turns that an exchange is given to read
 # About what a model with 512 tokens reads in English. Earlier turns fill only the part that the exchange leaves free:
 # they come before the answer, and must not push its end out of the model's sight.
 READ_CHARACTERS = 2_000
+MOST_REPEATED = 1 << 24  # characters of system prompts in all exchanges of a chat
 
 
 class Reading(NamedTuple):
@@ -382,6 +384,8 @@ def cut_at_answers(turns: Iterable[Turn], score_thoughts: bool = False) -> Readi
         else:
             chat.ask(turn)
     ends_in_call = chat.close()
+    if chat.repeated > MOST_REPEATED:
+        return Reading([], TOO_LONG)
     if not chat.exchanges:
         return Reading([], NO_ASSISTANT_TURN)
     if partial:
@@ -401,9 +405,10 @@ class _Cut:
 
     def __init__(self, score_thoughts: bool) -> None:
         self.exchanges: list[Exchange] = []
+        self.repeated = 0  # characters of system prompts, beyond the first exchange
         self.thoughts: list[str] = []  # since the last answer
         self._score_thoughts = score_thoughts
-        self._system: list[str] = []
+        self._system: dict[str, None] = {}  # in order; a lookup in a list would take longer with each
         self._earlier: deque[str] = deque()  # the newest earlier turns, as many as fit in CONTEXT_CHARACTERS
         self._size = 0
         self._asked: list[str] = []
@@ -414,8 +419,7 @@ class _Cut:
     def ask(self, turn: Turn) -> None:
         """Take a turn of the system, the user or a tool."""
         if turn.kind == "system" and not (self._asked or self._answer or self.exchanges):
-            if turn.text not in self._system:  # a column and the first message may have the same prompt
-                self._system.append(turn.text)
+            self._system[turn.text] = None  # a column and the first message may have the same prompt
             return
         self._finish()
         if self._answered_unscored and turn.kind != "tool":
@@ -464,13 +468,15 @@ class _Cut:
 
     def _finish(self) -> None:
         """Make an exchange of what was asked and answered, if there is an answer."""
-        if not self._answer:
+        if not self._answer or self.repeated > MOST_REPEATED:
             return
         answer = "\n".join(self._answer)
         thought = join_lines(*self.thoughts) if self._score_thoughts else ""
         response = f"{thought}\n{answer}" if thought else answer
-        own = sum(len(text) + 1 for text in (*self._system, *self._asked)) + len(response)
+        system = sum(len(text) + 1 for text in self._system)
+        own = system + sum(len(text) + 1 for text in self._asked) + len(response)
         asked = [*self._system, *self._nearest(READ_CHARACTERS - own), *self._asked]
+        self.repeated += system if self.exchanges else 0
         self.exchanges.append(Exchange("\n".join(asked), "", response))
         self._remember([*self._asked, answer])
         self._asked, self._answer, self.thoughts, self._calls = [], [], [], None

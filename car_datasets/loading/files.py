@@ -42,9 +42,9 @@ from datasets.utils.metadata import MetadataConfigs
 from fsspec.utils import glob_translate
 from huggingface_hub import DatasetCard
 
-from car_datasets.utils.columns import refuse_casts
+from car_datasets.utils.columns import refuse_casts, refuse_wide
 from car_datasets.utils.digests import file_digest
-from car_datasets.utils.files import user_path
+from car_datasets.utils.files import printable, user_path
 from car_datasets.utils.hub import asking, clean_token, reason
 
 logger = logging.getLogger(__name__)
@@ -392,7 +392,7 @@ def _say_what_is_left_out(folder: Path, names: Sequence[str], splits: Mapping[st
 
 def listed(names: Sequence[str]) -> str:
     """Return the first names for a message, and the number of all of them if there are more."""
-    return ", ".join(names[:5]) + (f", ... ({len(names)} files)" if len(names) > 5 else "")
+    return printable(", ".join(names[:5])) + (f", ... ({len(names)} files)" if len(names) > 5 else "")
 
 
 def _configured(folder: Path, name: str | None) -> tuple[dict[str, list[str]] | None, str]:
@@ -477,6 +477,7 @@ def read_parquet(files: Sequence[DataFile], cache_dir: str | None = None) -> Dat
             if getattr(error, "errno", None) is not None:  # from the operating system: the file is not to blame
                 raise
             raise ValueError(f"source={file.shown!r} cannot be read as parquet: {reason(error)}") from error
+        refuse_wide(f"source={file.shown!r}", len(columns))
         if first is not None and columns != first:
             raise ValueError(
                 f"source={file.shown!r} has the columns {columns}; {files[0].shown!r} has {first}. One dataset has the "

@@ -27,7 +27,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 
 from car_datasets.loading.files import DataFile
-from car_datasets.loading.values import Kind, as_written, batch_of, mended, warn_of_halves, warn_of_json
+from car_datasets.loading.values import Kind, as_written, batch_of, readable, warn_of_halves, warn_of_json
+from car_datasets.utils.columns import refuse_wide
 from car_datasets.utils.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def read_json(files: Sequence[DataFile], cache_dir: str | None = None) -> Datase
                 halves.append(number)
         if kind.seen == 0:
             _refuse_no_rows(files)
+        refuse_wide(shown, len(kind.fields))
         reasons: dict[str, str] = {}
         return kind.features(reasons), {"json": reasons, "halves": halves[:SHOWN], "halved": len(halves)}
 
@@ -250,14 +252,13 @@ def _json_rows(file: DataFile) -> Iterator[Row]:
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a surrogate pair
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict; raise ValueError for a repeated key, of which Python would keep only the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"an object has a key twice: {[key for key, _ in pairs]}")
+        raise ValueError(f"an object has a key twice: {[key for key, _ in pairs][:20]}")
     return value
 
 
@@ -299,13 +300,11 @@ def _row(file: DataFile, text: str, span: tuple[int, int], value: Any, line: Cal
     start, end = span
     if not isinstance(value, dict):
         raise _broken(file, f"this row is not an object but {text[start:end][:40]!r}; correct or drop it", line(start))
-    if not _HALF.search(text, start, end):  # most texts are spared the walk
-        return Row(value, end - start)
     try:
-        whole = mended(value)
+        whole = readable(value, text[start:end])
     except ValueError as error:
         raise _broken(file, str(error), line(start)) from error
-    return Row(whole, end - start, halved=whole != value)
+    return Row(whole, end - start, halved=whole is not value and whole != value)
 
 
 def _list_rows(file: DataFile) -> Iterator[Row]:
@@ -434,6 +433,7 @@ def _header(file: DataFile) -> tuple[str, list[str]]:
         names = next((record for _, record in lines), [])
     if not names:
         _refuse_no_rows([file])
+    refuse_wide(f"source={file.shown!r}", len(names))
     unnamed = [i for i, name in enumerate(names, 1) if not name.strip()]
     if unnamed:
         why = "pandas writes its index so, unless to_csv(index=False)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -307,10 +308,10 @@ def as_column_names(columns: Mapping[str, str] | Iterable[tuple[str, str]]) -> t
         pairs = tuple(sorted(dict(columns).items()))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"columns={columns!r} must map roles to columns, such as {{'instruction': 'task'}}."
+            f"columns={reprlib.repr(columns)} must map roles to columns, such as {{'instruction': 'task'}}."
         ) from error
     if not all(isinstance(name, str) for pair in pairs for name in pair):
-        raise ValueError(f"columns={columns!r} must map names to names, such as {{'instruction': 'task'}}.")
+        raise ValueError(f"columns={reprlib.repr(columns)} must map names to names, such as {{'instruction': 'task'}}.")
     return pairs
 
 

@@ -102,10 +102,55 @@ def clean(text: str) -> str:
     price: `\nabla` in LaTeX loses its `\n`. Only the scored text is changed, never the row.
     """
     text = text.translate(_QUOTES)
-    # This ends: each replacement makes the text shorter.
-    while (decoded := _ESCAPE.sub(_decode, text).translate(_QUOTES)) != text:  # a straightened quote can end an escape
+    for _ in range(_PASSES):
+        decoded = _ESCAPE.sub(_decode, text).translate(_QUOTES)  # a straightened quote can end an escape
+        if decoded == text:
+            break
         text = decoded
+    else:
+        text = _decode_deep(text)
     return " ".join(join_surrogates(text).split())
+
+
+_PASSES = 8  # over an entire text; every pass takes off a level of escapes, and few texts have more than two
+
+
+def _decode_deep(text: str) -> str:
+    r"""Return what passes over the text end with, in time linear in its length.
+
+    In `\u005cu005cu005c`, every pass decodes one escape, so that passes over all of the text would be quadratic. An
+    escape that a pass finds contains a sign that the pass before it made, so only the signs around those are read.
+    """
+    signs, after, before = list(text), list(range(1, len(text) + 1)), list(range(-1, len(text) - 1))
+    starts = [place for place, sign in enumerate(signs) if sign == "\\"]
+    while starts:
+        made: list[int] = []
+        end = 0
+        for start in starts:
+            ends = [start]
+            while ends[-1] < len(signs) and len(ends) <= _LONGEST:
+                ends.append(after[ends[-1]])
+            if start >= end and (found := _ESCAPE.match("".join(signs[place] for place in ends[:-1]))):
+                end = ends[found.end()]
+                signs[start] = _decode(found).translate(_QUOTES)
+                after[start] = end
+                if end < len(signs):
+                    before[end] = start
+                made.append(start)
+        starts = []
+        for place in made:
+            near = [place]
+            while before[near[-1]] >= 0 and len(near) < _LONGEST:
+                near.append(before[near[-1]])
+            starts += [at for at in reversed(near) if signs[at] == "\\" and at > (starts or [-1])[-1]]
+    place, kept = 0, []
+    while place < len(signs):
+        kept.append(signs[place])
+        place = after[place]
+    return "".join(kept)
+
+
+_LONGEST = 6  # signs of an escape
 
 
 def _decode(match: re.Match[str]) -> str:
@@ -122,6 +167,8 @@ def join_surrogates(text: str) -> str:
 
 
 # --- parts of an answer
+
+DEEPEST_READ = 200  # levels of lists and objects; Python's recursion and Arrow's reader end not far beyond
 
 # A thought at the start of an answer. Only `<think>` may be left open: the model ran out of tokens while it thought.
 _THOUGHT = re.compile(
@@ -213,11 +260,28 @@ def _tidy(value: Any) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value that a text holds as JSON; `None` if it is not JSON."""
+    """Return the value that a text holds as JSON; `None` if it is not JSON, or nested too deeply."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    return None if is_deep(value, text) else value
+
+
+def is_deep(value: Any, text: str | None = None) -> bool:
+    """Return True if a value holds lists or mappings at more than DEEPEST_READ levels, where recursion would fail.
+
+    Args:
+        value: of any kind.
+        text (`str`, *optional*): the JSON that it was parsed from, by which most values are spared the walk.
+    """
+    if text is not None and text.count("[") + text.count("{") <= DEEPEST_READ:
+        return False
+    level = [value]
+    for _ in range(DEEPEST_READ):
+        mappings = [part.values() for part in level if isinstance(part, Mapping)]
+        level = [part for parts in (*mappings, *(p for p in level if isinstance(p, (list, tuple)))) for part in parts]
+    return any(isinstance(part, (list, tuple, Mapping)) for part in level)
 
 
 # The marks of speakers in a chat that is one text: of HH-RLHF, of Guanaco and of Glaive.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,8 @@ from datasets.features.features import generate_from_arrow_type, get_nested_type
 from datasets.formatting.formatting import LazyBatch
 from datasets.table import InMemoryTable
 
-from car_datasets.loading.templates import join_surrogates
+from car_datasets.loading.templates import DEEPEST_READ, is_deep, join_surrogates
+from car_datasets.utils.columns import refuse_wide
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 EXACT = 2**53  # up to here float64 has every integer
 DEEPEST = 8  # levels of lists and objects that become Arrow types; Arrow's files allow 64, and few readers want many
+
+MOST_KEYS = 1_000  # of objects that become Arrow's structs
+NESTED = f"it is nested more than {DEEPEST_READ} levels deep"
 
 if hasattr(datasets, "Json"):
 
@@ -291,6 +296,8 @@ class Kind:
             return f"is nested more than {DEEPEST} levels deep"
         if self.objects and (not self.fields or "" in self.fields):
             return "has objects without keys, or a key without text"
+        if len(self.fields) > MOST_KEYS:
+            return f"has objects of more than {MOST_KEYS:,} keys"
         if self.objects and any(field.seen < self.objects for field in self.fields.values()):
             return "has objects of differing keys"
         if self.low is not None and self.high is not None:
@@ -332,6 +339,20 @@ def warn_of_json(shown: str, reasons: Mapping[str, str]) -> None:
         logger.warning(
             "%s: kept as JSON (the feature Json), because Arrow has no type for all values: %s.", shown, places
         )
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # may be half of a surrogate pair
+
+
+def readable(value: Any, text: str) -> Any:
+    """Return a value that was parsed from JSON, mended where its text needs it.
+
+    Raises:
+        ValueError: it is nested too deeply, or cannot be mended.
+    """
+    if is_deep(value, text):
+        raise ValueError(NESTED)
+    return mended(value) if _HALF.search(text) else value  # most texts are spared the walk
 
 
 def mended(value: Any) -> Any:
@@ -384,6 +405,7 @@ def dataset_from_rows(rows: Sequence[Mapping[str, Any]], shown: str = "source") 
         i for i, (one, other) in enumerate(zip(plain, whole, strict=True)) if one != other and repr(one) != repr(other)
     ]
     names = dict.fromkeys(name for row in whole for name in row)
+    refuse_wide(shown, len(names))
     return _dataset_of({name: [row.get(name) for row in whole] for name in names}, shown, halves)
 
 
@@ -396,6 +418,7 @@ def dataset_from_pandas(frame: DataFrame, shown: str = "source") -> Dataset:
     if any(name is not None for name in frame.index.names):
         frame = frame.reset_index()
     names = list(frame.columns)
+    refuse_wide(shown, len(names))
     if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"{shown} has the columns {names}: rename them, so that each has a text of its own as its name."
@@ -409,12 +432,9 @@ def dataset_from_pandas(frame: DataFrame, shown: str = "source") -> Dataset:
             missing = column.isna().tolist()
             values = [None if gone else value for value, gone in zip(column.tolist(), missing, strict=True)]
             columns[name] = [_plain(value, f"{shown}, column {name!r}") for value in values]
-    halves = [i for i in range(len(frame)) if any(isinstance(c, list) and _has_half(c[i]) for c in columns.values())]
+    texts = [column for column in columns.values() if isinstance(column, list)]
+    halves = [i for i in range(len(frame)) if any(repr(mended(c[i])) != repr(c[i]) for c in texts)]
     return _dataset_of(columns, shown, halves)
-
-
-def _has_half(value: Any) -> bool:
-    return repr(mended(value)) != repr(value)
 
 
 def _dataset_of(columns: Mapping[str, Any], shown: str, halves: Sequence[int]) -> Dataset:
@@ -457,18 +477,20 @@ def _column(values: list[Any], name: str, reasons: dict[str, str]) -> tuple[Any,
     return feature, array_of(values, feature)
 
 
-def _plain(value: Any, shown: str) -> Any:
+def _plain(value: Any, shown: str, levels: int = DEEPEST_READ) -> Any:
     """Return a Python value with lists, dicts and numbers of Python's own in place of NumPy's and other kinds."""
     if value is None or type(value) in (str, int, float, bool):
         return value
+    if levels < 1 and isinstance(value, (list, tuple, Mapping)):
+        raise ValueError(f"{shown}: {NESTED}.")
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError(f"{shown}: an object has keys that are no text: {list(value)[:5]}.")
-        return {str(key): _plain(part, shown) for key, part in value.items()}
+        return {str(key): _plain(part, shown, levels - 1) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part, shown) for part in value]
+        return [_plain(part, shown, levels - 1) for part in value]
     if hasattr(value, "tolist") and hasattr(value, "dtype"):  # a number or an array of NumPy
-        return _plain(value.tolist(), shown)
+        return _plain(value.tolist(), shown, levels - 1)
     for kind in (str, bool, int, float):
         if isinstance(value, kind):
             return kind(value)

@@ -24,6 +24,7 @@ from car_datasets.reporting.overview import Overview, count_clusters
 from car_datasets.selection.rule import BY_BOTH, BY_CLUSTER, BY_SCORE, Indices, choose
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
+from car_datasets.utils.files import printable
 from car_datasets.utils.settings import SEED, is_integer
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Explanation:
         near = [_in_words(n) for n in self.neighbours]
         lines += [f"nearest in its cluster: {'; '.join(near)}"] if near else []
         lines += [f"nearest selected row: {_in_words(self.nearest_selected)}"] if self.nearest_selected else []
-        return "\n  ".join(lines)
+        return printable("\n  ".join(lines))
 
 
 def _in_words(n: Neighbour) -> str:

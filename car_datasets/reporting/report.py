@@ -30,6 +30,7 @@ from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
 from car_datasets.selection.rule import BY_CLUSTER, REASONS, Indices
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import public
+from car_datasets.utils.files import printable, table_text
 from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
@@ -172,7 +173,8 @@ class SelectionReport:
     def to_table(self) -> Table:
         """Return the four groups as a `rich` table for the terminal, with the counts as its caption."""
         header, *rows = self.comparison()
-        table = Table(title="Selection report", caption="\n".join(self.sentences()), caption_justify="left")
+        table = Table(title="Selection report", caption_justify="left")
+        table.caption = table_text("\n".join(self.sentences()), "table.caption")
         for name in header:
             table.add_column(name, justify="left" if name == header[0] else "right")
         for row in rows:
@@ -265,7 +267,7 @@ class SelectionReport:
             f"score against length in {self.length_unit}: Pearson {correlation['pearson']:+.2f}, "
             f"Spearman {correlation['spearman']:+.2f}",
         ]
-        return [*sentences, *self._language_sentence()]
+        return [printable(sentence) for sentence in (*sentences, *self._language_sentence())]
 
     def _language_sentence(self) -> list[str]:
         """Return a sentence about the languages, none if the pool is in one."""

@@ -44,7 +44,7 @@ from car_datasets.utils.columns import refuse_tables
 from car_datasets.utils.digests import public
 from car_datasets.utils.processes import device_for
 from car_datasets.utils.revisions import pin_model
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import is_integer
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -230,7 +230,7 @@ def _check_files(folder: Path) -> None:
 def _check_lengths(model: SentenceTransformer) -> None:
     """Raise ValueError if the model's limits do not fit its tables of tokens and positions, which would end a run."""
     longest, encoder = model.max_seq_length, getattr(model[0], "auto_model", None)
-    if longest is not None and (not is_whole_number(longest) or longest < 1):
+    if longest is not None and (not is_integer(longest) or longest < 1):
         raise ValueError(f"max_seq_length={longest!r} is not a number of tokens")
     if longest is not None:
         refuse_long_texts(encoder, "max_seq_length", longest)

@@ -27,6 +27,7 @@ from car_datasets.scoring.batching import current_watch, watching
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, refuse_overwrite
 from car_datasets.utils.digests import public
+from car_datasets.utils.files import printable
 from car_datasets.utils.processes import is_main_process, process_rank
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def say(text: str) -> None:
 def _write(text: str) -> None:
     from tqdm.auto import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
 
 
 def _bars_are_off() -> bool:

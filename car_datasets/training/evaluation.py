@@ -19,7 +19,7 @@ import numpy.typing as npt
 from car_datasets.loading.templates import Exchange, Text, render
 from car_datasets.training.corruptions import CORRUPTIONS, STYLES, corrupt
 from car_datasets.training.pairs import Pair, as_given, cleaned, refuse_crossing
-from car_datasets.utils.files import without_nan
+from car_datasets.utils.files import table_text, without_nan
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Evaluation:
         from rich.table import Table
 
         by = "" if self.engine is None else f" in int8 ({self.engine})"
-        accuracy = Table(title=f"{self.model}{by} on {self.pairs:,} pairs", title_justify="left")
+        title = table_text(f"{self.model}{by} on {self.pairs:,} pairs", "table.title")
+        accuracy = Table(title=title, title_justify="left")
         for name in ("", "pairs", "rows", "Kendall tau-b", "AUC"):
             accuracy.add_column(name)
         for text, figures in self.accuracy.items():
@@ -90,9 +91,10 @@ class Evaluation:
         for baseline, by_text in self.baselines.items():
             for text, figures in by_text.items():
                 accuracy.add_row(f"{baseline}, text {text}", *_accuracy_cells(figures))
-        accuracy.caption = (
+        accuracy.caption = table_text(
             f"rows: threshold {self.threshold:.3f} ({self.threshold_from}); bag of words: {self.bag_of_words_from}; "
-            "[95 % interval]"
+            "[95 % interval]",
+            "table.caption",
         )
         corruptions = Table("corruption", "row outranks its copy", "rows", title_justify="left")
         for kind, row in self.corruptions.items():

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from car_datasets.loading.templates import Exchange, join_surrogates
 from car_datasets.training.evaluation import Clue, clues, cross_validated, pair_metrics
 from car_datasets.training.pairs import Pair, as_given, cleaned, parse_text, question
-from car_datasets.utils.files import write_folder
+from car_datasets.utils.files import table_text, write_folder
 from car_datasets.utils.settings import SEED, refuse_missing_extra
 
 if TYPE_CHECKING:
@@ -321,5 +321,5 @@ def audit_table(name: str, audit: Audit) -> Table:
         table.add_column(column)
     for clue in audit.clues:
         side = "better" if clue.weight > 0 else "worse"
-        table.add_row(repr(clue.token), f"{100 * clue.worse:.1f} %", f"{100 * clue.better:.1f} %", side)
+        table.add_row(table_text(repr(clue.token)), f"{100 * clue.worse:.1f} %", f"{100 * clue.better:.1f} %", side)
     return table

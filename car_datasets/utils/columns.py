@@ -29,6 +29,7 @@ from datasets.formatting.formatting import LazyBatch
 
 Matrix = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.int64]
+MOST_COLUMNS = 10_000  # of a source: every step takes time for each column
 BATCH = 16_384  # rows in memory at a time: 25 MB at 384 float32 numbers a row
 
 
@@ -404,3 +405,12 @@ def _group(kind: pa.DataType) -> str | None:
         "times": pa.types.is_temporal,
     }
     return next((name for name, test in tests.items() if test(kind)), None)
+
+
+def refuse_wide(shown: str, columns: int) -> None:
+    """Raise ValueError if a source, named in the message as `shown`, has more columns than are read."""
+    if columns > MOST_COLUMNS:
+        raise ValueError(
+            f"{shown} has {columns:,} columns, and at most {MOST_COLUMNS:,} are read. Drop some, or put them into one "
+            "column of objects."
+        )

@@ -1,7 +1,8 @@
-"""Files and folders: written atomically, refused if they would overwrite, and found in the package.
+"""Files and folders, and what strangers wrote in them: written atomically, found in the package, printed safely.
 
 Does: refuse paths that hold results already; write a file or folder under a temporary name and move it into place; write
-figures as JSON that every parser reads; find the assets, recipes and card templates of the package.
+figures as JSON that every parser reads; find the assets, recipes and card templates of the package; make text of
+others safe for a terminal.
 Does not: know how a result folder is laid out.
 """
 
@@ -11,16 +12,37 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 PACKAGE = Path(__file__).parents[1]
 ASSETS = PACKAGE / "assets"
 FIGURES_FILE = "figures.json"  # next to a trained scorer
 UNFINISHED = ".unfinished"  # a file of this name marks a folder that is being written
+
+
+# What a terminal obeys (control characters but tab and newline), what shows text in another order than it is in, and
+# halves of surrogate pairs, which cannot be written.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Return text of others for a terminal: what a terminal would obey becomes a Python escape, such as `\x1b`."""
+    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def table_text(text: str, style: str = "") -> Text:
+    """Return text of others for a `rich` table, which would take `[/name]` for markup in a plain text."""
+    from rich.text import Text
+
+    return Text(printable(text), style)
 
 
 def fresh_folder(folder: Path, names: Sequence[str], argument: str = "output_dir") -> Path:

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import numbers
 import os
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -48,7 +49,8 @@ class Settings:
             # `columns` is checked by its own module, since it may be a mapping or pairs.
             accepted = int | float if kind is float else list if get_origin(kind) is list else kind
             if name != "columns" and (not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)):
-                raise ValueError(f"{name}={value!r} must be of the type {getattr(kind, '__name__', kind)}.")
+                shown = reprlib.repr(value) if isinstance(value, (dict, list)) else repr(value)  # YAML's aliases grow
+                raise ValueError(f"{name}={shown} must be of the type {getattr(kind, '__name__', kind)}.")
 
     def refuse_outside(self, low: float, high: float | None, *names: str) -> None:
         """Raise ValueError if a field is not a number from `low` to `high`; with `high=None`, any finite number.
@@ -181,7 +183,7 @@ def read_kind(path: str | os.PathLike[str], known: Sequence[str]) -> str:
     read = _read_yaml(path).get("kind")
     kind = None if read is None else read.value
     if kind not in known:
-        raise ValueError(f"{path}: kind={kind!r}; a training file needs one of {list(known)}.")
+        raise ValueError(f"{path}: kind={reprlib.repr(kind)}; a training file needs one of {list(known)}.")
     return str(kind)
 
 
@@ -207,7 +209,10 @@ def _as_written(value: Any, node: Any) -> Any:
         if len(value) != len(node.value):
             return value
         pairs = zip(value.items(), node.value, strict=True)
-        return {_as_written(k, key): _as_written(v, item) for (k, v), (key, item) in pairs}
+        # No field has mappings in a mapping, and aliases would make their number grow.
+        return {
+            _as_written(k, key): v if isinstance(v, dict) else _as_written(v, item) for (k, v), (key, item) in pairs
+        }
     return value if value is None or not isinstance(node.value, str) else node.value
 
 
@@ -231,7 +236,7 @@ def _parse_yaml(text: str, where: str) -> _Written:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         return _Written(None if node is None else loader.construct_document(node), node)
-    except (yaml.YAMLError, ValueError) as error:  # of a date such as 2026-13-01, a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date such as 2026-13-01, a ValueError
         raise ValueError(f"{where} is not YAML: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -14,11 +15,14 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from car_datasets.training.measures import Clue
 from click.testing import Result
 from datasets import Dataset
+from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -35,7 +39,9 @@ from car_datasets.cli import app
 from car_datasets.exploring import atlas_table
 from car_datasets.recipe import PANELS
 from car_datasets.results import RESULT_FILES
+from car_datasets.training.preparation import Audit, audit_table
 from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.files import printable
 
 COMMANDS = [str(command.callback.__name__) for command in app.registered_commands if command.callback is not None]
 PARSER: Any = get_command(app)
@@ -723,3 +729,55 @@ def test_a_signal_ends_a_run_in_one_line_and_the_same_command_resumes(
     assert not (tmp_path / "out").exists()
     done = run_process(*command[3:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+# --- text of others
+
+NASTY = "[/foo] [bold]b\x1b[31m\u202e\x07"
+SHOWN = r"[/foo] [bold]b\x1b[31m\u202e\x07"
+
+
+def assert_plain(result: Result, code: int) -> None:
+    """No character that a terminal obeys is printed, and markup is printed as it is."""
+    printed = result.stdout + result.stderr
+    assert (result.exit_code, result.exception is None or isinstance(result.exception, SystemExit)) == (code, True)
+    assert not set("\x1b\u202e\x07") & set(printed)
+    assert SHOWN in " ".join(printed.split()), printed
+
+
+def test_statuses_columns_and_paths_of_others_are_printed_as_text(tmp_path: Path) -> None:
+    content = {
+        "instruction": ["a", "b", "c"],
+        NASTY: [1, 2, 3],
+        "iqs_score": [0.1, 0.2, None],
+        "iqs_status": ["ok", "ok", NASTY],
+        "cluster": [0, 0, 0],
+    }
+    Dataset.from_dict(content).to_parquet(tmp_path / "scored.parquet")
+    rules = ("--n1", 1, "--n2", 1)
+    assert_plain(run("select", tmp_path / "scored.parquet", "-o", tmp_path / f"{NASTY}.parquet", *rules), 0)
+    assert (tmp_path / f"{NASTY}.parquet").is_file()
+    column = ("--score-column", "cluster", "--cluster-column", NASTY.replace("foo", "none"))
+    missing = run("select", tmp_path / "scored.parquet", "-o", tmp_path / "o.parquet", *rules, *column)
+    assert missing.exit_code == 2 and "\x1b" not in missing.stderr and "Traceback" not in missing.stderr
+    assert_plain(run("cluster", tmp_path / f"{NASTY}.csv", "-o", tmp_path / "o.parquet"), 2)
+
+
+@pytest.mark.parametrize("words", ["checked", "skipped", "difference"])
+def test_what_verify_found_in_files_of_others_is_one_line_each(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nasty = f"row {NASTY}\nmatch"
+    value: Any = nasty if words == "difference" else (nasty,)
+    found = SimpleNamespace(**{"checked": (), "skipped": (), "difference": "other", "matches": False, words: value})
+    monkeypatch.setattr("car_datasets.publishing.verification.verify", lambda *_, **__: found)
+    result = run("verify", "out")
+    assert_plain(result, 1)
+    assert "match" not in result.stdout.splitlines()
+
+
+def test_tables_and_answers_print_text_of_others_as_text() -> None:
+    out = io.StringIO()
+    clues = (Clue(token=NASTY, worse=0.1, better=0.2, weight=-1.0),)
+    Console(file=out, width=200).print(audit_table("a", Audit(pairs=0.5, auc=0.5, clues=clues)))
+    assert "[/foo]" in out.getvalue() and "\x1b" not in out.getvalue()
+    assert printable(NASTY + "\n\tä\u200d🙂") == SHOWN + "\n\tä\u200d🙂"
+    assert printable("\udc80") == r"\udc80"

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from car_datasets.loading.chats import (
     BAD_TURN,
@@ -20,8 +22,10 @@ from car_datasets.loading.chats import (
     OK,
     OTHER_PARTS,
     READ_CHARACTERS,
+    TOO_LONG,
     TOOL_CALL,
     is_scored,
+    read_turns,
 )
 from car_datasets.loading.schemas import SCHEMAS, Schema, exchanges_of, format_batch, read_rows
 from car_datasets.loading.templates import Exchange
@@ -369,3 +373,42 @@ def test_a_pair_loses_nothing() -> None:
     assert cut([{"instruction": "q", "input": "1", "output": "r"}]) == [("q\n1", "r")]
     pairs = [{"input": "q", "output": "r", "output_with_loss": False}, {"input": "q2", "output": "r2"}]
     assert cut(pairs) == [("q\nr\nq2", "r2")]
+
+
+# --- what a stranger may send
+
+
+def test_a_system_prompt_is_not_repeated_without_end() -> None:
+    exchanges = chat(*["u q", "a r"] * 2_000)
+    assert cut([*chat("s " + "x" * 8_000), *exchanges]) != TOO_LONG
+    assert cut([*chat("s " + "x" * 20_000), *exchanges]) == TOO_LONG
+    assert cut([*chat(*(f"s {i}" for i in range(20_000))), *exchanges]) == TOO_LONG
+    assert cut([*chat("s " + "x" * (1 << 25)), *chat("u q", "a r")]) != TOO_LONG  # long, but there is no repetition
+
+
+PARTS = [
+    "[",
+    "{",
+    "(",
+    "]",
+    "}",
+    "-",
+    "not ",
+    "1+",
+    "'a'",
+    '"role": ',
+    "'",
+    ", ",
+    "\n\n",
+    "Human:",
+    " Assistant:",
+    "\\",
+    "### ",
+]
+
+
+@settings(max_examples=80, deadline=None)
+@given(parts=st.lists(st.tuples(st.sampled_from(PARTS), st.sampled_from([1, 2, 500, 20_000])), max_size=5))
+def test_any_text_is_a_chat_or_has_a_status(parts: list[tuple[str, int]]) -> None:
+    turns = read_turns("".join(part * times for part, times in parts))
+    assert isinstance(turns, str) or all(isinstance(turn.text, str) for turn in turns)

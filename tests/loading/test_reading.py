@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from car_datasets import QualityScorer, curate, load_instructions
 from car_datasets.loading.files import DataFile
-from car_datasets.loading.reading import read_csv
+from car_datasets.loading.reading import read_csv, read_json
 from car_datasets.results import read_result
 from car_datasets.selection.published import write_original
 from car_datasets.utils.column_names import ColumnNames
@@ -295,3 +298,72 @@ def test_tables_of_different_columns_are_refused(tmp_path: Path) -> None:
     files = [DataFile(str(save(tmp_path, name, text)), name, "csv") for name, text in texts.items()]
     with pytest.raises(ValueError, match=r"'two.csv' has the columns .*answer.* and 'one.csv' has"):
         read_csv(files, ())
+
+
+# --- what a stranger may send
+
+NESTED = [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")]
+
+
+@pytest.mark.parametrize("levels", [300, 990, 10_000, 100_000])
+@pytest.mark.parametrize(("start", "end"), NESTED)
+def test_json_that_is_nested_deeply_is_refused_with_its_line(start: str, end: str, levels: int, tmp_path: Path) -> None:
+    value = f"{start * levels}1{end * levels}"
+    for row in (f'"x": {value}', f'"messages": [{{"role": "user", "content": {value}}}]'):
+        (tmp_path / "rows.jsonl").write_text(f'{{"instruction": "a", "output": "b"}}\n{{{row}}}\n')
+        with pytest.raises(ValueError, match=r"line 2: it is nested (more than 200 levels deep|too deeply)"):
+            load_instructions(str(tmp_path / "rows.jsonl"))
+
+
+def test_rows_in_memory_that_are_nested_deeply_or_in_themselves_are_refused() -> None:
+    deep: Any = 1
+    for _ in range(300):
+        deep = [deep]
+    endless: list[Any] = []
+    endless.append(endless)
+    for value in (deep, endless):
+        rows = [{"instruction": "a", "output": "b", "x": value}]
+        for source in (rows, pd.DataFrame(rows)):
+            with pytest.raises(ValueError, match="nested more than 200 levels deep"):
+                load_instructions(source)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.json", "rows.parquet", None])
+def test_a_source_of_very_many_columns_is_refused(name: str | None, tmp_path: Path) -> None:
+    row = {"instruction": "a", "output": "b", **{f"c{i}": "1" for i in range(10_000)}}
+    source: Any = [row] if name is None else str(tmp_path / name)
+    if name == "rows.csv":
+        (tmp_path / name).write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    elif name == "rows.json":
+        (tmp_path / name).write_text(json.dumps([row]))
+    elif name is not None:
+        pq.write_table(pa.table({column: [value] for column, value in row.items()}), source)
+    with pytest.raises(ValueError, match="has 10,002 columns, and at most 10,000 are read"):
+        load_instructions(source)
+
+
+def test_an_object_of_very_many_keys_is_kept_as_json(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([{"x": {f"k{i}": i for i in range(50_000)}}]))
+    [row] = read_json([DataFile(str(tmp_path / "rows.json"), "rows", "json")])
+    assert row["x"]["k49999"] == 49_999
+
+
+PIECES = [
+    *(b'{"a":', b"[", b"]", b"}", b'"', b"\\u", b"d83d", b"1", b"e9", b",", b"\n", b"\xff", b"\xef\xbb\xbf"),
+    *(b"null", b"-", b"\t", b";"),
+]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(st.tuples(st.sampled_from(PIECES), st.sampled_from([1, 2, 3_000])), min_size=1, max_size=8))
+def test_any_bytes_are_rows_or_one_line_of_explanation(pieces: list[tuple[bytes, int]], tmp_path: Path) -> None:
+    content = b"".join(piece * times for piece, times in pieces)
+    for kind in ("json", "csv"):
+        (tmp_path / f"rows.{kind}").write_bytes(content)
+        file = DataFile(str(tmp_path / f"rows.{kind}"), "rows", kind)
+        try:
+            rows = read_json([file], str(tmp_path)) if kind == "json" else read_csv([file], [], str(tmp_path))
+        except ValueError as error:
+            assert str(error).startswith("source='rows'") and len(str(error)) < 20_000
+        else:
+            assert len(rows) <= content.count(b"\n") + content.count(b"{") + 1

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from car_datasets import load_instructions
-from car_datasets.loading import schemas
+from car_datasets.loading import schemas, templates
 from car_datasets.loading.chats import EMPTY_RESPONSE, NOT_A_STRING, NULL, OK, ROLES
 from car_datasets.loading.schemas import (
     SCHEMAS,
@@ -22,7 +22,7 @@ from car_datasets.loading.schemas import (
     format_batch,
     schema_names,
 )
-from car_datasets.loading.templates import Exchange, clean, render
+from car_datasets.loading.templates import Exchange, clean, join_surrogates, render, render_call, split_thought
 from tests.conftest import ROOT
 
 # --- schemas
@@ -382,3 +382,97 @@ def test_an_error_about_turns_names_their_keys() -> None:
     assert exchanges_of(rows[:], find_schema(rows.column_names, "auto", {"role": "speaker", "content": "said"})) == [
         [Exchange("q", "", "r")]
     ]
+
+
+def clean_by_passes(text: str) -> str:
+    """`clean` as it is defined: passes over all of the text until nothing changes."""
+    text = text.translate(templates._QUOTES)
+    while (decoded := templates._ESCAPE.sub(templates._decode, text).translate(templates._QUOTES)) != text:
+        text = decoded
+    return " ".join(join_surrogates(text).split())
+
+
+ESCAPES = [
+    "\\",
+    "u005c",
+    "\\u2019",
+    "’",
+    "u",
+    "00",
+    "5c",
+    "n",
+    '"',
+    "'",
+    "0",
+    "6e",
+    "\\u0075",
+    "\\u0030",
+    "\ud83d",
+    "x",
+    " ",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.lists(st.sampled_from(ESCAPES), max_size=40).map("".join) | st.text(max_size=20), passes=st.integers(0, 2)
+)
+@example(text="\\" + "u005c" * 20 + "n", passes=0)
+def test_clean_decodes_as_passes_over_all_of_the_text_would(text: str, passes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(templates, "_PASSES", passes)  # after which only the signs around the last changes are read
+        assert clean(text) == clean_by_passes(text)
+
+
+@pytest.mark.parametrize("text", ["\\" + "u005c" * 60_000 + "n", ("\\" + "u005c" * 50 + "n") * 1_000, "\\" * 300_000])
+def test_cleaning_a_chain_of_escapes_is_linear(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+
+    class Counted:
+        def sub(self, replace: Any, text: str) -> str:
+            nonlocal read
+            read += len(text)
+            return escape.sub(replace, text)
+
+        def match(self, text: str) -> Any:
+            nonlocal read
+            read += len(text)
+            return escape.match(text)
+
+    escape = templates._ESCAPE
+    monkeypatch.setattr(templates, "_ESCAPE", Counted())
+    clean(text)
+    assert read < 50 * len(text)  # passes over all of the first one would read 30,000 times as much
+
+
+MARKS = [
+    "<think>",
+    "</think>",
+    "<thinking>",
+    "</thinking>",
+    "[THINK]",
+    "<|begin_of_thought|>",
+    "[",
+    "{",
+    '"',
+    "]",
+    "}",
+    " ",
+    "a",
+]
+
+
+@settings(max_examples=50, deadline=None)
+@given(parts=st.lists(st.tuples(st.sampled_from(MARKS), st.sampled_from([1, 2, 3_000])), max_size=6))
+def test_any_answer_is_split_and_any_call_is_written(parts: list[tuple[str, int]]) -> None:
+    text = "".join(mark * times for mark, times in parts)
+    thought, answer = split_thought(text)
+    assert len(thought) + len(answer) <= len(text)
+    assert render_call(templates.parse_json(text), text) is not None
+    assert render_call({"name": "f", "arguments": text}, text).startswith('{"name":"f"')
+
+
+@pytest.mark.parametrize("levels", [201, 350, 700, 100_000])
+def test_arguments_that_are_nested_deeply_stay_text(levels: int) -> None:
+    text = "[" * levels + "]" * levels
+    assert render_call({"name": "f", "arguments": text}, text) == f'{{"name":"f","arguments":"{text}"}}'

@@ -274,7 +274,7 @@ def test_the_table_of_an_audit_says_whether_the_labels_leak() -> None:
     given, clean_text = audit_labels(leaking, False), audit_labels(leaking, True)
     table = audit_table("as given", given)
     assert f"ranks {100 * given.pairs:.1f} % of unseen pairs right (THE LABELS LEAK)" in str(table.title)
-    assert [next(iter(column.cells)) for column in table.columns] == [repr("\\n"), "100.0 %", "0.0 %", "worse"]
+    assert [str(next(iter(column.cells))) for column in table.columns] == [repr("\\n"), "100.0 %", "0.0 %", "worse"]
     assert "no more than style words" in str(audit_table("cleaned", clean_text).title)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from car_datasets import Recipe
 from car_datasets.training.train import ScorerTraining
+from car_datasets.utils.settings import read_kind
 
 # What YAML makes something else of: bools, an octal number, a date, an exponent, a commit that is a number.
 TEXTS = [
@@ -66,3 +67,21 @@ def test_a_given_setting_that_is_wrong_is_named(text: str, message: str, tmp_pat
     (tmp_path / "file.yaml").write_text("kind: iqs\n")
     with pytest.raises(ValueError, match=message):
         ScorerTraining.from_yaml(tmp_path / "file.yaml", given=[text])
+
+
+@pytest.mark.parametrize("key", ["n1", "columns", "template", "kind"])
+@pytest.mark.parametrize(("first", "nested"), [("[a]", "[{0}, *{1}]"), ("{{a: b}}", "{{a: {0}, b: *{1}}}")])
+def test_aliases_do_not_make_a_message_grow(key: str, first: str, nested: str, tmp_path: Path) -> None:
+    value = f"&x0 {first.format()}"
+    for i in range(1, 60):  # written out, 2**60 values
+        value = f"&x{i} {nested.format(value, f'x{i - 1}')}"
+    (tmp_path / "file.yaml").write_text(f"{key}: {value}\n")
+    with pytest.raises(ValueError, match=key) as refused:
+        read_kind(tmp_path / "file.yaml", ["head"]) if key == "kind" else Recipe.from_yaml(tmp_path / "file.yaml")
+    assert len(str(refused.value)) < 3_000
+
+
+def test_a_file_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("n1: " + "[" * 3_000 + "]" * 3_000)
+    with pytest.raises(ValueError, match="is not YAML"):
+        Recipe.from_yaml(tmp_path / "file.yaml")

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from car_datasets.loading.templates import PAPER_TEMPLATE
 from car_datasets.utils.digests import public
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import is_integer
 
 OBJECTIVE_NAMES = ("regression", "ranking")
 LAYER_MIXES = ("sparsemax", "softmax")
@@ -144,14 +144,14 @@ def _check_numbers(
     hidden_sizes: Any, layer: Any, dropout: Any, max_tokens: Any, members: Any, word_bits: Any, penalty: Any
 ) -> None:
     """Raise ValueError if one of the numbers of a configuration, which a file may give, is no number or no size."""
-    if not isinstance(hidden_sizes, (list, tuple)) or not all(is_whole_number(n) and n > 0 for n in hidden_sizes):
+    if not isinstance(hidden_sizes, (list, tuple)) or not all(is_integer(n) and n > 0 for n in hidden_sizes):
         raise ValueError(f"hidden_sizes={hidden_sizes!r} must be a list of widths, each at least 1.")
-    if layer is not None and not is_whole_number(layer):
+    if layer is not None and not is_integer(layer):
         raise ValueError(f"layer={layer!r} must be the number of a hidden state, or None for all.")
     # Of max_tokens two are special tokens. The hash of words has 32 bits, of which some are kept.
     sizes = (("max_tokens", max_tokens, 3, 2**31), ("members", members, 1, 2**31), ("word_bits", word_bits, 1, 31))
     for argument, value, least, most in sizes:
-        if not is_whole_number(value) or not least <= value <= most:
+        if not is_integer(value) or not least <= value <= most:
             raise ValueError(f"{argument}={value!r} must be a whole number from {least} to {most}.")
     for argument, value, limit in (("dropout", dropout, 1.0), ("penalty", penalty, float("inf"))):
         if not isinstance(value, (int, float)) or not 0 <= value <= limit:

@@ -27,6 +27,12 @@ from car_datasets.utils import digests, revisions
 CLASSES = {"instruction_metric": "regression", "instruction_ranking_metric": "ranking"}
 ENCODERS = {"XLM-RoBERTa": "xlm-roberta", "BERT": "bert"}
 
+# The hyper-parameters that are read.
+_OPTIONS = (
+    *("class_identifier", "encoder_model", "pretrained_model", "layer", "layer_transformation", "layer_norm", "pool"),
+    *("dropout", "hidden_sizes", "activations", "final_activation"),
+)
+
 # Number of attention heads by width, for widths that leave no doubt: the base and large sizes of both families.
 ATTENTION_HEADS = {768: 12, 1024: 16}
 
@@ -185,6 +191,7 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: the file is refused, or is not a Lightning checkpoint.
     """
+    _refuse_packed(path)
     try:
         # torch maps its zip format only; the format before torch 1.6 is read into memory.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
@@ -211,6 +218,10 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
             f"{path} holds weights that are sparse, complex, quantised or empty shells ({odd[:5]}), which no model of "
             "CaR has. Download the checkpoint again."
         )
+    # A tensor may repeat one number a billion times without a byte in the file. Twice, as layers may share weights.
+    size = sum(weight.numel() * weight.element_size() for weight in content["state_dict"].values())
+    if size > 2 * path.stat().st_size:
+        raise ValueError(f"{path} was refused: its weights would take {size:,} bytes, more than twice its size.")
     return dict(content)
 
 
@@ -220,11 +231,26 @@ def _is_plain(weight: Tensor) -> bool:
     return dense and weight.device.type == "cpu" and not weight.is_complex()
 
 
+def _refuse_packed(path: Path) -> None:
+    """Raise ValueError if a checkpoint in torch's zip format would be larger in memory than on the disk."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a checkpoint that torch can read: {error}.") from error
+    if size > path.stat().st_size:
+        raise ValueError(
+            f"{path} was refused: it would unpack to {size:,} bytes, more than its size, and torch compresses nothing."
+        )
+
+
 def _read_options(checkpoint: Path) -> dict[str, Any]:
     """Return the hyper-parameters of a checkpoint; they win over those of the `hparams.yaml` of its folder."""
     content = _read_mapped(checkpoint)
-    from_yaml = _read_hparams(checkpoint)
-    options = {**from_yaml, **content["hyper_parameters"]}
+    from_yaml = _flat(_read_hparams(checkpoint), checkpoint)
+    options = {**from_yaml, **_flat(content["hyper_parameters"], checkpoint)}
     if from_yaml.get("class_identifier", options.get("class_identifier")) != options.get("class_identifier"):
         raise ValueError(
             f"{checkpoint} is a {options.get('class_identifier')!r}, its hparams.yaml says "
@@ -233,13 +259,27 @@ def _read_options(checkpoint: Path) -> dict[str, Any]:
     return options
 
 
+def _flat(options: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+    """Return the options that a model is made from; raise ValueError for one that is no number, text or list of them.
+
+    Lists in lists that are the same object take little room in a file, and any amount in a message.
+    """
+    found = {name: options[name] for name in _OPTIONS if name in options}
+    for name, value in found.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        if len(parts) > 100 or not all(part is None or isinstance(part, (str, int, float)) for part in parts):
+            kind = type(value).__name__
+            raise ValueError(f"{path}: the hyper-parameter {name} is a {kind}, not a number, a text or a list of them.")
+    return found
+
+
 def _read_hparams(checkpoint: Path) -> dict[str, Any]:
     """Read `hparams.yaml` one folder up, where the original keeps it, or next to the checkpoint; empty if none."""
     for folder in (checkpoint.parent.parent, checkpoint.parent):
         if (folder / "hparams.yaml").is_file():
             try:
                 content = yaml.safe_load((folder / "hparams.yaml").read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
                 raise ValueError(f"{folder / 'hparams.yaml'} is not plain YAML: {error}") from error
             return content if isinstance(content, dict) else {}
     return {}

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from car_datasets.scoring.shards.storage import Folder
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import is_integer
 
 EXPIRY = 60.0  # seconds without a heartbeat after which a worker counts as dead, unless the caller names another number
 CLAIM = re.compile(r"(?P<piece>.+)\.claim-(?P<turn>[0-9]{1,99})")  # more digits are in no name of ours
@@ -148,11 +148,11 @@ def _parse(content: bytes | None) -> dict[str, Any]:
         owner = json.loads(content or b"{}")
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(owner, dict) or not is_whole_number(rows := owner.get("rows", 0)) or not 0 <= rows < 2**63:
+    if not isinstance(owner, dict) or not is_integer(rows := owner.get("rows", 0)) or not 0 <= rows < 2**63:
         return {}
     if "host" in owner:  # it then says which process of that machine
         pid, started = owner.get("pid"), owner.get("started")
-        known = is_whole_number(pid) and 0 <= pid < 2**31 and isinstance(started, (int, float))
+        known = is_integer(pid) and 0 <= pid < 2**31 and isinstance(started, (int, float))
         return owner if known else {}
     return owner
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -359,3 +360,29 @@ def test_xlmr_positions_start_after_the_pad_id() -> None:
     bare.load_state_dict(model.encoder.state_dict())
     expected = bare(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     assert torch.allclose(model(ids).hidden_states[-1], expected)
+
+
+def test_a_checkpoint_is_never_larger_in_memory_than_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "small.ckpt"
+    options: dict[str, Any] = {"hyper_parameters": {}}
+    torch.save({"state_dict": {"weight": torch.zeros(1).expand(10**9, 10**6)}, **options}, path)
+    with pytest.raises(ValueError, match="its weights would take 4,000,000,000,000,000 bytes"):
+        read_checkpoint(path)
+    torch.save({"state_dict": {"weight": torch.zeros(10**6)}, **options}, path)
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match=r"it would unpack to 4,\d{3},\d{3} bytes, more than its size"):
+        read_checkpoint(tmp_path / "packed.ckpt")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_lists_in_lists_do_not_make_a_message_grow(name: str, layout: Path, tmp_path: Path) -> None:
+    value: Any = [1]
+    for _ in range(60):  # written out, 2**60 numbers
+        value = [value, value]
+    path = next(layout.glob("checkpoints/*.ckpt"))
+    torch.save({"state_dict": {}, "hyper_parameters": {**OPTIONS, name: value}}, path)
+    with pytest.raises(ValueError, match=f"the hyper-parameter {name} is a list") as refused:
+        convert_checkpoint(layout, tmp_path / "out")
+    assert len(str(refused.value)) < 1_000
