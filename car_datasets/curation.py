@@ -30,7 +30,7 @@ from car_datasets.loading.sources import (
     open_rows,
     unscorable_rows,
 )
-from car_datasets.loading.values import any_feature, is_json
+from car_datasets.loading.values import any_feature, carried, is_json
 from car_datasets.receipt import (
     RECEIPT_FILE,
     Receipt,
@@ -60,6 +60,7 @@ from car_datasets.stages import (
 )
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import column_batches
+from car_datasets.utils.files import user_path
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
 from car_datasets.utils.settings import default_n1
 
@@ -99,8 +100,8 @@ def curate(
             file, or rows in memory; see [`load_instructions`].
         output_dir (`str`, *optional*): a folder for `selected.parquet`, `selected.json` (the original's format, a list
             of rows), `scored.parquet`, `receipt.json` ([`Receipt`]), `report.json`, `report.md`, `report.html`, a
-            `README.md` by which `load_dataset(output_dir)` loads the selection, and, with matplotlib, four
-            `plots/plot_*.png`. It must not hold a result.
+            `README.md` by which `load_dataset(output_dir)` loads the selection, and, with matplotlib, one
+            `plots/plot_<name>.png` per figure. It must not hold a result.
         recipe ([`Recipe`], *optional*): settings; the defaults are the paper's n2 = 1, k = int(sqrt(n / 2)) and
             n1 = 1000, but at most half of the scored rows. The receipt says which n1 was used.
         token (`str`, *optional*): for private sources and models; never stored.
@@ -117,6 +118,11 @@ def curate(
         ValueError: a setting or the source is invalid, or the folder already holds a result.
         FileNotFoundError: the source does not exist.
     """
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"recipe is a {type(recipe).__name__}; pass a Recipe, such as Recipe(n1=1000), or pass the settings themselves: "
+            "curate(source, output_dir, n1=1000)."
+        )
     recipe = (recipe or Recipe()).changed(**changes)
     procedure = find_procedure(recipe.procedure)
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
@@ -246,7 +252,7 @@ def _distinct_rows(dataset: Dataset, recipe: Recipe, most: int) -> int:
     """Return how many rows have different texts; counting stops at `most`."""
     texts = dataset.select_columns(text_columns(dataset.column_names, recipe.schema, recipe.columns))
     seen: set[str] = set()
-    for row in texts.with_format(None):
+    for row in carried(texts.with_format(None)):
         seen.add(json.dumps(row, default=str))
         if len(seen) >= most:
             break
@@ -326,7 +332,7 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
 def _is_source(known: Mapping[str, Any], source: str, settings: Recipe, token: str | None) -> bool:
     if source == STANDARD_INPUT:
         return False  # what was there is gone
-    path = Path(source).expanduser()
+    path = user_path(source)
     # In the order of `open_rows`: an existing path wins over a Hub id of the same name.
     if path.exists() or glob.has_magic(source) or (is_address(source) and hub_address(source) is None):
         origin = find_origin(source, reading_of(settings, token))

@@ -26,7 +26,7 @@ from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import numbers_of
 from car_datasets.utils.digests import indices_digest, public, rows_digest
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import is_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +60,7 @@ SOURCES = {
     "memory": ("sha256",),
 }
 BEFORE_CHOICE = "before filter, select, shuffle or sort"  # what the row numbers of a dataset in memory count
-KINDS = {str: "text", dict: "a record", int: "a whole number"}  # for error messages
+KINDS = {str: "text", dict: "a record", int: "an integer"}  # for error messages
 
 
 @public
@@ -124,6 +124,7 @@ class Receipt:
                 f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or "
                 "curate again."
             )
+        # Types too: a receipt from a repository may have been edited by hand, and `verify` computes with it.
         _refuse_malformed(content, shown)
         return cls(**content)
 
@@ -165,7 +166,7 @@ def _refuse_others(record: Mapping[str, Any], wanted: Mapping[str, type], shown:
     for name, kind in wanted.items():
         value = record.get(name)
         # bool is a subclass of int, and `true` must not pass as a count.
-        if not (is_whole_number(value) if kind is int else isinstance(value, kind)):
+        if not (is_integer(value) if kind is int else isinstance(value, kind)):
             seen = f"is {value!r:.80}" if name in record else "is missing"
             raise ValueError(
                 f"{shown}{name} {seen}; a receipt has {KINDS[kind]} there. Take the file that was written."
@@ -251,6 +252,7 @@ def describe_source(origin: Origin, opened: Dataset | None, settings: Recipe) ->
         return {"kind": kind, "name": name if is_address(name) else Path(name).name, "sha256": sha256, **part}
     if kind == "files":
         names = _relative([name for name, _ in origin.files])
+        # Contents in the order of the rows, without names, which differ between machines.
         content = hashlib.sha256(json.dumps([sha256 for _, sha256 in origin.files]).encode()).hexdigest()
         files = [{"name": n, "sha256": sha256} for n, (_, sha256) in zip(names, origin.files, strict=True)]
         return {"kind": kind, "sha256": content, "files": files, **part}
@@ -267,6 +269,7 @@ def describe_source(origin: Origin, opened: Dataset | None, settings: Recipe) ->
 def _relative(names: Sequence[str]) -> list[str]:
     """Return paths relative to the folder that all are in, and addresses as they are."""
     paths = {name: os.path.abspath(name) for name in names if not is_address(name) and name != STANDARD_INPUT}
+    # The folders above would tell about this machine, and are not part of the data.
     base = os.path.commonpath([os.path.dirname(path) for path in paths.values()]) if paths else ""
     return [Path(os.path.relpath(paths[n], base)).as_posix() if n in paths else n for n in names]
 
@@ -287,6 +290,7 @@ def pool_digest(pool: Dataset, names: ColumnNames) -> str:
     digest = hashlib.sha256(json.dumps(table[names.index].to_pylist(), separators=(",", ":"), default=str).encode())
     # A null and a NaN both become NaN below; the byte tells them apart.
     digest.update(np.asarray(table[names.score].is_valid().to_numpy(), dtype=np.uint8).tobytes())
+    # Type and byte order are fixed, so that every machine gets the same digest.
     digest.update(numbers_of(table[names.score], names.score, np.nan).astype("<f8").tobytes())
     digest.update(numbers_of(table[names.cluster], names.cluster, -1).astype("<i8").tobytes())
     return digest.hexdigest()
@@ -301,6 +305,7 @@ def portable(name: str) -> str:
 def portable_settings(settings: Recipe) -> dict[str, Any]:
     """Return the settings of a recipe as plain values, with the name alone of models that are folders here."""
     plain = {**asdict(settings), "columns": dict(settings.columns)}
+    # A path would be one of this machine; the revision, a digest, says which model the folder held.
     return plain | {name: portable(plain[name]) for name in MODELS if plain[name] is not None}
 
 
@@ -326,5 +331,6 @@ def embedder_record(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:
 
 
 def _model(name: str, revision: str) -> dict[str, str]:
+    # The digest identifies the weights even after their repository is deleted or renamed.
     weights = digests.weights_digest(revisions.model_folder(name, revision))
     return {"model_id": portable(name), "revision": revision, "weights": weights}

@@ -20,7 +20,9 @@ from car_datasets.utils.digests import public
 from car_datasets.utils.settings import (
     EXPLAINED_VARIANCE,
     KMEANS_SAMPLE,
+    N_INIT,
     SEED,
+    K,
     Settings,
     default_n1,
     refuse_two_amounts,
@@ -178,14 +180,12 @@ class Recipe(Settings):
         None, "Embed with this sentence-transformers model.", CLUSTERING, shown="the scorer's own encoder"
     )
     embedder_revision: str | None = _setting(None, "Take this branch, tag or commit of --embedder.", CLUSTERING)
-    k: int | str = _setting(
-        "sqrt", "Make this number of clusters, or int(sqrt(rows / 2)) of them with sqrt.", CLUSTERING
-    )
+    k: int | str = _setting(K, "Make this number of clusters, or int(sqrt(rows / 2)) of them with sqrt.", CLUSTERING)
     explained_variance: float = _setting(
         EXPLAINED_VARIANCE, "Cluster on the principal components that hold this share of the variance.", CLUSTERING
     )
     seed: int = _setting(SEED, "Seed k-means and the report's control samples with this number.", CLUSTERING)
-    n_init: int = _setting(1, "Run k-means this many times, and keep the best run.", CLUSTERING)
+    n_init: int = _setting(N_INIT, "Run k-means this many times, and keep the best run.", CLUSTERING)
     kmeans: str | None = _setting(
         None,
         "Run k-means in torch or, on all rows as in the paper, in sklearn.",
@@ -248,7 +248,7 @@ class Recipe(Settings):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> "Recipe":
-        """Read a recipe from a YAML file; `changes` win over the file, and a budget wins over an n1 in the file.
+        """Read a recipe from a YAML file; `changes` win over the file; an n1 also replaces its budget, and a budget its n1.
 
         Raises:
             ValueError: the file is not YAML, or holds a key that is not a field (the message names the nearest field).
@@ -277,6 +277,7 @@ class Recipe(Settings):
     @property
     def names(self) -> ColumnNames:
         """Return the names of the columns that the stages add."""
+        # Ranking within languages needs the column, so it is added even if nobody has named it.
         language = self.language_column or (LANGUAGE_COLUMN if self.languages == "within" else "")
         return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column, language)
 
@@ -285,6 +286,7 @@ class Recipe(Settings):
         # Imported here, because the command line reads this class for its help.
         from car_datasets.selection.procedures import Amounts
 
+        # The default depends on the scored rows, so it is not known before they are counted.
         n1 = default_n1(rows) if self.n1 is None and self.budget is None else self.n1
         return Amounts(n1, self.n2, self.budget, self.allow_worse)
 

@@ -20,12 +20,12 @@ from datasets import Dataset
 from car_datasets.loading.values import as_written
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting.page import PAGE_FILE
-from car_datasets.reporting.plots import PLOT_FILES
+from car_datasets.reporting.plots import PLOT_FILES, PLOTS, plot_file
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.selection.procedures import PROCEDURES, Procedure
 from car_datasets.selection.published import original_columns, write_original
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.files import UNFINISHED, fresh_folder, write_whole
+from car_datasets.utils.files import UNFINISHED, fresh_folder, user_path, write_whole
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 SELECTED_TABLE = "selected.parquet"
@@ -78,7 +78,7 @@ class Result(NamedTuple):
         scored (`Dataset`, *optional*): the entire pool with its scores and clusters.
         report ([`SelectionReport`], *optional*): the figures of the selection.
         receipt ([`Receipt`], *optional*): what the selection was made from and with.
-        plots (`Sequence[Path]`): PNG files.
+        plots (`Sequence[Path]`): the figures that exist, in the order of `PLOTS`.
     """
 
     selected: Dataset
@@ -104,8 +104,11 @@ def read_result(folder: Path) -> Result:
 
 
 def plots_in(folder: Path) -> list[Path]:
-    """Return all figures in the folder of a result, the user's own among them."""
-    return sorted(path for path in folder.rglob("*.png") if NEW not in path.relative_to(folder).parts)
+    """Return the figures of a result that exist, in the order of `PLOTS`; other pictures in the folder are not its own."""
+    # Earlier versions wrote the figures directly into the folder. A figure that a caller added is in PLOTS alone.
+    places = [(folder / PLOTS_FOLDER / name, folder / name) for name in map(plot_file, PLOTS)]
+    found = (next((path for path in both if path.is_file()), None) for both in places)
+    return [path for path in found if path is not None]
 
 
 def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
@@ -155,6 +158,7 @@ def files_to_replace(folder: Path, procedure: Procedure, overwrite: bool, source
     old = _complete_result(folder)
     replaced = old if overwrite else []
     readme = folder / README_FILE
+    # A README that is not ours must stay, even in the folder of a result.
     if readme.is_file() and OURS not in readme.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(
             f"output_dir={str(folder)!r} holds a {README_FILE} of its own, which would be overwritten. Name a new folder."
@@ -164,8 +168,8 @@ def files_to_replace(folder: Path, procedure: Procedure, overwrite: bool, source
     except ValueError as error:
         more = " To replace it, pass overwrite=True (--overwrite)." if old and not overwrite else ""
         raise ValueError(f"{error}{more}") from error
-    if replaced and isinstance(source, (str, Path)) and Path(source).expanduser().exists():
-        path = Path(source).expanduser().resolve()
+    if replaced and isinstance(source, (str, Path)) and user_path(source).exists():
+        path = user_path(source).resolve()
         if folder.resolve() in (path, *path.parents):
             raise ValueError(
                 f"source={str(source)!r} lies in output_dir={str(folder)!r}, whose result would be replaced. Name "
@@ -208,7 +212,9 @@ def unfinished(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
         new.mkdir()
         yield new
         with _marked(folder):
+            # Marked only now, because until here the old result is complete.
             written = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+            # Files that only the old result has, such as those of another procedure.
             for name in set(old) - {path.as_posix() for path in written}:
                 (folder / name).unlink()
             for path in written:

@@ -28,7 +28,7 @@ from car_datasets.scoring.shards.folder import refuse_blank
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
 from car_datasets.scoring.stage import Stage, add_columns, say
 from car_datasets.selection.procedures import Procedure, find_procedure
-from car_datasets.selection.rule import SELECTION_COLUMNS, shares_within
+from car_datasets.selection.rule import SELECTION_COLUMNS, refuse_infinite, shares_within
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
@@ -168,6 +168,7 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
         refuse_overwrite(columns, scores, "score_column= (--score-column)")
         return
     new = [*scores, *within, names.embedding, names.cluster, names.distance]
+    # Counted, because two options may give two columns one name, of which one would be lost.
     every = [*new, *SELECTION_COLUMNS]
     twice = sorted({name for name in every if every.count(name) > 1})
     if twice:
@@ -222,6 +223,7 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
         compile=recipe.compile,
         **_reading(recipe),
     )
+    # One forward pass then gives both, in half the time of two.
     if embed and recipe.embedder is None and scorer.shares_encoder:
         return scorer.with_embeddings(recipe.embedding_column)
     return scorer
@@ -229,9 +231,11 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
 
 def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
     """Select from a scored, clustered pool by a recipe, without looking its models up."""
+    # `curate` has ranked its pool already, but `select` and `verify` start from a pool that was read from a file.
     pool, names = ranked(recipe, pool), recipe.names
     amounts = recipe.amounts_of(_scored(recipe, pool))
     if recipe.languages == "within":
+        # Select by the rank within a language; the report and the files keep the score itself.
         names = replace(names, score=names.within)
     return find_procedure(recipe.procedure).select(pool, amounts, names)
 
@@ -243,9 +247,12 @@ def settled(recipe: Recipe, pool: Dataset) -> Recipe:
 
 def _scored(recipe: Recipe, pool: Dataset) -> int:
     """Return the number of rows that have a score; 0 without the column, which the selection refuses."""
+    # The selection names the missing column in a better message.
     if recipe.score_column not in pool.column_names:
         return 0
-    return int(np.count_nonzero(~np.isnan(read_numbers(pool, recipe.score_column, np.nan))))
+    scores = read_numbers(pool, recipe.score_column, np.nan)
+    refuse_infinite(scores, recipe.score_column)  # here, as plots of them would fail once the selection is made
+    return int(np.count_nonzero(~np.isnan(scores)))
 
 
 def ranked(recipe: Recipe, pool: Dataset) -> Dataset:

@@ -1,5 +1,4 @@
-"""Set up every test: no network except a Hub on this machine, temporary caches, tiny random models, and the project's
-data folder where it exists."""
+"""Set up every test: no network but a Hub on this machine, temporary caches, tiny random models, the data folder."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import builtins
 import json
 import os
 import runpy
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="car-datasets-tests-")
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.pop("TQDM_DISABLE", None)  # read once, on import; tests of progress need bars that can be drawn
 os.environ["CAR_DATASETS_TOKEN"] = os.environ.pop("HF_TOKEN", "")  # used by --real-hub only
 os.environ["CAR_DATASETS_LOOKUPS"] = os.path.join(os.environ["HF_HOME"], "lookups")
 
@@ -186,6 +187,59 @@ def make_tiny_iqs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="session")
 def tiny_iqs(make_tiny_iqs: Any) -> str:
     return make_tiny_iqs()
+
+
+def damaged_copy(model: str, folder: Path, name: str, change: Any) -> str:
+    """Copy a model with a change in one file, and return the folder.
+
+    The change is the file's new content, entries of its JSON, or a function of its old content.
+    """
+    shutil.copytree(model, folder)
+    path = folder / name
+    if isinstance(change, dict):
+        content = json.loads(path.read_text())
+        change = json.dumps(
+            {**content, **{k: {**content[k], **v} if k == "encoder_config" else v for k, v in change.items()}}
+        )
+    elif callable(change):
+        change = change(path.read_bytes())
+    path.write_bytes(change.encode() if isinstance(change, str) else change)
+    return str(folder)
+
+
+def _one_tensor(entry: dict[str, Any]) -> bytes:
+    head = json.dumps({"head.0.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **entry}}).encode()
+    return len(head).to_bytes(8, "little") + head + b"0000"
+
+
+# Faults that every kind of model can have: the file, and its change for `damaged_copy`.
+DAMAGED_MODELS: dict[str, tuple[str, Any]] = {
+    "weights cut in the head": ("model.safetensors", lambda content: content[:100]),
+    "weights cut at the end": ("model.safetensors", lambda content: content[:-8]),
+    "no weights": ("model.safetensors", b""),
+    "a huge head": ("model.safetensors", (2**62).to_bytes(8, "little") + b"{}"),
+    "a huge weight": ("model.safetensors", _one_tensor({"shape": [10**11, 10**10]})),
+    "a complex weight": ("model.safetensors", _one_tensor({"dtype": "C64", "data_offsets": [0, 8]}) + b"0000"),
+    "a tokenizer without parts": ("tokenizer.json", "{}"),
+    "a list as tokenizer": ("tokenizer.json", "[]"),
+    "bytes as tokenizer": ("tokenizer.json", b"\xff\x00"),
+    "an id that is too high": (
+        "tokenizer.json",
+        lambda content: content.replace(b'"poem":', b'"verse": 1000000, "poem":'),
+    ),
+    "a list as tokenizer's options": ("tokenizer_config.json", "[]"),
+    "a list as configuration": ("config.json", "[]"),
+    "no configuration": ("config.json", ""),
+    "a deep configuration": ("config.json", "[" * 100_000),
+}
+SIZES: dict[str, tuple[Any, ...]] = {  # of an encoder; none of them may take memory
+    "hidden_size": (-32, 0, "x", 33, 10**12),
+    "num_hidden_layers": (-1, 1, 3, "x", 10**7),
+    "vocab_size": (-1, 10, 10**12),
+    "num_attention_heads": (0, -2, "x"),
+    "max_position_embeddings": (0, 10**12),
+    "intermediate_size": (10**11,),
+}
 
 
 @pytest.fixture(scope="session")

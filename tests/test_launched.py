@@ -336,7 +336,7 @@ def test_clusters_are_those_of_one_process(sample_embeddings: Path, count: int) 
 
 @pytest.mark.slow
 def test_the_command_cluster_shares_and_says_it_once(tiny_embedder: str, rows: Path, tmp_path: Path) -> None:
-    """Rows have no embeddings, as in the original's scored files; the model is saved once."""
+    """Cluster rows without embeddings, as in the original's scored files; the model is saved once."""
     found = {}
     for count in (1, 2):
         output, saved = tmp_path / f"{count}.parquet", tmp_path / f"model-{count}"
@@ -353,7 +353,7 @@ def test_the_command_cluster_shares_and_says_it_once(tiny_embedder: str, rows: P
 @pytest.mark.slow
 @pytest.mark.parametrize("run", range(5))
 def test_a_short_script_ends_well(tmp_path: Path, run: int) -> None:
-    """Without our cleanup, gloo ended every other such process by SIGABRT."""
+    """Run a script that ends at once, which gloo ended by SIGABRT every other time without our cleanup."""
     (tmp_path / "short.py").write_text("from car_datasets.utils.processes import from_main\nfrom_main(lambda: None)\n")
     done = launch(TORCHRUN, 2, str(tmp_path / "short.py"))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -379,7 +379,7 @@ def test_one_process_of_a_launcher_is_like_none(tiny_iqs: str, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_processes_of_mpi_share_the_scoring(tiny_iqs: str, rows: Path, tmp_path: Path) -> None:
-    """With the variables that Open MPI sets, and no others: each process scored all rows by itself."""
+    """Set only the variables of Open MPI, with which each process once scored all rows by itself."""
     shards = tmp_path / "shards"
     arguments = ["score", str(rows), "--output", str(tmp_path / "out.parquet"), "--scorer", tiny_iqs]
     with socket.socket() as free:

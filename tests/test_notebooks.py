@@ -23,6 +23,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from car_datasets.reporting.plots import PLOTS
 from tests.conftest import ROOT
 from tests.hub_server import Hub
 
@@ -158,7 +159,7 @@ def test_quickstart(execute: Callable[[Any], Ran], tmp_path: Path, sample_rows: 
     assert len(column(folder / "scored.parquet", "iqs_score")) == len(sample_rows)
     assert ask("found.matches")
     shown = [output.data for cell in code_cells(notebook) for output in cell.outputs if "data" in output]
-    assert sum("image/png" in data for data in shown) == len(list(folder.glob("plots/plot_*.png"))) == 4
+    assert sum("image/png" in data for data in shown) == len(list(folder.glob("plots/plot_*.png"))) == len(PLOTS)
     assert any("length-matched control" in data.get("text/markdown", "") for data in shown)
 
 

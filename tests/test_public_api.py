@@ -110,7 +110,7 @@ def test_every_public_name_is_documented_and_typed() -> None:
 
 def test_a_reader_can_take_it_in() -> None:
     """Hold the limits that CONTRIBUTING states: few modules, small folders, short files."""
-    assert len(MODULES) <= 74
+    assert len(MODULES) <= 70
     for folder in {path.parent for path in MODULES}:
         assert len([path for path in MODULES if path.parent == folder]) <= 12, folder.name
     for path in MODULES:
@@ -134,7 +134,9 @@ def test_few_functions_have_many_parameters() -> None:
 
 def test_imports_run_one_way() -> None:
     """Hold the contract of setup.cfg: a folder imports only from folders below it."""
-    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    # The settings are those of the checkout, also where the package is an installed one.
+    settings = ["--config", str(TESTS.parent / "setup.cfg")]
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", *settings]
     done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -58,7 +58,7 @@ def test_commands_run(folder: Path) -> None:
 
 
 def shown_commands() -> list[tuple[str, str]]:
-    """The commands with arguments of all pages, comments and messages, with the file that shows each."""
+    """Return the commands with arguments of all pages, comments and messages, with the file that shows each."""
     folders = [ROOT / name for name in ("configs", "hub_cards", "notebooks", "car_datasets")]
     paths = [
         ROOT / "README.md",
@@ -79,7 +79,7 @@ def shown_commands() -> list[tuple[str, str]]:
 
 
 def test_every_command_that_a_page_shows_is_understood() -> None:
-    """Parsed only: commands and options exist, values have the right types, and nothing is missing."""
+    """Parse every command: it and its options exist, values have the right types, and nothing is missing."""
     parser: Any = get_command(app)
     commands = shown_commands()
     assert len(commands) > 40

@@ -113,7 +113,7 @@ def test_every_file_is_named_without_its_folder(tiny: dict[str, Any], tmp_path: 
 
 
 def test_a_receipt_of_before_is_read_and_recognised(run: tuple[Path, Path, Dataset], tiny: dict[str, Any]) -> None:
-    """It lacks the settings that are new, and the names of several files."""
+    """Read a receipt without the settings that are new, and without the names of several files."""
     source, folder, _ = run
     before = Receipt.read(folder)
     del before.recipe["glob"]

@@ -21,7 +21,7 @@ from car_datasets.results import RESULT_FILES
 from car_datasets.selection.procedures import PROCEDURES, Amounts, Procedure
 from car_datasets.stages import resolve
 from car_datasets.utils import digests, revisions
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import is_integer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("train_"))
@@ -215,7 +215,7 @@ def test_chats_end_to_end(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def by_default(sample_rows: list[dict[str, Any]]) -> Curated:
-    """Rows of the sample on the embedded default, behind more unscorable rows than one batch of `.map` takes."""
+    """Curate rows of the sample by the default scorer, behind more unscorable rows than one batch of `.map` takes."""
     names = ("instruction", "input", "output")
     texts = [{name: row[name] for name in names} for row in sample_rows[::12]]
     long = {**texts[0], "output": " ".join(row["output"] for row in texts)}  # above the embedder's 256 tokens
@@ -304,7 +304,7 @@ def test_a_resolved_recipe_has_its_revisions(tiny: dict[str, Any]) -> None:
 
 
 def test_a_procedure_of_ones_own(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The best n1 rows by score alone; more would be a mistake that is found before the models are called."""
+    """Select the best n1 rows by score alone; too many are refused before the models are called."""
 
     def check(rows: int, clusters: int, amounts: Amounts) -> None:
         if amounts.n1 > rows:
@@ -469,7 +469,7 @@ def test_a_budget_is_compared_with_the_clusters_that_can_have_rows(tiny: dict[st
 
 
 def test_the_later_of_n1_and_budget_replaces_the_other(tmp_path: Path) -> None:
-    """As an option of the command line replaces what a recipe file says."""
+    """Change a recipe, as an option of the command line changes that of a file."""
     (tmp_path / "recipe.yaml").write_text("n1: 7\n")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml", budget=9) == Recipe(budget=9)
     assert Recipe(budget=9).changed(n1=7) == Recipe(n1=7)
@@ -487,6 +487,12 @@ def weightless(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     shutil.copytree(tiny["scorer"], folder)
     (folder / "model.safetensors").unlink()
     return {**tiny, "scorer": str(folder)}
+
+
+@pytest.mark.parametrize("recipe", [{"n1": 5}, "recipe.yaml"])
+def test_a_recipe_that_is_none_is_refused(recipe: Any) -> None:
+    with pytest.raises(ValueError, match=rf"recipe is a {type(recipe).__name__}; pass a Recipe"):
+        curate(short_rows(), None, recipe)
 
 
 def test_scorer_without_weights_fails_only_when_it_is_called(weightless: dict[str, Any]) -> None:
@@ -570,7 +576,7 @@ def test_setting_that_cannot_work_is_refused_before_the_first_model_call(
 def test_names_of_columns_are_checked_before_a_model_is_looked_up(
     changes: dict[str, Any], message: str, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the default models, whose scorer adds the embedding itself, as with others."""
+    """Check them with the default models, whose scorer adds the embedding itself, and with others."""
     monkeypatch.setattr("car_datasets.scoring.scorer.pin_model", lambda *_: pytest.fail("a model was looked up"))
     with pytest.raises(ValueError, match=message):
         curate(short_rows(), tmp_path / "out", n1=3, k=3, **models, **changes)
@@ -726,4 +732,4 @@ def test_another_embedder_does_not_keep_the_revision_of_the_one_before() -> None
     ("value", "whole"), [(3, True), (np.int64(3), True), (True, False), (3.0, False), ("3", False)]
 )
 def test_a_bool_is_no_whole_number(value: Any, whole: bool) -> None:
-    assert is_whole_number(value) is whole
+    assert is_integer(value) is whole

@@ -73,7 +73,7 @@ def differences(dataset: Dataset, settings: dict[str, Any]) -> tuple[float, floa
         reference = ClusterModel.fit(dataset, **settings)
         expected = reference.label(dataset)
     with all_processes() as processes:
-        digests = processes.joined(lambda: model.digest, lambda found: found)
+        digests = processes.gather(lambda: model.digest, lambda found: found)
     if len(set(digests)) != 1:
         raise AssertionError("the processes have different models")
     if [x is None for x in labelled["cluster"]] != [x is None for x in dataset["embedding"]]:
@@ -154,7 +154,7 @@ def main(source: str | None) -> None:
     in_pieces_of(PIECE)
     told = errors(processes.rank)
     with all_processes() as processes:
-        found["errors"] = processes.joined(lambda: told, lambda parts: parts)
+        found["errors"] = processes.gather(lambda: told, lambda parts: parts)
     if processes.rank == 0:
         sys.stdout.write(json.dumps(found) + "\n")
 

@@ -133,8 +133,14 @@ class Process(multiprocessing.context.ForkServerProcess):
     """A child of the server; the first child starts the server in the shared environment."""
 
     def start(self) -> None:
-        start_server()
-        super().start()
+        main = sys.modules["__main__"]
+        # Not to run the script of the parent again in the child, which replaces it anyway and may have no guard.
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            start_server()
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
 
 
 WORKERS.Process = Process  # type: ignore[assignment]

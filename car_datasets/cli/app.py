@@ -20,9 +20,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -168,6 +168,7 @@ def add_options(*shared: str, **own: Option) -> Callable[[Command], Command]:
 
 
 FLAGS = [f.name for f in fields(Recipe)]  # every setting of a recipe has an option
+NONE = "none"  # the word for None, since a shell has no other
 
 
 def recipe_options(*names: str, **helps: str) -> Callable[[Command], Command]:
@@ -187,16 +188,19 @@ def recipe_options(*names: str, **helps: str) -> Callable[[Command], Command]:
         @wraps(command)
         def run(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in wanted}
-            changes = {
-                name: _PARSERS[name](value) if name in _PARSERS else value
-                for name, value in given.items()
-                if value is not None
-            }
+            changes = {name: _value_of(known[name], text) for name, text in given.items() if text is not None}
             command(**arguments, changes=changes)
 
         return _with_parameters(run, command, options, drop="changes")
 
     return decorate
+
+
+def _value_of(setting: Any, given: Any) -> Any:
+    """Return the value of an option; the word none is None for a setting that may be None, to undo a file's value."""
+    if given == NONE and type(None) in get_args(setting.type):
+        return None
+    return _PARSERS[setting.name](given) if setting.name in _PARSERS else given
 
 
 def _recipe_option(setting: Any, help: str | None) -> Option:
@@ -210,7 +214,8 @@ def _recipe_option(setting: Any, help: str | None) -> Option:
     # typer would show the option's own default, which is None.
     if "[default: " not in text and shown not in (None, ()):
         text = f"{text}  [default: {shown}]"
-    return option(kind | None, text, None, flag, panel=setting.metadata["panel"])
+    shown_type = {"metavar": "<int>"} if setting.name in _INTEGERS else {}
+    return option(kind | None, text, None, flag, panel=setting.metadata["panel"], **shown_type)
 
 
 def _with_parameters(command: Command, like: Command, options: dict[str, Option], drop: Any) -> Command:
@@ -263,7 +268,7 @@ def parse_columns(text: str) -> dict[str, str]:
 
 
 def parse_count(n1: str) -> int | float:
-    """Return the number of `--n1`: a whole number is a count, a number with a point is a share.
+    """Return the number of `--n1`: an integer is a count, a number with a point is a share.
 
     Raises:
         ValueError: the text is not a number.
@@ -272,6 +277,18 @@ def parse_count(n1: str) -> int | float:
         return int(n1) if n1.lstrip("+-").isdecimal() else float(n1)
     except ValueError as error:
         raise ValueError(f"--n1 {n1}: pass a number of rows, or a share such as 0.05.") from error
+
+
+def parse_integer(flag: str, text: str) -> int:
+    """Return the number of an option.
+
+    Raises:
+        ValueError: the text is not an integer.
+    """
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: pass an integer, or none to undo the value of a file.") from error
 
 
 def parse_clusters(k: str) -> int | str:
@@ -288,8 +305,15 @@ def parse_clusters(k: str) -> int | str:
         raise ValueError(f"--k {k}: pass a number, or sqrt.") from error
 
 
-# Settings whose type typer cannot parse, a union or a mapping; they are text on the command line.
-_PARSERS: dict[str, Callable[[str], Any]] = {"columns": parse_columns, "n1": parse_count, "k": parse_clusters}
+# Settings whose type typer cannot parse, a union or a mapping, or a number that may be the word none; they are text on
+# the command line.
+_INTEGERS = ("budget", "batch_tokens")
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "columns": parse_columns,
+    "n1": parse_count,
+    "k": parse_clusters,
+    **{name: partial(parse_integer, f"--{name.replace('_', '-')}") for name in _INTEGERS},
+}
 GRACE = 5.0  # seconds for the launcher to end this process, if the main one made the same mistake
 
 
@@ -382,11 +406,12 @@ def _finished_shards(place: str) -> str:
     """Return how many rows the folders of shards hold, read without the libraries that may be half imported."""
     found = []
     for folder in sorted(path.parent for path in Path(place).glob("*/manifest.json")):
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        rows, size = manifest["rows"], manifest["shard_rows"]
-        numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.arrow")]
-        done = sum(min(size, rows - number * size) for number in numbers)
-        found.append(f"{folder} holds {done:,} of {rows:,} rows")
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # of a damaged manifest
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            rows, size = manifest["rows"], manifest["shard_rows"]
+            numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.arrow")]
+            done = sum(min(size, rows - number * size) for number in numbers)
+            found.append(f"{folder} holds {done:,} of {rows:,} rows")
     return f"{', '.join(found)}." if found else f"Finished shards are kept in {place}."
 
 

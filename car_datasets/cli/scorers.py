@@ -113,10 +113,12 @@ def train(
     """Train a scorer: the head of the embedded one, or a complete model as the original does."""
     quiet_models()
     given = {"train": train, "valid": valid, "output": output, "seed": seed}
+    # Only what was typed, so that the file decides on everything else.
     changes = {name: value for name, value in given.items() if value is not None}
     from car_datasets.training.head import HeadTraining, train_head
     from car_datasets.training.train import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
 
+    # The kind says which class knows the other keys, so it is read before any of them is checked.
     if read_kind(config, ("head", *OBJECTIVE_OF_KIND)) == "head":
         settings: Any = HeadTraining.from_yaml(config, given=set_ or (), **changes)
         figures = train_head(settings)
@@ -189,6 +191,7 @@ def evaluate(
         from car_datasets.loading.templates import render
         from car_datasets.training.quantisation import compare_engines
 
+        # The same pairs and seed, so that the two tables differ by the encoder alone.
         by_engine = evaluate_scorer(quick, measured, other=rest, **drawing)
         texts = [render(row, str(scorer.template)) for pair in measured for row in pair]
         agreement = compare_engines(scorer, quick, texts)
@@ -240,6 +243,7 @@ def quantise(
     texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
     quantise_encoder(scorer, texts, output)
     echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
+    # On rows that were not calibrated on, where the agreement would be too good.
     if len(others) >= FEWEST_TEXTS:
         print_table(compare_engines(scorer, replace(scorer, engine=str(output)), others).to_table())
     else:

@@ -60,7 +60,10 @@ def curate(
     output: Output,
     changes: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="Read a recipe in YAML, such as configs/default.yaml; options win over it.")
+        Path | None,
+        typer.Option(
+            help="Read a recipe in YAML, such as configs/default.yaml. Options win over it; the word none undoes a value."
+        ),
     ] = None,
     push: Annotated[
         str | None,
@@ -80,6 +83,7 @@ def curate(
     # An ignored --public would look like a public result that never appears.
     if push is None and (check or not private):
         raise ValueError("--public and --check belong to --push REPO.")
+    # The file first, then the options, which therefore win.
     recipe = (Recipe() if config is None else Recipe.from_yaml(config)).changed(**changes)
     if push is not None:
         _refuse_push(push, private, token)
@@ -136,6 +140,7 @@ def demo(
     quiet_models()
     from car_datasets.curation import curate
 
+    # The default scorer and the sample are part of the package, so this needs no network.
     report = curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report
     print_table(report.to_table())
     _say_where(output)
@@ -182,7 +187,9 @@ def score(
     if output is not None:
         fresh_file(output, source, options["overwrite"])
     elif shards is None:
-        raise ValueError("Where to? Pass --output FILE, or --shards DIR for one worker of many, or both.")
+        raise ValueError(
+            "Pass --output FILE, or --shards DIR for one worker of many, or both: there is nowhere to write to."
+        )
     from car_datasets.curation import open_source
     from car_datasets.selection.published import rank_rows, refuse_original_names
     from car_datasets.stages import refuse_taken_columns, refuse_taken_language, resolve
@@ -199,6 +206,7 @@ def score(
     embed = embeddings and not as_original
     refuse_taken_columns(dataset.column_names, recipe, embed)  # before a model is downloaded
     refuse_taken_language(dataset.column_names, recipe)
+    # After all checks of the rows, since this downloads the models.
     stages = resolve(recipe, token, embed=embed)
     dataset = _with_languages(dataset, schema, stages)
     if output is None:
@@ -343,6 +351,7 @@ def explore(
     from car_datasets import exploring
 
     recipe = Recipe().changed(**changes)
+    # Only the projection and the names count here; the other settings are those of the result.
     exploring.explore(folder, host, port, recipe.projection, names=recipe.names)
 
 
@@ -415,7 +424,7 @@ def verify(
 
     found = verify(where, **options)
     for words in found.checked:
-        echo(f"right: {words}")
+        echo(f"ok: {words}")
     for words in found.skipped:
         echo(f"not checked: {words}")
     echo("match" if found.matches else f"mismatch: {found.difference}")

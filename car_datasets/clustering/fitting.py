@@ -21,7 +21,7 @@ from car_datasets.clustering.kmeans import Chunks, KMeansSettings, fit_kmeans
 from car_datasets.utils import columns
 from car_datasets.utils.columns import Matrix, Positions, embedding_batches, read_embeddings
 from car_datasets.utils.processes import Processes, all_processes, device_for, from_main
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import is_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,7 +102,7 @@ def fit_torch(dataset: Dataset, column: str, settings: FitSettings) -> Numbers:
         centers = fitted.centers.cpu().numpy()
         own = Numbers(basis.mean, basis.components, centers, basis.explained_variance, fitted.inertia)
         # All take the main process's numbers: another kind of GPU may have rounded its own differently.
-        return processes.joined(lambda: own, lambda of_all: of_all[0])
+        return processes.gather(lambda: own, lambda of_all: of_all[0])
 
 
 class Basis(NamedTuple):
@@ -118,7 +118,7 @@ def _fit_basis(dataset: Dataset, column: str, settings: FitSettings, processes: 
     """Measure this process's batches, then let the main process merge the parts of all and find the components."""
     batches = processes.share(math.ceil(len(dataset) / columns.BATCH), 1)
     try:
-        return processes.joined(
+        return processes.gather(
             lambda: _measure(dataset, column, batches, Identity.of(dataset, column, settings, processes)),
             lambda parts: _merged(parts, settings.explained_variance),
         )
@@ -126,7 +126,7 @@ def _fit_basis(dataset: Dataset, column: str, settings: FitSettings, processes: 
         if processes.count > 1:
             # The error counts the bad rows of one process only. The main process therefore reads all rows again, and
             # raises an error that counts all of them.
-            processes.joined(lambda: None, lambda _: _read_to_the_end(dataset, column))
+            processes.gather(lambda: None, lambda _: _read_to_the_end(dataset, column))
         raise
 
 
@@ -150,16 +150,16 @@ def _measure(dataset: Dataset, column: str, batches: range, identity: Identity |
     for matrix, positions in _read(dataset, column, batches):
         # By position, since batches without an embedding are skipped.
         lengths[int(positions[0]) // columns.BATCH - batches.start] = len(matrix)
-        covariance = _together(covariance, Covariance.of(matrix))
+        covariance = merge(covariance, Covariance.of(matrix))
     return Part(identity, covariance, lengths)
 
 
 def _merged(parts: list[Part], explained_variance: float) -> Basis:
     """Check that all processes measured the same dataset, and return the basis of their parts together."""
-    refuse_others("fits clusters to", [part.identity for part in parts])
+    check_same_data("fits clusters to", [part.identity for part in parts])
     covariance = None
     for part in parts:  # in the order of the ranks, so that the sum is the same on every run
-        covariance = _together(covariance, part.covariance)
+        covariance = merge(covariance, part.covariance)
     if covariance is None:
         raise ValueError("There are no embeddings to fit on: run TextEmbedder over the rows first.")
     lengths = [length for part in parts for length in part.lengths]
@@ -198,9 +198,9 @@ def fit_sklearn(dataset: Dataset, column: str, settings: FitSettings) -> Numbers
         [`Numbers`]: equal in all processes.
     """
     with all_processes() as processes:
-        processes.joined(
+        processes.gather(
             lambda: Identity.of(dataset, column, settings, processes),
-            lambda identities: refuse_others("fits clusters to", identities),
+            lambda identities: check_same_data("fits clusters to", identities),
         )
     return from_main(lambda: _fit_sklearn(dataset, column, settings))
 
@@ -234,7 +234,7 @@ def number_of_clusters(k: int | str, rows: int) -> int:
     """
     if k == "sqrt":
         k = max(1, int(math.sqrt(rows / 2)))  # the original fails on a single row, with k = 0
-    if not is_whole_number(k) or not 1 <= k <= rows:
+    if not is_integer(k) or not 1 <= k <= rows:
         raise ValueError(f"k={k!r} must be 'sqrt' or a number between 1 and the {rows} rows that can be clustered.")
     return int(k)
 
@@ -273,7 +273,7 @@ class Covariance:
         """Return the covariance of the rows of all chunks, or `None` if there are no chunks."""
         total = None
         for chunk in chunks:
-            total = _together(total, cls.of(chunk))
+            total = merge(total, cls.of(chunk))
         return total
 
     def merge(self, other: Covariance) -> None:
@@ -315,7 +315,7 @@ class Covariance:
         return components * signs[:, None], float(shares[kept - 1])
 
 
-def _together(total: Covariance | None, part: Covariance | None) -> Covariance | None:
+def merge(total: Covariance | None, part: Covariance | None) -> Covariance | None:
     """Return the total, into which the part is merged; `None` means no rows."""
     if total is None or part is None:
         return part if total is None else total
@@ -396,7 +396,7 @@ class Identity(NamedTuple):
             place[: len(row or ())] = row or ()
         return cls((len(dataset), column, *asked), sample)
 
-    def is_of_the_same(self, other: Identity) -> bool:
+    def matches(self, other: Identity) -> bool:
         """Return True if the rows are equal up to rounding, as of embeddings that were computed on another GPU."""
         if self.asked != other.asked or self.rows.shape != other.rows.shape:
             return False
@@ -408,18 +408,18 @@ class Identity(NamedTuple):
         return bool((apart[~missing] <= ROUNDING * size[~missing] + 1e-6).all())
 
 
-def refuse_others(does: str, identities: list[Identity | None]) -> None:
+def check_same_data(action: str, identities: list[Identity | None]) -> None:
     """Raise ValueError, naming the process, if one works on other data than the main process.
 
     Args:
-        does (`str`): what the processes do, for the message.
+        action (`str`): what the processes do, for the message.
         identities (`list[Identity | None]`): one per process, the main one first.
     """
     main = identities[0]
     for rank, other in enumerate(identities):
-        if main is not None and other is not None and not main.is_of_the_same(other):
+        if main is not None and other is not None and not main.matches(other):
             raise ValueError(
-                f"dataset: process {rank} of {len(identities)} {does} other rows or in another way than the main one: "
+                f"dataset: process {rank} of {len(identities)} {action} other rows or in another way than the main one: "
                 f"{other.asked}, not {main.asked}. Pass the same rows, in the same order, and settings in all "
                 "processes, or let each work on its own: `with car_datasets.utils.processes.alone(): ...`."
             )

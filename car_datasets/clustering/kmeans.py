@@ -20,13 +20,14 @@ from torch import Tensor
 
 from car_datasets.utils.columns import Matrix
 from car_datasets.utils.processes import Processes
+from car_datasets.utils.settings import N_INIT
 
 CPU, ALONE = torch.device("cpu"), Processes()
 CHUNK, GPU_CHUNK = 16_384, 2**18  # points whose sums are added up in float32 before they join the float64 totals
 CPU_BLOCK, GPU_BLOCK = 2**18, 2**26  # distances in memory at a time: what the second-level cache holds; 256 MB
 MAX_ITERATIONS = 100
 TOLERANCE = 2e-4  # a pass that lowers the inertia by less than this share is the last
-BEYOND = 0.5  # how far beyond the mean of its points a centre first goes; 0.75 is too far
+OVER_RELAXATION = 0.5  # a centre first moves past the mean of its points by this share of its way; 0.75 is too far
 # Points per first centre to choose from. 20 take the time of two passes; 10 miss groups, all take ten times as long.
 CANDIDATES = 20
 FULL_PASSES = 2  # passes over all points after the fit on a sample
@@ -45,7 +46,7 @@ class KMeansSettings(NamedTuple):
 
     k: int
     seed: int
-    n_init: int = 1
+    n_init: int = N_INIT
     sample: int = 0
 
 
@@ -113,17 +114,19 @@ def fit_kmeans(
     # Sorted, since the chunks are read in order.
     places = np.sort(rng.choice(rows, drawn, replace=False, shuffle=False))
     share = processes.share(drawn, CHUNK if device.type == "cpu" else GPU_CHUNK)
-    held = processes.each(lambda: take(chunks, project, places, share))
+    held = processes.barrier(lambda: take(chunks, project, places, share))
     # A generator: the centres of the next run are drawn after Lloyd's algorithm has ended from these.
     first = (first_centers(held, k, rng, share, drawn, processes).to(device) for _ in range(n_init))
     best = min((lloyd(held, centers, processes) for centers in first), key=lambda fitted: fitted.inertia)
+    # Fitted on all rows: there is nothing left to correct.
     if drawn == rows:
         return best
     own = processes.share(len(chunks.lengths), 1)
     centers = best.centers
     for _ in range(FULL_PASSES):
         centers = next_centers(pass_of_all(map(project, chunks.read(own)), centers, processes), centers)
-    inertia = processes.joined(
+    # One more pass, because each of those above measured the centres that it started from.
+    inertia = processes.gather(
         lambda: _inertia(map(project, chunks.read(own)), centers), lambda parts: float(sum(parts))
     )
     return Fitted(centers, inertia)
@@ -178,7 +181,7 @@ def first_centers(
     drawn = np.sort(rng.choice(rows, min(rows, CANDIDATES * k), replace=False))
     seed = int(rng.integers(2**32))
     mine = drawn[(drawn >= share.start) & (drawn < share.stop)] - share.start
-    return processes.joined(
+    return processes.gather(
         lambda: points[torch.from_numpy(mine).to(points.device)].cpu().numpy(),
         lambda parts: _far_apart(parts, k, seed),
     )
@@ -187,7 +190,9 @@ def first_centers(
 def _far_apart(parts: list[Matrix], k: int, seed: int) -> Tensor:
     from sklearn.cluster import kmeans_plusplus
 
+    # A process without a row to draw from sends an empty matrix of no width.
     candidates = np.concatenate([part for part in parts if len(part) > 0])
+    # In float64, because in float32 the sums, and so the drawn centres, differ between processors.
     _, chosen = kmeans_plusplus(candidates.astype(np.float64), k, random_state=seed)
     return torch.from_numpy(candidates[chosen])
 
@@ -204,11 +209,12 @@ def lloyd(points: Tensor, centers: Tensor, processes: Processes = ALONE) -> Fitt
         processes ([`Processes`]): the processes that hold the other shares.
     """
     current = pass_of_all([points], centers, processes)
-    beyond = BEYOND
+    beyond = OVER_RELAXATION
     for _ in range(MAX_ITERATIONS):
         centers = next_centers(current, centers, beyond)
         before, current = current.inertia, pass_of_all([points], centers, processes)
         if before - current.inertia <= TOLERANCE * before:
+            # The first time this only ends the overshooting, which keeps the centres away from the means.
             if beyond == 0:
                 break
             beyond = 0.0
@@ -241,13 +247,13 @@ def pass_of_all(points: Iterable[Tensor], centers: Tensor, processes: Processes)
     """Return [`one_pass`] over the points of all processes, equal on each; `points` are those of this one."""
     if processes.count == 1:
         return one_pass(points, centers)
-    own = processes.each(lambda: one_pass(points, centers))
+    own = processes.barrier(lambda: one_pass(points, centers))
     inertia = torch.tensor([own.inertia], dtype=torch.float64, device=centers.device)
     packed = torch.cat([own.sums.flatten(), own.counts.double(), inertia])  # one message in place of three
-    sums, counts, inertia = processes.added(lambda: packed).split([centers.numel(), len(centers), 1])
+    sums, counts, inertia = processes.all_reduce(lambda: packed).split([centers.numel(), len(centers), 1])
     far = own[3:]
     if (counts == 0).any():  # only an empty cluster needs them: it takes one of the farthest points of all processes
-        far = processes.joined(lambda: tuple(t.cpu() for t in own[3:]), lambda parts: _farthest(parts, len(centers)))
+        far = processes.gather(lambda: tuple(t.cpu() for t in own[3:]), lambda parts: _farthest(parts, len(centers)))
     return Pass(sums.view_as(centers), counts.long(), float(inertia), *(t.to(centers.device) for t in far))
 
 
@@ -256,6 +262,7 @@ def one_pass(points: Iterable[Tensor], centers: Tensor) -> Pass:
     sums = torch.zeros(centers.shape, dtype=torch.float64, device=centers.device)
     counts = torch.zeros(len(centers), dtype=torch.int64, device=centers.device)
     inertia = torch.zeros((), dtype=torch.float64, device=centers.device)
+    # k of them are enough, since fewer than k clusters can be empty.
     far = centers[:0], counts[:0], centers.new_empty(0)
     for chunk in _chunks(points):
         labels, distances = nearest(chunk, centers)

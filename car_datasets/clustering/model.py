@@ -30,10 +30,10 @@ from car_datasets.clustering.fitting import (
     FitSettings,
     Identity,
     Projection,
+    check_same_data,
     clustering_device,
     fit_sklearn,
     fit_torch,
-    refuse_others,
 )
 from car_datasets.clustering.kmeans import nearest
 from car_datasets.loading.values import untouched
@@ -53,16 +53,20 @@ from car_datasets.utils.columns import (
 from car_datasets.utils.digests import public
 from car_datasets.utils.files import write_whole
 from car_datasets.utils.processes import Processes, all_processes, mend_threads_after_fork, note_that_torch_runs
-from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, SEED, is_whole_number
+from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS, KMEANS_SAMPLE, N_INIT, SEED, K, is_integer
 
 CONFIG_FILE = "cluster_model.json"
 WEIGHTS_FILE = "cluster_model.safetensors"
 CLUSTER_MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 CACHE_VERSION = "2"  # part of the fingerprint by which `datasets` finds cached labels
+REFIT = "Fit the clusters again, and save them by save_pretrained."
 READABLE_VERSIONS = ("1", "2")  # versions of saved models; both are read, since labels follow from the numbers alone
 
 # To add an engine, write a function of this signature in a module of its own, and name it here.
-ENGINES: dict[str, Engine] = {"torch": fit_torch, "sklearn": fit_sklearn}
+ENGINES: dict[str, Engine] = {
+    "torch": fit_torch,
+    "sklearn": fit_sklearn,
+}
 
 
 @public
@@ -94,10 +98,11 @@ class ClusterModel:
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Bring the arrays into one layout; raise ValueError if both new columns have one name."""
+        """Bring the arrays into one layout; raise ValueError for parts that do not fit, or two columns of one name."""
         # One type and layout in memory, so that equal models have equal fingerprints.
         for name in ("mean", "components", "centers"):
             object.__setattr__(self, name, np.array(getattr(self, name), dtype=np.float32, order="C", copy=True))
+        _check_parts(self)
         if self.output_column == self.distance_column:
             raise ValueError(
                 f"output_column and distance_column are both {self.output_column!r}; name one differently."
@@ -125,11 +130,11 @@ class ClusterModel:
         dataset: Dataset,
         embedding_column: str = ColumnNames.embedding,
         *,
-        k: int | str = "sqrt",
+        k: int | str = K,
         explained_variance: float = EXPLAINED_VARIANCE,
         seed: int = SEED,
-        n_init: int = 1,
-        kmeans: str = "torch",
+        n_init: int = N_INIT,
+        kmeans: str = KMEANS,
         kmeans_sample: int = KMEANS_SAMPLE,
         output_column: str = ColumnNames.cluster,
         distance_column: str = ColumnNames().distance,
@@ -163,7 +168,7 @@ class ClusterModel:
         refuse_other_datasets(
             dataset,
             "ClusterModel.fit",
-            "a sample of its rows: ClusterModel.fit(Dataset.from_list(list(dataset.shuffle(seed=0).take(50_000))), k=...)",
+            "it with a sample: ClusterModel.fit(Dataset.from_list(list(dataset.shuffle(seed=0).take(50_000))), k=...)",
         )
         settings = checked_fit(k, explained_variance, seed, n_init, kmeans, kmeans_sample)
         note_that_torch_runs()
@@ -235,7 +240,7 @@ class ClusterModel:
         refuse_other_datasets(dataset, "ClusterModel.label", "dataset.map(clusters, batched=True)")
         self._refuse_columns(dataset.column_names)
         with all_processes() if across_processes else nullcontext(Processes()) as processes:
-            table = processes.joined(lambda: self._label_share(dataset, processes), _joined_labels)
+            table = processes.gather(lambda: self._label_share(dataset, processes), _joined_labels)
         return join_columns(dataset, Dataset(InMemoryTable(table)))
 
     def _label_share(self, dataset: Dataset, processes: Processes) -> tuple[Identity | None, pa.Table]:
@@ -290,6 +295,7 @@ class ClusterModel:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         arrays = {"mean": self.mean, "components": self.components, "centers": self.centers}
+        # Everything but the arrays is plain, and stays readable without this package.
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
         text = json.dumps(plain, indent=2) + "\n"
         # The JSON file marks a complete model: an old one is deleted first, the new one is written last.
@@ -302,21 +308,48 @@ class ClusterModel:
         """Load a model that [`~ClusterModel.save_pretrained`] wrote.
 
         Raises:
-            ValueError: the folder holds no cluster model, or one of an unknown version.
+            ValueError: the folder holds no cluster model, a damaged one, or one of an unknown version.
         """
         path = Path(folder)
         if not (path / CONFIG_FILE).is_file():
             raise ValueError(
                 f"{str(folder)!r} holds no cluster model: there is no {CONFIG_FILE}. Write one by save_pretrained."
             )
-        plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        try:
+            plain = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path / CONFIG_FILE} is damaged: {error}. {REFIT}") from error
+        if not isinstance(plain, dict):
+            raise ValueError(f"{path / CONFIG_FILE} is damaged: it is no JSON object. {REFIT}")
+        # Not an argument of the class: a loaded model gets the version of this code.
         version = plain.pop("cache_version", None)
         if version not in READABLE_VERSIONS:
             raise ValueError(
                 f"{str(folder)!r} holds a cluster model of version {version!r}; this code reads {READABLE_VERSIONS}. "
                 "Fit it again."
             )
-        return cls(**load_file(path / WEIGHTS_FILE), **plain)
+        try:
+            return cls(**load_file(path / WEIGHTS_FILE), **plain)
+        except Exception as error:  # of safetensors, of a part that is missing, or of `__post_init__`
+            raise ValueError(f"The cluster model in {str(folder)!r} is damaged: {error} {REFIT}") from error
+
+
+def _check_parts(model: ClusterModel) -> None:
+    """Raise ValueError if the parts of a model do not fit each other: all rows would fall into cluster 0."""
+    shapes = {name: getattr(model, name).shape for name in ("mean", "components", "centers")}
+    mean, components, centers = shapes.values()
+    fits = len(mean) == 1 and len(components) == len(centers) == 2
+    if not fits or mean[0] != components[1] or components[0] != centers[1] or not all(mean + components + centers):
+        raise ValueError(f"{shapes} must be the shapes (dimension,), (kept, dimension) and (k, kept), without a 0.")
+    if broken := [name for name in shapes if not np.isfinite(getattr(model, name)).all()]:
+        raise ValueError(f"{' and '.join(broken)} must be finite numbers, without NaN.")
+    columns = {name: getattr(model, name) for name in ("embedding_column", "output_column", "distance_column")}
+    if odd := {name: value for name, value in columns.items() if not isinstance(value, str) or not value}:
+        raise ValueError(f"{odd} must be the names of columns.")
+    if not is_integer(model.seed) or not all(
+        isinstance(number, (int, float, np.number)) for number in (model.explained_variance, model.inertia)
+    ):
+        raise ValueError("seed, explained_variance and inertia must be numbers.")
 
 
 def checked_fit(
@@ -329,18 +362,18 @@ def checked_fit(
             counted.
     """
     k, seed, n_init, kmeans_sample = (_plain(value) for value in (k, seed, n_init, kmeans_sample))
-    if k != "sqrt" and (not is_whole_number(k) or k < 1):
-        raise ValueError(f"k={k!r} must be 'sqrt' or a whole number of clusters, at least 1.")
-    real = is_whole_number(explained_variance) or isinstance(explained_variance, (float, np.floating))
+    if k != "sqrt" and (not is_integer(k) or k < 1):
+        raise ValueError(f"k={k!r} must be 'sqrt' or an integer, at least 1.")
+    real = is_integer(explained_variance) or isinstance(explained_variance, (float, np.floating))
     if not real or not 0 < explained_variance <= 1:
         raise ValueError(f"explained_variance={explained_variance!r} must lie in (0, 1].")
-    if not is_whole_number(n_init) or n_init < 1:
-        raise ValueError(f"n_init={n_init!r} must be at least 1, a whole number of runs.")
-    if not is_whole_number(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**32 - 1.")
+    if not is_integer(n_init) or n_init < 1:
+        raise ValueError(f"n_init={n_init!r} must be at least 1 and an integer.")
+    if not is_integer(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be an integer from 0 to 2**32 - 1.")
     if kmeans not in ENGINES:
         raise ValueError(f"kmeans={kmeans!r} is not known; choose one of {tuple(ENGINES)}.")
-    if not is_whole_number(kmeans_sample) or kmeans_sample < 0:
+    if not is_integer(kmeans_sample) or kmeans_sample < 0:
         raise ValueError(f"kmeans_sample={kmeans_sample!r} must be a number of rows per cluster, or 0 for all rows.")
     return FitSettings(k, float(explained_variance), seed, n_init, kmeans, kmeans_sample)
 
@@ -352,5 +385,5 @@ def _plain(value: Any) -> Any:
 
 def _joined_labels(parts: list[tuple[Identity | None, pa.Table]]) -> pa.Table:
     """Join the labels of all processes, in the order of the rows."""
-    refuse_others("labels", [identity for identity, _ in parts])
+    check_same_data("labels", [identity for identity, _ in parts])
     return pa.concat_tables([table for _, table in parts])

@@ -7,7 +7,6 @@ Does not: know the columns of a dataset, render a text, or change a row.
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from car_datasets.loading.templates import Exchange, compact_json, join_lines, parse_json, render_call, split_thought
+from car_datasets.loading.templates import (
+    Exchange,
+    compact_json,
+    is_written_call,
+    join_lines,
+    parse_chat,
+    parse_json,
+    parse_speakers,
+    render_call,
+    split_thought,
+)
 
 # Statuses of a row. They are values of the status column and keys of reports, so renaming one breaks saved results. A
 # status may have a detail after a colon, such as "unknown_role: narrator".
@@ -28,7 +37,7 @@ NULL = "null"
 NOT_A_STRING = "not_a_string"
 NO_ASSISTANT_TURN = "no_assistant_turn"
 TOO_LONG = "too_long"  # its exchanges would repeat the system prompt to more than MOST_REPEATED characters
-BAD_TURN = "bad_turn"
+BAD_TURN = "bad_turn"  # with the keys of the message, if it has any
 NO_CONTENT = "no_content"  # with the role of the message
 UNKNOWN_ROLE = "unknown_role"  # with the role
 SCORED = (OK, EMPTY_RESPONSE, TRUNCATED, TOOL_CALL, OTHER_PARTS)  # a row of any other status has no score
@@ -46,14 +55,12 @@ ROLES: dict[str, str] = {
     **dict.fromkeys(("thought", "thoughts", "thinking", "reasoning"), "thought"),
 }
 _ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
+_CONTENT_KEYS = ("content", "value", "text", "parts")
 # Keys of an entry that contains question and answer of one exchange.
-_PAIR_KEYS = (
-    *(("input", "output"), ("human", "assistant"), ("user", "assistant"), ("human", "gpt")),
-    *(("instruction", "output"), ("question", "answer"), ("prompt", "response"), ("prompt", "completion")),
-)
+_ASKED_KEYS = ("instruction", "human", "user", "question", "prompt", "query", "input")
+_ANSWER_KEYS = ("output", "assistant", "gpt", "bot", "answer", "response", "completion")
 _THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
-_WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss")
+_WEIGHT_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "output_with_loss")
 _ZERO = ("0", "0.0", "false", "no")
 _TEXT_PARTS = (None, "text", "input_text", "output_text", "refusal")
 _CALL_PARTS = ("tool_use", "tool_call", "function_call")
@@ -63,9 +70,6 @@ CONTEXT_CHARACTERS = 1_000  # of earlier turns that an exchange is given to read
 # they come before the answer, and must not push its end out of the model's sight.
 READ_CHARACTERS = 2_000
 MOST_REPEATED = 1 << 24  # characters of system prompts in all exchanges of a chat
-
-# A chat as one text, as Anthropic's HH-RLHF has it.
-_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 class Reading(NamedTuple):
@@ -152,6 +156,9 @@ def read_side(value: Any, kind: str, role: str = "role", content: str = "content
         value = [value]
     if value is None:
         return NULL
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if _has_text_parts(value) and all(part.get(key) is None for part in value for key in (role, *_ROLE_KEYS)):
+        value = [{"role": kind, "content": value}]
     # A list of texts is no chat here, but several answers to choose from.
     if not isinstance(value, (list, tuple, np.ndarray)) or any(isinstance(entry, str) for entry in value):
         return NOT_A_STRING
@@ -159,10 +166,10 @@ def read_side(value: Any, kind: str, role: str = "role", content: str = "content
 
 
 def read_text_chat(text: Any, role: str = "role", content: str = "content") -> list[Turn] | None:
-    """Return the turns of a chat that is JSON text; `None` for any other text, which is then read as it is."""
-    if not isinstance(text, str) or text.lstrip()[:1] not in ("[", "{") or '"' not in text:
+    """Return the turns of a chat that is JSON text or marks its speakers; `None` for a text that is read as it is."""
+    if not isinstance(text, str):
         return None
-    value = parse_json(text)
+    value = parse_json(text) if text.lstrip()[:1] in ("[", "{") and '"' in text else parse_speakers(text)
     value = [value] if isinstance(value, Mapping) else value
     if not value or not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         return None
@@ -174,6 +181,8 @@ def join_prompt(prompt: Sequence[Turn], chat: Sequence[Turn]) -> list[Turn]:
     """Join a prompt and the chat that follows it, which may repeat the prompt; what it repeats counts once."""
     asked, said = ([turn for turn in turns if turn.kind != "system"] for turns in (prompt, chat))
     keys = [[(turn.kind, turn.text.strip()) for turn in turns] for turns in (asked, said)]
+    if keys[1] and keys[0][-len(keys[1]) :] == keys[1]:  # the prompt is the entire chat
+        return list(prompt)
     # A prompt of one turn may also be the last question of a longer chat.
     repeated = keys[1][: len(asked)] == keys[0] or (len(asked) == 1 and keys[0][0] in keys[1])
     system = [turn for turn in prompt if turn.kind == "system"]
@@ -185,30 +194,13 @@ def _entries(chat: Any) -> list[Any] | None:
     if isinstance(chat, np.ndarray):
         chat = chat.tolist()
     if isinstance(chat, str):
-        chat = _parse_chat(chat)
+        chat = parse_chat(chat)
     if isinstance(chat, Mapping):  # `datasets` before 4.0 passes a list of dicts as a dict of lists
         columns = [value.tolist() if isinstance(value, np.ndarray) else value for value in chat.values()]
         if not all(isinstance(c, (list, tuple)) for c in columns) or len({len(c) for c in columns}) > 1:
             return None
         return [dict(zip(chat, values, strict=True)) for values in zip(*columns, strict=True)]
     return list(chat) if isinstance(chat, (list, tuple)) else None
-
-
-def _parse_chat(text: str) -> Any:
-    """Return the chat that a text holds, as JSON, as Python writes a list, or with marked speakers; else `None`."""
-    if text.lstrip()[:1] in ("[", "{"):
-        value = parse_json(text)
-        if value is None:  # pandas writes lists into CSV as Python does
-            try:
-                value = ast.literal_eval(text.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                return None
-        return value
-    speakers = _SPEAKER.split(text)
-    if len(speakers) < 3 or speakers[0].strip():
-        return None
-    chat = [{"role": who, "content": said.strip()} for who, said in zip(speakers[1::2], speakers[2::2], strict=True)]
-    return [{**turn, "role": ("user", "assistant")[turn["role"] == "Assistant"]} for turn in chat]
 
 
 def _messages(entries: Sequence[Any], role_keys: Sequence[str]) -> list[Any]:
@@ -230,15 +222,22 @@ def _pair_of(entry: Any, role_keys: Sequence[str]) -> list[dict[str, Any]] | Non
     if isinstance(entry, np.ndarray):
         entry = entry.tolist()
     if isinstance(entry, (list, tuple)) and len(entry) == 2:
-        system, (asked, answered) = None, entry
+        system, marks, (asked, answered) = None, {}, entry
     elif isinstance(entry, Mapping) and all(entry.get(key) is None for key in role_keys):
-        given = [(a, b) for a, b in _PAIR_KEYS if a in entry and b in entry and (entry[a], entry[b]) != (None, None)]
-        if not given:
+        asked_keys, answer_keys = ([k for k in keys if k in entry] for keys in (_ASKED_KEYS, _ANSWER_KEYS))
+        if not asked_keys or not answer_keys:
             return None
-        system, asked, answered = entry.get("system"), entry[given[0][0]], entry[given[0][1]]
+        asks = [entry[k] for k in asked_keys if entry[k] is not None]
+        asked = (
+            "\n".join(asks) if len(asks) > 1 and all(isinstance(text, str) for text in asks) else next(iter(asks), None)
+        )
+        answered = next((entry[k] for k in answer_keys if entry[k] is not None), None)
+        if asked is None and answered is None:
+            return None
+        system, marks = entry.get("system"), {key: entry[key] for key in _WEIGHT_KEYS if key in entry}
     else:
         return None
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered, **marks}]
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
@@ -248,7 +247,10 @@ def _read_message(message: Any, role_keys: Sequence[str], content_keys: Sequence
     if isinstance(message, Mapping):
         role = next((message[key] for key in role_keys if message.get(key) is not None), None)
     if role is None:
-        return BAD_TURN
+        keys = (
+            ", ".join(str(key) for key in message if message[key] is not None) if isinstance(message, Mapping) else ""
+        )
+        return f"{BAD_TURN}: keys {_shown(keys)}" if keys else BAD_TURN
     kind = ROLES.get(re.sub(r"[\s-]+", "_", str(role).strip().lower()))
     if kind is None:
         return f"{UNKNOWN_ROLE}: {_shown(role)}"
@@ -267,16 +269,11 @@ def _read_message(message: Any, role_keys: Sequence[str], content_keys: Sequence
     if kind == "assistant":
         inner, text = split_thought(read.text)
         call = join_lines(read.call, call)
-        if not call and _is_written_call(text):
+        if not call and is_written_call(text):
             text, call = "", text
         thought = join_lines(thought, read.thought, inner)
         return Turn(kind, text, thought, call, _has_weight(message), read.partial)
     return Turn(kind, read.text, partial=read.partial)
-
-
-def _is_written_call(text: str) -> bool:
-    """Return True for a call that a model wrote into its answer, as Hermes and Glaive do."""
-    return ("<tool_call>" in text and text.endswith("</tool_call>")) or text.startswith("<functioncall>")
 
 
 def _shown(role: Any) -> str:
@@ -330,6 +327,10 @@ def _read_parts(parts: Iterable[Any]) -> _Content | str:
             text = part.get("refusal" if kind == "refusal" else "text")
             if isinstance(text, str):
                 texts.append(text)
+            elif kind is None and part.get("functionCall") is not None:  # Gemini's
+                calls.append(render_call(part["functionCall"], part["functionCall"]))
+            elif kind is None and part.get("functionResponse") is not None:
+                texts.append(compact_json(part["functionResponse"]))
             elif kind is None and any(value is not None for value in part.values()):
                 partial = True  # such as {"image": ...}
             else:

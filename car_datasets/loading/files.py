@@ -42,9 +42,9 @@ from datasets.utils.metadata import MetadataConfigs
 from fsspec.utils import glob_translate
 from huggingface_hub import DatasetCard
 
-from car_datasets.utils.columns import refuse_wide
+from car_datasets.utils.columns import refuse_casts, refuse_wide
 from car_datasets.utils.digests import file_digest
-from car_datasets.utils.files import printable
+from car_datasets.utils.files import printable, user_path
 from car_datasets.utils.hub import asking, clean_token, reason
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def find_files(source: str, pattern: bool, token: str | None, cache_dir: str | N
         return [_read_stream(_standard_input(), source, cache_dir)]
     if is_address(source):
         return [_download(each, token, cache_dir) for each in _addresses(source, pattern, token)]
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return [data_file(path, str(path))]
     if path.is_fifo():  # such as the shell's <(zcat rows.jsonl.gz)
@@ -209,13 +209,15 @@ def _addresses(source: str, pattern: bool, token: str | None) -> list[str]:
 def shown_address(address: str) -> str:
     """Return an address without user, password and query, any of which may be a secret."""
     parts = urlsplit(address)
-    host = parts.netloc.rpartition("@")[2] if parts.scheme != "hf" else parts.netloc
+    if parts.scheme == "hf":
+        return address
+    host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"
 
 
 def _download(address: str, token: str | None, cache_dir: str | None) -> DataFile:
     shown = shown_address(address)
-    name = PurePosixPath(unquote(urlsplit(address).path)).name
+    name = PurePosixPath(shown if shown == address else unquote(urlsplit(address).path)).name
     if kind_of(name) is None:
         raise ValueError(
             f"source={shown!r}: the name at the end of the address does not tell the format; it must end in one of "
@@ -487,10 +489,11 @@ def read_parquet(files: Sequence[DataFile], cache_dir: str | None = None) -> Dat
     # Escaped, because `datasets` takes every path for a pattern.
     paths = [glob.escape(str(Path(file.path).absolute())) for file in files]
     builder = Parquet(cache_dir=cache_dir, data_files={SPLIT: paths}, hash=content)
+    refuse_casts(builder)
     try:
         with quiet_readers():
             builder.download_and_prepare()
         return builder.as_dataset(SPLIT)
-    except (DatasetsError, pa.ArrowException) as error:
+    except (DatasetsError, pa.ArrowException, ValueError) as error:
         cause, names = error.__cause__ or error, listed([file.shown for file in files])
         raise ValueError(f"source={names!r} cannot be read as parquet: {reason(cause)[:300]}") from error

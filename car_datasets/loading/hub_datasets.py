@@ -24,6 +24,7 @@ from datasets.exceptions import DatasetsError
 
 from car_datasets.loading.files import DataFile, data_file, kind_of, listed, quiet_readers
 from car_datasets.utils import revisions
+from car_datasets.utils.columns import refuse_casts
 from car_datasets.utils.files import write_whole
 from car_datasets.utils.hub import READING_WAITS, asking, clean_token, reason, retry
 
@@ -88,6 +89,11 @@ def find_dataset(
         ) from error
     except (DatasetsError, RuntimeError, ImportError, StopIteration) as error:
         raise ValueError(f"{shown} cannot be loaded: {reason(error.__cause__ or error)[:300]}") from error
+    except ValueError as error:
+        if str(error).startswith(shown):
+            raise
+        advice = " Say which: name=... (--name)." if "config" in str(error).lower() else ""
+        raise ValueError(f"{shown} cannot be loaded: {reason(error)[:300]}{advice}") from error
     if found.files:
         for each in {note, _note(repo_id, name, found.commit, cache_dir), _note(repo_id, name, revision, cache_dir)}:
             _write_note(each, found)
@@ -98,8 +104,10 @@ def _ask_datasets(
     repo_id: str, name: str | None, commit: str | None, token: str | None, cache_dir: str | None
 ) -> HubDataset:
     builder = builder_at_commit(repo_id, name, commit, token, cache_dir)
-    if files := _plain_files(builder):
-        return HubDataset(str(builder.hash), files)
+    if builder.name in ("json", "csv"):
+        return HubDataset(str(builder.hash), _plain_files(builder))
+    if builder.name in ("parquet", "arrow"):
+        refuse_casts(builder)
     try:
         with quiet_readers():
             builder.download_and_prepare()
@@ -117,17 +125,27 @@ def _ask_datasets(
 
 
 def _plain_files(builder: DatasetBuilder) -> dict[str, list[str]]:
-    """Return the JSON or CSV files of each split, or nothing if the builder has a format or options of its own."""
-    if builder.name not in ("json", "csv"):
-        return {}
+    """Return the JSON or CSV files of each split.
+
+    Raises:
+        ValueError: only `datasets` can read them, which would change values.
+    """
+    shown, advice = f"source={builder.repo_id!r}", "Open it with datasets.load_dataset, and pass the Dataset."
     plain = builder.BUILDER_CONFIG_CLASS()
-    ours = {"name", "version", "data_dir", "data_files", "description", "sep"}
+    ours = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter", "encoding"}
     changed = {f.name for f in fields(plain) if getattr(builder.config, f.name) != getattr(plain, f.name)} - ours
     prefix = f"hf://datasets/{builder.repo_id}@{builder.hash}/"
     files = builder.config.data_files or {}
-    ordinary = all(file.startswith(prefix) and kind_of(file) for split in files.values() for file in split)
-    if changed or not ordinary:
-        return {}
+    if changed:
+        raise ValueError(
+            f"{shown}: the configuration {builder.config.name!r} of its README.md has {sorted(changed)}, which are for "
+            f"`datasets` itself. {advice}"
+        )
+    if odd := [file for split in files.values() for file in split if not (file.startswith(prefix) and kind_of(file))]:
+        raise ValueError(
+            f"{shown}: {listed([file.removeprefix(prefix) for file in odd])}: only `datasets` itself reads such files. "
+            f"{advice}"
+        )
     return {str(split): [file.removeprefix(prefix) for file in found] for split, found in files.items()}
 
 

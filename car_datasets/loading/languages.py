@@ -112,7 +112,10 @@ def languages_of_rows(dataset: Dataset, schema: Schema) -> list[str]:
         schema ([`Schema`]): of these rows.
     """
     languages: list[str] = []
-    rows = dataset.select_columns(list(schema.read_columns)).with_format(None)
+    # Imported here, because the command line reads the names above for its help.
+    from car_datasets.loading.values import carried
+
+    rows = carried(dataset.select_columns(list(schema.read_columns)).with_format(None))
     # The bar appears after two seconds: a million rows take minutes, a sample hardly any time.
     with tqdm(total=len(rows), desc="Reading languages", unit="rows", delay=2, leave=False) as bar:
         for batch in rows.iter(batch_size=1_000):

@@ -411,6 +411,8 @@ def _csv_lines(file: DataFile, separator: str) -> Generator[tuple[int, list[str]
                 break
             except csv.Error as error:
                 raise _broken(file, str(error), start) from error
+            if start == 1 and re.fullmatch("sep=.", separator.join(record)):
+                continue  # how a file tells Excel its separator
             if record:  # an empty line is an empty record
                 yield start, record
     with file.open() as stream:
@@ -422,33 +424,31 @@ def _csv_lines(file: DataFile, separator: str) -> Generator[tuple[int, list[str]
 def _header(file: DataFile) -> tuple[str, list[str]]:
     """Return the separator and the names of the columns."""
     usual = "\t" if ".tsv" in Path(file.shown).name.lower() else ","
-    names = _first_record(file, usual)
-    if not names:
-        raise ValueError(f"source={file.shown!r} is an empty file; pass a file that contains rows.")
-    separator = usual
-    if len(names) == 1:
-        found = {sign: len(_first_record(file, sign)) for sign in ";|\t," if sign in names[0]}
-        separator = max(found, key=lambda sign: found[sign], default=usual)
+    counts = {usual: _count_names(file, usual)}
+    if counts[usual] < 2:
+        counts |= {sign: _count_names(file, sign) for sign in ";|\t,"}
+    separator = max(counts, key=lambda sign: counts[sign])
     if separator != usual:
         logger.warning("source=%r: its fields are separated by %r, not by %r.", file.shown, separator, usual)
-        names = _first_record(file, separator)
+    with contextlib.closing(_csv_lines(file, separator)) as lines:
+        names = next((record for _, record in lines), [])
+    if not names:
+        _refuse_no_rows([file])
     refuse_wide(f"source={file.shown!r}", len(names))
     unnamed = [i for i, name in enumerate(names, 1) if not name.strip()][:20]
     if unnamed:
-        raise _broken(
-            file,
-            f"columns {unnamed} of the header have no name (pandas writes its index so, unless to_csv(index=False)); "
-            "name or drop them",
-            1,
-        )
+        why = "pandas writes its index so, unless to_csv(index=False)"
+        raise _broken(file, f"columns {unnamed} of the header have no name ({why}); name or drop them", 1)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise _broken(file, f"the header has {twice} more than once; rename them", 1)
     return separator, names
 
 
-def _first_record(file: DataFile, separator: str) -> list[str]:
-    with contextlib.closing(_csv_lines(file, separator)) as lines:
-        return next((record for _, record in lines), [])
+def _count_names(file: DataFile, separator: str) -> int:
+    # Names in quotes cannot be read by another separator than theirs.
+    with contextlib.suppress(ValueError), contextlib.closing(_csv_lines(file, separator)) as lines:
+        return len(next((record for _, record in lines), []))
+    return 0
 
 
 def _csv_rows(table: _Table) -> Iterator[Row]:

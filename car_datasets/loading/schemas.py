@@ -7,6 +7,7 @@ Does not: load files, cut a chat, count tokens, or change a row: a rendered text
 from __future__ import annotations
 
 import logging
+import re
 import reprlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 from car_datasets.loading.chats import (
+    BAD_TURN,
+    NO_CONTENT,
     NOT_A_STRING,
     NULL,
     Reading,
@@ -26,6 +29,7 @@ from car_datasets.loading.chats import (
     read_side,
     read_text_chat,
     read_turns,
+    status_kind,
     status_of,
 )
 from car_datasets.loading.templates import Exchange, Text, render, split_thought
@@ -91,7 +95,8 @@ ROLE_NAMES = tuple(
 OPTIONAL = ("input", "system", "history", "tools")  # those whose column may be missing from a dataset
 # Columns that are text of the conversation in most datasets, by the key of `columns` that reads them.
 TEXT_ROLES = {
-    **{"context": "input", "input": "input", "system": "system", "system_prompt": "system", "history": "history"},
+    **{"context": "input", "input": "input", "history": "history", "chat_history": "history"},
+    **dict.fromkeys(("system", "system_prompt", "system_message", "system_instruction"), "system"),
 }
 
 
@@ -127,13 +132,15 @@ SCHEMAS: dict[str, Schema] = {
         _single(
             *("conversations/chosen", "conversations", "chosen"), role="from", content="value", marks=("rejected",)
         ),
+        _single("messages/chosen", "messages", "chosen", marks=("rejected",)),
+        _single("conversation/chosen", "conversation", "chosen", marks=("rejected",)),
         _chat("chosen", marks=("rejected",)),
     )
 }
 # Where several schemas fit, one of the first of these groups wins over all that are not in it. The second group is the
 # table as it was: what is added to the table must not change how a dataset is read.
 FIRST = (
-    ("conversations/chosen",),
+    ("conversations/chosen", "messages/chosen"),
     ("alpaca", "prompt/completion", "prompt/response", "question/answer", "messages", "conversations"),
     ("prompt/chosen",),
 )
@@ -206,6 +213,8 @@ def _recognise(available: list[str], renamed: Mapping[str, Any]) -> Schema:
         raise ValueError(
             f"No known schema fits the columns {available}. Known: {sorted(SCHEMAS)}. {_proposal(available)}"
         )
+    if "prompt" in available:  # UltraFeedback has the prompt and the chosen answer in `messages` as well
+        fitting = [schema for schema in fitting if schema.name != "messages/chosen"]
     for group in FIRST:
         if any(schema.name in group for schema in fitting):
             fitting = [schema for schema in fitting if schema.name in group]
@@ -229,6 +238,8 @@ def _proposal(available: Sequence[str]) -> str:
     """Return the call that names the columns, as far as their names say what they are."""
     known = {**_own_names(), **TEXT_ROLES}
     found = {known[column]: column for column in reversed(available) if column in known}
+    if "instruction" not in found and "input" in found:  # alone, it is what was asked
+        found["instruction"] = found.pop("input")
     found = {role: found.get(role, "...") for role in ROLE_NAMES if role in (*found, "instruction", "response")}
     call = ", ".join(f"{role!r}: {column if column == '...' else repr(column)}" for role, column in found.items())
     option = ",".join(f"{role}={column}" for role, column in found.items())
@@ -361,7 +372,7 @@ def _read_pair(row: tuple[Any, Any, Any], system: Any, history: Any, schema: Sch
         return Reading([], NULL)
     context = "" if context is None else context  # published datasets use null and "" alike for "no input"
     before = _turns_before(system, history, schema)
-    if not before and isinstance(instruction, str) and _is_plain(response):
+    if not before and _is_plain(response) and isinstance(instruction, str) and not _OPEN_END.search(instruction):
         if not isinstance(context, str):
             return Reading([], NOT_A_STRING)
         thought, answer = split_thought(response)
@@ -379,8 +390,12 @@ def _read_pair(row: tuple[Any, Any, Any], system: Any, history: Any, schema: Sch
 
 
 def _is_plain(response: Any) -> bool:
-    """Return True for a text that cannot be a chat as JSON, as most answers are."""
-    return isinstance(response, str) and response.lstrip()[:1] not in ("[", "{")
+    """Return True for a text that cannot be a chat, as most answers are."""
+    return isinstance(response, str) and response.lstrip()[:1] not in ("[", "{") and not _SPEAKER.search(response)
+
+
+_SPEAKER = re.compile("Assistant:|ASSISTANT:")
+_OPEN_END = re.compile(r"(?:Assistant|ASSISTANT):\s*\Z")  # the prompt of a model, as HH-RLHF writes it
 
 
 def _read_sides(instruction: Any, response: Any, schema: Schema) -> tuple[list[Turn] | str, list[Turn] | str]:
@@ -390,11 +405,13 @@ def _read_sides(instruction: Any, response: Any, schema: Schema) -> tuple[list[T
     # Text that could be a chat as JSON is taken for one only if both are, or if it repeats the instruction, and if it
     # can be scored: an answer may well be JSON.
     chat = read_text_chat(response, schema.role, schema.content)
-    if chat is None:
-        return asked, said
-    if not isinstance(instruction, str):
+    if chat is not None and not isinstance(instruction, str):
         return asked, chat
     prompt = read_text_chat(instruction, schema.role, schema.content)
+    if prompt is not None and isinstance(instruction, str) and _OPEN_END.search(instruction):
+        prompt = asked = prompt[:-1]  # the last turn is the one that the response fills
+    if chat is None:
+        return asked, said
     repeated = any((turn.kind, turn.text.strip()) == ("user", instruction.strip()) for turn in chat)
     if prompt is None and not repeated:
         return asked, said
@@ -408,7 +425,10 @@ def _turns_before(system: Any, history: Any, schema: Schema) -> list[Turn] | str
     if isinstance(system, str):
         turns += [Turn("system", system)] if system.strip() else []
     elif system is not None:
-        return NOT_A_STRING
+        prompt = read_side(system, "system", schema.role, schema.content)
+        if isinstance(prompt, str):
+            return prompt
+        turns += prompt
     if history is None or (isinstance(history, str) and not history.strip()):
         return turns
     earlier = read_turns(history, schema.role, schema.content)
@@ -425,7 +445,13 @@ def invalid_rows_message(statuses: Sequence[str], names: Sequence[Any], total: i
         for status, which in list(rows.items())[:8]
     ]
     parts += [f"{sum(map(len, list(rows.values())[8:]))} others"] if len(rows) > 8 else []
+    keys = ""
+    if any(status_kind(status) in (BAD_TURN, NO_CONTENT) for status in rows):
+        keys = (
+            " A chat is a list of messages with a role and a content; if their keys have other names, pass columns="
+            "{'role': ..., 'content': ...} (--columns role=...,content=...)."
+        )
     return (
-        f"{len(statuses)} of {total} rows{where} cannot be scored: {'; '.join(parts)}. Fix or drop them, or pass "
+        f"{len(statuses)} of {total} rows{where} cannot be scored: {'; '.join(parts)}.{keys} Fix or drop them, or pass "
         "on_invalid='mark' (--on-invalid mark) to keep them without a score."
     )

@@ -50,13 +50,14 @@ from car_datasets.loading.values import as_written, carried, dataset_from_pandas
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import is_text
 from car_datasets.utils.digests import file_digest
+from car_datasets.utils.files import user_path
 from car_datasets.utils.processes import launched_rank
 
 logger = logging.getLogger(__name__)
 
 # What one can pass: where rows are, or the rows.
 Source: TypeAlias = (
-    "str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | pd.DataFrame | Dataset | DatasetDict"
+    str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | pd.DataFrame | Dataset | DatasetDict
 )
 
 
@@ -261,12 +262,12 @@ def _find_source(source: Any, reading: Reading) -> _Found:
         return _Found(Origin("memory"), _splits_of(source))
     if isinstance(source, pd.DataFrame):
         return _Found(Origin("memory"), {SPLIT: dataset_from_pandas(source)})
-    if isinstance(source, (list, tuple)) and _are(source, Mapping):
+    if isinstance(source, (list, tuple)) and _are(source[:1], Mapping):
         return _Found(Origin("memory"), {SPLIT: dataset_from_rows(source)})
     if isinstance(source, (list, tuple)) and _are(source, (str, Path)):
         return _find_all(source, reading)
     if not isinstance(source, (str, Path)):
-        what = "an empty list" if source in ([], ()) else f"a {type(source).__name__}"
+        what = "an empty list" if isinstance(source, (list, tuple)) and not source else f"a {type(source).__name__}"
         raise ValueError(
             f"source is {what}; pass a path, a Hub id, a list of paths or of rows, a DataFrame, a "
             "Dataset or a DatasetDict."
@@ -275,7 +276,7 @@ def _find_source(source: Any, reading: Reading) -> _Found:
         raise ValueError("source is empty; pass a path, a Hub id, a Dataset or a DatasetDict.")
     if text == STANDARD_INPUT and launched_rank()[1] > 1:
         raise ValueError("source='-': several processes cannot share standard input; pass a file.")
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if folder.is_dir():
         return _find_folder(folder, reading)
     at = hub_address(text)
@@ -303,9 +304,7 @@ def _find_all(sources: Sequence[str | Path], reading: Reading) -> _Found:
     """Return the files of a list of paths, in its order."""
     files: list[DataFile] = []
     for each in map(str, sources):
-        found = (
-            [] if Path(each).expanduser().is_dir() else find_files(each, reading.glob, reading.token, reading.cache_dir)
-        )
+        found = [] if user_path(each).is_dir() else find_files(each, reading.glob, reading.token, reading.cache_dir)
         if not found:
             raise ValueError(f"source={each!r}, in a list of {len(sources)}, is not a file. Pass a list of files.")
         files += found
@@ -331,6 +330,8 @@ def _read_splits(found: _Found, reading: Reading) -> Opened:
         part = found.splits[name]
         rows = part if isinstance(part, Dataset) else _read_files(part, texts, reading.cache_dir)
         tables[name] = as_written(rows)
+    if len({repr(table.features) for table in tables.values()}) > 1:
+        tables = _typed_together(tables, found, texts, reading.cache_dir)
     # Each is hashed again only if it was written to meanwhile.
     if _with_digests(found, names) != origin:
         raise ValueError(f"source={origin.name!r} was changed while it was read. Run the same again.")
@@ -359,6 +360,22 @@ def _read_files(files: Sequence[DataFile], texts: Collection[str], cache_dir: st
         if files[0].kind == "json":
             return read_json(files, cache_dir)
         return read_csv(files, texts, cache_dir) if files[0].kind == "csv" else read_parquet(files, cache_dir)
+
+
+def _typed_together(
+    tables: dict[str, Dataset], found: _Found, texts: Collection[str], cache_dir: str | None
+) -> dict[str, Dataset]:
+    """Return splits with types that hold the values of all, if their files are read by our own readers."""
+    parts = [found.splits[name] for name in tables]
+    files = [file for part in parts if not isinstance(part, Dataset) for file in part]
+    if any(isinstance(part, Dataset) for part in parts) or {file.kind for file in files} not in ({"json"}, {"csv"}):
+        return tables
+    every, start = _read_files(files, texts, cache_dir), 0
+    typed = {}
+    for name, table in tables.items():
+        typed[name] = every.select(range(start, start + len(table)))
+        start += len(table)
+    return typed
 
 
 def _find_on_hub(repo_id: str, reading: Reading) -> _Found:

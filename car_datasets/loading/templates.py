@@ -1,12 +1,13 @@
 """Render an exchange as the text that models read, with CaR's own template or a cleaned one.
 
 Does: keep templates under versioned names, because scores depend on them; clean up text; split the thought from an
-answer; write a tool call as text.
+answer; write a tool call as text; parse a chat that is one text.
 Does not: know a dataset's columns.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -79,7 +80,10 @@ def _clean(exchange: Exchange) -> Text:
 
 
 # Scores depend on the template, so a change of wording or of `clean` gets a new name; a published one is never edited.
-TEMPLATES: dict[str, Callable[[Exchange], Text]] = {PAPER_TEMPLATE: _paper, CLEAN_TEMPLATE: _clean}
+TEMPLATES: dict[str, Callable[[Exchange], Text]] = {
+    PAPER_TEMPLATE: _paper,
+    CLEAN_TEMPLATE: _clean,
+}
 
 # `\uXXXX`, or a backslash and one of the letters and signs that JSON escapes (and Python: the single quote).
 _ESCAPE = re.compile(r"""\\(?:u([0-9a-fA-F]{4})|([nrtbf"'\\/]))""")
@@ -172,10 +176,15 @@ _THOUGHT = re.compile(
     r"|<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|\[THINK\](.*?)\[/THINK\])\s*",
     re.DOTALL | re.IGNORECASE,
 )
+# What comes after a thought may be marked as the answer.
+_MARKED_ANSWER = re.compile(
+    r"\s*(?:<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>|\Z)|<(?P<tag>answer|output)>(.*)</(?P=tag)>)\s*\Z",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 def split_thought(text: str) -> tuple[str, str]:
-    """Split an answer into the thought at its start, without its tags, and the rest.
+    """Split an answer into the thought at its start and the rest, both without their tags.
 
     The opening tag may be missing, as where the prompt template of a model ends with it.
     """
@@ -186,8 +195,27 @@ def split_thought(text: str) -> tuple[str, str]:
     if not thoughts:
         thought, mark, answer = text.partition("</think>")
         if mark and "<think>" not in thought and not thought.endswith("`"):  # not an answer about the tag
-            return thought.strip(), answer.lstrip()
-    return join_lines(*thoughts), text[position:]
+            return thought.strip(), _unmarked(answer.lstrip())
+        return "", text
+    return join_lines(*thoughts), _unmarked(text[position:])
+
+
+def _unmarked(answer: str) -> str:
+    """Return an answer without the tags that mark it as the answer."""
+    found = _MARKED_ANSWER.match(answer)
+    return answer if found is None else next(p for p in (found[1], found[3]) if p is not None).strip()
+
+
+# What a model writes into its answer to call a tool, as in Hermes, Glaive, Mistral and Llama.
+_WRITTEN_CALL = re.compile(
+    r"<tool_call>.*</tool_call>\s*\Z|<functioncall>\s*\{|\A\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>|<function=\w+>)",
+    re.DOTALL,
+)
+
+
+def is_written_call(text: str) -> bool:
+    """Return True for a tool call that is written into the text of an answer."""
+    return _WRITTEN_CALL.search(text) is not None
 
 
 def render_call(call: Any, given: Any) -> str:
@@ -203,7 +231,7 @@ def render_call(call: Any, given: Any) -> str:
         call = call.get("function") or call
     if isinstance(call, Mapping) and isinstance(call.get("name"), str):
         arguments: Any = next(
-            (call[key] for key in ("arguments", "input", "parameters") if call.get(key) is not None), {}
+            (call[key] for key in ("arguments", "input", "parameters", "args") if call.get(key) is not None), {}
         )
         if isinstance(arguments, str):
             parsed = parse_json(arguments or "{}")
@@ -254,6 +282,40 @@ def is_deep(value: Any, text: str | None = None) -> bool:
         mappings = [part.values() for part in level if isinstance(part, Mapping)]
         level = [part for parts in (*mappings, *(p for p in level if isinstance(p, (list, tuple)))) for part in parts]
     return any(isinstance(part, (list, tuple, Mapping)) for part in level)
+
+
+# The marks of speakers in a chat that is one text: of HH-RLHF, of Guanaco and of Glaive.
+_SPEAKERS = (
+    re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"),
+    re.compile(r"###\s*(Human|Assistant):"),
+    re.compile(r"(?:\A\s*|\n\n)(SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE):"),
+)
+_BETWEEN_OBJECTS = re.compile(r"\}\s*\n\s*\{")
+
+
+def parse_chat(text: str) -> Any:
+    """Return the chat that a text holds, as JSON, as Python writes a list, or with marked speakers; else `None`."""
+    if text.lstrip()[:1] in ("[", "{", '"'):
+        value = parse_json(text)
+        if isinstance(value, str):  # JSON that was written as JSON once more
+            return parse_json(value)
+        if value is None:  # pandas writes lists into CSV as Python does, and arrays of NumPy without commas
+            try:
+                value = ast.literal_eval(_BETWEEN_OBJECTS.sub("}, {", text.strip()))
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                return None
+        return value
+    return parse_speakers(text)
+
+
+def parse_speakers(text: str) -> list[dict[str, str]] | None:
+    """Return the messages of a text that begins with a mark of a speaker, such as `Human:`; else `None`."""
+    for marks in _SPEAKERS:
+        before, *speakers = marks.split(text)
+        if len(speakers) >= 2 and not before.strip():
+            turns = zip(speakers[::2], speakers[1::2], strict=True)
+            return [{"role": who, "content": said.strip().removesuffix("<|endoftext|>").strip()} for who, said in turns]
+    return None
 
 
 def join_lines(*parts: str) -> str:

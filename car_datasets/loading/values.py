@@ -42,7 +42,7 @@ if hasattr(datasets, "Json"):
         """The feature `Json` of `datasets`, read by Python's parser: its own loses digits and refuses big integers."""
 
         def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
-            """Return the value that a JSON text stands for."""
+            """Return the value that a JSON text means."""
             return None if example_data is None else json.loads(example_data)
 
         def __eq__(self, other: object) -> bool:

@@ -25,7 +25,6 @@ END = "<!-- car_datasets: end -->"
 BEGIN = re.compile(r"<!-- car_datasets: begin(?: config=(?P<config>\S+) split=(?P<split>\S+))? -->")
 SECTION = re.compile(f"{BEGIN.pattern}.*?{END}", flags=re.DOTALL)
 SCORED = "scored"  # the split of the entire pool
-CONTROLS = ("random_control", "length_matched_control")  # the splits of rows drawn to compare with
 TAGS = ("car", "data-selection", "instruction-tuning")
 CARRIED = ("license", "license_name", "license_link", "language")  # copied from the source's card
 
@@ -108,7 +107,7 @@ def read_header(card: str, repo_id: str) -> Header:
         configs = MetadataConfigs.from_dataset_card_data(parsed.data)
     except Exception as error:  # the YAML library's errors, and others that depend on what the header holds
         raise ValueError(
-            f"repo_id={repo_id!r}: its card's header cannot be read ({_line(error)}). Mend README.md there."
+            f"repo_id={repo_id!r}: its card's header cannot be read ({_line(error)}). Fix README.md there."
         ) from error
     return Header(parsed, infos, configs)
 
@@ -140,7 +139,7 @@ def check_header(
     repo_id, config_name, _ = target
     replaced = (*splits, *dropped)
     refuse_unloadable(header.configs, config_name, replaced, files, repo_id)
-    # Without entries for its splits, `datasets` loads all files that it finds; with ours it loads ours alone.
+    # Without entries for its splits, `datasets` loads all files that it finds; with entries for our splits, only those.
     implicit = header.files_by_split(config_name) is None
     if implicit:
         new = [name for split in splits.values() for name in split.names]
@@ -186,6 +185,7 @@ def merge_header(
     total = SplitDict({name: SplitInfo(name, split.num_bytes, split.num_examples) for name, split in others.items()})
     total |= {name: SplitInfo(name, split.num_bytes, split.rows) for name, split in splits.items()}
     merged = DatasetInfo(features=features, splits=total)
+    # As `push_to_hub` of `datasets` sums it, over all splits of the configuration.
     merged.dataset_size = sum(split.num_bytes for split in total.values())
     # The header has no sizes on disk for single splits, so with other splits the sum is not known.
     merged.download_size = None if others else sum(split.size for split in splits.values())
@@ -253,6 +253,7 @@ def forget(card: DatasetCard, source: Mapping[str, Any], source_card: str | None
     if source.get("kind") != "hub":
         return
     known = _carried_from(source_card, source)
+    # The three entries about the licence go together; the language goes alone.
     for names in (CARRIED[:3], CARRIED[3:]):
         if source_card is None or (names[0] in known and card.data.get(names[0]) == known[names[0]]):
             for name in names:
@@ -349,6 +350,7 @@ def with_section(text: str, section: str, target: Target) -> str:
             f"repo_id={target.repo_id!r}: its card has {unended[0]!r} and no {END!r} after it. In README.md there, "
             "delete the first and the section that follows it, or add the second at the end of that section."
         )
+    # A new card has no title yet, under which the Hub would show the section.
     before = text.strip() or f"# {target.repo_id.split('/')[-1]}"
     return f"{before}\n\n{marked}\n"
 

@@ -47,7 +47,7 @@ def refuse_hidden_data(files: Iterable[str], ours: Collection[str], repo_id: str
         )
 
 
-class Standing(NamedTuple):
+class ExistingSelection(NamedTuple):
     """The selection whose receipt a repository holds.
 
     Args:
@@ -63,7 +63,7 @@ class Standing(NamedTuple):
     made: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
-    def read(cls, receipt: bytes, place: tuple[str, str] | None) -> Standing:
+    def read(cls, receipt: bytes, place: tuple[str, str] | None) -> ExistingSelection:
         """Parse a `receipt.json`.
 
         Args:
@@ -78,6 +78,7 @@ class Standing(NamedTuple):
 
     def is_of(self, receipt: Receipt | None) -> bool:
         """Return True if a receipt is of this selection: the same source and the same rows."""
+        # Not the entire receipt: versions differ between two runs that make one selection.
         return receipt is not None and (self.source, self.selected_sha256) == (receipt.source, receipt.selected_sha256)
 
     def has_scores_of(self, receipt: Receipt | None) -> bool:
@@ -86,21 +87,21 @@ class Standing(NamedTuple):
         return self.is_of(receipt) and made == self.made
 
 
-def refuse_second_selection(standing: Standing, config_name: str, split: str, repo_id: str) -> None:
+def refuse_second_selection(existing: ExistingSelection, config_name: str, split: str, repo_id: str) -> None:
     """Raise ValueError for another selection than the one that a repository holds.
 
     A repository has one receipt, one report and one section of a card, and so one selection that can be verified.
 
     Args:
-        standing ([`Standing`]): the selection that the repository holds.
+        existing ([`ExistingSelection`]): the selection that the repository holds.
         config_name, split (`str`): where the other was to be pushed.
         repo_id (`str`): for the error message.
 
     Raises:
         ValueError: always.
     """
-    where = "" if standing.place is None else " in configuration {!r}, split {!r}".format(*standing.place)
-    name = standing.source.get("id") or standing.source.get("name")
+    where = "" if existing.place is None else " in configuration {!r}, split {!r}".format(*existing.place)
+    name = existing.source.get("id") or existing.source.get("name")
     raise ValueError(
         f"repo_id={repo_id!r} holds the receipt of another selection{f' from {name!r}' if name else ''}{where}. Pushed "
         f"as config_name={config_name!r}, split={split!r}, this one would replace its receipt, report and card, and "
@@ -136,6 +137,7 @@ def refuse_unloadable(
                 f"{shown} with {seen}, which `datasets` fills from the files that it finds, ours among them. "
                 f"{ELSEWHERE}, or name its files in `data_files` there."
             )
+        # Without the splits that the push replaces, which are Parquet afterwards.
         kept = [path for split, path in _paths(config) if name != config_name or split not in splits]
         if foreign := _first_foreign(kept, files):
             raise ValueError(

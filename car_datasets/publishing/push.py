@@ -27,7 +27,6 @@ from datasets import Dataset, Features
 from huggingface_hub import DatasetCard
 
 from car_datasets.publishing.card import (
-    CONTROLS,
     END,
     SCORED,
     SplitFiles,
@@ -43,11 +42,11 @@ from car_datasets.publishing.card import (
     stale_files,
     with_section,
 )
-from car_datasets.publishing.conflicts import Standing, refuse_second_selection
+from car_datasets.publishing.conflicts import ExistingSelection, refuse_second_selection
 from car_datasets.publishing.verification import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.recipe import Recipe
-from car_datasets.reporting.overview import draw_controls, positions_in_pool, row_lengths
+from car_datasets.reporting.overview import CONTROLS, draw_controls, positions_in_pool, row_lengths
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import PLOTS_FOLDER, REPORT_FILE, Result, read_result
 from car_datasets.utils import hub
@@ -322,11 +321,11 @@ class Case(Enum):
     """The meaning of a push for the selection that the repository already holds, according to its `receipt.json`."""
 
     FIRST = "no receipt is there"
-    SAME = "the selection that is there"
+    SAME = "the selection already in the repository"
     RESCORED = "the selected rows that are there, in the same split, chosen from other scores or with other settings"
-    REPLACES = "other rows, in the split of the selection that is there"
-    ALONGSIDE = "rows without receipt and report, in another split than the selection that is there"
-    REFUSED = "another selection, in another split than the selection that is there"
+    REPLACES = "other rows, in the split of the selection already in the repository"
+    ALONGSIDE = "rows without receipt and report, in another split than the selection already in the repository"
+    REFUSED = "another selection, in another split than the selection already in the repository"
 
 
 @dataclass(frozen=True)
@@ -347,23 +346,23 @@ class Push:
     result: Result
     source_card: str | None
 
-    def case_in(self, repository: Repository, standing: Standing | None) -> Case:
+    def case_in(self, repository: Repository, existing: ExistingSelection | None) -> Case:
         """Return what this push means for the selection in a repository.
 
         Args:
             repository ([`Repository`]): its files and its card.
-            standing ([`Standing`], *optional*): the selection whose receipt it holds.
+            existing ([`ExistingSelection`], *optional*): the selection whose receipt it holds.
         """
         receipt = self.result.receipt
         # Rows without a description of their own leave receipt, report and card of another selection as they are.
         bare = receipt is None and self.result.report is None
         replaces = self._replaces_selection(repository)
-        if standing is None:
+        if existing is None:
             described = _descriptions(repository) and END in repository.card
             return Case.ALONGSIDE if bare and not replaces and described else Case.FIRST
         # The same rows with other scores: an old pool or control would not fit the new receipt.
-        if standing.is_of(receipt):
-            return Case.RESCORED if replaces and not standing.has_scores_of(receipt) else Case.SAME
+        if existing.is_of(receipt):
+            return Case.RESCORED if replaces and not existing.has_scores_of(receipt) else Case.SAME
         if replaces:
             return Case.REPLACES
         return Case.ALONGSIDE if bare else Case.REFUSED
@@ -379,20 +378,20 @@ class Push:
 
 def _plan(push: Push, repository: Repository, token: str | None) -> PushPlan:
     """Plan a push with what has to be asked of the Hub: the receipt that is there, and the card of its source."""
-    standing = old_source_card = None
+    existing = old_source_card = None
     if RECEIPT_FILE in repository.files:
         receipt = hub.read_dataset_file(push.target.repo_id, RECEIPT_FILE, repository.sha, token)
-        standing = Standing.read(receipt, place_of(repository.card))
-        if _source_changes(push.case_in(repository, standing), standing, push.result.receipt):
-            old_source_card = _source_card(standing.source, token)
-    return plan_push(push, repository, standing, old_source_card)
+        existing = ExistingSelection.read(receipt, place_of(repository.card))
+        if _source_changes(push.case_in(repository, existing), existing, push.result.receipt):
+            old_source_card = _source_card(existing.source, token)
+    return plan_push(push, repository, existing, old_source_card)
 
 
 class PushPlan(NamedTuple):
     """The content of a commit in addition to the data.
 
     Args:
-        case ([`Case`]): what the push means for the selection that is there.
+        case ([`Case`]): what the push means for the selection already in the repository.
         card (`str`): the new card.
         files (`dict[str, bytes]`): name to content of receipt and report.
         deletions (`list[str]`): files that the commit deletes.
@@ -405,23 +404,23 @@ class PushPlan(NamedTuple):
 
 
 def plan_push(
-    push: Push, repository: Repository, standing: Standing | None, old_source_card: str | None = None
+    push: Push, repository: Repository, existing: ExistingSelection | None, old_source_card: str | None = None
 ) -> PushPlan:
     """Decide what a commit adds, changes and deletes in addition to the data; sends no requests.
 
     Args:
         push ([`Push`]): what is pushed.
         repository ([`Repository`]): what the repository holds.
-        standing ([`Standing`], *optional*): the selection whose receipt it holds.
+        existing ([`ExistingSelection`], *optional*): the selection whose receipt it holds.
         old_source_card (`str`, *optional*): the card of that selection's source, if that is another than the push's.
 
     Raises:
         ValueError: the push would hide or break what the repository holds.
     """
     target, result = push.target, push.result
-    case = push.case_in(repository, standing)
-    if standing is not None and case is Case.REFUSED:
-        refuse_second_selection(standing, target.config_name, target.split, target.repo_id)
+    case = push.case_in(repository, existing)
+    if existing is not None and case is Case.REFUSED:
+        refuse_second_selection(existing, target.config_name, target.split, target.repo_id)
     # A pool or controls of the earlier selection would be taken for those of the new one.
     dropped = {SCORED, *CONTROLS} - set(push.splits) if case in (Case.RESCORED, Case.REPLACES) else set()
     header = read_header(repository.card, target.repo_id)
@@ -431,8 +430,8 @@ def plan_push(
     deletions = stale_files(repository.files, target.config_name, push.splits, dropped)
     files: dict[str, bytes] = {}
     if case is not Case.ALONGSIDE:
-        if standing is not None and _source_changes(case, standing, result.receipt):
-            forget(header.card, standing.source, old_source_card)
+        if existing is not None and _source_changes(case, existing, result.receipt):
+            forget(header.card, existing.source, old_source_card)
         _describe(header.card, push, rows)
         if result.receipt is not None:
             files[RECEIPT_FILE] = result.receipt.to_json().encode()
@@ -444,8 +443,8 @@ def plan_push(
     return PushPlan(case, str(header.card), files, deletions)
 
 
-def _source_changes(case: Case, standing: Standing, receipt: Receipt | None) -> bool:
-    return case is Case.REPLACES and standing.source != (None if receipt is None else receipt.source)
+def _source_changes(case: Case, existing: ExistingSelection, receipt: Receipt | None) -> bool:
+    return case is Case.REPLACES and existing.source != (None if receipt is None else receipt.source)
 
 
 def _descriptions(repository: Repository) -> list[str]:

@@ -49,6 +49,7 @@ from car_datasets.stages import scorer_of, select_by
 from car_datasets.utils import hub, revisions
 from car_datasets.utils.columns import read_numbers
 from car_datasets.utils.digests import indices_digest
+from car_datasets.utils.files import user_path
 from car_datasets.utils.hub import READING_WAITS, asking
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
@@ -147,7 +148,7 @@ def _open(
     where: str | os.PathLike[str], revision: str | None, config_name: str, split: str, token: str | None
 ) -> Result:
     """Read a selection and its receipt from a folder or a repository."""
-    folder = Path(where).expanduser()
+    folder = user_path(where)
     if folder.is_dir():
         return read_result(folder)
     if folder.exists():
@@ -243,8 +244,7 @@ class _Checks:
             return self._numbered(open_rows(known["id"], reading._replace(revision=known.get("revision"))).dataset)
         if isinstance(source, (str, os.PathLike)):
             place = os.fspath(source)
-            path = Path(place).expanduser()
-            if not (path.exists() or is_address(place) or (self.recipe.glob and glob.has_magic(place))):
+            if not (user_path(place).exists() or is_address(place) or (self.recipe.glob and glob.has_magic(place))):
                 raise FileNotFoundError(f"source={place!r}: there is no such file or folder.")
             source = place
         # The name of a file or folder is not that of a configuration; a dataset in memory may be given as a file.
@@ -269,9 +269,8 @@ class _Checks:
         try:
             # By the index, not by position: the selection has another order.
             by_content = "numbered" in self.receipt.source and self.recipe.index_column not in source.column_names
-            places = (
-                _places(source, table) if by_content else positions_in_pool(source, table, self.recipe.index_column)
-            )
+            index = self.recipe.index_column
+            places = _places(source, table) if by_content else positions_in_pool(source, table, index)
             if len(twice := np.flatnonzero(np.bincount(places) > 1)):
                 raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
             # Cast, because Parquet and JSON may give other types for equal values.
@@ -314,9 +313,7 @@ class _Checks:
         if report.clusters > k:
             raise Difference(f"the pool has {report.clusters} clusters; the recipe says k={k}")
         if report.clusters < k:  # possible in a true selection, when there are fewer distinct texts than k
-            self.skipped.append(
-                f"k: the pool has {report.clusters} clusters of k={k}; only fitting again could tell why"
-            )
+            self.skipped.append(f"k: there are {report.clusters} clusters of k={k}; only fitting again could tell why")
         if self.found.report is None:
             self.skipped.append(f"the seed: there is no {REPORT_FILE}")
         elif self.found.report.seed != recipe.seed:
@@ -333,7 +330,7 @@ _WHAT = {"memory": "a dataset in memory", "files": "several files"}
 
 
 def _places(source: Dataset, table: Dataset) -> list[int]:
-    """Return the position in the source of each row of a table, found by content; equal rows stand for each other.
+    """Return the position in the source of each row of a table, found by content; equal rows are interchangeable.
 
     Raises:
         ValueError: a row is not in the source, or more often than there.

@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from car_datasets.clustering.fitting import number_of_clusters, project
-from car_datasets.selection.rule import BY_CLUSTER, BY_SCORE, SELECTION_COLUMNS, Indices, ranks_of, ranks_within
+from car_datasets.selection.rule import (
+    BY_CLUSTER,
+    BY_SCORE,
+    SELECTION_COLUMNS,
+    Indices,
+    ranks_of,
+    ranks_within,
+    refuse_infinite,
+)
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     Matrix,
@@ -102,12 +110,13 @@ class Overview:
                 them, both are what the rows show.
 
         Raises:
-            ValueError: a selected row is not in the pool, or a column is missing.
+            ValueError: a selected row is not in the pool, a score is infinite, or a column is missing.
         """
         check_columns(pool.column_names, (names.score, names.cluster), ())
         check_columns(selected.column_names, (names.index, "selected_by"), ())
         pool, selected = pool.with_format(None), selected.with_format(None)
         scores = read_numbers(pool, names.score, np.nan)
+        refuse_infinite(scores, names.score)
         lengths, unit = row_lengths(pool, names)
         positions = positions_in_pool(pool, selected, names.index)
         random, matched = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)
@@ -190,7 +199,7 @@ class Overview:
     @cached_property
     def k(self) -> int:
         """Return the k of the selection: the number of clusters that were fitted, of which some may have no rows."""
-        # Datasets from elsewhere say no more than which clusters have rows; only `curate` knows what was asked for.
+        # For a dataset not made by `curate`, k is unknown: use the number of clusters that have rows.
         if self.asked is None:
             return self.cluster_count
         # The rows that have a cluster are those that k-means was fitted on, from which "sqrt" follows.
@@ -206,8 +215,8 @@ class Overview:
         """Return the n2 of the selection: the number of rows taken from every cluster that has so many."""
         picks = self.positions[self.selected_by != BY_SCORE]
         most = int(self.cluster_ranks[picks].max()) if len(picks) else 0
-        # Datasets from elsewhere say no more than the most that one cluster gave; only `curate` knows what was asked
-        # for. The published rule takes one row for n2 = 0, and accepts an n2 above the number of rows.
+        # For a dataset not made by `curate`, n2 is unknown: use the largest number taken from one cluster. The published
+        # rule takes one row for n2 = 0, and accepts an n2 above the number of rows.
         return most if self.asked is None else max(most, min(self.asked[0], len(self.scored)))
 
     @cached_property
@@ -350,6 +359,11 @@ def _characters(values: pa.Array) -> Floats:
         parents = np.asarray(pc.list_parent_indices(values))
         return np.bincount(parents, _characters(pc.list_flatten(values)), minlength=len(values)).astype(np.float64)
     return np.zeros(len(values))
+
+
+# The names of the two controls, in the order in which they are drawn: fields of `Overview` and of the report, and splits
+# of a pushed dataset.
+CONTROLS = ("random_control", "length_matched_control")
 
 
 def draw_controls(lengths: Floats, positions: Indices, scored: Indices, seed: int) -> tuple[Indices, Indices]:

@@ -116,6 +116,7 @@ def _axes(title: str, height: float = HEIGHT) -> tuple[Figure, Any]:
 def draw_scores(overview: Overview) -> Figure:
     """Draw the score distributions of pool, selection and both controls, each as a share of its group."""
     figure, axes = _axes("Scores of the selection, the pool and two controls of the same size")
+    # One set of edges for all groups, and shares in place of counts: the pool is far larger than the others.
     edges = np.histogram_bin_edges(overview.scores[overview.scored], bins=BINS)
     groups: list[tuple[str, Indices, dict[str, Any]]] = [
         ("pool", overview.scored, {"histtype": "stepfilled", "color": GREY, "alpha": 0.7}),
@@ -152,9 +153,11 @@ def draw_map(overview: Overview, pool_map: PoolMap) -> Figure:
     figure, axes = _axes(f"Map of the pool ({method} of the embeddings)", height=6.4)
     clusters, taken = overview.clusters[rows], overview.taken[rows]
     colours = np.array(PALETTE_NAMES)[colours_of(points, clusters)]
+    # Smaller points for more rows, but never so small that a ring around one cannot be seen.
     size = float(np.clip(40_000 / len(rows), 8, 40))
     # Opaque: paler colours are no longer those that colour-blind readers can tell apart.
     axes.scatter(*points[~taken].T, s=0.7 * size, c=colours[~taken], edgecolors="white", linewidths=0.2)
+    # The selected rows after the others, which would cover them.
     axes.scatter(*points[taken].T, s=1.8 * size, c=colours[taken], edgecolors=DARK, linewidths=0.2 * size**0.5)
     for cluster, place in _number_places(points, clusters, taken):
         number = axes.text(*place, str(cluster), ha="center", va="center", fontsize=10, fontweight="bold")
@@ -176,6 +179,7 @@ def _centers(points: npt.NDArray[np.float64], clusters: Indices) -> tuple[Indice
     """Return the clusters on a map, largest first, and their median points."""
     labels, counts = np.unique(clusters[clusters >= 0], return_counts=True)
     labels = labels[np.argsort(-counts, kind="stable")]
+    # The median: a few rows far away would move a mean out of the cluster.
     return labels, np.array([np.median(points[clusters == label], axis=0) for label in labels]).reshape(-1, 2)
 
 
@@ -213,6 +217,7 @@ def _number_places(
     """
     written: list[tuple[int, npt.NDArray[np.float64]]] = []
     for label, center in zip(*_centers(points, clusters), strict=True):
+        # Those that a number written before leaves free.
         spots = [
             spot
             for spot in center + NUMBER_OFFSETS
@@ -220,6 +225,7 @@ def _number_places(
         ]
         if len(written) < NUMBERED and spots:
             hidden = [(np.abs(points - spot) < NUMBER_HALF_SIZE).all(axis=1) for spot in spots]
+            # The index decides among equally good places, because the preferred ones come first.
             best = min(range(len(spots)), key=lambda i: (int(hidden[i][taken].sum()), int(hidden[i].sum()), i))
             written.append((int(label), spots[best]))
     return written
@@ -230,6 +236,7 @@ def draw_clusters(overview: Overview) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _axes("Where the selection comes from: one point per cluster")
+    # Rows without a score cannot be taken, so they do not count towards the size.
     scored = overview.clusters[overview.scored]
     labels, sizes = np.unique(scored[scored >= 0], return_counts=True)
     taken = np.array([np.count_nonzero(overview.clusters[overview.positions] == label) for label in labels])
@@ -237,6 +244,7 @@ def draw_clusters(overview: Overview) -> Figure:
     reached = np.isin(labels, by_score)
     share = len(overview.positions) / max(1, len(overview.scored))
     if len(labels):
+        # A random choice would take the same share of every cluster: those above this line are preferred.
         line = np.array([sizes.min(), sizes.max()])
         axes.plot(line, share * line, color=DARK, linewidth=1, linestyle="--", label=f"the pool's share, {share:.1%}")
     looks = (
@@ -254,6 +262,7 @@ def draw_clusters(overview: Overview) -> Figure:
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("scored rows in the cluster")
     axes.set_ylabel("rows taken from it")
+    # Room at both ends, where half of a marker would otherwise be cut off.
     axes.set_ylim(bottom=-0.03 * max(1, taken.max(initial=0)), top=1.12 * max(1, taken.max(initial=0)))
     _legend_below(figure)
     return figure
@@ -263,6 +272,7 @@ def _label_largest(axes: Any, labels: Indices, sizes: Indices, taken: Indices, c
     """Write the numbers of the clusters from which most rows were taken, unless they would overlap."""
     shown: list[tuple[float, float]] = []  # as shares of the width and height of the axes
     for i in np.argsort(-taken, kind="stable")[:count]:
+        # As shares of the axes: whether two numbers overlap depends on the picture, not on the counts.
         place = float(sizes[i] / max(1, np.ptp(sizes))), float(taken[i] / max(1, taken.max()))
         if taken[i] and all(abs(place[0] - x) > 0.1 or abs(place[1] - y) > 0.07 for x, y in shown):
             axes.annotate(f"{labels[i]}", (sizes[i], taken[i]), (6, 5), textcoords="offset points", fontsize=10)
@@ -276,6 +286,7 @@ def draw_lengths(overview: Overview) -> Figure:
     figure, axes = _axes(f"Score and length: {words}")
     rows, taken = overview.scored, overview.positions
     lengths = np.maximum(overview.lengths, 1)  # the axis is logarithmic
+    # The selected rows are drawn in full below, so the sample is of the others.
     shown = np.setdiff1d(overview.sample(MAP_ROWS), taken)
     others = "the other rows" if len(shown) + len(taken) >= len(rows) else f"{len(shown):,} of the other rows"
     spread = float(np.clip(20_000 / len(rows), 4, 20))
@@ -288,6 +299,7 @@ def draw_lengths(overview: Overview) -> Figure:
     axes.set_ylabel("score")
     ticks = _ticks_between(float(lengths[rows].min()), float(lengths[rows].max()))
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    # A logarithmic axis has minor ticks, whose labels would lie between ours.
     axes.set_xticks([], minor=True)
     _legend_below(figure)
     return figure

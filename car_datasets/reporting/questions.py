@@ -25,7 +25,7 @@ from car_datasets.selection.rule import BY_BOTH, BY_CLUSTER, BY_SCORE, Indices, 
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
 from car_datasets.utils.files import printable
-from car_datasets.utils.settings import SEED, is_whole_number
+from car_datasets.utils.settings import SEED, is_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -144,8 +144,8 @@ def explain(
     Raises:
         ValueError: the row does not exist, or a column is missing.
     """
-    if not is_whole_number(neighbours) or neighbours < 0:
-        raise ValueError(f"neighbours={neighbours!r} must be a whole number, 0 or more.")
+    if not is_integer(neighbours) or neighbours < 0:
+        raise ValueError(f"neighbours={neighbours!r} must be an integer, 0 or more.")
     overview = Overview.of(pool, selected, names=names)
     return explain_rows(overview, [_position(overview, row)], neighbours)[0]
 
@@ -154,7 +154,7 @@ def _position(overview: Overview, row: int | str) -> int:
     """Return the position of a row in the pool; raise ValueError if it does not exist."""
     rows = len(overview.scores)
     if overview.ids is None:
-        if is_whole_number(row) and 0 <= row < rows:
+        if is_integer(row) and 0 <= row < rows:
             return int(row)
         raise ValueError(f"row={row!r} does not exist: the pool has the rows 0 to {rows - 1}.")
     # pandas compares values of any type without raising; the index column may hold text, numbers or dates.
@@ -176,6 +176,7 @@ def explain_rows(overview: Overview, rows: Sequence[int], neighbours: int = 3) -
         neighbours (`int`): how many rows of its cluster to name for each.
     """
     # All rows in one pass over the embeddings, which may be larger than memory: a page explains hundreds.
+    # Scored rows only, because the others have no rank in their cluster.
     sizes = dict(zip(*np.unique(overview.clusters[overview.scored], return_counts=True), strict=True))
     of_cluster, of_selection = _neighbours(overview, np.asarray(rows, dtype=np.int64), neighbours)
     explanations = []
@@ -418,6 +419,7 @@ def try_out(
 def _around(present: tuple[int, int, int], rows: int, embedded: int) -> list[tuple[int, int, int]]:
     """Return `(n1, n2, k)` to try around the present ones, for a number of scored and of embedded rows."""
     n1, n2, k = present
+    # The present values are among them, so that the table has a line for the selection itself.
     n1s = sorted({min(max(1, int(n1 * f)), rows) for f in (0.25, 0.5, 1, 2)} | {n1})
     n2s = sorted({0, 1, n2, *(b for b in (2, 5, 10) if b <= rows)})
     others = sorted({c for c in (k // 2, 2 * k) if 1 < c <= embedded // 2} - {k})
@@ -427,6 +429,7 @@ def _around(present: tuple[int, int, int], rows: int, embedded: int) -> list[tup
 
 
 def _try(overview: Overview, n1: int, n2: int, k: int, clusters: Indices) -> WhatIf:
+    # By the ranking: rows that were ranked within their languages are not in the order of their scores.
     choice = choose(overview.ranking, clusters, n1, n2).positions
     if len(choice) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows.")
@@ -475,7 +478,9 @@ def _few_components(overview: Overview) -> tuple[Matrix, Indices]:
     every = max(1, len(overview.scores) // QUICK_COVARIANCE)  # rows from all over the column
     covariance = Covariance.of_all(part[::every] for part, _ in overview.embedding_batches())
     assert covariance is not None  # a column without embeddings was refused by embedding_batches
+    # Few of them: another k is an estimate, for which speed counts more than the last clusters.
     components = covariance.principal_components(1.0)[0][:QUICK_COMPONENTS].astype(np.float32)
     mean = covariance.mean.astype(np.float32)
+    # A second pass over the column: only the projected rows are held, as the vectors may exceed memory.
     parts = [(project(part, mean, components), rows) for part, rows in overview.embedding_batches()]
     return np.concatenate([points for points, _ in parts]), np.concatenate([rows for _, rows in parts])

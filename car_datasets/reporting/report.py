@@ -24,7 +24,7 @@ from rich.table import Table
 
 from car_datasets.loading.chats import OK, is_scored, status_kind
 from car_datasets.loading.languages import UNDETERMINED, count_languages, describe_languages
-from car_datasets.reporting.overview import Overview, check_projection, count_clusters, map_of
+from car_datasets.reporting.overview import CONTROLS, Overview, check_projection, count_clusters, map_of
 from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
 from car_datasets.selection.rule import BY_CLUSTER, REASONS, Indices
@@ -155,7 +155,7 @@ class SelectionReport:
     @classmethod
     def from_dict(cls, figures: dict[str, Any]) -> SelectionReport:
         """Create a report from the result of `to_dict`, such as the content of `report.json`."""
-        groups = ("pool", "selected", "random_control", "length_matched_control")  # fields that are dataclasses too
+        groups = ("pool", "selected", *CONTROLS)  # fields that are dataclasses too
         return cls(**{**figures, **{name: GroupFigures(**figures[name]) for name in groups}})
 
     def to_json(self) -> str:
@@ -190,10 +190,10 @@ class SelectionReport:
         projection: str = "pca",
         names: ColumnNames = ColumnNames(),
     ) -> list[Path]:
-        """Draw the selection: scores, map, clusters, lengths. Files of an earlier call in the same folder are replaced.
+        """Draw every figure of the selection. Files of an earlier call in the same folder are replaced.
 
         Args:
-            folder (`str`): for `plot_scores.png`, `plot_map.png`, `plot_clusters.png` and `plot_lengths.png`.
+            folder (`str`): for one `plot_<name>.png` per figure of `PLOTS`.
             pool, selected (`Dataset`): the datasets that this report was made from; without embeddings there is no map.
             projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
             names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
@@ -244,6 +244,7 @@ class SelectionReport:
         if not drawable:
             logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
         pool_map = map_of(overview, projection)
+        # One map for the plots and the page, so that a row has the same place and colour in both.
         plots = draw(overview, pool_map) if drawable else {}
         page = render_page(overview, pool_map, plots, self.sentences(), self.comparison())
         return {**plots, PAGE_FILE: page.encode()}
@@ -252,6 +253,7 @@ class SelectionReport:
         """Return the counts in words."""
         by, correlation = self.selected_by, self.score_length_correlation
         total = max(1, self.selected.rows)  # a divisor
+        # Both from the counts by status, so that the sum and its parts cannot differ.
         rejected, marked = sum(self.rejected.values()), sum(self.marked.values())
         sentences = [
             f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
@@ -269,8 +271,10 @@ class SelectionReport:
 
     def _language_sentence(self) -> list[str]:
         """Return a sentence about the languages, none if the pool is in one."""
+        # Rows of undetermined language, such as code, do not make a second language.
         if len(self.languages.keys() - {UNDETERMINED}) < 2:
             return []
+        # Without a column of languages `curate` reads a sample, which the sentence must say.
         read = sum(self.languages.values())
         pool = "languages of the pool" if read == self.rows_in else f"languages of {read:,} rows of the pool"
         ranked = "; ranked within each language" if self.within_languages else ""
@@ -311,6 +315,7 @@ def _statuses(overview: Overview) -> dict[str, int]:
     if overview.statuses is not None:
         counts, kinds = Counter[str](), Counter[str]()
         for status, n in Counter(overview.statuses.to_pylist()).most_common():
+            # The part after the kind comes from the rows (a role, a type), so there may be as many as rows.
             kind = status_kind(str(status))
             kinds[kind] += 1
             counts[str(status) if kinds[kind] <= DETAILS else f"{kind}: others"] += n

@@ -67,6 +67,27 @@ def tokenise(tokenizer: Any, texts: Sequence[str], limit: int, answers_at: Seque
     return Tokens(ids, lengths, starts)
 
 
+def refuse_foreign_tokens(tokenizer: Any, rows: int) -> None:
+    """Raise ValueError if a tokenizer gives words that the model's table of `rows` embeddings has no row for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    # Added tokens do not count: some models have a few that no text contains.
+    words = backend.get_vocab(with_added_tokens=False)
+    if not set(words) - set(tokenizer.all_special_tokens):
+        raise ValueError("its tokenizer has no words, which a file that is missing would hold")
+    highest = max(words.values())
+    if highest >= rows:
+        raise ValueError(f"its tokenizer gives ids up to {highest}, and its weights have {rows} embeddings")
+
+
+def refuse_long_texts(encoder: Any, argument: str, longest: int) -> None:
+    """Raise ValueError if texts of `longest` tokens have more positions than the encoder has a table of."""
+    positions = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if isinstance(positions, torch.nn.Embedding) and longest > positions.num_embeddings:
+        raise ValueError(f"{argument}={longest} is above its {positions.num_embeddings} positions")
+
+
 def _ids_before_cut(
     tokenizer: Any, texts: list[str], answers_at: Sequence[int] | None
 ) -> tuple[list[list[int]], list[int | None]]:
@@ -244,7 +265,7 @@ def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[
     Raises:
         RuntimeError: memory does not suffice for a single text (`torch.OutOfMemoryError` on CUDA).
     """
-    from accelerate.utils.memory import should_reduce_batch_size  # knows how each device says so
+    from accelerate.utils.memory import should_reduce_batch_size  # recognises the errors of all devices
 
     done: list[tuple[list[int], T]] = []
     watch, total = current_watch(), max(1, sum(lengths))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,15 @@ from torch import Tensor
 from car_datasets.loading.schemas import as_column_names, check_schema, find_schema
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.loading.values import untouched
-from car_datasets.scoring.batching import in_order, pad, run_batches, token_budget, tokenise
+from car_datasets.scoring.batching import (
+    in_order,
+    pad,
+    refuse_foreign_tokens,
+    refuse_long_texts,
+    run_batches,
+    token_budget,
+    tokenise,
+)
 from car_datasets.scoring.stage import (
     Rows,
     check_options,
@@ -35,6 +44,7 @@ from car_datasets.utils.columns import refuse_tables
 from car_datasets.utils.digests import public
 from car_datasets.utils.processes import device_for
 from car_datasets.utils.revisions import pin_model
+from car_datasets.utils.settings import is_integer
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -188,7 +198,45 @@ def load_sentence_transformer(model_id: str, revision: str, dtype: str, device: 
 
     # From the folder, not by the id: sentence-transformers would ask the Hub again.
     folder = revisions.model_folder(model_id, revision)
-    return SentenceTransformer(str(folder), device=str(device), model_kwargs={"dtype": getattr(torch, dtype)})
+    _check_files(folder)
+    with revisions.reading_model(folder):
+        model = SentenceTransformer(
+            str(folder),
+            device=str(device),
+            model_kwargs={"dtype": getattr(torch, dtype)},
+            trust_remote_code=False,
+        )
+        _check_lengths(model)
+        # One text, since some faults of a configuration show in a forward pass only.
+        width = model.encode(["a"], show_progress_bar=False).shape[1]
+        if width != dimension(model):
+            raise ValueError(f"its embeddings have {width} numbers, not the {dimension(model)} that it declares")
+    return model
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError if the encoder's weights are damaged, or far fewer than its configuration asks for."""
+    from transformers import AutoConfig
+
+    for at in (folder, *folder.glob("0_*")):  # older models keep the encoder in a folder of its own
+        files = sorted(at.glob("*.safetensors"))
+        shapes = revisions.read_shapes(files)
+        if files and (at / "config.json").is_file():
+            with revisions.reading_model(folder):
+                config = AutoConfig.from_pretrained(at, trust_remote_code=False)
+            revisions.refuse_other_sizes(folder, config, shapes)
+
+
+def _check_lengths(model: SentenceTransformer) -> None:
+    """Raise ValueError if the model's limits do not fit its tables of tokens and positions, which would end a run."""
+    longest, encoder = model.max_seq_length, getattr(model[0], "auto_model", None)
+    if longest is not None and (not is_integer(longest) or longest < 1):
+        raise ValueError(f"max_seq_length={longest!r} is not a number of tokens")
+    if longest is not None:
+        refuse_long_texts(encoder, "max_seq_length", longest)
+    words = None if encoder is None else encoder.get_input_embeddings()
+    if isinstance(words, torch.nn.Embedding):
+        refuse_foreign_tokens(model.tokenizer, words.num_embeddings)
 
 
 def dimension(model: SentenceTransformer) -> int:

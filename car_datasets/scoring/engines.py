@@ -26,7 +26,7 @@ from car_datasets.scoring.batching import padding_waste, token_budget
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows, Stage, read_columns, refuse_taken
 from car_datasets.utils.processes import device_for, launched_rank
-from car_datasets.utils.settings import ESTIMATE_ROWS, is_whole_number
+from car_datasets.utils.settings import ESTIMATE_ROWS, is_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,7 +104,7 @@ def _refuse_what_cannot_spawn(dataset: Any, fn: Any, workers: int, options: dict
             f"dataset is a {type(dataset).__name__}, which has no num_proc. Pass a Dataset, for example one split of a "
             "DatasetDict."
         )
-    if not is_whole_number(workers) or workers < 1:
+    if not is_integer(workers) or workers < 1:
         raise ValueError(f"num_proc={workers!r} must be a number of workers, at least 1.")
     launched = launched_rank()[1]
     if launched > 1:
@@ -249,6 +249,7 @@ def estimate_scoring(dataset: Dataset, scorer: Stage, sample: int = ESTIMATE_ROW
     drawn = np.random.default_rng(seed).permutation(len(dataset))[:sample]
     rows = carried(dataset.with_format(None))[np.sort(drawn).tolist()]  # sorted: Arrow reads ascending rows faster
     device = str(device_for())
+    # Not by the protocol: of all stages, only this one can tell how many tokens its model reads.
     if isinstance(scorer, QualityScorer):
         seconds, tokens, waste = _time_scorer(scorer, rows, len(drawn))
         return Estimate(len(dataset), len(drawn), seconds, tokens, waste, device)

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from car_datasets.loading.templates import Text
-from car_datasets.scoring.batching import Tokens, in_order, pad, run_batches, to_device, token_budget, tokenised_ahead
+from car_datasets.scoring.batching import (
+    Tokens,
+    in_order,
+    pad,
+    refuse_foreign_tokens,
+    refuse_long_texts,
+    run_batches,
+    to_device,
+    token_budget,
+    tokenised_ahead,
+)
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
 from car_datasets.scoring.iqs.layers import closeness
@@ -76,6 +86,7 @@ class LoadedScorer(NamedTuple):
         Raises:
             ValueError: the model reads question and answer separately, and a string has no mark between them.
         """
+        # Another model, not another head: it embeds two texts, and its score is how close they are.
         if self.model.config.objective == "ranking":
             return self._rank_texts(texts, batch_tokens)
         # A head that reads the answer separately is told its first token, which the tokenizer finds from the character.
@@ -130,6 +141,7 @@ class LoadedScorer(NamedTuple):
         budget = token_budget(self.device, config.encoder_config.hidden_size, batch_tokens)
         windows: list[list[Any]] = []
         lengths: list[int] = []
+        # Window by window: while the model reads one, the next is tokenised.
         for tokens in tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at):
             # A default binds the value of `tokens` now; the name itself is reassigned by the loop.
             def step(places: list[int], tokens: Tokens = tokens) -> tuple[Tensor, ...]:
@@ -213,13 +225,23 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
         check_tokenizer(reader, model.config)
     else:
         at = folder if source is None else revisions.model_folder(source["model_id"], source["revision"])
-        reader = AutoTokenizer.from_pretrained(at)
+        with revisions.reading_model(at):
+            reader = AutoTokenizer.from_pretrained(at, trust_remote_code=False)
+            if reader.pad_token_id is None:
+                raise ValueError("its tokenizer has no padding token")
+            refuse_foreign_tokens(reader, model.config.encoder_config.vocab_size)
+            refuse_long_texts(model.encoder, "max_tokens", model.config.max_tokens)
     packed = can_pack(model.config.encoder_config, dtype, device)
     if packed:
         use_packing(model.encoder)
     if weights.compiled:
+        # Last, because packing and the engine change the encoder that is compiled.
         model.encoder.compile(dynamic=True)  # batches differ in both dimensions: static shapes would recompile for each
-    return LoadedScorer(model.eval().to(device), reader, device, packed)
+    loaded = LoadedScorer(model.eval().to(device), reader, device, packed)
+    if not weights.compiled:  # one text, since some faults of a configuration show in a forward pass only
+        with revisions.reading_model(folder):
+            loaded.score_texts([Text("a", "b")])
+    return loaded
 
 
 @functools.lru_cache(maxsize=8)
@@ -241,7 +263,8 @@ def read_scorer_config(model_id: str, revision: str, tokenizer: str | None, toke
     folder = revisions.model_folder(model_id, revision)
     if (checkpoint := digests.find_checkpoint(folder)) is not None:
         return IQSConfig(**convert(checkpoint, tokenizer).config)
-    config = AutoConfig.from_pretrained(folder)
+    with revisions.reading_model(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, IQSConfig):
         raise ValueError(
             f"model_id={model_id!r} is a {config.model_type!r} model, not an IQS model ({IQSConfig.model_type!r})."

@@ -275,7 +275,8 @@ class QualityScorer:
         batch = untouched(batch)
         refuse_tables(batch, "curate(dataset)")
         refuse_taken(batch, self)
-        # Found anew for every batch: a scorer that kept what it saw of a dataset would have another fingerprint.
+        # Looked up for every batch, from the column names alone: caching the schema on the scorer, or passing on the one
+        # that `curate` has found, would change its fingerprint and that of its shards.
         schema = find_schema(batch, self.schema, self.columns)
         rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid, self.score_thoughts)
         texts = self.score_texts(rows.texts, rank)

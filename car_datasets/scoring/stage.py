@@ -59,7 +59,7 @@ class Stage(Protocol):
 
 
 def add_columns(dataset: Dataset, stage: Stage, description: str) -> Dataset:
-    """Return what `dataset.map(stage, batched=True)` gives, computed from the columns that the stage reads alone.
+    """Return what `dataset.map(stage, batched=True)` gives, computed from only the columns that it reads.
 
     The new columns have the stage's own types (`.map` would infer lists of any length for embeddings, and fail on a
     first batch of nulls). Like those of `.map`, they are read from the cache the second time.
@@ -133,6 +133,7 @@ def _can_draw() -> bool:
     from datasets import config
     from tqdm.auto import tqdm
 
+    # `tqdm.auto` chooses the notebook's class when it is imported in one.
     in_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
     return in_notebook or sys.stderr.isatty() or config.HF_DATASETS_DISABLE_PROGRESS_BARS is False
 
@@ -208,6 +209,7 @@ class Progress:
     def _line(self, now: float) -> str:
         assert self._started is not None
         since, before = self._started
+        # Only rows of this run: those that were found finished took no time now.
         rate = (self.rows - before) / max(now - since, 1e-9)
         done = f"{self.rows:,} rows" if self.total is None else f"{self.rows:,} of {self.total:,} rows"
         left = "" if self.total is None or not rate else f", about {in_words((self.total - self.rows) / rate)} left"

@@ -39,7 +39,17 @@ from car_datasets.utils.columns import (
     refuse_overwrite,
 )
 from car_datasets.utils.processes import alone
-from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS_SAMPLE, N1, SEED, default_n1, is_whole_number
+from car_datasets.utils.settings import (
+    EXPLAINED_VARIANCE,
+    KMEANS,
+    KMEANS_SAMPLE,
+    N1,
+    N_INIT,
+    SEED,
+    K,
+    default_n1,
+    is_integer,
+)
 
 
 def cluster_filter(
@@ -48,11 +58,11 @@ def cluster_filter(
     n1: int | float | None = None,
     n2: int = 1,
     budget: int | None = None,
-    k: int | str = "sqrt",
+    k: int | str = K,
     explained_variance: float = EXPLAINED_VARIANCE,
     seed: int = SEED,
-    n_init: int = 1,
-    kmeans: str = "torch",
+    n_init: int = N_INIT,
+    kmeans: str = KMEANS,
     kmeans_sample: int = KMEANS_SAMPLE,
     score_column: str = ColumnNames.score,
     embedding_column: str = ColumnNames.embedding,
@@ -218,11 +228,11 @@ def select_car_streaming(
             selection is worse than the pool.
     """
     most = N1 if n1 is None else n1  # the number of rows, on which the default depends, is known at the end
-    counts = [n for n in (most, n2, batch_size) if not is_whole_number(n) or n < 0]
+    counts = [n for n in (most, n2, batch_size) if not is_integer(n) or n < 0]
     if counts or most + n2 == 0 or batch_size < 1:
         raise ValueError(
-            f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass whole "
-            "numbers, n1 or n2 above 0; for a share or a budget call select_car on a Dataset."
+            f"n1={n1!r}, n2={n2!r}, batch_size={batch_size!r}: a stream has no known number of rows, so pass "
+            "integers, n1 or n2 above 0; for a share or a budget call select_car on a Dataset."
         )
     if not isinstance(dataset, IterableDataset):
         refuse_other_datasets(dataset, "select_car_streaming", "")
@@ -280,7 +290,7 @@ def _labelled(batch: pa.Table, clusters: ClusterModel | None, names: ColumnNames
     """Return the batch with its clusters, which are added by the model if the rows have none."""
     if clusters is not None and names.cluster not in batch.column_names:
         new = (names.cluster, clusters.distance_column)
-        check_columns(batch.column_names, (clusters.embedding_column,), ())
+        refuse_no_embeddings(batch.column_names, clusters.embedding_column)
         refuse_overwrite(batch.column_names, new, "output_column=... and distance_column=... to ClusterModel.fit")
         labels = clusters.label_arrow(batch[clusters.embedding_column])
         batch = batch.append_column(names.cluster, labels[clusters.output_column])

@@ -19,7 +19,7 @@ from car_datasets.selection.published import (
 )
 from car_datasets.selection.rule import refuse_impossible, select_car
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.settings import is_whole_number
+from car_datasets.utils.settings import KMEANS, is_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,7 +75,7 @@ class Procedure:
     check: Callable[[int, int, Amounts], None]
     select: Callable[[Dataset, Amounts, ColumnNames], Dataset]
     order: Callable[[Dataset, ColumnNames], Dataset] = _keep_order
-    kmeans: str = "torch"
+    kmeans: str = KMEANS
     files: tuple[str, ...] = ()
     tables: Callable[[Dataset, Dataset, str, ColumnNames], dict[str, Dataset]] = _no_files
 
@@ -111,10 +111,10 @@ def _select_default(pool: Dataset, amounts: Amounts, names: ColumnNames) -> Data
 def _check_published(rows: int, clusters: int, amounts: Amounts) -> None:
     # Asking for more rows than there are is fine: the published code takes all of them.
     numbers = [n for n in (amounts.n1, amounts.n2) if n is not None]
-    if amounts.budget is not None or not all(is_whole_number(n) and n >= 0 for n in numbers):
+    if amounts.budget is not None or not all(is_integer(n) and n >= 0 for n in numbers):
         raise ValueError(
-            f"procedure='paper' takes whole numbers n1={amounts.n1} and n2={amounts.n2} that are not negative, and no "
-            f"budget={amounts.budget}. Pass n1 and n2 as whole numbers without budget, or procedure='default'."
+            f"procedure='paper' takes integers n1={amounts.n1} and n2={amounts.n2} that are not negative, and no "
+            f"budget={amounts.budget}. Pass n1 and n2 as integers without budget, or procedure='default'."
         )
 
 

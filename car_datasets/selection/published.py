@@ -34,7 +34,7 @@ from car_datasets.selection.rule import (
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import read_numbers
 from car_datasets.utils.files import without_nan
-from car_datasets.utils.settings import default_n1, is_whole_number
+from car_datasets.utils.settings import default_n1, is_integer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +77,7 @@ def select_as_published(
         value, in the columns that the original's files have, the second stage takes one.
 
     Raises:
-        ValueError: n1 or n2 is negative or not a whole number, or a column is missing.
+        ValueError: n1 or n2 is negative or not an integer, or a column is missing.
     """
     # Ranked first: from here on, position i is the row of rank i + 1.
     names = ColumnNames(score_column, cluster_column, index_column, embedding_column)
@@ -85,8 +85,8 @@ def select_as_published(
     scores = read_numbers(ranked, score_column, np.nan)
     labels = np.asarray(read_numbers(ranked, cluster_column, -1), dtype=np.int64)
     n1 = default_n1(len(ranked)) if n1 is None else n1
-    if not all(is_whole_number(n) and n >= 0 for n in (n1, n2)):
-        raise ValueError(f"n1={n1} and n2={n2} must not be negative; pass whole numbers of rows from 0 on.")
+    if not all(is_integer(n) and n >= 0 for n in (n1, n2)):
+        raise ValueError(f"n1={n1} and n2={n2} must not be negative; pass integers from 0 on.")
     n1 = min(int(n1), len(ranked))  # the original takes all rows if n1 is above their number
     looked_at = max(n2, 1)
     within = ranks_within(labels)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_numbers, refuse_other_datasets
-from car_datasets.utils.settings import default_n1, is_whole_number, refuse_two_amounts
+from car_datasets.utils.settings import default_n1, is_integer, refuse_two_amounts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -188,10 +188,21 @@ def _best_first(score: npt.NDArray[np.float64]) -> Indices:
     return np.argsort(-score, kind="stable")
 
 
+def refuse_infinite(scores: npt.NDArray[np.float64], column: str) -> None:
+    """Raise ValueError for scores of which no mean, quantile or histogram can be computed; NaN is no score."""
+    if len(rows := np.flatnonzero(np.abs(scores) > 1e100)):
+        raise ValueError(
+            f"The column {column!r} holds infinite or absurd scores in {len(rows)} rows, the first {rows[:5].tolist()}. "
+            "Score these rows again, or make their scores null, which leaves them out."
+        )
+
+
 def _rows_by_score(n1: int | float | None, rows: int) -> int:
     """Return n1 as a number of rows; a fraction is rounded down, but to 1 at least."""
     if n1 is None:
         return default_n1(rows)
+    if not isinstance(n1, numbers.Real):
+        raise ValueError(f"n1={n1!r} is a {type(n1).__name__}; pass a number of rows, or a share such as 0.05.")
     # numpy's floats are Real too; 1.0 is refused, since it could mean one row or all rows.
     if isinstance(n1, numbers.Real) and not isinstance(n1, numbers.Integral):
         if not 0 < n1 < 1:
@@ -224,14 +235,14 @@ def _rows_for_budget(budget: int, from_clusters: npt.NDArray[np.bool_]) -> int:
 def _check_counts(rows: int, n2: int, budget: int | None) -> None:
     """Raise ValueError if n2 or the budget is not a number of rows."""
     if not _is_count(n2) or n2 > max(rows, 1):
-        raise ValueError(f"n2={n2!r} must be between 0 and the {rows} rows, a whole number.")
+        raise ValueError(f"n2={n2!r} must be between 0 and the {rows} rows, an integer.")
     # A negative budget is refused later, together with the number of rows that the clusters take.
-    if budget is not None and not is_whole_number(budget):
-        raise ValueError(f"budget={budget!r} must be a whole number of rows.")
+    if budget is not None and not is_integer(budget):
+        raise ValueError(f"budget={budget!r} must be an integer.")
 
 
 def _is_count(value: Any) -> bool:
-    return is_whole_number(value) and int(value) >= 0
+    return is_integer(value) and int(value) >= 0
 
 
 def refuse_impossible(rows: int, clusters: int, n1: int | float | None, n2: int, budget: int | None) -> None:

@@ -289,8 +289,8 @@ def _frozen_encoder(settings: HeadTraining) -> tuple[Any, Any, IQSConfig]:
     from transformers import AutoModel, AutoTokenizer
 
     folder = revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    return encoder, AutoTokenizer.from_pretrained(folder), _config(settings)
+    encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
+    return encoder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _config(settings)
 
 
 def _config(settings: HeadTraining) -> IQSConfig:
@@ -303,7 +303,7 @@ def _config(settings: HeadTraining) -> IQSConfig:
     }
     return IQSConfig(
         encoder_config=AutoConfig.from_pretrained(
-            revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
+            revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION), trust_remote_code=False
         ),
         head="segments",
         hidden_sizes=(settings.hidden_size, settings.integrity_size),

@@ -73,6 +73,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     elif {"src", "pos", "neg"} <= columns:
         pairs = [_ranked(path, i, row) for i, row in enumerate(content, 1)]
     elif {"src", "score"} <= columns:
+        # Rows of one file in turn: the order of the two halves does not matter, their scores decide.
         pairs = _pair_up(path, _labelled(path, content))
     else:
         raise _wrong_columns(path, content)
@@ -156,6 +157,7 @@ def _read(path: str | Path) -> list[dict[str, Any]]:
         rows = _read_json(path, text)
     else:
         raise ValueError(f"{path}: pairs are read from .csv, .jsonl, .json or .parquet files.")
+    # For every format alike: a JSON file may hold other values than records.
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} holds no rows." if not rows else f"{path} must hold one JSON object per row.")
     return rows
@@ -279,6 +281,7 @@ def _checked(path: str | Path, number: int, row: Exchange) -> Exchange:
 
 
 def _preference(path: str | Path, number: int, row: Mapping[str, Any]) -> Pair:
+    # The first that has a value, because an earlier one may be null in this row.
     prompt = next((name for name in PROMPTS if row.get(name) is not None), None)
     sides = []
     for side in ("rejected", "chosen"):

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from car_datasets.loading.templates import Exchange, join_surrogates
-from car_datasets.training.measures import Clue, clues, cross_validated, pair_metrics
+from car_datasets.training.evaluation import Clue, clues, cross_validated, pair_metrics
 from car_datasets.training.pairs import Pair, as_given, cleaned, parse_text, question
 from car_datasets.utils.files import table_text, write_folder
 from car_datasets.utils.settings import SEED, refuse_missing_extra
@@ -110,6 +110,7 @@ def prepare(
             f"No pairs are left for {' and '.join(empty)}: {moved} that resemble others were moved to train. Provide "
             f"more revisions, or raise similarity={similarity}."
         )
+    # Both ways, because typed-out escapes may give the labels away, and cleaning removes these.
     audits = {
         name: audit_labels(pairs, flag, groups.tolist()) for name, flag in (("as given", False), ("cleaned", True))
     }
@@ -228,6 +229,7 @@ def near_duplicates(pairs: Sequence[Pair], similarity: float) -> npt.NDArray[np.
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     texts = [as_given(cleaned(pair.better)).whole for pair in pairs]
+    # Word pairs as well, because single words make all texts about one subject alike.
     vectors = TfidfVectorizer(ngram_range=(1, 2), dtype=np.float32).fit_transform(texts)
     # In blocks of rows, so that the products below the threshold need not all be in memory.
     blocks = [vectors[i : i + 1000] @ vectors.T for i in range(0, len(texts), 1000)]

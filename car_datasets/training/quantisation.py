@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.templates import Text
+from car_datasets.loading.values import carried
 from car_datasets.scoring.batching import pad, tokenise
 from car_datasets.scoring.iqs.openvino_encoder import MODEL_FILE, RECORD_FILE, import_openvino
 from car_datasets.scoring.scorer import QualityScorer
@@ -133,8 +134,9 @@ def sample_texts(
     drawn = np.random.default_rng(seed).permutation(len(dataset))
 
     def texts(places: npt.NDArray[np.int64]) -> list[Text]:
-        batch = dataset.with_format(None).select(places)[:]
         schema = find_schema(dataset.column_names, scorer.schema, scorer.columns)
+        rows = dataset.select_columns(list(schema.read_columns)).with_format(None).select(places)
+        batch = carried(rows)[:]
         return Rows.from_batch(batch, schema, str(scorer.template), "mark", scorer.score_thoughts).texts
 
     return texts(drawn[:rows]), texts(drawn[rows : rows + (rows if others is None else others)])

@@ -39,7 +39,7 @@ from car_datasets.training.trainer import (
 from car_datasets.utils import hub, revisions
 from car_datasets.utils.files import FIGURES_FILE, write_figures, write_folder
 from car_datasets.utils.hub import write_card
-from car_datasets.utils.settings import Settings
+from car_datasets.utils.settings import SEED, Settings
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -102,7 +102,7 @@ class ScorerTraining(Settings):
     valid: str = "expert_score_valid.csv"
     output: str = "iqs-xlmr-large"
     template: str = CLEAN_TEMPLATE
-    seed: int = 42
+    seed: int = SEED
     layer_mix: str = "sparsemax"
     layer_norm: bool = False
     pooling: str = "avg"
@@ -260,7 +260,7 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
     # None, because a folder and the default encoder have no branch.
     revision = None if settings.revision == "main" else settings.revision
     folder = revisions.model_folder(settings.encoder, revisions.pin_revision(settings.encoder, revision, token), token)
-    encoder_config = AutoConfig.from_pretrained(folder)
+    encoder_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     encoder_config.dtype = torch.float32  # in half precision, steps of 1e-6 would round to zero
     positions = getattr(encoder_config, "max_position_embeddings", settings.max_tokens)
     if encoder_config.model_type == IQSConfig.model_type or getattr(encoder_config, "is_encoder_decoder", False):
@@ -288,7 +288,9 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
         )
     )
     # Loaded apart and copied, as `from_pretrained` of the IQS model expects weights of its own layout.
-    pretrained, report = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    pretrained, report = AutoModel.from_pretrained(
+        folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+    )
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ValueError(
@@ -296,7 +298,7 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
             "Download or save the encoder again."
         )
     model.encoder.load_state_dict(pretrained.state_dict(), strict=False)  # not strict: no score uses the pooler
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _trainer(

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 from car_datasets.loading.templates import PAPER_TEMPLATE, Exchange, Text, render
 from car_datasets.scoring.batching import in_order, pad, run_batches, token_budget, tokenise
 from car_datasets.scoring.iqs.modeling_iqs import IQSModel
-from car_datasets.training.measures import kendall
+from car_datasets.training.evaluation import kendall
 from car_datasets.training.pairs import Pair, as_given
 from car_datasets.utils import digests
 from car_datasets.utils.files import write_folder

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import (
     Dataset,
+    DatasetBuilder,
     DatasetDict,
     Features,
     IterableDataset,
     IterableDatasetDict,
+    Value,
     concatenate_datasets,
 )
 from datasets.formatting.formatting import LazyBatch
@@ -58,7 +60,7 @@ def embedding_batches(dataset: Dataset, column: str, rows: range | None = None) 
             continue
         width = width or matrix.shape[1]
         _refuse_unequal({width, matrix.shape[1]}, column)
-        # After the first bad row the loop only counts on, so that the error states how many rows to mend.
+        # After the first bad row the loop yields nothing and only counts, so that the error states how many rows to fix.
         bad.extend(present[~_finite(matrix)].tolist())
         if not bad:
             yield matrix, present
@@ -237,7 +239,7 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
             values = pc.if_else(pc.is_nan(values), None, values)
         return np.asarray(values.cast(kind).fill_null(missing).to_numpy())
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
-        wanted = "whole numbers" if kind == "int64" else "numbers"
+        wanted = "integers" if kind == "int64" else "numbers"
         raise ValueError(f"The column {column!r} holds {values.type}, not {wanted} throughout: {error}.") from error
 
 
@@ -260,6 +262,11 @@ def join_columns(dataset: Dataset, new: Dataset) -> Dataset:
 def check_columns(existing: Sequence[str], needed: Sequence[str], new: Sequence[str]) -> None:
     """Raise ValueError if a column that is read is missing, or one that would be added exists already."""
     missing = [c for c in needed if c not in existing]
+    if "selected_by" in missing:
+        raise ValueError(
+            f"The selection has no column {missing}; it has {list(existing)}. Pass the pool first, and then the rows that "
+            "curate or select_car returned."
+        )
     if missing:
         raise ValueError(
             f"The dataset has no column {missing}; it has {list(existing)}. Run the stage that adds it, or name yours: "
@@ -352,6 +359,52 @@ def refuse_other_datasets(dataset: Any, function: str, for_streams: str) -> None
     if not isinstance(dataset, Dataset):
         hint = "one of its splits" if isinstance(dataset, (DatasetDict, IterableDatasetDict)) else "a Dataset"
         raise ValueError(f"{function} reads a Dataset, and this is a {type(dataset).__name__}. Pass {hint}.")
+
+
+def refuse_casts(builder: DatasetBuilder) -> None:
+    """Let a builder of Parquet or Arrow files refuse what it would cast: the text "01" of one file to the number 1."""
+    cast = builder._cast_table
+
+    def checked(table: pa.Table, *arguments: Any) -> pa.Table:
+        features = builder.info.features or {}
+        changed = [f.name for f in table.schema if f.name in features and _is_changed(f.type, features[f.name])]
+        if changed:
+            seen = {name: [str(table.schema.field(name).type), str(features[name])] for name in changed}
+            raise ValueError(
+                f"files have columns of different types, or not those of the README.md: {seen}. Write them with equal "
+                "types, or read them one by one"
+            )
+        return cast(table, *arguments)
+
+    builder._cast_table = checked
+
+
+def _is_changed(kind: pa.DataType, feature: Any) -> bool:
+    """Return True if values of an Arrow type are others as plain values of a feature."""
+    if isinstance(feature, Value):
+        wanted = feature.pa_type
+        if pa.types.is_floating(kind) and pa.types.is_floating(wanted):
+            return bool(kind.bit_width > wanted.bit_width)
+        groups = {_group(kind), _group(wanted)}
+        return len(groups) > 1 and None not in groups
+    if isinstance(feature, Mapping):
+        return pa.types.is_struct(kind) and any(_is_changed(f.type, feature[f.name]) for f in kind if f.name in feature)
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return is_list and hasattr(feature, "feature") and _is_changed(kind.value_type, feature.feature)
+
+
+def _group(kind: pa.DataType) -> str | None:
+    """Return which values a type has, or `None` if it is not among those that a cast makes others."""
+    if pa.types.is_dictionary(kind):
+        return _group(kind.value_type)
+    tests = {
+        "text": is_text,
+        "booleans": pa.types.is_boolean,
+        "numbers": lambda t: pa.types.is_integer(t) or pa.types.is_floating(t),
+        "decimals": pa.types.is_decimal,
+        "times": pa.types.is_temporal,
+    }
+    return next((name for name, test in tests.items() if test(kind)), None)
 
 
 def refuse_wide(shown: str, columns: int) -> None:

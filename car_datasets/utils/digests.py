@@ -38,6 +38,7 @@ def folder_digest(folder: Path) -> str:
         ValueError: the folder contains neither a `config.json` nor a checkpoint of the original CaR project.
     """
     if (checkpoint := find_checkpoint(folder)) is not None:
+        # The original has this file next to the checkpoint or one folder above, and the model depends on it.
         settings = [f / "hparams.yaml" for f in (checkpoint.parent, checkpoint.parent.parent)]
         return files_digest(checkpoint.parent.parent, [checkpoint, *(f for f in settings if f.is_file())])
     if not (folder / "config.json").is_file():
@@ -46,6 +47,7 @@ def folder_digest(folder: Path) -> str:
             f"{folder} is not a model folder: it has no config.json (it contains {names}). Pass a folder that "
             "`save_pretrained` wrote."
         )
+    # Sorted, because file systems list a folder in different orders.
     files = sorted({p for pattern in MODEL_PATTERNS for p in folder.rglob(pattern) if p.is_file()})
     return files_digest(folder, files)
 
@@ -149,6 +151,7 @@ def _feed(content: Any, array: pa.Array) -> None:
             ends = np.frombuffer(starts, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
             content.update(memoryview(data)[ends[0] : ends[-1]])
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        # Lengths as well, or [[1], [2]] would equal [[1, 2]].
         content.update(pc.list_value_length(array).cast(pa.int64()).to_numpy())
         _feed(content, array.flatten())
     elif pa.types.is_struct(kind):
@@ -163,6 +166,7 @@ def rows_digest(dataset: Dataset) -> str:
     """Return the sha256 over the rows as JSON, for rows that no file holds."""
     digest = hashlib.sha256()
     for row in dataset.with_format(None):
+        # `default=str` for dates and bytes, which JSON does not have; the order of the columns does not count.
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 

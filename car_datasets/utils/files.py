@@ -69,6 +69,15 @@ def fresh_folder(folder: Path, names: Sequence[str], argument: str = "output_dir
     return folder
 
 
+def user_path(name: str | os.PathLike[str]) -> Path:
+    """Return the path that a user means: as it is written if that exists, otherwise with `~` as the home folder."""
+    path = Path(name)
+    try:
+        return path if path.exists() else path.expanduser()
+    except RuntimeError:  # "~x" is the home folder of a user x, and there is none
+        return path
+
+
 def fresh_file(path: Path, source: str = "", overwrite: bool = False) -> Path:
     """Return the path if a command can write its dataset there.
 
@@ -86,7 +95,7 @@ def fresh_file(path: Path, source: str = "", overwrite: bool = False) -> Path:
         if parent.is_file():
             raise ValueError(f"--output {path}: {parent} is a file; name a folder.")
     if path.is_file() and overwrite:
-        if Path(source).expanduser().resolve() == path.resolve():
+        if user_path(source).resolve() == path.resolve():
             raise ValueError(f"--output {path} is the file that is read; name another file.")
     elif path.exists():
         raise ValueError(f"--output {path} is there already; name another file, move it away, or pass --overwrite.")

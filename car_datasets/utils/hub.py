@@ -48,6 +48,7 @@ def retry(call: Callable[[], T], waits: Sequence[float] | None = None) -> T:
         Exception: an error that is not transient is raised at once.
     """
     waits = WAITS if waits is None else waits
+    # The None at the end is the last attempt, after which nothing is waited for.
     for wait in (*waits, None):
         try:
             return call()
@@ -79,6 +80,7 @@ def seconds_to_wait(error: BaseException | None) -> float | None:
             window = re.search(r";r=0;t=(\d+)", response.headers.get("ratelimit", ""))  # of the public Hub
             return float(after) if after.isdecimal() else float(window[1]) if window else 0.0
         if isinstance(error, HTTPError):
+            # The client itself refuses such a request, and would do so again.
             return None if type(error).__name__ in ("LocalProtocolError", "UnsupportedProtocol") else 0.0
         if isinstance(error, RuntimeError) and "client has been closed" in str(error):
             return 0.0  # huggingface_hub's threads share a client; one that loses its connection closes it for all
@@ -156,6 +158,7 @@ def _explain(
             f"{shown} is not a local folder, and HF_HUB_OFFLINE=1 forbids requests to the Hub. Unset it, or pass a "
             "folder, or revision=<the 40-digit commit> of a cached copy."
         )
+    # Told apart from a lack of rights, because another token helps here and access does not.
     if isinstance(error, errors.HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
         return ValueError(
             f"{shown}: the Hub does not know your token (401). HF_TOKEN wins over `hf auth login`: set it to a "
@@ -210,11 +213,13 @@ def refuse_unwritable(user: dict[str, Any], repo_id: str, shown: str, repo_type:
     owner, own = repo_id.split("/")[0], str(user.get("name"))
     if "/" not in repo_id:
         raise ValueError(f"{shown} names no owner; pass {own + '/' + repo_id!r}.")
+    # The answer may lack any of these entries; then only the push itself can tell.
     access = (user.get("auth") or {}).get("accessToken") or {}
     if access.get("role") == "read":
         raise ValueError(
             f"{shown}: the token may only read. Create one that may write, and log in with `hf auth login`."
         )
+    # An account may belong to several organisations, with another role in each.
     organisations = {str(org.get("name")): org.get("roleInOrg") for org in user.get("orgs") or ()}
     # The Hub compares names of owners without regard to case.
     roles = {name.lower(): role for name, role in {**organisations, own: "admin"}.items()}
@@ -304,6 +309,7 @@ def open_repository(
     """
     from huggingface_hub import HfApi
 
+    # Before it is created, so that a refused push leaves no empty repository behind.
     check_repository(repo_id, private, token, repo_type, argument)
     api, shown = HfApi(token=clean_token(token)), f"{argument}={repo_id!r}"
     with asking(shown, repo_type):
@@ -355,6 +361,7 @@ def read_repository(
     with asking(repr(repo_id), "dataset", revision):
         info = retry(lambda: api.dataset_info(repo_id, revision=revision), waits)
         names = tuple(sorted(file.rfilename for file in info.siblings or ()))
+        # At the commit of the names: a push in between must not mix two states.
         card = read_dataset_file(repo_id, "README.md", str(info.sha), token, waits) if "README.md" in names else b""
     try:
         return Repository(str(info.sha), names, card.decode("utf-8-sig"))  # a BOM would hide the `---` of the header
@@ -426,7 +433,10 @@ def card_templates() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(data_folder("hub_cards")), undefined=StrictUndefined, keep_trailing_newline=True
+        # Strict: a misspelt value in a template would otherwise be a gap in a published card.
+        loader=FileSystemLoader(data_folder("hub_cards")),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
     environment.filters["percent"] = lambda figure: "{value:.1f} % ({low:.1f} to {high:.1f})".format(
         **{name: 100 * value for name, value in figure.items()}

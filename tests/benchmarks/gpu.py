@@ -135,7 +135,7 @@ def large(folder: str, kind: str, found: Sequence[str], limit: float) -> Iterato
     yield from _compiled(folder, found, work, limit)
     yield from _compare_with_sentence_transformers(folder, found, seconds)
     load_scorer.cache_clear()
-    yield from _beside_float32(folder, found, seconds, half.scores)
+    yield from _compared_with_float32(folder, found, seconds, half.scores)
 
 
 def _in_arrow(folder: str, kind: str, limit: float, config: Any) -> Iterator[Line]:
@@ -173,7 +173,7 @@ def _compare_with_sentence_transformers(folder: str, found: Sequence[str], ours:
     yield Line(what, ours, times[best], target="<= 1/1.5", met=ours <= times[best] / 1.5)
 
 
-def _beside_float32(folder: str, found: Sequence[str], ours: float, half: np.ndarray) -> Iterator[Line]:
+def _compared_with_float32(folder: str, found: Sequence[str], ours: float, half: np.ndarray) -> Iterator[Line]:
     from scipy.stats import spearmanr
 
     loaded = _load(folder, "float32")

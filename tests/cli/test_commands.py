@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from car_datasets.training.measures import Clue
 from click.testing import Result
 from datasets import Dataset
 from rich.console import Console
@@ -38,7 +39,6 @@ from car_datasets.cli import app
 from car_datasets.exploring import atlas_table
 from car_datasets.recipe import PANELS
 from car_datasets.results import RESULT_FILES
-from car_datasets.training.measures import Clue
 from car_datasets.training.preparation import Audit, audit_table
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.files import printable
@@ -50,12 +50,12 @@ GOOD = '{"instruction": "a", "output": "b"}'
 
 
 def run(*arguments: Any, env: dict[str, str] | None = None) -> Result:
-    """The command line in this process, where the models stay loaded."""
+    """Run the command line in this process, where the models stay loaded."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
 
 
 def run_process(*arguments: Any, cwd: Path, bars: bool = False) -> subprocess.CompletedProcess[str]:
-    """The command line as a user has it, in a process of its own."""
+    """Run the command line as a user does, in a process of its own."""
     command = [sys.executable, "-m", "car_datasets", *map(str, arguments)]
     environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": str(int(not bars))}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
@@ -68,7 +68,7 @@ def assert_mistake(code: int, errors: str, message: str) -> None:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """24 rows as the original's JSON list."""
+    """Write 24 rows as the original's JSON list."""
     words = ["red", "green", "blue", "sea", "poem", "list", "sum"]
     content = [
         {"instruction": f"Write {words[i % 7]}.", "input": "", "output": " ".join(words[: 1 + i % 5]), "page": i // 2}
@@ -145,16 +145,21 @@ def test_help_texts_are_full_sentences_in_panels_and_never_cut(command: str) -> 
         ("curate", "kmeans", "car_datasets.clustering.model:ENGINES"),
         ("curate", "procedure", "car_datasets.selection.procedures:PROCEDURES"),
         ("curate", "projection", "car_datasets.reporting.overview:PROJECTIONS"),
+        ("curate", "languages", "car_datasets.loading.languages:CHOICES"),
         ("cluster", "template", "car_datasets.loading.templates:TEMPLATES"),
-        ("push", "also", "car_datasets.publishing.push:CONTROLS"),
+        ("push", "also", "car_datasets.reporting.overview:CONTROLS"),
     ],
 )
 def test_the_names_in_a_help_text_are_those_of_the_table(command: str, option: str, table: str) -> None:
-    """recipe.py must not import the modules of most tables, so it repeats their names."""
+    """Hold that recipe.py, which must not import the modules of most tables, repeats their names, in its docstring too."""
     module, _, name = table.partition(":")
     [text] = [parameter.help for parameter in PARSER.commands[command].params if parameter.name == option]
-    words = re.findall(r"[\w/-]+", text)
-    assert [key for key in getattr(importlib.import_module(module), name) if key not in words] == []
+    names = list(getattr(importlib.import_module(module), name))
+    told = re.search(
+        rf"\n    [\w, ]*\b{option}\b[\w, ]* \(.*?(?=\n    \w|\Z)", inspect.getdoc(Recipe) or "", flags=re.DOTALL
+    )
+    for words in [text, *([told[0]] if told and '`"' in told[0] and '"`, ...' not in told[0] else [])]:
+        assert [key for key in names if key not in re.findall(r"[\w/-]+", words)] == []
 
 
 def test_no_arguments_list_the_commands() -> None:
@@ -166,8 +171,8 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout.strip()) == (0, f"car-datasets {__version__}")
 
 
-def test_options_have_no_default_of_their_own_beside_the_recipe() -> None:
-    """A default in the command line would silently win over a recipe file."""
+def test_only_the_recipe_has_defaults_for_its_options() -> None:
+    """Check it, because a default in the command line would silently win over a recipe file."""
     curate = next(
         c.callback for c in app.registered_commands if c.callback is not None and c.callback.__name__ == "curate"
     )
@@ -214,6 +219,38 @@ def test_an_option_wins_over_a_recipe_file_even_with_the_default_value(
     assert (seen[1].schema, seen[1].compile, seen[1].keep_embeddings) == ("messages", True, False)
 
 
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        ("budget: 30", ("--n1", "5"), {"n1": 5}),
+        ("n1: 5", ("--budget", "30"), {"budget": 30}),
+        ("budget: 30", ("--budget", "none"), {}),
+        ("n1: 5", ("--n1", "none"), {}),
+        ("batch_tokens: 9", ("--batch-tokens", "none"), {}),
+        ("name: a\nsplit: b\nrevision: c", ("--name", "none", "--split", "none", "--revision", "none"), {}),
+        ("scorer: a\nscorer_revision: b", ("--scorer-revision", "none"), {"scorer": "a"}),
+        ("template: paper\nkmeans: sklearn", ("--template", "none", "--kmeans", "none"), {}),
+        ("tokenizer: a\nengine: b", ("--tokenizer", "none", "--engine", "none"), {}),
+        ("embedder: a\nembedder_revision: b", ("--embedder", "none"), {}),
+        ("language_column: a", ("--language-column", "none"), {}),
+        ("score_column: a", ("--score-column", "none"), {"score_column": "none"}),
+    ],
+)
+def test_an_option_replaces_or_undoes_what_a_file_says(
+    content: str, options: tuple[str, ...], expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+    monkeypatch.setattr("car_datasets.curation.curate", lambda source, output, recipe, **_: seen.append(recipe))
+    (tmp_path / "recipe.yaml").write_text(content)
+    run("curate", "rows.json", "-o", tmp_path / "out", "--config", tmp_path / "recipe.yaml", *options)
+    assert seen == [Recipe(**expected)]
+
+
+def test_a_number_that_is_none_is_one_line(tmp_path: Path) -> None:
+    found = run("curate", "rows.json", "-o", tmp_path / "out", "--budget", "many")
+    assert_mistake(found.exit_code, found.stderr, "--budget many: pass an integer, or none")
+
+
 # --- the work
 
 
@@ -247,7 +284,7 @@ def test_curate_reads_a_recipe_and_options_win_over_it(
 
 @pytest.mark.slow
 def test_stages_one_by_one_give_what_curate_gives(rows: Path, tmp_path: Path) -> None:
-    """On the embedded default, whose one pass gives the score and the embedding."""
+    """Run the stages on the embedded default, whose one pass gives the score and the embedding."""
     scored, clustered, selected = (tmp_path / f"{name}.parquet" for name in ("scored", "clustered", "selected"))
     for arguments in (
         ("score", rows, "-o", scored),
@@ -284,7 +321,7 @@ def test_score_without_an_output_fills_shards_that_curate_takes(
 
 
 def test_score_alone_needs_no_room_for_later_columns(rows: Path, tiny_iqs: str, tmp_path: Path) -> None:
-    """Who brings embeddings and clusters of their own wants the score only."""
+    """Score rows that have embeddings and clusters of their own."""
     own = Dataset.from_json(str(rows)).add_column("embedding", [[1.0]] * 24).add_column("cluster", [0] * 24)
     own.to_parquet(tmp_path / "own.parquet")
     arguments = ("--scorer", tiny_iqs, "--no-embeddings", "--score-column", "quality")
@@ -411,7 +448,7 @@ MISTAKES: list[Any] = [
     ),
     pytest.param('[{"instruction": "a", "output": "b", "source_index": null}]', (), "--index-column", id="null ids"),
     pytest.param(f"{GOOD}\n{GOOD}", ("--n1", "3"), "n1=3 must be between 0 and the 2 rows", id="n1 above the rows"),
-    pytest.param(GOOD, ("--n1", "1", "--budget", "1"), "n1=1 and budget=1: .*Leave one of the two out", id="both"),
+    pytest.param(GOOD, ("--n1", "1", "--budget", "1"), "--n1=1 and --budget=1: .*Leave one of the two out", id="both"),
     pytest.param(GOOD, ("--n1", "-1"), "n1=-1 must be between", id="negative n1"),
     pytest.param(GOOD, ("--n1", "1.5"), r"n1=1\.5: a fraction must lie between 0 and 1", id="fraction above 1"),
     pytest.param(GOOD, ("--n1", "nan"), "n1=nan", id="n1 is no number"),
@@ -575,7 +612,7 @@ def test_words_that_are_no_command_line_show_the_usage(arguments: tuple[str, ...
 
 @pytest.mark.slow
 def test_mistake_in_a_process_of_its_own_prints_nothing_else(tmp_path: Path) -> None:
-    """Libraries log to the real stderr, where their lines would stand beside ours."""
+    """Run a process, because libraries log to the real stderr, where their lines would be mixed with ours."""
     (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{GOOD[:20]}")
     done = run_process("curate", "rows.jsonl", "--output", "out", cwd=tmp_path)
     assert_mistake(done.returncode, done.stderr, "cannot be read as json")

@@ -118,7 +118,7 @@ def test_more_centers_than_different_points_stay_where_they_are() -> None:
 
 def test_from_the_same_centers_it_ends_where_scikit_learn_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans, "TOLERANCE", 0.0)
-    monkeypatch.setattr(kmeans, "BEYOND", 0.0)
+    monkeypatch.setattr(kmeans, "OVER_RELAXATION", 0.0)
     points = groups(800)
     reference = KMeans(12, init=points[:12], n_init=1, tol=0).fit(points)
     found = lloyd(torch.from_numpy(points), torch.from_numpy(points[:12]))
@@ -139,8 +139,8 @@ def test_long_steps_take_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans, "TOLERANCE", 1e-5)
     monkeypatch.setattr(kmeans, "one_pass", lambda *given: counted.append(1) or one_pass(*given))
     inertias, passes = [], []
-    for beyond in (0.0, kmeans.BEYOND):
-        monkeypatch.setattr(kmeans, "BEYOND", beyond)
+    for beyond in (0.0, kmeans.OVER_RELAXATION):
+        monkeypatch.setattr(kmeans, "OVER_RELAXATION", beyond)
         counted.clear()
         inertias.append(np.mean([lloyd(points, points[i : i + 40]).inertia for i in range(0, 800, 200)]))
         passes.append(len(counted))
@@ -180,7 +180,7 @@ def test_the_best_run_is_kept() -> None:
 
 
 def test_a_sample_is_all_that_is_held() -> None:
-    """Of 1,000 rows read in chunks of 100, 5 per cluster; the full passes see one chunk at a time."""
+    """Read 1,000 rows in chunks of 100, of which 5 per cluster are held; the full passes see one chunk at a time."""
     points, seen = groups(1_000), []
 
     def project(chunk: Matrix) -> Tensor:
@@ -235,7 +235,7 @@ def test_equal_rows_and_one_row() -> None:
 
 
 def test_many_copies_of_one_row_leave_clusters_for_the_others() -> None:
-    """Nine rows in ten are the same; of 20 clusters one is theirs."""
+    """Fit rows of which nine in ten are equal; they take one of 20 clusters."""
     points = groups(1_000, of=25)
     points[100:] = points[0]
     labels, _ = nearest(torch.from_numpy(points), fit(points, 20).centers)

@@ -19,6 +19,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from datasets.table import InMemoryTable
+from safetensors.numpy import load_file, save_file
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
@@ -393,14 +394,14 @@ BAD_FITS: dict[str, tuple[dict[str, Any], str]] = {
     "k a bool": ({"k": True}, "k=True must be"),
     "variance 0": ({"explained_variance": 0.0}, r"explained_variance=0\.0 must lie in \(0, 1\]"),
     "variance above 1": ({"explained_variance": 1.5}, "explained_variance=1.5 must lie"),
-    "k a number as text": ({"k": "12"}, "k='12' must be 'sqrt' or a whole number"),
+    "k a number as text": ({"k": "12"}, "k='12' must be 'sqrt' or an integer"),
     "k of numpy, a fraction": ({"k": np.float64(3)}, "k=.*3.0.* must be"),
     "variance a bool": ({"explained_variance": True}, "explained_variance=True must lie"),
     "variance a word": ({"explained_variance": "0.9"}, "explained_variance='0.9' must lie"),
     "no runs": ({"n_init": 0}, "n_init=0 must be at least 1"),
     "runs a fraction": ({"n_init": 1.5}, "n_init=1.5 must be at least 1"),
     "runs a bool": ({"n_init": True}, "n_init=True must be"),
-    "seed a fraction": ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+    "seed a fraction": ({"seed": 1.5}, "seed=1.5 must be an integer"),
     "seed a bool": ({"seed": False}, "seed=False must be"),
     "seed negative": ({"seed": -1}, "seed=-1 must be"),
     "sample a fraction": ({"kmeans_sample": 2.5}, "kmeans_sample=2.5 must be a number of rows"),
@@ -458,7 +459,7 @@ def test_assign_refuses_a_single_vector(model: ClusterModel) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 def test_labelling_leaves_no_memory_behind(tmp_path: Path) -> None:
-    """Not even as holes between small results: they once came to as much as the embeddings, here 460 MB."""
+    """Measure memory, of which holes between small results once took as much as the embeddings, here 460 MB."""
     matrix = np.random.default_rng(0).normal(size=(300_000, 384)).astype(np.float32)
     lists = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), 384)
     Dataset(InMemoryTable(pa.table({"embedding": lists}))).save_to_disk(tmp_path / "pool")
@@ -480,3 +481,53 @@ print(megabytes() - before)
     command = [sys.executable, "-c", code, str(tmp_path / "pool")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) < 200
+
+
+def changed(**parts: Any) -> Any:
+    """Return a function that saves the arrays of a model with some of them replaced, or left out if None."""
+
+    def save(folder: Path) -> None:
+        arrays = load_file(folder / "cluster_model.safetensors")
+        arrays.update({name: make(arrays[name]) for name, make in parts.items()})
+        save_file({k: v for k, v in arrays.items() if v is not None}, folder / "cluster_model.safetensors")
+
+    return save
+
+
+def said(content: Any) -> Any:
+    """Return a function that writes the JSON file of a model, or replaces entries in it."""
+
+    def save(folder: Path) -> None:
+        path = folder / "cluster_model.json"
+        plain = json.loads(path.read_text())
+        path.write_text(content if isinstance(content, str) else json.dumps({**plain, **content}))
+
+    return save
+
+
+DAMAGES = {
+    "no centres": changed(centers=lambda old: None),
+    "a centre of NaN": changed(centers=lambda old: np.where(np.arange(len(old))[:, None] == 1, np.nan, old)),
+    "an infinite mean": changed(mean=lambda old: old + np.inf),
+    "components of other rows": changed(components=lambda old: old[:, :-1].copy()),
+    "components that are too few": changed(components=lambda old: old[:-1].copy()),
+    "a flat mean": changed(mean=lambda old: old[None].copy()),
+    "centres without a row": changed(centers=lambda old: old[:0].copy()),
+    "numbers of a stranger": changed(mean=lambda old: old.astype(np.float32)[:1].copy()),
+    "cut numbers": lambda folder: os.truncate(folder / "cluster_model.safetensors", 300),
+    "no numbers": lambda folder: os.truncate(folder / "cluster_model.safetensors", 0),
+    "a list": said("[]"),
+    "no JSON": said("{"),
+    "deep JSON": said("[" * 100_000),
+    "a column that is a number": said({"output_column": 5}),
+    "an entry too many": said({"more": 1}),
+    "a seed of text": said({"seed": "x"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_model_is_refused_in_one_line(damage: Any, saved: Path) -> None:
+    damage(saved)
+    with pytest.raises(ValueError, match=r"is damaged: .*Fit the clusters again") as error:
+        ClusterModel.from_pretrained(saved)
+    assert str(saved) in str(error.value) and "\n" not in str(error.value)

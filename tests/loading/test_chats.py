@@ -42,7 +42,7 @@ def chat(*turns: str) -> list[dict[str, str]]:
 
 
 def cut(turns: Any, schema: Schema = SCHEMAS["messages"]) -> list[tuple[str, str]] | str:
-    """(instruction, response) of every exchange, or the status."""
+    """Return (instruction, response) of every exchange, or the status."""
     [row] = exchanges_of({schema.turns: [turns]}, schema)
     if isinstance(row, str):
         return row
@@ -92,11 +92,11 @@ def test_chat_is_cut_at_every_answer(turns: list[str], expected: list[tuple[str,
         pytest.param(7, BAD_TURN, id="a number instead of turns"),
         pytest.param([None], BAD_TURN, id="a null turn"),
         pytest.param([{"role": "user"}], "no_content: user", id="a turn without content"),
-        pytest.param([{"content": "q"}], BAD_TURN, id="a turn without a role"),
+        pytest.param([{"content": "q"}], "bad_turn: keys content", id="a turn without a role"),
         pytest.param(
             [*chat("u q", "a r"), {"role": "narrator", "content": "x"}], "unknown_role: narrator", id="unknown role"
         ),
-        pytest.param([{"role": None, "content": "q"}], BAD_TURN, id="null role"),
+        pytest.param([{"role": None, "content": "q"}], "bad_turn: keys content", id="null role"),
         pytest.param([*chat("u q"), {"role": "assistant", "content": None}], NULL, id="null content"),
         pytest.param([{"role": "user", "content": 7}], NOT_A_STRING, id="a number"),
         pytest.param([*chat("u q"), {"role": "assistant", "content": {"answer": "r"}}], NOT_A_STRING, id="an object"),
@@ -176,6 +176,15 @@ TEXT_PARTS = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in 
         pytest.param(str(chat("u q", "a r")), id="text as Python writes it"),
         pytest.param([json.dumps(turn) for turn in chat("u q", "a r")], id="every turn as JSON text"),
         pytest.param("\n\nHuman: q\n\nAssistant: r", id="marked speakers"),
+        pytest.param("### Human: q### Assistant: r", id="speakers as in Guanaco"),
+        pytest.param("USER: q\n\n\nASSISTANT: r <|endoftext|>", id="speakers as in Glaive"),
+        pytest.param(str(chat("u q", "a r")).replace("}, {", "}\n {"), id="text as NumPy writes it"),
+        pytest.param(json.dumps(json.dumps(chat("u q", "a r"))), id="JSON text twice"),
+        pytest.param([{"query": "q", "response": "r"}], id="query and response"),
+        pytest.param([{"human": "q", "bot": "r"}], id="human and bot"),
+        pytest.param(
+            [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "r"}]}], id="Gemini"
+        ),
     ],
 )
 def test_one_chat_in_many_forms(turns: Any) -> None:
@@ -209,6 +218,10 @@ def calling(**message: Any) -> dict[str, Any]:
 
 
 CALLS = [
+    pytest.param(
+        {"role": "model", "parts": [{"functionCall": {"name": "weather", "args": {"unit": "C", "city": "Bonn"}}}]},
+        id="Gemini",
+    ),
     pytest.param(calling(content=None, tool_calls=[CALL]), id="null"),
     pytest.param(calling(content="", tool_calls=[CALL]), id="empty"),
     pytest.param(calling(tool_calls=[CALL]), id="without content"),
@@ -255,6 +268,26 @@ def test_what_is_said_with_a_call_belongs_to_it() -> None:
         assert cut(turns) == [("q", f"Let me look.\n{SHOWN}")]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\n{'name': 'f'}\n</tool_call>\n",
+        "I will look.\n<tool_call>{}</tool_call>\n<tool_call>{}</tool_call> ",
+        '<functioncall> {"name": "f"} ',
+        'Let me see. <functioncall> {"name": "f"}',
+        '[TOOL_CALLS][{"name": "f"}]',
+        "<|python_tag|>f(1)",
+        "<function=f>{}</function>",
+    ],
+)
+def test_a_call_that_is_written_into_the_text_is_a_call(text: str) -> None:
+    turns = chat("u q", f"a {text}")
+    assert cut([*turns, *chat("t 1", "a r")]) == [(f"q\n{text}\n1", "r")]
+    assert read_rows({"messages": [turns]}, SCHEMAS["messages"]) == [([Exchange("q", "", text)], TOOL_CALL)]
+    about = chat("u q", "a Write <tool_call>...</tool_call>, or <functioncall>, and no more.")
+    assert cut(about) == [("q", about[1]["content"])]
+
+
 # --- thoughts, weights
 
 
@@ -265,6 +298,9 @@ def test_what_is_said_with_a_call_belongs_to_it() -> None:
         {"content": "hm\n</think>\n\nr"},
         {"content": "<thinking>hm</thinking> r"},
         {"content": "<|begin_of_thought|>hm<|end_of_thought|>r"},
+        {"content": "<|begin_of_thought|>hm<|end_of_thought|>\n<|begin_of_solution|>\nr\n<|end_of_solution|>"},
+        {"content": "<think>hm</think>\n<answer> r </answer>"},
+        {"content": "hm</think><answer>r</answer>"},
         {"content": "r", "reasoning_content": "hm"},
         {"content": "r", "thinking": "hm"},
         {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "r"}]},
@@ -286,13 +322,16 @@ def test_a_thought_without_an_answer_is_an_empty_answer() -> None:
         assert row == ([Exchange("q", "", "")], EMPTY_RESPONSE)
 
 
-@pytest.mark.parametrize("answer", ["Write `</think>` at the end.", "The tag <think> opens it.", "1 </thinking> 2"])
+@pytest.mark.parametrize(
+    "answer", ["Write `</think>` at the end.", "<answer>1</answer>", "The tag <think> opens it.", "1 </thinking> 2"]
+)
 def test_an_answer_about_thoughts_is_an_answer(answer: str) -> None:
     assert cut(chat("u q", f"a {answer}")) == [("q", answer)]
 
 
 @pytest.mark.parametrize(
-    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"trainable": False}]
+    "mark",
+    [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"trainable": False}, {"loss_mask": 0}],
 )
 def test_a_turn_of_weight_0_is_context(mark: dict[str, Any]) -> None:
     unscored = calling(content="r", **mark)
@@ -328,6 +367,12 @@ def test_the_time_is_linear_in_the_turns() -> None:
 
     seconds(100)
     assert seconds(16_000) < 40 * seconds(1_000) + 0.5
+
+
+def test_a_pair_loses_nothing() -> None:
+    assert cut([{"instruction": "q", "input": "1", "output": "r"}]) == [("q\n1", "r")]
+    pairs = [{"input": "q", "output": "r", "output_with_loss": False}, {"input": "q2", "output": "r2"}]
+    assert cut(pairs) == [("q\nr\nq2", "r2")]
 
 
 # --- what a stranger may send

@@ -81,6 +81,15 @@ def test_a_path_that_looks_like_a_pattern_is_that_path(name: str, trap: str, tmp
         assert answers(tmp_path / name, glob=glob) == ["red"]
 
 
+def test_a_tilde_is_part_of_a_name_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {"~rows.jsonl": lines("red"), "home/rows.jsonl": lines("blue")})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert (answers("~rows.jsonl"), answers(["~rows.jsonl"]), answers("~/rows.jsonl")) == (["red"], ["red"], ["blue"])
+    with pytest.raises(FileNotFoundError, match=r"~nobody\.jsonl.*no such file or folder"):
+        answers("~nobody.jsonl")
+
+
 def test_a_pattern_is_read_only_when_it_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path, {"b.jsonl": lines("blue"), "a.jsonl": lines("red", "green"), "sub/c.jsonl": lines("grey")})
     with pytest.raises(FileNotFoundError, match=r"\*\.jsonl.*no such file or folder.*glob=True \(--glob\)"):
@@ -359,7 +368,7 @@ def test_a_readme_that_does_not_fit_its_folder_is_refused(
 
 
 def test_parquet_is_read_by_its_content(tmp_path: Path) -> None:
-    """`datasets` keys its cache by path and time, and would give the old rows."""
+    """Read it without the cache of `datasets`, whose keys are path and time: it would give the old rows."""
     path = tmp_path / "rows.parquet"
     for answer in ("red", "tan"):
         pq.write_table(pa.table({"output": [answer]}), path)
@@ -375,6 +384,28 @@ def test_parquet_files_of_different_columns_are_refused(tmp_path: Path) -> None:
 
 
 # --- what was read
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array([1]), pa.array(["01"])),
+        (pa.array(["01"]), pa.array([1])),
+        (pa.array([True]), pa.array([2])),
+        (pa.array([[1]]), pa.array([["01"]])),
+        (pa.array([{"a": 1}]), pa.array([{"a": "01"}])),
+        (pa.array([0.5], pa.float32()), pa.array([0.1])),
+    ],
+)
+def test_parquet_files_whose_values_would_be_cast_are_refused(
+    first: pa.Array, second: pa.Array, tmp_path: Path
+) -> None:
+    files = []
+    for name, column in (("a", first), ("b", second)):
+        files.append(tmp_path / f"{name}.parquet")
+        pq.write_table(pa.table({"output": ["red"], "n": column}), files[-1])
+    with pytest.raises(ValueError, match=r"b\.parquet' cannot be read as parquet: .*columns of different types.*'n'"):
+        open_dataset(files, cache_dir=str(tmp_path / "cache"))
 
 
 def test_the_origin_names_every_file_with_its_digest(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_languages_of_a_scorer_are_in_its_configuration(tiny_iqs: str) -> No
 
 @pytest.fixture(scope="module")
 def mixed(sample_rows: list[dict[str, Any]]) -> Dataset:
-    """36 rows in English and 12 in Arabic."""
+    """Return 36 rows in English and 12 in Arabic."""
     texts = [f"{ANSWERS['ar'][1 + i % 2]} {ANSWERS['ar'][2 - i % 2]} {i}" for i in range(12)]
     arabic = [{"instruction": ANSWERS["ar"][0], "input": "", "output": text} for text in texts]
     columns = ("instruction", "input", "output")

@@ -138,7 +138,7 @@ def test_a_run_carries_awkward_columns_through(tmp_path: Path, tiny_iqs: str, ti
 
 
 def test_map_and_its_cache_leave_the_values(tmp_path: Path, tiny_iqs: str) -> None:
-    """`datasets` would encode the columns that a stage reads anew, and read the cached ones with fewer digits."""
+    """Compare the values, because `datasets` would encode them anew, and read cached ones with fewer digits."""
     answers = [*(row["output"] for row in AWKWARD), 1.0000000000000002e16]
     rows = [{"instruction": "a", "output": answer, "side": [1.0000000000000002e16, str(answer)]} for answer in answers]
     source = save(tmp_path, "rows.json", json.dumps(rows))
@@ -260,6 +260,14 @@ def test_another_separator_is_found_and_said(sign: str, tmp_path: Path, caplog: 
         "source_index": 0,
     }
     assert f"separated by {sign!r}" in caplog.text
+
+
+@pytest.mark.parametrize("text", ['"instruction";"output"\n"a, b";"c"\n', "sep=;\ninstruction;output\na, b;c\n"])
+def test_headers_as_spreadsheets_write_them(text: str, tmp_path: Path) -> None:
+    path = save(tmp_path, "rows.csv", text)
+    assert load_instructions(path, cache_dir=str(tmp_path)).to_list() == [
+        {"instruction": "a, b", "output": "c", "source_index": 0}
+    ]
 
 
 def test_a_long_field_is_read_and_the_limit_of_the_process_stays(tmp_path: Path) -> None:

@@ -269,6 +269,8 @@ def test_clean_examples(text: str, expected: str) -> None:
         ),
         (["instruction", "input", "output", "system", "history", "tools"], {}, None, None),
         (["messages", "system_prompt"], {}, None, None),
+        (["messages", "system_message"], {}, "['system_message']", "--columns system=system_message"),
+        (["instruction", "output", "chat_history"], {}, "['chat_history']", "--columns history=chat_history"),
     ],
 )
 def test_a_column_that_is_not_read_is_named_once(
@@ -312,6 +314,8 @@ def test_columns_may_be_named_as_the_schemas_name_them(columns: dict[str, str], 
         (["prompt", "chosen", "rejected", "question"], "prompt/chosen"),
         (["instruction", "output", "chosen", "rejected"], "alpaca"),
         (["question", "answer", "response"], "question/answer"),
+        (["messages", "chosen", "rejected"], "messages/chosen"),
+        (["conversation", "chosen", "rejected"], "conversation/chosen"),
     ],
 )
 def test_the_more_specific_schema_wins_and_nothing_is_recognised_anew(seen: list[str], name: str) -> None:
@@ -324,6 +328,8 @@ def test_the_error_proposes_the_columns_that_are_there() -> None:
         ValueError, match=r"columns=\{'instruction': 'instruction', 'input': 'context', 'response': \.\.\.\}"
     ):
         find_schema(["instruction", "context", "reply"])
+    with pytest.raises(ValueError, match=r"\(--columns instruction=input,response=output\)"):
+        find_schema(["id", "input", "output"])
 
 
 def test_rows_of_one_turn_are_read_as_before() -> None:
@@ -335,6 +341,46 @@ def test_rows_of_one_turn_are_read_as_before() -> None:
     assert [row.texts[0].whole for row in format_batch(rows, SCHEMAS["alpaca"], "paper")] == [
         "Instruction:  a\n Input:  Response: \t1 ",
         'Instruction: b Input:  x  Response: [{"role": "user"}]',
+    ]
+
+
+PARTS = [{"type": "text", "text": "q"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "exchanges"),
+    [
+        ({"instruction": PARTS, "output": [{"type": "text", "text": "r"}]}, [("q", "r")]),
+        ({"prompt": PARTS, "response": "r", "system": [{"type": "text", "text": "s"}]}, [("s\nq", "r")]),
+        ({"prompt": "q", "response": "r", "system": {"role": "system", "content": "s"}}, [("s\nq", "r")]),
+        ({"prompt": "q", "chosen": "\n\nHuman: q\n\nAssistant: r", "rejected": ""}, [("q", "r")]),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "r", "rejected": ""}, [("q", "r")]),
+        (
+            {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "\n\nHuman: q\n\nAssistant: r", "rejected": ""},
+            [("q", "r")],
+        ),
+        # A dialogue that was asked for is an answer like any other.
+        ({"prompt": "p", "response": "\n\nHuman: q\n\nAssistant: r"}, [("p", "\n\nHuman: q\n\nAssistant: r")]),
+        ({"messages": ["q", "r", "q2"], "chosen": ["r2"], "rejected": []}, "not_a_string"),
+        (
+            {"messages": [["q", "r"]], "chosen": {"role": "assistant", "content": "r"}, "rejected": None},
+            [("q", "r")],
+        ),
+    ],
+)
+def test_what_a_prompt_and_an_answer_may_be(row: dict[str, Any], exchanges: list[tuple[str, str]] | str) -> None:
+    [found] = exchanges_of({key: [value] for key, value in row.items()}, find_schema(row))
+    assert (found if isinstance(found, str) else [(e.instruction, e.response) for e in found]) == exchanges
+
+
+def test_an_error_about_turns_names_their_keys() -> None:
+    rows = Dataset.from_list([{"messages": [{"speaker": "user", "said": "q"}, {"speaker": "bot", "said": "r"}]}])
+    with pytest.raises(
+        ValueError, match=r"bad_turn: keys (said, speaker|speaker, said) .*--columns role=\.\.\.,content"
+    ):
+        load_instructions(rows)
+    assert exchanges_of(rows[:], find_schema(rows.column_names, "auto", {"role": "speaker", "content": "said"})) == [
+        [Exchange("q", "", "r")]
     ]
 
 

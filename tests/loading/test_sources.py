@@ -342,7 +342,10 @@ def test_empty_text_is_no_source(source: str) -> None:
         load_instructions(source)
 
 
-@pytest.mark.parametrize("source", [{"instruction": "a", "output": "b"}, None, 3, ["rows.json", {"output": "b"}]])
+@pytest.mark.parametrize(
+    "source",
+    [{"instruction": "a", "output": "b"}, None, 3, ["rows.json", {"output": "b"}], pd.Series(["a"]), np.array(["a"])],
+)
 def test_source_of_another_type_is_refused(source: Any) -> None:
     with pytest.raises(ValueError, match=f"source is a {type(source).__name__}; pass a path"):
         load_instructions(source)
@@ -437,8 +440,8 @@ def test_unknown_way_with_bad_rows_is_refused(pairs: Dataset) -> None:
 # --- readers that would change values
 
 
-def test_text_beside_numbers_is_not_changed_in_silence(tmp_path: Path) -> None:
-    """datasets stores such a column as JSON, and gives back the text "42" as a number and '"q"' without its quotes."""
+def test_text_among_numbers_is_not_changed_in_silence(tmp_path: Path) -> None:
+    """Load a column that `datasets` stores as JSON, from which it reads "42" as a number and '"q"' without its quotes."""
     rows = [{"instruction": "a", "output": value} for value in ("42", '"q"', "null", 3, "plain")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=r"1 of 5 rows cannot be scored: 1 not_a_string \(rows 3\)"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zipfile
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ except (ValueError, OSError) as error:
 
 
 def data(*answers: str) -> dict[str, bytes]:
-    """The files of a dataset with these answers."""
+    """Return the files of a dataset with these answers."""
     file = io.BytesIO()
     pq.write_table(pa.table({"instruction": ["Name a colour."] * len(answers), "output": list(answers)}), file)
     return {"data/train-00000-of-00001.parquet": file.getvalue()}
@@ -174,7 +175,7 @@ def jsonl(*answers: Any, **more: str) -> bytes:
 
 
 def test_values_stay_what_they_are_in_the_files(hub: Hub) -> None:
-    """`datasets` alone makes numbers, dates and nulls of such text, and takes some chats for traces of agents."""
+    """Load text of which `datasets` alone makes numbers, dates and nulls, and chats that it takes for traces of agents."""
     texts = ["007", "3", "NA", "None", "2024-01-02", "true", "1e-12"]
     table = "instruction,output\n" + "".join(f"a,{text}\n" for text in texts)
     hub.commit("you/csv", {"rows.csv": table.encode()})
@@ -212,6 +213,16 @@ def test_values_stay_what_they_are_in_the_files(hub: Hub) -> None:
 
 
 def test_what_cannot_be_built_is_one_line_with_the_name_of_the_file(hub: Hub) -> None:
+    packed, number, text = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("rows.csv", "instruction,output\na,007\n")
+    pq.write_table(pa.table({"instruction": ["a"], "output": [7]}), number)
+    pq.write_table(pa.table({"instruction": ["a"], "output": ["007"]}), text)
+    hub.commit("you/types", {"a.parquet": number.getvalue(), "b.parquet": text.getvalue()})
+    header = b"---\nconfigs:\n- config_name: default\n  data_files: rows.csv\n  header: null\n  names: [a, b]\n---\n"
+    hub.commit("you/names", {"README.md": header, "rows.csv": b"a,007\n"})
+    two = b"---\nconfigs:\n- config_name: one\n  data_files: a.json\n- config_name: two\n  data_files: a.json\n---\n"
+    hub.commit("you/configs", {"README.md": two, "a.json": jsonl("b")})
     broken = {
         "cut": ("rows.jsonl", jsonl("b") + jsonl("c")[:20]),
         "latin": ("data/rows.csv", "instruction,output\ncafé,b\n".encode("latin-1")),
@@ -219,9 +230,18 @@ def test_what_cannot_be_built_is_one_line_with_the_name_of_the_file(hub: Hub) ->
         "gzip": ("rows.json.gz", b"not compressed"),
         "parquet": ("data/train-00000-of-00001.parquet", b"PAR1 and no more"),
         "script": ("script.py", b"raise SystemExit"),
+        "zip": ("rows.zip", packed.getvalue()),
     }
     for name, (file, content) in broken.items():
         hub.commit(f"you/{name}", {file: content})
+    unclear = {
+        "types": "cannot be loaded from a.parquet, b.parquet: files have columns of different types",
+        "names": "the configuration 'default' of its README.md has ['header', 'names'], which are for `datasets` itself",
+        "configs": "cannot be loaded: Config name is missing. Please pick one among the available configs: ['one', 'two']",
+    }
+    for message, expected in zip(try_all(hub, *((f"you/{n}", {}) for n in unclear)), unclear.values(), strict=True):
+        assert message.startswith("ValueError: source='you/") and expected in message, message
+        assert "\n" not in message
     missing = [("hf://datasets/you/cut/none.csv", {}), ("hf://datasets/you/none/rows.csv", {})]
     found = try_all(hub, *((f"you/{name}", {}) for name in broken), *missing)
     for (name, (file, _)), message in zip(broken.items(), found, strict=False):

@@ -95,6 +95,33 @@ def test_a_split_is_read_only_if_it_is_named(tmp_path: Path) -> None:
     assert len(open_dataset(folder, split="train")) == SIZES["train"]
 
 
+@pytest.mark.parametrize(
+    ("ending", "train", "test", "expected"),
+    [
+        (".json", '{"output": "a", "n": 1}', '{"output": "b", "n": "01"}', [1, "01"]),
+        (".json", '{"output": "a", "n": 1}', '{"output": "b", "n": 0.5}', [1, 0.5]),
+        (
+            ".json",
+            '{"output": "a", "n": {"x": 1}}',
+            '{"output": "b", "n": {"x": 1, "y": 2}}',
+            [{"x": 1}, {"x": 1, "y": 2}],
+        ),
+        (".json", '{"output": "a", "n": ["1", 1]}', '{"output": "b", "n": ["1"]}', [["1", 1], ["1"]]),
+        (".json", '{"output": "a"}', '{"output": "b", "n": 1}', [None, 1]),
+        (".csv", "output,n\na,1\n", "output,n\nb,007\n", ["1", "007"]),
+        (".csv", "output,n\na,1\n", "n;output\n0.5;b\n", ["1", "0.5"]),
+    ],
+)
+def test_splits_of_files_get_types_that_hold_the_values_of_all(
+    ending: str, train: str, test: str, expected: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / f"train{ending}").write_text(train, encoding="utf-8")
+    (tmp_path / f"test{ending}").write_text(test, encoding="utf-8")
+    loaded = open_dataset(tmp_path, split="all", cache_dir=str(tmp_path / "cache"))
+    assert [row["n"] for row in loaded] == expected
+    assert (loaded["output"][:], loaded["split"][:]) == (["a", "b"], ["train", "test"])
+
+
 def test_splits_that_do_not_fit_together_are_refused() -> None:
     other = DatasetDict(train=rows("train"), test=rows("test").rename_column("output", "answer"))
     typed = DatasetDict(train=rows("train"), test=Dataset.from_dict({"instruction": ["a"], "output": [1]}))

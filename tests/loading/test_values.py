@@ -83,7 +83,7 @@ SOUND = {"bytes": b"no sound either", "path": "a.wav"}
 
 @pytest.fixture
 def media() -> Dataset:
-    """Rows with an image, audio, and images inside of chats, none of which can be decoded."""
+    """Return rows with an image, audio, and images inside of chats, none of which can be decoded."""
     words = ("sea", "list", "poem", "colours")
     turn = {"role": "assistant", "content": "It is blue.", "image": PIXEL}
     rows = [

@@ -135,7 +135,7 @@ def test_what_could_not_be_loaded_any_more_is_refused() -> None:
     with_header(
         "", ["data/selected-00000-of-00003.parquet", "receipt.json", "x.txt"], "default", FEATURES, files(), "me/x"
     )
-    with pytest.raises(ValueError, match=r"card's header cannot be read.*Mend README\.md"):
+    with pytest.raises(ValueError, match=r"card's header cannot be read.*Fix README\.md"):
         with_header("---\na: [\n---\n", [], "default", FEATURES, files(), "me/x")
 
 

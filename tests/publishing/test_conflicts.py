@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Value
 
 from car_datasets.publishing import card
 from car_datasets.publishing.card import END, SplitFiles, Target
-from car_datasets.publishing.conflicts import Standing, refuse_hidden_data, refuse_unloadable
+from car_datasets.publishing.conflicts import ExistingSelection, refuse_hidden_data, refuse_unloadable
 from car_datasets.publishing.push import Case, Push, plan_push
 from car_datasets.receipt import Receipt
 from car_datasets.results import Result
@@ -96,15 +96,15 @@ def a_receipt() -> Receipt:
     return Receipt(source, "alpaca", "clean-1", model, model, {"n1": 1}, counts, "0", {"torch": "2"})
 
 
-def test_which_selection_stands_there() -> None:
+def test_which_selection_a_repository_holds() -> None:
     first, model = a_receipt(), a_receipt().scorer
-    standing = Standing.read(first.to_json().encode(), None)
-    assert standing.is_of(first) and standing.has_scores_of(replace(first, versions={"torch": "3"}))
+    existing = ExistingSelection.read(first.to_json().encode(), None)
+    assert existing.is_of(first) and existing.has_scores_of(replace(first, versions={"torch": "3"}))
     for other in (replace(first, source={"kind": "memory", "sha256": "d"}), replace(first, selected_sha256="1"), None):
-        assert not standing.is_of(other) and not standing.has_scores_of(other)
+        assert not existing.is_of(other) and not existing.has_scores_of(other)
     again = replace(first, scorer={**model, "revision": "b" * 40})  # the same rows, by other scores
-    assert standing.is_of(again) and not standing.has_scores_of(again)
-    assert not Standing.read(b'{"shop": 1}', None).is_of(first)
+    assert existing.is_of(again) and not existing.has_scores_of(again)
+    assert not ExistingSelection.read(b'{"shop": 1}', None).is_of(first)
 
 
 @pytest.mark.parametrize(
@@ -204,13 +204,13 @@ def test_what_a_push_does_to_the_selection_that_is_there(name: str) -> None:
         Result(rows, receipt=receipt),
         None,
     )
-    standing = None if there is None else Standing.read(there.to_json().encode(), card.place_of(header))
-    assert push.case_in(repository, standing) is case
+    existing = None if there is None else ExistingSelection.read(there.to_json().encode(), card.place_of(header))
+    assert push.case_in(repository, existing) is case
     if case is Case.REFUSED:
         with pytest.raises(ValueError, match="Push to another repository"):
-            plan_push(push, repository, standing)
+            plan_push(push, repository, existing)
         return
-    plan = plan_push(push, repository, standing)
+    plan = plan_push(push, repository, existing)
     assert plan.case is case
     assert set(plan.files) == ({"receipt.json"} if receipt is not None else set())
     assert (POOL in plan.deletions) is (case in (Case.RESCORED, Case.REPLACES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -107,7 +108,7 @@ def test_a_result_lands_in_one_commit_with_card_and_receipt(hub: Hub, result: Pa
 
 @pytest.mark.slow
 def test_json_and_images_are_pushed_as_they_are(hub: Hub, tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
-    """`--check` compares what was pushed; the image could not be decoded."""
+    """Push an image that cannot be decoded; `--check` compares what was pushed."""
     sides = [2**70, "42", 1.0000000000000002e16, {"id": "007"}]
     rows = dataset_from_rows(
         [{"instruction": f"Say {i}.", "output": "b", "side": side} for i, side in enumerate(sides)]
@@ -136,22 +137,23 @@ def test_public_only_when_asked_for(hub: Hub, result: Path) -> None:
 def test_plots_and_embeddings_travel_and_old_plots_go(hub: Hub, result: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(result, folder)
-    (folder / "figures").mkdir()
-    for name in ("score length.png", "old.png"):
-        (folder / "figures" / name).write_bytes(b"\x89PNG\r\n" + name.encode())
+    # An own picture is none of the result's, and earlier versions had no folder of plots.
+    (folder / "plots" / "private.png").write_bytes(b"\x89PNG\r\n")
+    (folder / "plots" / PLOT_FILES[0]).rename(folder / PLOT_FILES[0])
     push(hub, folder, "me/car", "--embeddings", "--check", check=True)
     card = hub.repo("me/car").files()["README.md"].decode()
-    assert "![plots/score length.png](plots/score%20length.png)" in card and "plots/old.png" in card
+    drawn = [f"plots/{name}" for name in PLOT_FILES]
+    assert re.findall(r"!\[.*\]\((.*\.png)\)", card) == drawn
+    assert {name for name in hub.repo("me/car").files() if name.endswith(".png")} == set(drawn)
     embeddings = Dataset.from_parquet(str(result / "scored.parquet"))["embedding"][:]
     found = splits_of(hub, "me/car")
     assert [row["embedding"] for row in found["scored"]] == embeddings
     assert [row["embedding"] for row in found["selected"]] == [embeddings[r["source_index"]] for r in found["selected"]]
-    (folder / "figures" / "old.png").unlink()
+    (folder / PLOT_FILES[0]).unlink()
     push(hub, folder, "me/car", check=True)
     files = hub.repo("me/car").files()
-    drawn = {f"plots/{name}" for name in PLOT_FILES}
-    assert {name for name in files if name.startswith("plots/")} == {*drawn, "plots/score length.png"}
-    assert "old.png" not in files["README.md"].decode()
+    assert {name for name in files if name.endswith(".png")} == set(drawn[1:])
+    assert drawn[0] not in files["README.md"].decode()
     assert "embedding" not in splits_of(hub, "me/car")["scored"][0]
 
 

@@ -179,7 +179,7 @@ def broken(name: str, text: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "name", "message"),
     [
-        (in_receipt(counts={}), "receipt.json", "counts.rows is missing; a receipt has a whole number there"),
+        (in_receipt(counts={}), "receipt.json", "counts.rows is missing; a receipt has an integer there"),
         (in_receipt(counts__rows="many"), "receipt.json", "counts.rows is 'many'"),
         (in_receipt(recipe=None), "receipt.json", "recipe is None; a receipt has a record there"),
         (in_receipt(recipe__n1="many"), "receipt.json", "its recipe cannot be read: n1='many'"),
@@ -255,7 +255,7 @@ def test_other_sources_and_recipes_match(kind: str, tiny_iqs: str, tiny_embedder
 
 
 def test_sources_in_other_places_match(tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
-    """Several files, slices, rows that the user chose before, and names that look like patterns."""
+    """Verify several files, slices, rows that a user selected before, and names that look like patterns."""
     rows, folder = short_rows(), tmp_path / "rows[1]"
     parts = [folder / "b.jsonl", folder / "a.jsonl"]
     folder.mkdir()
@@ -298,7 +298,7 @@ def test_rows_that_were_chosen_before_are_compared_by_content(
 
 
 def test_a_result_is_read_from_its_own_folder(run: tuple[Path, Path], tmp_path: Path) -> None:
-    """`datasets` would read `out1` when it is given `out[1]`."""
+    """Read `out[1]`, for which `datasets` would read `out1`."""
     source, out = run
     for name in ("out[1]", "out1"):
         shutil.copytree(out, tmp_path / name)

@@ -103,7 +103,7 @@ def test_a_row_that_is_not_there_is_named(pool: Dataset, selected: Dataset) -> N
         explain(pool, selected, True)
     with pytest.raises(ValueError, match="neighbours=-1"):
         explain(pool, selected, 1005, neighbours=-1)
-    with pytest.raises(ValueError, match="neighbours=True must be a whole number"):
+    with pytest.raises(ValueError, match="neighbours=True must be an integer"):
         explain(pool, selected, 1005, neighbours=True)
     assert len(explain(pool, selected, 1005, neighbours=2).neighbours) == 2
 
@@ -153,7 +153,7 @@ def test_another_k_makes_so_many_clusters(plain_pool: Dataset, plain_selected: D
 
 
 def test_the_numbers_of_a_recipe_are_named_where_the_rows_do_not_show_them(plain_pool: Dataset) -> None:
-    """No cluster has 90 rows, and not all of 20 centres have rows."""
+    """Ask about a pool in which no cluster has 90 rows, and not all of 20 centres have rows."""
     chosen = select_car(plain_pool, 40, 90)
     known = Overview.of(plain_pool, chosen, asked=(90, 20))
     assert "of its cluster, which gives its best 90;" in explain_rows(known, known.positions[-1:].tolist())[0].why
@@ -187,3 +187,8 @@ def test_numbers_that_do_not_fit(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         what_if(plain_pool, plain_selected, **numbers)
+
+
+def test_pool_and_selection_in_the_wrong_order(plain_pool: Dataset, plain_selected: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"no column \['selected_by'\].* Pass the pool first"):
+        what_if(plain_selected, plain_pool)

@@ -66,6 +66,14 @@ def figures_of(pool: Dataset, rows: list[int]) -> GroupFigures:
     )
 
 
+@pytest.mark.parametrize("score", [float("inf"), -float("inf"), 1e308])
+def test_scores_without_a_mean_are_named(score: float, pool: Dataset, selected: Dataset) -> None:
+    absurd = [score if old == 0.3 else old for old in pool["iqs_score"]]
+    pool = pool.remove_columns("iqs_score").add_column("iqs_score", absurd)
+    with pytest.raises(ValueError, match=r"'iqs_score' holds infinite or absurd scores in 1 rows, the first \[2\]"):
+        SelectionReport.from_selection(pool, selected)
+
+
 # the figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +218,7 @@ def test_controls_of_all_rows_are_all_rows(large: Dataset) -> None:
 
 
 def test_what_the_controls_are_for(large: Dataset) -> None:
-    """Long rows score well here: chance is as short as the pool, the matched control as long as the selection."""
+    """Use a pool whose long rows score well: the random control is as short as the pool, the matched one is not."""
     report = SelectionReport.from_selection(large, select_car(large, 100, 1))
     assert report.selected.mean_length > report.pool.mean_length + 50
     assert report.random_control.mean_length == pytest.approx(report.pool.mean_length, abs=40)
@@ -247,7 +255,7 @@ def test_the_length_matched_control_has_the_lengths_of_the_selection(seed: int) 
 
 @pytest.mark.parametrize("counts", [(52, 48), (32, 40, 28), (97, 3), (100,)], ids=str)
 def test_lengths_that_many_rows_share_are_matched_too(counts: tuple[int, ...]) -> None:
-    """As where the tokens of most rows are few, or were cut at the model's limit."""
+    """Use lengths that most rows share, as where texts were cut at the model's limit."""
     lengths = np.repeat([8.0, 64.0, 512.0][: len(counts)], counts)
     positions = np.array([0, 1, 97, 98, 99])
     for seed in range(5):

@@ -1,6 +1,8 @@
 """TextEmbedder equals sentence-transformers."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ from car_datasets import TextEmbedder
 from car_datasets.loading.templates import Exchange, render
 from car_datasets.scoring.embedder import reads_plain_tokens
 from car_datasets.utils import revisions
+from tests.conftest import DAMAGED_MODELS, SIZES, damaged_copy
 
 
 def encode(folder: str, texts: list[str]) -> np.ndarray:
@@ -80,3 +83,40 @@ def test_an_existing_column_is_not_overwritten(tiny_embedder: str, pairs: Datase
 def test_a_model_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match="no such folder"):
         TextEmbedder("/no/such/model")
+
+
+DAMAGES: dict[str, tuple[str, Any]] = {
+    **DAMAGED_MODELS,
+    **{f"{name} {value}": ("config.json", {name: value}) for name, values in SIZES.items() for value in values},
+    **{f"at most {n} tokens": ("sentence_bert_config.json", {"max_seq_length": n}) for n in (-5, 0, "x", 10**9)},
+    "an unknown module": ("modules.json", '[{"name": "0", "path": "", "type": "sentence_transformers.models.Nope"}]'),
+    "a module that is a number": ("modules.json", "[5]"),
+    "no modules": ("modules.json", "[]"),
+    "no pooling": ("1_Pooling/config.json", "x"),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_model_is_named_in_one_line(name: str, change: Any, tiny_embedder: str, tmp_path: Path) -> None:
+    folder = damaged_copy(tiny_embedder, tmp_path / "model", name, change)
+    with pytest.raises(ValueError, match=r"cannot be loaded: .+\. (Download or save|Install)") as error:
+        TextEmbedder(folder).embed_texts(["a list", "the sea " * 100])
+    assert folder in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_is_missing_does_not_make_all_texts_equal(tiny_embedder: str, tmp_path: Path) -> None:
+    folder = damaged_copy(tiny_embedder, tmp_path / "model", "config.json", lambda content: content)
+    for file in Path(folder).glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        TextEmbedder(folder).embed_texts(["a list"])
+
+
+def test_a_module_that_a_model_brings_is_not_run(tiny_embedder: str, tmp_path: Path) -> None:
+    modules = json.loads((Path(tiny_embedder) / "modules.json").read_text())
+    modules[-1]["type"] = "evil.Module"
+    folder = damaged_copy(tiny_embedder, tmp_path / "model", "modules.json", json.dumps(modules))
+    (tmp_path / "model" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Module: pass\n")
+    with pytest.raises(ValueError, match=r"modules\.json names Python code .*type: evil\.Module.*never run"):
+        TextEmbedder(folder)
+    assert not (tmp_path / "ran").exists()

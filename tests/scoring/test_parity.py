@@ -41,7 +41,7 @@ def rows(oracle: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def checkpoint(oracle: Path, expected: dict[str, Any], variant: str, tmp_path: Path) -> Path:
-    """The variant's checkpoint; where the oracle changed options after loading, a copy that says so."""
+    """Return the variant's checkpoint, or a copy with the options that the oracle changed after loading."""
     original = oracle / expected[variant]["checkpoint"]
     if not expected[variant]["overrides"]:
         return original

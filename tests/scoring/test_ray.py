@@ -28,7 +28,7 @@ BATCH, FILES = 8, 6
 
 @pytest.fixture
 def rows() -> Dataset:
-    """96 rows with an id that is no row number."""
+    """Return 96 rows with an id that is no row number."""
     answers = ["Red, green and blue.", "The sea is wide.", "6", "a, b, c", "Bad."]
     return Dataset.from_dict(
         {
@@ -68,7 +68,7 @@ def test_mistakes_name_the_call_that_mends_them(tiny_iqs: str, rows: Dataset) ->
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    """A local Ray, which tells nobody of its use."""
+    """Start a local Ray, which does not report its use."""
     folder = tempfile.mkdtemp(prefix="ray-")  # not tmp_path: its sockets' names must be short
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -1,6 +1,7 @@
 """QualityScorer: right numbers in the right rows, whatever the batch; failure is loud."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from car_datasets import IQSModel, QualityScorer, TextEmbedder
 from car_datasets.loading.templates import Exchange, render
+from tests.conftest import DAMAGED_MODELS, SIZES, damaged_copy
 
 TOLERANCE = 1e-5  # in float32, whatever the company of a row
 HALF_TOLERANCE = 0.5  # in bfloat16, 8 bits of mantissa, as a share of the spread of tiny_iqs' scores; 0.14 was seen
@@ -98,7 +100,7 @@ def test_bfloat16_stays_close_and_keeps_scores_apart(tiny_iqs: str, sample_rows:
 def test_in_half_precision_company_moves_a_score_within_its_tolerance(
     dtype: str, sample_rows: list[dict[str, Any]]
 ) -> None:
-    """The embedded scorer on real rows: alone, in small and large batches, backwards; and the ranking of float32."""
+    """Score real rows alone, in small and large batches and backwards, and compare the ranking with that of float32."""
     rows = [Exchange(row["instruction"], row["input"], row["output"]) for row in sample_rows[:80]]
     texts = [render(row, "clean-1") for row in rows]
     full = QualityScorer().score_texts(texts).scores
@@ -239,7 +241,7 @@ def test_typed_out_escapes_do_not_change_the_default_score() -> None:
 
 
 def test_the_default_prefers_better_answers_to_the_same_question(sample_rows: list[dict]) -> None:
-    """Not a quality figure (the card has those), a guard: an inverted or random scorer fails this."""
+    """Refuse an inverted or random scorer; the figures of quality are in the card."""
     scores = QualityScorer()({c: [r[c] for r in sample_rows] for c in ("instruction", "input", "output")})["iqs_score"]
     by_question: dict[tuple, dict[str, float]] = {}
     for row, score in zip(sample_rows, scores, strict=True):
@@ -322,3 +324,39 @@ def test_with_embeddings_keeps_the_pins_and_checks_the_name(monkeypatch: pytest.
 def test_with_embeddings_needs_an_encoder_that_is_shared(tiny_iqs: str) -> None:
     with pytest.raises(ValueError, match="has an encoder of its own"):
         QualityScorer(tiny_iqs).with_embeddings("embedding")
+
+
+DAMAGES: dict[str, tuple[str, Any]] = {
+    **DAMAGED_MODELS,
+    **{
+        f"{name} {value}": ("config.json", {"encoder_config": {name: value}})
+        for name, values in SIZES.items()
+        for value in values
+    },
+    **{
+        f"{name} {value}": ("config.json", {name: value})
+        for name, values in {
+            "hidden_sizes": ([-3], 5, [10**12]),
+            "max_tokens": (-5, "x", 10**9),
+            "members": (0, "x"),
+            "layer": ("x", 7),
+            "dropout": ("x", 7),
+            "word_bits": (64,),
+            "activation": ("Module", "Linear", 5),
+            "template": (5,),
+            "languages": (5,),
+            "encoder_source": ([], {"model_id": "x"}),
+        }.items()
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "change"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_model_is_named_in_one_line(name: str, change: Any, tiny_iqs: str, tmp_path: Path) -> None:
+    folder = damaged_copy(tiny_iqs, tmp_path / "model", name, change)
+    with pytest.raises(
+        ValueError, match=r"(cannot be loaded|do not fit the configuration): .+ Download or save"
+    ) as error:
+        QualityScorer(folder).score_texts(["Instruction: write a list Response: " + "the sea " * 100])
+    assert folder in str(error.value) and "\n" not in str(error.value)

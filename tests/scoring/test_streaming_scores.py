@@ -21,7 +21,7 @@ ANSWERS = ["Red, green and blue.", "The sea is wide.", "6", "a, b, c", "Bad."]
 
 @pytest.fixture(scope="module")
 def whole() -> Dataset:
-    """60 rows that know their number; as a stream, four shards of 15."""
+    """Return 60 rows with their numbers; as a stream, four shards of 15."""
     texts = [(f"Write a list of {i} colours.", ANSWERS[i % 5] * (1 + i % 3), i) for i in range(ROWS)]
     names = ("instruction", "output", "source_index")
     return Dataset.from_dict(dict(zip(names, map(list, zip(*texts, strict=True)), strict=True)))
@@ -37,7 +37,7 @@ def scored_stream(whole: Dataset, model: str, batch_size: int = 7) -> IterableDa
 
 
 def check(*parts: list[dict[str, Any]], expected: Any) -> None:
-    """Every row once, and of a shard in order in each part."""
+    """Assert that every row is there once, and the rows of a shard in order in each part."""
     rows = [row for part in parts for row in part]
     places = [row["source_index"] for row in rows]
     assert sorted(places) == list(range(ROWS))

@@ -23,7 +23,7 @@ ROWS = 300
 
 @pytest.fixture(scope="module")
 def scored() -> Dataset:
-    """200 rows, some without a score, some without an embedding."""
+    """Return 200 rows, some without a score, some without an embedding."""
     rows: list[Any] = [None if i % 41 == 7 else row for i, row in enumerate(vectors(200, seed=2))]
     scores = np.random.default_rng(3).integers(0, 90, 200) / 8
     return dataset_of(rows, iqs_score=[None if i % 37 == 5 else float(s) for i, s in enumerate(scores)], id=range(200))
@@ -121,7 +121,7 @@ def test_cluster_filter_refuses_a_selection_worse_than_the_pool(run: Any) -> Non
     ids=["no score", "selected_by taken", "cluster taken", "n1", "n2", "budget"],
 )
 def test_cheap_mistakes_are_named_before_the_clustering(change: Any, options: dict[str, Any], message: str) -> None:
-    """Rows that the fit refuses show which comes first."""
+    """Pass rows that the fit refuses, which show which check comes first."""
     data = change(dataset_of([[float("nan"), 1.0]] * 9, iqs_score=np.arange(9.0)))
     with pytest.raises(ValueError, match=message):
         cluster_filter(data, **options)
@@ -133,7 +133,7 @@ def test_filter_names_a_missing_column(scored: Dataset) -> None:
 
 
 def test_labels_of_the_fit_are_those_of_the_saved_embeddings(scored: Dataset, tmp_path: Path) -> None:
-    """A road that leaves the process in the middle gives the same selection."""
+    """Save the rows in between, as another process would read them; the selection is the same."""
     ClusterModel.fit(scored).save_pretrained(tmp_path / "clusters")
     scored.to_parquet(tmp_path / "scored.parquet")
     again = Dataset.from_parquet(str(tmp_path / "scored.parquet"), cache_dir=str(tmp_path / "cache"))

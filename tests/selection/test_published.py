@@ -77,7 +77,7 @@ def in_the_originals_terms(rows: Iterable[dict[str, Any]], first: dict[tuple[str
 
 @pytest.mark.shared
 def test_from_text_to_ranking_and_vectors(from_text: dict[str, Any], tmp_path: Path) -> None:
-    """The ranking is exact, scores and vectors are within their tolerance; labels are those of the selection's own run.
+    """Hold an exact ranking, scores and vectors within their tolerance, and the labels of the selection's own run.
 
     k-means from text depends on the last bit of the embeddings, which differs between processors: there is no label to
     compare with, unless the vectors are equal to the bit.
@@ -110,7 +110,7 @@ def test_from_text_to_ranking_and_vectors(from_text: dict[str, Any], tmp_path: P
 @pytest.mark.shared
 @pytest.mark.parametrize(("n1", "n2"), SIZES)
 def test_from_stored_vectors_to_selection(n1: int, n2: int, from_text: dict[str, Any]) -> None:
-    """From the vectors that the original clustered, labels and selection are its own, row for row."""
+    """Hold the original's labels and selection, row for row, from the vectors that it clustered."""
     expected = from_text["expected"]
     source = json.loads(from_text["source"].read_text())
     rows = [
@@ -134,7 +134,7 @@ def test_from_stored_vectors_to_selection(n1: int, n2: int, from_text: dict[str,
     ("folder", "key"), [("instruction_score", "ranking_iqs"), ("instruction_comet", "ranking_comet")]
 )
 def test_ranking_file_of_both_scorers(folder: str, key: str, oracle: Path, tmp_path: Path) -> None:
-    """`python split_IQS.py` and `split_comet.py`, as `car-datasets score ... --output X.json`."""
+    """Compare `car-datasets score ... --output X.json` with `python split_IQS.py` and `split_comet.py`."""
     source, output = oracle / "e2e" / "input.json", tmp_path / "ranking.json"
     done = CliRunner().invoke(app, ["score", str(source), "--output", str(output), "--scorer", str(oracle / folder)])
     assert done.exit_code == 0, done.output
@@ -198,7 +198,7 @@ def test_no_rows_per_cluster_acts_like_one_in_the_original(scored: Dataset) -> N
 
 @pytest.mark.parametrize("numbers", [{"n1": 0.5}, {"n1": True}, {"n2": 1.5}, {"n2": -1}], ids=str)
 def test_a_share_of_the_rows_is_refused(numbers: dict[str, Any], scored: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"n1=.* and n2=.* must not be negative; pass whole numbers"):
+    with pytest.raises(ValueError, match=r"n1=.* and n2=.* must not be negative; pass integers"):
         select_as_published(scored, **numbers)
 
 
@@ -229,7 +229,7 @@ def test_a_row_without_a_score_is_left_out() -> None:
 def test_a_scored_file_is_clustered_and_selected_without_scoring(
     tmp_path: Path, tiny_embedder: str, sample_rows: list[dict[str, Any]]
 ) -> None:
-    """`python cluster.py --input='XX.json'`."""
+    """Compare with `python cluster.py --input='XX.json'`."""
     rows = [
         {k: r[k] for k in ("instruction", "input", "output")} | {"score": -i / 10}
         for i, r in enumerate(sample_rows[:30])
@@ -252,7 +252,7 @@ def test_a_scored_file_is_clustered_and_selected_without_scoring(
 
 @pytest.mark.parametrize("changes", [{"budget": 5}, {"n1": 0.5}, {"n1": -1}, {"n2": -1}])
 def test_numbers_that_the_published_procedure_does_not_take(changes: dict[str, Any], pairs: Dataset) -> None:
-    with pytest.raises(ValueError, match="procedure='paper' takes whole numbers"):
+    with pytest.raises(ValueError, match="procedure='paper' takes integers"):
         curate(pairs, procedure="paper", **changes)
 
 
@@ -262,14 +262,14 @@ def test_an_unknown_procedure_is_named(pairs: Dataset) -> None:
 
 
 def test_rows_equal_by_what_the_files_hold_are_equal() -> None:
-    """The distance to the centre may differ in its last bit; the original's files do not have it."""
+    """Ignore the distance to the centre, which may differ in its last bit: the original's files do not have it."""
     rows = {"output": ["o", "o", "p"], "iqs_score": [1.0, 1.0, 0.5], "cluster": [0, 0, 1]}
     distances = {"cluster_distance": np.array([0.5, 0.50000006, 0.1], dtype=np.float32)}
     assert outputs(select_as_published(Dataset.from_dict(rows | distances), n1=1, n2=2)) == ["o", "p"]
 
 
 def test_equality_counts_a_users_own_column_embedding_and_not_ours_of_another_name() -> None:
-    """The files hold the user's `embedding` if ours has another name, so that rows differing in it are not equal."""
+    """Compare a column `embedding` of the source, which the files hold if ours has another name."""
     rows: dict[str, Any] = {"output": ["o", "o", "p"], "iqs_score": [1.0, 1.0, 0.5], "cluster": [0, 0, 1]}
     pool = Dataset.from_dict(rows | {"embedding": ["a", "b", "c"], "vectors": [[0.0], [0.0], [1.0]]})
     chosen = select_as_published(pool, n1=1, n2=2, embedding_column="vectors")
@@ -283,7 +283,7 @@ def test_equality_counts_a_users_own_column_embedding_and_not_ours_of_another_na
 def test_a_run_that_fails_at_a_table_of_the_procedure_leaves_no_report(
     tiny_iqs: str, tiny_embedder: str, pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reports are written last, so that a folder which has them is complete."""
+    """Hold that the reports are written last, so that a folder which has them is complete."""
 
     def fail(dataset: Dataset, path: str, *args: Any, **kwargs: Any) -> None:
         if "clustering_result" in str(path):
@@ -354,7 +354,7 @@ def test_a_row_number_of_the_users_own_stays(tmp_path: Path, tiny_iqs: str, tiny
 
 @pytest.mark.parametrize("score", ["iqs_score", "quality"])
 def test_no_column_of_ours_is_in_the_originals_files(score: str, tmp_path: Path) -> None:
-    """`iqs_score_std`, of `--uncertainty`, once was."""
+    """Run with `--uncertainty`, whose `iqs_score_std` was once in them."""
     names = ColumnNames(score=score)
     ours = (*names.diagnostics, names.index, names.embedding, "selected_by", "score_rank", "cluster_rank")
     assert f"{score}_std" in ours

@@ -23,7 +23,7 @@ print(json.dumps([scorer.revision, again == scorer, model.config.objective, [flo
 
 
 def files_of(folder: Path, start: Path) -> dict[str, bytes]:
-    """What a repository of a folder's files holds, by their path from `start` on."""
+    """Return the content of a repository of a folder's files, by their path from `start` on."""
     return {p.relative_to(start).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 

@@ -52,7 +52,7 @@ def as_tuples(choice: Any) -> list[tuple[int, str, int, int]]:
 
 @st.composite
 def pools(draw: st.DrawFn) -> tuple[list[float], list[int], int]:
-    """Scores, clusters, and how many rows have a score."""
+    """Draw scores, clusters, and how many rows have a score."""
     rows = draw(st.lists(st.tuples(st.sampled_from(LEVELS), st.integers(-1, 5)), max_size=30))
     return [s for s, _ in rows], [c for _, c in rows], sum(not math.isnan(s) for s, _ in rows)
 
@@ -159,7 +159,7 @@ def test_choose_refuses_arrays_that_do_not_match(scores: Any, clusters: Any) -> 
 
 @pytest.fixture
 def pool() -> Dataset:
-    """Two rows have no score, two no cluster; cluster 1 is weak."""
+    """Return a pool in which two rows have no score and two no cluster, and cluster 1 is weak."""
     columns = {
         "text": ["a", "b", "c", "d", "e", "f", "g", "h"],
         "iqs_score": [0.9, None, 0.5, 0.9, NAN, 0.1, 0.8, 0.2],
@@ -233,7 +233,7 @@ def test_order_of_the_rows_only_decides_ties(pool: Dataset) -> None:
         assert select_car(distinct.shuffle(seed=seed), n1=2, n2=2, allow_worse=True)["text"][:] == chosen
 
 
-# A null in a column of whole numbers is where a passage through numpy shows: it makes floats of them.
+# A null in a column of integers is where a passage through numpy shows: it makes floats of them.
 @pytest.mark.parametrize("kind", ["arrow", "numpy", "torch", "pandas"])
 def test_the_format_of_the_dataset_changes_nothing(pool: Dataset, kind: str) -> None:
     chosen = select_car(pool.with_format(kind), n1=3, n2=1)
@@ -260,7 +260,7 @@ def test_the_pool_is_left_as_it_was(pool: Dataset) -> None:
 
 @pytest.mark.parametrize(("rows", "n1"), [(1, 1), (5, 3), (999, 500), (1999, 1000), (2000, 1000), (5000, 1000)])
 def test_an_n1_that_nobody_gave_fits_any_pool(rows: int, n1: int) -> None:
-    """The paper's number from 2000 rows on, and half of a smaller pool, the same by every way to select."""
+    """Expect the paper's number from 2000 rows on, and half of a smaller pool, by every way to select."""
     scores = np.random.default_rng(0).random(rows)
     pool = Dataset.from_dict({"iqs_score": scores, "cluster": [0] * rows, "output": [str(i) for i in range(rows)]})
     expected = select_car(pool, n1, 1)[:]
@@ -304,8 +304,8 @@ def test_budget_counts_all_rows(pool: Dataset) -> None:
         ({"n1": 1, "n2": 7}, "n2=7 must be between 0 and the 6 rows"),
         ({"n1": 0, "n2": 0}, "select no rows"),
         ({"budget": 1, "n2": 1}, "budget=1 must be between the 2 rows that the clusters take"),
-        ({"budget": True}, "budget=True must be a whole number of rows"),
-        ({"budget": "5"}, "budget='5' must be a whole number of rows"),
+        ({"budget": True}, "budget=True must be an integer"),
+        ({"budget": "5"}, "budget='5' must be an integer"),
         ({"budget": 7}, "budget=7 .* and the 6 rows"),
         ({"budget": -1, "n2": 0}, "budget=-1 must be between the 0 rows"),
         ({"n1": 1, "score_column": "quality"}, r"no column \['quality'\]; it has .*'iqs_score'"),
@@ -363,3 +363,9 @@ def test_shares_within_groups_divide_n1_in_proportion() -> None:
     many = shares_within(np.random.default_rng(0).normal(size=100), ["a"] * 60 + ["b"] * 30 + ["c"] * 10)
     best = choose(many, np.zeros(100), n1=20, n2=0).positions
     assert np.histogram(best, bins=[0, 60, 90, 100])[0].tolist() == [12, 6, 2]
+
+
+def test_n1_that_is_no_number() -> None:
+    scored = Dataset.from_dict({"iqs_score": [0.1, 0.2], "cluster": [0, 1]})
+    with pytest.raises(ValueError, match="n1='1' is a str; pass a number of rows, or a share"):
+        select_car(scored, n1="1")  # type: ignore[arg-type]

@@ -357,6 +357,6 @@ def test_the_command_with_its_options(command: Callable[..., Any], revisions: Pa
 def test_a_mistake_is_one_line(options: tuple[str, ...], command: Callable[..., Any], tmp_path: Path) -> None:
     done = command("-o", tmp_path / "out", *options)
     assert done.exit_code == 2
-    assert done.stderr.startswith(f"car-datasets: {options[0][2:]}=")
+    assert done.stderr.startswith(f"car-datasets: {options[0]}=")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

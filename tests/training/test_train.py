@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig
 
 from car_datasets import IQSModel, QualityScorer
 from car_datasets.loading.templates import Text, render
-from car_datasets.training.measures import pair_metrics
+from car_datasets.training.evaluation import pair_metrics
 from car_datasets.training.pairs import read_pairs
 from car_datasets.training.train import ScorerTraining, build_model, train_scorer
 from car_datasets.training.trainer import last_whole_checkpoint, parameter_groups

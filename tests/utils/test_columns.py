@@ -164,7 +164,7 @@ def test_lengths_are_compared_over_batches() -> None:
 
 
 def test_large_but_finite_values_are_not_refused() -> None:
-    """Their sum overflows; they do not."""
+    """Read values whose sum overflows, though they do not."""
     matrix, _ = read_embeddings(dataset_of([[3e38, 3e38], [-3e38, 3e38]]), "v")
     assert np.isfinite(matrix).all()
 

@@ -29,7 +29,7 @@ def test_without_a_gpu_every_rank_is_the_cpu() -> None:
 
 
 def test_ranks_wrap_around_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device is only a name here, so this needs no GPU."""
+    """Compare names of devices, which needs no GPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -44,7 +44,7 @@ def test_alone_this_is_the_main_process() -> None:
 
 
 def test_getters_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment is that of a launcher whose other processes never join."""
+    """Call the getters in the environment of a launcher whose other processes never join."""
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "nowhere"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", None)  # calling it would be a TypeError
@@ -75,7 +75,7 @@ def test_shares_are_all_rows_in_order_cut_at_steps(rows: int, step: int, count: 
 
 @pytest.mark.parametrize("mpi", ["PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"])
 def test_getters_know_the_launchers_that_start_processes_knows(mpi: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under mpirun every process would otherwise compute all rows, and print."""
+    """Read the variables of mpirun, or every process would compute all rows, and print."""
     monkeypatch.setenv(f"{mpi}_SIZE", "3")
     monkeypatch.setenv(f"{mpi}_RANK", "2")
     assert process_rank() == (2, 3)
@@ -86,7 +86,7 @@ def test_getters_know_the_launchers_that_start_processes_knows(mpi: str, monkeyp
 
 
 def test_processes_that_accelerate_does_not_see_meet_by_the_variables_of_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On GPUs accelerate reads those of torchrun alone."""
+    """Set the variables of MPI alone; on GPUs accelerate reads only those of torchrun."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
     monkeypatch.setattr(processes, "_accelerate_state", lambda: None)
@@ -100,12 +100,12 @@ def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "new_group", None)
     with all_processes() as group:
         assert group == Processes(0, 1)
-        assert group.each(lambda: 3) == 3
-        assert group.joined(lambda: 3, lambda found: found) == [3]
+        assert group.barrier(lambda: 3) == 3
+        assert group.gather(lambda: 3, lambda found: found) == [3]
         total = torch.ones(2)
-        assert group.added(lambda: total) is total
+        assert group.all_reduce(lambda: total) is total
         with pytest.raises(ZeroDivisionError):
-            group.joined(lambda: 1 / 0, len)
+            group.gather(lambda: 1 / 0, len)
 
 
 class Unpicklable(ValueError):

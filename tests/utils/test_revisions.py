@@ -1,6 +1,7 @@
 """Pins and digests: a name for weights that never means other weights."""
 
 import importlib.util
+import json
 import os
 import shutil
 import time
@@ -81,3 +82,41 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="is a file; pass the folder"):
         revisions.pin_revision(str(tmp_path / "model.safetensors"))
+
+
+EVIL = {"AutoModel": "evil.Model"}
+NAMES_CODE = {
+    "auto_map": ("config.json", {"auto_map": EVIL}),
+    "auto_map of a tokenizer": ("tokenizer_config.json", {"auto_map": ["evil.Tokenizer", None]}),
+    "auto_map of an encoder": ("config.json", {"encoder_config": {"auto_map": EVIL}}),
+    "auto_map of a processor": ("processor_config.json", {"auto_map": EVIL}),
+    "a module of the model": ("modules.json", [{"type": "evil.Module", "path": ""}]),
+    "a module of another repository": ("modules.json", [{"type": "you/code--evil.Module", "path": ""}]),
+    "a module of any package": ("modules.json", [{"type": "os.path", "path": ""}]),
+    "a module without a name": ("modules.json", [{"path": ""}]),
+    "a module in a router": ("1_Router/router_config.json", {"types": {"a": "evil.Module"}}),
+    "an activation": ("2_Dense/config.json", {"activation_function": "os.getcwd"}),
+    "a tokenizer of words": ("0_Words/wordembedding_config.json", {"tokenizer_class": "evil.Tokenizer"}),
+    "a kernel": ("config.json", {"attn_implementation": "you/kernel"}),
+    "a kernel of an encoder": ("config.json", {"encoder_config": {"_attn_implementation": {"": "you/kernel:f"}}}),
+    "a kernel of a module": ("sentence_bert_config.json", {"model_args": {"attn_implementation": "you/kernel"}}),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), NAMES_CODE.values(), ids=NAMES_CODE)
+def test_a_model_that_names_code_is_refused(name: str, content: Any, tmp_path: Path) -> None:
+    for file, part in ((name, content), ("config.json", {}), ("2_Dense/other.json", {"activation_function": "gelu"})):
+        if not (tmp_path / file).exists():
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_text(json.dumps(part))
+    with pytest.raises(ValueError, match=rf"{name} names Python code.*never run") as error:
+        revisions.pin_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_models_of_the_libraries_name_no_code(tiny_embedder: str, tiny_iqs: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"activation_function": "torch.nn.modules.activation.Tanh"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "auto_map": None}))
+    (tmp_path / "other.json").write_text("[" * 100_000)
+    for folder in (tiny_embedder, tiny_iqs, revisions.default_encoder_folder(), tmp_path):
+        assert revisions.refuse_code(Path(folder)) == Path(folder)

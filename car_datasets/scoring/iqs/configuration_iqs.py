@@ -13,13 +13,18 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from car_datasets.loading.templates import PAPER_TEMPLATE
 from car_datasets.utils.digests import public
+from car_datasets.utils.settings import is_integer
 
 OBJECTIVE_NAMES = ("regression", "ranking")
 LAYER_MIXES = ("sparsemax", "softmax")
 POOLINGS = ("avg", "max", "cls")
 # The keys of `HEADS`, which is defined with the model: a configuration must be checked without building one.
-HEAD_NAMES = ("feed_forward", "segments")
+HEAD_NAMES = (
+    "feed_forward",
+    "segments",
+)
 
 
 @public
@@ -76,7 +81,7 @@ class IQSConfig(PreTrainedConfig):
         final_activation: str | None = None,
         dropout: float = 0.1,
         max_tokens: int = 510,
-        template: str = "paper",
+        template: str = PAPER_TEMPLATE,
         members: int = 1,
         word_bits: int = 17,
         penalty: float = 1.0,
@@ -84,6 +89,7 @@ class IQSConfig(PreTrainedConfig):
         languages: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        # Here, because the model is built after its weights were downloaded, and would fail with a KeyError.
         for argument, value, known in (
             ("objective", objective, OBJECTIVE_NAMES),
             ("head", head, HEAD_NAMES),
@@ -92,9 +98,14 @@ class IQSConfig(PreTrainedConfig):
         ):
             if value not in known:
                 raise ValueError(f"{argument}={value!r} is not known; choose one of {known}.")
+        _check_numbers(hidden_sizes, layer, dropout, max_tokens, members, word_bits, penalty)
         for argument, name in (("activation", activation), ("final_activation", final_activation)):
-            if name is not None and not hasattr(nn, name):
+            if not (name is None and argument == "final_activation") and not _is_activation(name):
                 raise ValueError(f"{argument}={name!r} is not the name of a torch.nn activation, such as 'Tanh'.")
+        if not isinstance(template, str):
+            raise ValueError(f"template={template!r} is not the name of a template, such as 'paper'.")
+        if encoder_source is not None and not _names_model(encoder_source):
+            raise ValueError(f"encoder_source={encoder_source!r} must have the texts 'model_id', 'revision', 'sha256'.")
         if head == "segments" and (objective != "regression" or len(hidden_sizes) != 2):
             raise ValueError(
                 f"head='segments' needs objective='regression' and two hidden_sizes, not {objective!r} and "
@@ -107,9 +118,8 @@ class IQSConfig(PreTrainedConfig):
         self.layer = layer
         self.layer_norm = layer_norm
         self.pooling = pooling
-        self.hidden_sizes = list(
-            hidden_sizes
-        )  # as JSON gives it back, so that a configuration equals the one that was saved
+        # A list, as JSON gives it back, so that a configuration equals the one that was saved.
+        self.hidden_sizes = list(hidden_sizes)
         self.activation = activation
         self.final_activation = final_activation
         self.dropout = dropout
@@ -130,13 +140,42 @@ class IQSConfig(PreTrainedConfig):
         return values
 
 
+def _check_numbers(
+    hidden_sizes: Any, layer: Any, dropout: Any, max_tokens: Any, members: Any, word_bits: Any, penalty: Any
+) -> None:
+    """Raise ValueError if one of the numbers of a configuration, which a file may give, is no number or no size."""
+    if not isinstance(hidden_sizes, (list, tuple)) or not all(is_integer(n) and n > 0 for n in hidden_sizes):
+        raise ValueError(f"hidden_sizes={hidden_sizes!r} must be a list of widths, each at least 1.")
+    if layer is not None and not is_integer(layer):
+        raise ValueError(f"layer={layer!r} must be the number of a hidden state, or None for all.")
+    # Of max_tokens two are special tokens. The hash of words has 32 bits, of which some are kept.
+    sizes = (("max_tokens", max_tokens, 3, 2**31), ("members", members, 1, 2**31), ("word_bits", word_bits, 1, 31))
+    for argument, value, least, most in sizes:
+        if not is_integer(value) or not least <= value <= most:
+            raise ValueError(f"{argument}={value!r} must be a whole number from {least} to {most}.")
+    for argument, value, limit in (("dropout", dropout, 1.0), ("penalty", penalty, float("inf"))):
+        if not isinstance(value, (int, float)) or not 0 <= value <= limit:
+            raise ValueError(f"{argument}={value!r} must be a number from 0 to {limit}.")
+
+
+def _is_activation(name: Any) -> bool:
+    """Return True for the name of an activation in torch.nn; others of its classes would fail later, or do nothing."""
+    return isinstance(name, str) and (name in nn.modules.activation.__all__ or name == "Identity")
+
+
+def _names_model(source: Any) -> bool:
+    return isinstance(source, dict) and all(
+        isinstance(source.get(name), str) for name in ("model_id", "revision", "sha256")
+    )
+
+
 def check_languages(languages: Sequence[str]) -> list[str]:
     """Return codes of languages as a list.
 
     Raises:
         ValueError: they are not a list of codes such as "en".
     """
-    if isinstance(languages, str) or not all(
+    if not isinstance(languages, (list, tuple)) or not all(
         re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", str(code)) for code in languages
     ):
         raise ValueError(f"languages={languages!r} must be a list of codes such as ['en', 'de'] (ISO 639).")
@@ -158,7 +197,9 @@ def _as_config(encoder_config: dict[str, Any] | PreTrainedConfig | None) -> PreT
             type_vocab_size=1,
             layer_norm_eps=1e-5,
         )
-    return AutoConfig.for_model(**encoder_config)  # by the entry `model_type`
+    if not isinstance(encoder_config, dict) or not isinstance(encoder_config.get("model_type"), str):
+        raise ValueError("encoder_config must be a configuration of transformers, with an entry 'model_type'.")
+    return AutoConfig.for_model(**encoder_config)
 
 
 # So that `AutoConfig.from_pretrained` knows `model_type`, once this module is imported.

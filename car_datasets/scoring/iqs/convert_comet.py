@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from car_datasets.loading.templates import PAPER_TEMPLATE
 from car_datasets.utils import digests, revisions
 
 # The original's names for its two models and two encoder families, and ours.
@@ -169,7 +170,10 @@ def tokenizer_revision(base: str, token: str | None = None) -> str | None:
         return " ".join(digests.file_digest(file) for file in files if file.is_file())
     try:
         return revisions.pin_revision(base, None, token) if base else None
-    except (ValueError, ConnectionError):  # the tokenizer may be in the cache anyway; if not, loading says so
+    except (
+        ValueError,
+        ConnectionError,
+    ):  # the tokenizer may be in the cache anyway; if not, loading it raises the error
         return None
 
 
@@ -208,11 +212,23 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     odd = [n for n, w in content["state_dict"].items() if not (isinstance(n, str) and isinstance(w, Tensor))]
     if odd:
         raise ValueError(f"{path} is not a Lightning checkpoint: {odd[:5]} in its state_dict are not named tensors.")
+    odd = [name for name, weight in content["state_dict"].items() if not _is_plain(weight)]
+    if odd:
+        raise ValueError(
+            f"{path} holds weights that are sparse, complex, quantised or empty shells ({odd[:5]}), which no model of "
+            "CaR has. Download the checkpoint again."
+        )
     # A tensor may repeat one number a billion times without a byte in the file. Twice, as layers may share weights.
     size = sum(weight.numel() * weight.element_size() for weight in content["state_dict"].values())
     if size > 2 * path.stat().st_size:
         raise ValueError(f"{path} was refused: its weights would take {size:,} bytes, more than twice its size.")
     return dict(content)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Return True for a dense tensor of real numbers, the only kind that can be copied into a model unchanged."""
+    dense = weight.layout == torch.strided and not weight.is_nested and not weight.is_quantized
+    return dense and weight.device.type == "cpu" and not weight.is_complex()
 
 
 def _refuse_packed(path: Path) -> None:
@@ -332,7 +348,7 @@ def _config(options: Mapping[str, Any], state: Mapping[str, Tensor], base: str, 
         "dropout": float(read("dropout", float, int)),
         # The original's limit: two positions for XLM-R's offset, taken off for BERT as well, and two special tokens.
         "max_tokens": encoder["max_position_embeddings"] - 4,
-        "template": "paper",
+        "template": PAPER_TEMPLATE,
     }
     if pool == "default":  # the last layer's first token, whatever the mix
         config |= {"layer": encoder["num_hidden_layers"], "pooling": "cls"}

@@ -65,7 +65,7 @@ class IQSModel(PreTrainedModel):
             raise ValueError(
                 f"layer={config.layer}; the encoder has the hidden states 0 to {encoder.num_hidden_layers}."
             )
-        self.encoder = AutoModel.from_config(encoder, **_without_pooler(encoder))
+        self.encoder = AutoModel.from_config(encoder, trust_remote_code=False, **_without_pooler(encoder))
         kind = HEADS[config.head]
         if kind.reads_pooled and config.layer is None:
             self.layers = LayerCombination(encoder.num_hidden_layers + 1, config.layer_mix, config.dropout)
@@ -94,6 +94,7 @@ class IQSModel(PreTrainedModel):
         """
         kwargs.setdefault("dtype", torch.float32)  # else a half-precision file would run in half precision, on CPUs too
         kwargs["ignore_mismatched_sizes"] = True  # reported below, by name
+        kwargs["trust_remote_code"] = False
         info = kwargs.pop("output_loading_info", False)
         tokenizer = kwargs.pop("tokenizer", None)
         token = kwargs.get("token")  # before `_find`, which takes it out for a model on the Hub
@@ -111,17 +112,25 @@ class IQSModel(PreTrainedModel):
             folder, kwargs["state_dict"] = None, _without_unused_mix(state, config)
         else:
             given = kwargs.pop("config", None)
-            config = given or IQSConfig.from_pretrained(place)
+            with revisions.reading_model(place):
+                config = given or IQSConfig.from_pretrained(place)
             if changes:
                 config = IQSConfig.from_dict({**config.to_dict(), **changes})  # checks the values, unlike setattr
             if config.encoder_source is not None:
-                head = load_file(place / "model.safetensors")
+                with revisions.reading_model(place):
+                    head = load_file(place / "model.safetensors")
                 folder, kwargs["state_dict"] = None, {**head, **_source_encoder(config, token)}
-        model, report = super().from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+            elif files := sorted(place.glob("*.safetensors")):
+                revisions.refuse_other_sizes(place, config, revisions.read_shapes(files))
+        with revisions.reading_model(place):
+            model, report = super().from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
         # Missing, unexpected and mismatched keys, each by transformers' own name for the kind.
-        wrong = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+        wrong = {kind: sorted(map(str, keys))[:8] for kind, keys in report.items() if keys}
         if wrong:
-            raise ValueError(f"The weights in {pretrained_model_name_or_path} do not fit the configuration: {wrong}.")
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} do not fit the configuration: {wrong}. Download or save "
+                "the model again."
+            )
         return (model, report) if info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -373,7 +382,7 @@ HEADS = {
 def _find(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
     """Return the folder or file of a model; one on the Hub is resolved to a commit and downloaded."""
     if Path(name).exists():
-        return Path(name)
+        return revisions.refuse_code(Path(name))
     revision, token = kwargs.pop("revision", None), kwargs.pop("token", None)
     return revisions.model_folder(str(name), revisions.pin_revision(str(name), revision, token), token)
 

@@ -21,9 +21,10 @@ from typing import Any
 import psutil
 
 from car_datasets.scoring.shards.storage import Folder
+from car_datasets.utils.settings import is_integer
 
 EXPIRY = 60.0  # seconds without a heartbeat after which a worker counts as dead, unless the caller names another number
-CLAIM = re.compile(r"(?P<piece>.+)\.claim-(?P<turn>\d+)")
+CLAIM = re.compile(r"(?P<piece>.+)\.claim-(?P<turn>[0-9]{1,99})")  # more digits are in no name of ours
 
 
 def claim_name(piece: str, turn: int) -> str:
@@ -99,12 +100,16 @@ class Claims:
 
     def release(self, claim: str) -> None:
         """Remove a claim, and the claims of dead workers that it has replaced."""
-        parts = CLAIM.fullmatch(claim)
-        assert parts is not None  # `take` has made the name
-        # In ascending order: while a newer claim exists, an older one is not valid, so no moment looks unclaimed.
-        for turn in range(int(parts["turn"]) + 1):
+        piece, _, last = claim.rpartition(".claim-")
+        names = {claim}
+        with contextlib.suppress(OSError):
+            names |= self.folder.names()
+        # Those that exist, since a stray file may have any number. In ascending order: while a newer claim exists, an
+        # older one is not valid, so no moment looks unclaimed.
+        turns = {int(name["turn"]) for name in map(CLAIM.fullmatch, names) if name and name["piece"] == piece}
+        for turn in sorted(turn for turn in turns | {int(last)} if turn <= int(last)):
             with contextlib.suppress(OSError):
-                self.folder.remove(claim_name(parts["piece"], turn))
+                self.folder.remove(claim_name(piece, turn))
 
     def rows_elsewhere(self, names: Collection[str]) -> int:
         """Return the rows that other workers have done of unfinished pieces, according to the claims among `names`."""
@@ -138,12 +143,18 @@ def last_turns(names: Collection[str]) -> dict[str, int]:
 
 
 def _parse(content: bytes | None) -> dict[str, Any]:
-    """Return the owner of a claim; an empty dict for the moment between its creation and its first write."""
+    """Return the owner of a claim; an empty dict for what no worker wrote, or has only begun to write."""
     try:
         owner = json.loads(content or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return owner if isinstance(owner, dict) else {}
+    if not isinstance(owner, dict) or not is_integer(rows := owner.get("rows", 0)) or not 0 <= rows < 2**63:
+        return {}
+    if "host" in owner:  # it then says which process of that machine
+        pid, started = owner.get("pid"), owner.get("started")
+        known = is_integer(pid) and 0 <= pid < 2**31 and isinstance(started, (int, float))
+        return owner if known else {}
+    return owner
 
 
 def _host() -> str:

@@ -1,7 +1,7 @@
 """The folder of a run in shards: a manifest that identifies the run, part files of finished shards, claims on others.
 
 Does: bind a folder to one run by the contents of its columns; write part files atomically and read them back; detect
-torn ones; remove what killed workers have left behind; show the progress of all workers.
+truncated ones; remove what killed workers have left behind; show the progress of all workers.
 Does not: know where rows come from, choose which shard is scored next, or use the fingerprint of a dataset, which
 depends on its files and is random after a step that cannot be hashed.
 """
@@ -78,7 +78,7 @@ class SharedRun(ABC):
             cache.
         shown (`str`): how messages name the folder.
         done (`int`): rows of the current shard that have been scored.
-        whole (`dict`): finished shards by number, memory-mapped.
+        finished (`dict`): finished shards by number, memory-mapped.
 
     Raises:
         ValueError: a new column already exists, the stage cannot read the rows or has fields that are not plain values,
@@ -109,8 +109,8 @@ class SharedRun(ABC):
         self.claims = Claims(self.folder if isinstance(self.folder, Folder) else Folder(self.copies), options.expiry)
         self.done = 0
         self._tell: Callable[[int], None] = lambda done: None  # sets and shows `done`, once there is a progress bar
-        self.whole: dict[int, Dataset] = {}
-        self._torn: set[int] = set()
+        self.finished: dict[int, Dataset] = {}
+        self._truncated: set[int] = set()
 
     @abstractmethod
     def expected_rows(self, shard: int, fingerprint: str) -> int:
@@ -190,12 +190,12 @@ class SharedRun(ABC):
             self.folder.make()  # checks the token now, before an hour of work that could not be uploaded
         try:
             stored = json.loads(earlier or b"")
-        except ValueError:
-            stored = {}
+        except (ValueError, RecursionError):
+            stored = None
         if stored != self.manifest:
+            other = differences(stored, self.manifest) if isinstance(stored, dict) else f"its {MANIFEST} is damaged"
             raise ValueError(
-                f"{self.shown} belongs to another run: {differences(stored, self.manifest)}. Pass "
-                "another folder (--shards DIR), or delete this one."
+                f"{self.shown} belongs to another run: {other}. Pass another folder (--shards DIR), or delete this one."
             )
 
     def claim(self, shard: int, turns: Mapping[str, int]) -> str | None:
@@ -214,7 +214,7 @@ class SharedRun(ABC):
             return self.claims.take(part_name(shard), turns)
 
     def write(self, shard: int, features: Features, batches: Iterable[dict[str, Any]], suffix: str = "") -> None:
-        """Write a shard atomically: in place if the folder is local, else to a local file that `put` uploads.
+        """Write a shard atomically: in place if the folder is local, else to a local file for `upload`.
 
         Args:
             shard (`int`): its number.
@@ -228,11 +228,11 @@ class SharedRun(ABC):
         path = self._own(shard)
         with self.explaining(path.name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Another worker may have taken over the claim, finished, and swept our temporary file away.
+            # Another worker may have taken over the claim, finished, and removed our temporary file.
             with contextlib.suppress(FileNotFoundError):
                 write_part(path, features, batches, self.fingerprint(shard) + suffix)
 
-    def put(self, shard: int) -> None:
+    def upload(self, shard: int) -> None:
         """Upload a shard that was written, if the folder is remote, and read it back.
 
         Raises:
@@ -240,17 +240,17 @@ class SharedRun(ABC):
         """
         path, own = self.copies / part_name(shard), self._own(shard)
         if self.folder.local is None:
-            # FileNotFoundError: swept away by another worker, as in `write`.
+            # FileNotFoundError: removed by another worker, as in `write`.
             with self.explaining(path.name), contextlib.suppress(FileNotFoundError):
                 path.unlink(missing_ok=True)
-                if self.folder.upload(own, path.name, replace=shard in self._torn):
+                if self.folder.upload(own, path.name, replace=shard in self._truncated):
                     os.replace(own, path)
                 else:
                     own.unlink()  # another machine was first: all workers use its numbers, which are downloaded below
-        if not self.is_whole(shard, {path.name}):
+        if not self.is_finished(shard, {path.name}):
             raise OSError(f"{self.shown}: {path.name} was written, but does not read back complete.")
 
-    def waits(self, shard: int) -> bool:
+    def is_not_uploaded(self, shard: int) -> bool:
         """Return True if a finished copy of this shard exists locally but was never uploaded."""
         if self.folder.local is not None:
             return False
@@ -263,8 +263,8 @@ class SharedRun(ABC):
         name = part_name(shard)
         return self.copies / (name if self.folder.local is not None else f"unput-{name}")
 
-    def is_whole(self, shard: int, names: set[str]) -> bool:
-        """Return True if a shard is finished; a torn one is not, and is scored again.
+    def is_finished(self, shard: int, names: set[str]) -> bool:
+        """Return True if a shard is finished; a truncated one is not, and is scored again.
 
         Args:
             shard (`int`): its number.
@@ -275,24 +275,24 @@ class SharedRun(ABC):
             ValueError: it belongs to another run.
         """
         name = part_name(shard)
-        if shard not in self.whole and name in names:
+        if shard not in self.finished and name in names:
             with self.explaining(name, "read"), contextlib.suppress(FileNotFoundError):  # removed since `names`
                 if self.folder.local is None and not (self.copies / name).exists():
                     self.copies.mkdir(parents=True, exist_ok=True)
                     self.folder.download(name, self.copies / name)
             part = self._read(shard, self.copies / name)
             if not isinstance(part, str):
-                self.whole[shard] = part
+                self.finished[shard] = part
             else:
-                if shard not in self._torn:
-                    logger.warning("%s/%s is torn (%s): its rows are scored again.", self.folder, name, part)
-                self._torn.add(shard)
+                if shard not in self._truncated:
+                    logger.warning("%s/%s is truncated (%s): its rows are scored again.", self.folder, name, part)
+                self._truncated.add(shard)
                 if self.folder.local is None:  # downloaded again, once another worker has replaced it
                     (self.copies / name).unlink(missing_ok=True)
-        return shard in self.whole
+        return shard in self.finished
 
     def _read(self, shard: int, path: Path) -> Dataset | str:
-        """Return the part in a local file, memory-mapped, or a message that says how it is torn."""
+        """Return the part in a local file, memory-mapped, or a message that says how it is truncated."""
         with self.explaining(path.name, "read"):
             content = read_part(path)
         if isinstance(content, str):
@@ -308,7 +308,7 @@ class SharedRun(ABC):
         expected = self.expected_rows(shard, fingerprint)
         return part if len(part) == expected else f"{len(part)} of {expected} rows"
 
-    def sweep(self, names: set[str]) -> None:
+    def remove_leftovers(self, names: set[str]) -> None:
         """Remove claims and temporary files that killed workers have left behind, once every shard is finished."""
         for name in names:
             # Temporary names start with a dot. Files of other names are not ours to remove.
@@ -475,7 +475,7 @@ def write_part(path: Path, features: Features, batches: Iterable[dict[str, Any]]
 
 
 def read_part(path: Path) -> tuple[Dataset, str] | str:
-    """Return the part in a file, memory-mapped, and its fingerprint, or a message that says how the file is torn.
+    """Return the part in a file, memory-mapped, and its fingerprint, or a message that says how the file is truncated.
 
     Raises:
         OSError: the file cannot be read. It may be complete.
@@ -486,10 +486,12 @@ def read_part(path: Path) -> tuple[Dataset, str] | str:
         with pa.memory_map(str(path)) as file:
             metadata = pa.ipc.open_stream(file).schema.metadata or {}
         part = Dataset.from_file(str(path))
-    except (pa.ArrowInvalid, FileNotFoundError) as error:  # torn at the start, or gone
+        fingerprint = str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
+    # Truncated at the start, or gone; or it holds what no worker wrote.
+    except (pa.ArrowInvalid, FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         return str(error)
     except OSError as error:
         if error.errno is None:  # raised by Arrow for a file that ends early; errors of the system have a number
             return str(error)
         raise
-    return part, str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
+    return part, fingerprint

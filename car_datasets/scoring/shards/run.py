@@ -92,6 +92,7 @@ def score_in_shards(
         options = RunOptions(shard_dir, shard_rows or STREAMED, expiry, token)
         return StreamedRun(dataset, fn, options).finish(description)
     run = _run_of(dataset, fn, shard_dir, shard_rows, expiry, token)
+    # No shard, so there would be no part file to take the types of the columns from.
     if len(dataset) == 0:  # after `_run_of`, which makes the same checks as for any dataset
         types = fn.output_features()
         return join_columns(dataset, Dataset.from_dict({name: [] for name in types}, features=types))
@@ -199,7 +200,7 @@ class DatasetRun(SharedRun):
 
         self.work(description, wait=True)
         # The parts are memory-mapped, so the result may be larger than memory.
-        return concatenate_datasets([self.whole[shard] for shard in self._shards()])
+        return concatenate_datasets([self.finished[shard] for shard in self._shards()])
 
     def work(self, description: str, wait: bool) -> int:
         """Score shards until all are finished, or, without `wait`, until other workers have claimed the rest.
@@ -215,8 +216,8 @@ class DatasetRun(SharedRun):
         with self.progress(description, len(self.table), lambda shard: len(self.rows_in(shard))) as show:
             while True:
                 names = self.names()
-                # `is_whole` also reads the parts, so that a torn one counts as missing.
-                missing = [shard for shard in self._shards() if not self.is_whole(shard, names)]
+                # `is_finished` also reads the parts, so that a truncated one counts as missing.
+                missing = [shard for shard in self._shards() if not self.is_finished(shard, names)]
                 show(names)
                 if not missing:
                     break
@@ -229,7 +230,7 @@ class DatasetRun(SharedRun):
                         return sum(len(self.rows_in(shard)) for shard in missing)
                     time.sleep(self.pause)
         # Not earlier: the claims of dead workers count the takeovers of a shard that is not finished.
-        self.sweep(names)
+        self.remove_leftovers(names)
         return 0
 
     def _shards(self) -> range:
@@ -251,15 +252,16 @@ class DatasetRun(SharedRun):
             return False
         self.done = 0
         with self.claims.renewing(claim, lambda: self.done):
-            if not self.is_whole(shard, self.names()):  # another worker may have finished it before the claim was taken
-                # A shard that was scored before but never uploaded only has to be put.
-                if not self.waits(shard):
+            # Another worker may have finished it before the claim was taken.
+            if not self.is_finished(shard, self.names()):
+                # A shard that was scored before but never uploaded only has to be uploaded.
+                if not self.is_not_uploaded(shard):
                     batches = []
                     for batch in self.texts.select(self.rows_in(shard)).iter(batch_size=batch_rows()):
                         rows = len(next(iter(batch.values())))
                         batches.append(self.new_columns(batch, rows))
                         show()
                     self.write(shard, self.stage.output_features(), batches)
-                self.put(shard)
+                self.upload(shard)
         self.done = 0  # the finished shard is counted by its file from now on
         return True

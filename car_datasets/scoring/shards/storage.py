@@ -150,7 +150,7 @@ class Folder:
 
     def upload(self, path: Path, name: str, replace: bool = False) -> bool:
         """Store a local file as `name`, replacing any other: under a temporary name first, then moved. Return True."""
-        # A dot and the name of the part, by which a sweep recognises what a killed worker has left.
+        # A dot and the name of the part, by which `remove_leftovers` recognises what a killed worker has left.
         partial = f".{name}.{uuid.uuid4().hex[:8]}"
         self._fs.put_file(str(path), self._at(partial))
         self._fs.mv(self._at(partial), self._at(name))

@@ -100,13 +100,13 @@ class StreamedRun(SharedRun):
             names = self.names()
             show(names)
         self._refuse_more_than(len(shards), names)
-        self.sweep(names)
-        return concatenate_datasets([self.whole[shard] for shard in shards])
+        self.remove_leftovers(names)
+        return concatenate_datasets([self.finished[shard] for shard in shards])
 
     def _skip_finished(self, names: set[str]) -> None:
         """Skip the finished shards, but read the last of them again to check that the rows are the same."""
         finished = 0
-        while self.is_whole(finished, names):
+        while self.is_finished(finished, names):
             finished += 1
         # A single finished shard is read again from the start anyway, and compared by `_check`.
         state = self._saved_state(finished - 1) if finished > 1 else None
@@ -143,7 +143,7 @@ class StreamedRun(SharedRun):
         names = self.names()
         show(names)
         for shard in list(self.waiting):
-            if self.is_whole(shard, names) or self._take(shard, None, show):
+            if self.is_finished(shard, names) or self._take(shard, None, show):
                 del self.waiting[shard]
         return bool(self.waiting)
 
@@ -153,20 +153,21 @@ class StreamedRun(SharedRun):
 
         # Listed for every shard: reading a stream takes long, and other workers finish shards meanwhile.
         names = self.names()
-        if self.is_whole(shard, names):
+        if self.is_finished(shard, names):
             return True
         claim = self.claim(shard, last_turns(names))
         if claim is None:
             return False
         with self.claims.renewing(claim, lambda: self.done):
-            if not self.is_whole(shard, self.names()):  # another worker may have finished it before the claim was taken
+            # Another worker may have finished it before the claim was taken.
+            if not self.is_finished(shard, self.names()):
                 piece = piece or self._read_again(shard, self.waiting[shard])
                 self._save_state(piece)  # before the part: whoever finds the part finds its state too
-                if not self.waits(shard):
+                if not self.is_not_uploaded(shard):
                     batches = list(self._scored(piece, show))
                     features = Features({**self.reader.features, **self.stage.output_features()})
                     self.write(shard, features, batches, f"-{len(piece.rows)}-{piece.digest}")
-                self.put(shard)
+                self.upload(shard)
         self.done = 0
         return True
 
@@ -196,7 +197,7 @@ class StreamedRun(SharedRun):
         with suppress(TypeError):  # of json, for such a state
             content = json.dumps(piece.state)
             if json.loads(content) == piece.state:  # not so for tuples, or numbers as keys
-                with self.explaining(_state_name(piece.shard)), suppress(FileNotFoundError):  # swept after a takeover
+                with self.explaining(_state_name(piece.shard)), suppress(FileNotFoundError):  # removed after a takeover
                     self.claims.folder.write(_state_name(piece.shard), content.encode())
 
     def _saved_state(self, shard: int) -> State | None:
@@ -212,11 +213,11 @@ class StreamedRun(SharedRun):
         if beyond:
             raise ValueError(self._foreign(f"it ends before row {count * self.shard_rows}, and {beyond[0]} is there"))
 
-    def sweep(self, names: set[str]) -> None:
+    def remove_leftovers(self, names: set[str]) -> None:
         """Remove what killed workers have left behind, and all states but the last, which added rows would need."""
-        super().sweep(names)
+        super().remove_leftovers(names)
         # States lie next to the claims, as a repository would need a commit for each.
-        for name in self.claims.folder.names() - {_state_name(max(self.whole))}:
+        for name in self.claims.folder.names() - {_state_name(max(self.finished))}:
             if STATE.fullmatch(name):
                 with suppress(OSError):
                     self.claims.folder.remove(name)

@@ -132,6 +132,18 @@ def test_a_pickle_that_runs_code_is_refused(layout: Path, tmp_path: Path) -> Non
     assert marker.exists()
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda w: w.to(torch.complex64), lambda w: w.to("meta")])
+def test_weights_that_are_no_plain_numbers_are_refused(layout: Path, change: Any) -> None:
+    path = next(layout.glob("checkpoints/*.ckpt"))
+    content = torch.load(path, weights_only=True)
+    name = next(iter(content["state_dict"]))
+    content["state_dict"][name] = change(content["state_dict"][name])
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="are sparse, complex, quantised") as error:
+        IQSModel.from_pretrained(layout)
+    assert str(path) in str(error.value)
+
+
 def _zip_with(payload: Any, folder: Path) -> Path:
     torch.save(payload, folder / "careless.ckpt")
     return folder / "careless.ckpt"
@@ -290,7 +302,7 @@ def test_options_can_be_changed_on_loading(layout: Path) -> None:
 @pytest.mark.shared
 @pytest.mark.parametrize("form", ["as the hub has it", "as older converters wrote it"])
 def test_token_ids_are_those_of_the_file(form: str, shared: Path, tmp_path: Path) -> None:
-    """transformers 5 ignores the file's normaliser and pre-tokeniser for XLM-RoBERTa; the original did not."""
+    """Compare them, because transformers 5 ignores the file's normaliser and pre-tokeniser for XLM-RoBERTa."""
     source = shared / "oracle" / "tiny-xlmr"
     content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     if form == "as older converters wrote it":
@@ -338,7 +350,7 @@ def test_a_ranking_model_needs_both_texts(layout: Path) -> None:
 
 
 def test_xlmr_positions_start_after_the_pad_id() -> None:
-    """A literal pad token in a text shifts positions in the original; the encoder must work them out from the ids."""
+    """Score a text with a literal pad token, which shifts positions in the original."""
     encoder = XLMRobertaConfig(
         vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )

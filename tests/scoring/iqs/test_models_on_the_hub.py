@@ -125,6 +125,24 @@ print(json.dumps([caught(QualityScorer, name, revision), caught(IQSModel.from_pr
 
 
 @pytest.mark.slow
+def test_no_code_of_a_repository_is_fetched(hub: Hub, tiny_embedder: str) -> None:
+    root = Path(tiny_embedder)
+    files = {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    code = {"evil.py": b"raise SystemExit(7)", "1_Pooling/evil.py": b"raise SystemExit(7)"}
+    hub.commit("you/plain", {**files, **code}, kind="models")
+    hub.commit("you/evil", {**files, **code, "modules.json": b'[{"type": "evil.Module", "path": ""}]'}, kind="models")
+    script = """
+from car_datasets import TextEmbedder
+found = [caught(lambda: TextEmbedder(name).embed_texts(["a list"]).shape) for name in ("you/plain", "you/evil")]
+print(json.dumps(found))
+"""
+    shape, message = said(hub, script)
+    assert shape == [1, 32]
+    assert "modules.json names Python code" in message
+    assert not [row for row in hub.log() if row["path"].endswith(".py")]
+
+
+@pytest.mark.slow
 def test_a_hub_that_goes_down_in_the_middle(hub: Hub, tiny_iqs: str) -> None:
     commit = hub.commit("you/open", files_of(tiny_iqs), kind="models")
     hub.fault("GET", f"/api/models/you/open/revision/{commit}", times=-1, status=503)

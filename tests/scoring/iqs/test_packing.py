@@ -71,7 +71,7 @@ def test_a_text_does_not_see_its_neighbours() -> None:
 
 
 def test_a_filler_changes_nothing() -> None:
-    """On a GPU a text of padding fills the row; here it is put there by hand."""
+    """Add by hand the text of padding that fills a row on a GPU."""
     model = build(tiny_encoder_config())
     use_packing(model.encoder)
     packed = pack(IDS, 0, 0, 48, CPU)
@@ -121,7 +121,7 @@ NEEDS_KERNEL = pytest.mark.skipif(
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=NEEDS_KERNEL)])
 def test_in_half_precision_packed_scores_are_as_exact_as_padded_ones(kind: str) -> None:
-    """Both round, in another order, so the reference for both is float32; wrong positions move scores by a spread."""
+    """Compare both with float32, because they round in another order; wrong positions would move scores by far more."""
     device = torch.device(kind)
     config = BertConfig(
         vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128

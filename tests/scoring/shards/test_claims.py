@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from car_datasets.scoring.shards.claims import Claims, last_turns
+from car_datasets.scoring.shards.claims import Claims, _host, last_turns
 from car_datasets.scoring.shards.storage import Folder
 
 PIECE = "part-00000.arrow"
@@ -126,7 +126,7 @@ def test_a_claim_from_another_machine_lives_while_it_changes(folder: Folder) -> 
 
 
 def test_a_stale_look_takes_nothing_twice(folder: Folder) -> None:
-    """Two workers see the same dead claim; the second looks at a listing from before the first took over."""
+    """Let two workers see the same dead claim, the second in a listing from before the first took over."""
     elsewhere(folder, 0)
     one, two = Claims(folder, expiry=0.1), Claims(folder, expiry=0.1)
     before = last_turns(folder.names())
@@ -156,3 +156,32 @@ def test_a_claim_tells_how_far_its_owner_is(folder: Folder) -> None:
             time.sleep(0.02)
         assert mine.rows_elsewhere(folder.names()) == 0
         assert yours.rows_elsewhere({*folder.names(), PIECE}) == 0  # a finished piece counts as such
+
+
+STRAY = {
+    "no JSON": b"\xff\x00",
+    "a list": b"[]",
+    "deep JSON": b"[" * 100_000,
+    "rows of text": b'{"id": "other", "rows": "many"}',
+    "rows without end": b'{"id": "other", "rows": 1e999}',
+    "no process": json.dumps({"host": _host()}).encode(),
+    "a process of text": json.dumps({"host": _host(), "pid": "x", "started": 0}).encode(),
+    "a process that cannot be": json.dumps({"host": _host(), "pid": 2**80, "started": 0}).encode(),
+    "a start of text": json.dumps({"host": _host(), "pid": 1, "started": "x"}).encode(),
+}
+
+
+@pytest.mark.parametrize("content", STRAY.values(), ids=STRAY)
+@pytest.mark.parametrize("turn", ["0", "10" * 40])
+def test_a_claim_that_no_worker_wrote_expires(content: bytes, turn: str, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.create(f"{PIECE}.claim-{turn}", content)
+    folder.create(f"other-{PIECE}.claim-3", b"")
+    claims = Claims(folder, expiry=0.02)
+    assert claims.rows_elsewhere(folder.names()) == 0
+    assert take(claims, folder) is None
+    time.sleep(0.05)
+    claim = take(claims, folder)
+    assert claim == f"{PIECE}.claim-{int(turn) + 1}"
+    claims.release(claim)
+    assert folder.names() == {f"other-{PIECE}.claim-3"}

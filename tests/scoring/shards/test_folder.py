@@ -1,11 +1,12 @@
 """folder.py: a run is bound to every field and every weight that changes a number, and to nothing else."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
-from car_datasets import QualityScorer, TextEmbedder
+from car_datasets import QualityScorer, TextEmbedder, score_in_shards
 from car_datasets.scoring.shards.folder import describe_run, differences, run_id
 
 
@@ -41,3 +42,10 @@ def test_the_weights_count_and_where_they_lie_does_not(make_tiny_iqs: Any, tiny_
     assert run(QualityScorer(one)) == run(QualityScorer(same)) == run(QualityScorer(one, batch_tokens=77))
     assert len({run(QualityScorer(one)), run(QualityScorer(other)), run(TextEmbedder(tiny_embedder))}) == 3
     assert run(QualityScorer(one)) != run(QualityScorer(one), rows=5)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"5", b"", b"\xff", b"[" * 100_000])
+def test_a_damaged_manifest_is_named_in_one_line(content: bytes, tiny_iqs: str, pairs: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"shard_dir=.*manifest\.json is damaged\. Pass another folder"):
+        score_in_shards(pairs, QualityScorer(tiny_iqs, on_invalid="mark"), shard_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""`score_in_shards` in one process: as one `.map`, once; what is torn is done again, what is foreign is refused."""
+"""`score_in_shards` in one process: as one `.map`, once; what is truncated is done again, what is foreign is refused."""
 
 from __future__ import annotations
 
@@ -69,22 +69,22 @@ def test_what_is_finished_is_not_scored_again(tiny_iqs: str, rows: Dataset, tmp_
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 0.9, 0.999])
-def test_a_torn_shard_is_scored_again_with_its_reason(
+def test_a_truncated_shard_is_scored_again_with_its_reason(
     tiny_iqs: str, rows: Dataset, tmp_path: Path, calls: list[int], share: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     scorer = QualityScorer(tiny_iqs)
     first = score_in_shards(rows, scorer, tmp_path, shard_rows=4).to_dict()
-    torn = tmp_path / "part-00003.arrow"
-    content = torn.read_bytes()
-    torn.write_bytes(content[: int(len(content) * share)])
+    truncated = tmp_path / "part-00003.arrow"
+    content = truncated.read_bytes()
+    truncated.write_bytes(content[: int(len(content) * share)])
     calls.clear()
     with caplog.at_level(logging.WARNING):
         again = score_in_shards(rows, scorer, tmp_path, shard_rows=4).to_dict()
     assert again == first
     if share < 0.999:  # there the mark of the end alone is missing: all rows are there
         assert calls == [4]
-        assert caplog.text.count("part-00003.arrow is torn") == 1
-        assert torn.read_bytes() == content
+        assert caplog.text.count("part-00003.arrow is truncated") == 1
+        assert truncated.read_bytes() == content
 
 
 def test_shards_of_another_run_are_refused(make_tiny_iqs: Any, rows: Dataset, tmp_path: Path, calls: list[int]) -> None:
@@ -152,12 +152,12 @@ def test_urls(tiny_iqs: str, rows: Dataset, tmp_path: Path, calls: list[int]) ->
     copies = Path(remote.cache_files[0]["filename"]).parent
     for left in (".part-00001.arrow.0a1b2c3d", "unput-part-00002.arrow", ".unput-part-00003.arrow.0a1b2c3d"):
         (copies / left).write_bytes(b"by a worker that was killed")
-    torn = f"/{tmp_path.name}/shards/part-00004.arrow"
-    memory.pipe_file(torn, memory.cat_file(torn)[:200])
+    truncated = f"/{tmp_path.name}/shards/part-00004.arrow"
+    memory.pipe_file(truncated, memory.cat_file(truncated)[:200])
     again = score_in_shards(rows, scorer, url, shard_rows=4)
     assert calls == [4]
     assert again.to_dict() == local.to_dict()
-    assert len(memory.cat_file(torn)) > 200
+    assert len(memory.cat_file(truncated)) > 200
     assert parts(copies) == [f"part-{i:05d}.arrow" for i in range(6)]
 
 
@@ -465,7 +465,9 @@ def test_a_read_only_folder_is_a_clear_error_and_serves_what_is_finished(
         (folder / "part-00003.arrow").chmod(0)
         (folder / "part-00001.arrow").unlink()
         message = in_child(score_where_nothing_may_be_written, scorer, rows, str(folder))
-        assert "part-00003.arrow cannot be read" in message  # an error, not a shard that is torn and to be scored again
+        assert (
+            "part-00003.arrow cannot be read" in message
+        )  # an error, not a shard that is truncated and to be scored again
         assert "Permission denied" in message
     finally:
         folder.chmod(0o755)

@@ -38,7 +38,7 @@ PARTS = {f"run-1/part-{i:05d}.arrow" for i in range(6)}
 
 
 def score(hub: Hub, model: str, place: str = WORK, kill_at: int = 0, machine: str = "one", **options: Any) -> Any:
-    """Shards that were scored, and the scores; another machine is another cache."""
+    """Return the shards that were scored, and the scores; another machine is another cache."""
     options["env"] = {"HF_HOME": str(hub.folder.parent / machine), **options.get("env", {})}
     done = hub.run(SCORE, model, place, kill_at, **options)
     return json.loads(done.stdout) if done.returncode == 0 else [done.returncode, done.stderr]
@@ -46,7 +46,7 @@ def score(hub: Hub, model: str, place: str = WORK, kill_at: int = 0, machine: st
 
 @pytest.fixture(scope="module")
 def expected(tiny_iqs: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The scores, from shards in a folder of this machine."""
+    """Return the scores, from shards in a folder of this machine."""
     done = run(["-c", SCORE, tiny_iqs, str(tmp_path_factory.mktemp("shards")), "0"], at_home())
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)[1]
@@ -89,7 +89,7 @@ OTHER = SCORE.replace(
 def test_the_numbers_of_the_machine_that_came_first_are_everyones(
     hub: Hub, tiny_iqs: str, expected: list[float]
 ) -> None:
-    """One machine cannot put its first shard there, and dies; another, whose numbers differ, finishes; the first comes back."""
+    """Let one machine die before its first upload, another with other numbers finish, and the first come back."""
     hub.fault("POST", "/commit/", times=-1, status=403, skip=1)
     assert score(hub, tiny_iqs)[0] == 1
     hub.mend()

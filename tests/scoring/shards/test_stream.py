@@ -28,7 +28,7 @@ PARTS = ["manifest.json", *(f"part-{i:05d}.arrow" for i in range(6)), "state-000
 
 
 def content(count: int = 23) -> list[dict[str, Any]]:
-    """With shards of 4, six of them, the last of three rows."""
+    """Return rows that make six shards of 4, the last of three rows."""
     return [
         {"instruction": f"Write a list of {i} colours.", "output": ANSWERS[i % 5] * (1 + i % 3), "page": i}
         for i in range(count)
@@ -437,6 +437,7 @@ print(json.dumps({"anonymous": int(status["RssAnon"].split()[0]), "peak": resour
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 def test_memory_does_not_grow_with_the_rows(make_tiny_iqs: Any, tmp_path: Path) -> None:
     model = make_tiny_iqs(max_tokens=16)
     peaks = {}
