@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from car_datasets.training.measures import Clue
 from click.testing import Result
 from datasets import Dataset
 from rich.console import Console
@@ -39,6 +38,7 @@ from car_datasets.cli import app
 from car_datasets.exploring import atlas_table
 from car_datasets.recipe import PANELS
 from car_datasets.results import RESULT_FILES
+from car_datasets.training.evaluation import Clue
 from car_datasets.training.preparation import Audit, audit_table
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.files import printable
