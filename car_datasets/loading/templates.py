@@ -208,14 +208,15 @@ def _unmarked(answer: str) -> str:
 
 # What a model writes into its answer to call a tool, as in Hermes, Glaive, Mistral and Llama.
 _WRITTEN_CALL = re.compile(
-    r"<tool_call>.*</tool_call>\s*\Z|<functioncall>\s*\{|\A\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>|<function=\w+>)",
+    r"<functioncall>\s*\{|\A\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>|<function=\w+>)",
     re.DOTALL,
 )
 
 
 def is_written_call(text: str) -> bool:
     """Return True for a tool call that is written into the text of an answer."""
-    return _WRITTEN_CALL.search(text) is not None
+    ends = text.rstrip().endswith("</tool_call>")  # a pattern would look for this end from every start
+    return (ends and "<tool_call>" in text) or _WRITTEN_CALL.search(text) is not None
 
 
 def render_call(call: Any, given: Any) -> str:
@@ -290,7 +291,7 @@ _SPEAKERS = (
     re.compile(r"###\s*(Human|Assistant):"),
     re.compile(r"(?:\A\s*|\n\n)(SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE):"),
 )
-_BETWEEN_OBJECTS = re.compile(r"\}\s*\n\s*\{")
+_BETWEEN_OBJECTS = re.compile(r"\}[^\S\n]*\n\s*\{")
 
 
 def parse_chat(text: str) -> Any:

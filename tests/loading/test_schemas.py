@@ -446,6 +446,7 @@ def test_cleaning_a_chain_of_escapes_is_linear(text: str, monkeypatch: pytest.Mo
 
 
 MARKS = [
+    "<tool_call>",
     "<think>",
     "</think>",
     "<thinking>",
@@ -468,6 +469,7 @@ def test_any_answer_is_split_and_any_call_is_written(parts: list[tuple[str, int]
     text = "".join(mark * times for mark, times in parts)
     thought, answer = split_thought(text)
     assert len(thought) + len(answer) <= len(text)
+    assert isinstance(templates.is_written_call(text), bool)
     assert render_call(templates.parse_json(text), text) is not None
     assert render_call({"name": "f", "arguments": text}, text).startswith('{"name":"f"')
 
