@@ -185,7 +185,7 @@ class Progress:
 
             # Made with the first number: a run that is read from the cache shows no bar.
             self._bar = tqdm(total=self.total, desc=self.description, unit=" examples", initial=found)
-        if self._bar is not None:
+        if self._bar is not None and self.rows > self._bar.n:  # an update by 0 would draw the same line again
             self._bar.update(self.rows - self._bar.n)
 
     def passed(self, rows: int) -> None:

@@ -296,7 +296,7 @@ def test_a_licence_goes_with_its_source(hub: Hub, result: Path, tmp_path: Path) 
     assert "license_name: theirs" in card and f"blob/{commit}/LICENSE" in card and "language: de" in card
     push(hub, result, "me/car", check=True)  # from a file, which has no licence to tell
     card = hub.repo("me/car").files()["README.md"].decode()
-    assert not [word for word in ("license:", "theirs", "LICENSE", "language", "you/rows") if word in card]
+    assert not [word for word in ("license:", "theirs", "LICENSE", "language:", "you/rows") if word in card]
 
 
 @pytest.mark.slow
@@ -346,7 +346,7 @@ REFUSED: list[tuple[str, list[str], str | None, str]] = [
     ),
     ("me/car", ["--split", "scored", "--also", "none"], Hub.token, "split='scored' is the name of the pool"),
     ("me/car", ["--split", "all"], Hub.token, "split='all'"),
-    ("me/car", ["--config-name", "../x"], Hub.token, "config_name='../x'"),
+    ("me/car", ["--config-name", "../x"], Hub.token, "--config-name='../x'"),
 ]
 
 

@@ -130,7 +130,8 @@ def again(source: Path, work: Path, models: dict[str, str]) -> None:
 
 
 def contents(work: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (work / "out").iterdir()}
+    out = work / "out"
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def scored(work: Path) -> int:
