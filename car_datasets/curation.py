@@ -45,7 +45,6 @@ from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import files_to_replace, unfinished, write_result
-from car_datasets.scoring.stage import text_columns
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
@@ -243,14 +242,14 @@ def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     clusters = number_of_clusters(recipe.k, rows)
     if recipe.budget is not None and recipe.n2 and recipe.budget < clusters:
         # Equal rows share a cluster, so there may be fewer clusters with rows than k.
-        clusters = min(clusters, _distinct_rows(dataset, recipe, clusters))
+        clusters = min(clusters, _distinct_rows(dataset, schema, clusters))
     fit_settings(recipe)
     find_procedure(recipe.procedure).check(rows, clusters, recipe.amounts_of(rows))
 
 
-def _distinct_rows(dataset: Dataset, recipe: Recipe, most: int) -> int:
+def _distinct_rows(dataset: Dataset, schema: Schema, most: int) -> int:
     """Return how many rows have different texts; counting stops at `most`."""
-    texts = dataset.select_columns(text_columns(dataset.column_names, recipe.schema, recipe.columns))
+    texts = dataset.select_columns(list(schema.read_columns))
     seen: set[str] = set()
     for row in carried(texts.with_format(None)):
         seen.add(json.dumps(row, default=str))

@@ -44,7 +44,7 @@ from huggingface_hub import DatasetCard
 
 from car_datasets.utils.columns import refuse_casts, refuse_wide
 from car_datasets.utils.digests import file_digest
-from car_datasets.utils.files import printable, user_path
+from car_datasets.utils.files import cache_folder, printable, user_path
 from car_datasets.utils.hub import asking, clean_token, reason
 
 logger = logging.getLogger(__name__)
@@ -301,7 +301,7 @@ class _Joined(NamedTuple):
 
 def _keep(stream: BinaryIO | _Joined, name: str, cache_dir: str | None) -> Path:
     """Write a stream to a file of the cache in a folder named after its sha256, so that equal bytes are kept once."""
-    folder = Path(cache_dir or config.HF_DATASETS_CACHE) / "car_datasets"
+    folder = cache_folder(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder)
     try:

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import yaml
 from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset_builder
-from datasets.config import HF_DATASETS_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE
+from datasets.config import HF_ENDPOINT, HF_HUB_OFFLINE
 from datasets.exceptions import DatasetsError
 
 from car_datasets.loading.files import DataFile, data_file, kind_of, listed, quiet_readers
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import refuse_casts
-from car_datasets.utils.files import write_whole
+from car_datasets.utils.files import cache_folder, write_whole
 from car_datasets.utils.hub import READING_WAITS, asking, clean_token, reason, retry
 
 logger = logging.getLogger(__name__)
@@ -175,8 +175,7 @@ def download_splits(
 
 def _note(repo_id: str, name: str | None, revision: str | None, cache_dir: str | None) -> Path:
     key = json.dumps([HF_ENDPOINT, repo_id, name, revision or "main"])
-    folder = Path(cache_dir or HF_DATASETS_CACHE) / "car_datasets" / "hub"
-    return folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    return cache_folder(cache_dir) / "hub" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
 def _read_note(path: Path) -> HubDataset | None:

@@ -22,14 +22,14 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, Value
 
-from car_datasets.loading.files import DataFile
+from car_datasets.loading.files import OPENERS, DataFile
 from car_datasets.loading.values import Kind, as_written, batch_of, readable, warn_of_halves, warn_of_json
 from car_datasets.utils.columns import refuse_wide
-from car_datasets.utils.files import write_whole
+from car_datasets.utils.digests import file_digest
+from car_datasets.utils.files import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _cached(
 ) -> tuple[Dataset, dict[str, Any]]:
     """Return the rows as a dataset, written by the first call for these bytes, and the notes to warn of."""
     key = _content_key(salt, files)
-    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "car_datasets" / "read" / key
+    path = cache_folder(cache_dir) / "read" / key
     path /= "rows.arrow"  # in a folder of its own, since `.map` writes its results next to it
     if not path.is_file():
         features, notes = types()
@@ -184,11 +184,9 @@ def _content_key(salt: str, files: Sequence[DataFile]) -> str:
     """Return the sha256 over the bytes of all files, whatever their names, and what decides how they are read."""
     key = hashlib.sha256(f"{READER} {salt}".encode())
     for file in files:
-        digest = hashlib.sha256()
-        with file.open() as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        key.update(digest.digest())
+        # Of the file as it lies there: the receipt names the same digest, so each file is hashed once.
+        opened_by = Path(file.path).suffix.lower()
+        key.update(f" {file_digest(Path(file.path))} {opened_by if opened_by in OPENERS else ''}".encode())
     return key.hexdigest()
 
 

@@ -144,6 +144,17 @@ def data_folder(name: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / name
 
 
+def cache_folder(cache_dir: str | None = None) -> Path:
+    """Return the folder of this package in the cache of `datasets`.
+
+    Args:
+        cache_dir (`str`, *optional*): another cache than that of `datasets`.
+    """
+    from datasets import config  # here, as the command line reads this module for its help
+
+    return Path(cache_dir or config.HF_DATASETS_CACHE).expanduser() / "car_datasets"
+
+
 def sample_file() -> Path:
     """Return the instruction rows that ship with the package: a JSON list in the format of the Alpaca dataset."""
     return ASSETS / "instructions.json"

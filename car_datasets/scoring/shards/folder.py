@@ -28,7 +28,7 @@ from car_datasets.scoring.shards.claims import CLAIM, Claims
 from car_datasets.scoring.shards.storage import Folder, open_storage
 from car_datasets.scoring.stage import Progress, Stage, read_columns, refuse_taken
 from car_datasets.utils.digests import content_digest
-from car_datasets.utils.files import write_whole
+from car_datasets.utils.files import cache_folder, write_whole
 from car_datasets.utils.processes import launched_rank, local_rank
 
 if TYPE_CHECKING:
@@ -89,15 +89,13 @@ class SharedRun(ABC):
         self, table: Dataset, stage: Stage, options: RunOptions, more: Mapping[str, Any] | None = None
     ) -> None:
         """Describe the run and open its folder, in which nothing is written yet."""
-        from datasets import config
-
         self.stage, self.shard_rows = stage, options.shard_rows
         refuse_taken(table.column_names, stage)
         self.table = table.with_format(None)
         self.reads = read_columns(table.column_names, stage, with_index=False)
         self.manifest = {**describe_run(self.table, stage, self.reads, self.shard_rows), **(more or {})}
         self.id = run_id(self.manifest)
-        cache = Path(config.HF_DATASETS_CACHE) / "car_datasets" / self.id
+        cache = cache_folder() / self.id
         location = _on_one_machine(cache) if options.shard_dir is None else options.shard_dir
         refuse_blank(location)
         self.folder = open_storage(location, options.token)
