@@ -260,7 +260,8 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
     # None, because a folder and the default encoder have no branch.
     revision = None if settings.revision == "main" else settings.revision
     folder = revisions.model_folder(settings.encoder, revisions.pin_revision(settings.encoder, revision, token), token)
-    encoder_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with revisions.reading_model(folder):
+        encoder_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     encoder_config.dtype = torch.float32  # in half precision, steps of 1e-6 would round to zero
     positions = getattr(encoder_config, "max_position_embeddings", settings.max_tokens)
     if encoder_config.model_type == IQSConfig.model_type or getattr(encoder_config, "is_encoder_decoder", False):
@@ -276,6 +277,7 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
             f"max_tokens={settings.max_tokens}, but {settings.encoder} has {positions} positions; "
             f"pass --set max_tokens={positions}, or less."
         )
+    revisions.refuse_other_sizes(folder, encoder_config, revisions.read_shapes(sorted(folder.glob("*.safetensors"))))
     # Directly before the model is built: its initial weights are the next random numbers.
     torch.manual_seed(settings.seed)
     kept = ("layer_mix", "layer_norm", "pooling", "hidden_sizes", "activation", "dropout", "max_tokens", "template")
@@ -288,9 +290,11 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
         )
     )
     # Loaded apart and copied, as `from_pretrained` of the IQS model expects weights of its own layout.
-    pretrained, report = AutoModel.from_pretrained(
-        folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-    )
+    with revisions.reading_model(folder):
+        pretrained, report = AutoModel.from_pretrained(
+            folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ValueError(
@@ -298,7 +302,7 @@ def build_model(settings: ScorerTraining, token: str | None = None) -> tuple[IQS
             "Download or save the encoder again."
         )
     model.encoder.load_state_dict(pretrained.state_dict(), strict=False)  # not strict: no score uses the pooler
-    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return model, tokenizer
 
 
 def _trainer(

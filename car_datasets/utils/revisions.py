@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from car_datasets.utils.digests import MODEL_PATTERNS, file_digest, folder_digest
-from car_datasets.utils.files import ASSETS
+from car_datasets.utils.files import ASSETS, printable
 from car_datasets.utils.hub import CACHE_ADVICE, READING_WAITS, asking, clean_token, retry
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -177,7 +180,8 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
     if model_id == DEFAULT_ENCODER and revision == ENCODER_REVISION:
         return default_encoder_folder()
     if _is_folder(model_id):
-        return refuse_code(Path(model_id).expanduser())
+        # Absolute, because sentence-transformers asks the Hub for a model of the name of a folder such as "models/mine".
+        return refuse_code(Path(model_id).expanduser().absolute())
     repository, inner = _repository(model_id)
     return refuse_code(download_model(repository, revision, token, inner) / inner)
 
@@ -281,13 +285,16 @@ def download_file(model_id: str, name: str, token: str | None = None) -> Path | 
 
 
 def refuse_code(folder: Path) -> Path:
-    """Return the folder of a model, or the path of a checkpoint, if none of its JSON files names Python code.
+    """Return the folder of a model, or the path of a checkpoint, if loading it needs no Python code that a file names.
 
     The libraries that load models have their own switch for this, but not in all versions and not for all entries:
     sentence-transformers before 6 imports what the files in a folder name, and transformers asks in the terminal.
+    Code named by `auto_map` is left aside with a warning if transformers has the model, its classes and its tokenizer:
+    with `trust_remote_code=False`, which every call in this package passes, it then loads its own.
 
     Raises:
-        ValueError: a file names code of the model, of another repository, or of another Python package.
+        ValueError: a file names code of the model, of another repository, or of another Python package, which would run
+            or which the model needs.
     """
     for file in sorted(folder.rglob("*.json")):
         if file.name in _VOCABULARIES or file.name.endswith(".index.json"):
@@ -296,7 +303,7 @@ def refuse_code(folder: Path) -> Path:
             content = json.loads(file.read_bytes())
         except (ValueError, RecursionError, OSError):  # the library that needs the file will say so
             continue
-        if (seen := _code_named(content, file.name == "modules.json")) is not None:
+        if (seen := _code_named(content, file)) is not None:
             raise ValueError(
                 f"{file} names Python code that would run when the model is loaded ({seen[:120]}), and a model's code "
                 "is never run. Choose a model that the libraries know by themselves; if they know this one, remove "
@@ -305,9 +312,9 @@ def refuse_code(folder: Path) -> Path:
     return folder
 
 
-def _code_named(content: Any, lists_modules: bool) -> str | None:
+def _code_named(content: Any, file: Path) -> str | None:
     """Return the entry of a JSON file that names code, as text, or `None`."""
-    if lists_modules and isinstance(content, list):
+    if file.name == "modules.json" and isinstance(content, list):
         kinds = [entry.get("type") for entry in content if isinstance(entry, dict)]
         for kind in kinds:
             if not str(kind).startswith("sentence_transformers."):
@@ -320,9 +327,36 @@ def _code_named(content: Any, lists_modules: bool) -> str | None:
         elif isinstance(part, dict):
             parts += part.values()
             for name, value in part.items():
-                if _is_code(name, value):
+                if name == "auto_map" and value and _is_known(part):
+                    _say_left_aside(file)
+                elif _is_code(name, value):
                     return f"{name}: {value}"
     return None
+
+
+def _is_known(part: Mapping[str, Any]) -> bool:
+    """Return True if transformers has all classes by which a configuration says that it is loaded.
+
+    Its `model_type` alone does not tell: there are models of other layers that call themselves "bert", for whose
+    weights transformers would draw random numbers.
+    """
+    import transformers
+
+    known = dir(transformers)
+    kind, classes = part.get("model_type"), part.get("architectures")
+    if kind is None:  # the configuration of a tokenizer
+        return part.get("tokenizer_class") in known
+    named = classes if isinstance(classes, list) else [] if classes is None else [classes]
+    return isinstance(kind, str) and kind in transformers.CONFIG_MAPPING and all(name in known for name in named)
+
+
+@functools.cache
+def _say_left_aside(file: Path) -> None:
+    logger.warning(
+        "%s names Python code of the model, which is never run: transformers' own class is loaded. Its numbers may "
+        "differ from those that the authors of the model publish.",
+        printable(str(file)),
+    )
 
 
 def _is_code(name: str, value: Any) -> bool:

@@ -355,10 +355,30 @@ def test_an_encoder_with_other_weights_than_its_configuration_is_refused(
     broken.mkdir()
     for file in encoder.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    kept = {name: t for name, t in load_file(encoder / "model.safetensors").items() if "layer.1." not in name}
-    save_file(kept, broken / "model.safetensors", {"format": "pt"})
+    weights = load_file(encoder / "model.safetensors")
+    save_file({n: t for n, t in weights.items() if "layer.1.output" not in n}, broken / "model.safetensors")
     with pytest.raises(ValueError, match=r"lacks weights.*layer\.1"):
         train_scorer(settings.changed(encoder=str(broken)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "no such type"}'),
+        ("config.json", b'{"model_type": "bert", "hidden_size": 4800000, "vocab_size": 4000000}'),
+        ("model.safetensors", b"\x10" * 40),
+        ("tokenizer.json", b'{"model": 7}'),
+    ],
+)
+def test_a_damaged_encoder_is_said_in_one_line(
+    name: str, content: bytes, settings: ScorerTraining, encoder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(encoder, tmp_path / "damaged")
+    (tmp_path / "damaged" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^The model in .*damaged cannot be loaded: .*Download or save") as error:
+        build_model(settings.changed(encoder=str(tmp_path / "damaged")))
+    assert "\n" not in str(error.value)
 
 
 def test_the_shipped_files_carry_the_originals_settings() -> None:

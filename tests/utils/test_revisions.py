@@ -1,5 +1,6 @@
 """Pins and digests: a name for weights that never means other weights."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -8,8 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from transformers import AutoModel
 
+from car_datasets import TextEmbedder
 from car_datasets.utils import digests, revisions
 
 
@@ -89,6 +93,13 @@ NAMES_CODE = {
     "auto_map": ("config.json", {"auto_map": EVIL}),
     "auto_map of a tokenizer": ("tokenizer_config.json", {"auto_map": ["evil.Tokenizer", None]}),
     "auto_map of an encoder": ("config.json", {"encoder_config": {"auto_map": EVIL}}),
+    "auto_map of an unknown model": ("config.json", {"model_type": "own", "auto_map": EVIL}),
+    "auto_map of a model of no name": ("config.json", {"model_type": ["bert"], "auto_map": EVIL}),
+    "auto_map of other layers": (
+        "config.json",
+        {"model_type": "bert", "architectures": ["OwnBertModel"], "auto_map": EVIL},
+    ),
+    "auto_map of an unknown tokenizer": ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": EVIL}),
     "auto_map of a processor": ("processor_config.json", {"auto_map": EVIL}),
     "a module of the model": ("modules.json", [{"type": "evil.Module", "path": ""}]),
     "a module of another repository": ("modules.json", [{"type": "you/code--evil.Module", "path": ""}]),
@@ -112,6 +123,40 @@ def test_a_model_that_names_code_is_refused(name: str, content: Any, tmp_path: P
     with pytest.raises(ValueError, match=rf"{name} names Python code.*never run") as error:
         revisions.pin_model(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def _with_code(model: Path, to: Path, **changes: Any) -> Path:
+    """Copy a model, and let its files name Python code that leaves a mark when it is imported."""
+    shutil.copytree(model, to)
+    mark = f"import pathlib\npathlib.Path({str(to / 'mark')!r}).touch()\n"
+    (to / "evil.py").write_text(f"{mark}from transformers import BertConfig, BertModel, BertTokenizer\n")
+    maps = {
+        "config.json": {"AutoConfig": "evil.BertConfig", "AutoModel": "evil.BertModel"},
+        "tokenizer_config.json": {"AutoTokenizer": ["evil.BertTokenizer", None]},
+    }
+    for name, named in maps.items():
+        content = json.loads((to / name).read_text()) | {"auto_map": named}
+        (to / name).write_text(json.dumps(content | (changes if name == "config.json" else {})))
+    return to
+
+
+def test_code_of_a_model_that_transformers_has_itself_is_left_aside(
+    tiny_embedder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers may ask in the terminal
+    known = _with_code(Path(tiny_embedder), tmp_path / "known")
+    batch = {"instruction": ["Name a colour."], "output": ["Blue."]}
+    vectors = [TextEmbedder(str(model))(batch)["embedding"] for model in (tiny_embedder, known)]
+    assert np.array_equal(*vectors)
+    assert [r.levelname for r in caplog.records if "which is never run" in r.message] == ["WARNING"] * 2, caplog.text
+    for changes in ({"model_type": "own"}, {"architectures": ["OwnBertModel"]}):
+        other = _with_code(Path(tiny_embedder), tmp_path / f"other-{next(iter(changes))}", **changes)
+        with pytest.raises(ValueError, match="never run"):
+            TextEmbedder(str(other))(batch)
+        # What the libraries themselves would do, if the model had passed: nothing runs either.
+        with contextlib.suppress(ValueError):
+            AutoModel.from_pretrained(other, trust_remote_code=False)
+    assert not list(tmp_path.rglob("mark"))
 
 
 def test_models_of_the_libraries_name_no_code(tiny_embedder: str, tiny_iqs: str, tmp_path: Path) -> None:
