@@ -7,10 +7,11 @@ Does not: embed, or change the folder.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def explore(
     *,
     names: ColumnNames = ColumnNames(),
 ) -> None:
-    """Serve a curated folder in embedding-atlas until it is interrupted.
+    """Serve a curated folder in embedding-atlas until it is interrupted, in a process that is given no token.
 
     Args:
         folder (`Path`): the output of `curate`, with embeddings.
@@ -69,12 +70,22 @@ def explore(
         # By the interpreter, since the script `embedding-atlas` need not be on the PATH of this environment.
         command = [sys.executable, "-m", "embedding_atlas.cli", *options, *address]
         try:
-            done = subprocess.run(command, check=False)
+            done = subprocess.run(command, check=False, env=_without_secrets(os.environ))
         # The usual way to end it; the server has received the same signal.
         except KeyboardInterrupt:
             return
     if done.returncode != 0:
         raise ValueError(f"embedding-atlas ended with exit code {done.returncode}: {' '.join(command)}")
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without tokens, keys and passwords: a page in a browser can ask the server's process."""
+    kept = {name: value for name, value in environment.items() if not _SECRET.search(name)}
+    # Here huggingface_hub looks for the token of `hf auth login`.
+    return kept | {"HF_TOKEN_PATH": os.devnull, "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+_SECRET = re.compile("TOKEN($|S$|_)|SECRET|PASSW|CREDENTIAL|OIDC|_KEY($|_)", re.IGNORECASE)
 
 
 def write_atlas(folder: Path, path: Path, projection: str = "pca", *, names: ColumnNames = ColumnNames()) -> list[str]:

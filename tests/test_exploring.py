@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from car_datasets import select_car
 from car_datasets.cli import app
-from car_datasets.exploring import NEAREST, atlas_table, write_atlas
+from car_datasets.exploring import NEAREST, atlas_table, explore, write_atlas
 from tests.reporting.test_plots import make_pool
 
 needs_atlas = pytest.mark.skipif(
@@ -117,6 +117,31 @@ def test_without_embedding_atlas_the_extra_is_named(curated: Path, monkeypatch: 
     done = CliRunner().invoke(app, ["explore", str(curated)])
     assert done.exit_code == 2
     assert "pip install 'car-datasets[explore]'" in done.stderr
+
+
+def test_the_server_gets_no_token(curated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "embedding_atlas"
+    fake.mkdir()
+    (fake / "__init__.py").touch()
+    (fake / "cli.py").write_text(
+        "import json, os, pathlib\nfrom huggingface_hub import get_token\n"
+        f"pathlib.Path({str(tmp_path / 'seen.json')!r}).write_text(json.dumps([get_token(), dict(os.environ)]))"
+    )
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text("hf_of_a_login")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "PGPASSWORD")
+    kept = {"PYTHONPATH": paths, "HF_HOME": str(tmp_path / "home"), "MONKEY": "kept"}
+    for name, value in (kept | dict.fromkeys(secrets, "hf_secret")).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "embedding_atlas", raising=False)
+    explore(curated)
+    token, seen = json.loads((tmp_path / "seen.json").read_text())
+    assert token is None
+    assert kept.items() <= seen.items() and "PATH" in seen
+    assert not {name for name, value in seen.items() if "hf_" in value}
+    assert os.environ["HF_TOKEN"] == "hf_secret"
 
 
 @pytest.mark.slow

@@ -106,7 +106,8 @@ def push_selection(
     Raises:
         ValueError: there are no rows, a name is invalid, token, owner or visibility do not permit the push, or the
             repository could not be loaded or verified after it (in all these cases nothing was committed); or the Hub
-            refuses the upload.
+            refuses the upload; or the repository was made public while the push ran (the message says whether rows
+            were committed, and where).
         ConnectionError: the Hub does not answer. Nothing is visible there, and the same call resumes; or, with `check`,
             the rows were pushed and cannot be read back, and the message has URL and commit.
     """
@@ -128,6 +129,7 @@ def push_selection(
 
         # Called by `commit_dataset` with the state that the commit is made on, again if another push came in between.
         def finish(repository: Repository) -> tuple[dict[str, bytes], list[str]]:
+            hub.refuse_visibility(repo_id, private, token, "dataset", "repo_id")
             plan = _plan(push, repository, token)
             return {**plan.files, "README.md": plan.card.encode()}, plan.deletions
 
@@ -139,6 +141,9 @@ def push_selection(
             ) from error
         except (OSError, RuntimeError) as error:
             raise ValueError(f"repo_id={repo_id!r}: the Hub refuses the upload ({reason(error)}).") from error
+    # The upload may take hours, and anyone with the right to do so may make the repository public meanwhile.
+    with hub.pushed_anyway(f"{done.url}, commit {done.sha}"):
+        hub.refuse_visibility(repo_id, private, token, "dataset", "repo_id")
     if check:
         try:
             compare_pushed(repo_id, done.sha, tables, config_name, token)

@@ -190,7 +190,7 @@ def train_scorer(settings: ScorerTraining, token: str | None = None) -> dict[str
         if not output.exists():
             _write(settings, trainer.state.best_metric, model, tokenizer, valid, len(train))
         if settings.push_to:
-            hub.push_folder(output, settings.push_to, token)
+            hub.push_folder(output, settings.push_to, token, settings.private)
         # Last: until the push is done, the checkpoints mark the run as one that can be resumed.
         shutil.rmtree(checkpoints)
         figures = json.loads((output / FIGURES_FILE).read_text(encoding="utf-8"))

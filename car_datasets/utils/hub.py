@@ -318,6 +318,34 @@ def open_repository(
         _refuse_visibility(api, repo_id, private, repo_type, shown)
 
 
+def refuse_visibility(
+    repo_id: str, private: bool, token: str | None = None, repo_type: str = "model", argument: str = "push_to"
+) -> None:
+    """Raise ValueError if a repository, which exists, has another visibility now than the one that was asked for.
+
+    Args:
+        repo_id, private, token, repo_type, argument: as in [`open_repository`], after which anyone may have changed it.
+
+    Raises:
+        ValueError: it has the other visibility, or the Hub refuses to tell.
+        ConnectionError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    shown = f"{argument}={repo_id!r}"
+    with asking(shown, repo_type):
+        _refuse_visibility(HfApi(token=clean_token(token)), repo_id, private, repo_type, shown)
+
+
+@contextlib.contextmanager
+def pushed_anyway(where: str) -> Iterator[None]:
+    """Say with an error of the block that the rows or weights are on the Hub all the same, and where."""
+    try:
+        yield
+    except (ValueError, ConnectionError) as error:
+        raise type(error)(f"Pushed to {where}, but {error}") from error
+
+
 def _refuse_visibility(api: Any, repo_id: str, private: bool, repo_type: str, shown: str) -> None:
     is_private = bool(retry(lambda: api.repo_info(repo_id, repo_type=repo_type)).private)
     if is_private != private:
@@ -328,13 +356,21 @@ def _refuse_visibility(api: Any, repo_id: str, private: bool, repo_type: str, sh
         )
 
 
-def push_folder(folder: Path, repo_id: str, token: str | None = None) -> None:
-    """Upload a model folder in one commit to a repository that [`open_repository`] opened."""
+def push_folder(folder: Path, repo_id: str, token: str | None = None, private: bool = True) -> None:
+    """Upload a model folder in one commit to a repository that [`open_repository`] opened.
+
+    Raises:
+        ValueError: the repository has another visibility than `private` says, before the upload or after it.
+    """
     from huggingface_hub import HfApi
 
+    # Hours may have passed since it was opened.
+    refuse_visibility(repo_id, private, token)
     api = HfApi(token=clean_token(token))
     message = "Upload a scorer trained with car_datasets"
-    retry(lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+    done = retry(lambda: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+    with pushed_anyway(f"{api.endpoint}/{repo_id}, commit {done.oid}"):
+        refuse_visibility(repo_id, private, token)
 
 
 def read_repository(

@@ -496,6 +496,27 @@ def test_the_server_goes_down_in_the_middle(hub: Hub, result: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("module", "step", "committed"), [("pushing", "_write_shards", 0), ("HfApi", "create_commit", 1)])
+def test_a_repository_that_is_made_public_during_the_push_is_said(
+    module: str, step: str, committed: int, hub: Hub, result: Path
+) -> None:
+    opened = f"""
+from huggingface_hub import HfApi
+before = {module}.{step}
+def opened(*arguments, **options):
+    HfApi().update_repo_settings("me/car", private=False, repo_type="dataset")
+    return before(*arguments, **options)
+{module}.{step} = opened
+"""
+    done = hub.run(START + opened + COMMAND.removeprefix(START), "push", result, "me/car")
+    assert done.returncode == 2
+    assert "exists and is public, but private=True was requested" in " ".join(done.stderr.split())
+    assert "--private" in done.stderr and "Traceback" not in done.stderr
+    assert ("Pushed to " in done.stderr) == bool(committed) == (hub.repo("me/car").sha in done.stderr)
+    assert commits(hub, "me/car") == committed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [{"kind": "drop"}, {"status": 503}, {"status": 403}])
 def test_what_was_pushed_and_cannot_be_read_back_is_said_with_its_commit(
     hub: Hub, result: Path, fault: dict[str, Any]

@@ -238,7 +238,7 @@ def test_what_was_written_but_not_pushed_is_not_trained_again(
 ) -> None:
     pushed: list[tuple[Path, str]] = []
 
-    def refuse(folder: Path, repo_id: str, token: str | None) -> None:
+    def refuse(folder: Path, repo_id: str, token: str | None, private: bool) -> None:
         pushed.append((folder, repo_id))
         if len(pushed) == 1:
             raise ValueError("the line is dead")

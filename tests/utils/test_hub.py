@@ -95,3 +95,22 @@ def test_nothing_leaves_where_it_was_not_meant_to_go(
     stored = hub.repo("me/public", kind="models")
     assert stored is not None and stored.sha == before
     assert hub.repo("you/scorer", kind="models") is None and hub.count("PUT", "/large/") == 0
+
+
+def test_a_model_repository_that_was_made_public_is_said(hub: Hub, tiny_iqs: str) -> None:
+    opened = "from huggingface_hub import HfApi\nHfApi().update_repo_settings(sys.argv[1], private=False)\n"
+    before = PUSH.replace("hub.push_folder(", f"{opened}hub.push_folder(")
+    done = hub.run(before, "me/scorer", "private", tiny_iqs)
+    assert done.returncode == 1 and "exists and is public, but private=True" in done.stderr
+    assert hub.count("PUT", "/large/") == 0
+    during = f"""
+from huggingface_hub import HfApi
+upload = HfApi.upload_folder
+def opened(api, **options):
+    api.update_repo_settings(options["repo_id"], private=False)
+    return upload(api, **options)
+HfApi.upload_folder = opened
+{PUSH}"""
+    done = hub.run(during, "me/other", "private", tiny_iqs)
+    assert done.returncode == 1
+    assert f"Pushed to {hub.url}/me/other, commit {hub.repo('me/other', kind='models').sha}, but" in done.stderr
