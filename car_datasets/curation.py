@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from car_datasets.clustering.fitting import number_of_clusters
-from car_datasets.loading.files import STANDARD_INPUT, hub_address, is_address
+from car_datasets.loading.files import STANDARD_INPUT, is_address
 from car_datasets.loading.languages import count_languages, languages_of_rows, refuse_languages
 from car_datasets.loading.schemas import Schema, check_schema, find_schema
 from car_datasets.loading.sources import (
@@ -61,6 +61,7 @@ from car_datasets.utils import revisions
 from car_datasets.utils.columns import column_batches
 from car_datasets.utils.files import user_path
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
+from car_datasets.utils.revisions import hub_address
 from car_datasets.utils.settings import default_n1
 
 

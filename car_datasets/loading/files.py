@@ -46,6 +46,8 @@ from car_datasets.utils.columns import refuse_casts, refuse_wide
 from car_datasets.utils.digests import file_digest
 from car_datasets.utils.files import cache_folder, printable, user_path
 from car_datasets.utils.hub import asking, clean_token, reason
+from car_datasets.utils.revisions import hub_address
+from car_datasets.utils.settings import refuse_huge_header
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,33 @@ def _open_zst(path: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(path), "zstd")))
 
 
+class _Bounded(io.RawIOBase):
+    """The decompressed bytes of a file, up to a limit that follows from its size."""
+
+    def __init__(self, stream: Any, path: str, shown: str) -> None:
+        self.stream, self.shown = stream, shown
+        self.left = max(FREE, MOST_EXPANDED * Path(path).stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        read = self.stream.read(len(buffer))
+        buffer[: len(read)] = read
+        self.left -= len(read)
+        if self.left < 0:
+            raise ValueError(
+                f"source={self.shown!r} decompresses to more than {MOST_EXPANDED} times its size, as files do that are "
+                "made to fill memory and disk. If you trust it, decompress it yourself and pass the result."
+            )
+        return len(read)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+FREE, MOST_EXPANDED = 1 << 26, 200  # bytes that any compressed file may have, and how many times its size otherwise
 OPENERS: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
 
 
@@ -80,7 +109,9 @@ class DataFile(NamedTuple):
     def open(self) -> BinaryIO:
         """Open the file for reading its bytes, decompressed if its name says that it is compressed."""
         opener = OPENERS.get(Path(self.path).suffix.lower())
-        return cast(BinaryIO, Path(self.path).open("rb") if opener is None else opener(self.path))
+        if opener is None:
+            return Path(self.path).open("rb")
+        return io.BufferedReader(_Bounded(opener(self.path), self.path, self.shown), 1 << 20)
 
 
 def kind_of(name: str) -> str | None:
@@ -157,35 +188,6 @@ def find_files(source: str, pattern: bool, token: str | None, cache_dir: str | N
 def is_address(source: str) -> bool:
     """Return True for an address with a scheme, such as `https://...`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", source) is not None
-
-
-class HubAddress(NamedTuple):
-    """A dataset repository, the revision that an address names, and the path of a file in it, `""` for all of it."""
-
-    repo_id: str
-    revision: str | None
-    path: str
-
-
-def hub_address(source: str) -> HubAddress | None:
-    """Return what the address of a dataset's page or an `hf://` address means, `None` for any other source.
-
-    Raises:
-        ValueError: the address names a part of a repository that cannot be read by itself.
-    """
-    hosts = "|".join(re.escape(host) for host in ("https://huggingface.co", "https://hf.co", config.HF_ENDPOINT))
-    page = re.match(rf"(?:{hosts})/datasets/([^/?#]+(?:/[^/?#]+)?)/?([^?#]*)", source)
-    if page is None:
-        found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", source)
-        return found and HubAddress(found[1], found[2] and unquote(found[2]), found[3] or "")
-    repo_id, rest = page[1], unquote(page[2]).strip("/")
-    view, _, inner = rest.partition("/")
-    revision, _, path = inner.partition("/")
-    if view in ("resolve", "blob", "raw") and path:
-        return HubAddress(repo_id, revision, path)
-    if rest and not (view == "tree" and revision and not path):
-        raise ValueError(f"source={source!r} is a page about a dataset; pass the id: {repo_id!r}.")
-    return HubAddress(repo_id, revision or None, "")
 
 
 def _addresses(source: str, pattern: bool, token: str | None) -> list[str]:
@@ -333,7 +335,7 @@ def folder_files(folder: Path, name: str | None = None) -> dict[str, list[DataFi
     """
     every = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.lower() not in _ASIDE)
     names = [path.relative_to(folder).as_posix() for path in every]
-    names = [each for each in names if kind_of(each) and not _is_hidden(each)]
+    names = [each for each in names if kind_of(each) and not _HIDDEN.search(each)]
     if not names:
         raise ValueError(
             f"source={str(folder)!r} is a folder without data. Pass one that save_to_disk wrote, or one with files that "
@@ -355,10 +357,7 @@ def folder_files(folder: Path, name: str | None = None) -> dict[str, list[DataFi
 
 
 _ASIDE = {*FILES_TO_IGNORE, "readme.md", "metadata.json"}
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__")) for part in PurePosixPath(name).parts)
+_HIDDEN = re.compile(r"(?:^|/)(?:\.|__)")
 
 
 def _fitting(names: Sequence[str], pattern: str, inner: str = "") -> list[str]:
@@ -400,10 +399,11 @@ def _configured(folder: Path, name: str | None) -> tuple[dict[str, list[str]] | 
     readme = folder / config.REPOCARD_FILENAME
     shown, configs = f"source={str(folder)!r}", MetadataConfigs()
     if readme.is_file():
+        text = readme.read_text(encoding="utf-8-sig", errors="replace")
+        refuse_huge_header(text, shown)
         try:
-            card = DatasetCard(readme.read_text(encoding="utf-8-sig", errors="replace"))
-            configs = MetadataConfigs.from_dataset_card_data(card.data)
-        except (ValueError, yaml.YAMLError) as error:
+            configs = MetadataConfigs.from_dataset_card_data(DatasetCard(text).data)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{shown}: the header of its README.md cannot be read ({reason(error)}).") from error
     if not configs and name is None:
         return None, ""

@@ -7,6 +7,7 @@ Does not: parse a file, or choose a split.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import yaml
-from datasets import Dataset, DatasetBuilder, DatasetDict, load_dataset_builder
+from datasets import Dataset, DatasetBuilder, DatasetDict, config, load_dataset_builder
 from datasets.config import HF_ENDPOINT, HF_HUB_OFFLINE
 from datasets.exceptions import DatasetsError
 
@@ -27,6 +28,7 @@ from car_datasets.utils import revisions
 from car_datasets.utils.columns import refuse_casts
 from car_datasets.utils.files import cache_folder, write_whole
 from car_datasets.utils.hub import READING_WAITS, asking, clean_token, reason, retry
+from car_datasets.utils.settings import refuse_huge_header
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +216,19 @@ def load_split(
         raise ValueError(f"{shown}: its files cannot be read ({reason(error)}).") from error
 
 
+def _refuse_huge_headers(repo_id: str, revision: str | None, token: str | None) -> None:
+    """Raise ValueError if the YAML by which `datasets` opens a repository is huge in memory; it has no such limit."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in (config.REPOCARD_FILENAME, config.REPOYAML_FILENAME):
+        options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "token": clean_token(token)}
+        # Without the file, also in the cache when the Hub is not to be asked, there is nothing to read.
+        with contextlib.suppress(EntryNotFoundError):
+            path = retry(lambda: hf_hub_download(repo_id, name, **options), READING_WAITS)  # noqa: B023 (called at once)
+            refuse_huge_header(Path(path).read_text(encoding="utf-8", errors="replace"), f"source={repo_id!r}")
+
+
 def builder_at_commit(
     repo_id: str, name: str | None, revision: str | None, token: str | None = None, cache_dir: str | None = None
 ) -> DatasetBuilder:
@@ -232,6 +247,7 @@ def builder_at_commit(
     Raises:
         ConnectionError: the cache holds another commit, and the Hub did not provide this one.
     """
+    _refuse_huge_headers(repo_id, revision, token)
     builder = load_dataset_builder(repo_id, name, revision=revision, token=token, cache_dir=cache_dir)
     # For a Hub dataset `hash` is the commit that the builder reads; a cached builder carries that of its own commit.
     if revisions.is_commit(revision) and str(builder.hash) != revision:

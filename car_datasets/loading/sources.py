@@ -30,7 +30,6 @@ from car_datasets.loading.files import (
     DataFile,
     find_files,
     folder_files,
-    hub_address,
     naming_broken,
     read_parquet,
 )
@@ -52,6 +51,7 @@ from car_datasets.utils.columns import is_text
 from car_datasets.utils.digests import file_digest
 from car_datasets.utils.files import user_path
 from car_datasets.utils.processes import launched_rank
+from car_datasets.utils.revisions import hub_address
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from car_datasets.utils.files import data_folder
+from car_datasets.utils.settings import refuse_huge_header
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -400,11 +401,13 @@ def read_repository(
         # At the commit of the names: a push in between must not mix two states.
         card = read_dataset_file(repo_id, "README.md", str(info.sha), token, waits) if "README.md" in names else b""
     try:
-        return Repository(str(info.sha), names, card.decode("utf-8-sig"))  # a BOM would hide the `---` of the header
+        text = card.decode("utf-8-sig")  # a BOM would hide the `---` of the header
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{repo_id!r}: its README.md is not UTF-8 ({error}). Save it as UTF-8 and push it again."
         ) from error
+    refuse_huge_header(text, repr(repo_id))
+    return Repository(str(info.sha), names, text)
 
 
 def read_dataset_file(

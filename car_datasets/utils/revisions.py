@@ -1,6 +1,6 @@
 """Resolve models and datasets to immutable revisions, and models to local folders.
 
-Does: pin a Hub id to a commit and a folder to a digest; download models, without pickled weights other than checkpoints
+Does: pin a Hub id to a commit and a folder to a digest; read the address of a dataset's page; download models, without pickled weights other than checkpoints
 of the original CaR project; find the encoder that a Python package contains, without importing that package's code;
 refuse models that name Python code, and say in one line how a model is damaged.
 Does not: build a model, write to the Hub, or store a token.
@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from car_datasets.utils.digests import MODEL_PATTERNS, file_digest, folder_digest
 from car_datasets.utils.files import ASSETS, printable
@@ -132,6 +133,37 @@ def pin_dataset(
         ConnectionError: the Hub cannot be reached, or `HF_HUB_OFFLINE` forbids requests.
     """
     return _commit(source, "dataset", f"source={source!r}", revision, token, missing)
+
+
+class HubAddress(NamedTuple):
+    """A dataset repository, the revision that an address names, and the path of a file in it, `""` for all of it."""
+
+    repo_id: str
+    revision: str | None
+    path: str
+
+
+def hub_address(source: str) -> HubAddress | None:
+    """Return what the address of a dataset's page or an `hf://` address means, `None` for any other source.
+
+    Raises:
+        ValueError: the address names a part of a repository that cannot be read by itself.
+    """
+    from huggingface_hub.constants import ENDPOINT
+
+    hosts = "|".join(re.escape(host) for host in ("https://huggingface.co", "https://hf.co", ENDPOINT))
+    page = re.match(rf"(?:{hosts})/datasets/([^/?#]+(?:/[^/?#]+)?)/?([^?#]*)", source)
+    if page is None:
+        found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", source)
+        return found and HubAddress(found[1], found[2] and unquote(found[2]), found[3] or "")
+    repo_id, rest = page[1], unquote(page[2]).strip("/")
+    view, _, inner = rest.partition("/")
+    revision, _, path = inner.partition("/")
+    if view in ("resolve", "blob", "raw") and path:
+        return HubAddress(repo_id, revision, path)
+    if rest and not (view == "tree" and revision and not path):
+        raise ValueError(f"source={source!r} is a page about a dataset; pass the id: {repo_id!r}.")
+    return HubAddress(repo_id, revision or None, "")
 
 
 def is_commit(revision: str | None) -> bool:

@@ -1,7 +1,7 @@
 """`Settings`: the base of recipes and training files, a dataclass of plain values that is YAML on disk.
 
-Does: check every value by type and every key by name; read and write YAML; name the defaults that several classes and
-functions share; refuse a setting that needs an extra which is not installed.
+Does: check every value by type and every key by name; read and write YAML, and refuse what is huge in memory; name the
+defaults that several classes and functions share; refuse a setting that needs an extra which is not installed.
 Does not: define the settings of a recipe or a training file.
 """
 
@@ -19,6 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard, TypeVar, get_origin, get_type_hints
+
+MOST_HEADER = 1 << 24  # characters of YAML in a card, with names replaced by what they stand for
+DEEPEST_HEADER = 64
 
 # Defaults of more than one public function, each written once.
 N1 = 1000  # rows by score; the paper's number, and the most that `default_n1` gives
@@ -238,6 +241,48 @@ def _parse_yaml(text: str, where: str) -> _Written:
         return _Written(None if node is None else loader.construct_document(node), node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date such as 2026-13-01, a ValueError
         raise ValueError(f"{where} is not YAML: {error}") from error
+
+
+def refuse_huge_header(card: str, shown: str) -> None:
+    """Raise ValueError if the YAML at the start of a card takes far more memory than its text, or is nested deeply.
+
+    A name in YAML may stand for a list of names, each of which stands for a list: a few lines become billions of values
+    as soon as a library walks through them or puts them into a message.
+
+    Args:
+        card (`str`): the text of a README.md, or of a file that is YAML alone.
+        shown (`str`): the source in the message, such as `"source='you/x'"`.
+    """
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    block = REGEX_YAML_BLOCK.search(card)
+    open_parts: list[tuple[str | None, int]] = [(None, 0)]  # the name of each list and mapping, and its size so far
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(yaml.YAMLError):  # the library that reads the header will say so
+        # In C, if it is there: the loader in Python takes quadratic time for brackets in brackets.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        for event in yaml.parse(card if block is None else block[2], Loader=loader):
+            name, size = getattr(event, "anchor", None), 0
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_parts.append((name, 0))
+                continue
+            if isinstance(event, yaml.CollectionEndEvent):
+                name, size = open_parts.pop()
+            elif isinstance(event, yaml.ScalarEvent):
+                size = len(event.value)
+            elif isinstance(event, yaml.AliasEvent):
+                size = sizes.get(name, MOST_HEADER)  # a part that contains itself has no end
+            if name is not None:
+                sizes[name] = size
+            outer, before = open_parts.pop()
+            open_parts.append((outer, before + size + 1))
+            if before + size >= MOST_HEADER or len(open_parts) > DEEPEST_HEADER:
+                raise ValueError(
+                    f"{shown}: the header of its README.md has more than {MOST_HEADER:,} characters once its names are "
+                    f"replaced by what they stand for, or more than {DEEPEST_HEADER} levels, and is not read. Shorten "
+                    "it, or download the data files and pass their paths."
+                )
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, _Written]:

@@ -12,6 +12,8 @@ import lzma
 import os
 import sys
 import threading
+import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ import pytest
 from datasets import Dataset
 from fsspec.registry import known_implementations
 
-from car_datasets.loading.files import hub_address, kind_of, shown_address
+from car_datasets.loading import files
+from car_datasets.loading.files import kind_of, shown_address
 from car_datasets.loading.sources import Reading, find_origin, open_dataset, open_rows
+from car_datasets.utils.revisions import hub_address
 
 Write = Callable[[Path, str], None]
 
@@ -109,6 +113,33 @@ def test_a_list_of_paths_is_read_in_its_order(tmp_path: Path) -> None:
         answers([tmp_path / "a.jsonl", tmp_path / "d"])
 
 
+def test_a_readme_that_is_huge_in_memory_is_refused(tmp_path: Path) -> None:
+    """Try YAML whose names stand for lists of names, which refers to itself or is nested deeply, at every place."""
+    names = "a0: &a0 [" + "x, " * 10 + "]\n"
+    names += "".join(f"a{i}: &a{i} [" + f"*a{i - 1}, " * 10 + "]\n" for i in range(1, 9))
+    part = "configs:\n- config_name: {}\n  data_files: {}\n"
+    headers = [
+        names,
+        names + "configs: *a8\n",
+        names + "dataset_info: *a8\n",
+        names + part.format("*a8", "a.jsonl"),
+        names + part.format("a", "*a8"),
+        "".join(f"a{i}: &a{i} {{<<: [" + f"*a{i - 1}, " * 9 * (i > 0) + "]}\n" for i in range(12)),
+        "configs: &a\n- config_name: a\n  data_files: *a\n",
+        "configs: " + "[" * 900 + "]" * 900 + "\n",
+        "configs: " + "[" * 20_000 + "\n",
+    ]
+    write(tmp_path, {"a.jsonl": lines("red")})
+    for header in headers:
+        (tmp_path / "README.md").write_text(f"---\n{header}---\n")
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=r"^source=.*the header of its README\.md (has more|cannot)") as error:
+            answers(tmp_path)
+        assert len(str(error.value)) < 500 and time.monotonic() - start < 10, header[:50]
+    (tmp_path / "README.md").write_text("---\ntags: &t [a]\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n---\n")
+    assert answers(tmp_path) == ["red"]
+
+
 # --- compression and standard input
 
 
@@ -132,6 +163,25 @@ def test_compressed_text_is_read_and_a_broken_file_is_named(ending: str, tmp_pat
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=rf"source='.*rows\.jsonl{ending}' cannot be (decompressed|read)"):
             answers(path)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_small_file_that_decompresses_to_a_huge_one_is_refused(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "FREE", 1 << 20)
+    row = lines("red").encode()
+    starts = {"a.jsonl": row, "b.jsonl": b"{", "c.json": b"[" + row + b",", "d.csv": table("red").encode(), "e.csv": b'"'}
+    for name, start in starts.items():
+        bomb = tmp_path / f"{name}{ending}"
+        bomb.write_bytes(COMPRESS[ending](start + b"\n" * (1 << 24)))
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=rf"{name}{ending}' decompresses to more than 200 times its size"):
+            answers(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+        tracemalloc.stop()
+    monkeypatch.setattr(files, "FREE", 1 << 25)
+    assert answers(tmp_path / f"a.jsonl{ending}") == ["red"]
 
 
 @pytest.mark.parametrize(
