@@ -7,7 +7,7 @@ Does not: parse a file, or choose a split.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -219,14 +219,16 @@ def load_split(
 def _refuse_huge_headers(repo_id: str, revision: str | None, token: str | None) -> None:
     """Raise ValueError if the YAML by which `datasets` opens a repository is huge in memory; it has no such limit."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "token": clean_token(token)}
     for name in (config.REPOCARD_FILENAME, config.REPOYAML_FILENAME):
-        options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "token": clean_token(token)}
-        # Without the file, also in the cache when the Hub is not to be asked, there is nothing to read.
-        with contextlib.suppress(EntryNotFoundError):
-            path = retry(lambda: hf_hub_download(repo_id, name, **options), READING_WAITS)  # noqa: B023 (called at once)
-            refuse_huge_header(Path(path).read_text(encoding="utf-8", errors="replace"), f"source={repo_id!r}")
+        try:
+            path = retry(functools.partial(hf_hub_download, repo_id, name, **options), READING_WAITS[:1])
+            text = Path(path).read_text(encoding="utf-8", errors="replace")
+        except (HTTPError, OSError, ValueError):  # `datasets`, which needs the file next, does without it or explains
+            continue
+        refuse_huge_header(text, f"source={repo_id!r}")
 
 
 def builder_at_commit(

@@ -45,9 +45,10 @@ from car_datasets.loading.schemas import (
     invalid_rows_message,
 )
 from car_datasets.loading.splits import choose_rows, named_splits
+from car_datasets.loading.templates import DEEPEST_READ
 from car_datasets.loading.values import as_written, carried, dataset_from_pandas, dataset_from_rows
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import is_text
+from car_datasets.utils.columns import is_text, refuse_deep_json, refuse_wide
 from car_datasets.utils.digests import file_digest
 from car_datasets.utils.files import user_path
 from car_datasets.utils.processes import launched_rank
@@ -293,7 +294,9 @@ def _are(values: Sequence[Any], kinds: Any) -> bool:
     return len(values) > 0 and all(isinstance(value, kinds) for value in values)
 
 
-def _splits_of(rows: Dataset | DatasetDict) -> dict[str, Dataset | list[DataFile]]:
+def _splits_of(rows: Dataset | DatasetDict, shown: str = "source") -> dict[str, Dataset | list[DataFile]]:
+    for split in rows.values() if isinstance(rows, DatasetDict) else (rows,):
+        refuse_wide(shown, len(split.column_names))
     if isinstance(rows, DatasetDict):
         return {str(name): split for name, split in rows.items()}
     name = str(rows.split or SPLIT)
@@ -316,7 +319,7 @@ def _find_folder(folder: Path, reading: Reading) -> _Found:
     origin = Origin("folder", str(folder))
     # The files by which `datasets` itself tells a saved Dataset and a saved DatasetDict apart.
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _Found(origin, _splits_of(load_from_disk(str(folder))))
+        return _Found(origin, _splits_of(load_from_disk(str(folder)), f"source={str(folder)!r}"))
     return _Found(origin, dict(folder_files(folder, reading.name)))
 
 
@@ -329,6 +332,8 @@ def _read_splits(found: _Found, reading: Reading) -> Opened:
     for name in names:
         part = found.splits[name]
         rows = part if isinstance(part, Dataset) else _read_files(part, texts, reading.cache_dir)
+        if isinstance(part, Dataset) or part[0].kind == "parquet":  # the readers of other files have checked it
+            refuse_deep_json(f"source={found.origin.name!r}" if found.origin.name else "source", rows, DEEPEST_READ)
         tables[name] = as_written(rows)
     if len({repr(table.features) for table in tables.values()}) > 1:
         tables = _typed_together(tables, found, texts, reading.cache_dir)
@@ -383,7 +388,7 @@ def _find_on_hub(repo_id: str, reading: Reading) -> _Found:
     found = find_dataset(repo_id, reading.name, reading.revision, reading.token, reading.cache_dir)
     origin = Origin("hub", repo_id, commit=found.commit)
     if found.rows is not None:
-        return _Found(origin, _splits_of(found.rows))
+        return _Found(origin, _splits_of(found.rows, f"source={repo_id!r}"))
     wanted = named_splits(reading.split, list(found.files))  # before a download
     return _Found(origin, {**{n: [] for n in found.files}, **download_splits(repo_id, found, wanted, reading.token)})
 

@@ -8,6 +8,7 @@ Does not: build Python lists, or copy more than one batch of vectors, unless an 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -366,6 +367,7 @@ def refuse_casts(builder: DatasetBuilder) -> None:
     cast = builder._cast_table
 
     def checked(table: pa.Table, *arguments: Any) -> pa.Table:
+        refuse_wide("a file", table.num_columns)
         features = builder.info.features or {}
         changed = [f.name for f in table.schema if f.name in features and _is_changed(f.type, features[f.name])]
         if changed:
@@ -414,3 +416,52 @@ def refuse_wide(shown: str, columns: int) -> None:
             f"{shown} has {columns:,} columns, and at most {MOST_COLUMNS:,} are read. Drop some, or put them into one "
             "column of objects."
         )
+
+
+def refuse_deep_json(shown: str, dataset: Dataset, deepest: int) -> None:
+    """Raise ValueError if a column of JSON text has a value that is nested deeper than Python's parser can follow.
+
+    Args:
+        shown (`str`): the source in the message.
+        dataset (`Dataset`): its `Json` columns are read, at any depth; rows that were filtered out do not count.
+        deepest (`int`): levels of lists and objects that a value may have.
+    """
+    kept = None if dataset._indices is None else set(dataset._indices.column(0).to_pylist())
+    for name in dataset.column_names:
+        start = 0
+        for chunk in dataset.data.column(name).chunks:
+            for row, text in _json_with_brackets(chunk, deepest):
+                if (kept is None or start + row in kept) and _depth(text) > deepest:
+                    raise ValueError(
+                        f"{shown}: the column {name!r} holds JSON that is nested more than {deepest} levels deep (row "
+                        f"{start + row}). Drop the row, or shorten its value."
+                    )
+            start += len(chunk)
+
+
+def _json_with_brackets(array: pa.Array, least: int) -> Iterator[tuple[int, str]]:
+    """Yield the JSON texts in an array that have more opening brackets than `least`, each with its row."""
+    if isinstance(array, pa.ExtensionArray):
+        if getattr(array.type, "extension_name", "") == "arrow.json":
+            texts = array.storage
+            counts = pc.add(pc.count_substring(texts, "["), pc.count_substring(texts, "{"))
+            for row in pc.indices_nonzero(pc.greater(counts, least)).to_pylist():
+                yield row, texts[row].as_py()
+    elif pa.types.is_struct(array.type):
+        for part in array.flatten():
+            yield from _json_with_brackets(part, least)
+    elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        parents = pc.list_parent_indices(array)
+        for position, text in _json_with_brackets(array.flatten(), least):
+            yield parents[position].as_py(), text
+
+
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\Z)|[\[{]|[\]}]', re.DOTALL)
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        deepest = max(deepest, depth)
+    return deepest

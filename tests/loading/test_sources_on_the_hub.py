@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import time
 import zipfile
 from typing import Any
 
@@ -247,6 +248,28 @@ def test_what_cannot_be_built_is_one_line_with_the_name_of_the_file(hub: Hub) ->
     for (name, (file, _)), message in zip(broken.items(), found, strict=False):
         assert message.startswith("ValueError: source=") and f"you/{name}" in message and file in message, message
     assert all(message.startswith("FileNotFoundError: source=") for message in found[-2:]), found[-2:]
+
+
+@pytest.mark.slow
+def test_what_is_huge_in_memory_is_refused(hub: Hub) -> None:
+    names = "a0: &a0 [" + "x, " * 10 + "]\n"
+    names += "".join(f"a{i}: &a{i} [" + f"*a{i - 1}, " * 10 + "]\n" for i in range(1, 9)) + "configs: *a8\n"
+    hub.commit("you/names", {**data("red"), "README.md": f"---\n{names}---\n".encode()})
+    hub.commit("you/more", {**data("red"), ".huggingface.yaml": names.encode()})
+    wide = io.BytesIO()
+    pq.write_table(pa.table({f"c{i}": [1] for i in range(20_000)}), wide)
+    hub.commit("you/wide", {"rows.parquet": wide.getvalue()})
+    hub.commit("you/bomb", {"rows.jsonl.gz": gzip.compress(jsonl("red") + b"\n" * (1 << 27))})
+    expected = {
+        "names": "the header of its README.md has more than 16,777,216 characters",
+        "more": "the header of its README.md has more than 16,777,216 characters",
+        "wide": "20,000 columns, and at most 10,000 are read",
+        "bomb": "rows.jsonl.gz' decompresses to more than 200 times its size",
+    }
+    start = time.monotonic()
+    for message, (name, part) in zip(try_all(hub, *((f"you/{n}", {}) for n in expected)), expected.items(), strict=True):
+        assert message.startswith(f"ValueError: source='you/{name}") and part in message and len(message) < 500, message
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Audio, Dataset, Features, Image, List, Value
+from datasets import Audio, Dataset, DatasetDict, Features, Image, List, Value
 
 from car_datasets import QualityScorer, curate, score_in_shards, select_car_streaming
+from car_datasets.loading.sources import open_dataset
 from car_datasets.loading.values import as_written, carried, dataset_from_pandas, dataset_from_rows
 from car_datasets.receipt import Receipt
 from car_datasets.scoring.engines import estimate_scoring
@@ -144,3 +146,40 @@ def test_what_json_does_not_have_is_written_as_text(media: Dataset, tmp_path: Pa
     written = json.loads((tmp_path / "media.json").read_text())[0]
     assert written["sound"] == {"bytes": "bm8gc291bmQgZWl0aGVy", "path": "a.wav"}
     assert written["messages"][0]["image"] is None
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets before 5 has no type for JSON")
+@pytest.mark.parametrize("feature", [lambda json: json, lambda json: List(json), lambda json: {"key": json}])
+def test_json_that_is_nested_deeply_is_refused_in_rows_that_datasets_holds(feature: Any, tmp_path: Path) -> None:
+    """In memory, in a saved folder and in Parquet, at each place of a column; rows that were filtered out may have it."""
+    features = Features({"instruction": Value("string"), "output": Value("string"), "x": feature(datasets.Json())})
+    for value, good in (("[" * 5_000 + "]" * 5_000, False), (json.dumps("[" * 5_000), True)):
+        texts = pa.array([value, "1"], pa.string())
+        column = pa.ExtensionArray.from_storage(pa.json_(), texts)
+        if isinstance(features["x"], List):
+            column = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), column)
+        elif isinstance(features["x"], dict):
+            column = pa.StructArray.from_arrays([column], ["key"])
+        arrays = [pa.array(["a", "b"]), pa.array(["c", "d"]), column]
+        rows = Dataset(pa.Table.from_arrays(arrays, schema=features.arrow_schema))
+        place = tmp_path / str(good)
+        rows.save_to_disk(place / "saved")
+        rows.to_parquet(place / "rows.parquet")
+        for source in (rows, place / "saved", place / "rows.parquet"):
+            if good:
+                assert len(open_dataset(source)) == 2
+                continue
+            with pytest.raises(ValueError, match=r"column 'x' holds JSON that is nested more than 200.* \(row 0\)"):
+                open_dataset(source)
+        assert len(open_dataset(rows.select([1]))) == 1
+
+
+def test_rows_that_datasets_holds_may_have_as_many_columns_as_a_file(tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(10_001)]
+    wide = Dataset(pa.table({name: [1] for name in names}))
+    wide.save_to_disk(tmp_path / "saved")
+    pq.write_table(wide.data.table, tmp_path / "rows.parquet")
+    for source in (wide, DatasetDict({"train": wide}), tmp_path / "saved", tmp_path / "rows.parquet"):
+        with pytest.raises(ValueError, match=r"has 10,001 columns, and at most 10,000 are read"):
+            open_dataset(source)
+    assert len(open_dataset(wide.remove_columns("c0"))) == 1
