@@ -1,8 +1,8 @@
 """Resolve models and datasets to immutable revisions, and models to local folders.
 
-Does: pin a Hub id to a commit and a folder to a digest; read the address of a dataset's page; download models, without pickled weights other than checkpoints
-of the original CaR project; find the encoder that a Python package contains, without importing that package's code;
-refuse models that name Python code, and say in one line how a model is damaged.
+Does: pin a Hub id to a commit and a folder to a digest; read the address of a dataset's page; download models, without
+pickled weights other than checkpoints of the original CaR project; find the encoder that a Python package contains,
+without importing that package's code; refuse models that name Python code, and say in one line how a model is damaged.
 Does not: build a model, write to the Hub, or store a token.
 """
 

@@ -272,7 +272,7 @@ def refuse_huge_header(card: str, shown: str) -> None:
             elif isinstance(event, yaml.ScalarEvent):
                 size = len(event.value)
             elif isinstance(event, yaml.AliasEvent):
-                size = sizes.get(name, MOST_HEADER)  # a part that contains itself has no end
+                size = sizes.get(str(name), MOST_HEADER)  # a part that contains itself has no end
             if name is not None:
                 sizes[name] = size
             outer, before = open_parts.pop()

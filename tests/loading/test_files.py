@@ -171,7 +171,13 @@ def test_a_small_file_that_decompresses_to_a_huge_one_is_refused(
 ) -> None:
     monkeypatch.setattr(files, "FREE", 1 << 20)
     row = lines("red").encode()
-    starts = {"a.jsonl": row, "b.jsonl": b"{", "c.json": b"[" + row + b",", "d.csv": table("red").encode(), "e.csv": b'"'}
+    starts = {
+        "a.jsonl": row,
+        "b.jsonl": b"{",
+        "c.json": b"[" + row + b",",
+        "d.csv": table("red").encode(),
+        "e.csv": b'"',
+    }
     for name, start in starts.items():
         bomb = tmp_path / f"{name}{ending}"
         bomb.write_bytes(COMPRESS[ending](start + b"\n" * (1 << 24)))

@@ -267,7 +267,9 @@ def test_what_is_huge_in_memory_is_refused(hub: Hub) -> None:
         "bomb": "rows.jsonl.gz' decompresses to more than 200 times its size",
     }
     start = time.monotonic()
-    for message, (name, part) in zip(try_all(hub, *((f"you/{n}", {}) for n in expected)), expected.items(), strict=True):
+    for message, (name, part) in zip(
+        try_all(hub, *((f"you/{n}", {}) for n in expected)), expected.items(), strict=True
+    ):
         assert message.startswith(f"ValueError: source='you/{name}") and part in message and len(message) < 500, message
     assert time.monotonic() - start < 60
 

@@ -496,7 +496,9 @@ def test_the_server_goes_down_in_the_middle(hub: Hub, result: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "step", "committed"), [("pushing", "_write_shards", 0), ("HfApi", "create_commit", 1)])
+@pytest.mark.parametrize(
+    ("module", "step", "committed"), [("pushing", "_write_shards", 0), ("HfApi", "create_commit", 1)]
+)
 def test_a_repository_that_is_made_public_during_the_push_is_said(
     module: str, step: str, committed: int, hub: Hub, result: Path
 ) -> None:
