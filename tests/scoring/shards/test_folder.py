@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 
 from car_datasets import QualityScorer, TextEmbedder, score_in_shards
-from car_datasets.scoring.shards.folder import describe_run, differences, run_id
+from car_datasets.scoring.shards.folder import describe_run, differences, read_part, run_id
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,23 @@ def test_a_damaged_manifest_is_named_in_one_line(content: bytes, tiny_iqs: str, 
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"shard_dir=.*manifest\.json is damaged\. Pass another folder"):
         score_in_shards(pairs, QualityScorer(tiny_iqs, on_invalid="mark"), shard_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {},
+        {b"huggingface": b"{"},
+        {b"huggingface": b"[]"},
+        {b"huggingface": b"[" * 100_000},
+        {b"huggingface": b"7"},
+    ],
+)
+def test_a_part_whose_metadata_nobody_wrote_is_no_part(metadata: dict[bytes, bytes] | None, tmp_path: Path) -> None:
+    table = pa.table({"iqs_score": [1.0]}).replace_schema_metadata(metadata)
+    with pa.OSFile(str(tmp_path / "part.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    read = read_part(tmp_path / "part.arrow")
+    # Without a fingerprint it is a part of no run; with broken metadata, a message says so.
+    assert isinstance(read, str) or read[1] == "None"
