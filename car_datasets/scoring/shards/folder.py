@@ -486,15 +486,7 @@ def read_part(path: Path) -> tuple[Dataset, str] | str:
         part = Dataset.from_file(str(path))
         fingerprint = str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
     # Truncated at the start, or gone; or it holds what no worker wrote.
-    except (
-        pa.ArrowInvalid,
-        FileNotFoundError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except (FileNotFoundError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         return str(error)
     except OSError as error:
         if error.errno is None:  # raised by Arrow for a file that ends early; errors of the system have a number
