@@ -117,6 +117,7 @@ class IQSModel(PreTrainedModel):
             if changes:
                 config = IQSConfig.from_dict({**config.to_dict(), **changes})  # checks the values, unlike setattr
             if config.encoder_source is not None:
+                revisions.read_shapes([place / "model.safetensors"])  # refuses complex numbers
                 with revisions.reading_model(place):
                     head = load_file(place / "model.safetensors")
                 folder, kwargs["state_dict"] = None, {**head, **_source_encoder(config, token)}
