@@ -102,7 +102,7 @@ class Rescoring:
                 continue
             for row, (seen, new) in enumerate(zip(rows[name][:], again[name], strict=True)):
                 if seen != new:
-                    raise Difference(f"source row {self._at(rows, row)} has {name} {seen!r}; scored again, {new!r}")
+                    raise Difference(f"source row {self._at(rows, row)} has {name} {seen}; scored again, {new}")
         words = f"{len(rows)} rows, scored again, have their scores within {TOLERANCES[recipe.dtype]:g}"
         words += " for each exchange" if recipe.turns == "sum" else ""
         return words if recipe.dtype == "float32" else f"{words} ({recipe.dtype})"

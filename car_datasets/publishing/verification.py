@@ -37,6 +37,7 @@ from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import (
     README_FILE,
     REPORT_FILE,
+    RESULT_FILES,
     compare_columns,
     compare_files,
     files_of,
@@ -47,7 +48,7 @@ from car_datasets.results import (
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.stages import select_by
 from car_datasets.utils import hub
-from car_datasets.utils.digests import indices_digest
+from car_datasets.utils.digests import first_difference, indices_digest
 from car_datasets.utils.files import user_path
 from car_datasets.utils.hub import READING_WAITS, asking
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
@@ -56,7 +57,6 @@ OLD = (
     f"digests: this {RECEIPT_FILE} is of format 1, which has none of the files, of single columns and of itself; it cannot "
     "show changes of report.html, selected.json, plots, token counts, distances, embeddings, versions and models"
 )
-BLOCK = 1000  # rows compared at a time
 
 
 class Verification(NamedTuple):
@@ -201,8 +201,8 @@ def _open(
 
     texts = read((RECEIPT_FILE, REPORT_FILE))
     receipt = Receipt.from_json(texts[RECEIPT_FILE], f"{where}/{RECEIPT_FILE}")
-    # The card has the name of the folder's README.
-    texts |= read(name for name in receipt.files if name not in (*texts, README_FILE))
+    # The card has the name of the folder's README. Of other names nothing is fetched, whatever a receipt says.
+    texts |= read(name for name in RESULT_FILES if name in receipt.files and name not in (*texts, README_FILE))
     files = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items() if name in receipt.files}
     report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
     has_pool = any(name.startswith(data_prefix(config_name, SCORED)) for name in seen.files)
@@ -269,8 +269,11 @@ class _Checks:
             "trace in the rows (such as n_init and batch_tokens): only the receipt tells them"
         )
         if scored is not None:  # last, because unlike the others these cannot name the row that differs
-            yield self._counts(scored)
+            report = self._report(scored)
+            yield self._counts(report)
             yield self._digest(scored)
+            if self.found.report is not None:
+                yield self._figures(report)
 
     def _indices(self) -> str:
         receipt, selected = self.receipt, self.found.selected
@@ -399,13 +402,18 @@ class _Checks:
                 if seen != wanted.get(row):
                     raise Difference(f"{SCORED}, row {row}, column {column!r}: {seen!r}, expected {wanted.get(row)!r}")
 
-    def _counts(self, scored: Dataset) -> str:
-        receipt, recipe = self.receipt, self.recipe
+    def _report(self, scored: Dataset) -> SelectionReport:
+        names, seed = self.recipe.names, self.recipe.seed
         try:
-            report = SelectionReport.from_selection(scored, self.found.selected, names=recipe.names, seed=recipe.seed)
-            k = number_of_clusters(recipe.k, report.rows_scored)
+            report = SelectionReport.from_selection(scored, self.found.selected, names=names, seed=seed)
+            number_of_clusters(self.recipe.k, report.rows_scored)
+            return report
         except ValueError as error:
             raise Difference(f"nothing can be counted: {error}") from error
+
+    def _counts(self, report: SelectionReport) -> str:
+        receipt, recipe = self.receipt, self.recipe
+        k = number_of_clusters(recipe.k, report.rows_scored)
         for name, count in counts_of(report).items():
             if count != receipt.counts[name]:
                 raise Difference(f"counts.{name} is {count!r}; the receipt says {receipt.counts[name]!r}")
@@ -417,9 +425,13 @@ class _Checks:
             self.skipped.append(f"the seed: there is no {REPORT_FILE}")
         elif self.found.report.seed != recipe.seed:
             raise Difference(f"{REPORT_FILE} has the seed {self.found.report.seed}; the recipe says {recipe.seed}")
-        elif words := first_other_figure(report, self.found.report, languages=bool(recipe.names.language)):
+        return f"the receipt's counts are those of {report.rows_in} rows"
+
+    def _figures(self, report: SelectionReport) -> str:
+        seen, has_languages = self.found.report, bool(self.recipe.names.language)
+        if seen is not None and (words := first_other_figure(report, seen, has_languages)):
             raise Difference(f"{REPORT_FILE} has {words}")
-        return f"the receipt's counts are those of {len(scored)} rows"
+        return f"the figures of {REPORT_FILE} are those of the rows"
 
     def _digest(self, scored: Dataset) -> str:
         if pool_digest(scored, self.recipe.names) != self.receipt.scored_sha256:
@@ -473,27 +485,3 @@ def compare_pushed(
                 raise ConnectionError(f"it could not be read back ({error})") from error
             if difference := first_difference(table, seen):
                 raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")
-
-
-def first_difference(expected: Dataset, seen: Dataset) -> str | None:
-    """Return the first difference between two datasets in words, `None` if they are equal; NaN equals NaN."""
-    if expected.features != seen.features:
-        return f"the columns are {seen.features}, expected {expected.features}"
-    if len(expected) != len(seen):
-        return f"it has {len(seen)} rows, expected {len(expected)}"
-    pair = [each.with_format("arrow").iter(BLOCK) for each in (expected, seen)]
-    for number, (one, other) in enumerate(zip(*pair, strict=True)):
-        # Arrow compares a block at once; only a block that differs is read row by row.
-        if one.equals(other):
-            continue
-        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), BLOCK * number):
-            for column in wanted:
-                # NaN != NaN, but their representations are equal.
-                if repr(wanted[column]) != repr(found[column]):
-                    return f"row {row}, column {column!r}: {_short(found[column])}, expected {_short(wanted[column])}"
-    return None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,8 +1,8 @@
 """Tell whether two things are the same: sha256 digests of files, models and rows, and class names that do not change.
 
 Does: hash each file once per process and content; find the checkpoint in a folder of the original CaR project; hash
-columns independently of how Arrow stores them; name a class after the package, so that a move of its file changes
-neither pickles nor the fingerprints of `datasets`.
+columns independently of how Arrow stores them; find the first difference of two datasets; name a class after the
+package, so that a move of its file changes neither pickles nor the fingerprints of `datasets`.
 Does not: access the Hub, or export a class; `car_datasets/__init__.pyi` does.
 """
 
@@ -233,6 +233,30 @@ def _feed_buffers(content: Any, array: pa.Array) -> bool:
     content.update(wide.dtype.kind.encode() if len(wide) else b"")
     content.update(wide)
     return True
+
+
+def first_difference(expected: Dataset, seen: Dataset) -> str | None:
+    """Return the first difference between two datasets in words, `None` if they are equal; NaN equals NaN."""
+    if expected.features != seen.features:
+        return f"the columns are {seen.features}, expected {expected.features}"
+    if len(expected) != len(seen):
+        return f"it has {len(seen)} rows, expected {len(expected)}"
+    pair = [each.with_format("arrow").iter(BLOCK) for each in (expected, seen)]
+    for number, (one, other) in enumerate(zip(*pair, strict=True)):
+        # Arrow compares a block at once; only a block that differs is read row by row.
+        if one.equals(other):
+            continue
+        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), BLOCK * number):
+            for column in wanted:
+                # NaN != NaN, but their representations are equal.
+                if repr(wanted[column]) != repr(found[column]):
+                    return f"row {row}, column {column!r}: {_short(found[column])}, expected {_short(wanted[column])}"
+    return None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def rows_digest(dataset: Dataset) -> str:

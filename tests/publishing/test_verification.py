@@ -41,9 +41,9 @@ def test_a_true_selection_matches(run: tuple[Path, Path], tiny_iqs: str, tiny_em
     assert skipped.startswith("whether the clusters and distances follow from the embeddings, the versions, and")
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert found.checked[0].startswith(f"the receipt, {len(files) - 1} files and 24 columns have the receipt's sha256")
-    assert found.checked[-4] == "24 rows, scored again, have their scores within 1e-05"
-    assert found.checked[-3] == "24 rows, embedded again, have their embeddings within 1e-05"
-    assert len(found.checked) == 10
+    assert found.checked[-5] == "24 rows, scored again, have their scores within 1e-05"
+    assert found.checked[-4] == "24 rows, embedded again, have their embeddings within 1e-05"
+    assert len(found.checked) == 11
 
 
 def change(folder: Path, name: str, **columns: Callable[[list[Any]], list[Any]]) -> None:
@@ -263,7 +263,7 @@ EDITS = [
         for column, edit in (
             ("iqs_tokens", rows_of(table, iqs_tokens=first(7))),
             ("iqs_truncated", rows_of(table, iqs_truncated=first(True))),
-            ("iqs_status", rows_of(table, iqs_status=first("empty_response"))),
+            ("iqs_status", rows_of(table, iqs_status=first("tool_call"))),
             ("cluster_distance", rows_of(table, cluster_distance=first(0.25))),
         )
     ),
@@ -467,7 +467,7 @@ def test_other_sources_and_recipes_match(kind: str, tiny_iqs: str, tiny_embedder
     curate(rows if kind == "memory" else given, tmp_path / "out", **settings)
     found = verify(tmp_path / "out", source=given, rescore=5, scorer=tiny_iqs)
     assert found.matches, found.difference
-    assert len(found.checked) == 9
+    assert len(found.checked) == 10
     assert any(words.startswith("the embedder 'embedder") for words in found.skipped)
 
 
