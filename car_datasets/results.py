@@ -184,8 +184,9 @@ def compare_files(receipt: Receipt, seen: Mapping[str, str], others: Sequence[st
         pushed (`bool`): they are in a repository, which has some of the files, and the rows in files of its own.
     """
     differences = [f"{name} does not have the receipt's sha256" for name in seen if seen[name] != receipt.files[name]]
-    rows = {SELECTED_TABLE, SCORED_TABLE} if pushed else set()
-    missing = [name for name in receipt.files if name not in seen and name not in rows]
+    # The README of a repository is its card.
+    elsewhere = {SELECTED_TABLE, SCORED_TABLE, README_FILE} if pushed else set()
+    missing = [name for name in receipt.files if name not in seen and name not in elsewhere]
     skipped = [f"{listed(missing)}: {'not pushed' if pushed else 'no longer in the folder'}"] if missing else []
     # A file that looks like one of the result would be taken for one.
     procedure = PROCEDURES.get(str(receipt.recipe.get("procedure")))

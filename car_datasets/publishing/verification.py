@@ -201,14 +201,14 @@ def _open(
 
     texts = read((RECEIPT_FILE, REPORT_FILE))
     receipt = Receipt.from_json(texts[RECEIPT_FILE], f"{where}/{RECEIPT_FILE}")
-    # The card has the name of the folder's README. Of other names nothing is fetched, whatever a receipt says.
-    texts |= read(name for name in RESULT_FILES if name in receipt.files and name not in (*texts, README_FILE))
-    files = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items() if name in receipt.files}
     report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
     has_pool = any(name.startswith(data_prefix(config_name, SCORED)) for name in seen.files)
     # Both splits and the receipt must be of one commit; a branch may move between two requests.
     selected = load_split(repo_id, config_name, split, seen.sha, token)
     scored = load_split(repo_id, config_name, SCORED, seen.sha, token) if has_pool else None
+    # The card has the name of the folder's README. Of other names nothing is fetched, whatever a receipt says.
+    texts |= read(name for name in RESULT_FILES if name in receipt.files and name not in (*texts, README_FILE))
+    files = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items() if name in receipt.files}
     read_here = tuple(data_prefix(config_name, name) for name in (split, SCORED))
     others = [n for n in seen.files if n not in (*files, RECEIPT_FILE) and not n.startswith((".", *read_here))]
     return _Found(selected, scored, report, receipt, files, others, pushed=True)

@@ -106,6 +106,22 @@ def file_digest(path: Path) -> str:
     return _remembered_sha256(path.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
+def contents_digest(paths: Iterable[Path]) -> str:
+    """Return the sha256 over the contents of files, in the order given, whatever their names."""
+    return hashlib.sha256("".join(map(file_digest, paths)).encode()).hexdigest()
+
+
+def bound(dataset: Dataset) -> Dataset:
+    """Bind a dataset that was opened from Arrow files to their content, by its fingerprint; return it.
+
+    `datasets` takes the fingerprint from the file's metadata, or from its path and time. `.map` finds its cached results
+    by it, and would find those of other rows if the file has been replaced.
+    """
+    content = contents_digest(Path(file["filename"]) for file in dataset.cache_files)
+    dataset._fingerprint = hashlib.sha256(f"{dataset._fingerprint} {content}".encode()).hexdigest()[:32]
+    return dataset
+
+
 @functools.lru_cache(maxsize=4096)
 def _remembered_sha256(path: Path, size: int, modified: int, changed: int) -> str:
     return _sha256(path)
