@@ -166,12 +166,14 @@ class Compared(NamedTuple):
 
 
 def files_of(folder: Path, receipt: Receipt) -> tuple[dict[str, str], list[str]]:
-    """Return the sha256 of the files in a folder that its receipt names, and the names of all others but the receipt."""
+    """Return the sha256 of the files in a folder that its receipt names, and the names of all others but the receipt.
+
+    What is no file, such as a folder, has an empty sha256. Of other folders the name alone is returned.
+    """
     known = {name: folder / name for name in receipt.files}
-    parts = ("*", f"{PLOTS_FOLDER}/*")
-    every = {path.relative_to(folder).as_posix() for part in parts for path in folder.glob(part) if path.is_file()}
-    seen = {name: file_digest(path) for name, path in known.items() if path.is_file()}
-    return seen, sorted(every - {*known, RECEIPT_FILE})
+    every = {path.relative_to(folder).as_posix() for part in ("*", f"{PLOTS_FOLDER}/*") for path in folder.glob(part)}
+    seen = {name: file_digest(p) if p.is_file() else "" for name, p in known.items() if os.path.lexists(p)}
+    return seen, sorted(every - {*known, RECEIPT_FILE, PLOTS_FOLDER})
 
 
 def compare_files(receipt: Receipt, seen: Mapping[str, str], others: Sequence[str], pushed: bool = False) -> Compared:

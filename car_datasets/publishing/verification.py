@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.loading.files import is_address
 from car_datasets.loading.hub_datasets import load_split
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.sources import Origin, number_rows, open_rows, source_numbers
-from car_datasets.loading.values import carried
+from car_datasets.loading.values import any_feature, carried
 from car_datasets.publishing.card import SCORED, data_prefix
 from car_datasets.publishing.rescoring import Difference, Rescoring
 from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, pool_digest, reading_of
@@ -148,6 +148,7 @@ def verify(
             checks.passed.append(words)
     except Difference as error:
         checks.differences.append(str(error))
+        checks.skipped.append("what comes after the last difference: the rows, the choice, the counts or the models")
     if found.scored is None and not checks.differences:
         checks.skipped.append(f"the choice, the counts and the pool: there is no split {SCORED!r}")
     return Verification(tuple(checks.passed), tuple(checks.skipped), tuple(checks.differences))
@@ -365,6 +366,9 @@ class _Checks:
             places = _places(source, table) if by_content else positions_in_pool(source, table, index)
             if len(twice := np.flatnonzero(np.bincount(places) > 1)):
                 raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
+            for column, names in _labels(source).items():
+                if _labels(table).get(column, names) != names:
+                    raise Difference(f"{name} names the labels of {column!r} otherwise than the source, {names}")
             # Cast, because Parquet and JSON may give other types for equal values.
             same = table.select_columns(source.column_names).cast(source.features)
         except ValueError as error:  # Arrow's errors derive from it
@@ -440,6 +444,14 @@ class _Checks:
 
 
 _WHAT = {"memory": "a dataset in memory", "files": "several files"}
+
+
+def _labels(dataset: Dataset) -> dict[str, list[list[str]]]:
+    """Return the names of the labels, at any depth, of each column that has any; equal numbers mean equal labels then."""
+    found: dict[str, list[list[str]]] = defaultdict(list)
+    for column, feature in dataset.features.items():
+        any_feature(feature, lambda f, seen=found[column]: isinstance(f, ClassLabel) and seen.append(f.names))  # type: ignore[misc]
+    return {column: names for column, names in found.items() if names}
 
 
 def _places(source: Dataset, table: Dataset) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from typer.testing import CliRunner
 
 from car_datasets import curate, verify
@@ -256,6 +256,9 @@ EDITS = [
     ),
     (replaced("plots/plot_none.png"), "plots/plot_none.png: not in the receipt"),
     (replaced("clustering.json"), "clustering.json: not in the receipt"),
+    (lambda folder: (folder / "more").mkdir(), "more: not in the receipt"),
+    (lambda folder: ((folder / "report.md").unlink(), (folder / "report.md").mkdir()), "report.md does not have"),
+    (in_receipt(files={"../rows.jsonl": "0" * 64}), "files has '../rows.jsonl', which is no name of a file"),
     (lambda folder: (folder / "report.html").unlink(), "report.html: no longer in the folder"),
     *(
         (edit, f"the column {column!r} of {table} does not have the receipt's sha256")
@@ -281,6 +284,9 @@ def test_an_edit_is_reported_by_name(
     edit(tmp_path / "out")
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--source", str(source)])
     is_missing = "not in the receipt" in words or "no longer" in words  # nothing that is read differs
+    if "no name" in words:
+        assert done.exit_code == 2 and words in done.output
+        return
     assert done.exit_code == (0 if is_missing else 1), done.output
     start = "not checked: " if is_missing else "mismatch: "
     assert [line for line in done.output.splitlines() if line.startswith(start) and words in line], done.output
@@ -314,6 +320,25 @@ def test_a_forged_receipt_does_not_hide_what_models_and_rows_give(
     found = verify(tmp_path / "out", source=source, rescore=24, scorer=tiny_iqs, embedder=tiny_embedder)
     [difference] = found.differences
     assert words in difference
+
+
+def test_labels_of_other_names_are_other_labels(tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
+    kinds = [i % 2 for i in range(24)]
+    rows = short_rows().add_column("kind", kinds, feature=ClassLabel(names=["good", "bad"]))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    models = {"scorer": tiny_iqs, "embedder": tiny_embedder}
+    curate(tmp_path / "rows.parquet", tmp_path / "out", **models, n1=5, k=3)
+    assert verify(tmp_path / "out", source=tmp_path / "rows.parquet").matches
+
+    def swap_labels(folder: Path) -> None:
+        for name in ("selected", "scored"):
+            table = Dataset.from_parquet(str(folder / f"{name}.parquet"), keep_in_memory=True)
+            table.cast_column("kind", ClassLabel(names=["bad", "good"])).to_parquet(folder / f"{name}.parquet")
+
+    forged(swap_labels)(tmp_path / "out")
+    found = verify(tmp_path / "out", source=tmp_path / "rows.parquet")
+    assert found.difference is not None and "names the labels of 'kind' otherwise than the source" in found.difference
+    assert found.skipped == ("what comes after the last difference: the rows, the choice, the counts or the models",)
 
 
 def test_without_models_it_says_what_only_they_can_tell(run: tuple[Path, Path], tmp_path: Path) -> None:
