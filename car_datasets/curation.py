@@ -32,7 +32,6 @@ from car_datasets.loading.sources import (
 )
 from car_datasets.loading.values import any_feature, carried, is_json
 from car_datasets.receipt import (
-    RECEIPT_FILE,
     Receipt,
     describe_source,
     make_receipt,
@@ -44,7 +43,7 @@ from car_datasets.receipt import (
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import files_to_replace, unfinished, write_result
+from car_datasets.results import Extra, files_to_replace, unfinished, write_result
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
@@ -292,11 +291,10 @@ def _write_files(folder: Path, curated: Curated, overview: Overview, stages: Pip
     # The receipt first: hashing and counting may fail, and then nothing has been written.
     with unfinished(folder, written.old) as place:
         pictures = report.pictures(overview, recipe.projection)
-        files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}
         tables = stages.procedure.tables(selected, without_vectors, scorer.objective, names)
         if written.own_index:
             names = replace(names, index="")  # the original's files hold every column of the source
-        write_result(place, selected, scored, report, files, tables, names)
+        write_result(place, selected, scored, report, Extra(receipt, pictures, tables), names)
 
 
 def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None = None) -> bool:

@@ -403,6 +403,7 @@ def push(
     scorer=option(str | None, "Rescore with the scorer in this folder, if it was a folder.", panel=SCORING),
     tokenizer=option(str | None, "Rescore with the tokenizer in this folder, if it was a folder.", panel=SCORING),
     engine=option(str | None, "Rescore with the int8 encoder in this folder, if one was used.", panel=SCORING),
+    embedder=option(str | None, "Embed again with the embedder in this folder, if it was a folder.", panel=SCORING),
     revision=option(str | None, "Check this branch, tag or commit of the repository.", panel=HUB),
     config_name=option(str, "Check this configuration of the repository.", CONFIG_NAME, panel=HUB),
     split=option(str, "Check the selected rows in this split of the repository.", SPLIT, panel=HUB),
@@ -416,9 +417,9 @@ def verify(
     ],
     **options: Any,
 ) -> None:
-    """Check a selection against its receipt: its source, its choice and, with --rescore, its scores.
+    """Check a selection against its receipt: its files, its source, its choice and, with --rescore, its scores.
 
-    A difference is printed, and the exit code is then 1.
+    All differences are printed, and the exit code is then 1; what was not checked is printed as well.
     """
     from car_datasets.publishing.verification import verify
 
@@ -427,7 +428,10 @@ def verify(
         echo(f"ok: {words}")
     for words in found.skipped:
         echo(f"not checked: {words}")
-    echo("match" if found.matches else f"mismatch: {found.difference}")
+    for words in found.differences:
+        echo(f"mismatch: {words}")
+    if found.matches:
+        echo("match")
     # 1 for a mismatch, so that scripts can tell it from a wrong call, which exits with 2.
     if not found.matches:
         raise typer.Exit(1)

@@ -27,7 +27,7 @@ from car_datasets.scoring.batching import watching
 from car_datasets.scoring.shards.claims import CLAIM, Claims
 from car_datasets.scoring.shards.storage import Folder, open_storage
 from car_datasets.scoring.stage import Progress, Stage, read_columns, refuse_taken
-from car_datasets.utils.digests import content_digest
+from car_datasets.utils.digests import bound, content_digest
 from car_datasets.utils.files import cache_folder, write_whole
 from car_datasets.utils.processes import launched_rank, local_rank
 
@@ -483,7 +483,7 @@ def read_part(path: Path) -> tuple[Dataset, str] | str:
     try:
         with pa.memory_map(str(path)) as file:
             metadata = pa.ipc.open_stream(file).schema.metadata or {}
-        part = Dataset.from_file(str(path))
+        part = bound(Dataset.from_file(str(path)))
         fingerprint = str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
     # Truncated at the start, or gone; or it holds what no worker wrote.
     except (FileNotFoundError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
