@@ -14,7 +14,6 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -110,30 +109,25 @@ Source = Annotated[
 ]
 
 
-class NewPath(click.Path):
-    """The type of an option for what a command will write; an empty name and an address are refused.
+def parse_new_path(text: str) -> Path:
+    """Return the path of what a command will write; an empty name and an address are refused as wrong calls.
 
-    They are refused here, as a `Path` of either would be one of a local folder: the current one, or one called `s3:`.
+    A `Path` of either would be one of a local folder: the current one, or one called `s3:`.
     """
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path, with `~` as the home folder."""
-        try:
-            return output_path(value, "" if param is None else param.opts[0])
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+    try:
+        return output_path(text, "")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
-NEW_PATH = NewPath()
-Output = Annotated[
-    Path, typer.Option("--output", "-o", click_type=NEW_PATH, help="Write the result into this new folder.")
-]
+NEW_PATH: dict[str, Any] = {"parser": parse_new_path, "metavar": "<path>"}  # of an option for what will be written
+Output = Annotated[Path, typer.Option("--output", "-o", help="Write the result into this new folder.", **NEW_PATH)]
 OutputFile = Annotated[
     Path,
     typer.Option(
         *("--output", "-o"),
-        click_type=NEW_PATH,
         help="Write this new file: .parquet, or .json for a list of rows in the original's format.",
+        **NEW_PATH,
     ),
 ]
 SHARED = {

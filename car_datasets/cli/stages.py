@@ -190,9 +190,9 @@ def score(
         typer.Option(
             "--output",
             "-o",
-            click_type=NEW_PATH,
             help="Write this new file: .parquet, or .json for a list of rows in the original's format. Without it, "
             "only fill --shards.",
+            **NEW_PATH,
         ),
     ] = None,
     embeddings: Annotated[
@@ -301,7 +301,7 @@ def cluster(
     changes: dict[str, Any],
     save_model: Annotated[
         Path | None,
-        typer.Option(click_type=NEW_PATH, rich_help_panel=OUTPUT, help="Also save the cluster model into this folder."),
+        typer.Option(rich_help_panel=OUTPUT, help="Also save the cluster model into this folder.", **NEW_PATH),
     ] = None,
     **options: Any,
 ) -> None:

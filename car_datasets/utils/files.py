@@ -93,13 +93,13 @@ def output_path(path: str | os.PathLike[str], argument: str = "output_dir") -> P
     Raises:
         ValueError: it is empty, or an address, for which a local folder `s3:` would be made.
     """
-    text = os.fspath(path)
+    text, shown = os.fspath(path), f"{argument}=" if argument else ""
     if not text.strip():
-        raise ValueError(f"{argument}={text!r} is empty; name a path, such as {argument}='out'.")
+        raise ValueError(f"{shown}{text!r} is empty; name a path, such as {shown}'out'.")
     if address := _ADDRESS.match(text):
         raise ValueError(
-            f"{argument}={text!r} is an address of the scheme {address[1]!r}, and results are written to a local path. "
-            "Name one, and copy the result from there."
+            f"{shown}{text!r} is an address of the scheme {address[1]!r}, and results are written to a local path. Name "
+            "one, and copy the result from there."
         )
     return user_path(text)
 
