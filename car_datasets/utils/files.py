@@ -202,8 +202,7 @@ def claimed(
     Raises:
         ValueError: another process holds the claim, or nothing can be written there.
     """
-    digest = hashlib.sha256("\n".join(map(repr, run)).encode(errors="surrogatepass")).hexdigest()[:16]
-    claim = from_main(lambda: _claim(target, digest, files, argument))
+    claim = from_main(lambda: take_claim(target, run, files, argument))
     try:
         yield claim
     finally:
@@ -211,10 +210,19 @@ def claimed(
             claim.release()
 
 
-def _claim(target: Path, run: str, files: Sequence[Path], argument: str) -> Claim:
+def take_claim(target: Path, run: Sequence[object], files: Sequence[Path] = (), argument: str = "--output") -> Claim:
+    """Take the claim of [`claimed`] for this process alone, which must release it.
+
+    Args:
+        target (`Path`), run (`Sequence`), files (`Sequence[Path]`), argument (`str`): as in [`claimed`].
+
+    Raises:
+        ValueError: another process holds the claim, or nothing can be written there.
+    """
+    digest = hashlib.sha256("\n".join(map(repr, run)).encode(errors="surrogatepass")).hexdigest()[:16]
     place = target / WRITING if files else target.with_name(f".{target.name}{WRITING}")
     shown = f"{argument}={str(target)!r}"
-    content = json.dumps({**this_process(), "run": run, "id": uuid.uuid4().hex}).encode()
+    content = json.dumps({**this_process(), "run": digest, "id": uuid.uuid4().hex}).encode()
     made = [folder for folder in (place.parent, *place.parent.parents) if not folder.exists()]
     try:
         holder = _create_claim(place, content)
@@ -230,7 +238,7 @@ def _claim(target: Path, run: str, files: Sequence[Path], argument: str) -> Clai
             "mend this one."
         ) from error
     if holder is not None:
-        raise ValueError(f"{shown} is being written by {_who(holder, run, place)}")
+        raise ValueError(f"{shown} is being written by {_who(holder, digest, place)}")
     return Claim(target, place, content, shown, files or [target], [_state(path) for path in files or [target]], made)
 
 

@@ -139,8 +139,8 @@ class Folder:
             self._fs, self._path = url_to_fs(self.location)
         except (ImportError, ValueError) as error:  # not installed, or not known to fsspec
             raise ValueError(
-                f"{shown}: the filesystem of this URL is not installed ({error}). Install it, as by pip install s3fs "
-                "for s3://, or name a local folder."
+                f"{shown}: no filesystem is installed for this URL ({error}). Install its package, such as s3fs for "
+                "s3://, or name a local folder."
             ) from error
         # Local paths bypass fsspec where the system's own calls are atomic (O_EXCL, rename).
         self.local = Path(self._path) if isinstance(self._fs, LocalFileSystem) else None
