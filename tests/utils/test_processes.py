@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -21,6 +27,7 @@ from car_datasets.utils.processes import (
     process_rank,
     start_processes,
 )
+from tests.conftest import ROOT
 
 
 @pytest.mark.usefixtures("on_cpu")
