@@ -26,7 +26,8 @@ from typing import Any
 import typer
 from typer.models import OptionInfo
 
-from car_datasets.utils.files import FULL, UNFINISHED, cache_folder, printable
+from car_datasets.recipe import Recipe
+from car_datasets.utils.files import FULL, UNFINISHED, cache_folder, claimed, printable
 from car_datasets.utils.processes import exit_code, launched_rank, terminable
 
 Command = Callable[..., None]
@@ -187,3 +188,28 @@ def _silence() -> Iterator[None]:
 def echo(text: str, err: bool = False) -> None:
     """Print one line, whatever names, paths and statuses of others it contains."""
     typer.echo(printable(text).replace("\n", r"\n"), err=err)
+
+
+def holds_result(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
+    """Return True if the same command has written the result, and was then interrupted or is typed again."""
+    from car_datasets.utils.processes import from_main
+
+    # By the main process alone, which asks the Hub once.
+    return from_main(lambda: _is_complete(folder, source, settings, token))
+
+
+def _is_complete(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
+    from car_datasets.curation import made_by
+    from car_datasets.results import NEW, RESULT_FILES, read_result
+
+    try:
+        receipt = read_result(folder).receipt
+        if receipt is None or not made_by(receipt, source, settings, token):
+            return False
+    # Not a result, or an unfinished one, or a source that is not there: `curate` decides what to do.
+    except (ValueError, FileNotFoundError):
+        return False
+    # A claim that a killed run has left is removed, and so are its temporary files.
+    with claimed(folder, (), [folder / name for name in RESULT_FILES]):
+        shutil.rmtree(folder / NEW, ignore_errors=True)
+    return True

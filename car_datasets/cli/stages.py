@@ -7,7 +7,6 @@ Does not: hold logic, or import a heavy library before a command runs, so that `
 from __future__ import annotations
 
 import contextlib
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +29,7 @@ from car_datasets.cli.app import (
     quiet_models,
     recipe_options,
 )
+from car_datasets.cli.running import holds_result
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
 from car_datasets.recipe import HUB, OUTPUT, SCORING, Recipe, listed
 from car_datasets.utils.files import Claim, claimed, fresh_file, fresh_folder, prepare_cache, sample_file
@@ -92,7 +92,7 @@ def curate(
     if push is not None:
         _refuse_push(push, private, token)
     # Interrupted after the result, or while it was pushed, the same command must not refuse its own result.
-    if (push is not None or not options["overwrite"]) and _is_there(output, source, recipe, token):
+    if (push is not None or not options["overwrite"]) and holds_result(output, source, recipe, token):
         echo(f"{output} holds this result already: it is complete, and the same settings and source made it.")
     else:
         report = curate(
@@ -110,31 +110,6 @@ def _refuse_push(repo: str, private: bool, token: str | None) -> None:
     from car_datasets.utils.processes import from_main
 
     from_main(lambda: check_repository(repo, private, token, "dataset", "--push"))
-
-
-def _is_there(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
-    """Return True if the same command has written the result, and was then interrupted or is typed again."""
-    from car_datasets.utils.processes import from_main
-
-    # By the main process alone, which asks the Hub once.
-    return from_main(lambda: _is_complete(folder, source, settings, token))
-
-
-def _is_complete(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
-    from car_datasets.curation import made_by
-    from car_datasets.results import NEW, RESULT_FILES, read_result
-
-    try:
-        receipt = read_result(folder).receipt
-        if receipt is None or not made_by(receipt, source, settings, token):
-            return False
-    # Not a result, or an unfinished one, or a source that is not there: `curate` decides what to do.
-    except (ValueError, FileNotFoundError):
-        return False
-    # A claim that a killed run has left is removed, and so are its temporary files.
-    with claimed(folder, (), [folder / name for name in RESULT_FILES]):
-        shutil.rmtree(folder / NEW, ignore_errors=True)
-    return True
 
 
 def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None) -> None:
@@ -156,7 +131,7 @@ def demo(
     quiet_models()
     from car_datasets.curation import curate
 
-    if not options["overwrite"] and _is_there(output, str(sample_file()), Recipe(budget=budget), None):
+    if not options["overwrite"] and holds_result(output, str(sample_file()), Recipe(budget=budget), None):
         echo(f"{output} holds this result already: it is complete, and the same settings made it.")
         return
     # The default scorer and the sample are part of the package, so this needs no network.
