@@ -12,7 +12,6 @@ import glob
 import hashlib
 import json
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +48,7 @@ from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.stages import select_by
 from car_datasets.utils import hub
 from car_datasets.utils.digests import first_difference, indices_digest
-from car_datasets.utils.files import user_path
+from car_datasets.utils.files import private_folder, user_path
 from car_datasets.utils.hub import READING_WAITS, asking
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
@@ -488,11 +487,11 @@ def compare_pushed(
         ValueError: they differ; the message names the first row and column.
         ConnectionError: they could not be read back, which says nothing about their content.
     """
-    with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
+    with private_folder("check") as place:
         for name, table in tables.items():
             try:
                 # An empty cache, because a cached copy would be compared with itself.
-                seen = load_split(repo_id, config_name, name, sha, token, place)
+                seen = load_split(repo_id, config_name, name, sha, token, str(place))
             except (ConnectionError, ValueError) as error:
                 raise ConnectionError(f"it could not be read back ({error})") from error
             if difference := first_difference(table, seen):

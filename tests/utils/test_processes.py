@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -21,6 +27,7 @@ from car_datasets.utils.processes import (
     process_rank,
     start_processes,
 )
+from tests.conftest import ROOT
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -123,3 +130,42 @@ def test_an_error_can_be_sent(error: Exception, sent: str) -> None:
         raise error
 
     assert repr(_attempt(fail)[1]) == sent
+
+
+WORKER = """
+import os, time
+from pathlib import Path
+from car_datasets.utils.processes import device_for
+
+def work(batch, rank):
+    device_for(rank)
+    Path("worker").write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+PARENT = """
+from datasets import Dataset
+from car_datasets import map_across_gpus
+from worker_module import work
+
+if __name__ == "__main__":
+    map_across_gpus(Dataset.from_dict({"a": [1, 2]}), work, num_proc=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends the workers on Linux only")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "worker_module.py").write_text(WORKER)
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    parent.kill()
+    parent.wait(60)
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

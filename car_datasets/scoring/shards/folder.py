@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from car_datasets.scoring.batching import watching
 from car_datasets.scoring.shards.claims import CLAIM, Claims
-from car_datasets.scoring.shards.storage import Folder, open_storage
+from car_datasets.scoring.shards.storage import MANIFEST, Folder, open_storage
 from car_datasets.scoring.stage import Progress, Stage, read_columns, refuse_taken
 from car_datasets.utils.digests import bound, content_digest
 from car_datasets.utils.files import cache_folder, write_whole
@@ -42,7 +42,6 @@ FORMAT = 1  # of the folder; part of the manifest, so that a run never resumes i
 # revisions pin, so it is resumed from a model folder at another path.
 FREE_FIELDS = ("model_id", "tokenizer", "engine", "batch_tokens")
 
-MANIFEST = "manifest.json"
 PART = re.compile(r"part-(\d+)\.arrow")
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,6 @@ class SharedRun(ABC):
         self.id = run_id(self.manifest)
         cache = cache_folder() / self.id
         location = _on_one_machine(cache) if options.shard_dir is None else options.shard_dir
-        refuse_blank(location)
         self.folder = open_storage(location, options.token)
         self.shown = f"shard_dir={str(self.folder)!r}"
         # Two streams that begin alike have one id, so copies are kept apart by the address of the folder.
@@ -369,12 +367,6 @@ class SharedRun(ABC):
 
             self._tell = tell
             yield show
-
-
-def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
-    """Raise ValueError for an empty name (of an unset variable, say), which would be the working directory."""
-    if not os.fspath(shard_dir).strip():
-        raise ValueError("shard_dir='' is empty. Pass a folder (--shards DIR), or leave it out.")
 
 
 def _on_one_machine(cache: Path) -> Path:
