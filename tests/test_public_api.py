@@ -37,6 +37,7 @@ WIDE = {  # functions of eight parameters or more: what a model or a public call
     "IQSConfig.__init__",
     "_assign",  # kernels of Triton take each buffer by itself
     "_distances",
+    "_round",
     "IQSModel.forward",
     "ClusterModel.fit",
     "cluster_filter",

@@ -26,8 +26,10 @@ except ImportError:  # Triton comes with torch for GPUs, not with torch for CPUs
     triton = None
 
 WIDEST = 256  # coordinates of a point: they are held on the chip at once
-PADDED = 256  # centres are filled up to a multiple of this, the most that any configuration reads at a time
+PADDED = 128  # centres are filled up to a multiple of this, the most that any configuration reads at a time
+
 SUMMED = 2.0**-15  # share of |x| |c| by which adding up in float32 can move the difference of two scores
+ROWS = 16  # points at a time of the kernels that only read them
 
 _given_up: set[str] = set()  # the reason, once a kernel has failed in this process
 
@@ -35,27 +37,24 @@ if triton is not None:
     # One entry per shape of work on the chip: points and centres at a time, warps, and steps read ahead.
     _CONFIGURATIONS = [
         triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps, num_stages=stages)
-        for rows, columns, warps, stages in ((128, 128, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (128, 256, 8, 2))
+        for rows, columns, warps, stages in ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (256, 64, 8, 2))
     ]
 
-    def _assign(
+    def _round(
         points,
-        rounded,
-        half_lengths,
         limits,
-        labels,
-        near,
+        halves,
+        factors,
+        allowed,
         count,
         width,
-        centers,
         ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
         WIDTH: tl.constexpr,
         SUMMED: tl.constexpr,
     ):
+        """Write points rounded to float16, what their products are to be multiplied by, and how far a score can be off."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         place = tl.arange(0, WIDTH)
-        column = tl.arange(0, COLUMNS)
         inside = (row < count)[:, None] & (place < width)[None, :]
         x = tl.load(points + row[:, None] * width + place[None, :], mask=inside, other=0.0)
         largest = tl.max(tl.abs(x), axis=1)
@@ -67,14 +66,37 @@ if triton is not None:
         length = tl.sqrt(tl.sum(x * x, axis=1))
         # What centres were divided by, the greatest length of a rounded centre, and of what rounding took from one.
         unit, longest, furthest = tl.load(limits), tl.load(limits + 1), tl.load(limits + 2)
-        allowed = 2.0 * (off * longest + length * furthest) + SUMMED * length * longest
-        factor = (largest * unit)[:, None]
+        limit = 2.0 * (off * longest + length * furthest) + SUMMED * length * longest
+        tl.store(halves + row[:, None] * WIDTH + place[None, :], half, mask=(row < count)[:, None])
+        tl.store(factors + row, largest * unit, mask=row < count)
+        tl.store(allowed + row, limit, mask=row < count)
+
+    def _assign(
+        halves,
+        rounded,
+        half_lengths,
+        factors,
+        allowed,
+        labels,
+        near,
+        count,
+        centers,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
+        """Write the label of every point, and whether the second best centre is nearer than rounding allows."""
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        place = tl.arange(0, WIDTH)
+        column = tl.arange(0, COLUMNS)
+        half = tl.load(halves + row[:, None] * WIDTH + place[None, :], mask=(row < count)[:, None], other=0.0)
+        factor = tl.load(factors + row, mask=row < count, other=0.0)
         best = tl.full([ROWS], float("inf"), tl.float32)
         second = tl.full([ROWS], float("inf"), tl.float32)
         label = tl.zeros([ROWS], tl.int32)
         for start in range(0, centers, COLUMNS):
             block = tl.load(rounded + (start + column)[None, :] * WIDTH + place[:, None])
-            score = tl.load(half_lengths + start + column)[None, :] - tl.dot(half, block) * factor
+            score = tl.load(half_lengths + start + column)[None, :] - tl.dot(half, block) * factor[:, None]
             least = tl.min(score, axis=1)
             at = tl.min(tl.where(score == least[:, None], column[None, :], COLUMNS), axis=1)
             next_least = tl.min(tl.where(column[None, :] == at[:, None], float("inf"), score), axis=1)
@@ -83,7 +105,8 @@ if triton is not None:
             best = tl.minimum(best, least)
         tl.store(labels + row, label, mask=row < count)
         # Written as "not greater", so that NaN is left to the caller as well.
-        tl.store(near + row, (1 - (second - best > allowed).to(tl.int32)).to(tl.int8), mask=row < count)
+        sure = second - best > tl.load(allowed + row, mask=row < count, other=0.0)
+        tl.store(near + row, (1 - sure.to(tl.int32)).to(tl.int8), mask=row < count)
 
     def _distances(points, centers, labels, distances, count, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -97,6 +120,7 @@ if triton is not None:
     _assign_tuned = triton.autotune(_CONFIGURATIONS, key=["WIDTH"], cache_results=True)(
         triton.jit(do_not_specialize=["count"])(_assign)
     )
+    _round_alone = triton.jit(do_not_specialize=["count"])(_round)
     _distances_alone = triton.jit(do_not_specialize=["count"])(_distances)
 
 
@@ -148,18 +172,22 @@ def _labels(points: Tensor, centers: Tensor, tuned: bool) -> tuple[Tensor, Tenso
     longest, furthest = (matrix.norm(dim=1).amax() for matrix in (back, centers - back))
     half_lengths = torch.full((filled,), float("inf"), device=points.device)
     half_lengths[: len(centers)] = (centers**2).sum(dim=1) / 2
-    labels = torch.empty(count, dtype=torch.int64, device=points.device)
-    near = torch.empty(count, dtype=torch.int8, device=points.device)
-    given = (points, rounded, half_lengths, torch.stack([unit, longest, furthest]), labels, near, count, width, filled)
+    new = points.new_empty
+    halves, factors, allowed = new((count, whole), dtype=torch.float16), new(count), new(count)
+    labels, near = new(count, dtype=torch.int64), new(count, dtype=torch.int8)
+    limits = torch.stack([unit, longest, furthest])
+    _round_alone[(triton.cdiv(count, ROWS),)](
+        points, limits, halves, factors, allowed, count, width, ROWS=ROWS, WIDTH=whole, SUMMED=SUMMED
+    )
+    given = (halves, rounded, half_lengths, factors, allowed, labels, near, count, filled)
 
     def grid(meta: Any) -> tuple[int]:
         return (triton.cdiv(count, meta["ROWS"]),)
 
     if tuned:
-        _assign_tuned[grid](*given, WIDTH=whole, SUMMED=SUMMED)
+        _assign_tuned[grid](*given, WIDTH=whole)
     else:
-        first = _CONFIGURATIONS[0]
-        _assign_tuned.fn[grid](*given, **first.kwargs, WIDTH=whole, SUMMED=SUMMED)
+        _assign_tuned.fn[grid](*given, **_CONFIGURATIONS[0].kwargs, WIDTH=whole)
     return labels, near
 
 
@@ -168,8 +196,8 @@ def _squared_distances(points: Tensor, centers: Tensor, labels: Tensor) -> Tenso
     count, width = points.shape
     distances = torch.empty(count, device=points.device)
     # Of a fixed shape, not a tuned one: the order of adding must not depend on which was fastest today.
-    rows, whole = 32, max(16, 1 << (width - 1).bit_length())
-    _distances_alone[(triton.cdiv(count, rows),)](
-        points, centers.contiguous(), labels, distances, count, width, ROWS=rows, WIDTH=whole
+    whole = max(16, 1 << (width - 1).bit_length())
+    _distances_alone[(triton.cdiv(count, ROWS),)](
+        points, centers.contiguous(), labels, distances, count, width, ROWS=ROWS, WIDTH=whole
     )
     return distances
