@@ -124,9 +124,9 @@ def _refuse_shared_gpus() -> None:
     if 0 < cards < count and not hidden:
         seen = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(cards))
         raise ValueError(
-            f"The launcher started {count} processes on this machine, ranks 0 to {count - 1} (this is {rank}), and there "
-            f"are {cards} GPUs for them: {seen}. NCCL needs one GPU per process: pass --nproc_per_node {cards} to torchrun, "
-            f"or --num_processes {cards} to accelerate launch. Processes can share a GPU without a launcher: start the same "
+            f"The launcher started {count} processes on this machine, ranks 0 to {count - 1} (this is {rank}), which are more "
+            f"than its GPUs: {seen}. NCCL needs one GPU per process: pass --nproc_per_node {cards} to torchrun, or "
+            f"--num_processes {cards} to accelerate launch. Processes can share a GPU without a launcher: start the same "
             "command several times with one --shards DIR."
         )
 
