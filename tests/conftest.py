@@ -20,6 +20,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="car-datasets-tests-")
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+# Else asking whether there is a GPU starts CUDA, which the forks of some tests could then not use.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ.pop("TQDM_DISABLE", None)  # read once, on import; tests of progress need bars that can be drawn
 os.environ["CAR_DATASETS_TOKEN"] = os.environ.pop("HF_TOKEN", "")  # used by --real-hub only
 os.environ["CAR_DATASETS_LOOKUPS"] = os.path.join(os.environ["HF_HOME"], "lookups")
@@ -69,8 +71,11 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     For what runs on the CPU only, and for more processes than there are GPUs, which NCCL refuses.
     """
+    import accelerate
     import torch
 
+    # accelerate keeps the device that it found first, for all later tests of the process.
+    monkeypatch.setattr(accelerate.PartialState, "_shared_state", {})
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -188,12 +188,16 @@ def start_processes() -> None:
     """Join the other processes of a launcher through torch.distributed; do nothing without one, or if done before.
 
     The first call waits for all processes, so call it early, where all arrive at about the same time.
+
+    Raises:
+        ValueError: several of the processes would share a GPU, which NCCL cannot do.
     """
     if _alone.get():
         return
     import torch
 
     if _is_launched() and not _has_joined():
+        _refuse_shared_gpus()
         _accelerate_state()
         if not _has_joined():
             # A plain Accelerator() on a machine without a GPU has told accelerate that there is one process; and on
@@ -203,6 +207,27 @@ def start_processes() -> None:
     if _has_joined():
         atexit.unregister(_leave_gloo)  # so that it is registered once
         atexit.register(_leave_gloo)
+
+
+def _refuse_shared_gpus() -> None:
+    """Raise ValueError if accelerate would start NCCL with more processes on this machine than GPUs."""
+    import torch
+
+    # accelerate takes NCCL only if the launcher set this, and gloo if it was told to stay on the CPU.
+    if "LOCAL_RANK" not in os.environ or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return
+    rank, count = local_rank()
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # A single GPU in this variable may be another one in each process: a wrapper can hide all others from each.
+    hidden = cards == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if 0 < cards < count and not hidden:
+        seen = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(cards))
+        raise ValueError(
+            f"The launcher started {count} processes on this machine, ranks 0 to {count - 1} (this is {rank}), which are more "
+            f"than its GPUs: {seen}. NCCL needs one GPU per process: pass --nproc_per_node {cards} to torchrun, or "
+            f"--num_processes {cards} to accelerate launch. Processes can share a GPU without a launcher: start the same "
+            "command several times with one --shards DIR."
+        )
 
 
 def _is_launched() -> bool:

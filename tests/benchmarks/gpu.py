@@ -24,6 +24,7 @@ from car_datasets.scoring.iqs.packing import can_pack
 from car_datasets.scoring.stage import add_columns
 from car_datasets.utils import revisions
 from tests.benchmarks.encoding import flop
+from tests.benchmarks.gpu_clustering import clustering
 from tests.benchmarks.table import Line
 from tests.benchmarks.texts import rows, texts
 
@@ -244,15 +245,3 @@ def gpu_busy(function: Callable[[], Any]) -> float:
         _wait()
         seconds = time.perf_counter() - start
     return sum(event.self_device_time_total for event in found.key_averages()) / 1e6 / seconds
-
-
-def clustering(count: int = 10_000_000, size: int = 243, k: int = 2236) -> Iterator[Line]:
-    """Time a pass of Lloyd's algorithm, and a covariance, on ten million points that are on the GPU."""
-    from car_datasets.clustering.kmeans import one_pass
-
-    points = torch.randn(count, size, device=DEVICE)
-    centers = points[:k].clone()
-    seconds, _ = timed(lambda: one_pass([points], centers), 1)
-    rate = 2 * count * size * k / seconds / 1e12
-    what = f"K3: a pass of Lloyd, {count:,} x {size}, k = {k:,} ({rate:.0f} TFLOP/s)"
-    yield Line(what, seconds, target="<= 0.1 s", met=seconds <= 0.1)

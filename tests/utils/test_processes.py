@@ -103,6 +103,43 @@ def test_processes_that_accelerate_does_not_see_meet_by_the_variables_of_mpi(mon
     assert met == [(("gloo",), {"rank": 2, "world_size": 3})]
 
 
+@pytest.mark.parametrize(
+    ("cards", "count", "environment", "refused"),
+    [
+        (1, 2, {}, True),
+        (2, 3, {"CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        (2, 2, {}, False),
+        (0, 2, {}, False),  # gloo
+        (1, 2, {"CUDA_VISIBLE_DEVICES": "1"}, False),  # may be another one in the other process
+        (1, 2, {"ACCELERATE_USE_CPU": "true"}, False),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_they_meet(
+    cards: int, count: int, environment: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    for name, value in {**ranks, **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA X")
+    monkeypatch.setattr(processes, "_accelerate_state", lambda: None)
+    met: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *how, **who: met.append(who))
+    if not refused:
+        start_processes()
+        assert len(met) == 1
+        return
+    with pytest.raises(
+        ValueError, match=rf"ranks 0 to {count - 1} .*cuda:0 \(NVIDIA X\).*--nproc_per_node {cards} "
+    ) as error:
+        start_processes()
+    assert "\n" not in str(error.value)
+    assert met == []
+
+
 def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "new_group", None)
     with all_processes() as group:
