@@ -8,6 +8,7 @@ Does not: know a model, or a row.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 WINDOW_TEXTS = 4096  # texts that are tokenised at a time, while the model reads the ones before them
+FIRST_TEXTS = 512  # of the first window on a GPU, which waits for it; each further one is twice as large
 
 
 class Tokens(NamedTuple):
@@ -108,7 +110,11 @@ def _ids_before_cut(
 
 
 def tokenised_ahead(
-    tokenizer: Any, texts: Sequence[str], limit: int, answers_at: Sequence[int] | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    limit: int,
+    answers_at: Sequence[int] | None = None,
+    first: int | None = None,
 ) -> Iterator[Tokens]:
     """Tokenise windows of [`WINDOW_TEXTS`] texts, the next one in a thread while the caller works on the current one.
 
@@ -119,20 +125,26 @@ def tokenised_ahead(
         texts (`Sequence[str]`): entire texts.
         limit (`int`): tokens read of each, special tokens included.
         answers_at (`Sequence[int]`, *optional*): the character at which each answer begins.
+        first (`int`, *optional*): texts of a smaller first window, for a device that waits for it; the further ones
+            double.
 
     Yields:
         [`Tokens`]: of one window after the other.
     """
+    sizes, start = [], 0
+    while start < len(texts):
+        sizes.append(min((first or WINDOW_TEXTS) << min(len(sizes), 20), WINDOW_TEXTS))
+        start += sizes[-1]
 
-    def window(start: int) -> Tokens:
-        part = slice(start, start + WINDOW_TEXTS)
+    def window(end: int, size: int) -> Tokens:
+        part = slice(end - size, end)
         return tokenise(tokenizer, texts[part], limit, None if answers_at is None else answers_at[part])
 
     # One thread: every window changes the truncation of the same tokenizer.
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting: deque[Any] = deque()
-        for start in range(0, len(texts), WINDOW_TEXTS):
-            waiting.append(thread.submit(window, start))
+        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+            waiting.append(thread.submit(window, end, size))
             if len(waiting) > 1:  # one window is read by the caller, and one is being tokenised
                 yield waiting.popleft().result()
         while waiting:
@@ -177,20 +189,26 @@ def token_budget(device: torch.device, units: int, tokens: int | None = None) ->
     return BUDGETS.setdefault((device, units, tokens), Budget(default if tokens is None else tokens))
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut texts into batches of at most `budget` padded tokens, longest first, so that memory peaks at the start.
+def token_batches(lengths: Sequence[int], budget: int, padded: bool = True) -> Iterator[list[int]]:
+    """Cut texts into batches of at most `budget` tokens, longest first, so that memory peaks at the start.
 
     Args:
         lengths (`Sequence[int]`): tokens per text.
         budget (`int`): rows times the longest row of a batch; a text longer than that is a batch of its own.
+        padded (`bool`): pass `False` to count each text with its own length, for an encoder that reads them end to end.
 
     Yields:
         `list[int]`: positions in `lengths`; together they are every position once.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    ends = np.cumsum([lengths[i] for i in order])
     start = 0
     while start < len(order):
-        rows = max(1, budget // max(1, lengths[order[start]]))  # the first is the longest, and sets the padding
+        if padded:
+            rows = max(1, budget // max(1, lengths[order[start]]))  # the first is the longest, and sets the padding
+        else:
+            before = ends[start - 1] if start else 0
+            rows = max(1, int(np.searchsorted(ends, before + budget, side="right")) - start)
         yield order[start : start + rows]
         start += rows
 
@@ -251,13 +269,16 @@ def current_watch() -> Watch | None:
     return _watch.get()
 
 
-def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[int]], T]) -> list[tuple[list[int], T]]:
+def run_batches(
+    lengths: Sequence[int], budget: Budget, forward: Callable[[list[int]], T], padded: bool = True
+) -> list[tuple[list[int], T]]:
     """Call `forward` on the positions of every batch; if memory runs out, halve the budget and batch the rest again.
 
     Args:
         lengths (`Sequence[int]`): tokens per text.
-        budget ([`Budget`]): tokens per batch, padding included.
+        budget ([`Budget`]): tokens per batch.
         forward (`Callable`): a function of positions in `lengths`.
+        padded (`bool`): as in [`token_batches`].
 
     Returns:
         The positions of each batch and what `forward` returned for them.
@@ -269,7 +290,7 @@ def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[
 
     done: list[tuple[list[int], T]] = []
     watch, total = current_watch(), max(1, sum(lengths))
-    waiting = deque(token_batches(lengths, budget.tokens))
+    waiting = deque(token_batches(lengths, budget.tokens, padded))
     while waiting:
         places = waiting.popleft()
         try:
@@ -285,8 +306,29 @@ def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # else blocks cached for the larger batch stay reserved
         rest = [i for batch in (places, *waiting) for i in batch]
-        waiting = deque([rest[i] for i in batch] for batch in token_batches([lengths[i] for i in rest], budget.tokens))
+        left = [lengths[i] for i in rest]
+        waiting = deque([rest[i] for i in batch] for batch in token_batches(left, budget.tokens, padded))
     return done
+
+
+def full_batches(lengths: Sequence[int], budget: int) -> list[int]:
+    """Return the positions in the batches of texts end to end but the last, which further texts may fill."""
+    *full, _ = token_batches(lengths, budget, padded=False)
+    return [place for batch in full for place in batch]
+
+
+def fetch(parts: Sequence[Tensor]) -> Tensor:
+    """Join results of batches in float32, and begin to copy them to the host, which only [`wait_for`] waits for."""
+    joined = torch.cat(list(parts)).float()
+    if joined.device.type != "cuda":
+        return joined
+    return torch.empty(joined.shape, pin_memory=True).copy_(joined, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given, the copies of [`fetch`] included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def in_order(places: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> npt.NDArray[np.float32]:
@@ -296,7 +338,7 @@ def in_order(places: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> npt.ND
         places (`Sequence[Sequence[int]]`): positions of the texts of each batch.
         parts (`Sequence[Tensor]`): the result of each batch.
     """
-    # Copied from the device all at once: a copy after each batch would make the host wait for it.
+    # Copied from the device all at once, unless [`fetch`] has: a copy after each batch would make the host wait for it.
     rows: npt.NDArray[np.float32] = torch.cat(list(parts)).float().cpu().numpy()
     ordered = np.empty_like(rows)
     ordered[np.concatenate(places)] = rows
