@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -131,7 +131,8 @@ def tokenised_ahead(
     Yields:
         [`Tokens`]: of one window after the other.
     """
-    sizes, start = [], 0
+    sizes: list[int] = []
+    start = 0
     while start < len(texts):
         sizes.append(min((first or WINDOW_TEXTS) << min(len(sizes), 20), WINDOW_TEXTS))
         start += sizes[-1]
@@ -311,24 +312,73 @@ def run_batches(
     return done
 
 
-def full_batches(lengths: Sequence[int], budget: int) -> list[int]:
-    """Return the positions in the batches of texts end to end but the last, which further texts may fill."""
-    *full, _ = token_batches(lengths, budget, padded=False)
-    return [place for batch in full for place in batch]
+# A text that waits for its batch: its number among all, its tokens, and the token at which its answer begins.
+_Waiting = tuple[int, Sequence[int], int]
 
 
-def fetch(parts: Sequence[Tensor]) -> Tensor:
-    """Join results of batches in float32, and begin to copy them to the host, which only [`wait_for`] waits for."""
+def run_windows(
+    windows: Iterable[Tokens],
+    total: int,
+    budget: Budget,
+    device: torch.device,
+    forward: Callable[[Sequence[Sequence[int]], Sequence[int]], tuple[Tensor, ...]],
+    padded: bool = True,
+) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int32]]:
+    """Run tokenised texts through a model, window by window, without waiting for a GPU before the end.
+
+    Args:
+        windows (`Iterable[Tokens]`): from [`tokenised_ahead`].
+        total (`int`): texts in all windows, at least 1.
+        budget ([`Budget`]): tokens per batch.
+        device (`torch.device`): of the model.
+        forward (`Callable`): a function of token ids and answer starts of a batch, that returns tensors of shape
+            `(batch, ...)`.
+        padded (`bool`): as in [`token_batches`]; if `False`, a batch that is not full waits for the next window.
+
+    Returns:
+        The tensors of all batches as arrays of shape `(texts, ...)`, in the order of the texts, and the token counts.
+    """
+    numbers: list[list[int]] = []  # of the texts in each of `results`
+    results: list[list[Tensor]] = []
+    lengths: list[int] = []
+    waiting: list[_Waiting] = []
+    for tokens in windows:
+        starts = tokens.answer_starts or [0] * len(tokens.ids)
+        waiting += zip(itertools.count(len(lengths)), tokens.ids, starts)
+        lengths += tokens.lengths
+        now, waiting = waiting, []
+        if not padded and len(lengths) < total:
+            now, waiting = _full_batches(now, budget.tokens)
+
+        # A default binds the value of `now`; the name itself is reassigned by the loop.
+        def step(places: list[int], now: list[_Waiting] = now) -> tuple[Tensor, ...]:
+            _, ids, starts = zip(*(now[i] for i in places), strict=True)
+            with torch.inference_mode():
+                return forward(ids, starts)
+
+        ran = run_batches([len(ids) for _, ids, _ in now], budget, step, padded)
+        if ran:
+            numbers.append([now[i][0] for places, _ in ran for i in places])
+            # Copied to the host window by window, so that the device holds the results of few windows only.
+            results.append([_fetch(parts) for parts in zip(*(output for _, output in ran), strict=True)])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the copies of `_fetch` are not complete before
+    arrays = [in_order(numbers, parts) for parts in zip(*results, strict=True)]
+    return arrays, np.array(lengths, dtype=np.int32)
+
+
+def _full_batches(texts: list[_Waiting], budget: int) -> tuple[list[_Waiting], list[_Waiting]]:
+    """Return the texts of all batches but the last, and those of the last, which further texts may fill."""
+    *full, last = token_batches([len(ids) for _, ids, _ in texts], budget, padded=False)
+    return [texts[i] for batch in full for i in batch], [texts[i] for i in last]
+
+
+def _fetch(parts: Sequence[Tensor]) -> Tensor:
+    """Join results of batches in float32, and begin to copy them to the host; only a synchronisation waits for it."""
     joined = torch.cat(list(parts)).float()
     if joined.device.type != "cuda":
         return joined
     return torch.empty(joined.shape, pin_memory=True).copy_(joined, non_blocking=True)
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was given, the copies of [`fetch`] included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def in_order(places: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> npt.NDArray[np.float32]:
@@ -338,7 +388,7 @@ def in_order(places: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> npt.ND
         places (`Sequence[Sequence[int]]`): positions of the texts of each batch.
         parts (`Sequence[Tensor]`): the result of each batch.
     """
-    # Copied from the device all at once, unless [`fetch`] has: a copy after each batch would make the host wait for it.
+    # Copied from the device all at once, unless [`_fetch`] has: a copy after each batch would make the host wait for it.
     rows: npt.NDArray[np.float32] = torch.cat(list(parts)).float().cpu().numpy()
     ordered = np.empty_like(rows)
     ordered[np.concatenate(places)] = rows

@@ -7,7 +7,6 @@ Does not: know rows or columns.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,17 +19,13 @@ from torch import Tensor
 from car_datasets.loading.templates import Text
 from car_datasets.scoring.batching import (
     FIRST_TEXTS,
-    fetch,
-    full_batches,
-    in_order,
     pad,
     refuse_foreign_tokens,
     refuse_long_texts,
-    run_batches,
+    run_windows,
     to_device,
     token_budget,
     tokenised_ahead,
-    wait_for,
 )
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
@@ -191,39 +186,14 @@ class LoadedScorer(NamedTuple):
         """
         config = self.model.config
         budget = token_budget(self.device, config.encoder_config.hidden_size, batch_tokens)
-        numbers: list[list[int]] = []  # of the texts in each of `results`
-        results: list[list[Tensor]] = []
-        lengths: list[int] = []
-        waiting: list[tuple[int, Sequence[int], int]] = []  # number, tokens and start of the answer of each text
         first = None if self.device.type == "cpu" else FIRST_TEXTS
         # Window by window: while the model reads one, the next is tokenised.
-        for tokens in tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at, first):
-            starts = tokens.answer_starts or [0] * len(tokens.ids)
-            waiting += zip(itertools.count(len(lengths)), tokens.ids, starts)
-            lengths += tokens.lengths
-            now = waiting
-            if self.packed and len(lengths) < len(texts):  # the texts of the last batch wait for others that fill it up
-                ready = set(full_batches([len(ids) for _, ids, _ in waiting], budget.tokens))
-                now = [waiting[i] for i in sorted(ready)]
-                waiting = [text for i, text in enumerate(waiting) if i not in ready]
-            else:
-                waiting = []
-            if not now:
-                continue
+        windows = tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at, first)
 
-            # A default binds the value of `now`; the name itself is reassigned by the loop.
-            def step(places: list[int], now: list[tuple[int, Sequence[int], int]] = now) -> tuple[Tensor, ...]:
-                _, ids, starts = zip(*(now[i] for i in places), strict=True)
-                with torch.inference_mode():
-                    return forward(self._batch(ids, starts if answers_at is not None else None))
+        def run(ids: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, ...]:
+            return forward(self._batch(ids, None if answers_at is None else starts))
 
-            ran = run_batches([len(ids) for _, ids, _ in now], budget, step, padded=not self.packed)
-            numbers.append([now[i][0] for places, _ in ran for i in places])
-            # Copied to the host window by window, so that the device holds the results of few windows only.
-            results.append([fetch(parts) for parts in zip(*(output for _, output in ran), strict=True)])
-        wait_for(self.device)
-        arrays = [in_order(numbers, parts) for parts in zip(*results, strict=True)]
-        return arrays, np.array(lengths, dtype=np.int32)
+        return run_windows(windows, len(texts), budget, self.device, run, padded=not self.packed)
 
     def _batch(self, ids: Sequence[Sequence[int]], answer_starts: Sequence[int] | None) -> Packed | dict[str, Any]:
         """Return texts end to end, or the model's arguments for texts with padding."""

@@ -112,7 +112,7 @@ class PackedEncoder:
         if self._fast is not None:
             try:
                 for tensor in (context, states):
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)  # type: ignore[attr-defined]
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
                 return self._fast(context, states, *weights)
             except torch.OutOfMemoryError:
                 raise

@@ -252,16 +252,20 @@ def pool_packed(states: Iterable[Tensor], packed: Packed, config: Any, combine: 
     numbers = segments.sum(real.unsqueeze(-1).float(), every)  # of the tokens that are kept, by text
 
     def pooled(state: Tensor) -> Tensor:
-        shift, scale = _moments(state, segments, every) if norm else (0.0, 1.0)
-        if config.pooling == "cls":
-            return (state[packed.starts()].float() - shift) * scale
+        shift, scale = _moments(state, segments, every) if norm else (None, None)
         if config.pooling == "avg":
-            return (segments.sum(state, kept) - numbers * shift) * scale / segments.lengths.unsqueeze(-1)
-        states = state[packed.places].float()
-        if norm:  # of each token, that of its text
-            texts = torch.repeat_interleave(packed.lengths, output_size=len(packed.places))
-            states = (states - shift[texts]) * scale[texts]
-        return states
+            sums = segments.sum(state, kept)
+            if shift is not None:
+                sums = (sums - numbers * shift) * scale
+            return sums / segments.lengths.unsqueeze(-1)
+        places = packed.starts() if config.pooling == "cls" else packed.places
+        states = state[places].float()
+        if shift is None or scale is None:
+            return states
+        if config.pooling == "max":  # of each token, that of its text
+            texts = torch.repeat_interleave(packed.lengths, output_size=len(places))
+            shift, scale = shift[texts], scale[texts]
+        return (states - shift) * scale
 
     found: Tensor = next(map(pooled, states)) if combine is None else combine(map(pooled, states))
     if config.pooling == "max":
