@@ -93,12 +93,13 @@ class QualityScorer:
             default. Texts longer than that model's own limit (256 tokens for the default) take a second pass.
         on_invalid (`str`): a row that cannot be scored raises (`"error"`), or gets a null score and its reason in
             `iqs_status` (`"mark"`).
-        dtype (`str`): of the encoder, `"float32"`, `"bfloat16"` or `"float16"`; the head stays in float32.
+        dtype (`str`): of the encoder, `"float32"`, `"float16"` or `"bfloat16"`, which is as fast and ten times less
+            exact; the head stays in float32. Texts that overflow in half precision are scored again in float32.
         batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
             Halved when memory runs out.
         embedding_dtype (`str`): of the embedding column, `"float32"` or `"float16"`, which takes half the disk space.
-        compile (`bool`): `torch.compile` the encoder. Compilation takes about a minute; worthwhile only for large
-            datasets on a GPU.
+        compile (`bool`): `torch.compile` the encoder from the first text on. In half precision on a GPU it is compiled
+            anyway, once a run has taken about a minute and is likely to gain by it.
         engine (`str`, *optional*): a folder with the encoder in int8 for OpenVINO, as written by
             [`~car_datasets.training.quantise_encoder`]; on the CPU only. Scores and embeddings then come from it,
             except the embeddings of texts that take a second pass.

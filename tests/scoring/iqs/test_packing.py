@@ -176,6 +176,15 @@ def test_a_packed_score_does_not_depend_on_its_company(packed_iqs: str, order: l
     assert np.allclose(found, expected[order], atol=TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_cpu")
+def test_a_compiled_scorer_scores_packed_texts_alike(packed_iqs: str, pairs: Dataset) -> None:
+    expected = QualityScorer(packed_iqs)(pairs[:])["iqs_score"]
+    scorer = QualityScorer(packed_iqs, compile=True)
+    assert np.allclose(scorer(pairs[:])["iqs_score"], expected, atol=TOLERANCE)
+    assert scorer.load().encoder.is_compiled
+
+
 @pytest.mark.parametrize("works", [True, False])
 def test_layers_are_compiled_once_and_run_without_it_if_that_fails(
     works: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
