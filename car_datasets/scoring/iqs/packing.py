@@ -70,7 +70,7 @@ def _products(weights: Tensor, blocks: Tensor) -> Tensor:
     """Multiply weights of 0 and 1 with states, block by block, in float32."""
     if blocks.device.type == "cuda" and blocks.dtype in (torch.float16, torch.bfloat16):
         # The products are exact, and their sum is kept in float32, without a copy of the states.
-        with contextlib.suppress(NotImplementedError, TypeError):  # not every version and device can
+        with contextlib.suppress(RuntimeError, TypeError):  # not every version and device can
             return torch.bmm(weights.to(blocks.dtype), blocks, out_dtype=torch.float32)
     return torch.bmm(weights.float(), blocks.float())
 
