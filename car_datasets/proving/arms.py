@@ -30,7 +30,7 @@ from car_datasets.utils.columns import check_columns, read_numbers
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-CountTokens = Callable[[Sequence[str]], Sequence[int]]  # texts of answers to their numbers of tokens
+CountTokens = Callable[[Sequence[Mapping[str, Any]]], Sequence[int]]  # rows of messages to tokens of their answers
 
 SELECTION, RANDOM, CONTROL = "selection", "random", "control"
 BALANCED, MATCHED, LONGEST, BOTTOM = "balanced", "length-matched", "longest", "bottom"
@@ -64,7 +64,8 @@ class Pool:
         grouped_by (`str`): the name of the column of sources, or `"kind of task"`.
         scored (`(n,)` int64): the rows of the pool itself, from which random arms are drawn.
         chosen (`dict`): rows of the selection, under `"selection"`, and of each arm of the caller, in their order.
-        left_out (`dict`): how many scored rows are not in `rows`, and why: `"unreadable"` and `"empty answer"`.
+        left_out (`dict`): how many scored rows are not in `rows`, and why: `"unreadable"`, `"empty answer"` or
+            `"too long"`.
         embedding_column (`str`): the column of `rows` with embeddings; `""` if the result has none.
     """
 
@@ -151,7 +152,8 @@ def read_pool(
 
     Args:
         folder (`str` or `Path`): a folder that `car-datasets curate` wrote.
-        count_tokens (`Callable`): returns the number of tokens of each text in a list, as the trained model counts.
+        count_tokens (`Callable`): returns for a list of rows (`prompt` and `completion`) how many tokens of each answer
+            would be trained on; 0 for a row that does not fit.
         group_column (`str`, *optional*): the column of sources for the balanced arm. Defaults to the first of
             `GROUP_COLUMNS` that is there, else to kinds of task that are found in the texts.
         own (`Mapping[str, str]`, *optional*): arms of the caller: a name, and the folder of another result, whose
@@ -181,18 +183,20 @@ def read_pool(
         chosen[name] = np.array([positions[digest] for digest in digests], dtype=np.int64)
     added = len(rows) - len(found.rows)
     groups = _groups(rows, found, added)
-    return Pool(
+    tokens = _answer_tokens(rows.select_columns(["prompt", "completion"]), count_tokens)
+    pool = Pool(
         rows=rows,
         scores=np.concatenate([found.scores, np.full(added, np.nan)]),
         clusters=np.concatenate([found.clusters, np.full(added, -1)]),
-        tokens=_answer_tokens(rows, count_tokens),
+        tokens=tokens,
         groups=groups,
         grouped_by=found.group_column or "kind of task",
         scored=np.arange(len(found.rows)),
         chosen=chosen,
-        left_out=found.left_out,
+        left_out={**found.left_out, "too long": int(np.count_nonzero(tokens < 1))},
         embedding_column=found.embedding_column,
     )
+    return pool.without(np.flatnonzero(tokens < 1))
 
 
 class _Result(NamedTuple):
@@ -279,8 +283,8 @@ def _groups(rows: Dataset, found: _Result, added: int) -> npt.NDArray[np.str_]:
 
 def _answer_tokens(rows: Dataset, count_tokens: CountTokens) -> Indices:
     counts = [
-        np.asarray(count_tokens([completion[0]["content"] for completion in batch["completion"]]), dtype=np.int64)
-        for batch in rows.select_columns(["completion"]).iter(batch_size=BATCH)
+        np.asarray(count_tokens(rows.select(range(start, min(start + BATCH, len(rows)))).to_list()), dtype=np.int64)
+        for start in range(0, len(rows), BATCH)
     ]
     return np.concatenate(counts)
 

@@ -71,8 +71,8 @@ def find_overlap(rows: Dataset, evaluation: Dataset) -> Overlap:
             if equal or near or same:
                 found["equal" if equal else "near" if near else "asked"].append(position)
             position += 1
-    equal, near, asked = (np.array(positions, dtype=np.int64) for positions in found.values())
-    return Overlap(equal, near, asked, hit)
+    groups = [np.array(positions, dtype=np.int64) for positions in found.values()]
+    return Overlap(groups[0], groups[1], groups[2], hit)
 
 
 def _words(prompt: Messages, completion: Messages) -> tuple[tuple[str, ...], tuple[str, ...]]:
