@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
-from car_datasets.loading.chats import Turn
-from car_datasets.loading.kinds import kinds_of
-from car_datasets.loading.schemas import SCHEMAS, Schema, conversations_of, find_schema
-from car_datasets.loading.values import carried
+from car_datasets.loading.schemas import SCHEMAS, Schema, find_schema
+from car_datasets.proving.examples import BATCH, GROUP_COLUMNS, as_examples, digest_of, find_groups, kinds_of_rows
 from car_datasets.proving.overlap import Overlap, find_overlap
 from car_datasets.receipt import Receipt
 from car_datasets.recipe import Recipe
@@ -35,19 +33,8 @@ CountTokens = Callable[[Sequence[Mapping[str, Any]]], Sequence[int]]  # rows of 
 SELECTION, RANDOM, CONTROL = "selection", "random", "control"
 BALANCED, MATCHED, LONGEST, BOTTOM = "balanced", "length-matched", "longest", "bottom"
 ARMS = (SELECTION, RANDOM, BALANCED, MATCHED, LONGEST, BOTTOM, CONTROL)  # drawn by default, in the order of reports
-GROUP_COLUMNS = (
-    "source",
-    "dataset",
-    "subset",
-    "category",
-    "domain",
-    "task",
-)  # sources by name, the first that is there
-MOST_GROUPS = 100  # values of a column of sources; one with more is taken for free text
 LENGTH_BINS = 32  # of the length-matched arm, over the pool and as many again over the selection
 LAST = 64  # rows among which the last one of an arm is chosen, so that arms have nearly equal tokens
-MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-BATCH = 1_000  # rows that are read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +157,11 @@ def read_pool(
         raise ValueError(f"own has the name {taken[0]!r}, which an arm of the package has; choose another name.")
     found = _read_result(Path(folder), group_column)
     chosen, rows = {SELECTION: found.selected}, found.rows
-    positions = {digest: row for row, digest in enumerate(map(_digest, rows))} if own else {}
+    positions = {digest: row for row, digest in enumerate(map(digest_of, rows))} if own else {}
     for name, other in (own or {}).items():
         theirs = _read_result(Path(other), None)
         picked = theirs.rows.select(theirs.selected)
-        digests = [_digest(row) for row in picked]
+        digests = [digest_of(row) for row in picked]
         new = [i for i, digest in enumerate(digests) if digest not in positions]
         positions |= {digests[i]: len(rows) + n for n, i in enumerate(new)}
         rows = (
@@ -182,7 +169,8 @@ def read_pool(
         )
         chosen[name] = np.array([positions[digest] for digest in digests], dtype=np.int64)
     added = len(rows) - len(found.rows)
-    groups = _groups(rows, found, added)
+    known = [*found.groups, *[""] * added]
+    groups = np.array(known if found.group_column else kinds_of_rows(rows), dtype=np.str_)
     tokens = _answer_tokens(rows.select_columns(["prompt", "completion"]), count_tokens)
     pool = Pool(
         rows=rows,
@@ -218,11 +206,11 @@ def _read_result(folder: Path, group_column: str | None) -> _Result:
     names = Recipe().changed(**receipt.recipe).names
     check_columns(scored.column_names, (names.score, names.index), ())
     schema = _schema_of(folder, scored, receipt)
-    by = _group_column(scored, group_column)
+    by = find_groups(scored, GROUP_COLUMNS, group_column)
     scores = read_numbers(scored, names.score, np.nan).astype(np.float64)
     clusters = read_numbers(scored, names.cluster, -1).astype(np.int64)
     with_score = np.flatnonzero(~np.isnan(scores))
-    rows, problems = _as_examples(scored.select(with_score), schema)
+    rows, problems = as_examples(scored.select(with_score), schema)
     usable = np.array([not problem for problem in problems], dtype=bool)
     if not usable.any():
         raise ValueError(
@@ -261,86 +249,12 @@ def _schema_of(folder: Path, scored: Dataset, receipt: Receipt) -> Schema:
         ) from error
 
 
-def _group_column(scored: Dataset, wanted: str | None) -> str:
-    """Return the column of sources, or `""` if there is none; a column that was asked for must be there."""
-    if wanted is not None:
-        check_columns(scored.column_names, (wanted,), ())
-        return wanted
-    texts = [n for n in GROUP_COLUMNS if getattr(scored.features.get(n), "dtype", "") in ("string", "large_string")]
-    return next((name for name in texts if 2 <= len(scored.unique(name)) <= MOST_GROUPS), "")
-
-
-def _groups(rows: Dataset, found: _Result, added: int) -> npt.NDArray[np.str_]:
-    """Return the source or the kind of task of every row."""
-    if found.group_column:
-        return np.array([*found.groups, *[""] * added], dtype=np.str_)
-    kinds: list[str] = []
-    for batch in rows.select_columns(["prompt", "completion"]).iter(batch_size=BATCH):
-        asked = [next((m["content"] for m in reversed(p) if m["role"] == "user"), "") for p in batch["prompt"]]
-        kinds += kinds_of(asked, [completion[0]["content"] for completion in batch["completion"]])
-    return np.array(kinds, dtype=np.str_)
-
-
 def _answer_tokens(rows: Dataset, count_tokens: CountTokens) -> Indices:
     counts = [
         np.asarray(count_tokens(rows.select(range(start, min(start + BATCH, len(rows)))).to_list()), dtype=np.int64)
         for start in range(0, len(rows), BATCH)
     ]
     return np.concatenate(counts)
-
-
-def _as_examples(dataset: Dataset, schema: Schema) -> tuple[Dataset, list[str]]:
-    """Return the rows as messages, and what is wrong with each; `""` for a row that can be used."""
-    examples: dict[str, list[list[dict[str, str]]]] = {"prompt": [], "completion": []}
-    problems: list[str] = []
-    for batch in carried(dataset.select_columns(list(schema.read_columns)).with_format(None)).iter(batch_size=BATCH):
-        for turns in conversations_of(batch, schema):
-            prompt, completion = ([], []) if isinstance(turns, str) else as_example(turns)
-            examples["prompt"].append(prompt)
-            examples["completion"].append(completion)
-            answered = bool(completion) and bool(completion[0]["content"].strip())
-            problems.append("" if answered else "empty answer" if completion else "unreadable")
-    return Dataset.from_dict(examples, features=Features({"prompt": MESSAGES, "completion": MESSAGES})), problems
-
-
-def as_example(turns: Sequence[Turn]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return the messages before the last answer of a chat, and this answer; both are empty if it has none.
-
-    Turns of one speaker in a row are one message. Calls of tools are text of the assistant. A thought is kept, between
-    `<think>` and `</think>`, in the last answer only, as chat templates do.
-
-    Args:
-        turns (`Sequence[Turn]`): from `conversations_of`.
-    """
-    joined: list[Turn] = []
-    for turn in turns:
-        text = "\n".join(part for part in (turn.text, turn.call) if part)
-        said = (
-            turn._replace(kind="assistant", text="", thought=turn.text)
-            if turn.kind == "thought"
-            else turn._replace(text=text)
-        )
-        if joined and joined[-1].kind == said.kind:
-            last = joined[-1]
-            texts, thoughts = (
-                [t for t in pair if t] for pair in ((last.text, said.text), (last.thought, said.thought))
-            )
-            joined[-1] = said._replace(text="\n".join(texts), thought="\n".join(thoughts))
-        else:
-            joined.append(said)
-    end = max((i for i, turn in enumerate(joined) if turn.kind == "assistant" and turn.scored), default=0)
-    if end == 0:  # nothing was said, or nothing before it
-        return [], []
-    last = joined[end]
-    answer = f"<think>\n{last.thought}\n</think>\n\n{last.text}" if last.thought and last.text.strip() else last.text
-    prompt = [{"role": turn.kind, "content": turn.text} for turn in joined[:end]]
-    return prompt, [{"role": "assistant", "content": answer}]
-
-
-def _digest(row: Mapping[str, Any]) -> str:
-    """Return the sha256 of the messages of a row, without differences in white space and case."""
-    texts = [f"{m['role']}:{' '.join(m['content'].lower().split())}" for m in (*row["prompt"], *row["completion"])]
-    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _renumbered(rows: Indices, number: Indices) -> Indices:
