@@ -241,13 +241,14 @@ def verdict(difference: Difference, unit: str = NATS) -> str:
     if unit == SHARE:
         figures = f"{100 * value:.1f} points ({100 * low:.1f} to {100 * high:.1f})"
     else:
-        figures = f"{_short(value)} nats ({_short(low)} to {_short(high)})"
+        figures = f"{short(value)} nats ({short(low)} to {short(high)})"
     return f"{'better' if better else 'worse'} than {BASELINE} by {figures}"
 
 
-def _short(value: float) -> str:
-    """Return a number with three digits after the point, and without the zero before it."""
-    return f"{value:.3f}".removeprefix("0")
+def short(value: float) -> str:
+    """Return a number with three digits after the point, and without the zero before it, such as `.021` or `-.004`."""
+    text = f"{value:.3f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 and not text.endswith("1.000") else text
 
 
 def _advice(control: Difference, unit: str) -> str:
