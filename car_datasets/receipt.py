@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ class Receipt:
         selected_sha256 (`str`): sha256 over the source indices of the selected rows, in order, as a JSON list.
         versions (`dict[str, str]`): versions of this package and of the packages that its numbers depend on.
         scored_sha256 (`str`): sha256 over the indices, scores and clusters of the pool, in order.
+        proof (`dict`): what `car-datasets prove` found, as `summary_of` gives it; without a proof the file lacks it.
         format (`int`): version of this record.
     """
 
@@ -93,11 +94,15 @@ class Receipt:
     selected_sha256: str
     versions: dict[str, str]
     scored_sha256: str = ""
+    proof: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> str:
         """Return the receipt as JSON, with `format` first and the other keys in the order of this class."""
-        return json.dumps({"format": self.format, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        content = {"format": self.format, **asdict(self)}
+        if not self.proof:
+            del content["proof"]
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, shown: str = RECEIPT_FILE) -> Receipt:
@@ -117,11 +122,11 @@ class Receipt:
         if not isinstance(content, dict):
             raise ValueError(f"{shown} is not a receipt: it holds a {type(content).__name__}, not a record.")
         # Exactly these keys: a receipt with unknown ones says something that `verify` would not check.
-        names = {field.name for field in fields(cls)}
-        if content.get("format") != FORMAT or set(content) != names:
+        names = {each.name for each in fields(cls)}
+        if content.get("format") != FORMAT or {*content, "proof"} != names:
             raise ValueError(
                 f"{shown} is not a receipt of format {FORMAT}: it has the keys {sorted(content)}; missing are "
-                f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or "
+                f"{sorted(names - {*content, 'proof'})}. Another version wrote it: pip install --upgrade car-datasets, or "
                 "curate again."
             )
         # Types too: a receipt from a repository may have been edited by hand, and `verify` computes with it.
@@ -145,6 +150,7 @@ def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
     """Validate the types of all fields; raise ValueError naming the first wrong one."""
     wanted: dict[str, type] = dict.fromkeys(("schema", "template", "selected_sha256", "scored_sha256"), str)
     wanted |= dict.fromkeys(("source", "scorer", "embedder", "recipe", "counts", "versions"), dict)
+    wanted |= {"proof": dict} if "proof" in content else {}
     _refuse_others(content, wanted, f"{shown}: ")
     source = content["source"]
     if source.get("kind") not in SOURCES:
