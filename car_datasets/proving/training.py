@@ -14,13 +14,14 @@ import hashlib
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from car_datasets.proving.base_model import BaseModel
 from car_datasets.proving.token_rows import (
@@ -188,6 +189,7 @@ class Tuner:
     def _train(self, batches: Sequence[list[int]], learning_rate: float, seed: int, pieces: int) -> Trained:
         import datasets
         from peft import LoraConfig
+        from transformers import PrinterCallback
         from trl import SFTConfig, SFTTrainer
 
         self.restore()
@@ -235,6 +237,7 @@ class Tuner:
                 if self.schedule.trained == LORA
                 else None,
             )
+            trainer.remove_callback(PrinterCallback)
             try:
                 result = trainer.train()
             finally:
@@ -371,9 +374,8 @@ def _order_digest(rows: Sequence[TokenRow], batches: Sequence[Sequence[int]]) ->
 def _unwrap(*models: Any) -> None:
     """Undo what TRL and accelerate set on a model's instance: a forward pass of their own, one more for every run."""
     for model in models:
-        for module in (model, getattr(model, "base_model", model), getattr(model, "model", model)):
-            for name in ("forward", "_original_forward"):
-                vars(module).pop(name, None)
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
 
 
 def _lacks_memory(error: BaseException) -> bool:
@@ -439,7 +441,9 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():  # of names that TRL and transformers are changing between them
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
