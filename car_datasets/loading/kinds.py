@@ -13,7 +13,7 @@ from collections.abc import Sequence
 KINDS = ("code", "maths", "writing", "lists", "short facts", "other")
 SHORT_ANSWER = 12  # words of an answer that can only be a fact, a name, a number or a label
 
-_FENCE = re.compile(r"```")
+_FENCE = re.compile(r"```(?!json|yaml|csv|text|markdown)")  # these are data or text
 _CODE_ASKED = re.compile(
     r"\b(?:python|javascript|typescript|java|c\+\+|c#|rust|golang|kotlin|sql|html|css|bash|regex|regular expression"
     r"|unit tests?|stack trace|source code|pseudocode|code snippet|piece of code)(?!\w)"

@@ -185,17 +185,15 @@ def _verdict(probe: str, found: Mapping[str, Any], budget: str) -> str:
     if not found["can_tell"]:
         return f"{where}, {CANNOT_TELL}. {found['advice']}"
     verdicts = found["verdicts"]
-    control = f" The control is {verdicts[CONTROL]}, as it must be." if CONTROL in verdicts else ""
-    own = [f"{arm}: {text}" for arm, text in verdicts.items() if arm not in (*MEANINGS,)]
-    others = f" {'; '.join(own)}." if own else ""
     selection = verdicts.get(SELECTION, NO_DIFFERENCE)
-    said = (
-        f"there is {selection} between the selection and random rows"
-        if selection == NO_DIFFERENCE
-        else (f"the selection is {selection}")
-    )
-    said = said.replace(NO_DIFFERENCE, "no difference shown")
-    return f"{where}, {said}.{others}{control}"
+    if selection == NO_DIFFERENCE:
+        said = [f"{where}, no difference between the selection and random rows was shown."]
+    else:
+        said = [f"{where}, the selection is {selection}."]
+    said += [f"{arm}: {text}." for arm, text in verdicts.items() if arm not in MEANINGS]
+    if CONTROL in verdicts:
+        said.append(f"The control is {verdicts[CONTROL]}, as it must be.")
+    return " ".join(said)
 
 
 def _power(probe: str, power: Mapping[str, Any], unit: str) -> str:
@@ -212,9 +210,9 @@ def _costs(proof: Proof) -> str:
     seconds = proof["seconds"]
     training, evaluating = seconds.get("training") or 0.0, seconds.get("evaluating") or 0.0
     selecting = seconds.get("selecting")
-    cost = "is not known" if selecting is None else f"took {_duration(selecting)}"
+    cost = "What selecting cost is not known" if selecting is None else f"Selecting took {_duration(selecting)}"
     return (
-        f"Selecting {cost}; training all {len(proof['runs'])} runs of {proof['model'].get('name')} took "
+        f"{cost}; training all {len(proof['runs'])} runs of {proof['model'].get('name')} took "
         f"{_duration(training)}, evaluating them {_duration(evaluating)}."
     )
 
