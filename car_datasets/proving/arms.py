@@ -30,8 +30,13 @@ Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 CountTokens = Callable[[Sequence[Mapping[str, Any]]], Sequence[int]]  # rows of messages to tokens of their answers
 
-SELECTION, RANDOM, CONTROL = "selection", "random", "control"
-BALANCED, MATCHED, LONGEST, BOTTOM = "balanced", "length-matched", "longest", "bottom"
+SELECTION = "selection"
+RANDOM = "random"
+CONTROL = "control"
+BALANCED = "balanced"
+MATCHED = "length-matched"
+LONGEST = "longest"
+BOTTOM = "bottom"
 ARMS = (SELECTION, RANDOM, BALANCED, MATCHED, LONGEST, BOTTOM, CONTROL)  # drawn by default, in the order of reports
 LENGTH_BINS = 32  # of the length-matched arm, over the pool and as many again over the selection
 LAST = 64  # rows among which the last one of an arm is chosen, so that arms have nearly equal tokens

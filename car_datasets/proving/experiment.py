@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,6 @@ from car_datasets.proving.training import Schedule, Tuner
 from car_datasets.scoring.stage import Progress, say
 from car_datasets.utils.files import write_whole
 
-RATES = (1e-4, 3e-4, 1e-3)  # learning rates that are tried
 RUN_FILE = "run-{}.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")  # whose versions change numbers
 Messages = Sequence[Mapping[str, str]]
@@ -56,18 +55,18 @@ class Experiment:
         runs (`list[Run]`): in the order in which they are done.
         probes (`dict[str, Sequence[int]]`): evaluation set to places in `rows`.
         validation (`Sequence[int]`): places of the rows that choose the learning rate; none of them is trained on.
-        prompts (`list`): chats that are answered after each run; empty for none.
+        prompts (`Sequence`): chats that are answered after each run; empty for none.
         most_tokens (`int`): of an answer.
-        rates (`tuple[float, ...]`): learning rates to choose from.
+        rates (`tuple[float, ...]`): learning rates to choose from, at least one.
     """
 
     rows: list[TokenRow]
     runs: list[Run]
     probes: dict[str, Sequence[int]]
     validation: Sequence[int] = ()
-    prompts: list[Messages] = field(default_factory=list)
+    prompts: Sequence[Messages] = ()
     most_tokens: int = 128
-    rates: tuple[float, ...] = RATES
+    rates: tuple[float, ...] = ()
 
 
 class Finished(NamedTuple):
@@ -217,7 +216,9 @@ class _Work:
             self.tuner.train(run.rows, rate, run.seed)
             return {"nats": float(self.tuner.nats(experiment.validation).sum() / tokens)}
 
-        losses = {rate: self.kept(self._key(run, rate, "validation"), lambda r=rate: compute(r))["nats"] for rate in rates}
+        losses = {
+            rate: self.kept(self._key(run, rate, "validation"), lambda r=rate: compute(r))["nats"] for rate in rates
+        }
         return min(losses, key=lambda rate: losses[rate]), {f"{rate:g}": loss for rate, loss in losses.items()}
 
     def _key(self, run: Run, rate: float, kind: str) -> dict[str, Any]:

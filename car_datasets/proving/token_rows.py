@@ -77,7 +77,9 @@ def tokenise(rows: Sequence[Mapping[str, Any]], tokenizer: Any, limit: int) -> l
         prompts = _rendered([row["prompt"] for row in part], tokenizer, True)
         entire = _rendered([[*row["prompt"], *row["completion"]] for row in part], tokenizer, False)
         for before, ids in zip(prompts, entire, strict=True):
-            shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
+            shared = sum(
+                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))
+            )
             start = max(shared, 1)
             # A template may write a line break after the end of an answer, which nobody generates.
             if tokenizer.eos_token_id in ids[start:]:
@@ -133,9 +135,7 @@ def by_length(lengths: Sequence[int], rows: Sequence[int], tokens: int) -> Itera
         yield pack
 
 
-def lay_end_to_end(
-    rows: Sequence[TokenRow], chosen: Sequence[int], places: Sequence[int] | None, device: Any
-) -> Pack:
+def lay_end_to_end(rows: Sequence[TokenRow], chosen: Sequence[int], places: Sequence[int] | None, device: Any) -> Pack:
     """Return a pack of rows.
 
     Args:
@@ -283,14 +283,10 @@ def _can_use_kernel(model: Any) -> bool:
     return torch.cuda.get_device_capability(next(model.parameters()).device) >= (8, 0)  # Ampere
 
 
-@torch.no_grad()
 def _nats_of(model: Any, pack: Pack, plain: bool = False) -> Tensor:
     """Return the nats of each row of a pack, per answer token; plainly, without anything that tells rows apart."""
     kept = ("input_ids", "use_cache") if plain else tuple(pack.inputs)
-    logits = model(**{name: pack.inputs[name] for name in kept}, logits_to_keep=pack.positions).logits[0]
-    nats = nn.functional.cross_entropy(logits.float(), pack.targets, reduction="none")
-    sums = torch.zeros(len(pack.rows), device=nats.device).index_add_(0, pack.owners, nats)
-    return sums / pack.owners.bincount()
+    return sum_nats(model, pack._replace(inputs={name: pack.inputs[name] for name in kept})) / pack.owners.bincount()
 
 
 def sum_nats(model: Any, pack: Pack) -> Tensor:

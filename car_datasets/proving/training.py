@@ -51,13 +51,15 @@ class Schedule:
     Args:
         trained (`str` or `int`): `"all"`, `"lora"`, or a number of last layers.
         epochs (`int`): passes over the rows of an arm.
-        batch_tokens (`int`): tokens of a batch, prompts included.
-        warmup (`float`): share of the steps in which the learning rate rises; it falls linearly afterwards.
+        batch_tokens (`int`): the most tokens of a batch, prompts included.
+        updates (`int`): the fewest updates of the weights; a small arm has smaller batches.
+        warmup (`float`): share of the updates in which the learning rate rises; it falls linearly afterwards.
     """
 
     trained: str | int = ALL
     epochs: int = 1
     batch_tokens: int = 8_192
+    updates: int = 16
     warmup: float = 0.05
 
 
@@ -105,6 +107,7 @@ class Tuner:
         self.model = self.full
         self.pieces = 1
         self.measured_at_once = 2_048 if device.type == "cpu" else 16_384
+        self.full.requires_grad_(True)  # an earlier tuner of the same model may have trained a part
         if isinstance(schedule.trained, int):
             self._freeze_below(schedule.trained)
         trained = self.full.parameters() if schedule.trained == ALL else self._trained()
@@ -172,9 +175,11 @@ class Tuner:
             RuntimeError: a single row does not fit into memory.
         """
         batches = []
-        for epoch in range(self.schedule.epochs):
+        epochs = self.schedule.epochs
+        wanted = epochs * sum(self.lengths[row] for row in order) // self.schedule.updates
+        for epoch in range(epochs):
             shuffled = order if epoch == 0 else [order[i] for i in _permutation(seed, epoch, len(order))]
-            batches += fill_packs(self.lengths, shuffled, self.schedule.batch_tokens)
+            batches += fill_packs(self.lengths, shuffled, max(1, min(self.schedule.batch_tokens, wanted)))
         while True:
             pieces = min(self.pieces, min(len(batch) for batch in batches))
             try:
@@ -190,11 +195,12 @@ class Tuner:
         import datasets
         from peft import LoraConfig
         from transformers import PrinterCallback
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         self.restore()
         parts = [list(map(int, part)) for batch in batches for part in np.array_split(np.asarray(batch), pieces)]
-        packed = {name: [] for name in ("input_ids", "labels", "seq_lengths")}
+        packed: dict[str, list[list[int]]] = {name: [] for name in ("input_ids", "labels", "seq_lengths")}
         for part in parts:
             for name, values in self._packed(part).items():
                 packed[name].append(values)
@@ -209,7 +215,7 @@ class Tuner:
                 num_train_epochs=1,
                 learning_rate=learning_rate,
                 lr_scheduler_type="linear",
-                warmup_steps=self.schedule.warmup if self.schedule.warmup < 1 else int(self.schedule.warmup),
+                warmup_steps=int(self.schedule.warmup * len(batches)),  # a share would be rounded up
                 weight_decay=0.0,
                 optim="adamw_torch_fused",
                 bf16=on_gpu and torch.cuda.is_bf16_supported(),
@@ -337,7 +343,6 @@ class Tuner:
             "device": self.device.type,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "states_kept": self.places is not None,
-            "tokens_per_update": self.schedule.batch_tokens,
         }
 
 
@@ -449,5 +454,3 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
-
-

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-DIGITS = "zero one two three four five six seven eight nine".split()
-ASKED = "### user assistant system what follows ? is .".split()
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ASKED = ["###", "user", "assistant", "system", "what", "follows", "?", "is", "."]
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the folder of a random Llama of 3 layers, without a chat template."""
+    folder = tmp_path_factory.mktemp("llama")
+    save_llama(str(folder))
+    return str(folder)
+
+
+def save_llama(folder: str) -> None:
+    """Save the model and its tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,10 +55,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
         initializer_range=0.2,
         tie_word_embeddings=True,
     )
-    folder = tmp_path_factory.mktemp("llama")
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
-    return str(folder)
 
 
 def asked(number: int, answer: str) -> dict[str, Any]:
@@ -60,3 +65,19 @@ def asked(number: int, answer: str) -> dict[str, Any]:
         "prompt": [{"role": "user", "content": f"what follows {DIGITS[number]} ?"}],
         "completion": [{"role": "assistant", "content": answer}],
     }
+
+
+def planted(right: float, rounds: int = 20) -> list[dict[str, Any]]:
+    """Return rows that ask what follows each digit but the last; a share of them have the right answer."""
+    rows = []
+    for place in range(rounds * 9):
+        number = place % 9
+        is_right = (place // 9) % 10 < 10 * right
+        answer = DIGITS[number + 1] if is_right else DIGITS[(number + 3 + place // 9) % 10]
+        row = {
+            "instruction": f"what follows {DIGITS[number]} ?",
+            "output": f"{answer} is {answer} .",
+            "right": is_right,
+        }
+        rows.append({**row, "place": place})
+    return rows
