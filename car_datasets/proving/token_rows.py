@@ -209,10 +209,10 @@ def attend_rows(
     groups = query.shape[1] // key.shape[1]
     if query.device.type == "cuda":
         half = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         by_token = [part[0].transpose(0, 1).to(half) for part in (query, key, value)]  # (tokens, heads, size)
+        by_token[1:] = [part.repeat_interleave(groups, dim=1) for part in by_token[1:]]
         longest = int(kwargs["max_length_q"])
-        mixed = _varlen()(*by_token, bounds, bounds, longest, longest, scale=scaling, **_causal())
+        mixed = _varlen()(*by_token, bounds, bounds, longest, longest, **_options(scaling, query.shape[-1]))
         return mixed.unsqueeze(0).to(query.dtype), None
     parts = [
         nn.functional.scaled_dot_product_attention(
@@ -232,10 +232,15 @@ def _varlen() -> Any:
     return varlen_attn
 
 
-def _causal() -> dict[str, Any]:
-    """Return the argument by which torch's kernel looks back only; torch 2.11 renamed it."""
-    named = "is_causal" in inspect.signature(_varlen()).parameters
-    return {"is_causal": True} if named else {"window_size": (-1, 0)}
+def _options(scaling: float | None, size: int) -> dict[str, Any]:
+    """Return the arguments by which torch's kernel looks back only, which changed from torch 2.10 to 2.11, and scales."""
+    known = inspect.signature(_varlen()).parameters
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if scaling is None or "scale" in known:
+        return {**causal, "scale": scaling} if "scale" in known else causal
+    if abs(scaling * size**0.5 - 1) > 1e-6:
+        raise ValueError(f"torch's kernel scales by 1 / sqrt({size}), and the model by {scaling}.")
+    return causal
 
 
 def keep_rows_apart(model: Any) -> str:

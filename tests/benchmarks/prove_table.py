@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="stop before a seed that would end later")
     parser.add_argument("--trained", default="all", help="all, lora, or a number of last layers")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-tokens", type=int, default=16_384)
+    parser.add_argument("--batch-tokens", type=int, default=8_192)
     parser.add_argument("--rates", default=",".join(map(str, LEARNING_RATES)), help="learning rates to choose from")
     parser.add_argument("--answers", action="store_true", help="also answer the verifiable instructions")
     parser.add_argument("--most-tokens", type=int, default=96, help="of an answer")
