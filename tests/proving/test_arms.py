@@ -13,21 +13,7 @@ from car_datasets import curate
 from car_datasets.loading.chats import read_turns
 from car_datasets.proving.arms import ARMS, Pool, available, draw_arms, hold_out, read_pool
 from car_datasets.proving.examples import as_example, digest_of
-
-SUBJECTS = ("rivers", "bread", "clocks", "moss", "violins", "tides", "chess", "glass", "wool", "kites")
-
-
-def planted_rows(count: int = 60) -> list[dict[str, str]]:
-    """Return rows with answers of 3 to 40 words, from two sources of which one is small."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(count):
-        words = [f"{SUBJECTS[j % 10]}{j * i % 17}" for j in range(int(rng.integers(3, 41)))]
-        source = "small" if i % 10 == 0 else "large"
-        rows.append(
-            {"instruction": f"Tell me of {SUBJECTS[i % 10]} and {i}.", "output": " ".join(words), "from": source}
-        )
-    return rows
+from tests.proving.conftest import planted_rows
 
 
 def count_words(rows: Any) -> list[int]:
@@ -39,14 +25,6 @@ def messages(asked: str, said: str) -> dict[str, list[dict[str, str]]]:
         "prompt": [{"role": "user", "content": asked}],
         "completion": [{"role": "assistant", "content": said}],
     }
-
-
-@pytest.fixture(scope="module")
-def result(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("proving") / "out"
-    rows = [*planted_rows(), {"instruction": "Say nothing.", "output": "", "from": "large"}]
-    curate(rows, folder, scorer=tiny_iqs, embedder=tiny_embedder, n1=12, n2=1, k=4)
-    return folder
 
 
 @pytest.fixture(scope="module")
