@@ -13,10 +13,11 @@ from collections.abc import Sequence
 KINDS = ("code", "maths", "writing", "lists", "short facts", "other")
 SHORT_ANSWER = 12  # words of an answer that can only be a fact, a name, a number or a label
 
-_FENCE = re.compile(r"```(?!json|yaml|csv|text|markdown)")  # these are data or text
+# A block of code; one of data or text is none, nor is what comes after it.
+_FENCE = re.compile(r"\A(?:(?!```).)*```(?!json|yaml|csv|text|markdown)", re.DOTALL)
 _CODE_ASKED = re.compile(
-    r"\b(?:python|javascript|typescript|java|c\+\+|c#|rust|golang|kotlin|sql|html|css|bash|regex|regular expression"
-    r"|unit tests?|stack trace|source code|pseudocode|code snippet|piece of code)(?!\w)"
+    r"\b(?:python|javascript|typescript|java|c\+\+|c#|(?-i:Rust|Linux)|golang|kotlin|sql|html|css|bash|regex|regular expression"
+    r"|unit tests?|stack trace|source code|pseudocode|database|foreign key|chmod|command line|code snippet|piece of code)(?!\w)"
     r"|\b(?:write|implement|create|debug|refactor|fix|complete)\b.{0,40}\b(?:function|method|class|script|program|query"
     r"|algorithm|api|code)\b",
     re.IGNORECASE,
@@ -30,7 +31,7 @@ _MATHS_ASKED = re.compile(
     r"\b(?:calculate|compute|solve|equation|derivative|integral|probability|percentage|how many|how much|square root"
     r"|perimeter|fraction|polynomial|triangle|average speed|prime number|arithmetic|divide|multiply"
     r"|(?:sum|product|mean|median|area|volume) of|least common|greatest common|prove that)\b"
-    r"|\d\s*[-+*/×÷^=]\s*\d|\bx\s*[+=^-]\s*\d",
+    r"|\d\s+[-/]\s+\d|\d\s*[+*×÷^=]\s*\d|\bx\s*[+=^-]\s*\d",
     re.IGNORECASE,
 )
 _MATHS_SEEN = re.compile(r"\\(?:frac|boxed|sqrt|times|cdot)\b|\d\s*[-+*/×÷]\s*\d[\d.,]*\s*=|=\s*-?\$?\d|\bx\s*=\s*-?\d")
@@ -80,7 +81,7 @@ def kinds_of(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
 
 
 def _kind(prompt: str, answer: str) -> str:
-    if _FENCE.search(answer) or any(_CODE_SEEN.search(text) for text in (prompt, answer)) or _CODE_ASKED.search(prompt):
+    if _CODE_ASKED.search(prompt) or any(p.search(text) for p in (_FENCE, _CODE_SEEN) for text in (prompt, answer)):
         return "code"
     asked = _MATHS_ASKED.search(prompt)
     if (asked or _MATHS_SEEN.search(answer)) and _FIGURE.search(prompt) and _FIGURE.search(answer):

@@ -159,7 +159,7 @@ def read_pool(
     """
     taken = [name for name in own or {} if name in ARMS or not name.strip()]
     if taken:
-        raise ValueError(f"own has the name {taken[0]!r}, which an arm of the package has; choose another name.")
+        raise ValueError(f"arms has the name {taken[0]!r}, which an arm of the package has; choose another name.")
     found = _read_result(Path(folder), group_column)
     chosen, rows = {SELECTION: found.selected}, found.rows
     positions = {digest: row for row, digest in enumerate(map(digest_of, rows))} if own else {}
@@ -287,7 +287,7 @@ def hold_out(pool: Pool, evaluation: Dataset) -> HeldOut:
     if len(overlap.evaluation) == len(evaluation):
         raise ValueError(
             f"All {len(evaluation)} evaluation rows are in the pool that the selection was made from, so they cannot "
-            "measure it. Pass rows that are apart from it: eval=[FILE] (--eval FILE), or leave eval out for the set "
+            "measure it. Pass rows that are apart from it: evaluation=[FILE] (--eval FILE), or leave it out for the set "
             "that the package ships."
         )
     rows = np.concatenate([overlap.equal, overlap.near, overlap.asked])
@@ -296,7 +296,7 @@ def hold_out(pool: Pool, evaluation: Dataset) -> HeldOut:
     if empty:
         raise ValueError(
             f"The arm {empty[0]!r} has {len(left.chosen[empty[0]])} rows that are not in the evaluation set; two are "
-            "needed. Select more rows, or pass another evaluation set: eval=[FILE] (--eval FILE)."
+            "needed. Select more rows, or pass another evaluation set: evaluation=[FILE] (--eval FILE)."
         )
     selected = len(np.intersect1d(rows, pool.chosen[SELECTION]))
     return HeldOut(left, len(overlap.equal), len(overlap.near), len(overlap.asked), selected)

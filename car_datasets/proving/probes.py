@@ -73,8 +73,8 @@ def read_probe(
     usable = np.flatnonzero([not problem for problem in problems])
     if len(usable) < 2:
         raise ValueError(
-            f"eval={str(shown)!r} has {len(usable)} rows with a prompt and an answer; two are needed, and some hundred "
-            "tell more. Pass another file: eval=[FILE] (--eval FILE)."
+            f"evaluation={str(shown)!r} has {len(usable)} rows with a prompt and an answer; two are needed, and some hundred "
+            "tell more. Pass another file: evaluation=[FILE] (--eval FILE)."
         )
     column = find_groups(opened, DOMAIN_COLUMNS, domain_column)
     rows = rows.select(usable)

@@ -143,14 +143,13 @@ def compare(
     weights = np.asarray(tokens, dtype=np.float64)
     better = {NATS: 1.0, SHARE: -1.0}[unit]  # a lower loss is better, and a higher share
     masks = {ALL: np.ones(len(weights), dtype=bool)} | {d: np.array(domains) == d for d in dict.fromkeys(domains)}
-    parts = {
-        arm: {
-            domain: _parts(better * (table[BASELINE] - values)[:, mask], weights[mask], samples, seed)
-            for domain, mask in masks.items()
-        }
-        for arm, values in table.items()
-        if arm != BASELINE
-    }
+    parts: dict[str, dict[str, _Parts]] = {arm: {} for arm in table if arm != BASELINE}
+    for domain, mask in masks.items():
+        rows = int(mask.sum())
+        # How often each row is drawn in each sample: the same for all arms, which stay paired.
+        drawn = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.float64)
+        for arm, found in parts.items():
+            found[domain] = _parts(better * (table[BASELINE] - table[arm])[:, mask], weights[mask], drawn)
     differences = {arm: {d: _difference(part) for d, part in found.items()} for arm, found in parts.items()}
     can_tell = CONTROL not in differences or differences[CONTROL][ALL].high < 0
     power = _power([found[ALL] for arm, found in parts.items() if arm != CONTROL] or [parts[CONTROL][ALL]])
@@ -193,16 +192,13 @@ def _as_arrays(losses: Losses, tokens: Floats, domains: Sequence[str], unit: str
     return table
 
 
-def _parts(paired: Floats, weights: Floats, samples: int, seed: int) -> _Parts:
-    """Return the estimate and its two variances from paired differences `(seeds, rows)`."""
+def _parts(paired: Floats, weights: Floats, drawn: Floats) -> _Parts:
+    """Return the estimate and its two variances from paired differences `(seeds, rows)` and samples of rows."""
     seeds, rows = paired.shape
     by_seed = paired.sum(axis=1) / weights.sum()
-    by_row = paired.mean(axis=0)
-    if rows < 2:
-        return _Parts(float(by_seed.mean()), float(by_seed.var(ddof=1) / seeds), math.inf, seeds, rows)
-    # How often each row is drawn in each sample; the same for every arm, because the generator starts anew.
-    drawn = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=samples).astype(np.float64)
-    over_rows = float(np.var((drawn @ by_row) / (drawn @ weights), ddof=1)) * rows / (rows - 1)
+    over_rows = math.inf  # of one row nothing is known
+    if rows > 1:
+        over_rows = float(np.var((drawn @ paired.mean(axis=0)) / (drawn @ weights), ddof=1)) * rows / (rows - 1)
     return _Parts(float(by_seed.mean()), float(by_seed.var(ddof=1) / seeds), over_rows, seeds, rows)
 
 

@@ -1,17 +1,53 @@
-"""A random Llama so small that a run takes a second, with a tokenizer that has one token per word."""
+"""A selection from planted rows, which every test of a proof may read and none may change, and a model to train."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-ASKED = ["###", "user", "assistant", "system", "what", "follows", "?", "is", "."]
+from car_datasets import curate
+from tests.proving.tiny import save_llama
+
+SUBJECTS = ("rivers", "bread", "clocks", "moss", "violins", "tides", "chess", "glass", "wool", "kites")
 
 
-@pytest.fixture(autouse=True)
+def planted_rows(count: int = 60) -> list[dict[str, str]]:
+    """Return rows with answers of 3 to 40 words, from two sources of which one is small."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        words = [f"{SUBJECTS[j % 10]}{j * i % 17}" for j in range(int(rng.integers(3, 41)))]
+        source = "small" if i % 10 == 0 else "large"
+        rows.append(
+            {"instruction": f"Tell me of {SUBJECTS[i % 10]} and {i}.", "output": " ".join(words), "from": source}
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def result(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a selection from `planted_rows` and a row without an answer; `rows.json` is next to it."""
+    folder = tmp_path_factory.mktemp("proving") / "out"
+    source = folder.with_name("rows.json")
+    rows = [*planted_rows(), {"instruction": "Say nothing.", "output": "", "from": "large"}]
+    source.write_text(json.dumps(rows))
+    curate(source, folder, scorer=tiny_iqs, embedder=tiny_embedder, n1=12, n2=1, k=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a random Llama of 3 layers, without a chat template."""
+    folder = str(tmp_path_factory.mktemp("llama"))
+    save_llama(folder)
+    return folder
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Compute on one thread: several wait for each other longer than these models take."""
     import torch
@@ -20,64 +56,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the folder of a random Llama of 3 layers, without a chat template."""
-    folder = tmp_path_factory.mktemp("llama")
-    save_llama(str(folder))
-    return str(folder)
-
-
-def save_llama(folder: str) -> None:
-    """Save the model and its tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<unk>", "<end>", *ASKED, *DIGITS]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<end>"])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=1,
-        bos_token_id=1,
-        pad_token_id=1,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
-
-
-def asked(number: int, answer: str) -> dict[str, Any]:
-    """Return a row in messages that asks what follows a digit."""
-    return {
-        "prompt": [{"role": "user", "content": f"what follows {DIGITS[number]} ?"}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
-
-
-def planted(right: float, rounds: int = 20) -> list[dict[str, Any]]:
-    """Return rows that ask what follows each digit but the last; a share of them have the right answer."""
-    rows = []
-    for place in range(rounds * 9):
-        number = place % 9
-        is_right = (place // 9) % 10 < 10 * right
-        answer = DIGITS[number + 1] if is_right else DIGITS[(number + 3 + place // 9) % 10]
-        row = {
-            "instruction": f"what follows {DIGITS[number]} ?",
-            "output": f"{answer} is {answer} .",
-            "right": is_right,
-        }
-        rows.append({**row, "place": place})
-    return rows

@@ -1,4 +1,4 @@
-"""Check `prove` where the answer is known: right answers win, shuffled ones lose, equal arms show no difference."""
+"""Check `prove` on a result: its record, its files, resuming after a kill, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,73 +11,114 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from datasets import Dataset
-
-from car_datasets import Recipe, curate
-from car_datasets.cli import app
-from car_datasets.results import SCORED_TABLE, SELECTED_TABLE, read_tables
-from tests.proving.conftest import DIGITS, planted
+from typer.testing import CliRunner
 
 pytest.importorskip("trl")
 
-from car_datasets.proving import prove
+from car_datasets import prove
+from car_datasets.cli import app
 
-SETTINGS: dict[str, Any] = {"seeds": 2, "trained": "all", "tokens": 160}
-
-
-@pytest.fixture(scope="session")
-def curated(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a result whose scores and selection the tests replace."""
-    folder = tmp_path_factory.mktemp("curated") / "result"
-    recipe = Recipe(scorer=tiny_iqs, embedder=tiny_embedder, n1=60, n2=1, k=2, on_invalid="mark")
-    curate(Dataset.from_list(planted(right=0.5)), folder, recipe)
-    return folder
-
-
-def result(curated: Path, folder: Path, scores: str) -> Path:
-    """Return a copy of a result that selects the right answers, or rows at random."""
-    shutil.copytree(curated, folder)
-    _, scored = read_tables(folder)
-    right = np.array([row["right"] for row in scored], dtype=float)
-    values = right if scores == "right" else np.random.default_rng(5).random(len(right))
-    names = Recipe().names
-    scored = scored.remove_columns([names.score]).add_column(names.score, values)
-    chosen = np.argsort(-values, kind="stable")[:60]
-    selected, _ = read_tables(folder)
-    new = scored.select(chosen)
-    for name in selected.column_names:
-        if name not in new.column_names:
-            new = new.add_column(name, selected[name][:1] * len(new))
-    scored.to_parquet(str(folder / SCORED_TABLE))
-    new.to_parquet(str(folder / SELECTED_TABLE))
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS: dict[str, Any] = {"seeds": 2, "tokens": 60, "trained": 1}
 
 
 @pytest.fixture
-def held_out(tmp_path: Path) -> str:
-    """Return a file of right answers to questions that are in other words than those of the pool."""
-    path = tmp_path / "held_out.json"
-    rows = planted(right=1.0, rounds=2)
-    for row in rows:
-        row["instruction"] = f"{row['instruction'].split()[2]} what follows ?"
-    path.write_text(json.dumps(rows))
-    return str(path)
+def folder(result: Path, tmp_path: Path) -> Path:
+    """Return a copy of a result, as a proof is written into it."""
+    return Path(shutil.copytree(result, tmp_path / "out"))
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("car_datasets.proving.proof.RATES", (1e-2,))
+def one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("car_datasets.proving.proof.RATES", (1e-3,))
 
 
-def test_right_answers_win_and_shuffled_ones_lose(
-    curated: Path, tmp_path: Path, tiny_llama: str, held_out: str
-) -> None:
-    folder = result(curated, tmp_path / "right", "right")
-    proof = prove(folder, model=tiny_llama, evaluation=[held_out], **SETTINGS)
-    found = proof["tables"]["tokens"]["probes"]["held_out"]
-    print(json.dumps(found["verdicts"], indent=1), proof["before"], found["means"])
-    assert found["verdicts"]["selection"].startswith("better than random by")
-    assert found["verdicts"]["control"].startswith("worse than random by")
-    assert DIGITS and json.loads((folder / "proof.json").read_text()) == proof
+@pytest.fixture
+def evaluation(tmp_path: Path) -> str:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([{"instruction": f"what follows {i} ?", "output": "one two"} for i in range(4)]))
+    return str(path)
+
+
+def test_the_command_writes_and_prints_a_proof(folder: Path, tiny_llama: str, evaluation: str) -> None:
+    words = ["prove", str(folder), "--model", tiny_llama, "--eval", evaluation, "--seeds", "2", "--tokens", "60"]
+    done = CliRunner().invoke(app, [*words, "--trained", "1"])
+    assert done.exit_code == 0, done.output
+    assert "no chat template" in done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith(("┃", "│", "┏", "└"))]
+    assert table and all(len(line) <= 80 for line in table)
+    proof = json.loads((folder / "proof.json").read_text())
+    assert proof["seeds"] == [0, 1]
+    assert set(proof["probes"]) == {"mine", "shipped"}
+    assert proof["training"]["trained"] == 1 and proof["training"]["learning_rate"] == 1e-3
+    runs = {(run["arm"], run["seed"]): run for run in proof["runs"]}
+    assert len(runs) == 2 * len(proof["tables"]["tokens"]["arms"])
+    # The control has the rows of the selection in the same order, with other answers.
+    assert runs["control", 0]["rows"] == runs["selection", 0]["rows"]
+    assert runs["control", 0]["order"] != runs["selection", 0]["order"]
+    assert (folder / "proof.md").is_file()
+    assert json.loads((folder / "receipt.json").read_text())["proof"]["seeds"] == 2
+
+
+def test_both_tables_and_answers_are_made_if_asked_for(folder: Path, tiny_llama: str) -> None:
+    proof = prove(folder, model=tiny_llama, equal_rows=True, answers=True, seeds=2, tokens=60, trained="all")
+    assert list(proof["tables"]) == ["tokens", "rows"]
+    for table in proof["tables"].values():
+        assert table["instructions"] is not None
+    rows = proof["tables"]["rows"]
+    assert {arm["rows"] for arm in rows["arms"].values()} == {rows["budget"]}
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_with_what_is_missing(folder: Path, tiny_llama: str, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    code = f"from car_datasets import prove; prove({str(folder)!r}, model={tiny_llama!r}, work_dir={str(work)!r}"
+    code = f"import torch; torch.set_num_threads(1); {code}, seeds=2, tokens=60, trained=1)"
+    started = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(work.glob("run-*.json"))) < 6:
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    kept = {path: path.read_bytes() for path in work.glob("run-*.json")}
+    assert not (folder / "proof.json").exists()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    resumed = json.loads((folder / "proof.json").read_text())
+    # The same seeds give the same numbers in one go.
+    shutil.rmtree(work)
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    entire = json.loads((folder / "proof.json").read_text())
+    assert entire["tables"] == resumed["tables"]
+    assert [run["order"] for run in entire["runs"]] == [run["order"] for run in resumed["runs"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": 1}, "seeds=1: pass at least 2"),
+        ({"tokens": 0}, "tokens=0: pass a number of answer tokens above 0"),
+        ({"tokens": 10**6}, r"tokens=1000000, but the arm '.*' has .* answer tokens"),
+        ({"trained": "some"}, "trained='some': pass 'all', 'lora' or a number"),
+        ({"trained": 9}, "trained=9: the model has 3 layers"),
+        ({"evaluation": "one.json"}, r"pass a list: evaluation=\['one.json'\]"),
+        ({"evaluation": ["nowhere.json"]}, "nowhere.json"),
+        ({"arms": {"other": "nowhere"}}, "nowhere"),
+        ({"model": "./nowhere"}, "no such folder"),
+    ],
+    ids=str,
+)
+def test_a_bad_call_is_refused(folder: Path, tiny_llama: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prove(folder, **{"model": tiny_llama, **SETTINGS, **arguments})
+    assert not (folder / "proof.json").exists()
+
+
+def test_arms_are_named_on_the_command_line(tmp_path: Path) -> None:
+    for words, message in ((["--arm", "other"], "write NAME=DIR"), (["--arm", "a=b", "--arm", "a=c"], "name each arm")):
+        done = CliRunner().invoke(app, ["prove", str(tmp_path), *words])
+        assert done.exit_code == 2
+        assert message in done.stderr

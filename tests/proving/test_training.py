@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.proving.conftest import DIGITS, asked
+from tests.proving.tiny import DIGITS, asked
 
 pytest.importorskip("trl")
 
@@ -17,6 +17,7 @@ from car_datasets.proving.base_model import BaseModel, load_base_model
 from car_datasets.proving.token_rows import ATTENTION, TokenRow, tokenise
 from car_datasets.proving.training import Schedule, Tuner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 RATE = 1e-2
 
@@ -27,19 +28,19 @@ def base(tiny_llama: str) -> BaseModel:
 
 
 def rows_of(base: BaseModel, count: int = 40) -> list[TokenRow]:
-    found = [asked(i % 9, " ".join(["is", DIGITS[i % 9 + 1], "."][i % 3 :])) for i in range(count)]
+    found = [asked(i % 9, " ".join(["?", DIGITS[i % 9 + 1], "what"][i % 3 :])) for i in range(count)]
     return tokenise(found, base.tokenizer, 64)
 
 
 def tuner(base: BaseModel, **schedule: Any) -> Tuner:
-    return Tuner(base, rows_of(base), Schedule(batch_tokens=48, **schedule), CPU)
+    return Tuner(base, rows_of(base), Schedule(batch_tokens=48, updates=1, **schedule), CPU)
 
 
 def test_rows_end_with_the_token_that_ends_an_answer(base: BaseModel) -> None:
-    row = tokenise([asked(3, "four .")], base.tokenizer, 64)[0]
+    row = tokenise([asked(3, "four ?")], base.tokenizer, 64)[0]
     assert base.plain_template
-    assert base.tokenizer.convert_ids_to_tokens(row.ids[row.prompt :]) == ["four", ".", "<end>"]
-    assert tokenise([asked(3, "four .")], base.tokenizer, row.prompt)[0].answer_tokens == 0
+    assert base.tokenizer.convert_ids_to_tokens(row.ids[row.prompt :]) == ["four", "?", "<end>"]
+    assert tokenise([asked(3, "four ?")], base.tokenizer, row.prompt)[0].answer_tokens == 0
 
 
 def test_packed_rows_have_the_losses_that_they_have_alone(base: BaseModel) -> None:
