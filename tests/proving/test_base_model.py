@@ -18,9 +18,7 @@ def test_a_folder_is_loaded_with_a_plain_template_and_a_digest(tiny_llama: str) 
     assert text == "### user\nzero\n\n"
 
 
-def test_bad_models_are_refused_in_one_line(
-    tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_models_are_refused_in_one_line(tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}')
     with pytest.raises(ValueError, match="names Python code"):
         load_base_model(str(tmp_path))
@@ -38,7 +36,7 @@ def test_another_file_in_the_package_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(base_model, "PACKAGE", "other_smollm")
     monkeypatch.setattr(base_model, "GGUF_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match="sha256 .* expected 0000"):
+    with pytest.raises(ValueError, match=r"sha256 .* expected 0000"):
         load_base_model()
 
 
