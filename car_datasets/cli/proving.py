@@ -50,7 +50,7 @@ def prove(
     ] = None,
     trained: Annotated[
         str | None,
-        typer.Option(help="Train all weights (all), LoRA (lora), or this many last layers; 8 by default on a CPU."),
+        typer.Option(help="Train all weights (all), LoRA (lora), or this many last layers; 4 by default on a CPU."),
     ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Keep finished runs in this folder, instead of in proof/ of the result.")

@@ -41,7 +41,8 @@ from car_datasets.results import read_result
 from car_datasets.scoring.stage import say
 from car_datasets.utils.processes import device_for, process_rank
 
-RATES = (1e-4, 3e-4, 1e-3)  # learning rates that are tried
+RATES = (3e-4, 1e-3)  # learning rates that are tried
+RATES_OF_ALL = (5e-5, 1.5e-4, 5e-4)  # the same, if all weights are trained
 RUNS_FOLDER = "proof"  # inside the result: finished runs
 LIMIT = 1_024  # tokens of a row; longer rows are left out, and counted
 VALIDATION = 64  # rows of the pool that choose the learning rate
@@ -109,7 +110,7 @@ def prove(
         answers (`bool`, *optional*): also count how many verifiable instructions each trained model keeps. Defaults to
             True with a GPU.
         trained (`str` or `int`, *optional*): `"all"` weights, `"lora"`, or a number of last layers. Defaults to all
-            with a GPU, and to the last 8 layers without one.
+            with a GPU, and to the last 4 layers without one.
         work_dir (`str`, *optional*): keeps finished runs. Defaults to `proof` in the result.
         token (`str`, *optional*): Hub token for a private model; used for this call only.
 
@@ -142,8 +143,9 @@ def prove(
     instructions = read_instructions() if (on_gpu if answers is None else answers) else []
     design = _Design(base, held, pool, validation, probes, budgets, drawn, instructions)
     kept = Path(work_dir) if work_dir else place / RUNS_FOLDER
-    experiment = _experiment(design)
-    outcome = carry_out(experiment, base, _schedule(base, device, trained), device, kept)
+    schedule = _schedule(base, device, trained)
+    experiment = _experiment(design, RATES_OF_ALL if schedule.trained == ALL else RATES)
+    outcome = carry_out(experiment, base, schedule, device, kept)
     proof = _record(design, experiment, outcome)
     write_proof(place, proof)
     return proof
@@ -235,7 +237,7 @@ def _measurable(probe: Probe, base: BaseModel) -> tuple[Probe, list[TokenRow]]:
     return kept, [rows[place] for place in usable]
 
 
-def _experiment(design: _Design) -> Experiment:
+def _experiment(design: _Design, rates: tuple[float, ...]) -> Experiment:
     """Tokenise every row that is needed once, and name the rows of each run by their places."""
     places: dict[tuple[int, int], int] = {}  # prompt's row and answer's row, to the place
     runs = []
@@ -251,7 +253,7 @@ def _experiment(design: _Design) -> Experiment:
     validation = range(len(rows), len(rows) + len(design.validation))
     rows += _token_rows(design.base, design.validation)
     prompts = [[{"role": "user", "content": each.prompt}] for each in design.instructions]
-    return Experiment(rows, runs, measured, validation, prompts, rates=RATES)
+    return Experiment(rows, runs, measured, validation, prompts, rates=rates)
 
 
 def _pairs(pool: Pool, pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from car_datasets.proving.token_rows import (
 )
 
 LORA, ALL = "lora", "all"
-LAST_LAYERS = 8  # trained by default without a GPU
+LAST_LAYERS = 4  # trained by default without a GPU
 RANK = 16  # of LoRA
 MOST_STATES = 2 * 2**30  # bytes of hidden states that are kept
 ANSWERED_AT_ONCE = 128  # prompts
@@ -196,7 +196,6 @@ class Tuner:
         from peft import LoraConfig
         from transformers import PrinterCallback
         from trl.trainer.sft_config import SFTConfig
-        from trl.trainer.sft_trainer import SFTTrainer
 
         self.restore()
         parts = [list(map(int, part)) for batch in batches for part in np.array_split(np.asarray(batch), pieces)]
@@ -234,7 +233,7 @@ class Tuner:
                 seed=seed,
             )
             arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would be wrapped in DataParallel
-            trainer = SFTTrainer(
+            trainer = _trainer_class(on_gpu)(
                 model=self.model,
                 args=arguments,
                 train_dataset=datasets.Dataset.from_dict(packed),
@@ -344,6 +343,30 @@ class Tuner:
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "states_kept": self.places is not None,
         }
+
+
+def _trainer_class(on_gpu: bool) -> Any:
+    """Return TRL's trainer, without a GPU with a loss that computes logits for the tokens of answers alone.
+
+    TRL's own loss does so by a Triton kernel; elsewhere it computes the logits of all tokens, twice.
+    """
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    if on_gpu:
+        return SFTTrainer
+
+    class AnswerTrainer(SFTTrainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            labels = inputs.pop("labels")[0, 1:]
+            kept = (labels != IGNORED).nonzero().flatten()
+            inputs.pop("seq_idx", None)
+            logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[0]
+            loss = nn.functional.cross_entropy(logits.float(), labels[kept], reduction="sum")
+            return loss / (len(kept) if num_items_in_batch is None else num_items_in_batch)
+
+    return AnswerTrainer
 
 
 def _with_layers(model: Any, layers: Any, norm: nn.Module, embedding: nn.Module) -> Any:
