@@ -19,11 +19,13 @@ from datasets import Dataset, concatenate_datasets
 
 from car_datasets.loading.schemas import SCHEMAS, Schema, find_schema
 from car_datasets.proving.examples import BATCH, GROUP_COLUMNS, as_examples, digest_of, find_groups, kinds_of_rows
-from car_datasets.proving.overlap import Overlap, find_overlap
+from car_datasets.proving.overlap import find_alike, find_overlap
 from car_datasets.receipt import Receipt
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import positions_in_pool
 from car_datasets.results import read_tables
+from car_datasets.scoring.stage import Stage
+from car_datasets.stages import resolve
 from car_datasets.utils.columns import check_columns, read_numbers
 
 Floats = npt.NDArray[np.float64]
@@ -270,12 +272,32 @@ def _renumbered(rows: Indices, number: Indices) -> Indices:
 # rows that are evaluated on --------------------------------------------------------------------------------------------
 
 
-def hold_out(pool: Pool, evaluation: Dataset) -> HeldOut:
+def embedder_of(folder: str | Path, token: str | None = None) -> Stage | None:
+    """Return the embedder that the rows of a result were embedded by, to be applied to messages.
+
+    Args:
+        folder (`str` or `Path`): a folder that `car-datasets curate` wrote.
+        token (`str`, *optional*): for a private model; never stored.
+
+    Returns:
+        [`Stage`]: `None` if the model is not at hand, as after a folder was moved.
+    """
+    recipe = Recipe().changed(**Receipt.read(Path(folder)).recipe).changed(schema="auto", columns=())
+    try:
+        stages = resolve(recipe, token)
+        return stages.embedder or stages.scorer.embedder()
+    except (ValueError, OSError):
+        return None
+
+
+def hold_out(pool: Pool, evaluation: Dataset, embedder: Stage | None = None) -> HeldOut:
     """Leave rows out of a pool that are in an evaluation set, equal or nearly, so that they are never trained on.
 
     Args:
         pool ([`Pool`]): from [`read_pool`].
         evaluation (`Dataset`): `prompt` and `completion`, as in `pool.rows`.
+        embedder ([`Stage`], *optional*): from [`embedder_of`]; then rows with nearly the embedding of an evaluation row
+            are near ones as well, if the pool has embeddings.
 
     Returns:
         [`HeldOut`]: the pool without these rows, and how many of each sort there were.
@@ -283,14 +305,18 @@ def hold_out(pool: Pool, evaluation: Dataset) -> HeldOut:
     Raises:
         ValueError: every evaluation row is in the pool, or no row of the pool or of the selection is left.
     """
-    overlap: Overlap = find_overlap(pool.rows, evaluation)
+    overlap = find_overlap(pool.rows, evaluation)
     if len(overlap.evaluation) == len(evaluation):
         raise ValueError(
             f"All {len(evaluation)} evaluation rows are in the pool that the selection was made from, so they cannot "
             "measure it. Pass rows that are apart from it: evaluation=[FILE] (--eval FILE), or leave it out for the set "
             "that the package ships."
         )
-    rows = np.concatenate([overlap.equal, overlap.near, overlap.asked])
+    near = overlap.near
+    if embedder is not None and pool.embedding_column:
+        alike = find_alike(pool.rows, pool.embedding_column, evaluation, embedder)
+        near = np.union1d(near, np.setdiff1d(alike, np.concatenate([overlap.equal, overlap.asked])))
+    rows = np.concatenate([overlap.equal, near, overlap.asked])
     left = pool.without(rows)
     empty = [name for name, chosen in left.chosen.items() if len(chosen) < 2]
     if empty:
@@ -299,7 +325,7 @@ def hold_out(pool: Pool, evaluation: Dataset) -> HeldOut:
             "needed. Select more rows, or pass another evaluation set: evaluation=[FILE] (--eval FILE)."
         )
     selected = len(np.intersect1d(rows, pool.chosen[SELECTION]))
-    return HeldOut(left, len(overlap.equal), len(overlap.near), len(overlap.asked), selected)
+    return HeldOut(left, len(overlap.equal), len(near), len(overlap.asked), selected)
 
 
 # arms ------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Find rows of a pool that equal or resemble evaluation rows.
 
-Does: compare messages by content and by shared word n-grams of prompt and of answer.
-Does not: remove rows, or look at embeddings.
+Does: compare messages by content, by shared word n-grams of prompt and of answer, and by embeddings that are there.
+Does not: remove rows, or embed the rows of the pool.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
+from car_datasets.scoring.stage import Stage
+from car_datasets.utils.columns import as_arrow, embedding_batches, matrix_of, unit_rows
+
 Indices = npt.NDArray[np.int64]
 Messages = Sequence[Mapping[str, str]]
 GRAM = 3  # words
 CONTAINED = 0.8  # share of the shorter text's n-grams that are in the other, in prompt and in answer
+ALIKE = 0.95  # cosine of two embeddings from which on rows are taken for near-duplicates
 BATCH = 1_000
 _WORD = re.compile(r"\w+")
 
@@ -73,6 +77,22 @@ def find_overlap(rows: Dataset, evaluation: Dataset) -> Overlap:
             position += 1
     groups = [np.array(positions, dtype=np.int64) for positions in found.values()]
     return Overlap(groups[0], groups[1], groups[2], hit)
+
+
+def find_alike(rows: Dataset, column: str, evaluation: Dataset, embedder: Stage) -> Indices:
+    """Return the rows of a pool whose embedding is nearly that of an evaluation row, ascending.
+
+    Args:
+        rows (`Dataset`), column (`str`): the pool, and its column of embeddings.
+        evaluation (`Dataset`): `prompt` and `completion`, lists of messages.
+        embedder ([`Stage`]): the one that embedded the pool, reading these two columns.
+    """
+    name = embedder.output_columns[0]
+    batches = evaluation.select_columns(["prompt", "completion"]).iter(batch_size=BATCH)
+    known, _ = matrix_of(as_arrow([v for batch in batches for v in embedder(batch)[name]]), name)
+    known = unit_rows(known)
+    found = [at[(unit_rows(part) @ known.T).max(axis=1) >= ALIKE] for part, at in embedding_batches(rows, column)]
+    return np.concatenate([*found, np.zeros(0, dtype=np.int64)])
 
 
 def _words(prompt: Messages, completion: Messages) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from car_datasets import curate
 from car_datasets.loading.chats import read_turns
-from car_datasets.proving.arms import ARMS, Pool, available, draw_arms, hold_out, read_pool
+from car_datasets.proving.arms import ARMS, Pool, available, draw_arms, embedder_of, hold_out, read_pool
 from car_datasets.proving.examples import as_example, digest_of
 from tests.proving.conftest import planted_rows
 
@@ -110,6 +110,28 @@ def test_rows_of_an_evaluation_set_are_left_out(pool: Pool) -> None:
     assert held.pool.chosen["selection"].tolist() != pool.chosen["selection"].tolist()
     with pytest.raises(ValueError, match=r"All 2 evaluation rows are in the pool.*--eval FILE"):
         hold_out(pool, Dataset.from_list(evaluation[:2]))
+
+
+class Planted:
+    """A stage that gives every row the same embedding."""
+
+    output_columns = ("embedding",)
+
+    def __call__(self, batch: Any, rank: int | None = None) -> dict[str, Any]:
+        return {"embedding": np.tile(np.array([0.0, 2.0, 0.1], dtype=np.float32), (len(batch["prompt"]), 1))}
+
+
+def test_rows_with_the_embedding_of_an_evaluation_row_are_left_out(result: Path, pool: Pool) -> None:
+    assert embedder_of(result) is None  # the receipt has the name of a folder, and not its path
+    vectors = np.tile(np.array([1, 0, 0], dtype=np.float32), (len(pool.rows), 1))
+    vectors[12] = (0.1, 1, 0)
+    rows = pool.rows.remove_columns("embedding").add_column("embedding", list(vectors))
+    own = Pool(**{**vars(pool), "rows": rows})
+    evaluation = Dataset.from_list([messages("Who keeps the keys of the tower?", "The warden keeps them in a drawer.")])
+    held = hold_out(own, evaluation, Planted())
+    assert held[1:4] == (0, 1, 0)
+    assert digest_of(rows[12]) not in {digest_of(row) for row in held.pool.rows}
+    assert hold_out(own, evaluation).near == 0
 
 
 def test_an_arm_of_the_caller_may_come_from_another_pool(
