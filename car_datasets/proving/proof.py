@@ -26,6 +26,7 @@ from car_datasets.proving.arms import (
     Pool,
     available,
     draw_arms,
+    embedder_of,
     hold_out,
     read_pool,
 )
@@ -36,7 +37,7 @@ from car_datasets.proving.probes import Probe, read_probe
 from car_datasets.proving.proof_report import FORMAT, ROWS, TOKENS, Proof, Table, write_proof
 from car_datasets.proving.statistics import SHARE, compare
 from car_datasets.proving.token_rows import TokenRow, tokenise
-from car_datasets.proving.training import ALL, LAST_LAYERS, LORA, Schedule
+from car_datasets.proving.training import ALL, LAST_LAYERS, LORA, Schedule, without_bars
 from car_datasets.results import read_result
 from car_datasets.scoring.stage import say
 from car_datasets.utils.processes import device_for, process_rank
@@ -134,9 +135,11 @@ def prove(
         say(f"{base.name} has no chat template; the turns are written one after another, with their roles.")
     probes = {name: _measurable(probe, base) for name, probe in found.items()}
     own = {name: os.fspath(path) for name, path in (arms or {}).items()}
-    pool = read_pool(place, lambda rows: _answer_tokens(rows, base), own=own)
-    held = hold_out(pool, concatenate_datasets([probe.rows for probe, _ in probes.values()]))
-    pool, validation = _apart(held.pool)
+    with without_bars():
+        pool = read_pool(place, lambda rows: _answer_tokens(rows, base), own=own)
+        measured = concatenate_datasets([probe.rows for probe, _ in probes.values()])
+        held = hold_out(pool, measured, embedder_of(place, token))
+        pool, validation = _apart(held.pool)
     names = _names(pool)
     budgets = _budgets(available(pool, names), tokens, on_gpu if equal_rows is None else equal_rows, on_gpu)
     drawn = _draw(pool, range(seeds), budgets, names)

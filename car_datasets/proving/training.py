@@ -460,20 +460,28 @@ def _as_before() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what the trainer prints and warns of in every run."""
-    import datasets
-
     loggers = [logging.getLogger(name) for name in ("transformers", "trl", "accelerate")]
     levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
     try:
-        with warnings.catch_warnings():  # of names that TRL and transformers are changing between them
-            warnings.simplefilter("ignore", FutureWarning)
+        with without_bars(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that TRL and transformers are changing
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if not bars:
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Switch the progress bars of `datasets` off in this block, where many steps would each draw one."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
             datasets.enable_progress_bars()
