@@ -57,11 +57,17 @@ def test_right_answers_win_wrong_ones_lose_and_equal_arms_do_not_differ(tiny_lla
 
 
 @pytest.mark.slow
-def test_equal_arms_show_no_difference_in_19_of_20_experiments(tiny_llama: str, tmp_path: Path) -> None:
+def test_equal_arms_show_no_difference_in_9_of_10_experiments(tiny_llama: str, tmp_path: Path) -> None:
     base = load_base_model(tiny_llama)
-    arms = {f"equal {number}": 0.5 for number in range(20)}
-    found = verdicts(outcome_of(experiment(base, 3, {"random": 0.5, **arms}), base, tmp_path, updates=12))
-    assert list(found.values()).count("no difference shown") >= 19, found
+    # Pairs that share no arm: against one random arm, an unlucky draw of it would differ from all others at once.
+    arms = {f"{arm} {number}": 0.5 for number in range(10) for arm in ("random", "equal")}
+    found = outcome_of(experiment(base, 3, arms), base, tmp_path, updates=6)
+    said = []
+    for number in range(10):
+        pair = [each for each in found.runs if each.run.arm.endswith(f" {number}")]
+        runs = [each._replace(run=each.run._replace(arm=each.run.arm.split()[0])) for each in pair]
+        said.append(verdicts(found._replace(runs=runs))["equal"])
+    assert said.count("no difference shown") >= 9, said
 
 
 def test_the_rate_is_chosen_once_and_finished_runs_are_read(
