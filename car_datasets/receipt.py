@@ -82,6 +82,7 @@ class Receipt:
         selected_sha256 (`str`): sha256 over the source indices of the selected rows, in order, as a JSON list.
         versions (`dict[str, str]`): versions of this package and of the packages that its numbers depend on.
         scored_sha256 (`str`): sha256 over the indices, scores and clusters of the pool, in order.
+        proof (`dict`): what `car-datasets prove` found, as `summary_of` gives it; without a proof the file lacks it.
         files (`dict[str, str]`): name in the folder to sha256 of every other file of the result.
         columns (`dict[str, dict[str, str]]`): of `"selected"` and `"scored"`, the sha256 of each column's values.
         sha256 (`str`): over all other fields. It finds an edit by hand, but it is no signature: whoever edits the
@@ -99,6 +100,7 @@ class Receipt:
     selected_sha256: str
     versions: dict[str, str]
     scored_sha256: str = ""
+    proof: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     sha256: str = ""
@@ -109,6 +111,8 @@ class Receipt:
         content = {"format": self.format, **asdict(self)}
         if self.format == 1:
             content = {name: value for name, value in content.items() if name not in DIGESTS}
+        if not self.proof:
+            del content["proof"]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
@@ -148,10 +152,14 @@ class Receipt:
         names = {each.name for each in fields(cls)}
         if content.get("format") == 1:
             names -= {*DIGESTS}
-        if not is_integer(content.get("format")) or content["format"] not in (1, FORMAT) or set(content) != names:
+        if (
+            not is_integer(content.get("format"))
+            or content["format"] not in (1, FORMAT)
+            or {*content, "proof"} != names
+        ):
             raise ValueError(
                 f"{shown} is not a receipt of format {FORMAT} or 1: it has the keys {sorted(content)}; missing are "
-                f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or "
+                f"{sorted(names - {*content, 'proof'})}. Another version wrote it: pip install --upgrade car-datasets, or "
                 "curate again."
             )
         # Types too: a receipt from a repository may have been edited by hand, and `verify` computes with it.
@@ -185,6 +193,7 @@ def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
     wanted |= dict.fromkeys(("source", "scorer", "embedder", "recipe", "counts", "versions"), dict)
     if content["format"] != 1:
         wanted |= {"files": dict, "columns": dict, "sha256": str}
+    wanted |= {"proof": dict} if "proof" in content else {}
     _refuse_others(content, wanted, f"{shown}: ")
     # Files of these names are opened; none of them may lie outside of the result.
     outside = [name for name in content.get("files", {}) if not re.fullmatch(r"(?!\.)[^/\\:]+(/(?!\.)[^/\\:]+)?", name)]

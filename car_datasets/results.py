@@ -8,11 +8,13 @@ Does not: compute anything that it writes.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,9 @@ SCORED_TABLE = "scored.parquet"
 REPORT_FILE = "report.json"
 SUMMARY_FILE = "report.md"
 README_FILE = "README.md"
+PROOF_FILE = "proof.json"  # the next three are written by `car-datasets prove`
+PROOF_SUMMARY = "proof.md"
+PROOF_PLOT = "proof.png"
 PLOTS_FOLDER = "plots"  # the folder of the figures, where `load_dataset` does not take them for the data
 # All files of a result but those of its procedure. A folder that holds any of them is refused for a new result.
 RESULT_FILES = (
@@ -51,6 +56,9 @@ RESULT_FILES = (
     README_FILE,
     REPORT_FILE,
     SUMMARY_FILE,
+    PROOF_FILE,
+    PROOF_SUMMARY,
+    f"{PLOTS_FOLDER}/{PROOF_PLOT}",
 )
 READ_BACK = (SELECTED_TABLE, SCORED_TABLE, REPORT_FILE, RECEIPT_FILE)  # the others may have been deleted
 CLOSE = 1e-6  # the last digits of a mean or a correlation differ between machines
@@ -124,11 +132,35 @@ def read_result(folder: Path) -> Result:
 
 
 def plots_in(folder: Path) -> list[Path]:
-    """Return the figures of a result that exist, in the order of `PLOTS`; other pictures in the folder are not its own."""
+    """Return the figures of a result that exist, in the order of `PLOTS` with that of a proof at the end.
+
+    Other pictures in the folder are not its own.
+    """
     # Earlier versions wrote the figures directly into the folder. A figure that a caller added is in PLOTS alone.
     places = [(folder / PLOTS_FOLDER / name, folder / name) for name in map(plot_file, PLOTS)]
     found = (next((path for path in both if path.is_file()), None) for both in places)
-    return [path for path in found if path is not None]
+    proof = folder / PLOTS_FOLDER / PROOF_PLOT
+    return [path for path in (*found, proof if proof.is_file() else None) if path is not None]
+
+
+def update_receipt(folder: Path, proof: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write files that were made from a complete result into its folder, and what they say into its receipt.
+
+    Args:
+        folder (`Path`): of the result.
+        proof (`Mapping`): the field `proof` of the receipt.
+        files (`Mapping[str, bytes]`): name to content; files of these names are replaced.
+
+    Raises:
+        ValueError: the folder has no receipt, or an invalid one.
+    """
+    receipt = replace(Receipt.read(folder), proof=dict(proof))
+    if receipt.format != 1:  # which has no digests of files
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        receipt = receipt.sealed({**receipt.files, **digests}, receipt.columns)
+    for name, content in {**files, RECEIPT_FILE: receipt.to_json().encode()}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
 
 
 def read_tables(folder: Path) -> tuple[Dataset, Dataset]:

@@ -43,6 +43,7 @@ WIDE = {  # functions of eight parameters or more: what a model or a public call
     "cluster_filter",
     "load_instructions",
     "open_dataset",
+    "prove",
     "push_selection",
     "select_car",
     "select_car_streaming",
