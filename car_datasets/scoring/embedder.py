@@ -170,7 +170,8 @@ class TextEmbedder:
         # The budget depends on the width of the encoder, which sets the memory of a token.
         config = getattr(getattr(model[0], "auto_model", None), "config", None)
         units = getattr(config, "hidden_size", dimension(model))  # a Dense module on top may give fewer
-        budget = token_budget(model.device, units, self.batch_tokens)
+        packs = config is not None and reads_plain_tokens(model) and can_pack(config, self.dtype, model.device)
+        budget = token_budget(model.device, units, self.batch_tokens, packs)
         longest = model.max_seq_length or 512  # a model without a limit of its own: BERT's
         # `encode` works for every model, but tokenises batch by batch while the device waits.
         read = _embed_tokens if reads_plain_tokens(model) else _encode

@@ -185,7 +185,7 @@ class LoadedScorer(NamedTuple):
             counts.
         """
         config = self.model.config
-        budget = token_budget(self.device, config.encoder_config.hidden_size, batch_tokens)
+        budget = token_budget(self.device, config.encoder_config.hidden_size, batch_tokens, self.packed)
         first = None if self.device.type == "cpu" else FIRST_TEXTS
         # Window by window: while the model reads one, the next is tokenised.
         windows = tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at, first)

@@ -387,8 +387,9 @@ def test_an_error_about_turns_names_their_keys() -> None:
 
 def clean_by_passes(text: str) -> str:
     """`clean` as it is defined: passes over all of the text until nothing changes."""
-    text = text.translate(templates._QUOTES)
-    while (decoded := templates._ESCAPE.sub(templates._decode, text).translate(templates._QUOTES)) != text:
+    quotes = str.maketrans("‘’“”", "''\"\"")
+    text = text.translate(quotes)
+    while (decoded := templates._ESCAPE.sub(templates._decode, text).translate(quotes)) != text:
         text = decoded
     return " ".join(join_surrogates(text).split())
 

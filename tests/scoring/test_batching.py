@@ -64,6 +64,11 @@ def test_the_fast_way_gives_the_ids_of_the_ordinary_one() -> None:
     texts = ["Instruction: say hi Response: h\u00e9 there", "", "a " * 60, "\u65e5\u672c\u8a9e [SEP] <pad>"]
     expected = tokenizer(texts, truncation=True, max_length=12)["input_ids"]
     assert tokenise(tokenizer, texts, 12).ids == expected  # after a call that cut, which the tokenizer remembers
+    for limit, side in ((2, "right"), (3, "right"), (5, "left")):
+        tokenizer.truncation_side = side
+        cut = tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        assert tokenise(tokenizer, texts, limit).ids == cut
+    tokenizer.truncation_side = "right"
     assert tokenise(tokenizer, texts, 12, [0, 0, 0, 0]).ids == expected
     assert tokenise(tokenizer, texts, 12).lengths == [len(ids) for ids in tokenizer(texts)["input_ids"]]
 
@@ -86,7 +91,7 @@ def test_windows_are_tokenised_ahead_in_another_thread_and_in_order(monkeypatch:
     first = next(windows)
     assert len(first.ids) == 4
     found = [first, *windows]
-    assert seen == [4, 4, 2]
+    assert sorted(seen) == [2, 4, 4]  # by two threads
     assert threading.current_thread() not in threads
     assert [ids for window in found for ids in window.ids] == whole.ids
     assert list(tokenised_ahead(tokenizer, [], 12)) == []
@@ -108,7 +113,7 @@ def test_batches_of_texts_end_to_end_are_full_across_windows() -> None:
     assert found[:, 0].tolist() == list(range(60))
     assert tokens.tolist() == lengths
     assert max(sizes) <= 50
-    assert min(sizes[:-1]) > 50 - 13  # only the very last may be far from full
+    assert min(sizes[1:-1]) > 50 - 13  # only the first, for which the device waits, and the last may be far from full
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "MPS backend out of memory"])
@@ -166,5 +171,7 @@ def test_budgets_fit_the_device_and_are_remembered() -> None:
     assert 1024 <= token_budget(cpu, 384).tokens <= 2048
     assert token_budget(gpu, 1024).tokens == 32768
     assert token_budget(gpu, 384).tokens > 65536
+    assert token_budget(gpu, 1024, packed=True).tokens == 65536
+    assert token_budget(gpu, 384, packed=True).tokens > 65536
     assert token_budget(gpu, 384) is token_budget(gpu, 384)
     assert token_budget(cpu, 384, 77).tokens == 77

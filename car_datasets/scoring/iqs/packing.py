@@ -1,13 +1,14 @@
 """Texts without padding: laid end to end in one row of tokens, and pooled there, segment by segment.
 
-Does: lay token ids end to end, or in a grid if their lengths hardly differ; sum, average and maximise states over texts,
-or over question and answer, in float32; put states into the padded grid.
+Does: lay token ids end to end; sum, average and maximise states over texts, or over question and answer, in float32;
+put states into the padded grid.
 Does not: run an encoder, or know a head.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,10 +27,6 @@ PACKABLE = {"bert", *POSITIONS_AFTER_PADDING}
 # also keeps the number of different shapes small: a GPU chooses kernels per shape.
 BLOCK = 256
 FILLER = 64  # tokens in a text of padding; several of them fill the row, as none may be longer than the encoder reads
-
-# Texts whose common length would add at most this share of padding are laid out as a grid: padded attention was 1.6 times
-# faster than attention over texts of any length, and attention is a tenth of the time.
-GRID_PADDING = 0.02
 
 
 class Segments(NamedTuple):
@@ -83,11 +80,8 @@ class Packed(NamedTuple):
         bounds (`Tensor` of shape `(texts and fillers + 1,)`, int32): where each text begins, and the end of the last.
         longest (`int`): upper bound of the tokens in a text.
         shape (`tuple[int, int]`): texts, and tokens of the longest.
-        is_grid (`bool`): True if every text takes as many tokens as the longest; the row then has this shape.
-        keys (`Tensor` of shape `(texts, 1, 1, longest)`, *optional*): for a grid of different lengths, True for real
-            tokens.
-        places (`Tensor` of shape `(real tokens,)`): where the tokens of the texts are in the row.
-        grid (`Tensor` of shape `(real tokens,)`): where they are in the flattened padded batch.
+        grid (`Tensor` of shape `(real tokens,)`): where the tokens of the texts, which begin the row, are in the
+            flattened padded batch.
         lengths (`Tensor` of shape `(texts,)`, int64): tokens of each text.
         segments ([`Segments`]): of each text one, or question and answer in turn.
         answer_start (`Tensor` of shape `(texts,)`, *optional*): position of each answer's first token.
@@ -99,9 +93,6 @@ class Packed(NamedTuple):
     bounds: Tensor
     longest: int
     shape: tuple[int, int]
-    is_grid: bool
-    keys: Tensor | None
-    places: Tensor
     grid: Tensor
     lengths: Tensor
     segments: Segments
@@ -110,17 +101,15 @@ class Packed(NamedTuple):
 
     def spread(self, states: Tensor) -> Tensor:
         """Put states of the row into the padded grid, of shape `(texts, longest, units)`, with 0 at the padding."""
-        if self.is_grid and self.keys is None:
-            return states.view(*self.shape, -1)
         padded = states.new_zeros((self.shape[0] * self.shape[1], states.shape[-1]))
-        padded[self.grid] = states[self.places]
+        padded[self.grid] = states[: len(self.grid)]
         return padded.view(*self.shape, -1)
 
     def padded_ids(self) -> tuple[Tensor, Tensor]:
         """Return the token ids as a padded tensor and its mask, both of shape `(texts, longest)`, int64."""
         mask = torch.arange(self.shape[1], device=self.lengths.device) < self.lengths[:, None]
         ids = torch.full(self.shape, self.pad_id, device=mask.device).flatten()
-        ids[self.grid] = self.input_ids[self.places]
+        ids[self.grid] = self.input_ids[: len(self.grid)]
         return ids.view(self.shape), mask.long()
 
     def starts(self) -> Tensor:
@@ -141,7 +130,7 @@ def pack(
     device: torch.device,
     answer_starts: Sequence[int] | None = None,
 ) -> Packed:
-    """Lay token ids end to end, or as a grid if that adds next to no padding.
+    """Lay token ids end to end.
 
     Args:
         ids (`Sequence[Sequence[int]]`): token ids of each text, at most `limit`.
@@ -152,90 +141,83 @@ def pack(
             separately.
     """
     pad_id = int(encoder_config.pad_token_id or 0)
-    lengths = np.array([len(row) for row in ids])
-    flat = np.concatenate(ids).astype(np.int64)
-    count, real, longest = len(ids), len(flat), int(lengths.max())
-    is_grid = count * longest - real <= GRID_PADDING * real
-    first = np.cumsum(lengths) - lengths  # of each text among the real tokens
-    within = np.arange(real) - np.repeat(first, lengths)
-    grid = within + np.repeat(np.arange(count) * longest, lengths)
-    places, total, block = (
-        (grid, count * longest, longest) if is_grid else (np.arange(real), -(-real // BLOCK) * BLOCK, BLOCK)
-    )
-    row = np.full(total, pad_id)
-    row[places] = flat
-    positions = np.zeros(total, dtype=np.int64)
-    positions[places] = _positions(flat, within, first, lengths, encoder_config)
-    if is_grid:
-        bounds = np.arange(count + 1) * longest
-    else:
-        filler = np.arange(real + FILLER, total, FILLER)
-        bounds = np.concatenate([first, [real], filler, [total] if total > real else []])
-    different = is_grid and count * longest > real
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    count, real, longest = len(ids), int(lengths.sum()), int(lengths.max())
+    total = -(-real // BLOCK) * BLOCK
+    row = np.full(total, pad_id, dtype=np.int64)
+    row[:real] = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64, count=real)
+    first = np.cumsum(lengths) - lengths  # of each text
+    bounds = np.concatenate([first, np.arange(real, total, FILLER), [total]])
     starts = None if answer_starts is None else np.asarray(answer_starts, dtype=np.int64)
+    parts = lengths if starts is None else np.stack([starts, lengths - starts], axis=1).ravel()
+    slots, tokens, pieces = _pieces(parts, total)
+    # One copy, as each one costs a thread more than the kernels that it would save; what has a number per token is
+    # spread on the device.
+    sent = [row, bounds, lengths, first, parts, slots, tokens, pieces.ravel(), *([] if starts is None else [starts])]
+    row_, bounds_, lengths_, first_, parts_, slots_, tokens_, pieces_, *starts_ = to_device(
+        np.concatenate(sent), device
+    ).split([len(values) for values in sent])
+    texts = torch.repeat_interleave(torch.arange(count, device=device), lengths_, output_size=real)
+    within = torch.arange(real, device=device) - first_[texts]
+    positions = _positions(row_[:real], texts, within, first_, encoder_config)
+    slot_of = torch.repeat_interleave(slots_, tokens_, output_size=real)
     return Packed(
-        to_device(row, device),
-        to_device(positions, device),
-        to_device(bounds.astype(np.int32), device),  # int32, as the kernel takes them
+        row_,
+        nn.functional.pad(positions, (0, total - real)),
+        bounds_.to(torch.int32),  # as the kernel takes them
         limit,
         (count, longest),
-        is_grid,
-        to_device(np.arange(longest) < lengths[:, None], device)[:, None, None] if different else None,
-        to_device(places, device),
-        to_device(grid, device),
-        to_device(lengths, device),
-        _segments(places, total, block, lengths if starts is None else _halves(lengths, starts), device),
-        None if starts is None else to_device(starts, device),
+        within + texts * longest,
+        lengths_,
+        Segments(
+            nn.functional.pad(slot_of, (0, total - real), value=-1).to(torch.int16).view(-1, BLOCK),
+            pieces_.view(pieces.shape),
+            int(slots.max()) + 1,
+            parts_.float(),
+        ),
+        starts_[0] if starts_ else None,
         pad_id,
     )
 
 
-def _positions(
-    flat: npt.NDArray[Any],
-    within: npt.NDArray[Any],
-    first: npt.NDArray[Any],
-    lengths: npt.NDArray[Any],
-    encoder_config: Any,
-) -> npt.NDArray[Any]:
+def _positions(row: Tensor, texts: Tensor, within: Tensor, first: Tensor, encoder_config: Any) -> Tensor:
     """Return the position id of every real token, as the encoder itself numbers them."""
     start = first_position(encoder_config)
-    is_pad = flat == encoder_config.pad_token_id
-    if not start or not is_pad.any():
-        return within + start
+    if not start:
+        return within
     # RoBERTa's do not count a padding token, also where a text spells one out.
-    counted = np.cumsum(~is_pad)
-    before = (counted - ~is_pad)[first]
-    return np.where(is_pad, start - 1, counted - np.repeat(before, lengths) + start - 1)
+    is_word = row != encoder_config.pad_token_id
+    counted = is_word.cumsum(0)
+    before = counted[first] - is_word[first].long()
+    return torch.where(is_word, counted - before[texts] + start - 1, start - 1)
 
 
-def _halves(lengths: npt.NDArray[Any], starts: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return the lengths of question and answer of each text in turn."""
-    return np.stack([starts, lengths - starts], axis=1).ravel()
+def _pieces(
+    lengths: npt.NDArray[np.int64], total: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Cut consecutive segments into pieces, none of which crosses the border of a block.
 
+    Args:
+        lengths (`(segments,)`): tokens of each.
+        total (`int`): tokens of the row.
 
-def _segments(
-    places: npt.NDArray[Any], total: int, block: int, lengths: npt.NDArray[Any], device: torch.device
-) -> Segments:
-    """Cut consecutive segments of these lengths, whose tokens are at `places` of the row, into pieces."""
-    number = np.repeat(np.arange(len(lengths)), lengths)
-    at = places // block
-    begins = np.ones(len(places), dtype=bool)  # True for the first token of every piece
-    begins[1:] = (np.diff(number) != 0) | (np.diff(at) != 0)
-    blocks, owners = at[begins], number[begins]  # of each piece
-    slot = np.arange(len(blocks)) - np.searchsorted(blocks, blocks)
-    most = int(slot.max()) + 1
-    slots = np.full(total, -1, dtype=np.int16)
-    slots[places] = slot[np.cumsum(begins) - 1]
-    per_segment = np.bincount(owners, minlength=len(lengths))
-    rank = np.arange(len(owners)) - (np.cumsum(per_segment) - per_segment)[owners]
-    pieces = np.full((len(lengths), int(per_segment.max())), total // block * most)
-    pieces[owners, rank] = blocks * most + slot
-    return Segments(
-        to_device(slots.reshape(-1, block), device),
-        to_device(pieces, device),
-        most,
-        to_device(lengths.astype(np.float32), device),
-    )
+    Returns:
+        Of each piece, which follow one another, the number within its block and the tokens; and the `pieces` of
+        [`Segments`].
+    """
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    opened = starts // BLOCK  # the first block of each segment
+    per_segment = np.where(lengths > 0, (ends - 1) // BLOCK - opened + 1, 0)
+    owners = np.repeat(np.arange(len(lengths)), per_segment)
+    rank = np.arange(len(owners)) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
+    blocks = opened[owners] + rank
+    tokens = np.minimum(ends[owners], (blocks + 1) * BLOCK) - np.maximum(starts[owners], blocks * BLOCK)
+    slots = np.arange(len(blocks)) - np.searchsorted(blocks, blocks)
+    most = int(slots.max()) + 1
+    pieces = np.full((len(lengths), int(per_segment.max())), total // BLOCK * most)
+    pieces[owners, rank] = blocks * most + slots
+    return slots, tokens, pieces
 
 
 def pool_packed(states: Iterable[Tensor], packed: Packed, config: Any, combine: nn.Module | None) -> Tensor:
@@ -264,18 +246,17 @@ def pool_packed(states: Iterable[Tensor], packed: Packed, config: Any, combine: 
             if shift is not None:
                 sums = (sums - numbers * shift) * scale
             return sums / segments.lengths.unsqueeze(-1)
-        places = packed.starts() if config.pooling == "cls" else packed.places
-        states = state[places].float()
+        states = (state[packed.starts()] if config.pooling == "cls" else state[: len(packed.grid)]).float()
         if shift is None or scale is None:
             return states
         if config.pooling == "max":  # of each token, that of its text
-            texts = torch.repeat_interleave(packed.lengths, output_size=len(places))
+            texts = torch.repeat_interleave(packed.lengths, output_size=len(packed.grid))
             shift, scale = shift[texts], scale[texts]
         return (states - shift) * scale
 
     found: Tensor = next(map(pooled, states)) if combine is None else combine(map(pooled, states))
     if config.pooling == "max":
-        found = found.masked_fill(~real[packed.places].unsqueeze(-1), float("-inf"))
+        found = found.masked_fill(~real[: len(packed.grid)].unsqueeze(-1), float("-inf"))
         found = torch.segment_reduce(found, "max", lengths=packed.lengths, unsafe=True)  # unsafe: no wait for a check
     return found
 
