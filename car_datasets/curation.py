@@ -43,7 +43,7 @@ from car_datasets.receipt import (
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import RESULT_FILES, Extra, files_to_replace, unfinished, write_result
+from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
 from car_datasets.scoring.shards.storage import check_shards
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
@@ -59,7 +59,7 @@ from car_datasets.stages import (
 )
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import column_batches
-from car_datasets.utils.files import Claim, claimed, output_path, prepare_cache, user_path
+from car_datasets.utils.files import UNFINISHED, Claim, claimed, output_path, prepare_cache, user_path
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
 from car_datasets.utils.revisions import hub_address
 from car_datasets.utils.settings import default_n1
@@ -128,12 +128,13 @@ def curate(
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
     folder = None if output_dir is None else output_path(output_dir)
     if shard_dir is not None:
-        from_main(lambda: check_shards(shard_dir, folder))
+        from_main(lambda: check_shards(shard_dir, folder, source))
     if folder is None:
         return _compute(source, recipe, token, shard_dir).curated
     old = files_to_replace(folder, procedure, overwrite, source)
-    files = [folder / name for name in (*RESULT_FILES, *procedure.files)]
+    files = [folder / name for name in (*RESULT_FILES, *procedure.files, UNFINISHED)]
     with claimed(folder, (_identity(source), recipe), files, "output_dir") as claim:
+        refuse_unfinished(folder, claim.run, overwrite)
         made = _compute(source, recipe, token, shard_dir, written=True)
         from_main(lambda: _write_files(folder, made, claim, old))
     return made.curated
@@ -321,7 +322,7 @@ def _write_files(folder: Path, made: _Made, claim: Claim, old: Sequence[str]) ->
     # The receipt first: hashing and counting may fail, and then nothing has been written.
     pictures = report.pictures(made.overview, recipe.projection)
     claim.check()
-    with unfinished(folder, old) as place:
+    with unfinished(folder, claim.run, old) as place:
         tables = stages.procedure.tables(selected, without_vectors, scorer.objective, names)
         if made.own_index:
             names = replace(names, index="")  # the original's files hold every column of the source

@@ -32,7 +32,7 @@ from car_datasets.selection.published import original_columns, write_original
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import BLOCK, column_digests, file_digest
-from car_datasets.utils.files import UNFINISHED, fresh_folder, user_path, write_whole
+from car_datasets.utils.files import UNFINISHED, fresh_folder, refuse_in_source, user_path, write_whole
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 SELECTED_TABLE = "selected.parquet"
@@ -180,7 +180,8 @@ def _read_table(path: Path) -> Dataset:
     try:
         return as_written(read_parquet([DataFile(str(path), str(path), "parquet")]))
     except ValueError as error:
-        raise ValueError(f"{path} is not what `car-datasets curate` wrote; curate again. ({error})") from error
+        why = str(error).removeprefix(f"source={str(path)!r} ")
+        raise ValueError(f"{path} is not what `car-datasets curate` wrote; curate again. (It {why})") from error
 
 
 class Compared(NamedTuple):
@@ -229,6 +230,16 @@ def compare_files(receipt: Receipt, seen: Mapping[str, str], others: Sequence[st
     if rest := [name for name in others if name not in ours]:
         skipped.append(f"{listed(rest)}: not in the receipt")
     return Compared(len(seen), differences, skipped)
+
+
+def compare_folder(folder: Path, receipt: Receipt) -> Compared:
+    """Compare the files in the folder of a result, and its receipt, with the digests in the receipt."""
+    if receipt.format == 1:  # which has none
+        return Compared(0, [], [])
+    compared = compare_files(receipt, *files_of(folder, receipt))
+    if receipt.digest() != receipt.sha256:
+        compared.differences.insert(0, f"{RECEIPT_FILE} does not have its own sha256")
+    return compared
 
 
 def compare_columns(receipt: Receipt, name: str, table: Dataset, pushed: bool, with_pool: bool) -> Compared:
@@ -320,8 +331,10 @@ def files_to_replace(folder: Path, procedure: Procedure, overwrite: bool, source
         source: what is curated; if it is one of the files to replace, it would be lost.
 
     Raises:
-        ValueError: the folder is a file, or holds files of these names that may not be replaced.
+        ValueError: the folder is a file, holds files of these names that may not be replaced, or lies in a folder that
+            is the source.
     """
+    refuse_in_source(folder, source, "output_dir")
     old = _complete_result(folder)
     replaced = old if overwrite else []
     readme = folder / README_FILE
@@ -359,12 +372,25 @@ def _complete_result(folder: Path) -> list[str]:
     return [name for name in names if (folder / name).is_file()]
 
 
+def refuse_unfinished(folder: Path, run: str, overwrite: bool) -> None:
+    """Raise ValueError if a run other than `run`, a digest as in a claim, has left a folder unfinished."""
+    mark = folder / UNFINISHED
+    other = mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else run
+    if other not in (run, "") and not overwrite:  # earlier versions left an empty file
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds a part of a result, which another command was writing when it was "
+            "stopped. Run that command again to complete it, name another folder, or replace it with overwrite=True "
+            "(--overwrite)."
+        )
+
+
 @contextlib.contextmanager
-def unfinished(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
+def unfinished(folder: Path, run: str, old: Sequence[str] = ()) -> Iterator[Path]:
     """Yield the folder to write a result into, marked as unfinished meanwhile, so that the run can be repeated.
 
     Args:
         folder (`Path`): made if it does not exist.
+        run (`str`): a digest of what makes the run, for the mark.
         old (`Sequence[str]`): files of a complete result there. The new one is then written into a folder inside, and
             takes their place file by file once it is complete.
     """
@@ -372,13 +398,13 @@ def unfinished(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
     new = folder / NEW
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     if not old:
-        with _marked(folder):
+        with _marked(folder, run):
             yield folder
         return
     try:
         new.mkdir()
         yield new
-        with _marked(folder):
+        with _marked(folder, run):
             # Marked only now, because until here the old result is complete.
             written = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
             # Files that only the old result has, such as those of another procedure.
@@ -392,14 +418,15 @@ def unfinished(folder: Path, old: Sequence[str] = ()) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _marked(folder: Path) -> Iterator[None]:
-    """Keep a file `.unfinished` in the folder until the block has ended without an error."""
+def _marked(folder: Path, run: str) -> Iterator[None]:
+    """Keep a file `.unfinished` in the folder until the block has ended without an error; it names the run."""
     if (folder / UNFINISHED).exists():
+        # What a killed run has left, which may be of another recipe; a file that this run does not write would stay.
         extra = (name for procedure in PROCEDURES.values() for name in procedure.files)
-        for path in (folder / name for name in (*RESULT_FILES, *extra)):
-            for left in path.parent.glob(f".{path.name}.*"):  # temporary files of an interrupted write_whole
-                left.unlink()
-    (folder / UNFINISHED).touch()
+        for path in (folder / name for name in (*RESULT_FILES, *PLOT_FILES, *extra)):
+            for left in (path, *path.parent.glob(f".{path.name}.*")):  # also temporary files of `write_whole`
+                left.unlink(missing_ok=True)
+    write_whole(folder / UNFINISHED, lambda path: Path(path).write_text(run, encoding="utf-8"))
     # Not in a `finally`: after an error the marker must stay, since it permits the next run to overwrite.
     yield
     # The marker may be gone: two runs started after the same interruption both write this folder, with equal files.
@@ -437,7 +464,6 @@ def write_result(
     write_whole(folder / SELECTED_TABLE, selected.to_parquet)
     # A user's own column `score` or `label` stays here; curate refuses it before the original's files are written.
     write_whole(folder / SELECTED_JSON, lambda path: write_original(selected, path, names, where_free=True))
-    # `content` is bound as a default because a closure would see the last value of the loop.
     for name, content in extra.pictures.items():
         place = folder / PLOTS_FOLDER / name if name.endswith(".png") else folder / name
         place.parent.mkdir(exist_ok=True)
@@ -448,7 +474,6 @@ def write_result(
     write_whole(folder / SUMMARY_FILE, lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
     write_whole(folder / REPORT_FILE, lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
     pictures = [f"{PLOTS_FOLDER}/{name}" if name.endswith(".png") else name for name in extra.pictures]
-    # Of what lies on the disk now, by which a reader will compare.
     files = [
         SCORED_TABLE,
         SELECTED_TABLE,

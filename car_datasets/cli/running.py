@@ -190,17 +190,21 @@ def echo(text: str, err: bool = False) -> None:
     typer.echo(printable(text).replace("\n", r"\n"), err=err)
 
 
-def holds_result(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
-    """Return True if the same command has written the result, and was then interrupted or is typed again."""
+def holds_result(folder: Path, source: str, settings: Recipe, token: str | None, overwrite: bool = False) -> bool:
+    """Return True if the same command has written the result, and was then interrupted or is typed again.
+
+    Raises:
+        ValueError: it has, and files of the result were changed since; with `overwrite` the answer is then False.
+    """
     from car_datasets.utils.processes import from_main
 
     # By the main process alone, which asks the Hub once.
-    return from_main(lambda: _is_complete(folder, source, settings, token))
+    return from_main(lambda: _is_complete(folder, source, settings, token, overwrite))
 
 
-def _is_complete(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
+def _is_complete(folder: Path, source: str, settings: Recipe, token: str | None, overwrite: bool) -> bool:
     from car_datasets.curation import made_by
-    from car_datasets.results import NEW, RESULT_FILES, read_result
+    from car_datasets.results import NEW, RESULT_FILES, compare_folder, read_result
 
     try:
         receipt = read_result(folder).receipt
@@ -212,4 +216,12 @@ def _is_complete(folder: Path, source: str, settings: Recipe, token: str | None)
     # A claim that a killed run has left is removed, and so are its temporary files.
     with claimed(folder, (), [folder / name for name in RESULT_FILES]):
         shutil.rmtree(folder / NEW, ignore_errors=True)
-    return True
+    changed = compare_folder(folder, receipt).differences
+    if changed and not overwrite:
+        raise ValueError(
+            f"{folder} holds this result, but not as it was written: {'; '.join(changed[:5])}. Name another "
+            "folder, or pass --overwrite to write it again."
+        )
+    if missing := [name for name in receipt.files if not (folder / name).exists()]:
+        echo(f"Warning: {folder} lacks {', '.join(missing)}, which was deleted; --overwrite writes all anew.", err=True)
+    return not changed

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 READER = 1  # part of the name of the cached file: raise it if equal bytes would give other values or types
 BATCH_ROWS, BATCH_CHARACTERS = 1_000, 1 << 26  # of a record batch, whichever comes first
 SHOWN = 5  # rows that a warning names
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NOTES = b"car_datasets"  # the key of the warnings in the cached file, so that a second reading gives them as well
 
 
@@ -225,9 +226,6 @@ def _decoded(file: DataFile, raw: bytes, line: int) -> str:
         raise _broken(file, f"it is {kind} (byte 0x{raw[error.start]:02X}); save it as UTF-8", line) from error
 
 
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
-
 # --- JSON
 
 
@@ -292,10 +290,9 @@ def _parse(file: DataFile, text: str, start: int, line: Callable[[int], int]) ->
         return _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         raise _broken(file, f"{error.msg} (column {error.colno})", line(error.pos)) from error
-    except ValueError as error:
-        raise _broken(file, str(error), line(start)) from error
-    except RecursionError as error:
-        raise _broken(file, "it is nested too deeply", line(start)) from error
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _broken(file, what, line(start)) from error
 
 
 def _row(file: DataFile, text: str, span: tuple[int, int], value: Any, line: Callable[[int], int]) -> Row:
@@ -346,7 +343,7 @@ def _line_rows(file: DataFile) -> Iterator[Row]:
             start = _SPACE.match(text).end()  # type: ignore[union-attr]
             if start == len(text):
                 continue
-            line = functools.partial(_same_line, number)
+            line = functools.partial(lambda number, _: number, number)
             try:
                 value, end = _parse(file, text, start, line)
             except ValueError:
@@ -360,20 +357,21 @@ def _line_rows(file: DataFile) -> Iterator[Row]:
             first = False
 
 
-def _same_line(number: int, position: int) -> int:
-    return number
-
-
 def _only_object(file: DataFile) -> Row | None:
-    """Return the object that a file consists of, or `None` if it is anything else."""
+    """Return the object that a file consists of, or `None` if it is anything else; then little of it is read."""
+    text, row, size, broken = "", None, 1, False
     with file.open() as stream:
-        text = stream.read().decode("utf-8-sig", "replace")
-    with contextlib.suppress(ValueError):
-        start = _SPACE.match(text).end()  # type: ignore[union-attr]
-        value, end = _parse(file, text, start, lambda _: 1)
-        if not text[end:].strip():
-            return _row(file, text, (start, end), value, lambda _: 1)
-    return None
+        while not broken and (lines := stream.readlines(size)):
+            text = (text + b"".join(lines).decode("utf-8" if text else "utf-8-sig", "replace")).lstrip(" \t\r\n")
+            size = len(text) + 1  # as much again, so that a long object is parsed few times
+            try:
+                value, end = _DECODER.raw_decode(text)
+                row = _row(file, text, (0, end), value, lambda _: 1)
+                broken = text[end:].strip() != ""
+            except (ValueError, RecursionError) as error:
+                # An object that continues in the next line lacks nothing but its end.
+                broken = getattr(error, "pos", -1) < len(text.rstrip()) and "Unterminated string" not in str(error)
+    return None if broken else row
 
 
 # --- CSV
@@ -459,8 +457,7 @@ def _csv_rows(table: _Table) -> Iterator[Row]:
     next(lines)
     for number, record in lines:
         if len(record) != len(table.names):
-            counts = f"line {number} has {len(record)} fields, the header has {len(table.names)}"
-            raise _broken(table.file, counts)
+            raise _broken(table.file, f"line {number} has {len(record)} fields, the header has {len(table.names)}")
         yield Row(dict(zip(table.names, record, strict=True)), sum(map(len, record)))
 
 

@@ -26,7 +26,7 @@ from car_datasets.reporting.overview import positions_in_pool
 from car_datasets.results import read_tables
 from car_datasets.scoring.stage import Stage
 from car_datasets.stages import resolve
-from car_datasets.utils.columns import check_columns, read_numbers
+from car_datasets.utils.columns import check_columns, read_clusters, read_numbers
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -215,7 +215,7 @@ def _read_result(folder: Path, group_column: str | None) -> _Result:
     schema = _schema_of(folder, scored, receipt)
     by = find_groups(scored, GROUP_COLUMNS, group_column)
     scores = read_numbers(scored, names.score, np.nan).astype(np.float64)
-    clusters = read_numbers(scored, names.cluster, -1).astype(np.int64)
+    clusters = read_clusters(scored, names.cluster)
     with_score = np.flatnonzero(~np.isnan(scores))
     rows, problems = as_examples(scored.select(with_score), schema)
     usable = np.array([not problem for problem in problems], dtype=bool)

@@ -47,7 +47,15 @@ from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import CONTROLS, draw_controls, positions_in_pool, row_lengths
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import PLOTS_FOLDER, REPORT_FILE, Result, read_result
+from car_datasets.results import (
+    PLOTS_FOLDER,
+    REPORT_FILE,
+    SCORED_TABLE,
+    SELECTED_TABLE,
+    Result,
+    compare_folder,
+    read_result,
+)
 from car_datasets.utils import hub
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, read_numbers
@@ -187,6 +195,7 @@ def refuse_split_names(split: str, also: Sequence[str]) -> None:
 def _result(dataset: object, scored: Dataset | None, report: SelectionReport | None, receipt: Receipt | None) -> Result:
     if isinstance(dataset, (str, os.PathLike)):
         result = read_result(Path(dataset))
+        _refuse_changed(Path(dataset), result)
     elif isinstance(dataset, Dataset):
         result = Result(dataset, scored, report, receipt)
     else:
@@ -201,6 +210,18 @@ def _result(dataset: object, scored: Dataset | None, report: SelectionReport | N
             f"dataset has no {lacking}, and a split without {lacking} cannot be loaded. Select some first."
         )
     return result
+
+
+def _refuse_changed(folder: Path, result: Result) -> None:
+    """Raise ValueError if what is pushed of a folder is not what its receipt says, which goes with it."""
+    assert result.receipt is not None
+    pushed = (SELECTED_TABLE, SCORED_TABLE, REPORT_FILE, RECEIPT_FILE, f"{PLOTS_FOLDER}/")
+    changed = [words for words in compare_folder(folder, result.receipt).differences if words.startswith(pushed)]
+    if changed:
+        raise ValueError(
+            f"dataset={str(folder)!r} is not as `car-datasets curate` wrote it: {'; '.join(changed[:5])}. Curate again, "
+            "or push rows that you have changed as a Dataset, without the receipt: push_selection(dataset, repo_id)."
+        )
 
 
 def _tables(result: Result, split: str, also: Sequence[str], embeddings: bool) -> dict[str, Dataset]:

@@ -35,6 +35,7 @@ from car_datasets.utils.columns import (
     count_vectors,
     embedding_batches,
     is_text,
+    read_clusters,
     read_embeddings,
     read_numbers,
 )
@@ -124,7 +125,7 @@ class Overview:
             pool=pool,
             names=names,
             scores=scores,
-            clusters=read_numbers(pool, names.cluster, -1),
+            clusters=read_clusters(pool, names.cluster),
             lengths=lengths,
             length_unit=unit,
             ranking=_ranking(pool, selected, names, scores, positions),

@@ -32,7 +32,9 @@ from car_datasets.selection.rule import (
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     check_columns,
+    clusters_of,
     numbers_of,
+    read_clusters,
     read_numbers,
     refuse_no_embeddings,
     refuse_other_datasets,
@@ -175,7 +177,7 @@ def _mask_of_batch(
         labelled = ClusterModel.fit(pool, names.embedding, **fitting).label(pool)
     numbers = read_numbers(pool, names.score, np.nan)
     # -1 marks a row without a cluster, as `choose` expects it.
-    clusters = np.asarray(read_numbers(labelled, names.cluster, -1), dtype=np.int64)
+    clusters = read_clusters(labelled, names.cluster)
     positions = choose(numbers, clusters, amounts.n1, amounts.n2, amounts.budget).positions
     if not amounts.allow_worse:
         refuse_worse(numbers, positions)
@@ -303,4 +305,4 @@ def _choice(table: pa.Table, names: ColumnNames, n1: int, n2: int) -> Choice:
     """Select from the rows so far, which may be fewer than n1 or n2."""
     scores = numbers_of(table[names.score], names.score, np.nan)
     scored = int(np.count_nonzero(~np.isnan(scores)))
-    return choose(scores, numbers_of(table[names.cluster], names.cluster, -1), min(n1, scored), min(n2, scored))
+    return choose(scores, clusters_of(table[names.cluster], names.cluster), min(n1, scored), min(n2, scored))

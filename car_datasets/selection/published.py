@@ -32,7 +32,7 @@ from car_datasets.selection.rule import (
     ranks_within,
 )
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import read_numbers
+from car_datasets.utils.columns import read_clusters, read_numbers
 from car_datasets.utils.files import without_nan
 from car_datasets.utils.settings import default_n1, is_integer
 
@@ -83,7 +83,7 @@ def select_as_published(
     names = ColumnNames(score_column, cluster_column, index_column, embedding_column)
     ranked = rank_rows(dataset, score_column)
     scores = read_numbers(ranked, score_column, np.nan)
-    labels = np.asarray(read_numbers(ranked, cluster_column, -1), dtype=np.int64)
+    labels = read_clusters(ranked, cluster_column)
     n1 = default_n1(len(ranked)) if n1 is None else n1
     if not all(is_integer(n) and n >= 0 for n in (n1, n2)):
         raise ValueError(f"n1={n1} and n2={n2} must not be negative; pass integers from 0 on.")

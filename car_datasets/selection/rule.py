@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, read_numbers, refuse_other_datasets
+from car_datasets.utils.columns import check_columns, read_clusters, read_numbers, refuse_other_datasets
 from car_datasets.utils.settings import default_n1, is_integer, refuse_two_amounts
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def select_car(
         n2 (`int`): number of rows taken from every cluster, 1 in the paper.
         budget (`int`, *optional*): number of rows in total; n1 then follows from it and from n2, and must not be given.
         score_column (`str`): column of scores.
-        cluster_column (`str`): column of clusters.
+        cluster_column (`str`): column of clusters: 0, 1, 2, ...; null, -1, -2 or -3 for a row without a cluster.
         index_column (`str`): kept if the dataset has it, otherwise added: the row's position in `dataset`.
         allow_worse (`bool`): accept a selection whose mean score is below the pool's.
 
@@ -82,7 +82,7 @@ def select_car(
     scores = read_numbers(dataset, score_column, np.nan)
     if n1 is None and budget is None and np.isnan(scores).all():
         raise ValueError(f"No row has a score in the column {score_column!r}, so there is nothing to select.")
-    choice = choose(scores, read_numbers(dataset, cluster_column, -1), n1, n2, budget)
+    choice = choose(scores, read_clusters(dataset, cluster_column), n1, n2, budget)
     if len(choice.positions) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows; pass at least one of them above 0.")
     # The original's first release sorted the wrong way round, and shipped the worst rows for two months.

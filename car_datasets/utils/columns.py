@@ -244,6 +244,33 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
         raise ValueError(f"The column {column!r} holds {values.type}, not {wanted} throughout: {error}.") from error
 
 
+def read_clusters(dataset: Dataset, column: str) -> npt.NDArray[np.int64]:
+    """Return a column of clusters as one array, as [`clusters_of`] does."""
+    return clusters_of(dataset.select_columns([column]).with_format("arrow")[:][column], column)
+
+
+def clusters_of(values: pa.ChunkedArray, column: str) -> npt.NDArray[np.int64]:
+    """Return a column of clusters that has been read as one array, -1 for a row in no cluster.
+
+    A row is in no cluster if its value is null, NaN, -1, -2 or -3: scikit-learn's HDBSCAN labels noise with -1, and
+    rows of infinite and of missing values with -2 and -3.
+
+    Args:
+        values (`pa.ChunkedArray`): the column.
+        column (`str`): its name, for error messages.
+
+    Raises:
+        ValueError: the column does not hold integers, or a label below -3, which has no meaning.
+    """
+    labels = np.asarray(numbers_of(values, column, -1), dtype=np.int64)
+    if len(labels) and (least := int(labels.min())) < -3:
+        raise ValueError(
+            f"The column {column!r} holds the cluster {least} in row {int(labels.argmin())}. Clusters are 0, 1, 2 and so on, "
+            "and -1 for a row in no cluster: cluster the rows again, or name the column that holds their clusters."
+        )
+    return np.maximum(labels, -1)
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Return True for either of Arrow's types of text, which differ only in the width of their offsets."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

@@ -104,6 +104,23 @@ def output_path(path: str | os.PathLike[str], argument: str = "output_dir") -> P
     return user_path(text)
 
 
+def refuse_in_source(place: Path, source: object, argument: str) -> None:
+    """Raise ValueError if what will be written lies in a folder that is read, whose rows it would change.
+
+    Args:
+        place (`Path`): the folder or file that will be written.
+        source: what is read; only folders, and lists of them, are looked at.
+        argument (`str`): the caller's argument in the error message.
+    """
+    given = source if isinstance(source, (list, tuple)) else [source]
+    for folder in (user_path(each) for each in given if isinstance(each, (str, Path))):
+        if folder.is_dir() and folder.resolve() in (place.resolve(), *place.resolve().parents):
+            raise ValueError(
+                f"{argument}={str(place)!r} lies in the source, the folder {str(folder)!r}, and would be read as more rows "
+                "of it by the next run. Name a place elsewhere."
+            )
+
+
 def user_path(name: str | os.PathLike[str]) -> Path:
     """Return the path that a user means: as it is written if that exists, otherwise with `~` as the home folder."""
     path = Path(name)
@@ -122,8 +139,9 @@ def fresh_file(path: Path, source: str = "", overwrite: bool = False) -> Path:
         overwrite (`bool`): a file there may be replaced.
 
     Raises:
-        ValueError: it exists and may not be replaced, lies in a file, or is neither Parquet nor JSON.
+        ValueError: it exists and may not be replaced, lies in a file or in the source, or is neither Parquet nor JSON.
     """
+    refuse_in_source(path, source, "--output")
     if path.suffix not in (".parquet", ".json"):
         raise ValueError(f"--output {path}: name a .parquet file, or a .json file for the original's format.")
     for parent in path.parents:
@@ -145,6 +163,7 @@ class Claim:
         target (`Path`): the folder or file.
         place (`Path`): the file of the claim, which names the process that holds it.
         content (`bytes`): what this run wrote there.
+        run (`str`): a digest of what makes this run.
         shown (`str`): the caller's argument and its value, for messages.
         files (`Sequence[Path]`): the files that will be written.
         before (`Sequence`): what these were when the claim was taken.
@@ -154,6 +173,7 @@ class Claim:
     target: Path
     place: Path
     content: bytes
+    run: str
     shown: str
     files: Sequence[Path]
     before: Sequence[Any]
@@ -239,7 +259,8 @@ def take_claim(target: Path, run: Sequence[object], files: Sequence[Path] = (), 
         ) from error
     if holder is not None:
         raise ValueError(f"{shown} is being written by {_who(holder, digest, place)}")
-    return Claim(target, place, content, shown, files or [target], [_state(path) for path in files or [target]], made)
+    files = files or [target]
+    return Claim(target, place, content, digest, shown, files, [_state(path) for path in files], made)
 
 
 def _create_claim(place: Path, content: bytes) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ from car_datasets import (
 )
 from car_datasets.cli import app
 from car_datasets.exploring import atlas_table
+from car_datasets.publishing.verification import OLD, Verification
 from car_datasets.recipe import PANELS
 from car_datasets.results import RESULT_FILES
 from car_datasets.training.evaluation import Clue
@@ -773,6 +774,13 @@ def test_what_verify_found_in_files_of_others_is_one_line_each(words: str, monke
     result = run("verify", "out")
     assert_plain(result, 1)
     assert "match" not in result.stdout.splitlines()
+
+
+def test_a_match_by_a_receipt_without_digests_is_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("car_datasets.publishing.verification.verify", lambda *_, **__: Verification((), (OLD,), ()))
+    result = run("verify", "out")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "match of the rows alone: the receipt has no digests of the files"
 
 
 def test_tables_and_answers_print_text_of_others_as_text() -> None:

@@ -125,6 +125,29 @@ def test_shards_that_cannot_be_kept_are_refused_before_anything_is_read(
     assert [path.name for path in Path().iterdir()] == ["train.yaml"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "curate rows -o rows",
+        "curate rows -o rows/more/out",
+        "curate ROWS -o rows/out",
+        "curate rows -o out --shards rows/shards",
+        "score rows -o rows/out.parquet",
+        "score rows --shards rows/shards",
+        "cluster rows -o rows/out.parquet",
+        "cluster rows -o out.parquet --save-model rows/model",
+        "select rows -o rows/out.json",
+    ],
+)
+def test_nothing_is_written_into_the_folder_that_is_read(line: str) -> None:
+    Path("rows").mkdir()
+    Path("ROWS").symlink_to("rows")
+    Path("rows/rows.json").write_text("[]")
+    before = sorted(Path().rglob("*"))
+    assert_refused(run(*line.split()), "lies in the source, the folder '(rows|ROWS)'")
+    assert sorted(Path().rglob("*")) == before
+
+
 def test_two_commands_on_one_output_and_the_same_one_after_a_kill(tiny_iqs: str, tiny_embedder: str) -> None:
     rows = [{"instruction": f"Write {i}.", "output": "red " * (1 + i % 5)} for i in range(24)]
     Path("rows.json").write_text(json.dumps(rows))
@@ -141,13 +164,28 @@ def test_two_commands_on_one_output_and_the_same_one_after_a_kill(tiny_iqs: str,
     first.wait(60)
     assert run(*line, "--n1", "5").exit_code == 0
     files = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.is_file()}
-    assert sorted(path.relative_to("out").as_posix() for path in files) == sorted(RESULT_FILES)
+    assert sorted(path.relative_to("out").as_posix() for path in files) == sorted(
+        name for name in RESULT_FILES if "proof" not in name
+    )
     # As after a kill between the result and the end of the command.
     Path("out/.writing").write_text("{}")
     again = run(*line, "--n1", "5")
     assert again.exit_code == 0 and "holds this result already: it is complete" in again.stdout
     assert_refused(run(*line, "--n1", "6"), "already holds a result .*--overwrite")
     assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.is_file()} == files
+    # A result that was changed is not called complete, and one that another command has begun is not completed.
+    Path("out/report.html").write_text("other")
+    assert_refused(run(*line, "--n1", "5"), "not as it was written: report.html does not have .*--overwrite")
+    assert run(*line, "--n1", "5", "--overwrite").exit_code == 0
+    Path("out/report.md").unlink()
+    again = run(*line, "--n1", "5")
+    assert again.exit_code == 0 and again.stderr.startswith("Warning: out lacks report.md, which was deleted")
+    Path("out/.unfinished").write_text("another run")
+    Path("out/proof.json").write_text("{}")
+    assert_refused(run(*line, "--n1", "5"), "which another command was writing when it was stopped.*--overwrite")
+    assert run(*line, "--n1", "6", "--overwrite").exit_code == 0
+    assert sorted(path for path in Path("out").rglob("*") if path.is_file()) == sorted(files)
+    assert run("verify", "out", "--source", "rows.json").exit_code == 0
 
 
 # --- signals

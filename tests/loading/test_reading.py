@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -367,3 +368,15 @@ def test_any_bytes_are_rows_or_one_line_of_explanation(pieces: list[tuple[bytes,
             assert str(error).startswith("source='rows'") and len(str(error)) < 2_000
         else:
             assert len(rows) <= content.count(b"\n") + content.count(b"{") + 1
+
+
+@pytest.mark.parametrize("first", ['{"instruction": "a",', '{"instruction": "a', '{"instruction": "a"}}', "{"])
+def test_a_file_whose_first_line_is_broken_is_not_read_to_its_end(first: str, tmp_path: Path) -> None:
+    path = save(tmp_path, "rows.jsonl", f"{first}\n" + '{"instruction": "a", "output": "b"}\n' * 600_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"line [12]"):
+            read_json([DataFile(str(path), "rows.jsonl", "json")], str(tmp_path / "cache"))
+        assert tracemalloc.get_traced_memory()[1] < 12_000_000  # of 22 MB; the digest of the file takes 8 MB
+    finally:
+        tracemalloc.stop()

@@ -390,8 +390,11 @@ for folder in sys.argv[1:]:
 """
     )
     (folder2 := tmp_path / "empty").mkdir()
-    lines = hub.run(code, folder, folder2, check=True).stdout.splitlines()
+    shutil.copytree(result, changed := tmp_path / "changed")
+    (changed / "plots" / "plot_map.png").write_bytes(b"")
+    lines = hub.run(code, folder, folder2, changed, check=True).stdout.splitlines()
     assert "was not written to the end" in lines[0] and "has no selected.parquet" in lines[1]
+    assert "is not as `car-datasets curate` wrote it: plots/plot_map.png" in lines[2]
     assert hub.log() == []
 
 

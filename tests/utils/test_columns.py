@@ -13,6 +13,7 @@ from datasets import Array2D, Dataset, Features, LargeList, List, Value, concate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from car_datasets import SelectionReport, select_car, select_car_streaming
 from car_datasets.loading.schemas import as_column_names
 from car_datasets.scoring.stage import Rows, invalid_rows_message, row_names
 from car_datasets.utils import columns
@@ -270,3 +271,20 @@ def test_joined_columns_keep_order_format_and_an_empty_dataset() -> None:
     assert found.format["type"] == "numpy"
     none = join_columns(left.select([]), right.select([]))
     assert (none.column_names, len(none)) == (["a", "b"], 0)
+
+
+def test_rows_in_no_cluster_have_the_labels_of_scikit_learn_and_no_others() -> None:
+    pool = Dataset.from_dict({"iqs_score": [0.1, 0.2, 0.3, 0.4], "cluster": [1, -1, -2, -3]})
+    assert columns.read_clusters(pool, "cluster").tolist() == [1, -1, -1, -1]
+    missing = Dataset.from_dict({"cluster": [2.0, None, math.nan]})
+    assert columns.read_clusters(missing, "cluster").tolist() == [2, -1, -1]
+    assert select_car(pool, n1=1, n2=1)["cluster_rank"][:] == [0, 1]
+    broken = Dataset.from_dict({"iqs_score": [0.1, 0.2], "cluster": [0, -4]})
+    chosen = broken.select([0]).add_column("selected_by", ["score"]).add_column("source_index", [0])
+    for use in (
+        lambda: select_car(broken, n1=1),
+        lambda: select_car_streaming(broken.to_iterable_dataset(), n1=1, n2=1),
+        lambda: SelectionReport.from_selection(broken, chosen),
+    ):
+        with pytest.raises(ValueError, match="the cluster -4 in row 1"):
+            use()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from car_datasets.utils.digests import file_digest
-from car_datasets.utils.files import write_whole
+from car_datasets.utils.files import refuse_in_source, write_whole
 from car_datasets.utils.hub import asking, clean_token, open_repository, refuse_unwritable, retry, who_am_i
 
 START = "hf://datasets/"
@@ -92,16 +92,17 @@ def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
         raise ValueError("shard_dir='' is empty. Pass a folder (--shards DIR), or leave it out.")
 
 
-def check_shards(location: str | os.PathLike[str], output: Path | None = None) -> None:
+def check_shards(location: str | os.PathLike[str], output: Path | None = None, source: object = None) -> None:
     """Check that shards can be kept at an address, before a row is read or a model is loaded.
 
     Args:
         location (`str` or `PathLike`): a folder, an fsspec URL, or `hf://datasets/...`, as a run is called with it.
         output (`Path`, *optional*): the folder or file that the run will write.
+        source (*optional*): what the run reads.
 
     Raises:
         ValueError: it is not such an address, its filesystem is not installed, nothing can be written there, or it lies
-            in the output.
+            in the output or in the source.
     """
     storage = open_storage(location)
     if not isinstance(storage, Folder):
@@ -112,6 +113,8 @@ def check_shards(location: str | os.PathLike[str], output: Path | None = None) -
             f"shard_dir={str(storage)!r} lies in the output, {str(output)!r}, which is the result alone. Name a folder "
             "next to it."
         )
+    if place is not None:
+        refuse_in_source(place, source, "shard_dir")
     # Finished shards may be read where nothing can be written; a run that has to write there says so when it does.
     if place is None or not any(place.glob(f"*/{MANIFEST}")):
         storage.probe()
