@@ -16,6 +16,7 @@ import numpy as np
 
 from car_datasets.proving.arms import BALANCED, BOTTOM, LONGEST, MATCHED, SELECTION
 from car_datasets.proving.statistics import ALL, BASELINE, CANNOT_TELL, CONTROL, NATS, NO_DIFFERENCE, SHARE, short
+from car_datasets.receipt import Receipt
 from car_datasets.reporting.page import PAGE_FILE, page_environment, with_proof
 from car_datasets.reporting.plots import (
     BLUE,
@@ -32,12 +33,14 @@ from car_datasets.reporting.plots import (
     styled,
 )
 from car_datasets.results import PLOTS_FOLDER, PROOF_FILE, PROOF_PLOT, PROOF_SUMMARY, update_receipt
+from car_datasets.utils.digests import file_digest
 from car_datasets.utils.files import without_nan
 
 FORMAT = 1  # version of `proof.json`
 TOKENS, ROWS = "tokens", "rows"  # the two tables: arms of equal answer tokens, and of equal rows
 DOMAINS_DRAWN = 8  # the largest domains of an evaluation set
 ALT = "Difference of every arm to random rows, with 95 % intervals, over all evaluation rows and by domain."
+NOT_BY_EMBEDDING = "The embedder of the pool is not at hand, so rows of the pool count as those of an evaluation set by their words alone."
 # What each arm is, for readers who see its name alone.
 MEANINGS = {
     SELECTION: "the selected rows",
@@ -75,15 +78,17 @@ class Proof(TypedDict):
         training (`dict`): the schedule that all arms share, and what is trained, as plain values.
         seeds (`list[int]`): of every arm.
         pool (`dict`): `rows` and `selected` that can be trained on; `grouped_by`; `left_out`, reason to rows; and
-            `held_out`, the counts of `HeldOut`.
+            `held_out`, the counts of `HeldOut`; and `by_embedding`, whether embeddings told near rows as well.
         probes (`dict`): evaluation set to `rows`, `tokens` of its answers, `left_out`, `domains_by`, and `domains`,
             each with its rows.
         before (`dict[str, float]`): evaluation set to nats per answer token before any training.
         tables (`dict[str, Table]`): `"tokens"`, and `"rows"` if it was run.
         runs (`list[dict]`): for every run `table`, `arm`, `seed`, `rows`, `tokens`, `seconds`, and `order`, the sha256
             of the order of its rows.
-        seconds (`dict`): `selecting`, None if it is not known, `training` and `evaluating`.
+        seconds (`dict`): `selecting`, what scoring the pool would take on this machine, None if its scorer is not at
+            hand; `training` and `evaluating`.
         versions (`dict[str, str]`): of the packages that the numbers depend on.
+        call (`str`): a digest of what was asked for, and of what it was asked about.
     """
 
     format: int
@@ -97,6 +102,7 @@ class Proof(TypedDict):
     runs: list[dict[str, Any]]
     seconds: dict[str, float | None]
     versions: dict[str, str]
+    call: str
 
 
 class Lines(NamedTuple):
@@ -104,6 +110,22 @@ class Lines(NamedTuple):
 
     title: str
     lines: list[list[str]]
+
+
+def kept_proof(folder: Path, call: str) -> Proof | None:
+    """Return the proof that a folder holds, if the same call has written it and its files are as it wrote them.
+
+    Args:
+        folder (`Path`): of a result.
+        call (`str`): the digest of the call.
+    """
+    receipt = Receipt.read(folder)
+    names = (PROOF_FILE, PROOF_SUMMARY, f"{PLOTS_FOLDER}/{PROOF_PLOT}")
+    for name in names if can_draw() else names[:2]:
+        if not (folder / name).is_file() or receipt.files.get(name) != file_digest(folder / name):
+            return None
+    found: Proof = json.loads((folder / PROOF_FILE).read_bytes())
+    return found if receipt.proof and found.get("call") == call else None
 
 
 def write_proof(folder: Path, proof: Proof) -> None:
@@ -177,6 +199,8 @@ def sentences(proof: Proof) -> list[str]:
             f"evaluation set has them ({held['equal']:,} equal, {held['near']:,} nearly, {held['asked']:,} with another "
             "answer)."
         )
+    if not proof["pool"].get("by_embedding", True):
+        told.append(NOT_BY_EMBEDDING)
     return told
 
 
@@ -210,7 +234,11 @@ def _costs(proof: Proof) -> str:
     seconds = proof["seconds"]
     training, evaluating = seconds.get("training") or 0.0, seconds.get("evaluating") or 0.0
     selecting = seconds.get("selecting")
-    cost = "What selecting cost is not known" if selecting is None else f"Selecting took {_duration(selecting)}"
+    cost = (
+        "What selecting cost is not known, as the scorer is not at hand"
+        if selecting is None
+        else f"Scoring the pool, which is most of the cost of selecting, takes about {_duration(selecting)} on this machine"
+    )
     return (
         f"{cost}; training all {len(proof['runs'])} runs of {proof['model'].get('name')} took "
         f"{_duration(training)}, evaluating them {_duration(evaluating)}."
