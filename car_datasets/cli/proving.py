@@ -75,7 +75,7 @@ def prove(
         token=options["token"],
     )
     _print(proof)
-    echo(f"Wrote the proof to {folder}/proof.md, with its intervals by domain.")
+    echo(f"The proof is in {folder}/proof.md, with its intervals by domain.")
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -40,7 +40,10 @@ FORMAT = 1  # version of `proof.json`
 TOKENS, ROWS = "tokens", "rows"  # the two tables: arms of equal answer tokens, and of equal rows
 DOMAINS_DRAWN = 8  # the largest domains of an evaluation set
 ALT = "Difference of every arm to random rows, with 95 % intervals, over all evaluation rows and by domain."
-NOT_BY_EMBEDDING = "The embedder of the pool is not at hand, so rows of the pool count as those of an evaluation set by their words alone."
+NOT_BY_EMBEDDING = (
+    "The embedder of the pool is not at hand, so rows were compared with the evaluation sets by their words alone: some of "
+    "the same meaning may have been trained on."
+)
 # What each arm is, for readers who see its name alone.
 MEANINGS = {
     SELECTION: "the selected rows",
@@ -339,17 +342,30 @@ def _escaped(text: str) -> str:
 
 
 def _method(proof: Proof) -> str:
-    training = ", ".join(f"{name} {value}" for name, value in proof["training"].items())
+    training, pool = proof["training"], proof["pool"]
+    parts = {"all": "all weights", "lora": "LoRA"}.get(str(training.get("trained")))
+    parts = parts or f"the last {training.get('trained')} layers"
+    tried = ", ".join(f"{rate} ({loss:.3f})" for rate, loss in training.get("learning_rates_tried", {}).items())
+    chosen = f"the best of those tried, by their loss on {pool.get('validation', 0)} rows of no arm: {tried}"
     probes = "; ".join(
         f"{name} ({each['rows']:,} rows, {each['tokens']:,} answer tokens)" for name, each in proof["probes"].items()
     )
     before = "; ".join(f"{name} {value:.3f}" for name, value in proof["before"].items())
-    return _escaped(
-        f"Each arm was trained with {len(proof['seeds'])} seeds from the same start and by the same schedule ({training}) "
-        f"on {proof['pool']['rows']:,} rows of which {proof['pool']['selected']:,} are selected. Evaluation sets: "
-        f"{probes}. Nats per answer token before training: {before}. Differences are paired by seed and evaluation row; "
-        "intervals hold 95 % and allow for both."
-    )
+    left_out = "; ".join(f"{reason}: {count:,}" for reason, count in pool.get("left_out", {}).items() if count)
+    told = [
+        f"Of {proof['model'].get('name')}, {parts} were trained for each arm and each of {len(proof['seeds'])} seeds, from "
+        "the same start and by the same schedule.",
+        f"The learning rate is {training.get('learning_rate', 0):g}{', ' + chosen if tried else ''}.",
+        f"Arms were drawn from {pool['rows']:,} rows, of which {pool['selected']:,} are selected. A chat of several answers "
+        "is trained on its last one.",
+        f"Rows that could not be trained on: {left_out}." if left_out else "",
+        f"Rows were balanced by {pool.get('grouped_by')}.",
+        f"The evaluation sets are {probes}. Before any training, the model has these nats per answer token: {before}.",
+        "A nat is the unit of the loss: .1 nats less make each token of the answer 10 % more likely. Differences are paired "
+        "by seed and evaluation row, and their intervals hold 95 % and allow for both.",
+        "proof.json has all settings, and every run with its rows, tokens, seconds and the order of its rows.",
+    ]
+    return _listed(line for line in told if line)
 
 
 def to_html(proof: Proof, plot: bytes | None) -> str:

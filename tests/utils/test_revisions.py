@@ -185,9 +185,8 @@ def test_the_model_that_an_adapter_names_is_not_asked_for(hub: Hub, tiny_embedde
     done = hub.run(LOAD_ADAPTED, folder, "me/adapted", env={"HF_HUB_OFFLINE": "0"}, check=True)
     said = done.stdout.splitlines()
     assert len(said) == 6
-    assert all(
-        f"{name} has an adapter_config.json" in line for name, line in zip([folder] * 3 + ["me/adapted"] * 3, said)
-    )
+    names = [folder] * 3 + ["me/adapted"] * 3
+    assert all(f"{name} has an adapter_config.json" in line for name, line in zip(names, said, strict=True))
     assert hub.count("GET", "adapted") and not hub.count("GET", "other") and not hub.count("HEAD", "")
 
 
