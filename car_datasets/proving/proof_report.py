@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -326,7 +326,7 @@ def to_markdown(proof: Proof, has_plot: bool = True) -> str:
         parts += [f"## {_escaped(title)}", "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])]
     arms = {arm for table in proof["tables"].values() for arm in table["arms"]}
     parts += ["## Arms", _listed(f"{arm}: {MEANINGS[arm]}." for arm in MEANINGS if arm in arms)]
-    parts += ["## How it was measured", _method(proof)]
+    parts += ["## How it was measured", _method(proof, arms)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -341,10 +341,10 @@ def _escaped(text: str) -> str:
     return " ".join(text.split())
 
 
-def _method(proof: Proof) -> str:
+def _method(proof: Proof, arms: Collection[str]) -> str:
     training, pool = proof["training"], proof["pool"]
-    parts = {"all": "all weights", "lora": "LoRA"}.get(str(training.get("trained")))
-    parts = parts or f"the last {training.get('trained')} layers"
+    parts = {"all": "All weights", "lora": "Low-rank adapters (LoRA)"}.get(str(training.get("trained")))
+    parts = parts or f"The last {training.get('trained')} layers"
     tried = ", ".join(f"{rate} ({loss:.3f})" for rate, loss in training.get("learning_rates_tried", {}).items())
     chosen = f"the best of those tried, by their loss on {pool.get('validation', 0)} rows of no arm: {tried}"
     probes = "; ".join(
@@ -353,13 +353,13 @@ def _method(proof: Proof) -> str:
     before = "; ".join(f"{name} {value:.3f}" for name, value in proof["before"].items())
     left_out = "; ".join(f"{reason}: {count:,}" for reason, count in pool.get("left_out", {}).items() if count)
     told = [
-        f"Of {proof['model'].get('name')}, {parts} were trained for each arm and each of {len(proof['seeds'])} seeds, from "
+        f"{parts} of {proof['model'].get('name')} were trained for each arm and each of {len(proof['seeds'])} seeds, from "
         "the same start and by the same schedule.",
         f"The learning rate is {training.get('learning_rate', 0):g}{', ' + chosen if tried else ''}.",
         f"Arms were drawn from {pool['rows']:,} rows, of which {pool['selected']:,} are selected. A chat of several answers "
         "is trained on its last one.",
         f"Rows that could not be trained on: {left_out}." if left_out else "",
-        f"Rows were balanced by {pool.get('grouped_by')}.",
+        f"The balanced arm has an equal share of each {pool.get('grouped_by')}." if BALANCED in arms else "",
         f"The evaluation sets are {probes}. Before any training, the model has these nats per answer token: {before}.",
         "A nat is the unit of the loss: .1 nats less make each token of the answer 10 % more likely. Differences are paired "
         "by seed and evaluation row, and their intervals hold 95 % and allow for both.",

@@ -45,7 +45,7 @@ def evaluation(tmp_path: Path) -> str:
 def test_the_command_writes_and_prints_a_proof_once(
     folder: Path, result: Path, tiny_llama: str, evaluation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["prove", str(folder), "--model", tiny_llama, "--eval", evaluation, "--seeds", "2", "--tokens", "60"]
+    words = ["prove", str(folder), "--model", tiny_llama, "--eval", evaluation, "--seeds", "2"]
     done = CliRunner().invoke(app, [*words, "--trained", "1"])
     assert done.exit_code == 0, done.output
     table = [line for line in done.stdout.splitlines() if line.startswith(("┃", "│", "┏", "└"))]
@@ -68,9 +68,9 @@ def test_the_command_writes_and_prints_a_proof_once(
     assert again.stdout == done.stdout
     assert verify(folder, source=result.with_name("rows.json")).matches
     (folder / "proof.json").write_text("{}")
-    assert verify(folder, source=result.with_name("rows.json")).differences == [
-        "proof.json does not have the receipt's sha256"
-    ]
+    assert verify(folder, source=result.with_name("rows.json")).differences == (
+        "proof.json does not have the receipt's sha256",
+    )
 
 
 @pytest.mark.parametrize(("finished", "kept"), [(0, "No run was finished yet"), (1, "Finished runs are kept in")])
@@ -99,7 +99,7 @@ def test_a_folder_that_another_process_writes_is_refused(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_both_tables_and_answers_are_made_if_asked_for(folder: Path, tiny_llama: str) -> None:
-    proof = prove(folder, model=tiny_llama, equal_rows=True, answers=True, seeds=2, tokens=60, trained="all")
+    proof = prove(folder, model=tiny_llama, equal_rows=True, answers=True, seeds=2, trained="all")
     assert list(proof["tables"]) == ["tokens", "rows"]
     for table in proof["tables"].values():
         assert table["instructions"] is not None
@@ -111,7 +111,7 @@ def test_both_tables_and_answers_are_made_if_asked_for(folder: Path, tiny_llama:
 def test_a_killed_run_resumes_with_what_is_missing(folder: Path, tiny_llama: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     code = f"from car_datasets import prove; prove({str(folder)!r}, model={tiny_llama!r}, work_dir={str(work)!r}"
-    code = f"import torch; torch.set_num_threads(1); {code}, seeds=2, tokens=60, trained=1)"
+    code = f"import torch; torch.set_num_threads(1); {code}, seeds=2, trained=1)"
     started = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(list(work.glob("run-*.json"))) < 6:
