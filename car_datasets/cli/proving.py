@@ -33,7 +33,7 @@ def prove(
     seeds: Annotated[int, typer.Option(help="Train each arm with this many seeds, at least 2.")] = 3,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Train each arm on this many answer tokens, instead of as many as the smallest arm has."),
+        typer.Option(help="Train each arm on this many answer tokens, instead of as many as the smallest has."),
     ] = None,
     equal_rows: Annotated[
         bool | None,
@@ -75,7 +75,7 @@ def prove(
         token=options["token"],
     )
     _print(proof)
-    echo(f"Wrote the proof to {folder}/proof.md, with its intervals by domain.")
+    echo(f"The proof is in {folder}/proof.md, with its intervals by domain.")
 
 
 def _named(text: str) -> tuple[str, str]:

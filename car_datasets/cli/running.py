@@ -27,7 +27,7 @@ import typer
 from typer.models import OptionInfo
 
 from car_datasets.recipe import Recipe
-from car_datasets.utils.files import FULL, UNFINISHED, cache_folder, claimed, printable
+from car_datasets.utils.files import FULL, RUNS_FOLDER, UNFINISHED, cache_folder, claimed, printable
 from car_datasets.utils.processes import exit_code, launched_rank, terminable
 
 Command = Callable[..., None]
@@ -81,7 +81,7 @@ def _message(error: Exception, name: str, arguments: Mapping[str, Any]) -> str |
 
 def _fullest(arguments: Mapping[str, Any]) -> str:
     """Return which of the folders that a command writes to has the least space."""
-    places = [Path(str(arguments[name])) for name in ("output", "shards") if arguments.get(name)]
+    places = [Path(str(arguments[name])) for name in ("output", "shards", "folder", "work_dir") if arguments.get(name)]
     free = {}
     for place in (*places, cache_folder()):
         here = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
@@ -106,6 +106,9 @@ def _what_is_kept(name: str, arguments: Mapping[str, Any]) -> str:
         kept, verb = _finished_shards(str(shards)), "resume"
     elif "shards" in arguments:
         kept = "Scores of an unfinished pass are not kept; with --shards DIR the same command would resume from them."
+    elif name == "prove":
+        runs, verb = Path(arguments["work_dir"] or Path(arguments["folder"]) / RUNS_FOLDER), "resume"
+        kept = f"Finished runs are kept in {runs}." if any(runs.glob("run-*.json")) else "No run was finished yet."
     elif isinstance(output, Path):
         kept = f"Nothing was written to {output}."
     if isinstance(output, Path) and (output / UNFINISHED).exists():

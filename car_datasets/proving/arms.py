@@ -8,7 +8,7 @@ Does not: train, tokenise (the caller counts tokens), or read evaluation files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import positions_in_pool
 from car_datasets.results import read_tables
 from car_datasets.scoring.stage import Stage
-from car_datasets.stages import resolve
+from car_datasets.stages import Pipeline, resolve
 from car_datasets.utils.columns import check_columns, read_clusters, read_numbers
 
 Floats = npt.NDArray[np.float64]
@@ -159,9 +159,7 @@ def read_pool(
     Raises:
         ValueError: a folder is not a result, does not have the texts of its rows, or has no row that can be used.
     """
-    taken = [name for name in own or {} if name in ARMS or not name.strip()]
-    if taken:
-        raise ValueError(f"arms has the name {taken[0]!r}, which an arm of the package has; choose another name.")
+    check_names(own or {})
     found = _read_result(Path(folder), group_column)
     chosen, rows = {SELECTION: found.selected}, found.rows
     positions = {digest: row for row, digest in enumerate(map(digest_of, rows))} if own else {}
@@ -192,6 +190,13 @@ def read_pool(
         embedding_column=found.embedding_column,
     )
     return pool.without(np.flatnonzero(tokens < 1))
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError if an arm of the caller has no name, or that of an arm of the package."""
+    for name in names:
+        if name in ARMS or not name.strip():
+            raise ValueError(f"arms has the name {name!r}, which an arm of the package has; choose another name.")
 
 
 class _Result(NamedTuple):
@@ -272,20 +277,19 @@ def _renumbered(rows: Indices, number: Indices) -> Indices:
 # rows that are evaluated on --------------------------------------------------------------------------------------------
 
 
-def embedder_of(folder: str | Path, token: str | None = None) -> Stage | None:
-    """Return the embedder that the rows of a result were embedded by, to be applied to messages.
+def stages_of(folder: str | Path, token: str | None = None) -> Pipeline | None:
+    """Return the stages that scored and embedded the rows of a result, to be applied to messages.
 
     Args:
         folder (`str` or `Path`): a folder that `car-datasets curate` wrote.
         token (`str`, *optional*): for a private model; never stored.
 
     Returns:
-        [`Stage`]: `None` if the model is not at hand, as after a folder was moved.
+        [`Pipeline`]: `None` if a model is not at hand; of a local folder, a receipt holds the name without the path.
     """
     recipe = Recipe().changed(**Receipt.read(Path(folder)).recipe).changed(schema="auto", columns=())
     try:
-        stages = resolve(recipe, token)
-        return stages.embedder or stages.scorer.embedder()
+        return resolve(recipe, token)
     except (ValueError, OSError):
         return None
 
@@ -296,7 +300,7 @@ def hold_out(pool: Pool, evaluation: Dataset, embedder: Stage | None = None) -> 
     Args:
         pool ([`Pool`]): from [`read_pool`].
         evaluation (`Dataset`): `prompt` and `completion`, as in `pool.rows`.
-        embedder ([`Stage`], *optional*): from [`embedder_of`]; then rows with nearly the embedding of an evaluation row
+        embedder ([`Stage`], *optional*): of the pool's embeddings; then rows with nearly the embedding of an evaluation row
             are near ones as well, if the pool has embeddings.
 
     Returns:

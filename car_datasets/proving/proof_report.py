@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from car_datasets.proving.arms import BALANCED, BOTTOM, LONGEST, MATCHED, SELECTION
 from car_datasets.proving.statistics import ALL, BASELINE, CANNOT_TELL, CONTROL, NATS, NO_DIFFERENCE, SHARE, short
+from car_datasets.receipt import Receipt
 from car_datasets.reporting.page import PAGE_FILE, page_environment, with_proof
 from car_datasets.reporting.plots import (
     BLUE,
@@ -32,12 +33,17 @@ from car_datasets.reporting.plots import (
     styled,
 )
 from car_datasets.results import PLOTS_FOLDER, PROOF_FILE, PROOF_PLOT, PROOF_SUMMARY, update_receipt
+from car_datasets.utils.digests import file_digest
 from car_datasets.utils.files import without_nan
 
 FORMAT = 1  # version of `proof.json`
 TOKENS, ROWS = "tokens", "rows"  # the two tables: arms of equal answer tokens, and of equal rows
 DOMAINS_DRAWN = 8  # the largest domains of an evaluation set
 ALT = "Difference of every arm to random rows, with 95 % intervals, over all evaluation rows and by domain."
+NOT_BY_EMBEDDING = (
+    "The embedder of the pool is not at hand, so rows were compared with the evaluation sets by their words alone: some of "
+    "the same meaning may have been trained on."
+)
 # What each arm is, for readers who see its name alone.
 MEANINGS = {
     SELECTION: "the selected rows",
@@ -75,15 +81,17 @@ class Proof(TypedDict):
         training (`dict`): the schedule that all arms share, and what is trained, as plain values.
         seeds (`list[int]`): of every arm.
         pool (`dict`): `rows` and `selected` that can be trained on; `grouped_by`; `left_out`, reason to rows; and
-            `held_out`, the counts of `HeldOut`.
+            `held_out`, the counts of `HeldOut`; and `by_embedding`, whether embeddings told near rows as well.
         probes (`dict`): evaluation set to `rows`, `tokens` of its answers, `left_out`, `domains_by`, and `domains`,
             each with its rows.
         before (`dict[str, float]`): evaluation set to nats per answer token before any training.
         tables (`dict[str, Table]`): `"tokens"`, and `"rows"` if it was run.
         runs (`list[dict]`): for every run `table`, `arm`, `seed`, `rows`, `tokens`, `seconds`, and `order`, the sha256
             of the order of its rows.
-        seconds (`dict`): `selecting`, None if it is not known, `training` and `evaluating`.
+        seconds (`dict`): `selecting`, what scoring the pool would take on this machine, None if its scorer is not at
+            hand; `training` and `evaluating`.
         versions (`dict[str, str]`): of the packages that the numbers depend on.
+        call (`str`): a digest of what was asked for, and of what it was asked about.
     """
 
     format: int
@@ -97,6 +105,7 @@ class Proof(TypedDict):
     runs: list[dict[str, Any]]
     seconds: dict[str, float | None]
     versions: dict[str, str]
+    call: str
 
 
 class Lines(NamedTuple):
@@ -104,6 +113,22 @@ class Lines(NamedTuple):
 
     title: str
     lines: list[list[str]]
+
+
+def kept_proof(folder: Path, call: str) -> Proof | None:
+    """Return the proof that a folder holds, if the same call has written it and its files are as it wrote them.
+
+    Args:
+        folder (`Path`): of a result.
+        call (`str`): the digest of the call.
+    """
+    receipt = Receipt.read(folder)
+    names = (PROOF_FILE, PROOF_SUMMARY, f"{PLOTS_FOLDER}/{PROOF_PLOT}")
+    for name in names if can_draw() else names[:2]:
+        if not (folder / name).is_file() or receipt.files.get(name) != file_digest(folder / name):
+            return None
+    found: Proof = json.loads((folder / PROOF_FILE).read_bytes())
+    return found if receipt.proof and found.get("call") == call else None
 
 
 def write_proof(folder: Path, proof: Proof) -> None:
@@ -177,6 +202,8 @@ def sentences(proof: Proof) -> list[str]:
             f"evaluation set has them ({held['equal']:,} equal, {held['near']:,} nearly, {held['asked']:,} with another "
             "answer)."
         )
+    if not proof["pool"].get("by_embedding", True):
+        told.append(NOT_BY_EMBEDDING)
     return told
 
 
@@ -210,7 +237,11 @@ def _costs(proof: Proof) -> str:
     seconds = proof["seconds"]
     training, evaluating = seconds.get("training") or 0.0, seconds.get("evaluating") or 0.0
     selecting = seconds.get("selecting")
-    cost = "What selecting cost is not known" if selecting is None else f"Selecting took {_duration(selecting)}"
+    cost = (
+        "What selecting cost is not known, as the scorer is not at hand"
+        if selecting is None
+        else f"Scoring the pool, which is most of the cost of selecting, takes about {_duration(selecting)} on this machine"
+    )
     return (
         f"{cost}; training all {len(proof['runs'])} runs of {proof['model'].get('name')} took "
         f"{_duration(training)}, evaluating them {_duration(evaluating)}."
@@ -295,7 +326,7 @@ def to_markdown(proof: Proof, has_plot: bool = True) -> str:
         parts += [f"## {_escaped(title)}", "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])]
     arms = {arm for table in proof["tables"].values() for arm in table["arms"]}
     parts += ["## Arms", _listed(f"{arm}: {MEANINGS[arm]}." for arm in MEANINGS if arm in arms)]
-    parts += ["## How it was measured", _method(proof)]
+    parts += ["## How it was measured", _method(proof, arms)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -310,18 +341,31 @@ def _escaped(text: str) -> str:
     return " ".join(text.split())
 
 
-def _method(proof: Proof) -> str:
-    training = ", ".join(f"{name} {value}" for name, value in proof["training"].items())
+def _method(proof: Proof, arms: Collection[str]) -> str:
+    training, pool = proof["training"], proof["pool"]
+    parts = {"all": "All weights", "lora": "Low-rank adapters (LoRA)"}.get(str(training.get("trained")))
+    parts = parts or f"The last {training.get('trained')} layers"
+    tried = ", ".join(f"{rate} ({loss:.3f})" for rate, loss in training.get("learning_rates_tried", {}).items())
+    chosen = f"the best of those tried, by their loss on {pool.get('validation', 0)} rows of no arm: {tried}"
     probes = "; ".join(
         f"{name} ({each['rows']:,} rows, {each['tokens']:,} answer tokens)" for name, each in proof["probes"].items()
     )
     before = "; ".join(f"{name} {value:.3f}" for name, value in proof["before"].items())
-    return _escaped(
-        f"Each arm was trained with {len(proof['seeds'])} seeds from the same start and by the same schedule ({training}) "
-        f"on {proof['pool']['rows']:,} rows of which {proof['pool']['selected']:,} are selected. Evaluation sets: "
-        f"{probes}. Nats per answer token before training: {before}. Differences are paired by seed and evaluation row; "
-        "intervals hold 95 % and allow for both."
-    )
+    left_out = "; ".join(f"{reason}: {count:,}" for reason, count in pool.get("left_out", {}).items() if count)
+    told = [
+        f"{parts} of {proof['model'].get('name')} were trained for each arm and each of {len(proof['seeds'])} seeds, from "
+        "the same start and by the same schedule.",
+        f"The learning rate is {training.get('learning_rate', 0):g}{', ' + chosen if tried else ''}.",
+        f"Arms were drawn from {pool['rows']:,} rows, of which {pool['selected']:,} are selected. A chat of several answers "
+        "is trained on its last one.",
+        f"Rows that could not be trained on: {left_out}." if left_out else "",
+        f"The balanced arm has an equal share of each {pool.get('grouped_by')}." if BALANCED in arms else "",
+        f"The evaluation sets are {probes}. Before any training, the model has these nats per answer token: {before}.",
+        "A nat is the unit of the loss: .1 nats less make each token of the answer 10 % more likely. Differences are paired "
+        "by seed and evaluation row, and their intervals hold 95 % and allow for both.",
+        "proof.json has all settings, and every run with its rows, tokens, seconds and the order of its rows.",
+    ]
+    return _listed(line for line in told if line)
 
 
 def to_html(proof: Proof, plot: bytes | None) -> str:

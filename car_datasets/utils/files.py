@@ -35,6 +35,7 @@ ASSETS = PACKAGE / "assets"
 FIGURES_FILE = "figures.json"  # next to a trained scorer
 UNFINISHED = ".unfinished"  # a file of this name marks a folder that is being written
 TEMPORARY = "temporary"  # the folder in the cache for what is removed at the end of a call
+RUNS_FOLDER = "proof"  # the folder in a result for the finished runs of its proof
 WRITING = ".writing"  # the file of a claim, in the folder that is claimed, or after the name of a file that is
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk, a quota or a limit is used up
 # An address, whose second slash is gone once it was a path. The scheme of one letter is a drive of Windows.

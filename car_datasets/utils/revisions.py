@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 from car_datasets.utils.digests import MODEL_PATTERNS, file_digest, folder_digest
@@ -38,6 +38,7 @@ ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 # Large files of a model that hold no entry by which a library would import anything.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
+ADAPTER = "adapter_config.json"
 _LAYER = re.compile(r"\D*\b(?:layers?|blocks?|h)\.(\d{1,9})\.")  # in the name of a weight
 # What the JSON files of a sentence-transformers model may import by name.
 _OWN_CODE = ("sentence_transformers.", "torch.nn.")
@@ -293,6 +294,8 @@ def download_model(model_id: str, revision: str, token: str | None, inner: str =
             f"model_id={model_id!r} has no safetensors (it has {sorted(names)[:8]}). Pickled weights can run code when "
             "they are loaded, and are refused; save the model again with `save_pretrained`."
         )
+    if ADAPTER in names:  # before anything is downloaded
+        _refuse_adapter(model_id)
     if "config.json" not in names:  # the layout of the original: one folder per variant, with a checkpoint
         part = inner or "instruction_score"
         patterns = [f"{part}/*.ckpt", f"{part}/*hparams.yaml"]
@@ -326,8 +329,10 @@ def refuse_code(folder: Path) -> Path:
 
     Raises:
         ValueError: a file names code of the model, of another repository, or of another Python package, which would run
-            or which the model needs.
+            or which the model needs; or the folder has an adapter.
     """
+    for file in folder.rglob(ADAPTER):
+        _refuse_adapter(str(file.parent))
     for file in sorted(folder.rglob("*.json")):
         if file.name in _VOCABULARIES or file.name.endswith(".index.json"):
             continue
@@ -342,6 +347,18 @@ def refuse_code(folder: Path) -> Path:
                 "the entry from a copy of its folder and pass the copy."
             )
     return folder
+
+
+def _refuse_adapter(shown: str) -> NoReturn:
+    """Raise ValueError for a model with an adapter, which names a model of its own.
+
+    With peft installed, transformers would load that model instead, perhaps from the Hub, at no pinned revision;
+    without peft it would leave the adapter out.
+    """
+    raise ValueError(
+        f"{shown} has an {ADAPTER}: an adapter on another model, which would be loaded without a pinned revision. Merge "
+        "the adapter into its model (`merge_and_unload()` of peft), save that with `save_pretrained`, and pass its folder."
+    )
 
 
 def _code_named(content: Any, file: Path) -> str | None:

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from car_datasets import curate
 from car_datasets.loading.chats import read_turns
-from car_datasets.proving.arms import ARMS, Pool, available, draw_arms, embedder_of, hold_out, read_pool
+from car_datasets.proving.arms import ARMS, Pool, available, draw_arms, hold_out, read_pool, stages_of
 from car_datasets.proving.examples import as_example, digest_of
 from tests.proving.conftest import planted_rows
 
@@ -122,7 +122,7 @@ class Planted:
 
 
 def test_rows_with_the_embedding_of_an_evaluation_row_are_left_out(result: Path, pool: Pool) -> None:
-    assert embedder_of(result) is None  # the receipt has the name of a folder, and not its path
+    assert stages_of(result) is None  # the receipt has the name of a folder, and not its path
     vectors = np.tile(np.array([1, 0, 0], dtype=np.float32), (len(pool.rows), 1))
     vectors[12] = (0.1, 1, 0)
     rows = pool.rows.remove_columns("embedding").add_column("embedding", list(vectors))

@@ -19,7 +19,7 @@ def test_a_folder_is_loaded_with_a_plain_template_and_a_digest(tiny_llama: str) 
 
 
 def test_bad_models_are_refused_in_one_line(tmp_path: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}')
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoModel": "x.Y"}}')
     with pytest.raises(ValueError, match="names Python code"):
         load_base_model(str(tmp_path))
     monkeypatch.setattr(base_model, "PACKAGE", "no_such_package")

@@ -48,6 +48,7 @@ def verdicts(outcome: Outcome) -> dict[str, str]:
     return compare(losses, [2] * MEASURED, ["digits"] * MEASURED).verdicts
 
 
+@pytest.mark.slow
 def test_right_answers_win_wrong_ones_lose_and_equal_arms_do_not_differ(tiny_llama: str, tmp_path: Path) -> None:
     base = load_base_model(tiny_llama)
     found = verdicts(outcome_of(experiment(base, 4, ARMS), base, tmp_path))

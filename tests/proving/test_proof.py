@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 pytest.importorskip("trl")
 
-from car_datasets import prove
+from car_datasets import prove, verify
 from car_datasets.cli import app
+from car_datasets.utils.files import claimed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS: dict[str, Any] = {"seeds": 2, "tokens": 60, "trained": 1}
@@ -41,8 +42,10 @@ def evaluation(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_command_writes_and_prints_a_proof(folder: Path, tiny_llama: str, evaluation: str) -> None:
-    words = ["prove", str(folder), "--model", tiny_llama, "--eval", evaluation, "--seeds", "2", "--tokens", "60"]
+def test_the_command_writes_and_prints_a_proof_once(
+    folder: Path, result: Path, tiny_llama: str, evaluation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["prove", str(folder), "--model", tiny_llama, "--eval", evaluation, "--seeds", "2"]
     done = CliRunner().invoke(app, [*words, "--trained", "1"])
     assert done.exit_code == 0, done.output
     table = [line for line in done.stdout.splitlines() if line.startswith(("┃", "│", "┏", "└"))]
@@ -58,11 +61,45 @@ def test_the_command_writes_and_prints_a_proof(folder: Path, tiny_llama: str, ev
     assert runs["control", 0]["order"] != runs["selection", 0]["order"]
     assert (folder / "proof.md").is_file()
     assert json.loads((folder / "receipt.json").read_text())["proof"]["seeds"] == 2
+    # The same command finds its proof, without a model.
+    monkeypatch.setattr("car_datasets.proving.proof.load_base_model", None)
+    again = CliRunner().invoke(app, [*words, "--trained", "1"])
+    assert again.exit_code == 0, again.output
+    assert again.stdout == done.stdout
+    assert verify(folder, source=result.with_name("rows.json")).matches
+    (folder / "proof.json").write_text("{}")
+    assert verify(folder, source=result.with_name("rows.json")).differences == (
+        "proof.json does not have the receipt's sha256",
+    )
+
+
+@pytest.mark.parametrize(("finished", "kept"), [(0, "No run was finished yet"), (1, "Finished runs are kept in")])
+def test_a_stopped_command_says_what_is_kept(
+    folder: Path, tiny_llama: str, finished: int, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        runs = arguments[-1]
+        runs.mkdir()
+        for number in range(finished):
+            (runs / f"run-{number}.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("car_datasets.proving.proof.carry_out", stop)
+    words = ["prove", str(folder), "--model", tiny_llama, "--seeds", "2", "--tokens", "60"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 130
+    assert f"car-datasets: stopped. {kept}" in done.stderr and "To resume" in done.stderr
+    assert not (folder / ".writing").exists()
+
+
+def test_a_folder_that_another_process_writes_is_refused(folder: Path) -> None:
+    with claimed(folder, (), [folder / "proof.json"]), pytest.raises(ValueError, match="is being written by another"):
+        prove(folder, **SETTINGS)
 
 
 @pytest.mark.slow
 def test_both_tables_and_answers_are_made_if_asked_for(folder: Path, tiny_llama: str) -> None:
-    proof = prove(folder, model=tiny_llama, equal_rows=True, answers=True, seeds=2, tokens=60, trained="all")
+    proof = prove(folder, model=tiny_llama, equal_rows=True, answers=True, seeds=2, trained="all")
     assert list(proof["tables"]) == ["tokens", "rows"]
     for table in proof["tables"].values():
         assert table["instructions"] is not None
@@ -74,7 +111,7 @@ def test_both_tables_and_answers_are_made_if_asked_for(folder: Path, tiny_llama:
 def test_a_killed_run_resumes_with_what_is_missing(folder: Path, tiny_llama: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     code = f"from car_datasets import prove; prove({str(folder)!r}, model={tiny_llama!r}, work_dir={str(work)!r}"
-    code = f"import torch; torch.set_num_threads(1); {code}, seeds=2, tokens=60, trained=1)"
+    code = f"import torch; torch.set_num_threads(1); {code}, seeds=2, trained=1)"
     started = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(list(work.glob("run-*.json"))) < 6:
@@ -107,6 +144,8 @@ def test_a_killed_run_resumes_with_what_is_missing(folder: Path, tiny_llama: str
         ({"evaluation": "one.json"}, r"pass a list: evaluation=\['one.json'\]"),
         ({"evaluation": ["nowhere.json"]}, "nowhere.json"),
         ({"arms": {"other": "nowhere"}}, "nowhere"),
+        ({"arms": {"longest": "nowhere"}}, "arms has the name 'longest'"),
+        ({"work_dir": __file__}, "work_dir=.*: nothing can be written there"),
         ({"model": "./nowhere"}, "no such folder"),
     ],
     ids=str,

@@ -56,6 +56,7 @@ def planted_proof(control: float = -0.3) -> Proof:
         runs=[{"arm": arm, "seed": seed} for arm in gains for seed in range(3)],
         seconds={"selecting": None, "training": 500.0, "evaluating": 30.0},
         versions={"torch": "2"},
+        call="sha256:0",
     )
 
 
@@ -76,7 +77,10 @@ def test_a_proof_is_told_in_sentences() -> None:
     assert "at 40 rows per arm" in told
     assert "The smallest difference that this run could have shown on shipped is .0" in told
     assert "6 rows of the pool, 4 of them selected, were not trained on" in told
-    assert "What selecting cost is not known; training all 24 runs of a model took 8 min" in told
+    assert "as the scorer is not at hand; training all 24 runs of a model took 8 min" in told
+    costly = planted_proof()
+    costly["seconds"]["selecting"] = 9.0
+    assert "takes about 9 s on this machine; training" in " ".join(sentences(costly))
     silent = sentences(planted_proof(control=0.0))
     assert "this experiment cannot tell" in silent[0]
     assert "--tokens" in silent[0]

@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from car_datasets import TextEmbedder
 from car_datasets.utils import digests, revisions
+from tests.hub_server import Hub
 
 
 def test_the_package_is_found_without_running_its_code() -> None:
@@ -159,6 +160,34 @@ def test_code_of_a_model_that_transformers_has_itself_is_left_aside(
         with contextlib.suppress(ValueError):
             AutoModel.from_pretrained(other, trust_remote_code=False)
     assert not list(tmp_path.rglob("mark"))
+
+
+LOAD_ADAPTED = """
+import sys
+from car_datasets import QualityScorer, TextEmbedder
+from car_datasets.proving.base_model import load_base_model
+batch = {"instruction": ["Name a colour."], "output": ["Blue."]}
+for model in sys.argv[1:]:
+    for load in (lambda: TextEmbedder(model)(batch), lambda: QualityScorer(model)(batch), lambda: load_base_model(model)):
+        try:
+            load()
+        except ValueError as error:
+            print(error)
+"""
+
+
+def test_the_model_that_an_adapter_names_is_not_asked_for(hub: Hub, tiny_embedder: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")  # without it, transformers reads no adapter
+    adapter = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "you/other"})
+    folder = Path(shutil.copytree(tiny_embedder, tmp_path / "adapted"))
+    (folder / "adapter_config.json").write_text(adapter)
+    hub.commit("me/adapted", {"adapter_config.json": adapter.encode(), "adapter.safetensors": b""}, kind="models")
+    done = hub.run(LOAD_ADAPTED, folder, "me/adapted", env={"HF_HUB_OFFLINE": "0"}, check=True)
+    said = done.stdout.splitlines()
+    assert len(said) == 6
+    names = [folder] * 3 + ["me/adapted"] * 3
+    assert all(f"{name} has an adapter_config.json" in line for name, line in zip(names, said, strict=True))
+    assert hub.count("GET", "adapted") and not hub.count("GET", "other") and not hub.count("HEAD", "")
 
 
 def test_models_of_the_libraries_name_no_code(tiny_embedder: str, tiny_iqs: str, tmp_path: Path) -> None:
