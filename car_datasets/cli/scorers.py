@@ -93,6 +93,14 @@ def train(
     valid: Annotated[
         str | None, typer.Option(help="Choose the epoch by this file of pairs.", show_default="from CONFIG")
     ] = None,
+    ratings: Annotated[
+        str | None,
+        typer.Option(help="Train on these ratings of single rows too (kind: parts).", show_default="from CONFIG"),
+    ] = None,
+    valid_ratings: Annotated[
+        str | None,
+        typer.Option(help="Measure on these ratings of single rows (kind: parts).", show_default="from CONFIG"),
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", help="Write the model into this new folder.", show_default="from CONFIG"),
@@ -110,18 +118,25 @@ def train(
     ] = None,
     **options: Any,
 ) -> None:
-    """Train a scorer: the head of the embedded one, or a complete model as the original does."""
+    """Train a scorer: the head of the embedded one, one that judges by parts, or a complete model as the original does."""
     quiet_models()
-    given = {"train": train, "valid": valid, "output": output, "seed": seed}
+    given: dict[str, Any] = {"train": train, "valid": valid, "output": output, "seed": seed}
+    given |= {"ratings": ratings, "valid_ratings": valid_ratings}
     # Only what was typed, so that the file decides on everything else.
     changes = {name: value for name, value in given.items() if value is not None}
     from car_datasets.training.head import HeadTraining, train_head
     from car_datasets.training.train import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
 
     # The kind says which class knows the other keys, so it is read before any of them is checked.
-    if read_kind(config, ("head", *OBJECTIVE_OF_KIND)) == "head":
+    kind = read_kind(config, ("head", "parts", *OBJECTIVE_OF_KIND))
+    if kind == "head":
         settings: Any = HeadTraining.from_yaml(config, given=set_ or (), **changes)
         figures = train_head(settings)
+    elif kind == "parts":
+        from car_datasets.training.parts import PartsTraining, train_parts
+
+        settings = PartsTraining.from_yaml(config, given=set_ or (), **changes)
+        figures = train_parts(settings)
     else:
         settings = ScorerTraining.from_yaml(config, given=set_ or (), **changes)
         figures = train_scorer(settings, options["token"])

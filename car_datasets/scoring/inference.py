@@ -48,6 +48,8 @@ class TextScores(NamedTuple):
         truncated (`(texts,)` bool): True if the text was longer than the model reads.
         embeddings (`(texts, units)` float32, *optional*): if asked for.
         members (`(texts, members)` float32): the score by each member of the head; `scores` is their mean.
+        parts (`(texts, judgements)` float32, *optional*): what the head `"parts"` judges, in the order of
+            [`~car_datasets.scoring.iqs.heads.PartsHead.judge`]; the other heads have none.
     """
 
     scores: npt.NDArray[np.float32]
@@ -55,6 +57,7 @@ class TextScores(NamedTuple):
     truncated: npt.NDArray[np.bool_]
     embeddings: npt.NDArray[np.float32] | None
     members: npt.NDArray[np.float32]
+    parts: npt.NDArray[np.float32] | None = None
 
 
 class LoadedScorer(NamedTuple):
@@ -96,13 +99,14 @@ class LoadedScorer(NamedTuple):
             answers_at = [len(text.question) + 1 for text in parts]  # one space joins question and answer
 
         def forward(batch: dict[str, Any]) -> tuple[Tensor, ...]:
-            members, hidden_states = self.model.member_scores(**batch)
-            return (members,) if pooling is None else (members, pooling(hidden_states[-1], batch["attention_mask"]))
+            members, parts, states = self.model.judge(**batch)
+            return (members, parts, *(() if pooling is None else (pooling(states[-1], batch["attention_mask"]),)))
 
         strings = [text if isinstance(text, str) else text.whole for text in texts]
-        (members, *embeddings), tokens = self._read(strings, batch_tokens, forward, answers_at)
+        (members, parts, *embeddings), tokens = self._read(strings, batch_tokens, forward, answers_at)
         cut = tokens > self.model.config.max_tokens
-        return TextScores(members.mean(axis=1), tokens, cut, embeddings[0] if embeddings else None, members)
+        vectors = embeddings[0] if embeddings else None
+        return TextScores(members.mean(axis=1), tokens, cut, vectors, members, parts if parts.shape[1] else None)
 
     def _rank_texts(self, texts: Sequence[Text | str], batch_tokens: int | None) -> TextScores:
         """Score texts by the ranking variant, which encodes question and answer separately, each up to the limit."""

@@ -323,7 +323,7 @@ def pair_metrics(worse: Scores, better: Scores, threshold: float = 0.5) -> dict[
         - `kendall`: tau-b of scores and 0/1 labels, CaR's criterion for choosing a checkpoint.
         - `auc`: combinations (worse, better) of all rows in the right order, ties counted half.
     """
-    auc = _auc(worse, better)
+    auc = share_in_order(worse, better)
     return {
         "rows": float((np.mean(worse <= threshold) + np.mean(better > threshold)) / 2),
         "pairs": float(np.mean(better > worse) + np.mean(better == worse) / 2),
@@ -392,7 +392,7 @@ def with_intervals(
 # than scikit-learn's `roc_auc_score` and SciPy's `kendalltau`, with which the tests compare them.
 
 
-def _auc(worse: Scores, better: Scores) -> float:
+def share_in_order(worse: Scores, better: Scores) -> float:
     """Return the share of (worse, better) combinations in the right order, ties counted half."""
     ordered = np.sort(worse)
     # left: worse scores below; right: below or equal. Their mean counts ties half.

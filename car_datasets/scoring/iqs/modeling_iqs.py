@@ -22,6 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
+from car_datasets.scoring.iqs.heads import JUDGED, PartsHead
 from car_datasets.scoring.iqs.layers import (
     LayerCombination,
     SegmentHead,
@@ -223,6 +224,25 @@ class IQSModel(PreTrainedModel):
             members is the score of the text, their standard deviation how far they disagree. The head `"feed_forward"`
             has one member.
         """
+        scores, _, hidden_states = self.judge(input_ids, attention_mask, answer_start, **kwargs)
+        return scores, hidden_states
+
+    def judge(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        answer_start: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Score texts by each member of the head, and judge their parts if the head does.
+
+        The arguments are those of [`~IQSModel.member_scores`].
+
+        Returns:
+            The scores, of shape `(batch, members)`; the judgements, of shape `(batch, judgements)`, in the order of
+            [`~car_datasets.scoring.iqs.heads.PartsHead.judge`], none for the other heads; both in float32; and the
+            encoder's hidden states.
+        """
         kind = HEADS[self.config.head]
         if kind.reads_answer_start and answer_start is None:
             raise ValueError(
@@ -232,7 +252,8 @@ class IQSModel(PreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         hidden_states = self._encode(input_ids, attention_mask, **kwargs)
         scores = kind.score(self, EncodedTexts(hidden_states, input_ids, attention_mask, answer_start))
-        return scores.float(), hidden_states
+        members, judged = scores.float().split([scores.shape[1] - kind.judged, kind.judged], dim=1)
+        return members, judged, hidden_states
 
     def _encode(
         self, input_ids: Tensor, attention_mask: Tensor, packed: Packed | None = None, **kwargs: Any
@@ -351,12 +372,14 @@ class HeadKind(NamedTuple):
         score (`Callable`): a function of model and texts that returns scores of shape `(batch, members)`.
         reads_pooled (`bool`): True if it reads the vector of [`~IQSModel.reduce`], which needs a combination of layers.
         reads_answer_start (`bool`): True if it must be told where the answer begins.
+        judged (`int`): columns that `score` returns after those of the members.
     """
 
     build: Callable[[IQSConfig], nn.Module]
     score: Callable[[IQSModel, EncodedTexts], Tensor]
     reads_pooled: bool = False
     reads_answer_start: bool = False
+    judged: int = 0
 
 
 def _score_pooled(model: IQSModel, texts: EncodedTexts) -> Tensor:
@@ -365,11 +388,19 @@ def _score_pooled(model: IQSModel, texts: EncodedTexts) -> Tensor:
 
 
 def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
-    assert texts.answer_start is not None  # IQSModel.member_scores has seen to it
+    assert texts.answer_start is not None  # IQSModel.judge has seen to it
     features = segment_features(texts.hidden_states, texts.mask, texts.answer_start)
     numbers, weights = hashed_words(texts.input_ids, texts.mask, texts.answer_start, model.config.word_bits)
     scores: Tensor = model.head(features, numbers, weights)
     return scores
+
+
+def _score_parts(model: IQSModel, texts: EncodedTexts) -> Tensor:
+    assert texts.answer_start is not None  # IQSModel.judge has seen to it
+    columns: Tensor = model.head.judge(
+        model.head(texts.hidden_states[model.head.lower], texts.mask, texts.answer_start)
+    )
+    return columns
 
 
 # To add a head, write a module and a function that scores with it, and add a line here and its name to `HEAD_NAMES`,
@@ -377,6 +408,7 @@ def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
 HEADS = {
     "feed_forward": HeadKind(feed_forward, _score_pooled, reads_pooled=True),
     "segments": HeadKind(SegmentHead, _score_segments, reads_answer_start=True),
+    "parts": HeadKind(PartsHead, _score_parts, reads_answer_start=True, judged=JUDGED),
 }
 
 
