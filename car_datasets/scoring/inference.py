@@ -103,10 +103,10 @@ class LoadedScorer(NamedTuple):
             return (members, parts, *(() if pooling is None else (pooling(states[-1], batch["attention_mask"]),)))
 
         strings = [text if isinstance(text, str) else text.whole for text in texts]
-        (members, parts, *embeddings), tokens = self._read(strings, batch_tokens, forward, answers_at)
+        (members, judged, *embeddings), tokens = self._read(strings, batch_tokens, forward, answers_at)
         cut = tokens > self.model.config.max_tokens
         vectors = embeddings[0] if embeddings else None
-        return TextScores(members.mean(axis=1), tokens, cut, vectors, members, parts if parts.shape[1] else None)
+        return TextScores(members.mean(axis=1), tokens, cut, vectors, members, judged if judged.shape[1] else None)
 
     def _rank_texts(self, texts: Sequence[Text | str], batch_tokens: int | None) -> TextScores:
         """Score texts by the ranking variant, which encodes question and answer separately, each up to the limit."""
