@@ -63,7 +63,7 @@ def test_rated_rows_are_found_and_the_others_returned(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_rating_is_named_by_its_line(row: list[object], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ratings.csv") as error:
+    with pytest.raises(ValueError, match=r"ratings\.csv") as error:
         read_ratings(write(tmp_path, [*ROWS, row]))
     assert message in str(error.value)
 
