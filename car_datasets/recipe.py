@@ -112,7 +112,8 @@ class Recipe(Settings):
         tokenizer (`str`, *optional*): the base model's tokenizer, for a scorer in the original's layout.
         batch_tokens (`int`, *optional*): padded tokens in one forward pass; None chooses by the device.
         embedding_dtype (`str`): type of the embedding column: `"float32"` or `"float16"`.
-        compile (`bool`): compile the encoder; worthwhile only for large datasets on a GPU.
+        compile (`bool`): compile the encoder from the first text on. In half precision on a GPU it is compiled anyway,
+            once a run is long enough to gain by it.
         engine (`str`, *optional*): a folder with the scorer's encoder in int8, for the CPU.
         keep_embeddings (`bool`): write the embeddings into `scored.parquet`, to cluster it again later.
         projection (`str`): projection of the map in plots and page: `"pca"`, `"tsne"`, or `"umap"` (needs umap-learn).
@@ -226,7 +227,7 @@ class Recipe(Settings):
     )
     embedding_dtype: str = _setting("float32", "Store the embeddings as float32 or float16.", OUTPUT)
     compile: bool = _setting(
-        False, "Compile the encoder. This is worthwhile only for large datasets on a GPU.", PERFORMANCE
+        False, "Compile the encoder from the first text on, for large datasets on a GPU.", PERFORMANCE
     )
     engine: str | None = _setting(
         None, "Score on the CPU with the int8 encoder in this folder, which `quantise` wrote.", PERFORMANCE

@@ -101,6 +101,8 @@ def clean(text: str) -> str:
     changes, so that `clean(json.dumps(text)[1:-1]) == clean(text)` for every text, however often it was escaped. The
     price: `\nabla` in LaTeX loses its `\n`. Only the scored text is changed, never the row.
     """
+    if "\\" not in text and text.isascii():  # most texts: there is nothing to decode or straighten
+        return " ".join(text.split())
     text = text.translate(_QUOTES)
     for _ in range(_PASSES):
         decoded = _ESCAPE.sub(_decode, text).translate(_QUOTES)  # a straightened quote can end an escape

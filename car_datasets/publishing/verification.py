@@ -54,8 +54,8 @@ from car_datasets.utils.hub import READING_WAITS, asking
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 # How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says
-# float32.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.005}
+# float32. On an H200, 9,229 scores moved by at most 0.065 and 0.0063 from those in float32.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 0.08, "float16": 0.008}
 BLOCK = 1000  # rows compared at a time
 
 
@@ -99,7 +99,7 @@ def verify(
         source (`str` or a list, *optional*): the file, the files or the folder that was curated. Needed unless that was
             a Hub dataset, because a receipt has the name and digest of a file, but not its path.
         rescore (`int`): number of rows, drawn at random, to score again. Scores may differ by what the recipe's dtype
-            allows (1e-5 in float32 and int8, 0.03 in bfloat16, 0.005 in float16).
+            allows (1e-5 in float32 and int8, 0.08 in bfloat16, 0.008 in float16).
         seed (`int`): seed of that draw.
         scorer, engine, tokenizer (`str`, *optional*): folders of the models, for `rescore`; needed if they were folders
             when the rows were curated. They are compared by digest.

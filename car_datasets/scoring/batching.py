@@ -8,9 +8,10 @@ Does not: know a model, or a row.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 WINDOW_TEXTS = 4096  # texts that are tokenised at a time, while the model reads the ones before them
+FIRST_TEXTS = 512  # of the first window on a GPU, which waits for it; each further one is twice as large
 
 
 class Tokens(NamedTuple):
@@ -108,7 +110,11 @@ def _ids_before_cut(
 
 
 def tokenised_ahead(
-    tokenizer: Any, texts: Sequence[str], limit: int, answers_at: Sequence[int] | None = None
+    tokenizer: Any,
+    texts: Sequence[str],
+    limit: int,
+    answers_at: Sequence[int] | None = None,
+    first: int | None = None,
 ) -> Iterator[Tokens]:
     """Tokenise windows of [`WINDOW_TEXTS`] texts, the next one in a thread while the caller works on the current one.
 
@@ -119,20 +125,27 @@ def tokenised_ahead(
         texts (`Sequence[str]`): entire texts.
         limit (`int`): tokens read of each, special tokens included.
         answers_at (`Sequence[int]`, *optional*): the character at which each answer begins.
+        first (`int`, *optional*): texts of a smaller first window, for a device that waits for it; the further ones
+            double.
 
     Yields:
         [`Tokens`]: of one window after the other.
     """
+    sizes: list[int] = []
+    start = 0
+    while start < len(texts):
+        sizes.append(min((first or WINDOW_TEXTS) << min(len(sizes), 20), WINDOW_TEXTS))
+        start += sizes[-1]
 
-    def window(start: int) -> Tokens:
-        part = slice(start, start + WINDOW_TEXTS)
+    def window(end: int, size: int) -> Tokens:
+        part = slice(end - size, end)
         return tokenise(tokenizer, texts[part], limit, None if answers_at is None else answers_at[part])
 
     # One thread: every window changes the truncation of the same tokenizer.
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting: deque[Any] = deque()
-        for start in range(0, len(texts), WINDOW_TEXTS):
-            waiting.append(thread.submit(window, start))
+        for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+            waiting.append(thread.submit(window, end, size))
             if len(waiting) > 1:  # one window is read by the caller, and one is being tokenised
                 yield waiting.popleft().result()
         while waiting:
@@ -177,20 +190,26 @@ def token_budget(device: torch.device, units: int, tokens: int | None = None) ->
     return BUDGETS.setdefault((device, units, tokens), Budget(default if tokens is None else tokens))
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut texts into batches of at most `budget` padded tokens, longest first, so that memory peaks at the start.
+def token_batches(lengths: Sequence[int], budget: int, padded: bool = True) -> Iterator[list[int]]:
+    """Cut texts into batches of at most `budget` tokens, longest first, so that memory peaks at the start.
 
     Args:
         lengths (`Sequence[int]`): tokens per text.
         budget (`int`): rows times the longest row of a batch; a text longer than that is a batch of its own.
+        padded (`bool`): pass `False` to count each text with its own length, for an encoder that reads them end to end.
 
     Yields:
         `list[int]`: positions in `lengths`; together they are every position once.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    ends = np.cumsum([lengths[i] for i in order])
     start = 0
     while start < len(order):
-        rows = max(1, budget // max(1, lengths[order[start]]))  # the first is the longest, and sets the padding
+        if padded:
+            rows = max(1, budget // max(1, lengths[order[start]]))  # the first is the longest, and sets the padding
+        else:
+            before = ends[start - 1] if start else 0
+            rows = max(1, int(np.searchsorted(ends, before + budget, side="right")) - start)
         yield order[start : start + rows]
         start += rows
 
@@ -251,13 +270,16 @@ def current_watch() -> Watch | None:
     return _watch.get()
 
 
-def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[int]], T]) -> list[tuple[list[int], T]]:
+def run_batches(
+    lengths: Sequence[int], budget: Budget, forward: Callable[[list[int]], T], padded: bool = True
+) -> list[tuple[list[int], T]]:
     """Call `forward` on the positions of every batch; if memory runs out, halve the budget and batch the rest again.
 
     Args:
         lengths (`Sequence[int]`): tokens per text.
-        budget ([`Budget`]): tokens per batch, padding included.
+        budget ([`Budget`]): tokens per batch.
         forward (`Callable`): a function of positions in `lengths`.
+        padded (`bool`): as in [`token_batches`].
 
     Returns:
         The positions of each batch and what `forward` returned for them.
@@ -269,7 +291,7 @@ def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[
 
     done: list[tuple[list[int], T]] = []
     watch, total = current_watch(), max(1, sum(lengths))
-    waiting = deque(token_batches(lengths, budget.tokens))
+    waiting = deque(token_batches(lengths, budget.tokens, padded))
     while waiting:
         places = waiting.popleft()
         try:
@@ -285,8 +307,78 @@ def run_batches(lengths: Sequence[int], budget: Budget, forward: Callable[[list[
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # else blocks cached for the larger batch stay reserved
         rest = [i for batch in (places, *waiting) for i in batch]
-        waiting = deque([rest[i] for i in batch] for batch in token_batches([lengths[i] for i in rest], budget.tokens))
+        left = [lengths[i] for i in rest]
+        waiting = deque([rest[i] for i in batch] for batch in token_batches(left, budget.tokens, padded))
     return done
+
+
+# A text that waits for its batch: its number among all, its tokens, and the token at which its answer begins.
+_Waiting = tuple[int, Sequence[int], int]
+
+
+def run_windows(
+    windows: Iterable[Tokens],
+    total: int,
+    budget: Budget,
+    device: torch.device,
+    forward: Callable[[Sequence[Sequence[int]], Sequence[int]], tuple[Tensor, ...]],
+    padded: bool = True,
+) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int32]]:
+    """Run tokenised texts through a model, window by window, without waiting for a GPU before the end.
+
+    Args:
+        windows (`Iterable[Tokens]`): from [`tokenised_ahead`].
+        total (`int`): texts in all windows, at least 1.
+        budget ([`Budget`]): tokens per batch.
+        device (`torch.device`): of the model.
+        forward (`Callable`): a function of token ids and answer starts of a batch, that returns tensors of shape
+            `(batch, ...)`.
+        padded (`bool`): as in [`token_batches`]; if `False`, a batch that is not full waits for the next window.
+
+    Returns:
+        The tensors of all batches as arrays of shape `(texts, ...)`, in the order of the texts, and the token counts.
+    """
+    numbers: list[list[int]] = []  # of the texts in each of `results`
+    results: list[list[Tensor]] = []
+    lengths: list[int] = []
+    waiting: list[_Waiting] = []
+    for tokens in windows:
+        starts = tokens.answer_starts or [0] * len(tokens.ids)
+        waiting += zip(itertools.count(len(lengths)), tokens.ids, starts)
+        lengths += tokens.lengths
+        now, waiting = waiting, []
+        if not padded and len(lengths) < total:
+            now, waiting = _full_batches(now, budget.tokens)
+
+        # A default binds the value of `now`; the name itself is reassigned by the loop.
+        def step(places: list[int], now: list[_Waiting] = now) -> tuple[Tensor, ...]:
+            _, ids, starts = zip(*(now[i] for i in places), strict=True)
+            with torch.inference_mode():
+                return forward(ids, starts)
+
+        ran = run_batches([len(ids) for _, ids, _ in now], budget, step, padded)
+        if ran:
+            numbers.append([now[i][0] for places, _ in ran for i in places])
+            # Copied to the host window by window, so that the device holds the results of few windows only.
+            results.append([_fetch(parts) for parts in zip(*(output for _, output in ran), strict=True)])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the copies of `_fetch` are not complete before
+    arrays = [in_order(numbers, parts) for parts in zip(*results, strict=True)]
+    return arrays, np.array(lengths, dtype=np.int32)
+
+
+def _full_batches(texts: list[_Waiting], budget: int) -> tuple[list[_Waiting], list[_Waiting]]:
+    """Return the texts of all batches but the last, and those of the last, which further texts may fill."""
+    *full, last = token_batches([len(ids) for _, ids, _ in texts], budget, padded=False)
+    return [texts[i] for batch in full for i in batch], [texts[i] for i in last]
+
+
+def _fetch(parts: Sequence[Tensor]) -> Tensor:
+    """Join results of batches in float32, and begin to copy them to the host; only a synchronisation waits for it."""
+    joined = torch.cat(list(parts)).float()
+    if joined.device.type != "cuda":
+        return joined
+    return torch.empty(joined.shape, pin_memory=True).copy_(joined, non_blocking=True)
 
 
 def in_order(places: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> npt.NDArray[np.float32]:
@@ -296,7 +388,7 @@ def in_order(places: Sequence[Sequence[int]], parts: Sequence[Tensor]) -> npt.ND
         places (`Sequence[Sequence[int]]`): positions of the texts of each batch.
         parts (`Sequence[Tensor]`): the result of each batch.
     """
-    # Copied from the device all at once: a copy after each batch would make the host wait for it.
+    # Copied from the device all at once, unless [`_fetch`] has: a copy after each batch would make the host wait for it.
     rows: npt.NDArray[np.float32] = torch.cat(list(parts)).float().cpu().numpy()
     ordered = np.empty_like(rows)
     ordered[np.concatenate(places)] = rows

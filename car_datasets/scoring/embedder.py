@@ -8,6 +8,7 @@ Does not: reduce dimensions or cluster.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -22,14 +23,19 @@ from car_datasets.loading.schemas import as_column_names, check_schema, find_sch
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.loading.values import untouched
 from car_datasets.scoring.batching import (
+    FIRST_TEXTS,
+    Budget,
     in_order,
     pad,
     refuse_foreign_tokens,
     refuse_long_texts,
     run_batches,
+    run_windows,
     token_budget,
-    tokenise,
+    tokenised_ahead,
 )
+from car_datasets.scoring.iqs.packed_encoder import COMPILE_AFTER, PackedEncoder, can_pack
+from car_datasets.scoring.iqs.packing import pack
 from car_datasets.scoring.stage import (
     Rows,
     check_options,
@@ -50,6 +56,8 @@ if TYPE_CHECKING:
     from datasets import Features
     from sentence_transformers import SentenceTransformer
 
+
+logger = logging.getLogger(__name__)
 
 CACHE_VERSION = "2"  # datasets hashes the fields below, never our code: raise it when numbers change
 
@@ -159,35 +167,70 @@ class TextEmbedder:
         model = self._model(rank)
         if not texts:
             return np.zeros((0, dimension(model)), dtype=np.float32)
-        longest = model.max_seq_length or 512  # a model without a limit of its own: BERT's
-        # Either way `lengths` only decides which texts share a batch; the embeddings do not depend on it.
-        # `encode` works for every model, but tokenises batch by batch while the device waits.
-        if reads_plain_tokens(model):
-            ids = tokenise(model.tokenizer, texts, longest).ids
-            lengths = [len(row) for row in ids]
-
-            def encode(places: list[int]) -> Tensor:
-                input_ids, mask = pad([ids[i] for i in places], model.tokenizer.pad_token_id, model.device)
-                with torch.inference_mode():
-                    return model({"input_ids": input_ids, "attention_mask": mask})["sentence_embedding"]
-
-        else:
-            # An estimate: about 4 bytes a token in English, and two special tokens.
-            lengths = [min(longest, 2 + len(text.encode()) // 4) for text in texts]
-
-            def encode(places: list[int]) -> Tensor:
-                part = [texts[i] for i in places]
-                return model.encode(part, batch_size=len(part), convert_to_tensor=True, show_progress_bar=False)
-
         # The budget depends on the width of the encoder, which sets the memory of a token.
         config = getattr(getattr(model[0], "auto_model", None), "config", None)
         units = getattr(config, "hidden_size", dimension(model))  # a Dense module on top may give fewer
         budget = token_budget(model.device, units, self.batch_tokens)
-        ran = run_batches(lengths, budget, encode)
-        return in_order([places for places, _ in ran], [vectors for _, vectors in ran])
+        longest = model.max_seq_length or 512  # a model without a limit of its own: BERT's
+        # `encode` works for every model, but tokenises batch by batch while the device waits.
+        read = _embed_tokens if reads_plain_tokens(model) else _encode
+        vectors = read(model, texts, longest, budget, self.dtype)
+        fine = np.isfinite(vectors).all(axis=1)
+        if self.dtype == "float32" or fine.all():
+            return vectors
+        # A state overflows in half precision.
+        bad = np.flatnonzero(~fine).tolist()
+        logger.info(
+            "%d of %d texts overflow in half precision and are embedded again in float32.", len(bad), len(texts)
+        )
+        exact = load_sentence_transformer(self.model_id, str(self.revision), "float32", device_for(rank))
+        vectors[bad] = read(exact, [texts[i] for i in bad], longest, budget, "float32")
+        return vectors
 
     def _model(self, rank: int | None = None) -> SentenceTransformer:
         return load_sentence_transformer(self.model_id, str(self.revision), self.dtype, device_for(rank))
+
+
+def _embed_tokens(
+    model: SentenceTransformer, texts: Sequence[str], longest: int, budget: Budget, dtype: str
+) -> npt.NDArray[np.float32]:
+    """Embed texts by a model that reads plain tokens, without padding where that is faster."""
+    device, config = model.device, getattr(model[0].auto_model, "config", None)
+    packed = _packed_encoder(model) if config is not None and can_pack(config, dtype, device) else None
+
+    def run(ids: Sequence[Sequence[int]], _: Sequence[int]) -> tuple[Tensor, ...]:
+        if packed is None:
+            input_ids, mask = pad(ids, model.tokenizer.pad_token_id, device)
+            return (model({"input_ids": input_ids, "attention_mask": mask})["sentence_embedding"],)
+        row = pack(ids, config, longest, device)
+        *_, last = packed.states(row)
+        return (pool_tokens(model, row.spread(last), row.padded_ids()[1]),)
+
+    first = None if device.type == "cpu" else FIRST_TEXTS
+    windows = tokenised_ahead(model.tokenizer, texts, longest, first=first)
+    (vectors,), _ = run_windows(windows, len(texts), budget, device, run, padded=packed is None)
+    return vectors
+
+
+def _encode(
+    model: SentenceTransformer, texts: Sequence[str], longest: int, budget: Budget, dtype: str
+) -> npt.NDArray[np.float32]:
+    """Embed texts by the model's own `encode`."""
+
+    def run(places: list[int]) -> Tensor:
+        part = [texts[i] for i in places]
+        return model.encode(part, batch_size=len(part), convert_to_tensor=True, show_progress_bar=False)
+
+    # An estimate: about 4 bytes a token in English, and two special tokens. It only decides which texts share a batch;
+    # the embeddings do not depend on it.
+    ran = run_batches([min(longest, 2 + len(text.encode()) // 4) for text in texts], budget, run)
+    return in_order([places for places, _ in ran], [vectors for _, vectors in ran])
+
+
+# Few entries, as each keeps a model in memory.
+@functools.lru_cache(maxsize=2)
+def _packed_encoder(model: SentenceTransformer) -> PackedEncoder:
+    return PackedEncoder(model[0].auto_model, COMPILE_AFTER)
 
 
 # Few entries, as each keeps a model in memory.

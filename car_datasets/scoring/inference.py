@@ -7,6 +7,7 @@ Does not: know rows or columns.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +18,11 @@ from torch import Tensor
 
 from car_datasets.loading.templates import Text
 from car_datasets.scoring.batching import (
-    Tokens,
-    in_order,
+    FIRST_TEXTS,
     pad,
     refuse_foreign_tokens,
     refuse_long_texts,
-    run_batches,
+    run_windows,
     to_device,
     token_budget,
     tokenised_ahead,
@@ -32,8 +32,11 @@ from car_datasets.scoring.iqs.convert_comet import base_model, check_tokenizer, 
 from car_datasets.scoring.iqs.layers import closeness
 from car_datasets.scoring.iqs.modeling_iqs import HEADS, IQSModel
 from car_datasets.scoring.iqs.openvino_encoder import OpenVINOEncoder
-from car_datasets.scoring.iqs.packing import can_pack, first_position, pack, use_packing
+from car_datasets.scoring.iqs.packed_encoder import COMPILE_AFTER, PackedEncoder, can_pack
+from car_datasets.scoring.iqs.packing import Packed, pack
 from car_datasets.utils import digests, revisions
+
+logger = logging.getLogger(__name__)
 
 # A function of the last hidden state, of shape (texts, tokens, units), and its mask, that returns embeddings.
 _Pooling = Callable[[Tensor, Tensor], Tensor]
@@ -67,13 +70,20 @@ class LoadedScorer(NamedTuple):
         model ([`IQSModel`]): in evaluation mode.
         tokenizer: the one that the model was trained with.
         device (`torch.device`): of the model.
-        packed (`bool`): True if the encoder reads texts end to end, without padding.
+        encoder ([`PackedEncoder`], *optional*): the model's, if it reads texts end to end, without padding.
+        exact (`Callable`, *optional*): for a model in half precision: loads it in float32.
     """
 
     model: IQSModel
     tokenizer: Any
     device: torch.device
-    packed: bool
+    encoder: PackedEncoder | None = None
+    exact: Callable[[], LoadedScorer] | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Return True if the encoder reads texts without padding."""
+        return self.encoder is not None
 
     def score_texts(
         self, texts: Sequence[Text | str], batch_tokens: int | None = None, pooling: _Pooling | None = None
@@ -95,18 +105,53 @@ class LoadedScorer(NamedTuple):
         # A head that reads the answer separately is told its first token, which the tokenizer finds from the character.
         answers_at = None
         if HEADS[self.model.config.head].reads_answer_start:
-            parts = [Text.split(text) if isinstance(text, str) else text for text in texts]
-            answers_at = [len(text.question) + 1 for text in parts]  # one space joins question and answer
-
-        def forward(batch: dict[str, Any]) -> tuple[Tensor, ...]:
-            members, parts, states = self.model.judge(**batch)
-            return (members, parts, *(() if pooling is None else (pooling(states[-1], batch["attention_mask"]),)))
+            split = [Text.split(text) if isinstance(text, str) else text for text in texts]
+            answers_at = [len(text.question) + 1 for text in split]  # one space joins question and answer
 
         strings = [text if isinstance(text, str) else text.whole for text in texts]
-        (members, parts, *embeddings), tokens = self._read(strings, batch_tokens, forward, answers_at)
+        (columns, *embeddings), tokens = self._read(
+            strings, batch_tokens, functools.partial(self._forward, pooling=pooling), answers_at
+        )
         cut = tokens > self.model.config.max_tokens
-        vectors = embeddings[0] if embeddings else None
-        return TextScores(members.mean(axis=1), tokens, cut, vectors, members, parts if parts.shape[1] else None)
+        judged = HEADS[self.model.config.head].judged
+        members = columns[:, : columns.shape[1] - judged]
+        vectors, parts = embeddings[0] if embeddings else None, columns[:, members.shape[1] :] if judged else None
+        found = TextScores(members.mean(axis=1), tokens, cut, vectors, members, parts)
+        return self._mended(found, texts, batch_tokens, pooling)
+
+    def _forward(self, batch: Packed | dict[str, Any], pooling: _Pooling | None) -> tuple[Tensor, ...]:
+        """Return the columns of the head for a batch, and if asked the embeddings."""
+        if isinstance(batch, Packed):
+            assert self.encoder is not None
+            columns, states = self.model.packed_scores(batch, self.encoder)
+            if pooling is None:
+                return (columns,)
+            return columns, pooling(batch.spread(states.last()), batch.padded_ids()[1])
+        columns, hidden_states = self.model.columns(**batch)
+        return (columns,) if pooling is None else (columns, pooling(hidden_states[-1], batch["attention_mask"]))
+
+    def _mended(
+        self,
+        found: TextScores,
+        texts: Sequence[Text | str],
+        batch_tokens: int | None,
+        pooling: _Pooling | None,
+    ) -> TextScores:
+        """Compute results that are not finite again in float32: a state of a half-precision encoder may overflow."""
+        fine = np.isfinite(found.members).all(axis=1)
+        if found.embeddings is not None:
+            fine &= np.isfinite(found.embeddings).all(axis=1)
+        if self.exact is None or fine.all():
+            return found
+        bad = np.flatnonzero(~fine).tolist()
+        logger.info("%d of %d texts overflow in half precision and are scored again in float32.", len(bad), len(texts))
+        again = self.exact().score_texts([texts[i] for i in bad], batch_tokens, pooling)
+        found.scores[bad], found.members[bad] = again.scores, again.members
+        if found.embeddings is not None and again.embeddings is not None:
+            found.embeddings[bad] = again.embeddings
+        if found.parts is not None and again.parts is not None:
+            found.parts[bad] = again.parts
+        return found
 
     def _rank_texts(self, texts: Sequence[Text | str], batch_tokens: int | None) -> TextScores:
         """Score texts by the ranking variant, which encodes question and answer separately, each up to the limit."""
@@ -114,18 +159,24 @@ class LoadedScorer(NamedTuple):
             raise ValueError("This model ranks an answer against its question: pass Text(question, answer).")
         parts = [part for text in texts for part in text]
         # Questions and answers alternate: `vectors` has the shape (2 * texts, units).
-        (vectors,), lengths = self._read(parts, batch_tokens, lambda batch: (self.model.pool(**batch)[0],))
+        (vectors,), lengths = self._read(parts, batch_tokens, self._pool)
         pairs = torch.from_numpy(vectors)
         scores = closeness(pairs[::2], pairs[1::2]).numpy()
         lengths = lengths.reshape(-1, 2)
         cut = (lengths > self.model.config.max_tokens).any(axis=1)
         return TextScores(scores, lengths.sum(axis=1, dtype=np.int32), cut, None, scores[:, None])
 
+    def _pool(self, batch: Packed | dict[str, Any]) -> tuple[Tensor]:
+        if isinstance(batch, Packed):
+            assert self.encoder is not None
+            return (self.model.pool_packed(self.encoder.states(batch), batch),)
+        return (self.model.pool(**batch)[0],)
+
     def _read(
         self,
         texts: Sequence[str],
         batch_tokens: int | None,
-        forward: Callable[[dict[str, Any]], tuple[Tensor, ...]],
+        forward: Callable[[Packed | dict[str, Any]], tuple[Tensor, ...]],
         answers_at: Sequence[int] | None = None,
     ) -> tuple[list[npt.NDArray[np.float32]], npt.NDArray[np.int32]]:
         """Run texts through the model in batches of similar length.
@@ -133,7 +184,7 @@ class LoadedScorer(NamedTuple):
         Args:
             texts (`Sequence[str]`): in the template.
             batch_tokens (`int`, *optional*): tokens in one forward pass, padding included.
-            forward (`Callable`): a function of the model's arguments for a batch that returns tensors of shape
+            forward (`Callable`): a function of a batch, packed or the model's arguments, that returns tensors of shape
                 `(batch, ...)`.
             answers_at (`Sequence[int]`, *optional*): the character at which the answer of each text begins.
 
@@ -143,34 +194,24 @@ class LoadedScorer(NamedTuple):
         """
         config = self.model.config
         budget = token_budget(self.device, config.encoder_config.hidden_size, batch_tokens)
-        windows: list[list[Any]] = []
-        lengths: list[int] = []
+        first = None if self.device.type == "cpu" else FIRST_TEXTS
         # Window by window: while the model reads one, the next is tokenised.
-        for tokens in tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at):
-            # A default binds the value of `tokens` now; the name itself is reassigned by the loop.
-            def step(places: list[int], tokens: Tokens = tokens) -> tuple[Tensor, ...]:
-                with torch.inference_mode():
-                    return forward(self._batch(tokens, places))
+        windows = tokenised_ahead(self.tokenizer, texts, config.max_tokens, answers_at, first)
 
-            ran = run_batches([len(ids) for ids in tokens.ids], budget, step)
-            positions = [places for places, _ in ran]
-            outputs = zip(*(output for _, output in ran), strict=True)
-            # Copied to the host window by window, so that the device holds the results of one window only.
-            windows.append([in_order(positions, parts) for parts in outputs])
-            lengths += tokens.lengths
-        return [np.concatenate(parts) for parts in zip(*windows, strict=True)], np.array(lengths, dtype=np.int32)
+        def run(ids: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[Tensor, ...]:
+            return forward(self._batch(ids, None if answers_at is None else starts))
 
-    def _batch(self, tokens: Tokens, places: Sequence[int]) -> dict[str, Any]:
-        """Return the model's arguments for the texts at `places`."""
-        ids, pad_id = [tokens.ids[i] for i in places], self.tokenizer.pad_token_id
-        input_ids, mask = pad(ids, pad_id, self.device)
+        return run_windows(windows, len(texts), budget, self.device, run, padded=not self.packed)
+
+    def _batch(self, ids: Sequence[Sequence[int]], answer_starts: Sequence[int] | None) -> Packed | dict[str, Any]:
+        """Return texts end to end, or the model's arguments for texts with padding."""
+        config = self.model.config
+        if self.packed:
+            return pack(ids, config.encoder_config, config.max_tokens, self.device, answer_starts)
+        input_ids, mask = pad(ids, self.tokenizer.pad_token_id, self.device)
         batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
-        if tokens.answer_starts:
-            batch["answer_start"] = to_device(np.array([tokens.answer_starts[i] for i in places]), self.device)
-        if self.packed:  # the padded ids stay in the batch: heads read the padded grid
-            config = self.model.config
-            first = first_position(config.encoder_config)
-            batch["packed"] = pack(ids, pad_id, first, config.max_tokens, self.device)
+        if answer_starts is not None:
+            batch["answer_start"] = to_device(np.array(answer_starts), self.device)
         return batch
 
 
@@ -235,13 +276,16 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
                 raise ValueError("its tokenizer has no padding token")
             refuse_foreign_tokens(reader, model.config.encoder_config.vocab_size)
             refuse_long_texts(model.encoder, "max_tokens", model.config.max_tokens)
-    packed = can_pack(model.config.encoder_config, dtype, device)
-    if packed:
-        use_packing(model.encoder)
-    if weights.compiled:
-        # Last, because packing and the engine change the encoder that is compiled.
+    model.eval().to(device)
+    encoder = None
+    if can_pack(model.config.encoder_config, dtype, device):
+        encoder = PackedEncoder(model.encoder, 0.0 if weights.compiled else COMPILE_AFTER)
+    elif weights.compiled:
+        # Last, because the engine changes the encoder that is compiled.
         model.encoder.compile(dynamic=True)  # batches differ in both dimensions: static shapes would recompile for each
-    loaded = LoadedScorer(model.eval().to(device), reader, device, packed)
+    exact = weights._replace(dtype="float32", compiled=False)
+    mend = None if dtype == "float32" else functools.partial(load_scorer, exact, device)
+    loaded = LoadedScorer(model, reader, device, encoder, mend)
     if not weights.compiled:  # one text, since some faults of a configuration show in a forward pass only
         with revisions.reading_model(folder):
             loaded.score_texts([Text("a", "b")])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -97,12 +98,13 @@ class QualityScorer:
             default. Texts longer than that model's own limit (256 tokens for the default) take a second pass.
         on_invalid (`str`): a row that cannot be scored raises (`"error"`), or gets a null score and its reason in
             `iqs_status` (`"mark"`).
-        dtype (`str`): of the encoder, `"float32"`, `"bfloat16"` or `"float16"`; the head stays in float32.
+        dtype (`str`): of the encoder, `"float32"`, `"float16"` or `"bfloat16"`, which is as fast and ten times less
+            exact; the head stays in float32. Texts that overflow in half precision are scored again in float32.
         batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
             Halved when memory runs out.
         embedding_dtype (`str`): of the embedding column, `"float32"` or `"float16"`, which takes half the disk space.
-        compile (`bool`): `torch.compile` the encoder. Compilation takes about a minute; worthwhile only for large
-            datasets on a GPU.
+        compile (`bool`): `torch.compile` the encoder from the first text on. In half precision on a GPU it is compiled
+            anyway, once a run has taken about a minute and is likely to gain by it.
         engine (`str`, *optional*): a folder with the encoder in int8 for OpenVINO, as written by
             [`~car_datasets.training.quantise_encoder`]; on the CPU only. Scores and embeddings then come from it,
             except the embeddings of texts that take a second pass.
@@ -296,7 +298,8 @@ class QualityScorer:
         schema = find_schema(batch, self.schema, self.columns)
         rows = Rows.from_batch(batch, schema, str(self.template), self.on_invalid, self.score_thoughts)
         texts = self.score_texts(rows.texts, rank)
-        scores = rows.fold(texts.scores, TURNS[self.turns])
+        # All of `TURNS` leave a single score as it is.
+        scores = list(texts.scores) if rows.are_texts else rows.fold(texts.scores, TURNS[self.turns])
         self._refuse_nan(scores, batch)
         columns = {self.output_column: scores, **self._diagnostics(rows, texts)}
         if texts.parts is not None:
@@ -310,13 +313,18 @@ class QualityScorer:
         """Return every column that says more about a score: its uncertainty, length, truncation and status."""
         names = ColumnNames(score=self.output_column)
         turn = TURNS[self.turns]
-        truncated = [bool(part.any()) for part in rows.split(texts.truncated)]
-        return {
+        if rows.are_texts:  # at once, as thousands of small arrays take longer than a GPU
+            truncated, lengths, std = texts.truncated, texts.tokens, list(texts.members.std(axis=1))
+        else:
+            truncated = np.array([bool(part.any()) for part in rows.split(texts.truncated)])
+            lengths = np.array([part.sum() for part in rows.split(texts.tokens)], dtype=np.int32)
             # Members are compared on the score of the row: they may disagree on its exchanges and agree on their mean.
             # `members` has the shape (texts of the row, members).
-            names.std: rows.fold(texts.members, lambda members: np.std([turn(member) for member in members.T])),
-            names.tokens: np.array([part.sum() for part in rows.split(texts.tokens)], dtype=np.int32),
-            names.truncated: np.array(truncated),
+            std = rows.fold(texts.members, lambda members: np.std([turn(member) for member in members.T]))
+        return {
+            names.std: std,
+            names.tokens: lengths,
+            names.truncated: truncated,
             names.status: [
                 TRUNCATED if cut and status == OK else status
                 for cut, status in zip(truncated, rows.status, strict=True)
@@ -396,11 +404,11 @@ class QualityScorer:
         return read_scorer_config(self.model_id, str(self.revision), self.tokenizer, self.tokenizer_revision)
 
     def _refuse_nan(self, scores: Sequence[Any], batch: Mapping[str, Sequence[Any]]) -> None:
-        bad = [i for i, s in enumerate(scores) if s is not None and not np.isfinite(s)]
+        bad = [i for i, s in enumerate(scores) if s is not None and not math.isfinite(s)]
         if bad:
             raise ValueError(
-                f"{len(bad)} scores are not finite, rows {row_names(batch, bad)[:5]}. In half precision this is an "
-                "overflow: use dtype='float32'. Otherwise the weights are broken."
+                f"{len(bad)} scores are not finite, rows {row_names(batch, bad)[:5]}. The weights are broken: what "
+                "overflows in half precision was scored again in float32."
             )
 
 

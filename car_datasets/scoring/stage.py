@@ -355,6 +355,11 @@ class Rows:
         ends = np.cumsum(self.counts)
         return [values[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
 
+    @property
+    def are_texts(self) -> bool:
+        """Return True if every row has one text, so that values per text are in row order already: no chats."""
+        return len(self.texts) == len(self.counts) and all(count == 1 for count in self.counts)
+
     def fold(self, values: npt.NDArray[Any], function: Callable[[Any], Any]) -> list[np.float32 | None]:
         """Reduce values per text, shape `(texts, ...)`, to one float32 per row; `None` for a row without texts."""
         return [np.float32(function(part)) if len(part) else None for part in self.split(values)]
@@ -366,7 +371,7 @@ class Rows:
             An array of shape `(rows, dimension)`, which `datasets` stores without a Python object per number; if some
             rows have no vector, a list with `None` for those.
         """
-        if all(count == 1 for count in self.counts):  # no chats: the vectors are in row order already
+        if self.are_texts:
             return vectors.astype(dtype)
         means = [_mean_vector(part) for part in self.split(vectors)]
         present = [mean.astype(dtype) for mean in means if mean is not None]

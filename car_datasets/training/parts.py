@@ -261,7 +261,8 @@ def gather(settings: PartsTraining, files: Files) -> Material:
         labelled.add_ratings(files.valid_ratings)
     rows = labelled.rows
     texts = [*rows]
-    styled, corrupted = [[[] for _ in rows] for _ in range(2)]  # type: tuple[list[list[Copy]], list[list[Copy]]]
+    styled: list[list[Copy]] = [[] for _ in rows]
+    corrupted: list[list[Copy]] = [[] for _ in rows]
     for into, copies, weight in _copies(rows, settings.corruption_draws):
         for i, copy in enumerate(copies):
             if copy is not None:

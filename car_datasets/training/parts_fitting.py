@@ -197,8 +197,9 @@ def _draw(
     copies: Sequence[Sequence[Copy]], rows: npt.NDArray[np.int64], rng: np.random.Generator
 ) -> tuple[list[Copy], list[int]]:
     """Draw a copy of every row that has one; return the copies and the places of their rows."""
-    places = [place for place, row in enumerate(rows) if copies[row]]
-    return [copies[rows[place]][rng.integers(len(copies[rows[place]]))] for place in places], places
+    places = [place for place, row in enumerate(rows.tolist()) if copies[row]]
+    owned = [copies[row] for row in rows.tolist() if copies[row]]
+    return [of_row[int(rng.integers(len(of_row)))] for of_row in owned], places
 
 
 def parts_loss(outputs: Tensor, batch: _Batch, examples: Examples, weights: Weights) -> Tensor:

@@ -221,7 +221,7 @@ def rank_correlation(one: Numbers, other: Numbers, held: Numbers | None = None) 
     ranks = [np.asarray(rankdata(values), dtype=np.float64) for values in given]
     if len(one) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
         return 0.0
-    matrix = np.corrcoef(ranks)
+    matrix: npt.NDArray[np.float64] = np.asarray(np.corrcoef(ranks))
     if held is None:
         return float(matrix[0, 1])
     (_, both, first), second = matrix[0], matrix[1, 2]

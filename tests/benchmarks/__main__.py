@@ -1,4 +1,4 @@
-"""Run the benchmarks of this folder and print one table: `python -m tests.benchmarks [--json FILE] [NAME ...]`.
+"""Run the benchmarks of this folder and print one table: `python -m tests.benchmarks [--json FILE] [--only SECTION] [NAME ...]`.
 
 A benchmark is a module with `measure()`, which yields [`~tests.benchmarks.table.Line`]s. Run nothing else on the
 machine at the same time: figures are compared with a reference that is measured in the same run, and other load
@@ -32,13 +32,15 @@ def main(arguments: Sequence[str]) -> None:
     known = sorted({module.name for module in pkgutil.iter_modules(folder.__path__)} - APART)
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure, and print one table.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(known)}; default: all")
+    parser.add_argument("--only", help="of a benchmark in sections, such as gpu: those whose names begin with this")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(known)
     if unknown:
         sys.exit(f"Benchmarks {sorted(unknown)} do not exist; choose from {known}.")
+    sections = {} if options.only is None else {"only": options.only}
     modules = {name: importlib.import_module(f"tests.benchmarks.{name}") for name in options.names or known}
-    found = [(name, line) for name, module in modules.items() for line in module.measure()]
+    found = [(name, line) for name, module in modules.items() for line in module.measure(**sections)]
     show(found)
     if options.json is not None:
         lines = [{"benchmark": name, **line._asdict()} for name, line in found]

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from transformers import AutoTokenizer
 from car_datasets.scoring import batching
 from car_datasets.scoring.batching import (
     Budget,
+    Tokens,
     in_order,
     pad,
     run_batches,
+    run_windows,
     token_batches,
     token_budget,
     tokenise,
@@ -87,6 +90,25 @@ def test_windows_are_tokenised_ahead_in_another_thread_and_in_order(monkeypatch:
     assert threading.current_thread() not in threads
     assert [ids for window in found for ids in window.ids] == whole.ids
     assert list(tokenised_ahead(tokenizer, [], 12)) == []
+    growing = tokenised_ahead(tokenizer, texts, 12, first=1)  # for a device that waits for the first
+    assert [len(window.ids) for window in growing] == [1, 2, 4, 3]
+
+
+def test_batches_of_texts_end_to_end_are_full_across_windows() -> None:
+    rows = [[i] * (1 + i * 7 % 13) for i in range(60)]
+    lengths = [len(row) for row in rows]
+    windows = [Tokens(rows[a:b], lengths[a:b], []) for a, b in ((0, 5), (5, 25), (25, 60))]
+    sizes = []
+
+    def forward(ids: Any, starts: Any) -> tuple[torch.Tensor, ...]:
+        sizes.append(sum(map(len, ids)))
+        return (torch.tensor([[float(row[0])] for row in ids]),)
+
+    (found,), tokens = run_windows(windows, 60, Budget(50), torch.device("cpu"), forward, padded=False)
+    assert found[:, 0].tolist() == list(range(60))
+    assert tokens.tolist() == lengths
+    assert max(sizes) <= 50
+    assert min(sizes[:-1]) > 50 - 13  # only the very last may be far from full
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory.", "MPS backend out of memory"])

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from car_datasets import TextEmbedder
 from car_datasets.loading.templates import Exchange, render
+from car_datasets.scoring import embedder
 from car_datasets.scoring.embedder import reads_plain_tokens
 from car_datasets.utils import revisions
 from tests.conftest import DAMAGED_MODELS, SIZES, damaged_copy
@@ -26,6 +27,16 @@ def test_equal_to_encode(tiny_embedder: str, pairs: Dataset) -> None:
     embedded = pairs.map(TextEmbedder(tiny_embedder), batched=True, with_rank=True)
     assert np.abs(np.array(embedded["embedding"][:]) - encode(tiny_embedder, texts)).max() < 1e-5
     assert embedded.features["embedding"].feature.dtype == "float32"
+
+
+def test_equal_to_encode_without_padding_too(
+    tiny_embedder: str, pairs: Dataset, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embed texts end to end, as a GPU does in half precision."""
+    texts = [render(Exchange(r["instruction"], r["input"] or "", r["output"])).whole for r in pairs]
+    expected = encode(tiny_embedder, texts)
+    monkeypatch.setattr(embedder, "can_pack", lambda *_: True)
+    assert np.allclose(TextEmbedder(tiny_embedder).embed_texts(texts), expected, atol=1e-5)
 
 
 def test_map_gives_lists_of_fixed_size_when_told_the_features(tiny_embedder: str, pairs: Dataset) -> None:

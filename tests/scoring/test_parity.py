@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from car_datasets import IQSModel, QualityScorer
 from car_datasets.loading.templates import Exchange, render
+from car_datasets.scoring import inference
 from car_datasets.scoring.iqs.modeling_iqs import convert_checkpoint
 
 pytestmark = pytest.mark.shared
@@ -69,6 +70,28 @@ def test_from_the_checkpoint_and_converted(
     converted = dataset.map(QualityScorer(str(tmp_path / "converted")), batched=True, with_rank=True)
     for found in (straight, converted):
         assert found["iqs_score"][:] == pytest.approx(expected[variant]["scores_bs1"], abs=TOLERANCE)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_padding(
+    variant: str,
+    checkpoint: Path,
+    oracle: Path,
+    expected: dict[str, Any],
+    rows: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Score texts end to end, as a GPU does: within 1e-5 of the scores with padding."""
+    texts = [render(Exchange(row["instruction"], row["input"], row["output"]), "paper") for row in rows]
+    scorer = QualityScorer(str(checkpoint), tokenizer=str(oracle / "tiny-xlmr"))
+    padded = scorer.score_texts(texts).scores
+    inference.load_scorer.cache_clear()
+    monkeypatch.setattr(inference, "can_pack", lambda *_: True)
+    packed = scorer.score_texts(texts).scores
+    inference.load_scorer.cache_clear()
+    assert packed == pytest.approx(padded, abs=1e-5)
+    assert packed == pytest.approx(expected[variant]["scores_bs1"], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", ["iqs", "opts", "comet"])

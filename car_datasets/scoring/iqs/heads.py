@@ -160,6 +160,10 @@ class PartsHead(nn.Module):
             parts.append((attention @ above).flatten(1))
         return torch.cat([*parts, counts.log1p()], dim=1)
 
+    def columns(self, states: Tensor, mask: Tensor, answer_start: Tensor) -> Tensor:
+        """Return the columns of [`judge`] for a batch, of the arguments of [`forward`]; states may be in half precision."""
+        return self.judge(self(states.float(), mask, answer_start))
+
     def judge(self, outputs: Tensor) -> Tensor:
         """Return the columns of a model: the score by each member, then expert, soundness, worth and the faults.
 

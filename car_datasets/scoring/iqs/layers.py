@@ -7,7 +7,7 @@ Does not: run an encoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -148,18 +148,20 @@ class LayerCombination(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_states))
         self.gamma = nn.Parameter(torch.ones(1))
 
-    def forward(self, states: Sequence[Tensor]) -> Tensor:
-        """Combine tensors of one shape into one of the same shape."""
+    def forward(self, states: Iterable[Tensor]) -> Tensor:
+        """Combine tensors of one shape, read one at a time, into one of the same shape."""
         scores = self.weight
         if self.training and self.dropout:  # entire layers, as in COMET (and ELMo before it)
             # -1e20 is COMET's own value. If all layers are dropped, none is.
             dropped = torch.rand_like(scores) < self.dropout
             scores = scores.masked_fill(dropped & ~dropped.all(), -1e20)
-        weights = (sparsemax(scores) if self.mix == "sparsemax" else scores.softmax(0)).to(states[0].dtype)
+        weights = sparsemax(scores) if self.mix == "sparsemax" else scores.softmax(0)
         # Accumulated: stacking the states would take as much memory once more.
-        mixed = weights[0] * states[0]
-        for weight, state in zip(weights[1:], states[1:], strict=True):
-            mixed = torch.addcmul(mixed, weight, state)
+        mixed: Tensor | None = None
+        for weight, state in zip(weights, states, strict=True):
+            weight = weight.to(state.dtype)
+            mixed = weight * state if mixed is None else torch.addcmul(mixed, weight, state)
+        assert mixed is not None  # an encoder has at least the embedding output
         return self.gamma.to(mixed.dtype) * mixed
 
 
@@ -184,8 +186,8 @@ def sparsemax(scores: Tensor) -> Tensor:
     ordered = scores.sort(descending=True).values
     cumulated = ordered.cumsum(0) - 1
     ranks = torch.arange(1, len(scores) + 1, device=scores.device, dtype=scores.dtype)
-    support = int((ordered * ranks > cumulated).sum())
-    return (scores - cumulated[support - 1] / support).clamp(min=0)
+    support = (ordered * ranks > cumulated).sum(dim=0, keepdim=True)  # a tensor, so that nobody waits for the device
+    return (scores - cumulated.gather(0, support - 1) / support).clamp(min=0)
 
 
 def feed_forward(config: IQSConfig) -> nn.Sequential:

@@ -9,6 +9,7 @@ Does not: read text, make batches, or train.
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ from car_datasets.scoring.iqs.layers import (
     normalise_text,
     segment_features,
 )
-from car_datasets.scoring.iqs.packing import Packed, encode_packed
+from car_datasets.scoring.iqs.packed_encoder import PackedEncoder
+from car_datasets.scoring.iqs.packing import Packed, packed_segment_features, pool_packed
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.digests import public
 from car_datasets.utils.hub import write_card
@@ -224,24 +226,15 @@ class IQSModel(PreTrainedModel):
             members is the score of the text, their standard deviation how far they disagree. The head `"feed_forward"`
             has one member.
         """
-        scores, _, hidden_states = self.judge(input_ids, attention_mask, answer_start, **kwargs)
-        return scores, hidden_states
+        columns, hidden_states = self.columns(input_ids, attention_mask, answer_start, **kwargs)
+        return columns[:, : columns.shape[1] - HEADS[self.config.head].judged], hidden_states
 
-    def judge(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        answer_start: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Score texts by each member of the head, and judge their parts if the head does.
+    def columns(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, answer_start: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the scores and hidden states of [`member_scores`]; a head that judges adds columns after the members.
 
-        The arguments are those of [`~IQSModel.member_scores`].
-
-        Returns:
-            The scores, of shape `(batch, members)`; the judgements, of shape `(batch, judgements)`, in the order of
-            [`~car_datasets.scoring.iqs.heads.PartsHead.judge`], none for the other heads; both in float32; and the
-            encoder's hidden states.
+        They are those of [`~car_datasets.scoring.iqs.heads.PartsHead.judge`].
         """
         kind = HEADS[self.config.head]
         if kind.reads_answer_start and answer_start is None:
@@ -252,15 +245,31 @@ class IQSModel(PreTrainedModel):
             attention_mask = torch.ones_like(input_ids)
         hidden_states = self._encode(input_ids, attention_mask, **kwargs)
         scores = kind.score(self, EncodedTexts(hidden_states, input_ids, attention_mask, answer_start))
-        members, judged = scores.float().split([scores.shape[1] - kind.judged, kind.judged], dim=1)
-        return members, judged, hidden_states
+        return scores.float(), hidden_states
 
-    def _encode(
-        self, input_ids: Tensor, attention_mask: Tensor, packed: Packed | None = None, **kwargs: Any
-    ) -> tuple[Tensor, ...]:
+    def packed_scores(self, packed: Packed, encoder: PackedEncoder) -> tuple[Tensor, Running]:
+        """Return all that the head says of packed texts, as [`columns`] does of padded ones.
+
+        Args:
+            packed ([`Packed`]): the texts; for a head that reads question and answer separately, with answer starts.
+            encoder ([`PackedEncoder`]): of this model's encoder.
+
+        Returns:
+            float32 of shape `(batch, members + judged)`, and the states, whose last is still to be asked for.
+        """
+        states = Running(encoder.states(packed))
+        return HEADS[self.config.head].score_packed(self, states, packed).float(), states
+
+    def pool_packed(self, states: Iterable[Tensor], packed: Packed) -> Tensor:
+        """Combine the layers and pool the tokens of packed texts, as [`reduce`] does those of padded ones."""
+        layer = self.config.layer
+        read = states if layer is None else itertools.islice(states, layer, layer + 1)
+        pooled = pool_packed(read, packed, self.config, self.layers if layer is None else None)
+        # The ranking variant has no head whose precision could be taken.
+        return pooled.to(self.head[0].weight.dtype) if self.config.objective == "regression" else pooled
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return the encoder's n + 1 hidden states, of shape `(batch, tokens, units)`, the embedding output first."""
-        if packed is not None:  # the same texts without the padding
-            return encode_packed(self.encoder, packed, (input_ids.shape[0], input_ids.shape[1]), **kwargs)
         output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, **kwargs)
         states: tuple[Tensor, ...] = output.hidden_states
         return states
@@ -296,7 +305,7 @@ class IQSModel(PreTrainedModel):
                 yield normalise_text(states, attention_mask) if norm and layer is None else states
 
         def combined(states: Iterable[Tensor]) -> Tensor:
-            combination: Tensor = next(iter(states)) if layer is not None else self.layers(list(states))
+            combination: Tensor = next(iter(states)) if layer is not None else self.layers(states)
             return combination
 
         if self.config.pooling == "max":
@@ -348,6 +357,32 @@ def convert_checkpoint(
     )
 
 
+class Running:
+    """The states of an encoder, one at a time, of which only the newest is kept.
+
+    Args:
+        states (`Iterator[Tensor]`): the embedding output first.
+    """
+
+    def __init__(self, states: Iterator[Tensor]) -> None:
+        self._states, self._newest = states, torch.empty(0)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Return itself; what was read before is not read again."""
+        return self
+
+    def __next__(self) -> Tensor:
+        """Return the next state."""
+        self._newest = next(self._states)
+        return self._newest
+
+    def last(self) -> Tensor:
+        """Run the encoder to its end, and return its last state, of shape `(tokens, units)`."""
+        for _ in self:
+            pass
+        return self._newest
+
+
 class EncodedTexts(NamedTuple):
     """A batch of texts after the encoder: all that a head can read.
 
@@ -370,6 +405,7 @@ class HeadKind(NamedTuple):
     Args:
         build (`Callable`): a function of the configuration that returns the module `model.head`.
         score (`Callable`): a function of model and texts that returns scores of shape `(batch, members)`.
+        score_packed (`Callable`): likewise, a function of model, states, one at a time, and packed texts.
         reads_pooled (`bool`): True if it reads the vector of [`~IQSModel.reduce`], which needs a combination of layers.
         reads_answer_start (`bool`): True if it must be told where the answer begins.
         judged (`int`): columns that `score` returns after those of the members.
@@ -377,6 +413,7 @@ class HeadKind(NamedTuple):
 
     build: Callable[[IQSConfig], nn.Module]
     score: Callable[[IQSModel, EncodedTexts], Tensor]
+    score_packed: Callable[[IQSModel, Iterable[Tensor], Packed], Tensor]
     reads_pooled: bool = False
     reads_answer_start: bool = False
     judged: int = 0
@@ -387,8 +424,21 @@ def _score_pooled(model: IQSModel, texts: EncodedTexts) -> Tensor:
     return scores
 
 
+def _score_pooled_packed(model: IQSModel, states: Iterable[Tensor], packed: Packed) -> Tensor:
+    scores: Tensor = model.head(model.pool_packed(states, packed))
+    return scores
+
+
+def _score_segments_packed(model: IQSModel, states: Iterable[Tensor], packed: Packed) -> Tensor:
+    assert packed.answer_start is not None  # `LoadedScorer` has seen to it
+    features = packed_segment_features(states, packed)
+    words = hashed_words(*packed.padded_ids(), packed.answer_start, model.config.word_bits)
+    scores: Tensor = model.head(features, *words)
+    return scores
+
+
 def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
-    assert texts.answer_start is not None  # IQSModel.judge has seen to it
+    assert texts.answer_start is not None  # IQSModel.columns has seen to it
     features = segment_features(texts.hidden_states, texts.mask, texts.answer_start)
     numbers, weights = hashed_words(texts.input_ids, texts.mask, texts.answer_start, model.config.word_bits)
     scores: Tensor = model.head(features, numbers, weights)
@@ -396,19 +446,23 @@ def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
 
 
 def _score_parts(model: IQSModel, texts: EncodedTexts) -> Tensor:
-    assert texts.answer_start is not None  # IQSModel.judge has seen to it
-    columns: Tensor = model.head.judge(
-        model.head(texts.hidden_states[model.head.lower], texts.mask, texts.answer_start)
-    )
+    columns: Tensor = model.head.columns(texts.hidden_states[model.head.lower], texts.mask, texts.answer_start)
+    return columns
+
+
+def _score_parts_packed(model: IQSModel, states: Iterable[Tensor], packed: Packed) -> Tensor:
+    # The fork reads padded states: it is two or three layers, and its attention needs no bounds then.
+    below = packed.spread(next(itertools.islice(states, model.head.lower, None)))
+    columns: Tensor = model.head.columns(below, packed.padded_ids()[1], packed.answer_start)
     return columns
 
 
 # To add a head, write a module and a function that scores with it, and add a line here and its name to `HEAD_NAMES`,
 # which is defined with the configuration.
 HEADS = {
-    "feed_forward": HeadKind(feed_forward, _score_pooled, reads_pooled=True),
-    "segments": HeadKind(SegmentHead, _score_segments, reads_answer_start=True),
-    "parts": HeadKind(PartsHead, _score_parts, reads_answer_start=True, judged=JUDGED),
+    "feed_forward": HeadKind(feed_forward, _score_pooled, _score_pooled_packed, reads_pooled=True),
+    "segments": HeadKind(SegmentHead, _score_segments, _score_segments_packed, reads_answer_start=True),
+    "parts": HeadKind(PartsHead, _score_parts, _score_parts_packed, reads_answer_start=True, judged=JUDGED),
 }
 
 

@@ -1,45 +1,125 @@
-"""Forward passes without padding: texts are laid end to end in one row, and each attends to itself alone.
+"""Texts without padding: laid end to end in one row of tokens, and pooled there, segment by segment.
 
-Does: register torch's variable-length attention (torch >= 2.10, GPUs from Ampere on) with transformers; lay texts end
-to end; put the encoder's states back into the padded grid that heads read. Needs no flash-attn.
-Does not: change a score beyond rounding. On the CPU, for tests, each text is attended to in turn.
+Does: lay token ids end to end, or in a grid if their lengths hardly differ; sum, average and maximise states over texts,
+or over question and answer, in float32; put states into the padded grid.
+Does not: run an encoder, or know a head.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from car_datasets.scoring.batching import to_device
 
-ATTENTION = "car_datasets_packed"  # the name of `attend_packed` in transformers
-
 # Models that number positions from the padding token's id + 1.
-POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert"}
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert"}
 PACKABLE = {"bert", *POSITIONS_AFTER_PADDING}
-TOKENS_MULTIPLE = 256  # keeps the number of different shapes small: a GPU chooses, and compiles, kernels per shape
+
+# Tokens in a block of a row, over which states are summed by one product. The row is filled up to entire blocks, which
+# also keeps the number of different shapes small: a GPU chooses kernels per shape.
+BLOCK = 256
+FILLER = 64  # tokens in a text of padding; several of them fill the row, as none may be longer than the encoder reads
+
+# Texts whose common length would add at most this share of padding are laid out as a grid: padded attention was 1.6 times
+# faster than attention over texts of any length, and attention is a tenth of the time.
+GRID_PADDING = 0.02
+
+
+class Segments(NamedTuple):
+    """What sums states by segment: a text, or its question and its answer.
+
+    A segment is cut into pieces, none of which crosses the border of a block. One product per block gives the sums of
+    the pieces, of which the segments' are put together.
+
+    Args:
+        slots (`Tensor` of shape `(blocks, tokens of a block)`, int16): the piece of each token, counted within its
+            block; -1 for a token of no segment.
+        pieces (`Tensor` of shape `(segments, most pieces)`, int64): where each segment's pieces are among those of all
+            blocks; beyond the last of them for a piece that does not exist.
+        most (`int`): pieces in a block.
+        lengths (`Tensor` of shape `(segments,)`, float32): tokens of each.
+    """
+
+    slots: Tensor
+    pieces: Tensor
+    most: int
+    lengths: Tensor
+
+    def weights(self, kept: Tensor | None = None) -> Tensor:
+        """Return the factors of [`sum`], of shape `(blocks, pieces, tokens of a block)`, bool; 0 where `kept` is False."""
+        numbers = torch.arange(self.most, dtype=torch.int16, device=self.slots.device)
+        weights = self.slots.unsqueeze(1) == numbers[:, None]
+        return weights if kept is None else weights & kept.view(len(self.slots), 1, -1)
+
+    def sum(self, states: Tensor, weights: Tensor) -> Tensor:
+        """Sum states of shape `(tokens, units)` by segment, in float32: `(segments, units)`."""
+        blocks = states.view(len(self.slots), -1, states.shape[-1])
+        if states.device.type == "cuda" and states.dtype in (torch.float16, torch.bfloat16):
+            # The products with 0 and 1 are exact, and their sum is kept in float32, without a copy of the states.
+            sums = torch.bmm(weights.to(states.dtype), blocks, out_dtype=torch.float32)
+        else:
+            sums = torch.bmm(weights.float(), blocks.float())
+        # One more row, of zeros, for the pieces that do not exist.
+        return nn.functional.pad(sums.flatten(0, 1), (0, 0, 0, 1))[self.pieces].sum(dim=1)
 
 
 class Packed(NamedTuple):
-    """Texts end to end in one row.
+    """Texts in one row of tokens.
 
     Args:
-        input_ids, position_ids (`Tensor` of shape `(1, tokens)`): the row may end with a text of padding.
-        bounds (`Tensor` of shape `(texts + 1,)`, int32): where each text begins, and the end of the last.
+        input_ids, position_ids (`Tensor` of shape `(tokens,)`): of the row, filled up with padding.
+        bounds (`Tensor` of shape `(texts and fillers + 1,)`, int32): where each text begins, and the end of the last.
         longest (`int`): upper bound of the tokens in a text.
-        grid (`Tensor` of shape `(real tokens,)`): position of every token in the flattened padded batch.
+        shape (`tuple[int, int]`): texts, and tokens of the longest.
+        is_grid (`bool`): True if every text takes as many tokens as the longest; the row then has this shape.
+        keys (`Tensor` of shape `(texts, 1, 1, longest)`, *optional*): for a grid of different lengths, True for real
+            tokens.
+        places (`Tensor` of shape `(real tokens,)`): where the tokens of the texts are in the row.
+        grid (`Tensor` of shape `(real tokens,)`): where they are in the flattened padded batch.
+        lengths (`Tensor` of shape `(texts,)`, int64): tokens of each text.
+        segments ([`Segments`]): of each text one, or question and answer in turn.
+        answer_start (`Tensor` of shape `(texts,)`, *optional*): position of each answer's first token.
+        pad_id (`int`): the token of padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     bounds: Tensor
     longest: int
+    shape: tuple[int, int]
+    is_grid: bool
+    keys: Tensor | None
+    places: Tensor
     grid: Tensor
+    lengths: Tensor
+    segments: Segments
+    answer_start: Tensor | None
+    pad_id: int
+
+    def spread(self, states: Tensor) -> Tensor:
+        """Put states of the row into the padded grid, of shape `(texts, longest, units)`, with 0 at the padding."""
+        if self.is_grid and self.keys is None:
+            return states.view(*self.shape, -1)
+        padded = states.new_zeros((self.shape[0] * self.shape[1], states.shape[-1]))
+        padded[self.grid] = states[self.places]
+        return padded.view(*self.shape, -1)
+
+    def padded_ids(self) -> tuple[Tensor, Tensor]:
+        """Return the token ids as a padded tensor and its mask, both of shape `(texts, longest)`, int64."""
+        mask = torch.arange(self.shape[1], device=self.lengths.device) < self.lengths[:, None]
+        ids = torch.full(self.shape, self.pad_id, device=mask.device).flatten()
+        ids[self.grid] = self.input_ids[self.places]
+        return ids.view(self.shape), mask.long()
+
+    def starts(self) -> Tensor:
+        """Return where each text begins in the row."""
+        return self.bounds[: self.shape[0]].long()
 
 
 def first_position(encoder_config: Any) -> int:
@@ -48,130 +128,170 @@ def first_position(encoder_config: Any) -> int:
     return int(encoder_config.pad_token_id) + 1 if after else 0
 
 
-def can_pack(encoder_config: Any, dtype: str, device: torch.device) -> bool:
-    """Return True if packing is faster than padding: in half precision, on a GPU from Ampere on."""
-    # The kernel computes in half precision only.
-    if device.type != "cuda" or dtype == "float32" or encoder_config.model_type not in PACKABLE:
-        return False
-    size = encoder_config.hidden_size // encoder_config.num_attention_heads
-    if size % 8 or size > 256:  # sizes of an attention head that the kernel supports
-        return False
-    try:
-        from torch.nn.attention import varlen  # noqa: F401
-    except ImportError:  # torch < 2.10
-        return False
-    # 8.0 is Ampere.
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def use_packing(encoder: nn.Module) -> None:
-    """Switch the encoder to the attention of this module; from now on it reads [`Packed`] texts only."""
-    from transformers import AttentionInterface
-
-    # transformers looks the function up by this name in every layer, so no class of a model is patched.
-    AttentionInterface.register(ATTENTION, attend_packed)
-    encoder.set_attn_implementation(ATTENTION)
-
-
-def pack(ids: Sequence[Sequence[int]], pad_id: int, position: int, limit: int, device: torch.device) -> Packed:
-    """Lay token ids end to end.
+def pack(
+    ids: Sequence[Sequence[int]],
+    encoder_config: Any,
+    limit: int,
+    device: torch.device,
+    answer_starts: Sequence[int] | None = None,
+) -> Packed:
+    """Lay token ids end to end, or as a grid if that adds next to no padding.
 
     Args:
         ids (`Sequence[Sequence[int]]`): token ids of each text, at most `limit`.
-        pad_id (`int`): fills the row up to a multiple of [`TOKENS_MULTIPLE`] on a GPU.
-        position (`int`): position id of a text's first token.
+        encoder_config (`PreTrainedConfig`): tells the padding token, and how positions are numbered.
         limit (`int`): tokens that the encoder reads; a constant, so that no kernel waits for the longest of a batch.
         device (`torch.device`): of the encoder.
+        answer_starts (`Sequence[int]`, *optional*): the token at which each answer begins, to sum question and answer
+            separately.
     """
-    lengths = [len(row) for row in ids]
-    real, width = sum(lengths), max(lengths)
-    # Token j of text i is at i * width + j of the flattened padded batch of shape (texts, width).
-    grid = np.concatenate([np.arange(n) + i * width for i, n in enumerate(lengths)])
-    filler = -real % TOKENS_MULTIPLE if device.type == "cuda" and limit >= TOKENS_MULTIPLE else 0
-    texts = [*ids, [pad_id] * filler] if filler else ids  # the filler is a text of its own, which no other attends to
-    bounds = np.cumsum([0, *(len(row) for row in texts)])
-    positions = np.concatenate([np.arange(len(row)) + position for row in texts])
-    # Types: int64 for ids and positions, as embeddings take them; int32 for the bounds, as the kernel takes them.
+    pad_id = int(encoder_config.pad_token_id or 0)
+    lengths = np.array([len(row) for row in ids])
+    flat = np.concatenate(ids).astype(np.int64)
+    count, real, longest = len(ids), len(flat), int(lengths.max())
+    is_grid = count * longest - real <= GRID_PADDING * real
+    first = np.cumsum(lengths) - lengths  # of each text among the real tokens
+    within = np.arange(real) - np.repeat(first, lengths)
+    grid = within + np.repeat(np.arange(count) * longest, lengths)
+    places, total, block = (
+        (grid, count * longest, longest) if is_grid else (np.arange(real), -(-real // BLOCK) * BLOCK, BLOCK)
+    )
+    row = np.full(total, pad_id)
+    row[places] = flat
+    positions = np.zeros(total, dtype=np.int64)
+    positions[places] = _positions(flat, within, first, lengths, encoder_config)
+    if is_grid:
+        bounds = np.arange(count + 1) * longest
+    else:
+        filler = np.arange(real + FILLER, total, FILLER)
+        bounds = np.concatenate([first, [real], filler, [total] if total > real else []])
+    different = is_grid and count * longest > real
+    starts = None if answer_starts is None else np.asarray(answer_starts, dtype=np.int64)
     return Packed(
-        to_device(np.concatenate(texts).astype(np.int64)[None], device),
-        to_device(positions[None], device),
-        to_device(bounds.astype(np.int32), device),
+        to_device(row, device),
+        to_device(positions, device),
+        to_device(bounds.astype(np.int32), device),  # int32, as the kernel takes them
         limit,
+        (count, longest),
+        is_grid,
+        to_device(np.arange(longest) < lengths[:, None], device)[:, None, None] if different else None,
+        to_device(places, device),
         to_device(grid, device),
+        to_device(lengths, device),
+        _segments(places, total, block, lengths if starts is None else _halves(lengths, starts), device),
+        None if starts is None else to_device(starts, device),
+        pad_id,
     )
 
 
-def encode_packed(encoder: nn.Module, packed: Packed, shape: tuple[int, int], **kwargs: Any) -> tuple[Tensor, ...]:
-    """Run the encoder on packed texts and return its hidden states in the padded grid, with 0 at the padding.
+def _positions(
+    flat: npt.NDArray[Any],
+    within: npt.NDArray[Any],
+    first: npt.NDArray[Any],
+    lengths: npt.NDArray[Any],
+    encoder_config: Any,
+) -> npt.NDArray[Any]:
+    """Return the position id of every real token, as the encoder itself numbers them."""
+    start = first_position(encoder_config)
+    is_pad = flat == encoder_config.pad_token_id
+    if not start or not is_pad.any():
+        return within + start
+    # RoBERTa's do not count a padding token, also where a text spells one out.
+    counted = np.cumsum(~is_pad)
+    before = (counted - ~is_pad)[first]
+    return np.where(is_pad, start - 1, counted - np.repeat(before, lengths) + start - 1)
 
-    Args:
-        encoder (`nn.Module`): after [`use_packing`].
-        packed ([`Packed`]): the texts.
-        shape (`tuple[int, int]`): texts and tokens of the padded batch.
-        kwargs: passed to the encoder.
 
-    Returns:
-        n + 1 tensors of shape `(texts, longest, units)`, the embedding output first.
-    """
-    output = encoder(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        output_hidden_states=True,
-        cu_seq_lens_q=packed.bounds,
-        max_length_q=packed.longest,
-        **kwargs,
+def _halves(lengths: npt.NDArray[Any], starts: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the lengths of question and answer of each text in turn."""
+    return np.stack([starts, lengths - starts], axis=1).ravel()
+
+
+def _segments(
+    places: npt.NDArray[Any], total: int, block: int, lengths: npt.NDArray[Any], device: torch.device
+) -> Segments:
+    """Cut consecutive segments of these lengths, whose tokens are at `places` of the row, into pieces."""
+    number = np.repeat(np.arange(len(lengths)), lengths)
+    at = places // block
+    begins = np.ones(len(places), dtype=bool)  # True for the first token of every piece
+    begins[1:] = (np.diff(number) != 0) | (np.diff(at) != 0)
+    blocks, owners = at[begins], number[begins]  # of each piece
+    slot = np.arange(len(blocks)) - np.searchsorted(blocks, blocks)
+    most = int(slot.max()) + 1
+    slots = np.full(total, -1, dtype=np.int16)
+    slots[places] = slot[np.cumsum(begins) - 1]
+    per_segment = np.bincount(owners, minlength=len(lengths))
+    rank = np.arange(len(owners)) - (np.cumsum(per_segment) - per_segment)[owners]
+    pieces = np.full((len(lengths), int(per_segment.max())), total // block * most)
+    pieces[owners, rank] = blocks * most + slot
+    return Segments(
+        to_device(slots.reshape(-1, block), device),
+        to_device(pieces, device),
+        most,
+        to_device(lengths.astype(np.float32), device),
     )
 
-    def spread(states: Tensor) -> Tensor:
-        # states: (1, tokens, units); the tokens beyond the grid are those of the filler.
-        padded = states.new_zeros((shape[0] * shape[1], states.shape[-1]))
-        padded[packed.grid] = states[0, : len(packed.grid)]
-        return padded.view(*shape, -1)
 
-    return tuple(spread(states) for states in output.hidden_states)
-
-
-def attend_packed(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend within each text; the attention function that transformers calls in every layer.
+def pool_packed(states: Iterable[Tensor], packed: Packed, config: Any, combine: nn.Module | None) -> Tensor:
+    """Combine the layers and pool the tokens of packed texts as [`IQSModel.reduce`] does those of padded ones.
 
     Args:
-        module (`nn.Module`): the layer; not used.
-        query (`Tensor` of shape `(1, heads, tokens, size)`): of all texts, end to end.
-        key (`Tensor` of shape `(1, heads, tokens, size)`): likewise.
-        value (`Tensor` of shape `(1, heads, tokens, size)`): likewise.
-        attention_mask (`Tensor`, *optional*): not used, as there is no padding.
-        scaling (`float`, *optional*): factor of the scores; if given, it must be 1 / sqrt(size), the kernel's own.
-        kwargs: `cu_seq_lens_q` (`Tensor`) and `max_length_q` (`int`): [`Packed`]'s `bounds` and `longest`, by the names
-            of transformers.
+        states (`Iterable[Tensor]`): the states that are read, of shape `(tokens, units)`, one at a time.
+        packed ([`Packed`]): the texts, each of which is one segment.
+        config ([`IQSConfig`]): tells the pooling.
+        combine (`nn.Module`, *optional*): the combination of layers; without it there is one state.
 
     Returns:
-        `Tensor` of shape `(1, tokens, heads, size)`, and `None` instead of attention weights.
-
-    Raises:
-        ValueError: the texts are not packed, or the encoder scales by another factor.
+        `Tensor` of shape `(texts, units)`, float32.
     """
-    bounds: Tensor | None = kwargs.get("cu_seq_lens_q")
-    if bounds is None or (scaling is not None and abs(scaling * query.shape[-1] ** 0.5 - 1) > 1e-6):
-        raise ValueError(
-            f"attention {ATTENTION!r} reads packed texts, with scores scaled by 1 / sqrt(head size), only."
-        )
-    # Queries and keys have the same bounds, as each text attends to itself.
-    if query.device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
+    segments = packed.segments
+    # As in the original, the sum leaves out padding tokens that a text spells out, and the denominator counts them.
+    real = packed.input_ids != packed.pad_id
+    every, kept = segments.weights(), segments.weights(real)
+    norm = config.layer_norm and combine is not None
+    numbers = segments.sum(real.unsqueeze(-1).float(), every)  # of the tokens that are kept, by text
 
-        longest = kwargs["max_length_q"]
-        by_token = [part[0].transpose(0, 1) for part in (query, key, value)]  # (tokens, heads, size)
-        return varlen_attn(*by_token, bounds, bounds, longest, longest).unsqueeze(0), None
-    parts = [
-        nn.functional.scaled_dot_product_attention(*(part[:, :, start:end] for part in (query, key, value)))
-        for start, end in itertools.pairwise(bounds.tolist())
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None  # (1, heads, tokens, size) to (1, tokens, heads, size)
+    def pooled(state: Tensor) -> Tensor:
+        shift, scale = _moments(state, segments, every) if norm else (None, None)
+        if config.pooling == "avg":
+            sums = segments.sum(state, kept)
+            if shift is not None:
+                sums = (sums - numbers * shift) * scale
+            return sums / segments.lengths.unsqueeze(-1)
+        places = packed.starts() if config.pooling == "cls" else packed.places
+        states = state[places].float()
+        if shift is None or scale is None:
+            return states
+        if config.pooling == "max":  # of each token, that of its text
+            texts = torch.repeat_interleave(packed.lengths, output_size=len(places))
+            shift, scale = shift[texts], scale[texts]
+        return (states - shift) * scale
+
+    found: Tensor = next(map(pooled, states)) if combine is None else combine(map(pooled, states))
+    if config.pooling == "max":
+        found = found.masked_fill(~real[packed.places].unsqueeze(-1), float("-inf"))
+        found = torch.segment_reduce(found, "max", lengths=packed.lengths, unsafe=True)  # unsafe: no wait for a check
+    return found
+
+
+def _moments(states: Tensor, segments: Segments, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of each text over tokens and units, and the inverse of its standard deviation: `(texts, 1)`."""
+    # By token first: a sum and a length of the vector, in float32 without a copy of the states.
+    sums = states.sum(dim=-1, dtype=torch.float32)
+    squares = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32).square()
+    count = segments.lengths.unsqueeze(-1) * states.shape[-1]
+    mean, square = (segments.sum(torch.stack([sums, squares], dim=-1), weights) / count).split(1, dim=-1)
+    return mean, (square - mean.square() + 1e-12).rsqrt()
+
+
+def packed_segment_features(states: Iterable[Tensor], packed: Packed) -> Tensor:
+    """Pool packed texts, whose segments are question and answer, as [`segment_features`] does padded ones."""
+    segments = packed.segments
+    weights = segments.weights()
+    lengths = segments.lengths.clamp(min=1).unsqueeze(-1)
+    parts: list[Tensor] = []
+    for state in states:
+        question, answer = (segments.sum(state, weights) / lengths).unflatten(0, (-1, 2)).unbind(1)
+        square = (segments.sum(state.float().square(), weights) / lengths)[1::2]
+        parts += [question, answer, (square - answer.square()).clamp(min=1e-6).sqrt()]
+    return torch.cat([*parts, parts[-3] * parts[-2], segments.lengths.view(-1, 2).log1p()], dim=1)
