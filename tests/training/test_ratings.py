@@ -96,7 +96,7 @@ def test_agreement_by_hand() -> None:
     sound = rng.normal(size=400)
     assert rank_correlation(length, 2 * length) == pytest.approx(1)
     assert abs(rank_correlation(sound + 3 * length, length - sound, length)) > 0.9  # opposite, once length is held
-    assert rank_correlation(sound + 3 * length, length - sound) > 0.5
+    assert rank_correlation(sound + 3 * length, length - sound) > 0.3
     assert rank_correlation(np.ones(5), np.arange(5)) == 0
     rated = np.array([1.0, 9, 10, 3, 6]), np.array([1.0, 2, np.nan, 4, 5])
     figures = told_apart((np.array([2.0, 8, 1, 0, 5]), np.array([1.0, 2, 9, 3, 4])), rated, np.arange(5))
