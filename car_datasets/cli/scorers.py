@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,6 +157,16 @@ def train(
 @recipe_options("tokenizer")
 @add_options(
     "token",
+    pairs=option(
+        Path | None, "Measure on these pairs: CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected)."
+    ),
+    ratings=option(
+        Path | None,
+        "Measure on these rated rows: CSV, JSON Lines or Parquet with soundness, fault and worth, and with file and row "
+        "where the texts are in files of the same folder.",
+    ),
+    other_ratings=option(Path | None, "Train a bag of words on these other ratings, for comparison with --ratings."),
+    former=option(str | None, "Measure this model, too, on --ratings."),
     revision=option(str | None, "Take this branch, tag or commit of a Hub model.", panel=SCORING),
     engine=option(
         str | None, "Also measure the int8 encoder in this folder, and compare it with float32.", panel=SCORING
@@ -167,12 +178,6 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included.")
     ],
-    pairs: Annotated[
-        Path,
-        typer.Option(
-            help="Measure on these pairs: CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected)."
-        ),
-    ],
     changes: dict[str, Any],
     json_: Annotated[
         Path | None, typer.Option("--json", help="Also write all figures into this new JSON file.")
@@ -183,25 +188,40 @@ def evaluate(
     ] = None,
     **options: Any,
 ) -> None:
-    """Evaluate a scorer on pairs of answers: its accuracy, what fools it, and what moves its scores."""
+    """Evaluate a scorer on pairs of answers or rated rows: what it gets right, what fools it, and what it likes."""
     quiet_models()
+    pairs, ratings = options["pairs"], options["ratings"]
+    _refuse_missing(options, other)
+    from car_datasets.training.agreement import evaluate_ratings, refuse_one_class
     from car_datasets.training.pairs import read_pairs
+    from car_datasets.training.ratings import read_ratings
 
     if json_ is not None and json_.exists():
         raise ValueError(f"--json {json_} is there already; name another file or move it away.")
     # Files first: a wrong path must not cost a download.
-    measured, rest = read_pairs(pairs), read_pairs(other) if other else []
+    measured, rest = ([] if path is None else read_pairs(path) for path in (pairs, other))
+    rated, others = (None if path is None else read_ratings(path) for path in (ratings, options["other_ratings"]))
+    if rated is not None:
+        refuse_one_class(rated)
     from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.training.evaluation import evaluate_scorer
 
     engine, token = options["engine"], options["token"]
     scorer = QualityScorer(model, options["revision"], token, changes.get("tokenizer"))
+    former = None if options["former"] is None else QualityScorer(options["former"], None, token)
     # Options that were not given are left to the defaults of the library.
     drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
     quick = None if engine is None else replace(scorer, engine=engine)  # refused here, before anything is measured
-    found = evaluate_scorer(scorer, measured, other=rest, **drawing)
-    # Through JSON, where figures of no rows are null instead of NaN.
-    tables, figures = found.to_tables(), json.loads(found.to_json())
+    tables: list[Any] = []
+    figures: dict[str, Any] = {}
+    if measured:
+        found = evaluate_scorer(scorer, measured, other=rest, **drawing)
+        # Through JSON, where figures of no rows are null instead of NaN.
+        tables, figures = found.to_tables(), json.loads(found.to_json())
+    if rated is not None:
+        by_reader = evaluate_ratings(scorer, rated, pairs=measured, other=others, former=former, **drawing)
+        tables += by_reader.to_tables()
+        figures["ratings"] = json.loads(by_reader.to_json())
     if quick is not None:
         from car_datasets.loading.templates import render
         from car_datasets.training.quantisation import compare_engines
@@ -217,6 +237,20 @@ def evaluate(
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
         json_.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_missing(options: Mapping[str, Any], other: Path | None) -> None:
+    """Raise ValueError if there is nothing to measure on, or an option lacks what it belongs to."""
+    if options["pairs"] is None and options["ratings"] is None:
+        raise ValueError("evaluate measures on --pairs FILE, on --ratings FILE, or on both; name at least one.")
+    needs = {
+        "--pairs": {"--other": other, "--engine": options["engine"]},
+        "--ratings": {"--other-ratings": options["other_ratings"], "--former": options["former"]},
+    }
+    for needed, given in needs.items():
+        for name, value in given.items():
+            if value is not None and options[needed.strip("-")] is None:
+                raise ValueError(f"{name} {value} is of use with {needed} FILE only; name that file, or leave {name} out.")
 
 
 @app.command(rich_help_panel=SCORERS, epilog="Example: car-datasets quantise alpaca_data.json --output int8")

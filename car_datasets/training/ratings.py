@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from car_datasets.scoring.scorer import QualityScorer
 
 COLUMNS = ("file", "row", "soundness", "fault", "worth")
+PLACE = COLUMNS[:2]  # of a row in another file
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 UNREADABLE = Exchange("", "", "")
 FAULTY, SOUND = 4.0, 8.0  # a row is faulty up to the first rating of soundness, sound from the second on
@@ -41,7 +42,7 @@ class Ratings(NamedTuple):
         soundness (`(rows,)` float32): 0 to 10.
         fault (`(rows,)` int64): index in [`~car_datasets.scoring.iqs.heads.FAULTS`].
         worth (`(rows,)` float32): 0 to 10, NaN where nobody has rated it.
-        source (`list[str]`): name of the file that each row is from.
+        source (`list[str]`): what each row is from: its `source` if it has one, else the name of its file.
         unrated (`list[Exchange]`): the rows of those files that have no rating, in order.
     """
 
@@ -72,23 +73,27 @@ def read_ratings(path: str | Path) -> Ratings:
         path (`str`): CSV, JSON Lines or Parquet with the columns `file`, `row`, `soundness`, `fault` and `worth`. `file`
             is the name of a file in the same folder, with or without its ending: a dataset (`instruction`, `input`,
             `output`, or another schema), or texts in a column `src` of the form "Instruction: ... Response: ...". `row`
-            counts from 0. An empty `worth` is unknown.
+            counts from 0. An empty `worth` is unknown. Without `file` and `row`, the ratings are columns of the rows
+            themselves, and a column `source` names where each is from.
 
     Raises:
         ValueError: a file or a column is missing, a rating is not a number from 0 to 10, a row does not exist or is
             rated twice, a fault is unknown, or all rows are sound, or none is; the message names the line.
     """
     content = read_records(path)
-    missing = [name for name in COLUMNS if name not in content[0]]
+    own = not any(name in content[0] for name in PLACE)
+    missing = [name for name in (COLUMNS[len(PLACE) :] if own else COLUMNS) if name not in content[0]]
     if missing:
         raise ValueError(f"{path} has the columns {list(content[0])}; ratings need {list(COLUMNS)}, so {missing} too.")
-    files: dict[str, list[Exchange]] = {}
+    files: dict[str, list[Exchange]] = {Path(path).stem: _rows_of(path, content)} if own else {}
     places: list[tuple[str, int]] = []
     numbers = np.full((2, len(content)), np.nan, dtype=np.float32)
     faults = np.zeros(len(content), dtype=np.int64)
     seen: dict[tuple[str, int], int] = {}
     for i, record in enumerate(content):
         line = f"{path}, row {i + 1}"
+        if own:
+            record = {**record, "file": Path(path).stem, "row": i}
         place = _place(path, line, record, files)
         if (first := seen.setdefault(place, i)) != i:
             raise ValueError(f"{line}: row {place[1]} of {place[0]} is rated in row {first + 1} too; keep one rating.")
@@ -102,7 +107,8 @@ def read_ratings(path: str | Path) -> Ratings:
     _refuse_one_class(path, numbers[0], faults)
     unrated = [row for name, rows in files.items() for at, row in enumerate(rows) if (name, at) not in seen]
     rows = [files[name][at] for name, at in places]
-    return Ratings(rows, numbers[0], faults, numbers[1], [name for name, _ in places], unrated)
+    source = [str(record.get("source") or name) for record, (name, _) in zip(content, places, strict=True)]
+    return Ratings(rows, numbers[0], faults, numbers[1], source, unrated)
 
 
 def _rating(line: str, name: str, given: Any) -> float:
@@ -140,9 +146,12 @@ def _read_rows(folder: Path, line: str, name: str) -> list[Exchange]:
     found = [place for ending in ("", *FORMATS) if (place := folder / f"{name}{ending}").is_file()]
     if not found:
         raise ValueError(f"{line}: file={name!r:.80} points nowhere; {folder} has no {name} with one of {FORMATS}.")
-    records = read_records(found[0])
+    return _rows_of(found[0], read_records(found[0]))
+
+
+def _rows_of(path: str | Path, records: Sequence[Mapping[str, Any]]) -> list[Exchange]:
     if "src" in records[0]:
-        return [parse_text(found[0], i, record.get("src")) for i, record in enumerate(records, 1)]
+        return [parse_text(path, i, record.get("src")) for i, record in enumerate(records, 1)]
     schema = find_schema(list(records[0]), "auto", ())
     batch = {column: [record.get(column) for record in records] for column in records[0]}
     rows: list[Exchange] = []
