@@ -250,7 +250,9 @@ def _refuse_missing(options: Mapping[str, Any], other: Path | None) -> None:
     for needed, given in needs.items():
         for name, value in given.items():
             if value is not None and options[needed.strip("-")] is None:
-                raise ValueError(f"{name} {value} is of use with {needed} FILE only; name that file, or leave {name} out.")
+                raise ValueError(
+                    f"{name} {value} is of use with {needed} FILE only; name that file, or leave {name} out."
+                )
 
 
 @app.command(rich_help_panel=SCORERS, epilog="Example: car-datasets quantise alpaca_data.json --output int8")

@@ -119,7 +119,7 @@ class Agreement:
             "kind of answer", "of all rows", "of the best tenth", "its sound rows kept", "rows", title_justify="left"
         )
         for kind, row in self.kinds.items():
-            cells = (as_percent(row[name]) for name in ("pool", "best_tenth", "kept"))
+            cells = (_percent(row[name]) for name in ("pool", "best_tenth", "kept"))
             kinds.add_row(kind, *cells, f"{row['rows']:,}")
         return [*tables, faults, kinds, *self._shifts()]
 
@@ -146,6 +146,10 @@ class Agreement:
 def _cells(figures: Mapping[str, Any], names: Sequence[str], form: str = ".3f") -> list[str]:
     there = [name in figures and not np.isnan(figures[name]["value"]) for name in names]
     return [as_number(figures[name], form) if known else "-" for name, known in zip(names, there, strict=True)]
+
+
+def _percent(figure: Mapping[str, float]) -> str:
+    return "-" if np.isnan(figure["value"]) else as_percent(figure)
 
 
 class _Rated(NamedTuple):
@@ -374,7 +378,7 @@ def _correlations(scores: Numbers, rated: Numbers, lengths: Numbers) -> tuple[Nu
     plain, by_length = matrix[2:] @ matrix[0], matrix[2:] @ matrix[1]
     rest = (1 - np.square(by_length)) * (1 - np.square(matrix[0] @ matrix[1]))
     partial = (plain - by_length * (matrix[0] @ matrix[1])) / np.sqrt(np.where(rest > 1e-9, rest, np.inf))
-    return plain, partial
+    return plain, partial + 0.0  # without the sign of -0
 
 
 def _by_fault(ratings: Ratings, rated: _Rated, draw: _Draw) -> dict[str, dict[str, Any]]:
