@@ -359,6 +359,7 @@ def _describe(settings: HeadTraining, folder: Path, figures: dict[str, Any]) -> 
         files=[Path(name).name for name in (settings.train, settings.valid)],
         of_car=digests.file_digest(Path(settings.train)) == CAR_TRAINING_SHA256,
         figures=figures,
+        ratings=None,  # `evaluate --ratings` has them
         config=_config(settings),
         pairs=figures["training_pairs"],
     )
