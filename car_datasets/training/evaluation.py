@@ -383,7 +383,7 @@ def with_intervals(
     drawn = [measure(rng.integers(pairs, size=pairs)) for _ in range(samples)]
     figures = {}
     for name, at in value.items():
-        low, high = np.percentile([d[name] for d in drawn], [2.5, 97.5])
+        low, high = np.nanpercentile([d[name] for d in drawn], [2.5, 97.5])  # some draws may lack a class of rows
         figures[name] = {"value": at, "low": float(low), "high": float(high)}
     return figures
 
