@@ -80,7 +80,11 @@ def prepare(
     rich_help_panel=SCORERS, epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer"
 )
 @one_line_errors
-@add_options("token")
+@add_options(
+    "token",
+    ratings=option(str | None, "Train on these ratings of single rows as well.  [default: from CONFIG]"),
+    valid_ratings=option(str | None, "Measure on these ratings of single rows.  [default: from CONFIG]"),
+)
 def train(
     config: Annotated[
         Path,
@@ -93,14 +97,6 @@ def train(
     ] = None,
     valid: Annotated[
         str | None, typer.Option(help="Choose the epoch by this file of pairs.", show_default="from CONFIG")
-    ] = None,
-    ratings: Annotated[
-        str | None,
-        typer.Option(help="Train on these ratings of single rows too (kind: parts).", show_default="from CONFIG"),
-    ] = None,
-    valid_ratings: Annotated[
-        str | None,
-        typer.Option(help="Measure on these ratings of single rows (kind: parts).", show_default="from CONFIG"),
     ] = None,
     output: Annotated[
         str | None,
@@ -122,7 +118,7 @@ def train(
     """Train a scorer: the head of the embedded one, one that judges by parts, or a complete model as the original does."""
     quiet_models()
     given: dict[str, Any] = {"train": train, "valid": valid, "output": output, "seed": seed}
-    given |= {"ratings": ratings, "valid_ratings": valid_ratings}
+    given |= {name: options[name] for name in ("ratings", "valid_ratings")}
     # Only what was typed, so that the file decides on everything else.
     changes = {name: value for name, value in given.items() if value is not None}
     from car_datasets.training.head import HeadTraining, train_head

@@ -206,10 +206,10 @@ def told_apart(told: tuple[Numbers, Numbers], rated: tuple[Numbers, Numbers], le
 
     Returns:
         `dict`: `faulty`, the share of all (faulty, sound) combinations of rows whose soundness is told in the right
-        order; `soundness` and `worth`, rank correlations; `soundness_length_held` and `worth_length_held`, the partial
-        ones with the length held constant; `product`, of soundness x worth.
+        order, NaN without such rows; `soundness` and `worth`, rank correlations; `soundness_length_held` and
+        `worth_length_held`, the partial ones with the length held constant; `product`, of soundness x worth.
     """
-    figures: dict[str, float] = {}
+    figures = {"faulty": float("nan")}
     sound = rated[0]
     if (sound <= FAULTY).any() and (sound >= SOUND).any():
         figures["faulty"] = share_in_order(told[0][sound <= FAULTY], told[0][sound >= SOUND])
