@@ -232,10 +232,7 @@ class IQSModel(PreTrainedModel):
     def columns(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, answer_start: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the scores and hidden states of [`member_scores`]; a head that judges adds columns after the members.
-
-        They are those of [`~car_datasets.scoring.iqs.heads.PartsHead.judge`].
-        """
+        """Return scores and hidden states as [`member_scores`] does, and after the scores what a head judges besides."""
         kind = HEADS[self.config.head]
         if kind.reads_answer_start and answer_start is None:
             raise ValueError(
