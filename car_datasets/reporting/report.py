@@ -175,8 +175,8 @@ class SelectionReport:
     def from_dict(cls, figures: dict[str, Any]) -> SelectionReport:
         """Create a report from the result of `to_dict`, such as the content of `report.json`."""
         groups = ("pool", "selected", *CONTROLS)  # fields that are dataclasses too
-        by_group = {name: ScoreByGroup(**value) for name, value in figures.get("score_by", {}).items()}
         nested: dict[str, Any] = {name: GroupFigures(**figures[name]) for name in groups}
+        by_group = {name: ScoreByGroup(**value) for name, value in dict(figures.get("score_by", {})).items()}
         return cls(**{**figures, **nested, "score_by": by_group})
 
     def to_json(self) -> str:
