@@ -7,6 +7,7 @@ Does not: tell whether a group deserves its scores, or change a selection.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -108,15 +109,22 @@ def _by_group(overview: Overview, sample: _Sample, labels: Labels) -> ScoreByGro
     """Return the figures of one grouping, `None` if the pool shows one group only."""
     known = np.array([label is not None for label in labels], dtype=bool)
     pool = known & sample.in_pool
-    groups = sorted(set(labels[pool].tolist()))
+    groups = sorted(set(labels[pool].tolist()), key=_in_order)
     if len(groups) < 2:
         return None
     masks = (pool, pool & sample.best, known & sample.selected)
     rows, best, selected = (int(np.count_nonzero(mask)) for mask in masks)
     shares = [{g: float(np.mean(labels[mask] == g)) if mask.any() else 0.0 for g in groups} for mask in masks]
-    codes = np.searchsorted(np.array(groups, dtype=np.object_), labels[pool])
+    code_of = {group: code for code, group in enumerate(groups)}
+    codes = np.array([code_of[label] for label in labels[pool]], dtype=np.int64)
     explained = _explained(overview.scores[sample.rows[pool]], codes)
     return ScoreByGroup(rows, best, selected, explained, *shares)
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Return a key by which names are sorted, with the numbers in them by size."""
+    parts = re.findall(r"\d[\d,]*|\D+", name)
+    return [(int(part.replace(",", "")), "") if part[0].isdecimal() else (-1, part) for part in parts]
 
 
 def _explained(scores: Floats, codes: Indices) -> float:
