@@ -32,7 +32,6 @@ from car_datasets.loading.sources import (
 )
 from car_datasets.loading.values import any_feature, carried, is_json
 from car_datasets.receipt import (
-    RECEIPT_FILE,
     Receipt,
     describe_source,
     make_receipt,
@@ -44,7 +43,8 @@ from car_datasets.receipt import (
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import files_to_replace, unfinished, write_result
+from car_datasets.results import RESULT_FILES, Extra, files_to_replace, unfinished, write_result
+from car_datasets.scoring.shards.storage import check_shards
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
@@ -59,7 +59,7 @@ from car_datasets.stages import (
 )
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import column_batches
-from car_datasets.utils.files import user_path
+from car_datasets.utils.files import Claim, claimed, output_path, prepare_cache, user_path
 from car_datasets.utils.processes import from_main, is_main_process, start_processes
 from car_datasets.utils.revisions import hub_address
 from car_datasets.utils.settings import default_n1
@@ -126,14 +126,61 @@ def curate(
     recipe = (recipe or Recipe()).changed(**changes)
     procedure = find_procedure(recipe.procedure)
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it
-    folder = None if output_dir is None else Path(output_dir)
-    old = () if folder is None else files_to_replace(folder, procedure, overwrite, source)
+    folder = None if output_dir is None else output_path(output_dir)
+    if shard_dir is not None:
+        from_main(lambda: check_shards(shard_dir, folder))
+    if folder is None:
+        return _compute(source, recipe, token, shard_dir).curated
+    old = files_to_replace(folder, procedure, overwrite, source)
+    files = [folder / name for name in (*RESULT_FILES, *procedure.files)]
+    with claimed(folder, (_identity(source), recipe), files, "output_dir") as claim:
+        made = _compute(source, recipe, token, shard_dir, written=True)
+        from_main(lambda: _write_files(folder, made, claim, old))
+    return made.curated
+
+
+def _identity(source: Source) -> str:
+    """Return a text that is the same for the same source, without reading it."""
+    if isinstance(source, (str, Path)):
+        path = user_path(source)
+        return str(path.resolve()) if path.exists() else str(source)
+    return f"{type(source).__name__} {getattr(source, '_fingerprint', '')}"
+
+
+class _Made(NamedTuple):
+    """What a run has made, and what the files of its result tell about its source.
+
+    Args:
+        curated ([`Curated`]): the result.
+        overview ([`Overview`]): pool and selection, with the embeddings that the map needs.
+        stages ([`Pipeline`]): what made the result.
+        origin (`dict`), schema ([`Schema`]): the source for the receipt, and how its rows were read.
+        own_index (`bool`): the source itself has the index column.
+    """
+
+    curated: Curated
+    overview: Overview
+    stages: Pipeline
+    origin: dict[str, Any]
+    schema: Schema
+    own_index: bool
+
+
+def _compute(
+    source: Source,
+    recipe: Recipe,
+    token: str | None,
+    shard_dir: str | os.PathLike[str] | None,
+    written: bool = False,
+) -> _Made:
+    """Run all stages on a source; `written` says that the result will be written to files."""
+    procedure = find_procedure(recipe.procedure)
     opened, dataset, schema, origin = open_source(source, recipe, token)
     _check_settings(dataset, recipe, schema)
-    if folder is not None and procedure.files:
+    if written and procedure.files:
         refuse_original_names(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
     # The main process alone writes the receipt, and hashes rows in memory for it.
-    told = describe_source(origin, opened, recipe) if folder is not None and is_main_process() else {}
+    told = describe_source(origin, opened, recipe) if written and is_main_process() else {}
     stages = resolve(pinned_source(recipe, origin), token)
     # By the main process alone, so that all agree: the last digits of a probability differ between machines.
     languages = from_main(lambda: stages.read_languages(dataset, schema))
@@ -157,14 +204,9 @@ def curate(
         report = replace(
             report, languages=counts, selected_languages=count_languages(languages_of_rows(selected, schema))
         )
-
     curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
-    if folder is not None:
-        # `opened` tells this, because `dataset` has the column in any case.
-        own_index = recipe.index_column in opened.column_names
-        written = _Written(told, schema, own_index, old)
-        from_main(lambda: _write_files(folder, curated, overview, stages, written))
-    return curated
+    # `opened` tells the last, because `dataset` has the column in any case.
+    return _Made(curated, overview, stages, told, schema, recipe.index_column in opened.column_names)
 
 
 class OpenSource(NamedTuple):
@@ -189,6 +231,8 @@ def open_source(source: Source, recipe: Recipe, token: str | None = None) -> Ope
         FileNotFoundError: the source does not exist.
     """
     check_schema(recipe.schema, recipe.columns)  # before a download
+    if isinstance(source, (str, Path)):  # rows in memory need no cache
+        prepare_cache()
     opened, origin = open_rows(source, reading_of(recipe, token))
     schema = find_schema(opened.column_names, recipe.schema, recipe.columns)
     # Without a format, because a NumPy or PyTorch format would turn nulls and lists into other values.
@@ -259,44 +303,29 @@ def _distinct_rows(dataset: Dataset, schema: Schema, most: int) -> int:
     return len(seen)
 
 
-class _Written(NamedTuple):
-    """What the files of a result tell about the source, and which files they replace.
-
-    Args:
-        origin (`dict`), schema ([`Schema`]): the source for the receipt, and how its rows were read.
-        own_index (`bool`): the source itself has the index column.
-        old (`Sequence[str]`): files of the result that is replaced.
-    """
-
-    origin: dict[str, Any]
-    schema: Schema
-    own_index: bool
-    old: Sequence[str]
-
-
-def _write_files(folder: Path, curated: Curated, overview: Overview, stages: Pipeline, written: _Written) -> None:
+def _write_files(folder: Path, made: _Made, claim: Claim, old: Sequence[str]) -> None:
     """Write the result into a folder.
 
     Args:
         folder (`Path`): made if it does not exist.
-        curated ([`Curated`]): the result.
-        overview ([`Overview`]): pool and selection, with the embeddings that the map needs.
-        stages ([`Pipeline`]): what made the result.
-        written (`_Written`): what else the files tell, and which files they replace.
+        made (`_Made`): the result.
+        claim ([`Claim`]): on the folder.
+        old (`Sequence[str]`): files of the result that is replaced.
     """
-    selected, scored, report = curated
+    selected, scored, report = made.curated
+    stages = made.stages
     recipe, scorer, names = stages.recipe, stages.scorer, stages.recipe.names
-    without_vectors = overview.pool.remove_columns(recipe.embedding_column)
+    without_vectors = made.overview.pool.remove_columns(recipe.embedding_column)
     # The recipe of the stages, not the caller's: it has the revisions that were really loaded.
-    receipt = make_receipt(written.origin, written.schema.name, recipe, scorer, without_vectors, selected, report)
+    receipt = make_receipt(made.origin, made.schema.name, recipe, scorer, without_vectors, selected, report)
     # The receipt first: hashing and counting may fail, and then nothing has been written.
-    with unfinished(folder, written.old) as place:
-        pictures = report.pictures(overview, recipe.projection)
-        files = {RECEIPT_FILE: receipt.to_json().encode(), **pictures}
+    pictures = report.pictures(made.overview, recipe.projection)
+    claim.check()
+    with unfinished(folder, old) as place:
         tables = stages.procedure.tables(selected, without_vectors, scorer.objective, names)
-        if written.own_index:
+        if made.own_index:
             names = replace(names, index="")  # the original's files hold every column of the source
-        write_result(place, selected, scored, report, files, tables, names)
+        write_result(place, selected, scored, report, Extra(receipt, pictures, tables), names)
 
 
 def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None = None) -> bool:

@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,8 @@ from car_datasets.reporting.questions import Nearest
 from car_datasets.results import SCORED_TABLE, read_tables
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
+from car_datasets.utils.files import private_folder
+from car_datasets.utils.processes import Terminated, end_with_parent
 from car_datasets.utils.settings import refuse_missing_extra
 
 NEAREST = 10
@@ -64,13 +65,15 @@ def explore(
         ValueError: embedding-atlas is not installed, or the folder holds no result, or one without embeddings.
     """
     refuse_missing_extra("explore", "explore", {"embedding_atlas": "embedding-atlas"})
-    with tempfile.TemporaryDirectory() as place:
-        options = write_atlas(folder, Path(place) / "pool.parquet", projection, names=names)
+    with private_folder("explore") as place:
+        options = write_atlas(folder, place / "pool.parquet", projection, names=names)
         address = ["--host", host, "--port", str(port)]
         # By the interpreter, since the script `embedding-atlas` need not be on the PATH of this environment.
         command = [sys.executable, "-m", "embedding_atlas.cli", *options, *address]
         try:
-            done = subprocess.run(command, check=False, env=_without_secrets(os.environ))
+            done = subprocess.run(command, check=False, env=_without_secrets(os.environ), preexec_fn=end_with_parent)
+        except Terminated:
+            raise
         # The usual way to end it; the server has received the same signal.
         except KeyboardInterrupt:
             return

@@ -1,6 +1,6 @@
 """Record what a selection was made from, so that others can reproduce and verify it: `Receipt`, `receipt.json`.
 
-Does: collect source, models, settings, versions and counts; write and read them. Equal runs give equal receipts.
+Does: collect source, models, settings, versions, counts and digests; write and read them. Equal runs give equal receipts.
 Does not: keep a time, a token or a path of this machine (only the name and digest of a file or folder); verify
 anything.
 """
@@ -11,8 +11,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from car_datasets.scoring.scorer import QualityScorer
 
 RECEIPT_FILE = "receipt.json"
-FORMAT = 1  # version of the record; `from_json` reads no other
+FORMAT = 2  # version of the record; `from_json` reads this one and 1, which has no `DIGESTS`
+DIGESTS = ("files", "columns", "sha256")  # the fields of a receipt that format 1 does not have
 # The packages that scores, clusters and digests depend on.
 PACKAGES = (
     "datasets",
@@ -80,6 +82,11 @@ class Receipt:
         selected_sha256 (`str`): sha256 over the source indices of the selected rows, in order, as a JSON list.
         versions (`dict[str, str]`): versions of this package and of the packages that its numbers depend on.
         scored_sha256 (`str`): sha256 over the indices, scores and clusters of the pool, in order.
+        proof (`dict`): what `car-datasets prove` found, as `summary_of` gives it; without a proof the file lacks it.
+        files (`dict[str, str]`): name in the folder to sha256 of every other file of the result.
+        columns (`dict[str, dict[str, str]]`): of `"selected"` and `"scored"`, the sha256 of each column's values.
+        sha256 (`str`): over all other fields. It finds an edit by hand, but it is no signature: whoever edits the
+            receipt can compute it anew.
         format (`int`): version of this record.
     """
 
@@ -93,11 +100,36 @@ class Receipt:
     selected_sha256: str
     versions: dict[str, str]
     scored_sha256: str = ""
+    proof: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    sha256: str = ""
     format: int = FORMAT
 
     def to_json(self) -> str:
         """Return the receipt as JSON, with `format` first and the other keys in the order of this class."""
-        return json.dumps({"format": self.format, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        content = {"format": self.format, **asdict(self)}
+        if self.format == 1:
+            content = {name: value for name, value in content.items() if name not in DIGESTS}
+        if not self.proof:
+            del content["proof"]
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def digest(self) -> str:
+        """Return the sha256 over all fields but `sha256`, as JSON with sorted keys and without spaces."""
+        content = {name: value for name, value in asdict(self).items() if name != "sha256"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def sealed(self, files: Mapping[str, str], columns: Mapping[str, Mapping[str, str]]) -> Receipt:
+        """Return the receipt with the digests of a result's files and columns, and with its own.
+
+        Args:
+            files (`Mapping[str, str]`): name in the folder to sha256.
+            columns (`Mapping`): of each table, column to sha256.
+        """
+        each = {name: dict(digests) for name, digests in columns.items()}
+        receipt = replace(self, files=dict(sorted(files.items())), columns=each)
+        return replace(receipt, sha256=receipt.digest())
 
     @classmethod
     def from_json(cls, text: str | bytes, shown: str = RECEIPT_FILE) -> Receipt:
@@ -111,17 +143,23 @@ class Receipt:
             ValueError: it is not a receipt, is one of another version, or has an invalid value.
         """
         try:
-            content = json.loads(text)
-        except ValueError as error:
+            content = json.loads(text, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{shown} is not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{shown} is not a receipt: it holds a {type(content).__name__}, not a record.")
         # Exactly these keys: a receipt with unknown ones says something that `verify` would not check.
-        names = {field.name for field in fields(cls)}
-        if content.get("format") != FORMAT or set(content) != names:
+        names = {each.name for each in fields(cls)}
+        if content.get("format") == 1:
+            names -= {*DIGESTS}
+        if (
+            not is_integer(content.get("format"))
+            or content["format"] not in (1, FORMAT)
+            or {*content, "proof"} != names
+        ):
             raise ValueError(
-                f"{shown} is not a receipt of format {FORMAT}: it has the keys {sorted(content)}; missing are "
-                f"{sorted(names - set(content))}. Another version wrote it: pip install --upgrade car-datasets, or "
+                f"{shown} is not a receipt of format {FORMAT} or 1: it has the keys {sorted(content)}; missing are "
+                f"{sorted(names - {*content, 'proof'})}. Another version wrote it: pip install --upgrade car-datasets, or "
                 "curate again."
             )
         # Types too: a receipt from a repository may have been edited by hand, and `verify` computes with it.
@@ -141,11 +179,30 @@ class Receipt:
         return cls.from_json(path.read_bytes(), str(path))
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise ValueError for a repeated key, of which a reader and Python see different values."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"an object has a key twice: {[key for key, _ in pairs][:20]}")
+    return content
+
+
 def _refuse_malformed(content: Mapping[str, Any], shown: str) -> None:
     """Validate the types of all fields; raise ValueError naming the first wrong one."""
     wanted: dict[str, type] = dict.fromkeys(("schema", "template", "selected_sha256", "scored_sha256"), str)
     wanted |= dict.fromkeys(("source", "scorer", "embedder", "recipe", "counts", "versions"), dict)
+    if content["format"] != 1:
+        wanted |= {"files": dict, "columns": dict, "sha256": str}
+    wanted |= {"proof": dict} if "proof" in content else {}
     _refuse_others(content, wanted, f"{shown}: ")
+    # Files of these names are opened; none of them may lie outside of the result.
+    outside = [name for name in content.get("files", {}) if not re.fullmatch(r"(?!\.)[^/\\:]+(/(?!\.)[^/\\:]+)?", name)]
+    if outside:
+        raise ValueError(f"{shown}: files has {outside[0]!r}, which is no name of a file in the folder of a result.")
+    columns = content.get("columns", {})
+    _refuse_others(columns, dict.fromkeys(columns, dict), f"{shown}: columns.")
+    for name, each in {"files": content.get("files", {}), "versions": content["versions"], **columns}.items():
+        _refuse_others(each, dict.fromkeys(each, str), f"{shown}: {name}.")
     source = content["source"]
     if source.get("kind") not in SOURCES:
         raise ValueError(
@@ -182,7 +239,7 @@ def make_receipt(
     selected: Dataset,
     report: SelectionReport,
 ) -> Receipt:
-    """Make the receipt of a run of [`curate`].
+    """Make the receipt of a run of [`curate`], without the digests of its files; `write_result` adds them.
 
     Args:
         source (`Mapping`): what [`describe_source`] returned for the source.

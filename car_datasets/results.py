@@ -1,22 +1,27 @@
 """Write and read the folder of a result: the names of its files, their order on disk, and whether it is complete.
 
-Does: write each file atomically; mark a folder that is being written; read a finished folder.
+Does: write each file atomically; mark a folder that is being written; read a finished folder; compare files and columns
+with the digests in a receipt.
 Does not: compute anything that it writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
+import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 from datasets import Dataset
 
+from car_datasets.loading.files import DataFile, listed, read_parquet
 from car_datasets.loading.values import as_written
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.reporting.page import PAGE_FILE
@@ -24,7 +29,9 @@ from car_datasets.reporting.plots import PLOT_FILES, PLOTS, plot_file
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.selection.procedures import PROCEDURES, Procedure
 from car_datasets.selection.published import original_columns, write_original
+from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.digests import BLOCK, column_digests, file_digest
 from car_datasets.utils.files import UNFINISHED, fresh_folder, user_path, write_whole
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
@@ -34,6 +41,9 @@ SCORED_TABLE = "scored.parquet"
 REPORT_FILE = "report.json"
 SUMMARY_FILE = "report.md"
 README_FILE = "README.md"
+PROOF_FILE = "proof.json"  # the next three are written by `car-datasets prove`
+PROOF_SUMMARY = "proof.md"
+PROOF_PLOT = "proof.png"
 PLOTS_FOLDER = "plots"  # the folder of the figures, where `load_dataset` does not take them for the data
 # All files of a result but those of its procedure. A folder that holds any of them is refused for a new result.
 RESULT_FILES = (
@@ -46,8 +56,12 @@ RESULT_FILES = (
     README_FILE,
     REPORT_FILE,
     SUMMARY_FILE,
+    PROOF_FILE,
+    PROOF_SUMMARY,
+    f"{PLOTS_FOLDER}/{PROOF_PLOT}",
 )
 READ_BACK = (SELECTED_TABLE, SCORED_TABLE, REPORT_FILE, RECEIPT_FILE)  # the others may have been deleted
+CLOSE = 1e-6  # the last digits of a mean or a correlation differ between machines
 NEW = ".new"  # a folder inside that of a result, for the one that replaces it
 OURS = "`car-datasets curate` wrote this folder"  # the words by which our own README.md is known
 # `datasets` reads the header, and otherwise would load all Parquet, JSON and PNG files together. Configuration and
@@ -88,6 +102,20 @@ class Result(NamedTuple):
     plots: Sequence[Path] = ()
 
 
+class Extra(NamedTuple):
+    """What [`write_result`] writes in addition to the selection, its pool and its figures.
+
+    Args:
+        receipt ([`Receipt`]): without digests of files and columns.
+        pictures (`Mapping[str, bytes]`): name to content of page and plots; the plots go into a folder of their own.
+        tables (`Mapping[str, Dataset]`): name to rows of the files that only the procedure of the selection has.
+    """
+
+    receipt: Receipt
+    pictures: Mapping[str, bytes]
+    tables: Mapping[str, Dataset]
+
+
 def read_result(folder: Path) -> Result:
     """Read the files that [`curate`] wrote into a folder.
 
@@ -104,25 +132,134 @@ def read_result(folder: Path) -> Result:
 
 
 def plots_in(folder: Path) -> list[Path]:
-    """Return the figures of a result that exist, in the order of `PLOTS`; other pictures in the folder are not its own."""
+    """Return the figures of a result that exist, in the order of `PLOTS` with that of a proof at the end.
+
+    Other pictures in the folder are not its own.
+    """
     # Earlier versions wrote the figures directly into the folder. A figure that a caller added is in PLOTS alone.
     places = [(folder / PLOTS_FOLDER / name, folder / name) for name in map(plot_file, PLOTS)]
     found = (next((path for path in both if path.is_file()), None) for both in places)
-    return [path for path in found if path is not None]
+    proof = folder / PLOTS_FOLDER / PROOF_PLOT
+    return [path for path in (*found, proof if proof.is_file() else None) if path is not None]
+
+
+def update_receipt(folder: Path, proof: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write files that were made from a complete result into its folder, and what they say into its receipt.
+
+    Args:
+        folder (`Path`): of the result.
+        proof (`Mapping`): the field `proof` of the receipt.
+        files (`Mapping[str, bytes]`): name to content; files of these names are replaced.
+
+    Raises:
+        ValueError: the folder has no receipt, or an invalid one.
+    """
+    receipt = replace(Receipt.read(folder), proof=dict(proof))
+    if receipt.format != 1:  # which has no digests of files
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        receipt = receipt.sealed({**receipt.files, **digests}, receipt.columns)
+    for name, content in {**files, RECEIPT_FILE: receipt.to_json().encode()}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
 
 
 def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
     """Read the selected rows and the scored pool of a folder, without report and receipt.
 
     Raises:
-        ValueError: one of the two files is missing.
+        ValueError: one of the two files is missing or damaged.
     """
     for name in (SCORED_TABLE, SELECTED_TABLE):
         if not (folder / name).is_file():
             raise ValueError(f"{str(folder)!r} holds no {name}; name a folder that `car-datasets curate` wrote.")
-    # Escaped, because `datasets` takes every path for a pattern.
-    selected, scored = (glob.escape(str(folder / name)) for name in (SELECTED_TABLE, SCORED_TABLE))
-    return as_written(Dataset.from_parquet(selected)), as_written(Dataset.from_parquet(scored))
+    return _read_table(folder / SELECTED_TABLE), _read_table(folder / SCORED_TABLE)
+
+
+def _read_table(path: Path) -> Dataset:
+    """Read a Parquet file by its content: `datasets` alone would take another file of equal path and time for it."""
+    try:
+        return as_written(read_parquet([DataFile(str(path), str(path), "parquet")]))
+    except ValueError as error:
+        raise ValueError(f"{path} is not what `car-datasets curate` wrote; curate again. ({error})") from error
+
+
+class Compared(NamedTuple):
+    """What was compared with the digests in a receipt.
+
+    Args:
+        number (`int`): of the files or columns that were compared.
+        differences (`list[str]`): those that are not what the receipt says, in words.
+        skipped (`list[str]`): what could not be compared, in words.
+    """
+
+    number: int
+    differences: list[str]
+    skipped: list[str]
+
+
+def files_of(folder: Path, receipt: Receipt) -> tuple[dict[str, str], list[str]]:
+    """Return the sha256 of the files in a folder that its receipt names, and the names of all others but the receipt.
+
+    What is no file, such as a folder, has an empty sha256. Of other folders the name alone is returned.
+    """
+    known = {name: folder / name for name in receipt.files}
+    every = {path.relative_to(folder).as_posix() for part in ("*", f"{PLOTS_FOLDER}/*") for path in folder.glob(part)}
+    seen = {name: file_digest(p) if p.is_file() else "" for name, p in known.items() if os.path.lexists(p)}
+    return seen, sorted(every - {*known, RECEIPT_FILE, PLOTS_FOLDER})
+
+
+def compare_files(receipt: Receipt, seen: Mapping[str, str], others: Sequence[str], pushed: bool = False) -> Compared:
+    """Compare the files of a result with the digests in its receipt.
+
+    Args:
+        receipt ([`Receipt`]): of the result.
+        seen (`Mapping[str, str]`): sha256 of the files that it names, as far as they are there.
+        others (`Sequence[str]`): the names of files that are there as well.
+        pushed (`bool`): they are in a repository, which has some of the files, and the rows in files of its own.
+    """
+    differences = [f"{name} does not have the receipt's sha256" for name in seen if seen[name] != receipt.files[name]]
+    # The README of a repository is its card.
+    elsewhere = {SELECTED_TABLE, SCORED_TABLE, README_FILE} if pushed else set()
+    missing = [name for name in receipt.files if name not in seen and name not in elsewhere]
+    skipped = [f"{listed(missing)}: {'not pushed' if pushed else 'no longer in the folder'}"] if missing else []
+    # A file that looks like one of the result would be taken for one.
+    procedure = PROCEDURES.get(str(receipt.recipe.get("procedure")))
+    ours = {*RESULT_FILES, *PLOT_FILES, *(procedure.files if procedure else ())} if not pushed else set()
+    differences += [f"{name} is not in the receipt" for name in others if name in ours]
+    if rest := [name for name in others if name not in ours]:
+        skipped.append(f"{listed(rest)}: not in the receipt")
+    return Compared(len(seen), differences, skipped)
+
+
+def compare_columns(receipt: Receipt, name: str, table: Dataset, pushed: bool, with_pool: bool) -> Compared:
+    """Compare the columns of a table with the digests in the receipt of its result.
+
+    Args:
+        receipt ([`Receipt`]): of the result.
+        name (`str`): `"selected"` or `"scored"`.
+        table (`Dataset`): its rows.
+        pushed (`bool`): a push leaves embeddings out, and gives both tables the same columns.
+        with_pool (`bool`): the pool is there as well, so that the columns that it gave the selection can be compared.
+    """
+    known = receipt.columns.get(name, {})
+    given = SELECTION_COLUMNS if name == "scored" else tuple(receipt.columns.get("scored", {}))
+    embedding = receipt.recipe.get("embedding_column")
+    seen = column_digests(table.with_format("arrow").iter(BLOCK)) if len(table) else {}
+    compared = Compared(len(seen.keys() & known.keys()), [], [])
+    for column in sorted({*known, *seen}):
+        shown = f"the column {column!r} of {name}"
+        if column not in known and pushed and column in given:
+            if not with_pool:
+                compared.skipped.append(f"{shown}: it is the pool's, which was not pushed")
+        elif column not in known:
+            compared.differences.append(f"{shown} is not in the receipt")
+        elif column not in seen and pushed and column == embedding:
+            compared.skipped.append(f"{shown}: not pushed")
+        elif column not in seen:
+            compared.differences.append(f"{shown} is missing")
+        elif seen[column] != known[column]:
+            compared.differences.append(f"{shown} does not have the receipt's sha256")
+    return compared
 
 
 def read_report(text: bytes, shown: str) -> SelectionReport:
@@ -141,6 +278,39 @@ def read_report(text: bytes, shown: str) -> SelectionReport:
         raise ValueError(
             f"{shown} is not a report that `car-datasets curate` wrote ({error!r}); curate again."
         ) from error
+
+
+def first_other_figure(report: SelectionReport, seen: SelectionReport, languages: bool) -> str | None:
+    """Return the first figure of a report that another one has otherwise, in words, or `None` if they are equal.
+
+    Args:
+        report ([`SelectionReport`]): as the rows give it.
+        seen ([`SelectionReport`]): as it was found.
+        languages (`bool`): compare the languages, which can be counted again only if the rows have a column of them.
+    """
+    figures, others = _flat(report.to_dict()), _flat(seen.to_dict())
+    for name in dict.fromkeys((*figures, *others)):
+        field, *part = name.split(".")
+        if (field in ("languages", "selected_languages") or part[:1] == ["language"]) and not languages:
+            continue
+        if field == "score_by" and not seen.score_by:  # of an earlier version
+            continue
+        wanted, found = figures.get(name), others.get(name)
+        if isinstance(wanted, float) and isinstance(found, float):
+            same = math.isclose(wanted, found, rel_tol=CLOSE, abs_tol=CLOSE) or (wanted != wanted and found != found)
+        else:
+            same = wanted == found and isinstance(wanted, bool) == isinstance(found, bool)
+        if not same:
+            return f"{name} {found!r:.80}; the rows give {wanted!r:.80}"
+    return None
+
+
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested figures by their path, such as `pool.mean_score`."""
+    flat: dict[str, Any] = {}
+    for name, value in figures.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def files_to_replace(folder: Path, procedure: Procedure, overwrite: bool, source: object) -> list[str]:
@@ -254,17 +424,15 @@ def write_result(
     selected: Dataset,
     scored: Dataset,
     report: SelectionReport,
-    files: Mapping[str, bytes],
-    tables: Mapping[str, Dataset],
+    extra: Extra,
     names: ColumnNames,
 ) -> None:
-    """Write the files of [`curate`]; the reports come last, so a folder that has them is complete.
+    """Write the files of [`curate`]; the receipt, with the digests of all others, comes last.
 
     Args:
         folder (`Path`): made if it does not exist.
         selected, scored (`Dataset`), report ([`SelectionReport`]): the selection, its pool and its figures.
-        files (`Mapping`): name to content of receipt, plots and page; the plots go into a folder of their own.
-        tables (`Mapping`): name to rows of the files that only the procedure of the selection has.
+        extra ([`Extra`]): the other files.
         names ([`ColumnNames`]): the names of the added columns.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,12 +441,30 @@ def write_result(
     # A user's own column `score` or `label` stays here; curate refuses it before the original's files are written.
     write_whole(folder / SELECTED_JSON, lambda path: write_original(selected, path, names, where_free=True))
     # `content` is bound as a default because a closure would see the last value of the loop.
-    for name, content in files.items():
+    for name, content in extra.pictures.items():
         place = folder / PLOTS_FOLDER / name if name.endswith(".png") else folder / name
         place.parent.mkdir(exist_ok=True)
         write_whole(place, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
-    for name, table in tables.items():
+    for name, table in extra.tables.items():
         write_table(table, folder / name, names)
     write_whole(folder / README_FILE, lambda path: Path(path).write_text(README, encoding="utf-8"))
     write_whole(folder / SUMMARY_FILE, lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
     write_whole(folder / REPORT_FILE, lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
+    pictures = [f"{PLOTS_FOLDER}/{name}" if name.endswith(".png") else name for name in extra.pictures]
+    # Of what lies on the disk now, by which a reader will compare.
+    files = [
+        SCORED_TABLE,
+        SELECTED_TABLE,
+        SELECTED_JSON,
+        *pictures,
+        *extra.tables,
+        README_FILE,
+        SUMMARY_FILE,
+        REPORT_FILE,
+    ]
+    columns = {"selected": folder / SELECTED_TABLE, "scored": folder / SCORED_TABLE}
+    receipt = extra.receipt.sealed(
+        {name: file_digest(folder / name) for name in files},
+        {name: column_digests(pq.ParquetFile(path).iter_batches()) for name, path in columns.items()},
+    )
+    write_whole(folder / RECEIPT_FILE, lambda path: Path(path).write_bytes(receipt.to_json().encode()))

@@ -24,8 +24,8 @@ from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
 from car_datasets.scoring.scorer import QualityScorer
-from car_datasets.scoring.shards.folder import refuse_blank
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
+from car_datasets.scoring.shards.storage import refuse_blank
 from car_datasets.scoring.stage import Stage, add_columns, say
 from car_datasets.selection.procedures import Procedure, find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS, refuse_infinite, shares_within

@@ -5,6 +5,10 @@ For each run, print the largest difference of a number from that of one process,
 the selection are the same. Then cluster these rows, and those of tests/together.py, with 2 and 3 processes: labels must
 equal those of one process, and centres may differ by 1e-6. Exit with 1 if anything differs. It takes about three
 minutes on two cores.
+
+Where there is a GPU, two processes that share it and its shards score in bfloat16 as well. There the order in which a
+batch of another shape is summed can change the rounding of a state, so scores agree to within `HALF_TOLERANCE`, and rows
+that are nearer to each other than that can change places at the edge of a selection.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +31,7 @@ from car_datasets import cluster_filter
 from car_datasets.utils import files
 
 TOLERANCE = 1e-5  # of scores and embeddings: batches of another shape sum float32 in another order
+HALF_TOLERANCE = 0.08  # of those in bfloat16, as the README states; the standard deviation of the scores is 0.46
 
 
 class Run(NamedTuple):
@@ -34,12 +40,19 @@ class Run(NamedTuple):
     processes: int
     batch_tokens: int | None = None
     order: str = "as given"
+    dtype: str = "float32"  # in another one the processes share a GPU, each started by itself and not by a launcher
+
+    @property
+    def tolerance(self) -> float:
+        """Return how far a number may be from that of one process."""
+        return TOLERANCE if self.dtype == "float32" else HALF_TOLERANCE
 
     def __str__(self) -> str:
         return f"{self.processes} | {self.batch_tokens or 'default':>7} | {self.order:<8}"
 
 
 RUNS = (Run(1), Run(2), Run(3), Run(1, 1024, "reversed"), Run(2, 32_768, "shuffled"))
+GPU_RUNS = tuple(Run(*run, "bfloat16") for run in ((1, None, "as given"), (2, None, "as given"), (1, 1024, "reversed")))
 
 
 def places(order: str, rows: int) -> list[int]:
@@ -58,17 +71,18 @@ def score(run: Run, folder: Path) -> Dataset:
     folder.mkdir()
     content = [{**rows[i], "id": i} for i in places(run.order, len(rows))]
     (folder / "rows.json").write_text(json.dumps(content), encoding="utf-8")
-    command = ["-m", "car_datasets", "score", str(folder / "rows.json"), "--output", str(folder / "scored.parquet")]
+    command, output = ["-m", "car_datasets", "score", str(folder / "rows.json")], str(folder / "scored.parquet")
     budget = [] if run.batch_tokens is None else ["--batch-tokens", str(run.batch_tokens)]
-    line = [
-        sys.executable,
-        *(launcher(run.processes) if run.processes > 1 else []),
-        *command,
-        "--shards",
-        str(folder / "shards"),
-        *budget,
-    ]
-    finish(str(run), line)
+    shared = ["--shards", str(folder / "shards"), "--dtype", run.dtype, *budget]
+    if run.dtype == "float32":
+        start = launcher(run.processes) if run.processes > 1 else []
+        finish(str(run), [sys.executable, *start, *command, "--output", output, *shared])
+    else:
+        # Each scores the shards that it claims, and the last one joins them.
+        with ThreadPoolExecutor(run.processes) as threads:
+            line = [sys.executable, *command, *shared]
+            list(threads.map(lambda _: finish(str(run), line, on_gpu=True), range(run.processes)))
+        finish(str(run), [sys.executable, *command, "--output", output, *shared], on_gpu=True)
     return Dataset.from_parquet(str(folder / "scored.parquet"), cache_dir=str(folder / "cache"))
 
 
@@ -77,10 +91,10 @@ def launcher(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
-def finish(what: str, line: list[str]) -> str:
+def finish(what: str, line: list[str], on_gpu: bool = False) -> str:
     """Run a command and return its stdout; exit with its stderr if it fails."""
     environment = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    if torch.cuda.device_count() < max(run.processes for run in RUNS):
+    if not on_gpu and torch.cuda.device_count() < max(run.processes for run in RUNS):
         environment["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses two processes on one GPU
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0:
@@ -109,12 +123,21 @@ def select(scored: Dataset) -> list[int]:
     return chosen
 
 
+def same_choice(mine: list[int], others: list[int], scores: np.ndarray, tolerance: float) -> bool:
+    """Return True if two selections are equal, or differ only by rows whose scores are that near to each other."""
+    if tolerance <= TOLERANCE:
+        return mine == others
+    swapped = [np.sort(scores[list(set(a) - set(b))]) for a, b in ((mine, others), (others, mine))]
+    return len(swapped[0]) == len(swapped[1]) and bool((np.abs(swapped[0] - swapped[1]) <= 2 * tolerance).all())
+
+
 def certify(folder: Path, runs: tuple[Run, ...] = RUNS) -> bool:
     """Score the sample in each of these runs, print a line for each, and return True if all agree with the first."""
     print("processes | batch | order | largest difference of a score | of an embedding | row order | selection")
     scores, vectors, chosen, fine = np.zeros(0), np.zeros(0), [0], True
+    tolerance = runs[0].tolerance
     for number, run in enumerate(runs):
-        found = score(run, folder / str(number))
+        found = score(run, folder / f"{run.dtype}-{number}")
         in_order = found["id"][:] == places(run.order, len(found))
         # Back in the order of the sample, to compare row by row.
         back = found.select(np.argsort(found["id"][:]).tolist())
@@ -122,17 +145,19 @@ def certify(folder: Path, runs: tuple[Run, ...] = RUNS) -> bool:
         if number == 0:
             scores, vectors, chosen = mine, my_vectors, my_choice
         far, vectors_far = float(np.abs(mine - scores).max()), float(np.abs(my_vectors - vectors).max())
-        same = my_choice == chosen
-        fine = fine and in_order and same and max(far, vectors_far) <= TOLERANCE
+        same = same_choice(my_choice, chosen, scores, tolerance)
+        fine = fine and in_order and same and max(far, vectors_far) <= tolerance
         said = ["identical" if value else "ANOTHER" for value in (in_order, same)]
         print(f"{run} | {far:.1e} | {vectors_far:.1e} | {said[0]} | {said[1]}", flush=True)
     verdict = "certified" if fine else "NOT certified"
-    print(f"{len(scores)} rows, {len(chosen)} selected, tolerance {TOLERANCE:.0e}: {verdict}")
+    print(f"{len(scores)} rows, {len(chosen)} selected, tolerance {tolerance:.0e}: {verdict}")
     return fine
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="car-datasets-certify-") as temporary:
         scores_agree = certify(Path(temporary))
-        clusters_agree = certify_clusters(Path(temporary) / "0" / "scored.parquet")
+        if torch.cuda.is_available():
+            scores_agree = certify(Path(temporary), GPU_RUNS) and scores_agree
+        clusters_agree = certify_clusters(Path(temporary) / "float32-0" / "scored.parquet")
         sys.exit(0 if scores_agree and clusters_agree else 1)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
+import ctypes
 import json
 import os
+import resource
 import runpy
 import shutil
 import sys
@@ -17,6 +20,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="car-datasets-tests-")
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+# Else asking whether there is a GPU starts CUDA, which the forks of some tests could then not use.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ.pop("TQDM_DISABLE", None)  # read once, on import; tests of progress need bars that can be drawn
 os.environ["CAR_DATASETS_TOKEN"] = os.environ.pop("HF_TOKEN", "")  # used by --real-hub only
 os.environ["CAR_DATASETS_LOOKUPS"] = os.path.join(os.environ["HF_HOME"], "lookups")
@@ -66,8 +71,11 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     For what runs on the CPU only, and for more processes than there are GPUs, which NCCL refuses.
     """
+    import accelerate
     import torch
 
+    # accelerate keeps the device that it found first, for all later tests of the process.
+    monkeypatch.setattr(accelerate.PartialState, "_shared_state", {})
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -114,6 +122,44 @@ def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importlib.import_module does not call __import__
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[None]:
+    """Obey the modes of files even as root, who otherwise may write everywhere: without CAP_DAC_OVERRIDE."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, before = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if not hasattr(libc, "capset") or libc.capget(header, before) != 0:
+        pytest.skip("needs a user who may not write everywhere")
+    reduced = (ctypes.c_uint32 * 6)(*before)
+    reduced[0] &= ~0b110  # the effective set, without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, reduced) == 0
+    try:
+        yield
+    finally:
+        libc.capset(header, before)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, ordinary_user: None) -> Iterator[Path]:
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Let every file end at 2,000 bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))  # Python ignores the signal, so an error is raised
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

@@ -37,3 +37,12 @@ def test_it_tells_the_same_from_another(
     assert capsys.readouterr().out.endswith(
         "tolerance 1e-05: certified\n" if fine else "tolerance 1e-05: NOT certified\n"
     )
+
+
+@pytest.mark.parametrize(("apart", "fine"), [(0.02, True), (0.1, False)])
+def test_in_half_precision_only_rows_of_nearly_equal_scores_change_places(apart: float, fine: bool) -> None:
+    scores = np.array([3.0, 2.0, 1.0, 1.0 - apart])
+    assert certify.same_choice([0, 1, 2], [0, 1, 3], scores, certify.HALF_TOLERANCE) is fine
+    assert certify.same_choice([0, 1, 2], [1, 0, 2], scores, certify.HALF_TOLERANCE)
+    assert not certify.same_choice([0, 1, 2], [0, 1], scores, certify.HALF_TOLERANCE)
+    assert not certify.same_choice([0, 1, 2], [1, 0, 2], scores, certify.TOLERANCE)

@@ -180,7 +180,7 @@ def test_a_source_on_the_hub_is_pinned_and_known_when_it_moves(hub: Hub, tiny: d
         ("{", "is not JSON"),
         ("[]", "not a receipt"),
         ("3", "not a receipt: it holds a int"),
-        ('{"format": 99}', r"has the keys \['format'\]; missing are \['counts'"),
+        ('{"format": 99}', r"has the keys \['format'\]; missing are \['columns'"),
     ],
 )
 def test_what_is_no_receipt_is_said_to_be_none(text: str, message: str, tmp_path: Path) -> None:

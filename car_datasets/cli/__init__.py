@@ -1,9 +1,9 @@
-"""Parse the command line of `car-datasets` and call the library; the entry point is `car_datasets.cli:app`."""
+"""Parse the command line of `car-datasets` and call the library; `car_datasets/__main__.py` is the entry point."""
 
 # A command is added when its module is imported, so this order is that of `car-datasets --help`: the pipeline first.
 from car_datasets.cli import stages  # isort: split
 
-from car_datasets.cli import scorers
+from car_datasets.cli import proving, scorers
 from car_datasets.cli.app import app
 
-__all__ = ["app", "scorers", "stages"]
+__all__ = ["app", "proving", "scorers", "stages"]

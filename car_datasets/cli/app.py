@@ -1,4 +1,4 @@
-"""The typer app, and what its commands share: options, errors in one line, quiet models, tables.
+"""The typer app, and what its commands share: options, quiet models, tables.
 
 Does: build the options of a recipe from the fields of `Recipe`, and write every other shared option once.
 Does not: hold a command.
@@ -6,19 +6,9 @@ Does not: hold a command.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import json
-import logging
 import os
-import re
-import shlex
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial, wraps
 from pathlib import Path
@@ -26,13 +16,13 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import typer
 from typer.core import TyperGroup
-from typer.models import OptionInfo
 
 from car_datasets import __version__
+from car_datasets.cli.running import Command, ending_in_one_line
+from car_datasets.cli.running import echo as echo  # for the modules of the commands
 from car_datasets.recipe import HUB, OUTPUT, PANELS, PERFORMANCE, Recipe
-from car_datasets.utils.files import UNFINISHED, printable
+from car_datasets.utils.files import output_path
 from car_datasets.utils.hub import clean_token
-from car_datasets.utils.processes import launched_rank
 
 
 class Commands(TyperGroup):
@@ -58,8 +48,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Command = Callable[..., None]
 
 
 def _show_version(wanted: bool) -> None:
@@ -119,11 +107,27 @@ Source = Annotated[
         "- for standard input."
     ),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Write the result into this new folder.")]
+
+
+def parse_new_path(text: str) -> Path:
+    """Return the path of what a command will write; an empty name and an address are refused as wrong calls.
+
+    A `Path` of either would be one of a local folder: the current one, or one called `s3:`.
+    """
+    try:
+        return output_path(text, "")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+NEW_PATH: dict[str, Any] = {"parser": parse_new_path, "metavar": "<path>"}  # of an option for what will be written
+Output = Annotated[Path, typer.Option("--output", "-o", help="Write the result into this new folder.", **NEW_PATH)]
 OutputFile = Annotated[
     Path,
     typer.Option(
-        "--output", "-o", help="Write this new file: .parquet, or .json for a list of rows in the original's format."
+        *("--output", "-o"),
+        help="Write this new file: .parquet, or .json for a list of rows in the original's format.",
+        **NEW_PATH,
     ),
 ]
 SHARED = {
@@ -314,163 +318,17 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "k": parse_clusters,
     **{name: partial(parse_integer, f"--{name.replace('_', '-')}") for name in _INTEGERS},
 }
-GRACE = 5.0  # seconds for the launcher to end this process, if the main one made the same mistake
 
 
 def one_line_errors(command: Command) -> Command:
-    """End a user's mistake with one line and exit code 2; anything else is our bug and keeps its traceback.
+    """End a user's mistake with one line and exit code 2, and a signal with one line and 130 or 143.
 
-    Ctrl-C ends in one line as well, with exit code 130, and SIGTERM with 143.
-
-    Under `accelerate launch` or `torchrun` only the main process prints, unless another one alone fails.
+    Anything else is our bug and keeps its traceback.
     """
-
-    @wraps(command)
-    def run(**arguments: Any) -> None:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Printable("%(message)s"))
-        logging.basicConfig(level=logging.WARNING, handlers=[handler])
-        # From the environment: torch, which would know as well, must not be imported yet.
-        is_main = launched_rank()[0] == 0
-        try:
-            with contextlib.nullcontext() if is_main else _silence(), _terminable():
-                command(**arguments)
-        except (ValueError, OSError) as error:
-            if not is_main:
-                time.sleep(GRACE)
-            echo(f"car-datasets: {_as_typed(' '.join(str(error).split()), command, arguments)}", err=True)
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as stop:
-            if is_main:
-                typer.echo(err=True)
-                echo(f"car-datasets: stopped. {_what_is_kept(command.__name__, arguments)}", err=True)
-            raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
-
+    run = ending_in_one_line(command)
     # typer shows the docstring as the help, and rich would read the brackets of "car-datasets[explore]" as markup.
     run.__doc__ = _as_markup(command.__doc__ or "")
     return run
-
-
-class _Printable(logging.Formatter):
-    """Log records without the characters that a terminal obeys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as text."""
-        return printable(super().format(record))
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise `_Terminated` at a SIGTERM in this block."""
-    # Not under a launcher, whose SIGTERM must end a process that waits for others without ever returning to Python.
-    if launched_rank()[1] > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _what_is_kept(name: str, arguments: Mapping[str, Any]) -> str:
-    """Return what a stopped command has kept, and the command that resumes."""
-    output, shards = arguments.get("output"), arguments.get("shards")
-    kept, verb = "Nothing was kept.", "start again"
-    if shards:
-        kept, verb = _finished_shards(str(shards)), "resume"
-    elif "shards" in arguments:
-        kept = "Scores of an unfinished pass are not kept; with --shards DIR the same command would resume from them."
-    elif isinstance(output, Path):
-        kept = f"Nothing was written to {output}."
-    if isinstance(output, Path) and (output / UNFINISHED).exists():
-        kept += f" {output} is incomplete, and the same command completes it."
-    typed = sys.argv[1:]
-    if typed[:1] != [name] or launched_rank()[1] > 1:  # a launcher has a command of its own
-        return f"{kept} To {verb}, run the same command again."
-    # The token stays out of the terminal's history.
-    shown = [re.sub("^--token=.*", "--token=TOKEN", word) for word in typed]
-    shown = ["TOKEN" if before == "--token" else word for before, word in zip(["", *shown], shown, strict=False)]
-    return f"{kept} To {verb}: {shlex.join(['car-datasets', *shown])}"
-
-
-def _finished_shards(place: str) -> str:
-    """Return how many rows the folders of shards hold, read without the libraries that may be half imported."""
-    found = []
-    for folder in sorted(path.parent for path in Path(place).glob("*/manifest.json")):
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # of a damaged manifest
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            rows, size = manifest["rows"], manifest["shard_rows"]
-            numbers = [int(path.stem.removeprefix("part-")) for path in folder.glob("part-*.arrow")]
-            done = sum(min(size, rows - number * size) for number in numbers)
-            found.append(f"{folder} holds {done:,} of {rows:,} rows")
-    return f"{', '.join(found)}." if found else f"Finished shards are kept in {place}."
-
-
-# What the library calls the values of these options.
-_ARGUMENTS = {"output": "output_dir", "shards": "shard_dir", "rows": "sample"}
-
-
-def _as_typed(message: str, command: Command, arguments: dict[str, Any]) -> str:
-    """Return a message of the library with its arguments as the options of a command: `--n1=9` for `n1=9`.
-
-    Args:
-        message (`str`): the message, in one line.
-        command (`Callable`): the command that failed.
-        arguments (`dict`): what it was called with.
-    """
-    # Many messages name both, as in "on_invalid='mark' (--on-invalid mark)".
-    message = re.sub(
-        r"(?<![\w-])(\w+)=[^\s()]* \((--([\w-]+)[^()]*)\)",
-        lambda both: both[2] if both[3].replace("-", "_") == both[1] else both[0],
-        message,
-    )
-    # Evaluated, since the annotations of a command without added options are text.
-    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-        typed = arguments.get(name) is not None
-        # A recipe file has no options, and messages about a model say "revision" too.
-        if not typed and (arguments.get("config") is not None or name == "revision"):
-            continue
-        on, _, off = _flag_of(parameter).partition("/")
-        if not on:
-            continue
-        # A value is quoted or a number; a bare word belongs to `--columns`, as in instruction=task,output=answer.
-        argument = rf"(?<![\w,-])(?:{name}|{_ARGUMENTS.get(name, name)})=(?!(?!nan|inf)[a-z])"
-        message = re.sub(rf"{argument}True\b", on, message)
-        message = re.sub(rf"{argument}False\b", off or on, message)
-        message = re.sub(argument, f"{on}=", message)
-    return message
-
-
-def _flag_of(parameter: inspect.Parameter) -> str:
-    """Return the name of an option, `--x` or `--x/--no-x`, or nothing for an argument."""
-    for info in getattr(parameter.annotation, "__metadata__", ()):
-        if isinstance(info, OptionInfo):
-            # In an annotation, typer takes the first name of an option for its default.
-            names = [str(name) for name in (info.default, *(info.param_decls or ()))]
-            return next((name for name in names if name.startswith("--")), f"--{parameter.name.replace('_', '-')}")
-    return ""
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Suppress output and progress bars; set before the libraries that draw them are imported."""
-    os.environ.update(TQDM_DISABLE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-def echo(text: str, err: bool = False) -> None:
-    """Print one line, whatever names, paths and statuses of others it contains."""
-    typer.echo(printable(text).replace("\n", r"\n"), err=err)
 
 
 def print_table(table: Any) -> None:

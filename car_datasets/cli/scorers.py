@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from car_datasets.cli.app import (
+    NEW_PATH,
     Output,
     Source,
     add_options,
@@ -18,12 +20,14 @@ from car_datasets.cli.app import (
     echo,
     one_line_errors,
     option,
+    parse_new_path,
     print_table,
     quiet_models,
     recipe_options,
 )
 from car_datasets.recipe import SCORING, Recipe
-from car_datasets.utils.files import fresh_folder, without_nan
+from car_datasets.utils.files import claimed, fresh_folder, output_path, take_claim, without_nan, write_whole
+from car_datasets.utils.processes import launched_rank
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
 
 SCORERS = "Make and measure a scorer"  # the group of these commands in the help
@@ -35,7 +39,7 @@ def prepare(
     revisions: Annotated[
         Path, typer.Argument(help="Read this JSON list of objects with the keys original and revised.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write the files into this new folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the files into this new folder.", **NEW_PATH)],
     drop: Annotated[
         float | None,
         typer.Option(
@@ -59,14 +63,9 @@ def prepare(
     from car_datasets.training.preparation import PUBLISHED_SHARE, audit_table
     from car_datasets.training.preparation import prepare as prepare_files
 
-    found = prepare_files(
-        revisions,
-        output,
-        drop=PUBLISHED_SHARE if drop is None else drop,
-        seed=seed,
-        clean_text=clean,
-        similarity=similarity or None,
-    )
+    drop = PUBLISHED_SHARE if drop is None else drop
+    with claimed(output, ("prepare", revisions, drop, seed, clean, similarity)):
+        found = prepare_files(revisions, output, drop=drop, seed=seed, clean_text=clean, similarity=similarity or None)
     kept = ", ".join(f"{found.counts[side]:,} {side}" for side in ("train", "valid", "test"))
     echo(
         f"{found.counts['revisions']:,} revisions, {found.counts['dropped']:,} smallest edits dropped; pairs: {kept} "
@@ -122,21 +121,20 @@ def train(
     # Only what was typed, so that the file decides on everything else.
     changes = {name: value for name, value in given.items() if value is not None}
     from car_datasets.training.head import HeadTraining, train_head
+    from car_datasets.training.parts import PartsTraining, train_parts
     from car_datasets.training.train import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
 
     # The kind says which class knows the other keys, so it is read before any of them is checked.
     kind = read_kind(config, ("head", "parts", *OBJECTIVE_OF_KIND))
-    if kind == "head":
-        settings: Any = HeadTraining.from_yaml(config, given=set_ or (), **changes)
-        figures = train_head(settings)
-    elif kind == "parts":
-        from car_datasets.training.parts import PartsTraining, train_parts
-
-        settings = PartsTraining.from_yaml(config, given=set_ or (), **changes)
-        figures = train_parts(settings)
-    else:
-        settings = ScorerTraining.from_yaml(config, given=set_ or (), **changes)
-        figures = train_scorer(settings, options["token"])
+    entire = ScorerTraining, lambda settings: train_scorer(settings, options["token"])
+    of_kind: dict[str, Any] = {"head": (HeadTraining, train_head), "parts": (PartsTraining, train_parts)}
+    known, fit = of_kind.get(kind, entire)
+    settings: Any = known.from_yaml(config, given=set_ or (), **changes)
+    with contextlib.ExitStack() as held:
+        # By the main process alone, as `Trainer` lets the processes meet later, in its own way.
+        if launched_rank()[0] == 0:
+            held.callback(take_claim(output_path(settings.output, "output"), ("train", settings)).release)
+        figures = fit(settings)
     if figures:  # the other processes of a distributed run have none
         pairs = figures["accuracy"]["cleaned"]["pairs"]
         echo(
@@ -176,7 +174,7 @@ def evaluate(
     ],
     changes: dict[str, Any],
     json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write all figures into this new JSON file.")
+        Path | None, typer.Option("--json", help="Also write all figures into this new JSON file.", **NEW_PATH)
     ] = None,
     other: Annotated[
         Path | None,
@@ -194,6 +192,9 @@ def evaluate(
 
     if json_ is not None and json_.exists():
         raise ValueError(f"--json {json_} is there already; name another file or move it away.")
+    if json_ is not None:
+        with claimed(json_, ("evaluate", model), argument="--json"):
+            pass  # now, as nothing is measured for a file that cannot be written
     # Files first: a wrong path must not cost a download.
     measured, rest = ([] if path is None else read_pairs(path) for path in (pairs, other))
     rated, others = (None if path is None else read_ratings(path) for path in (ratings, options["other_ratings"]))
@@ -231,8 +232,9 @@ def evaluate(
     for table in tables:
         print_table(table)
     if json_ is not None:
+        text = json.dumps(figures, indent=2) + "\n"
         json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_whole(json_, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def _refuse_missing(options: Mapping[str, Any], other: Path | None) -> None:
@@ -285,16 +287,17 @@ def quantise(
         raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
     # Rows that cannot be scored are skipped below; they must not stop a calibration.
     recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
-    dataset = open_source(source, recipe, token).dataset
-    scorer = scorer_of(recipe, token, embed=False)
-    texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
-    quantise_encoder(scorer, texts, output)
-    echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
-    # On rows that were not calibrated on, where the agreement would be too good.
-    if len(others) >= FEWEST_TEXTS:
-        print_table(compare_engines(scorer, replace(scorer, engine=str(output)), others).to_table())
-    else:
-        echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
+    with claimed(output, ("quantise", source, rows, recipe)):
+        dataset = open_source(source, recipe, token).dataset
+        scorer = scorer_of(recipe, token, embed=False)
+        texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
+        quantise_encoder(scorer, texts, output)
+        echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
+        # On rows that were not calibrated on, where the agreement would be too good.
+        if len(others) >= FEWEST_TEXTS:
+            print_table(compare_engines(scorer, replace(scorer, engine=str(output)), others).to_table())
+        else:
+            echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
 
 
 @app.command(
@@ -307,12 +310,15 @@ def convert(
     checkpoint: Annotated[
         str, typer.Argument(help="Convert this .ckpt file, or folder or Hub id in the original's layout.")
     ],
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="Write the model into this new folder.")],
+    output: Annotated[
+        Path, typer.Argument(parser=parse_new_path, metavar="DIR", help="Write the model into this new folder.")
+    ],
     changes: dict[str, Any],
 ) -> None:
     """Convert a checkpoint of the original CaR project to an ordinary model folder."""
     quiet_models()
     from car_datasets.scoring.iqs.modeling_iqs import convert_checkpoint
 
-    convert_checkpoint(checkpoint, output, changes.get("tokenizer"))
+    with claimed(output, ("convert", checkpoint, changes), argument="output"):
+        convert_checkpoint(checkpoint, output, changes.get("tokenizer"))
     echo(f"The model is in {output}.")

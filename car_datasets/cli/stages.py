@@ -6,6 +6,7 @@ Does not: hold logic, or import a heavy library before a command runs, so that `
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ import typer
 
 from car_datasets.cli.app import (
     FLAGS,
+    NEW_PATH,
     Output,
     OutputFile,
     Source,
@@ -27,15 +29,17 @@ from car_datasets.cli.app import (
     quiet_models,
     recipe_options,
 )
+from car_datasets.cli.running import holds_result
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
 from car_datasets.recipe import HUB, OUTPUT, SCORING, Recipe, listed
-from car_datasets.utils.files import fresh_file, fresh_folder, sample_file
+from car_datasets.utils.files import Claim, claimed, fresh_file, fresh_folder, prepare_cache, sample_file
 from car_datasets.utils.revisions import DEFAULT_ENCODER
 from car_datasets.utils.settings import CONFIG_NAME, ESTIMATE_ROWS, SPLIT
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from car_datasets.clustering.fitting import FitSettings
     from car_datasets.loading.schemas import Schema
     from car_datasets.stages import Pipeline
     from car_datasets.utils.column_names import ColumnNames
@@ -87,9 +91,9 @@ def curate(
     recipe = (Recipe() if config is None else Recipe.from_yaml(config)).changed(**changes)
     if push is not None:
         _refuse_push(push, private, token)
-    # Interrupted between the result and the end of the push, the same command must push and not refuse its own result.
-    if push is not None and _is_there(output, source, recipe, token):
-        echo(f"{output} holds this result already.")
+    # Interrupted after the result, or while it was pushed, the same command must not refuse its own result.
+    if (push is not None or not options["overwrite"]) and holds_result(output, source, recipe, token):
+        echo(f"{output} holds this result already: it is complete, and the same settings and source made it.")
     else:
         report = curate(
             source, output, recipe, token=token, shard_dir=options["shards"], overwrite=options["overwrite"]
@@ -106,19 +110,6 @@ def _refuse_push(repo: str, private: bool, token: str | None) -> None:
     from car_datasets.utils.processes import from_main
 
     from_main(lambda: check_repository(repo, private, token, "dataset", "--push"))
-
-
-def _is_there(folder: Path, source: str, settings: Recipe, token: str | None) -> bool:
-    """Return True if the same command was interrupted after it wrote the result, while it was pushing."""
-    from car_datasets.curation import made_by
-    from car_datasets.results import read_result
-
-    try:
-        receipt = read_result(folder).receipt
-    # Not a result, or an unfinished one: `curate` decides what to do with the folder.
-    except ValueError:
-        return False
-    return receipt is not None and made_by(receipt, source, settings, token)
 
 
 def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None) -> None:
@@ -140,6 +131,9 @@ def demo(
     quiet_models()
     from car_datasets.curation import curate
 
+    if not options["overwrite"] and holds_result(output, str(sample_file()), Recipe(budget=budget), None):
+        echo(f"{output} holds this result already: it is complete, and the same settings made it.")
+        return
     # The default scorer and the sample are part of the package, so this needs no network.
     report = curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report
     print_table(report.to_table())
@@ -173,6 +167,7 @@ def score(
             "-o",
             help="Write this new file: .parquet, or .json for a list of rows in the original's format. Without it, "
             "only fill --shards.",
+            **NEW_PATH,
         ),
     ] = None,
     embeddings: Annotated[
@@ -183,24 +178,33 @@ def score(
     """Add iqs_score, iqs_tokens, iqs_truncated, iqs_status and embedding to the rows of a dataset."""
     quiet_models()
 
-    shards, token = options["shards"], options["token"]
+    shards = options["shards"]
     if output is not None:
         fresh_file(output, source, options["overwrite"])
     elif shards is None:
         raise ValueError(
             "Pass --output FILE, or --shards DIR for one worker of many, or both: there is nowhere to write to."
         )
+    if shards is not None:
+        from car_datasets.scoring.shards.storage import check_shards
+
+        check_shards(shards, output)
+    recipe = Recipe().changed(**changes)
+    with contextlib.ExitStack() as held:
+        # Workers that only fill shards need not meet, and each may write.
+        claim = None if output is None else held.enter_context(claimed(output, ("score", source, recipe, embeddings)))
+        _score(source, recipe, embeddings, claim, options)
+
+
+def _score(source: str, recipe: Recipe, embeddings: bool, claim: Claim | None, options: dict[str, Any]) -> None:
     from car_datasets.curation import open_source
     from car_datasets.selection.published import rank_rows, refuse_original_names
     from car_datasets.stages import refuse_taken_columns, refuse_taken_language, resolve
-    from car_datasets.utils.processes import start_processes
 
-    recipe = Recipe().changed(**changes)
-    if output is not None:  # workers that only fill shards need not meet
-        start_processes()
+    shards, token = options["shards"], options["token"]
     opened, dataset, schema, _ = open_source(source, recipe, token)
     # The original's files have no embeddings, so none are computed.
-    as_original = output is not None and output.suffix == ".json"
+    as_original = claim is not None and claim.target.suffix == ".json"
     if as_original:
         refuse_original_names(dataset.column_names, {recipe.score_column: "score"})
     embed = embeddings and not as_original
@@ -209,7 +213,7 @@ def score(
     # After all checks of the rows, since this downloads the models.
     stages = resolve(recipe, token, embed=embed)
     dataset = _with_languages(dataset, schema, stages)
-    if output is None:
+    if claim is None:
         _say_what_is_left(len(dataset), stages.fill_shards(dataset, shards, token=token), shards)
         return
     scored = stages.score(dataset, token=token, shard_dir=shards)
@@ -217,7 +221,7 @@ def score(
         scored = rank_rows(scored, recipe.score_column)
     # The original's format leaves out the row index that we added; an index column of the source stays.
     added = "" if recipe.index_column in opened.column_names else recipe.index_column
-    _write(scored, output, replace(recipe.names, index=added))
+    _write(scored, claim, replace(recipe.names, index=added))
 
 
 def _with_languages(dataset: Dataset, schema: Schema, stages: Pipeline) -> Dataset:
@@ -271,7 +275,8 @@ def cluster(
     output: OutputFile,
     changes: dict[str, Any],
     save_model: Annotated[
-        Path | None, typer.Option(rich_help_panel=OUTPUT, help="Also save the cluster model into this folder.")
+        Path | None,
+        typer.Option(rich_help_panel=OUTPUT, help="Also save the cluster model into this folder.", **NEW_PATH),
     ] = None,
     **options: Any,
 ) -> None:
@@ -285,24 +290,37 @@ def cluster(
     fresh_file(output, source, options["overwrite"])
     if save_model is not None:
         fresh_folder(save_model, CLUSTER_MODEL_FILES, "--save-model")
-    from car_datasets.stages import embed_where_missing, fit_clusters, fit_settings
-    from car_datasets.utils.columns import refuse_overwrite
-    from car_datasets.utils.processes import start_processes
+    from car_datasets.stages import fit_settings
 
     recipe = Recipe().changed(**changes)
     fit = fit_settings(recipe)  # before the embedding, which may take hours
-    start_processes()
+    run = ("cluster", source, recipe)
+    with contextlib.ExitStack() as held:
+        claim = held.enter_context(claimed(output, run))
+        model_claim = None
+        if save_model is not None:
+            files = [save_model / name for name in CLUSTER_MODEL_FILES]
+            model_claim = held.enter_context(claimed(save_model, run, files, "--save-model"))
+        _cluster(source, recipe, fit, claim, model_claim)
+
+
+def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_claim: Claim | None) -> None:
+    from car_datasets.stages import embed_where_missing, fit_clusters
+    from car_datasets.utils.columns import refuse_overwrite
+
     dataset, names = _open(source), recipe.names
     refuse_overwrite(dataset.column_names, (names.cluster, names.distance), "cluster_column=... (--cluster-column)")
     dataset = embed_where_missing(dataset, names.embedding, recipe.embedder, recipe.template)
     model = fit_clusters(dataset, fit, names)
     labelled = model.label(dataset, across_processes=True)
-    _write(labelled, output, names)
-    if save_model is not None:
+    _write(labelled, claim, names)
+    if model_claim is not None:
         from car_datasets.utils.processes import from_main
 
+        folder = model_claim.target
         # After the labels, which are the result that was asked for; one process writes.
-        from_main(lambda: model.save_pretrained(save_model))
+        from_main(model_claim.check)
+        from_main(lambda: model.save_pretrained(folder))
 
 
 @app.command(
@@ -326,10 +344,11 @@ def select(source: Source, output: OutputFile, changes: dict[str, Any], **option
     from car_datasets.stages import ranked, select_by
 
     recipe = Recipe().changed(**changes)
-    pool = ranked(recipe, _open(source))
-    chosen = select_by(recipe, pool)
-    report = SelectionReport.from_selection(pool, chosen, names=recipe.names, seed=recipe.seed)
-    _write(chosen, output, recipe.names)
+    with claimed(output, ("select", source, recipe)) as claim:
+        pool = ranked(recipe, _open(source))
+        chosen = select_by(recipe, pool)
+        report = SelectionReport.from_selection(pool, chosen, names=recipe.names, seed=recipe.seed)
+        _write(chosen, claim, recipe.names)
     print_table(report.to_table())
 
 
@@ -403,6 +422,7 @@ def push(
     scorer=option(str | None, "Rescore with the scorer in this folder, if it was a folder.", panel=SCORING),
     tokenizer=option(str | None, "Rescore with the tokenizer in this folder, if it was a folder.", panel=SCORING),
     engine=option(str | None, "Rescore with the int8 encoder in this folder, if one was used.", panel=SCORING),
+    embedder=option(str | None, "Embed again with the embedder in this folder, if it was a folder.", panel=SCORING),
     revision=option(str | None, "Check this branch, tag or commit of the repository.", panel=HUB),
     config_name=option(str, "Check this configuration of the repository.", CONFIG_NAME, panel=HUB),
     split=option(str, "Check the selected rows in this split of the repository.", SPLIT, panel=HUB),
@@ -416,9 +436,9 @@ def verify(
     ],
     **options: Any,
 ) -> None:
-    """Check a selection against its receipt: its source, its choice and, with --rescore, its scores.
+    """Check a selection against its receipt: its files, its source, its choice and, with --rescore, its scores.
 
-    A difference is printed, and the exit code is then 1.
+    All differences are printed, and the exit code is then 1; what was not checked is printed as well.
     """
     from car_datasets.publishing.verification import verify
 
@@ -427,7 +447,10 @@ def verify(
         echo(f"ok: {words}")
     for words in found.skipped:
         echo(f"not checked: {words}")
-    echo("match" if found.matches else f"mismatch: {found.difference}")
+    for words in found.differences:
+        echo(f"mismatch: {words}")
+    if found.matches:
+        echo("match")
     # 1 for a mismatch, so that scripts can tell it from a wrong call, which exits with 2.
     if not found.matches:
         raise typer.Exit(1)
@@ -445,12 +468,17 @@ def _open(source: str) -> Dataset:
     from car_datasets.loading.sources import open_dataset
     from car_datasets.selection.published import from_original
 
+    prepare_cache()
     return from_original(open_dataset(source))
 
 
-def _write(dataset: Dataset, output: Path, names: ColumnNames) -> None:
+def _write(dataset: Dataset, claim: Claim, names: ColumnNames) -> None:
     from car_datasets.results import write_table
     from car_datasets.utils.processes import from_main
 
-    from_main(lambda: write_table(dataset, output, names))
-    echo(f"{len(dataset):,} rows are in {output}.")
+    def write() -> None:
+        claim.check()
+        write_table(dataset, claim.target, names)
+
+    from_main(write)
+    echo(f"{len(dataset):,} rows are in {claim.target}.")

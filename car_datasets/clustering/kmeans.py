@@ -25,6 +25,10 @@ from car_datasets.utils.settings import N_INIT
 CPU, ALONE = torch.device("cpu"), Processes()
 CHUNK, GPU_CHUNK = 16_384, 2**18  # points whose sums are added up in float32 before they join the float64 totals
 CPU_BLOCK, GPU_BLOCK = 2**18, 2**26  # distances in memory at a time: what the second-level cache holds; 256 MB
+# Distances of one call from which the kernels of kmeans_triton.py are used, which take some seconds to compile: a full
+# chunk and 2,048 centres, so that a fit takes seconds without them.
+TRITON_FROM = 2**29
+PIECE = 256  # points of a label that a GPU adds one after the other
 MAX_ITERATIONS = 100
 TOLERANCE = 2e-4  # a pass that lowers the inertia by less than this share is the last
 OVER_RELAXATION = 0.5  # a centre first moves past the mean of its points by this share of its way; 0.75 is too far
@@ -267,7 +271,7 @@ def one_pass(points: Iterable[Tensor], centers: Tensor) -> Pass:
     for chunk in _chunks(points):
         labels, distances = nearest(chunk, centers)
         sums += sums_by_label(chunk, labels, len(centers))
-        counts += torch.bincount(labels, minlength=len(centers))
+        counts += counts_by_label(labels, len(centers))
         inertia += distances.double().sum()
         farthest = distances.topk(min(len(centers), len(chunk)))
         far = _farthest([far, (chunk[farthest.indices], labels[farthest.indices], farthest.values)], len(centers))
@@ -292,9 +296,22 @@ def _farthest(parts: Sequence[tuple[Tensor, ...]], count: int) -> tuple[Tensor, 
 def nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Return the label of the nearest centre and the squared distance to it, both of shape `(points,)`.
 
-    Labels are int64, and the first of equally near centres is taken. Distances are float32 and come from the matrix
-    product, so they are exact to some 1e-6 of the squared lengths.
+    Labels are int64, and the first of equally near centres is taken. Distances are float32. They come from the matrix
+    product, so they are exact to some 1e-6 of the squared lengths; on large problems on a GPU they are more exact, while
+    labels are the same, except where two centres are equally near to within this.
     """
+    if points.is_cuda and len(points) * len(centers) >= TRITON_FROM:
+        from car_datasets.clustering import kmeans_triton  # imports Triton, which takes a second
+
+        found = kmeans_triton.nearest(points, centers, lambda unsure: nearest_by_products(unsure, centers)[0])
+        if found is not None:
+            return found
+    labels, halves = nearest_by_products(points, centers)
+    return labels, (2 * halves + torch.linalg.vector_norm(points, dim=1) ** 2).clamp_(min=0)
+
+
+def nearest_by_products(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the label of the nearest centre, and half the squared distance to it minus half that to the origin."""
     labels = torch.empty(len(points), dtype=torch.int64, device=points.device)
     halves = torch.empty(len(points), dtype=points.dtype, device=points.device)
     # |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c): the bracket alone decides which centre is nearest.
@@ -304,20 +321,37 @@ def nearest(points: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
         block = slice(start, start + rows)
         products = torch.addmm(half_lengths, points[block], centers.T, alpha=-1)
         torch.min(products, dim=1, out=(halves[block], labels[block]))
-    return labels, (2 * halves + torch.linalg.vector_norm(points, dim=1) ** 2).clamp_(min=0)
+    return labels, halves
+
+
+def counts_by_label(labels: Tensor, k: int) -> Tensor:
+    """Return the number of points of every label, `(k,)` int64, without a wait for the GPU as in `bincount`."""
+    return labels.new_zeros(k).index_add_(0, labels, torch.ones_like(labels))  # integers: their order does not matter
 
 
 def sums_by_label(points: Tensor, labels: Tensor, k: int) -> Tensor:
     """Return the sum of the points of every label, `(k, dimension)`, added in a fixed order."""
     if points.device.type == "cpu":
         return points.new_zeros((k, points.shape[1])).index_add_(0, labels, points)
-    return segment_sums(points, labels, k)  # on a GPU index_add_ adds by atomics, in an order that varies
+    return segment_sums(points, labels, k)  # on a GPU index_add_ adds floats by atomics, in an order that varies
 
 
 def segment_sums(points: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Return [`sums_by_label`], computed by sorting the points by label and adding each label's one after the other."""
-    order = labels.argsort(stable=True)
-    return torch.segment_reduce(points[order], "sum", lengths=torch.bincount(labels, minlength=k), axis=0)
+    """Return [`sums_by_label`], computed by sorting the points by label and adding them in pieces of one label.
+
+    One thread adds the numbers of a piece, so a label of many points must be cut, or all others would wait for it.
+    """
+    order = labels.to(torch.int16 if k < 2**15 else torch.int32).argsort(stable=True)  # fewer bits to sort by
+    counts = counts_by_label(labels, k)
+    pieces = (counts + PIECE - 1) // PIECE
+    ends = pieces.cumsum(0)
+    # As many pieces as there can be, since their true number is known to the GPU alone; those left over are empty.
+    number = torch.arange(len(points) // PIECE + k, device=points.device)
+    owner = torch.searchsorted(ends, number, right=True).clamp_(max=k - 1)
+    begun = (number - (ends - pieces)[owner]) * PIECE
+    lengths = (counts[owner] - begun).clamp_(0, PIECE)
+    parts = torch.segment_reduce(points[order], "sum", lengths=lengths, axis=0, unsafe=True)
+    return torch.segment_reduce(parts, "sum", lengths=pieces, axis=0, unsafe=True)
 
 
 def _inertia(points: Iterable[Tensor], centers: Tensor) -> float:

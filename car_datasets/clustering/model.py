@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from datasets import Dataset, Features, Value
+from datasets.formatting.formatting import LazyBatch
 from datasets.table import InMemoryTable
 from datasets.utils import tqdm
 from safetensors.numpy import load_file, save_file
@@ -36,7 +37,6 @@ from car_datasets.clustering.fitting import (
     fit_torch,
 )
 from car_datasets.clustering.kmeans import nearest
-from car_datasets.loading.values import untouched
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     BATCH,
@@ -191,10 +191,9 @@ class ClusterModel:
             batch (`Mapping`): columns of a `.map(batched=True)` batch.
             rank (`int`, *optional*): rank that `.map(with_rank=True)` passes; it chooses the GPU, if there is one.
         """
-        batch = untouched(batch)
         refuse_tables(batch, "ClusterModel.label(dataset)")
         self._refuse_columns(list(batch))
-        *arrays, missing = self._label(as_arrow(batch[self.embedding_column]), rank)
+        *arrays, missing = self._label(_column(batch, self.embedding_column), rank)
         if missing.any():
             # Arrays have no null. Lists of numpy's own numbers do, and `.map` still infers int32 and float32 from them.
             arrays = [[None if gone else x for x, gone in zip(array, missing, strict=True)] for array in arrays]
@@ -381,6 +380,15 @@ def checked_fit(
 def _plain(value: Any) -> Any:
     """Return numpy's integers as Python's, so that a saved model can hold them as JSON."""
     return int(value) if isinstance(value, np.integer) else value
+
+
+def _column(batch: Any, name: str) -> pa.Array | pa.ChunkedArray:
+    """Return a column of a batch of `.map` in Arrow."""
+    # From the table behind the batch, if nobody has read or changed the column: as Python lists the vectors take longer
+    # than their labels.
+    if isinstance(batch, LazyBatch) and name in batch.keys_to_format:
+        return batch.pa_table[name]
+    return as_arrow(batch[name])
 
 
 def _joined_labels(parts: list[tuple[Identity | None, pa.Table]]) -> pa.Table:

@@ -11,7 +11,6 @@ import bz2
 import contextlib
 import glob
 import gzip
-import hashlib
 import http.client
 import io
 import logging
@@ -43,7 +42,7 @@ from fsspec.utils import glob_translate
 from huggingface_hub import DatasetCard
 
 from car_datasets.utils.columns import refuse_casts, refuse_wide
-from car_datasets.utils.digests import file_digest
+from car_datasets.utils.digests import contents_digest, file_digest
 from car_datasets.utils.files import cache_folder, printable, user_path
 from car_datasets.utils.hub import asking, clean_token, reason
 from car_datasets.utils.revisions import hub_address
@@ -485,14 +484,16 @@ def read_parquet(files: Sequence[DataFile], cache_dir: str | None = None) -> Dat
             )
         first = columns
     # `datasets` keys its cache by path and time; with the content in the key, a replaced file is always read anew.
-    content = hashlib.sha256("".join(file_digest(Path(file.path)) for file in files).encode()).hexdigest()
-    # Escaped, because `datasets` takes every path for a pattern.
-    paths = [glob.escape(str(Path(file.path).absolute())) for file in files]
+    content = contents_digest(here := [Path(file.path).absolute() for file in files])
+    paths = [glob.escape(str(path)) for path in here]  # `datasets` takes every path for a pattern
     builder = Parquet(cache_dir=cache_dir, data_files={SPLIT: paths}, hash=content)
     refuse_casts(builder)
     try:
         with quiet_readers():
             builder.download_and_prepare()
+        if contents_digest(here) != content:
+            shutil.rmtree(builder.cache_dir)  # it may hold the rows of other bytes than its name says
+            raise ValueError("it was changed while it was read")
         return builder.as_dataset(SPLIT)
     except (DatasetsError, pa.ArrowException, ValueError) as error:
         cause, names = error.__cause__ or error, listed([file.shown for file in files])

@@ -149,13 +149,17 @@ def _cached(
 ) -> tuple[Dataset, dict[str, Any]]:
     """Return the rows as a dataset, written by the first call for these bytes, and the notes to warn of."""
     key = _content_key(salt, files)
-    path = cache_folder(cache_dir) / "read" / key
-    path /= "rows.arrow"  # in a folder of its own, since `.map` writes its results next to it
+    path = cache_folder(cache_dir) / "read" / key / "rows.arrow"  # `.map` writes its results into this folder
     if not path.is_file():
         features, notes = types()
         path.parent.mkdir(parents=True, exist_ok=True)
-        own = {"fingerprint": key[:32]}
-        write_whole(path, lambda temporary: _write(temporary, features, rows(features), own, notes))
+
+        def write(temporary: str) -> None:
+            _write(temporary, features, rows(features), {"fingerprint": key[:32]}, notes)
+            if _content_key(salt, files) != key:
+                raise ValueError(f"{_named(files)} was changed while it was read. Run the same again.")
+
+        write_whole(path, write)
     dataset = as_written(Dataset.from_file(str(path)))
     with pa.memory_map(str(path)) as stored:
         metadata = pa.ipc.open_stream(stored).schema.metadata
@@ -477,10 +481,8 @@ class _Column:
 
 
 def _is_same_int(cell: str) -> bool:
-    if len(cell) > 20 or not cell.lstrip("-").isdigit():
-        return False
-    with contextlib.suppress(ValueError):  # "²" is a digit, but no number
-        return str(int(cell)) == cell and -(2**63) <= int(cell) < 2**63
+    with contextlib.suppress(ValueError):  # not a number
+        return len(cell) <= 20 and str(int(cell)) == cell and -(2**63) <= int(cell) < 2**63
     return False
 
 

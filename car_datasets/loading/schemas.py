@@ -358,6 +358,46 @@ def read_rows(batch: Mapping[str, Sequence[Any]], schema: Schema, score_thoughts
     return [_read_pair(row, *given, schema, score_thoughts) for row, given in zip(texts, before, strict=True)]
 
 
+def conversations_of(batch: Mapping[str, Sequence[Any]], schema: Schema) -> list[list[Turn] | str]:
+    """Return the turns of every row of a batch, or for a row that cannot be read the status that says why.
+
+    The context of an instruction (`input`) follows the instruction after an empty line, in one turn.
+    """
+
+    def values(column: str | None) -> Iterable[Any]:
+        return repeat(None) if column is None or column not in batch else batch[column]
+
+    before = (
+        _turns_before(*given, schema) for given in zip(values(schema.system), values(schema.history), strict=False)
+    )
+    if schema.turns is not None:
+        chats = (read_turns(turns, schema.role, schema.content) for turns in batch[schema.turns])
+    else:
+        assert schema.instruction is not None and schema.response is not None
+        columns = (batch[schema.instruction], batch[schema.response], values(schema.input))
+        chats = (_conversation(*row, schema) for row in zip(*columns, strict=False))
+    rows = zip(chats, before, strict=False)  # columns that are absent have no end
+    return [
+        next((part for part in (chat, given) if isinstance(part, str)), None) or [*given, *chat] for chat, given in rows
+    ]
+
+
+def _conversation(instruction: Any, response: Any, context: Any, schema: Schema) -> list[Turn] | str:
+    """Return the turns of a row that has its instruction and its response in two columns."""
+    if instruction is None or response is None:
+        return NULL
+    asked, said = _read_sides(instruction, response, schema)
+    if isinstance(asked, str) or isinstance(said, str):
+        return asked if isinstance(asked, str) else said
+    if context is not None and not isinstance(context, str):
+        return NOT_A_STRING
+    turns = join_prompt(asked, said)
+    last = max((i for i, turn in enumerate(turns) if turn.kind == "user"), default=None)
+    if context and context.strip() and last is not None:
+        turns[last] = turns[last]._replace(text=f"{turns[last].text}\n\n{context}")
+    return turns
+
+
 def _read_chat(turns: Any, system: Any, history: Any, schema: Schema, score_thoughts: bool) -> Reading:
     before, chat = _turns_before(system, history, schema), read_turns(turns, schema.role, schema.content)
     if isinstance(chat, str) or isinstance(before, str):

@@ -49,7 +49,7 @@ from car_datasets.loading.templates import DEEPEST_READ
 from car_datasets.loading.values import as_written, carried, dataset_from_pandas, dataset_from_rows
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import is_text, refuse_deep_json, refuse_wide
-from car_datasets.utils.digests import file_digest
+from car_datasets.utils.digests import bound, file_digest
 from car_datasets.utils.files import user_path
 from car_datasets.utils.processes import launched_rank
 from car_datasets.utils.revisions import hub_address
@@ -319,7 +319,8 @@ def _find_folder(folder: Path, reading: Reading) -> _Found:
     origin = Origin("folder", str(folder))
     # The files by which `datasets` itself tells a saved Dataset and a saved DatasetDict apart.
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _Found(origin, _splits_of(load_from_disk(str(folder)), f"source={str(folder)!r}"))
+        splits = _splits_of(load_from_disk(str(folder)), f"source={str(folder)!r}")
+        return _Found(origin, {name: bound(part) for name, part in splits.items() if isinstance(part, Dataset)})
     return _Found(origin, dict(folder_files(folder, reading.name)))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from car_datasets.publishing.conflicts import refuse_hidden_data, refuse_unknown_splits, refuse_unloadable
+from car_datasets.results import PLOTS_FOLDER, PROOF_PLOT
 from car_datasets.utils.hub import card_templates
 
 if TYPE_CHECKING:
@@ -323,6 +324,7 @@ def render_section(
             carried=carried,
             licences=_items(carried.get("license")),
             plots=plots,
+            proof_plot=f"{PLOTS_FOLDER}/{PROOF_PLOT}",
         )
     )
     # A marker in a column's or file's name would end our section early.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -52,6 +51,7 @@ from car_datasets.results import PLOTS_FOLDER, REPORT_FILE, Result, read_result
 from car_datasets.utils import hub
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, read_numbers
+from car_datasets.utils.files import private_folder, write_whole
 from car_datasets.utils.hub import Pushed, Repository, reason
 from car_datasets.utils.settings import CONFIG_NAME, SEED, SPLIT
 
@@ -115,15 +115,15 @@ def push_selection(
     result = _result(dataset, scored, report, receipt)
     if also is None:
         also = () if result.scored is None else (SCORED,)
-    # Before the shards are written, which takes minutes for a large pool.
-    hub.open_repository(repo_id, private, token, "dataset", "repo_id")
-    tables = _tables(result, split, also, embeddings)
-    source_card = None if result.receipt is None else _source_card(result.receipt.source, token)
-    with tempfile.TemporaryDirectory(prefix="car-datasets-push-") as place:
+    with private_folder("push") as place:  # first, as the cache may be one that cannot be written
+        # Before the shards are written, which takes minutes for a large pool.
+        hub.open_repository(repo_id, private, token, "dataset", "repo_id")
+        tables = _tables(result, split, also, embeddings)
+        source_card = None if result.receipt is None else _source_card(result.receipt.source, token)
         # At least 12, since there are four splits at most.
         most = MOST_SHARDS // len(tables)
-        written = {name: _write_shards(table, Path(place), config_name, name, most) for name, table in tables.items()}
-        files = {name: Path(place, name) for each in written.values() for name in each.names}
+        written = {name: _write_shards(table, place, config_name, name, most) for name, table in tables.items()}
+        files = {name: place / name for each in written.values() for name in each.names}
         files |= {f"{PLOTS_FOLDER}/{plot.name}": plot for plot in result.plots}
         push = Push(Target(repo_id, config_name, split), tables[split].features, written, result, source_card)
 
@@ -307,7 +307,7 @@ def _write_shards(table: Dataset, place: Path, config_name: str, split: str, mos
     for i, name in enumerate(names):
         (place / name).parent.mkdir(exist_ok=True)
         # Contiguous, so that the files in the order of their names give the rows in order.
-        table.shard(count, i, contiguous=True).to_parquet(str(place / name))
+        write_whole(place / name, table.shard(count, i, contiguous=True).to_parquet, most=size // count)
     return SplitFiles(names, len(table), size, sum((place / name).stat().st_size for name in names))
 
 

@@ -1,62 +1,61 @@
 """Check whether a selection, pushed or in a folder, is what its receipt says, and whether a push holds what was sent.
 
-Does: load the source at its revision and compare every row; select again from the stored scores and clusters; score
-some rows again on request; read a push back without a cache. Names the first difference.
-Does not: push; fit the clusters again, because their last digits differ between machines.
+Does: compare files and columns with their digests; load the source at its revision and compare every row; select again
+from the stored scores and clusters; read a push back without a cache. Names every difference, and what it did not check.
+Does not: push; run models, which `rescoring` does; fit the clusters again, because their last digits differ between
+machines.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
-import re
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.loading.files import is_address
 from car_datasets.loading.hub_datasets import load_split
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.sources import Origin, number_rows, open_rows, source_numbers
-from car_datasets.loading.values import carried
+from car_datasets.loading.values import any_feature, carried
 from car_datasets.publishing.card import SCORED, data_prefix
-from car_datasets.receipt import (
-    RECEIPT_FILE,
-    Receipt,
-    counts_of,
-    describe_source,
-    embedder_record,
-    pool_digest,
-    reading_of,
-    scorer_record,
-)
+from car_datasets.publishing.rescoring import Difference, Rescoring
+from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, pool_digest, reading_of
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import positions_in_pool
 from car_datasets.reporting.report import SelectionReport
-from car_datasets.results import REPORT_FILE, Result, read_report, read_result
-from car_datasets.scoring.scorer import QualityScorer
-from car_datasets.scoring.stage import Rows
+from car_datasets.results import (
+    README_FILE,
+    REPORT_FILE,
+    RESULT_FILES,
+    compare_columns,
+    compare_files,
+    files_of,
+    first_other_figure,
+    read_report,
+    read_result,
+)
 from car_datasets.selection.rule import SELECTION_COLUMNS
-from car_datasets.stages import scorer_of, select_by
-from car_datasets.utils import hub, revisions
-from car_datasets.utils.columns import read_numbers
-from car_datasets.utils.digests import indices_digest
-from car_datasets.utils.files import user_path
+from car_datasets.stages import select_by
+from car_datasets.utils import hub
+from car_datasets.utils.digests import first_difference, indices_digest
+from car_datasets.utils.files import private_folder, user_path
 from car_datasets.utils.hub import READING_WAITS, asking
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
-# How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says
-# float32. On an H200, 9,229 scores moved by at most 0.065 and 0.0063 from those in float32.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 0.08, "float16": 0.008}
-BLOCK = 1000  # rows compared at a time
+OLD = (
+    f"digests: this {RECEIPT_FILE} is of format 1, which has none of the files, of single columns and of itself; it cannot "
+    "show changes of report.html, selected.json, plots, token counts, distances, embeddings, versions and models"
+)
 
 
 class Verification(NamedTuple):
@@ -64,18 +63,24 @@ class Verification(NamedTuple):
 
     Args:
         checked (`tuple[str, ...]`): the checks that passed, in words.
-        skipped (`tuple[str, ...]`): the checks that were not possible, and why.
-        difference (`str`, *optional*): the first difference, at which the checks stopped; `None` if all checks passed.
+        skipped (`tuple[str, ...]`): what was not checked, and why.
+        differences (`tuple[str, ...]`): first all that do not have their digests, then the first row, setting or count
+            that differs from what it should be, at which the checks stopped; empty if all checks passed.
     """
 
     checked: tuple[str, ...]
     skipped: tuple[str, ...]
-    difference: str | None
+    differences: tuple[str, ...]
+
+    @property
+    def difference(self) -> str | None:
+        """Return the difference that says most, the last one, or `None` if there is none."""
+        return self.differences[-1] if self.differences else None
 
     @property
     def matches(self) -> bool:
         """Return True if no difference was found."""
-        return self.difference is None
+        return not self.differences
 
 
 def verify(
@@ -87,28 +92,33 @@ def verify(
     scorer: str | None = None,
     engine: str | None = None,
     tokenizer: str | None = None,
+    embedder: str | None = None,
     revision: str | None = None,
     config_name: str = CONFIG_NAME,
     split: str = SPLIT,
     token: str | None = None,
 ) -> Verification:
-    """Check a selection against its receipt: its rows against the source, and its choice against its scores.
+    """Check a selection against its receipt: its files, its rows against the source, its choice against its scores.
+
+    A receipt is no signature: it shows that files and rows belong together, not who wrote them. Who changes a result
+    can write a receipt that fits it, except for what the source and the models, which are read anew, do not give.
 
     Args:
         where (`str`): a folder that [`curate`] wrote, or a dataset repository that [`push_selection`] wrote.
         source (`str` or a list, *optional*): the file, the files or the folder that was curated. Needed unless that was
             a Hub dataset, because a receipt has the name and digest of a file, but not its path.
-        rescore (`int`): number of rows, drawn at random, to score again. Scores may differ by what the recipe's dtype
-            allows (1e-5 in float32 and int8, 0.08 in bfloat16, 0.008 in float16).
+        rescore (`int`): number of rows, drawn at random, to score and embed again. Scores may differ by what the recipe's
+            dtype allows (1e-5 in float32 and int8, 0.08 in bfloat16, 0.008 in float16).
         seed (`int`): seed of that draw.
         scorer, engine, tokenizer (`str`, *optional*): folders of the models, for `rescore`; needed if they were folders
             when the rows were curated. They are compared by digest.
+        embedder (`str`, *optional*): the same for the embedder, which is not checked without it.
         revision (`str`, *optional*): branch, tag or commit of the repository.
         config_name, split (`str`): configuration and split of the repository that hold the selected rows.
         token (`str`, *optional*): for private repositories; never stored.
 
     Returns:
-        [`Verification`]: the checks that passed, those that were skipped, and the first difference.
+        [`Verification`]: the checks that passed, what was not checked, and the differences.
 
     Raises:
         ValueError: an argument is invalid, or there is no receipt or no source to compare with.
@@ -121,8 +131,7 @@ def verify(
         raise ValueError(f"seed={seed}: pass a number that is not negative.")
     found = _open(where, revision, config_name, split, token)
     receipt = found.receipt
-    assert receipt is not None  # neither a folder nor a repository is opened without one
-    models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer}
+    models = {"scorer": scorer, "engine": engine, "tokenizer": tokenizer, "embedder": embedder}
     try:
         # `changed` checks names and types: a receipt from the Hub may have been edited by hand.
         settings = dict(receipt.recipe)
@@ -132,25 +141,48 @@ def verify(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}, {RECEIPT_FILE}: its recipe cannot be read: {error}") from error
     checks = _Checks(found, receipt, recipe, token)
-    checked: list[str] = []
-    difference = None
+    checks.digests()
     try:
-        for words in checks.run(source, rescore, seed, models):
-            checked.append(words)
+        for words in checks.run(source, Rescoring(receipt, recipe, rescore, seed, models, token)):
+            checks.passed.append(words)
     except Difference as error:
-        difference = str(error)
-    if found.scored is None and difference is None:
+        checks.differences.append(str(error))
+        checks.skipped.append("what comes after the last difference: the rows, the choice, the counts or the models")
+    if found.scored is None and not checks.differences:
         checks.skipped.append(f"the choice, the counts and the pool: there is no split {SCORED!r}")
-    return Verification(tuple(checked), tuple(checks.skipped), difference)
+    return Verification(tuple(checks.passed), tuple(checks.skipped), tuple(checks.differences))
+
+
+class _Found(NamedTuple):
+    """A selection as it lies in a folder or a repository.
+
+    Args:
+        selected (`Dataset`), scored (`Dataset`, *optional*): its rows and their pool.
+        report ([`SelectionReport`], *optional*), receipt ([`Receipt`]): its figures and its receipt.
+        files (`Mapping[str, str]`): sha256 of the files that the receipt names, as far as they are there.
+        others (`Sequence[str]`): files that it does not name.
+        pushed (`bool`): True in a repository, which has some of the files, and the rows in files of its own.
+    """
+
+    selected: Dataset
+    scored: Dataset | None
+    report: SelectionReport | None
+    receipt: Receipt
+    files: Mapping[str, str]
+    others: Sequence[str]
+    pushed: bool
 
 
 def _open(
     where: str | os.PathLike[str], revision: str | None, config_name: str, split: str, token: str | None
-) -> Result:
+) -> _Found:
     """Read a selection and its receipt from a folder or a repository."""
     folder = user_path(where)
     if folder.is_dir():
-        return read_result(folder)
+        result = read_result(folder)
+        receipt = Receipt.read(folder)
+        files, others = files_of(folder, receipt)
+        return _Found(result.selected, result.scored, result.report, receipt, files, others, pushed=False)
     if folder.exists():
         raise ValueError(f"{str(where)!r} is a file; pass the folder that `car-datasets curate` wrote, or a Hub id.")
     repo_id = str(where)
@@ -160,35 +192,59 @@ def _open(
             f"{where} has no {RECEIPT_FILE}. Push a folder that `car-datasets curate` wrote: `car-datasets push` adds "
             "one."
         )
-    with asking(repr(repo_id), "dataset", seen.sha):
-        names = [name for name in (RECEIPT_FILE, REPORT_FILE) if name in seen.files]
-        texts = {name: hub.read_dataset_file(repo_id, name, seen.sha, token, READING_WAITS) for name in names}
+
+    def read(names: Iterable[str]) -> dict[str, bytes]:
+        with asking(repr(repo_id), "dataset", seen.sha):
+            return {
+                n: hub.read_dataset_file(repo_id, n, seen.sha, token, READING_WAITS) for n in names if n in seen.files
+            }
+
+    texts = read((RECEIPT_FILE, REPORT_FILE))
     receipt = Receipt.from_json(texts[RECEIPT_FILE], f"{where}/{RECEIPT_FILE}")
     report = read_report(texts[REPORT_FILE], f"{where}/{REPORT_FILE}") if REPORT_FILE in texts else None
     has_pool = any(name.startswith(data_prefix(config_name, SCORED)) for name in seen.files)
     # Both splits and the receipt must be of one commit; a branch may move between two requests.
     selected = load_split(repo_id, config_name, split, seen.sha, token)
     scored = load_split(repo_id, config_name, SCORED, seen.sha, token) if has_pool else None
-    return Result(selected, scored, report, receipt)
+    # The card has the name of the folder's README. Of other names nothing is fetched, whatever a receipt says.
+    texts |= read(name for name in RESULT_FILES if name in receipt.files and name not in (*texts, README_FILE))
+    files = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items() if name in receipt.files}
+    read_here = tuple(data_prefix(config_name, name) for name in (split, SCORED))
+    others = [n for n in seen.files if n not in (*files, RECEIPT_FILE) and not n.startswith((".", *read_here))]
+    return _Found(selected, scored, report, receipt, files, others, pushed=True)
 
 
 @dataclass(frozen=True)
 class _Checks:
-    """The checks, in order. Each returns a sentence about what it compared, or raises a [`Difference`]."""
+    """The checks, in order. Those of `run` return a sentence about what they compared, or raise a [`Difference`]."""
 
-    found: Result
+    found: _Found
     receipt: Receipt
     recipe: Recipe
     token: str | None
+    passed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
 
-    def run(
-        self,
-        source: str | os.PathLike[str] | Sequence[str | Path] | None,
-        rescore: int,
-        seed: int,
-        models: dict[str, str | None],
-    ) -> Iterator[str]:
+    def digests(self) -> None:
+        """Compare the receipt, the files and the columns with the digests in the receipt, and note every difference."""
+        receipt, found = self.receipt, self.found
+        if receipt.format == 1:
+            self.skipped.append(OLD)
+            return
+        if receipt.digest() != receipt.sha256:
+            self.differences.append(f"{RECEIPT_FILE} does not have its own sha256: it was changed after it was written")
+        compared = [compare_files(receipt, found.files, found.others, found.pushed)]
+        for name, table in {"selected": found.selected, SCORED: found.scored}.items():
+            if table is not None:
+                compared.append(compare_columns(receipt, name, table, found.pushed, found.scored is not None))
+        self.differences.extend(words for each in compared for words in each.differences)
+        self.skipped.extend(words for each in compared for words in each.skipped)
+        if not self.differences:
+            counts = f"{compared[0].number} files and {sum(each.number for each in compared[1:])} columns"
+            self.passed.append(f"the receipt, {counts} have the receipt's sha256 (which is no signature)")
+
+    def run(self, source: str | os.PathLike[str] | Sequence[str | Path] | None, rescoring: Rescoring) -> Iterator[str]:
         """Yield the sentence of one check after the other."""
         receipt, selected, scored = self.receipt, self.found.selected, self.found.scored
         yield self._indices()
@@ -200,12 +256,24 @@ class _Checks:
                 yield self._same_rows(rows, table, name)
         if scored is not None:
             yield self._choice(scored)
-        if rescore:
-            table = selected if scored is None else scored
-            yield score_again(table, receipt, self.recipe, rescore, seed, models, self.token)
+        if rescoring.count:
+            yield from rescoring.run(selected if scored is None else scored, self.skipped)
+        else:
+            self.skipped.append(
+                f"the models: scores, token counts and embeddings, the scorer {receipt.scorer['model_id']!r} (weights, "
+                f"revision, template, dtype) and the embedder {receipt.embedder['model_id']!r}; `verify --rescore N` "
+                "checks them on N rows"
+            )
+        self.skipped.append(
+            "whether the clusters and distances follow from the embeddings, the versions, and settings that leave no "
+            "trace in the rows (such as n_init and batch_tokens): only the receipt tells them"
+        )
         if scored is not None:  # last, because unlike the others these cannot name the row that differs
-            yield self._counts(scored)
+            report = self._report(scored)
+            yield self._counts(report)
             yield self._digest(scored)
+            if self.found.report is not None:
+                yield self._figures(report)
 
     def _indices(self) -> str:
         receipt, selected = self.receipt, self.found.selected
@@ -224,6 +292,12 @@ class _Checks:
         pairs = {"scorer.revision": (receipt.scorer["revision"], recipe.scorer_revision)}
         if recipe.embedder is not None:
             pairs["embedder.revision"] = (receipt.embedder["revision"], recipe.embedder_revision)
+        if receipt.format > 1:
+            pairs["scorer.model_id"] = (receipt.scorer["model_id"], recipe.scorer)
+            if recipe.embedder is not None:
+                pairs["embedder.model_id"] = (receipt.embedder["model_id"], recipe.embedder)
+            if recipe.template is not None:
+                pairs["template"] = (receipt.template, recipe.template)
         for name, (seen, wanted) in pairs.items():
             if seen != wanted:
                 raise Difference(f"the receipt's {name} is {seen!r}; its recipe says {wanted!r}")
@@ -241,7 +315,9 @@ class _Checks:
             if known["kind"] != "hub":
                 what = f"a {known['kind']} {known['name']!r}" if "name" in known else _WHAT[known["kind"]]
                 raise ValueError(f"The source was {what}; say where it is: source=... (--source FILE).")
-            return self._numbered(open_rows(known["id"], reading._replace(revision=known.get("revision"))).dataset)
+            opened, origin = open_rows(known["id"], reading._replace(revision=known.get("revision")))
+            self._same_files(describe_source(origin, opened, self.recipe), source)
+            return self._numbered(opened)
         if isinstance(source, (str, os.PathLike)):
             place = os.fspath(source)
             if not (user_path(place).exists() or is_address(place) or (self.recipe.glob and glob.has_magic(place))):
@@ -254,7 +330,23 @@ class _Checks:
         seen = describe_source(Origin("memory") if of_memory else origin, opened, self.recipe)
         if known["kind"] != "hub" and seen["sha256"] != known["sha256"]:
             raise Difference(f"the source has the sha256 {seen['sha256']}; the receipt says {known['sha256']}")
+        if known["kind"] == "hub":
+            self.skipped.append(f"that {source} is the dataset {known['id']!r}: only its rows are compared")
+        elif known["kind"] == seen["kind"]:
+            self._same_files(seen, source)
         return self._numbered(opened)
+
+    def _same_files(self, seen: Mapping[str, Any], source: object) -> None:
+        """Compare what the receipt says about single files of a source whose digest, or commit, is the receipt's."""
+        known = self.receipt.source
+        # The names of several files are relative to the folder that all are in, which may be another one here.
+        named = known["kind"] in ("hub", "folder")
+        pairs = [[(f["sha256"], f["name"] if named else "") for f in each.get("files", ())] for each in (seen, known)]
+        if "files" in known and "files" in seen and pairs[0] != pairs[1]:
+            raise Difference(f"the source has the files {seen['files']}; the receipt says {known['files']}")
+        if seen.get("name") != known.get("name"):
+            told = f"the receipt says {known.get('name')!r}, and the rows are in {str(source)!r}, with the same sha256"
+            self.skipped.append(f"the source's name: {told}")
 
     def _numbered(self, opened: Dataset) -> Dataset:
         """Return the source with the numbers that its rows have in the split, if it is a slice."""
@@ -273,6 +365,9 @@ class _Checks:
             places = _places(source, table) if by_content else positions_in_pool(source, table, index)
             if len(twice := np.flatnonzero(np.bincount(places) > 1)):
                 raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
+            for column, names in _labels(source).items():
+                if _labels(table).get(column, names) != names:
+                    raise Difference(f"{name} names the labels of {column!r} otherwise than the source, {names}")
             # Cast, because Parquet and JSON may give other types for equal values.
             same = table.select_columns(source.column_names).cast(source.features)
         except ValueError as error:  # Arrow's errors derive from it
@@ -298,15 +393,31 @@ class _Checks:
         parts = [each.select_columns(shared) for each in (expected, selected)]
         if difference := first_difference(*parts):
             raise Difference(f"selected is not what scores and clusters give: {difference}")
+        self._reasons(scored)
         return f"scores and clusters of {len(scored)} rows give the same {len(selected)}, for the same reasons"
 
-    def _counts(self, scored: Dataset) -> str:
-        receipt, recipe = self.receipt, self.recipe
+    def _reasons(self, scored: Dataset) -> None:
+        """Compare the columns that a pushed pool has of the selection, which are null for rows that were not selected."""
+        positions = positions_in_pool(scored, self.found.selected, self.recipe.index_column).tolist()
+        for column in [name for name in SELECTION_COLUMNS if name in scored.column_names]:
+            wanted = dict(zip(positions, self.found.selected[column][:], strict=True))
+            for row, seen in enumerate(scored[column][:]):
+                if seen != wanted.get(row):
+                    raise Difference(f"{SCORED}, row {row}, column {column!r}: {seen!r}, expected {wanted.get(row)!r}")
+
+    def _report(self, scored: Dataset) -> SelectionReport:
+        names, seed = self.recipe.names, self.recipe.seed
         try:
-            report = SelectionReport.from_selection(scored, self.found.selected, names=recipe.names, seed=recipe.seed)
-            k = number_of_clusters(recipe.k, report.rows_scored)
+            schema = find_schema(scored.column_names, self.recipe.schema, self.recipe.columns)
+            report = SelectionReport.from_selection(scored, self.found.selected, names=names, seed=seed, schema=schema)
+            number_of_clusters(self.recipe.k, report.rows_scored)
+            return report
         except ValueError as error:
             raise Difference(f"nothing can be counted: {error}") from error
+
+    def _counts(self, report: SelectionReport) -> str:
+        receipt, recipe = self.receipt, self.recipe
+        k = number_of_clusters(recipe.k, report.rows_scored)
         for name, count in counts_of(report).items():
             if count != receipt.counts[name]:
                 raise Difference(f"counts.{name} is {count!r}; the receipt says {receipt.counts[name]!r}")
@@ -318,7 +429,13 @@ class _Checks:
             self.skipped.append(f"the seed: there is no {REPORT_FILE}")
         elif self.found.report.seed != recipe.seed:
             raise Difference(f"{REPORT_FILE} has the seed {self.found.report.seed}; the recipe says {recipe.seed}")
-        return f"the receipt's counts are those of {len(scored)} rows"
+        return f"the receipt's counts are those of {report.rows_in} rows"
+
+    def _figures(self, report: SelectionReport) -> str:
+        seen, has_languages = self.found.report, bool(self.recipe.names.language)
+        if seen is not None and (words := first_other_figure(report, seen, has_languages)):
+            raise Difference(f"{REPORT_FILE} has {words}")
+        return f"the figures of {REPORT_FILE} are those of the rows"
 
     def _digest(self, scored: Dataset) -> str:
         if pool_digest(scored, self.recipe.names) != self.receipt.scored_sha256:
@@ -327,6 +444,14 @@ class _Checks:
 
 
 _WHAT = {"memory": "a dataset in memory", "files": "several files"}
+
+
+def _labels(dataset: Dataset) -> dict[str, list[list[str]]]:
+    """Return the names of the labels, at any depth, of each column that has any; equal numbers mean equal labels then."""
+    found: dict[str, list[list[str]]] = defaultdict(list)
+    for column, feature in dataset.features.items():
+        any_feature(feature, lambda f, seen=found[column]: isinstance(f, ClassLabel) and seen.append(f.names))  # type: ignore[misc]
+    return {column: names for column, names in found.items() if names}
 
 
 def _places(source: Dataset, table: Dataset) -> list[int]:
@@ -348,107 +473,6 @@ def _places(source: Dataset, table: Dataset) -> list[int]:
     return places
 
 
-class Difference(Exception):
-    """A check of `verify` that failed; the message says what was found and what the receipt says."""
-
-
-def score_again(
-    table: Dataset,
-    receipt: Receipt,
-    recipe: Recipe,
-    count: int,
-    seed: int = 0,
-    models: dict[str, str | None] | None = None,
-    token: str | None = None,
-) -> str:
-    """Score rows of a table again and compare the results with the scores in the table.
-
-    Args:
-        table (`Dataset`): the selection or its pool.
-        receipt ([`Receipt`]), recipe ([`Recipe`]): those of the selection.
-        count (`int`): number of rows to draw; rows without a score are drawn as well.
-        seed (`int`): seed of the draw.
-        models (`dict`, *optional*): folders of `scorer`, `engine` and `tokenizer`, for models that were folders.
-        token (`str`, *optional*): for private models; never stored.
-
-    Returns:
-        `str`: a sentence about what was compared, and how closely.
-
-    Raises:
-        Difference: a score differs, is missing or is there for a row that has none, or the scorer is not the receipt's.
-        ValueError: a model cannot be loaded.
-    """
-    scorer = _scorer(receipt, recipe, count, models or {}, token)
-    _compare_models(receipt, recipe, scorer)
-    column = recipe.score_column
-    # Sorted, so that the rows are read from disk in order.
-    drawn = np.sort(np.random.default_rng(seed).choice(len(table), min(count, len(table)), replace=False))
-    rows = table.select(drawn.tolist())
-    batch = rows.remove_columns([name for name in scorer.output_columns if name in rows.column_names])[:]
-    # One per row.
-    tolerances = np.full(len(drawn), TOLERANCES[recipe.dtype])
-    if recipe.turns == "sum":  # the score of every exchange may move that far
-        schema = find_schema(batch, scorer.schema, scorer.columns)
-        tolerances *= np.maximum(1, Rows.from_batch(batch, schema, str(scorer.template), "mark").counts)
-    pairs = zip(read_numbers(rows, column, np.nan), scorer(batch)[column], tolerances, strict=True)
-    for row, (score, again, tolerance) in enumerate(pairs):
-        new = np.nan if again is None else float(again)
-        # NaN is the lack of a score; a comparison with NaN is False, so it is tested apart.
-        if np.isnan(score) != np.isnan(new) or abs(new - score) > tolerance:
-            at = rows[row][recipe.index_column]
-            raise Difference(f"source row {at} has {_shown(score)}; scored again, {_shown(new)}")
-    words = f"{len(drawn)} rows, scored again, have their scores within {TOLERANCES[recipe.dtype]:g}"
-    words += " for each exchange" if recipe.turns == "sum" else ""
-    return words if recipe.dtype == "float32" else f"{words} ({recipe.dtype})"
-
-
-def _shown(score: float) -> str:
-    return "no score" if np.isnan(score) else f"the score {score:.6f}"
-
-
-def _scorer(
-    receipt: Receipt, recipe: Recipe, count: int, models: dict[str, str | None], token: str | None
-) -> QualityScorer:
-    missing = [name for name in models if models[name] is None and _was_folder(name, receipt, recipe)]
-    if missing:
-        options = ", ".join(f"{name}=... (--{name})" for name in missing)
-        raise ValueError(
-            f"rescore={count}: these were folders, whose paths are not in the receipt. Pass them: {options}."
-        )
-    given = {name: value or getattr(recipe, name) for name, value in models.items()}
-    # With "mark", a row that cannot be scored any more is reported as a difference instead of ending the run.
-    settings = recipe.changed(**given, scorer_revision=recipe.scorer_revision, on_invalid="mark")
-    scorer = scorer_of(settings, token, embed=False)
-    if (scorer.engine_revision or "") != receipt.scorer.get("engine_revision", ""):
-        raise ValueError(
-            f"engine={scorer.engine!r} is not the int8 encoder of the receipt. Pass the folder that was used."
-        )
-    return scorer
-
-
-def _was_folder(name: str, receipt: Receipt, recipe: Recipe) -> bool:
-    if name == "scorer":
-        return recipe.scorer != revisions.DEFAULT_SCORER and str(recipe.scorer_revision).startswith("sha256:")
-    if name == "tokenizer":
-        # A commit SHA is of a model on the Hub, anything else is the digest of a folder.
-        pin = receipt.scorer.get("tokenizer_revision", "")
-        return recipe.tokenizer is not None and not re.fullmatch("[0-9a-f]{40}", pin)
-    return recipe.engine is not None
-
-
-def _compare_models(receipt: Receipt, recipe: Recipe, scorer: QualityScorer) -> None:
-    """Compare the models with the receipt, except for their names, because a folder may have been renamed."""
-    if str(scorer.template) != receipt.template:
-        raise Difference(f"the scorer's template is {str(scorer.template)!r}; the receipt says {receipt.template!r}")
-    pairs = {"scorer": (scorer_record(scorer), receipt.scorer)}
-    if recipe.embedder is None and scorer.shares_encoder:
-        pairs["embedder"] = (embedder_record(recipe, scorer), receipt.embedder)
-    for model, (seen, known) in pairs.items():
-        for name in sorted({*seen, *known} - {"model_id"}):
-            if seen.get(name) != known.get(name):
-                raise Difference(f"the {model}'s {name} is {seen.get(name)!r}; the receipt says {known.get(name)!r}")
-
-
 def compare_pushed(
     repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = CONFIG_NAME, token: str | None = None
 ) -> None:
@@ -464,36 +488,12 @@ def compare_pushed(
         ValueError: they differ; the message names the first row and column.
         ConnectionError: they could not be read back, which says nothing about their content.
     """
-    with tempfile.TemporaryDirectory(prefix="car-datasets-check-") as place:
+    with private_folder("check") as place:
         for name, table in tables.items():
             try:
                 # An empty cache, because a cached copy would be compared with itself.
-                seen = load_split(repo_id, config_name, name, sha, token, place)
+                seen = load_split(repo_id, config_name, name, sha, token, str(place))
             except (ConnectionError, ValueError) as error:
                 raise ConnectionError(f"it could not be read back ({error})") from error
             if difference := first_difference(table, seen):
                 raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")
-
-
-def first_difference(expected: Dataset, seen: Dataset) -> str | None:
-    """Return the first difference between two datasets in words, `None` if they are equal; NaN equals NaN."""
-    if expected.features != seen.features:
-        return f"the columns are {seen.features}, expected {expected.features}"
-    if len(expected) != len(seen):
-        return f"it has {len(seen)} rows, expected {len(expected)}"
-    pair = [each.with_format("arrow").iter(BLOCK) for each in (expected, seen)]
-    for number, (one, other) in enumerate(zip(*pair, strict=True)):
-        # Arrow compares a block at once; only a block that differs is read row by row.
-        if one.equals(other):
-            continue
-        for row, (wanted, found) in enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True), BLOCK * number):
-            for column in wanted:
-                # NaN != NaN, but their representations are equal.
-                if repr(wanted[column]) != repr(found[column]):
-                    return f"row {row}, column {column!r}: {_short(found[column])}, expected {_short(wanted[column])}"
-    return None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -28,6 +28,8 @@ from car_datasets.utils.columns import is_text
 from car_datasets.utils.files import ASSETS
 
 PAGE_FILE = "report.html"
+# Where a proof, which is made after the page, has its section; the template has the pair without anything between.
+PROOF_BEGIN, PROOF_END = "<!-- proof: begin -->", "<!-- proof: end -->"
 
 # The page is a single file, so these limits bound its size whatever the size of the pool.
 PAGE_ROWS = 4_000  # rows on the page's map and in its search
@@ -93,6 +95,20 @@ def page_environment() -> Environment:
     options = {"sort_keys": False, "allow_nan": False, "separators": (",", ":"), "default": str}
     environment.policies["json.dumps_kwargs"] = options
     return environment
+
+
+def with_proof(page: str, section: str) -> str:
+    """Return a page with the section of a proof, which replaces an earlier one.
+
+    Args:
+        page (`str`): what [`render_page`] returned, perhaps by an earlier version.
+        section (`str`): HTML; everything in it must be escaped.
+    """
+    begin, end = page.find(PROOF_BEGIN), page.find(PROOF_END)
+    if begin < 0 or end < begin:  # a page of an earlier version
+        begin = page.rfind("</main>")
+        return f"{page[:begin]}{PROOF_BEGIN}\n{section}\n{PROOF_END}\n{page[begin:]}"
+    return f"{page[:begin]}{PROOF_BEGIN}\n{section}\n{page[end:]}"
 
 
 def _sampled(overview: Overview, rows: int, has_map: bool) -> str:

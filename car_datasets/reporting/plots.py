@@ -83,21 +83,26 @@ def draw(overview: Overview, pool_map: PoolMap | None) -> dict[str, bytes]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    refuse_no_matplotlib()
-    import matplotlib
-
     files = {}
-    settings: Any = {**matplotlib.rcParamsDefault, **STYLE}  # not the user's, so that figures look alike everywhere
-    with matplotlib.rc_context(settings):
+    with styled():
         for name, plot in PLOTS.items():
             if not plot.needs_map:
-                files[plot_file(name)] = _png(plot.draw(overview))
+                files[plot_file(name)] = as_png(plot.draw(overview))
             elif pool_map is not None:
-                files[plot_file(name)] = _png(plot.draw(overview, pool_map))
+                files[plot_file(name)] = as_png(plot.draw(overview, pool_map))
     return files
 
 
-def _png(figure: Figure) -> bytes:
+def styled() -> Any:
+    """Return a context in which matplotlib draws in the style of all figures, whatever the user's settings are."""
+    refuse_no_matplotlib()
+    import matplotlib
+
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
+
+
+def as_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file; equal figures give equal bytes."""
     content = io.BytesIO()
     # Without the version of matplotlib, which would make equal figures differ.
     figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})

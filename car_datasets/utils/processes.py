@@ -1,7 +1,7 @@
 """Several processes: the ranks of `accelerate launch` or `torchrun`, their devices, and what they compute together.
 
 Does: tell the rank and the device of a process; divide rows among processes; sum and gather results over gloo; raise an
-error of one process on all of them.
+error of one process on all of them; tell whether a process still runs; let a signal or the end of a parent end one.
 Does not: start processes, or hand out shards of rows.
 
 torch is imported where it is needed, since the command line reads its rank from this module before it prints help.
@@ -15,8 +15,13 @@ import contextvars
 import datetime
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -37,12 +42,106 @@ _LOCAL_COUNTS = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_S
 # Time that processes wait for the main one, which may compute for days; if it dies, the launcher ends the others.
 PATIENCE = datetime.timedelta(days=7)
 
+_PARENTS = ("multiprocessing.process", "multiprocess.process")
+
 _alone = contextvars.ContextVar("alone", default=False)  # set inside `alone()`
 _IMPORTED_IN = os.getpid()  # another number now means that this process was forked
 
 # A fork copies memory but not threads: OpenMP in the child would wait forever for the threads of its parent.
 _forks = {"torch ran": False, "after torch ran": False}
 os.register_at_fork(after_in_child=lambda: _forks.update({"after torch ran": _forks["torch ran"]}))
+
+
+def this_process() -> dict[str, Any]:
+    """Return what tells this process from all others: its `host`, `pid` and time of `started`, all plain values."""
+    import psutil
+
+    process = psutil.Process()
+    return {"host": _host(), "pid": process.pid, "started": process.create_time()}
+
+
+def has_ended(owner: Mapping[str, Any]) -> bool:
+    """Return True if a process ran on this machine and has ended; False if it runs, or if that cannot be told.
+
+    Args:
+        owner (`Mapping`): what [`this_process`] returned in that process; it may be damaged.
+    """
+    import psutil
+
+    pid, started = owner.get("pid", -1), owner.get("started", -1)
+    known = type(pid) is int and 0 <= pid < 2**31 and type(started) in (int, float) and 0 <= started < 2**40
+    if not known or owner.get("host") != _host():
+        return False
+    try:
+        process = psutil.Process(pid)
+        # A zombie has ended, and waits for its parent to notice. The start time tells a process from a later one of the
+        # same id, within some seconds, as psutil derives it from the time of the boot, which shifts when the system's
+        # clock is set.
+        return bool(process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - started) >= 2)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _host() -> str:
+    """Return a name for this machine since its boot, and its container: within it a process id means one process."""
+    names = [platform.node()]
+    with contextlib.suppress(OSError):  # Linux only
+        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(names)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, raised where Ctrl-C would raise KeyboardInterrupt.
+
+    Args:
+        number (`int`): the number of the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        """Keep the number, which gives the exit code."""
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end this block as Ctrl-C does; a second signal of any kind ends the process at once."""
+    # Not under a launcher, whose SIGTERM must end a process that waits for others without ever returning to Python.
+    if launched_rank()[1] > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        # While the first signal is handled, a second one would be a traceback in the middle of that.
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # One that is ignored stays so: SIGHUP under nohup, SIGINT in the background of a script.
+    before = {each: found for each in numbers if (found := signal.getsignal(each)) not in (signal.SIG_IGN, None)}
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """Return the exit code of a process that a signal has ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + int(stop.number if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+def end_with_parent() -> None:
+    """Let the system end this process when the one that started it has ended, even by SIGKILL; on Linux only."""
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        with contextlib.suppress(OSError, AttributeError):  # without a C library that has it
+            ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
 
 
 def launched_rank() -> tuple[int, int]:
@@ -89,12 +188,16 @@ def start_processes() -> None:
     """Join the other processes of a launcher through torch.distributed; do nothing without one, or if done before.
 
     The first call waits for all processes, so call it early, where all arrive at about the same time.
+
+    Raises:
+        ValueError: several of the processes would share a GPU, which NCCL cannot do.
     """
     if _alone.get():
         return
     import torch
 
     if _is_launched() and not _has_joined():
+        _refuse_shared_gpus()
         _accelerate_state()
         if not _has_joined():
             # A plain Accelerator() on a machine without a GPU has told accelerate that there is one process; and on
@@ -104,6 +207,27 @@ def start_processes() -> None:
     if _has_joined():
         atexit.unregister(_leave_gloo)  # so that it is registered once
         atexit.register(_leave_gloo)
+
+
+def _refuse_shared_gpus() -> None:
+    """Raise ValueError if accelerate would start NCCL with more processes on this machine than GPUs."""
+    import torch
+
+    # accelerate takes NCCL only if the launcher set this, and gloo if it was told to stay on the CPU.
+    if "LOCAL_RANK" not in os.environ or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return
+    rank, count = local_rank()
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # A single GPU in this variable may be another one in each process: a wrapper can hide all others from each.
+    hidden = cards == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if 0 < cards < count and not hidden:
+        seen = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(cards))
+        raise ValueError(
+            f"The launcher started {count} processes on this machine, ranks 0 to {count - 1} (this is {rank}), which are more "
+            f"than its GPUs: {seen}. NCCL needs one GPU per process: pass --nproc_per_node {cards} to torchrun, or "
+            f"--num_processes {cards} to accelerate launch. Processes can share a GPU without a launcher: start the same "
+            "command several times with one --shards DIR."
+        )
 
 
 def _is_launched() -> bool:
@@ -301,6 +425,10 @@ def device_for(rank: int | None = None) -> torch.device:
     import torch
 
     note_that_torch_runs()
+    # A worker of `.map`, which would compute its part to the end for a parent that was killed. `datasets` has a copy of
+    # multiprocessing of its own.
+    if any(getattr(sys.modules.get(name), "_parent_process", None) for name in _PARENTS):
+        end_with_parent()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         return torch.device("cpu")

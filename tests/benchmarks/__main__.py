@@ -40,11 +40,16 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(f"Benchmarks {sorted(unknown)} do not exist; choose from {known}.")
     sections = {} if options.only is None else {"only": options.only}
     modules = {name: importlib.import_module(f"tests.benchmarks.{name}") for name in options.names or known}
-    found = [(name, line) for name, module in modules.items() for line in module.measure(**sections)]
+    found = []
+    for name, module in modules.items():
+        for line in module.measure(**sections):
+            found.append((name, line))
+            # At once, so that a run that is cut off leaves what it has measured.
+            print(f"{name}: {line.what}: {line.ours:.4g} {line.unit}", file=sys.stderr, flush=True)
+            if options.json is not None:
+                lines = [{"benchmark": name, **line._asdict()} for name, line in found]
+                options.json.write_text(json.dumps({**machine(), "lines": lines}, indent=2) + "\n", encoding="utf-8")
     show(found)
-    if options.json is not None:
-        lines = [{"benchmark": name, **line._asdict()} for name, line in found]
-        options.json.write_text(json.dumps({**machine(), "lines": lines}, indent=2) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

@@ -19,7 +19,8 @@ from datasets import Dataset, disable_progress_bars
 from datasets.table import InMemoryTable
 
 from car_datasets import ClusterModel, SelectionReport, select_car
-from car_datasets.results import write_result
+from car_datasets.receipt import Receipt
+from car_datasets.results import Extra, write_result
 from car_datasets.utils.column_names import ColumnNames
 from tests.benchmarks.memory import resident, watching
 from tests.benchmarks.synthetic import embeddings
@@ -73,7 +74,8 @@ def road(folder: Path) -> dict[str, float]:
         plain = pool.remove_columns("embedding")
         found["select"], chosen = best_of(1, lambda: select_car(plain, N1, N2))
         found["report"], report = best_of(1, lambda: SelectionReport.from_selection(plain, chosen))
-        found["write"], _ = best_of(1, lambda: write_result(output, chosen, pool, report, {}, ColumnNames()))
+        extra = Extra(Receipt({}, "", "", {}, {}, {}, {}, "", {}), {}, {})
+        found["write"], _ = best_of(1, lambda: write_result(output, chosen, pool, report, extra, ColumnNames()))
     disk = sum(path.stat().st_size for path in output.iterdir()) / 2**30
     return {**found, "peak": highest["peak"], "anonymous": highest["anonymous"] - before, "disk": disk}
 

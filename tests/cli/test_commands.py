@@ -763,11 +763,12 @@ def test_statuses_columns_and_paths_of_others_are_printed_as_text(tmp_path: Path
     assert_plain(run("cluster", tmp_path / f"{NASTY}.csv", "-o", tmp_path / "o.parquet"), 2)
 
 
-@pytest.mark.parametrize("words", ["checked", "skipped", "difference"])
+@pytest.mark.parametrize("words", ["checked", "skipped", "differences"])
 def test_what_verify_found_in_files_of_others_is_one_line_each(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     nasty = f"row {NASTY}\nmatch"
-    value: Any = nasty if words == "difference" else (nasty,)
-    found = SimpleNamespace(**{"checked": (), "skipped": (), "difference": "other", "matches": False, words: value})
+    found = SimpleNamespace(
+        **{"checked": (), "skipped": (), "differences": ("other",), "matches": False, words: (nasty,)}
+    )
     monkeypatch.setattr("car_datasets.publishing.verification.verify", lambda *_, **__: found)
     result = run("verify", "out")
     assert_plain(result, 1)

@@ -233,7 +233,8 @@ assert data.map(model, batched=True, num_proc=2)["cluster"][:] == model.label(da
 
 @pytest.mark.slow
 def test_map_in_forked_processes_does_not_wait_for_threads_that_a_fork_lost(tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    # On the CPU, since a fork of a process that has used a GPU cannot use it.
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", FORKED], env=environment, timeout=120, check=True)
 
 

@@ -17,6 +17,7 @@ from car_datasets.loading.chats import EMPTY_RESPONSE, NOT_A_STRING, NULL, OK, R
 from car_datasets.loading.schemas import (
     SCHEMAS,
     Schema,
+    conversations_of,
     exchanges_of,
     find_schema,
     format_batch,
@@ -478,3 +479,28 @@ def test_any_answer_is_split_and_any_call_is_written(parts: list[tuple[str, int]
 def test_arguments_that_are_nested_deeply_stay_text(levels: int) -> None:
     text = "[" * levels + "]" * levels
     assert render_call({"name": "f", "arguments": text}, text) == f'{{"name":"f","arguments":"{text}"}}'
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"instruction": "Sum it.", "input": "1, 2", "output": "3", "system": "Be brief."},
+            [("system", "Be brief."), ("user", "Sum it.\n\n1, 2"), ("assistant", "3")],
+        ),
+        ({"instruction": "Sum it.", "input": None, "output": "3"}, [("user", "Sum it."), ("assistant", "3")]),
+        ({"instruction": None, "input": "", "output": "3"}, "null"),
+        (
+            {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]},
+            [("user", "Hi"), ("assistant", "Ho")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "system": "Go."},
+            [("system", "Go."), ("user", "Hi"), ("assistant", "Ho")],
+        ),
+        ({"messages": [{"role": "narrator", "content": "Hi"}]}, "unknown_role: narrator"),
+    ],
+)
+def test_a_row_is_read_as_the_turns_of_a_conversation(row: dict[str, Any], said: Any) -> None:
+    [found] = conversations_of({key: [value] for key, value in row.items()}, find_schema(row))
+    assert (found if isinstance(found, str) else [(turn.kind, turn.text) for turn in found]) == said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from car_datasets import load_instructions
-from car_datasets.loading import schemas, sources
+from car_datasets.loading import files, reading, schemas, sources
 from car_datasets.loading.sources import check_rows, open_dataset
 
 COLUMNS = ("instruction", "input", "output", "id")
@@ -482,3 +483,59 @@ def test_a_line_with_too_few_fields_is_refused(tmp_path: Path) -> None:
 def test_endings_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "ROWS.JSON").write_text('[{"instruction": "a", "output": "b"}]')
     assert load_instructions(tmp_path / "ROWS.JSON")["output"][:] == ["b"]
+
+
+# --- other bytes under the same name
+
+
+def write_colour(path: Path, colour: str) -> None:
+    """Write one row, in the format of the file's name, at a time long ago."""
+    rows = Dataset.from_dict({"instruction": ["Name a colour."], "output": [colour]})
+    state = (path / "state.json").read_bytes() if path.is_dir() else None
+    if path.suffix == ".parquet":
+        rows.to_parquet(path)
+    elif path.suffix == ".csv":
+        rows.to_csv(path)
+    elif path.suffix:
+        rows.to_json(path)
+    else:
+        rows.save_to_disk(path)
+        (path / "state.json").write_bytes(state or (path / "state.json").read_bytes())
+    for each in (path, *path.glob("*")):
+        os.utime(each, ns=(10**18, 10**18))
+
+
+def shout(row: dict[str, Any]) -> dict[str, Any]:
+    return {"output": row["output"].upper()}
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet", "saved"])
+def test_other_rows_at_the_same_path_and_time_are_read_and_mapped_anew(name: str, tmp_path: Path) -> None:
+    for colour in ("red", "tan"):
+        write_colour(tmp_path / name, colour)
+        rows = open_dataset(tmp_path / name)
+        assert rows["output"][:] == [colour]
+        assert rows.map(shout)["output"][:] == [colour.upper()]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_rows_of_a_file_that_changes_while_it_is_read_are_not_kept(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name  # of colours that no other test has put into the cache
+    write_colour(path, "olive")
+
+    def after_a_change(ordinary: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(*arguments: Any, **options: Any) -> Any:
+            write_colour(path, "azure")
+            return ordinary(*arguments, **options)
+
+        return changed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "_write", after_a_change(reading._write))
+        patch.setattr(files.Parquet, "download_and_prepare", after_a_change(files.Parquet.download_and_prepare))
+        with pytest.raises(ValueError, match="was changed while it was read"):
+            open_dataset(path)
+    write_colour(path, "olive")
+    assert open_dataset(path)["output"][:] == ["olive"]

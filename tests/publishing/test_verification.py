@@ -1,21 +1,25 @@
-"""verification.py: a selection that is what its receipt says, every way in which one is not, and how close scores are."""
+"""verification.py: a selection that is what its receipt says, and every way in which one is not."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from typer.testing import CliRunner
 
-from car_datasets import Recipe, curate, verify
+from car_datasets import curate, verify
 from car_datasets.cli import app
-from car_datasets.publishing.verification import TOLERANCES, Difference, score_again
-from car_datasets.receipt import Receipt
+from car_datasets.receipt import DIGESTS, Receipt
+from car_datasets.utils.digests import column_digests, file_digest
 from tests.hub_server import Hub
 from tests.test_recipe import as_chats, short_rows
 
@@ -29,12 +33,17 @@ def run(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFact
     return folder / "rows.jsonl", folder / "out"
 
 
-def test_a_true_selection_matches(run: tuple[Path, Path], tiny_iqs: str) -> None:
+def test_a_true_selection_matches(run: tuple[Path, Path], tiny_iqs: str, tiny_embedder: str) -> None:
     source, folder = run
-    found = verify(folder, source=source, rescore=100, scorer=tiny_iqs)
-    assert found.matches and found.skipped == ()
-    assert found.checked[-3] == "24 rows, scored again, have their scores within 1e-05"
-    assert len(found.checked) == 8
+    found = verify(folder, source=source, rescore=100, scorer=tiny_iqs, embedder=tiny_embedder)
+    assert found.matches
+    [skipped] = found.skipped
+    assert skipped.startswith("whether the clusters and distances follow from the embeddings, the versions, and")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert found.checked[0].startswith(f"the receipt, {len(files) - 1} files and 24 columns have the receipt's sha256")
+    assert found.checked[-5] == "24 rows, scored again, have their scores within 1e-05"
+    assert found.checked[-4] == "24 rows, embedded again, have their embeddings within 1e-05"
+    assert len(found.checked) == 11
 
 
 def change(folder: Path, name: str, **columns: Callable[[list[Any]], list[Any]]) -> None:
@@ -51,12 +60,17 @@ def swapped(values: list[Any]) -> list[Any]:
     return [values[1], values[0], *values[2:]]
 
 
-def in_receipt(**changes: Any) -> Callable[[Path], None]:
+def in_receipt(seal: bool = True, **changes: Any) -> Callable[[Path], None]:
+    """Change fields of the receipt, with a `sha256` of its own that fits them, unless it is not to be sealed."""
+
     def apply(folder: Path) -> None:
         content = json.loads((folder / "receipt.json").read_text())
         for path, value in changes.items():
             at, *keys = path.split("__")
             content[at] = {**content[at], keys[0]: value} if keys else value
+        body = {name: value for name, value in content.items() if name != "sha256"}
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        content |= {"sha256": hashlib.sha256(text.encode()).hexdigest()} if seal else {}
         (folder / "receipt.json").write_text(json.dumps(content))
 
     return apply
@@ -166,7 +180,234 @@ def test_more_clusters_asked_for_than_seen_is_said(run: tuple[Path, Path], tmp_p
     shutil.copytree(out, tmp_path / "out")
     in_receipt(recipe__k=5)(tmp_path / "out")
     found = verify(tmp_path / "out", source=source)
-    assert found.matches and "3 clusters of k=5" in found.skipped[0]
+    assert found.matches and any("3 clusters of k=5" in words for words in found.skipped)
+
+
+# --- edits that no count and no score tells
+
+
+def both(**columns: Callable[[list[Any]], list[Any]]) -> Callable[[Path], None]:
+    """Change the first row of the selection, in the pool as well."""
+
+    def apply(folder: Path) -> None:
+        change(folder, "selected", **columns)
+        selected = Dataset.from_parquet(str(folder / "selected.parquet"), keep_in_memory=True)
+        for name in columns:
+            at = selected["source_index"][0]
+            change(folder, "scored", **{name: lambda old, at=at, n=name: [*old[:at], selected[n][0], *old[at + 1 :]]})
+
+    return apply
+
+
+def in_json(name: str, **changes: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
+
+
+def replaced(name: str, content: bytes = b"[]") -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def forged(*edits: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Edit a result, and write digests into its receipt that fit."""
+
+    def apply(folder: Path) -> None:
+        for edit in edits:
+            edit(folder)
+        receipt = Receipt.read(folder)
+        tables = {name: pq.ParquetFile(folder / f"{name}.parquet").iter_batches() for name in receipt.columns}
+        sealed = receipt.sealed(
+            {name: file_digest(folder / name) for name in receipt.files},
+            {name: column_digests(table) for name, table in tables.items()},
+        )
+        (folder / "receipt.json").write_text(sealed.to_json())
+
+    return apply
+
+
+def far(vectors: list[Any]) -> list[Any]:
+    return [np.roll(vectors[0], 1).tolist(), *vectors[1:]]
+
+
+BY_HAND = [
+    {"scorer__weights": "sha256:0"},
+    {"scorer__model_id": "me/better"},
+    {"scorer__engine_revision": "sha256:0"},
+    {"template": "paper"},
+    {"embedder__model_id": "me/better"},
+    {"embedder__revision": "sha256:0"},
+    {"embedder__weights": "sha256:0"},
+    {"versions__torch": "1.0"},
+    {"recipe__dtype": "bfloat16"},
+    {"recipe__n_init": 99},
+    {"recipe__embedding_dtype": "float16"},
+    {"source__name": "other.jsonl"},
+    {"files__report.html": "0" * 64},
+    {"files": {}},
+    {"columns": {}},
+    {"sha256": "0" * 64},
+]
+EDITS = [
+    *((in_receipt(seal=False, **fields), "receipt.json does not have its own sha256") for fields in BY_HAND),
+    (in_json("report.json", rows_scored=99), "report.json does not have the receipt's sha256"),
+    (in_json("report.json", clusters_by_score=99), "report.json has clusters_by_score 99; the rows give"),
+    *(
+        (replaced(name), f"{name} does not have the receipt's sha256")
+        for name in ("selected.json", "report.html", "report.md", "plots/plot_map.png", "README.md")
+    ),
+    (replaced("plots/plot_none.png"), "plots/plot_none.png: not in the receipt"),
+    (replaced("clustering.json"), "clustering.json: not in the receipt"),
+    (lambda folder: (folder / "more").mkdir(), "more: not in the receipt"),
+    (lambda folder: ((folder / "report.md").unlink(), (folder / "report.md").mkdir()), "report.md does not have"),
+    (in_receipt(files={"../rows.jsonl": "0" * 64}), "files has '../rows.jsonl', which is no name of a file"),
+    (lambda folder: (folder / "report.html").unlink(), "report.html: no longer in the folder"),
+    *(
+        (edit, f"the column {column!r} of {table} does not have the receipt's sha256")
+        for table in ("selected", "scored")
+        for column, edit in (
+            ("iqs_tokens", rows_of(table, iqs_tokens=first(7))),
+            ("iqs_truncated", rows_of(table, iqs_truncated=first(True))),
+            ("iqs_status", rows_of(table, iqs_status=first("tool_call"))),
+            ("cluster_distance", rows_of(table, cluster_distance=first(0.25))),
+        )
+    ),
+    (rows_of("scored", embedding=far), "the column 'embedding' of scored does not have"),
+    (rows_of("scored", iqs_status=first("fine")), "scored.parquet does not have the receipt's sha256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit", "words"), EDITS)
+def test_an_edit_is_reported_by_name(
+    run: tuple[Path, Path], tmp_path: Path, edit: Callable[[Path], None], words: str
+) -> None:
+    source, out = run
+    shutil.copytree(out, tmp_path / "out")
+    edit(tmp_path / "out")
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--source", str(source)])
+    is_missing = "not in the receipt" in words or "no longer" in words  # nothing that is read differs
+    if "no name" in words:
+        assert done.exit_code == 2 and words in done.output
+        return
+    assert done.exit_code == (0 if is_missing else 1), done.output
+    start = "not checked: " if is_missing else "mismatch: "
+    assert [line for line in done.output.splitlines() if line.startswith(start) and words in line], done.output
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (in_receipt(scorer__model_id="me/better"), "the receipt's scorer.model_id is 'me/better'; its recipe says"),
+        (in_receipt(embedder__model_id="me/better"), "the receipt's embedder.model_id is 'me/better'; its recipe says"),
+        (in_json("report.json", clusters_by_score=99), "report.json has clusters_by_score 99; the rows give"),
+        (both(iqs_tokens=first(7)), "has iqs_tokens 7; scored again"),
+        (both(iqs_truncated=first(True)), "has iqs_truncated True; scored again, False"),
+        (rows_of("scored", embedding=far), "source row 0 has another embedding than the text gives again"),
+        (in_receipt(embedder__weights="sha256:0"), "the embedder's weights is"),
+        (in_receipt(scorer__weights="sha256:0"), "the scorer's weights is"),
+        (in_receipt(scorer__more="x"), "the scorer's more is None; the receipt says 'x'"),
+    ],
+)  # fmt: skip
+def test_a_forged_receipt_does_not_hide_what_models_and_rows_give(
+    run: tuple[Path, Path],
+    tiny_iqs: str,
+    tiny_embedder: str,
+    tmp_path: Path,
+    edit: Callable[[Path], None],
+    words: str,
+) -> None:
+    source, out = run
+    shutil.copytree(out, tmp_path / "out")
+    forged(edit)(tmp_path / "out")
+    found = verify(tmp_path / "out", source=source, rescore=24, scorer=tiny_iqs, embedder=tiny_embedder)
+    [difference] = found.differences
+    assert words in difference
+
+
+def test_labels_of_other_names_are_other_labels(tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
+    kinds = [i % 2 for i in range(24)]
+    rows = short_rows().add_column("kind", kinds, feature=ClassLabel(names=["good", "bad"]))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    models = {"scorer": tiny_iqs, "embedder": tiny_embedder}
+    curate(tmp_path / "rows.parquet", tmp_path / "out", **models, n1=5, k=3)
+    assert verify(tmp_path / "out", source=tmp_path / "rows.parquet").matches
+
+    def swap_labels(folder: Path) -> None:
+        for name in ("selected", "scored"):
+            table = Dataset.from_parquet(str(folder / f"{name}.parquet"), keep_in_memory=True)
+            table.cast_column("kind", ClassLabel(names=["bad", "good"])).to_parquet(folder / f"{name}.parquet")
+
+    forged(swap_labels)(tmp_path / "out")
+    found = verify(tmp_path / "out", source=tmp_path / "rows.parquet")
+    assert found.difference is not None and "names the labels of 'kind' otherwise than the source" in found.difference
+    assert found.skipped == ("what comes after the last difference: the rows, the choice, the counts or the models",)
+
+
+def test_without_models_it_says_what_only_they_can_tell(run: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = run
+    shutil.copytree(out, tmp_path / "out")
+    shutil.copy(source, tmp_path / "renamed.jsonl")
+    forged(in_receipt(embedder__weights="sha256:0", template="paper", versions__torch="1.0"))(tmp_path / "out")
+    replaced("notes.txt")(tmp_path / "out")
+    found = verify(tmp_path / "out", source=tmp_path / "renamed.jsonl")
+    assert found.matches
+    skipped = "\n".join(found.skipped)
+    for words in (
+        "the scorer 'iqs",
+        "template",
+        "the embedder 'embedder",
+        "`verify --rescore N` checks them",
+        "versions",
+    ):
+        assert words in skipped
+    assert "notes.txt: not in the receipt" in skipped
+    assert "the receipt says 'rows.jsonl', and the rows are in" in skipped
+
+
+def test_an_old_receipt_says_what_it_cannot_show(run: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = run
+    shutil.copytree(out, tmp_path / "out")
+    content = json.loads((out / "receipt.json").read_text())
+    old = {name: value for name, value in content.items() if name not in DIGESTS} | {"format": 1}
+    (tmp_path / "out" / "receipt.json").write_text(json.dumps(old))
+    found = verify(tmp_path / "out", source=source)
+    assert found.matches and found.skipped[0].startswith("digests: this receipt.json is of format 1, which has none")
+    assert json.loads(Receipt.read(tmp_path / "out").to_json()) == old  # a push keeps it as it is
+
+
+# --- files of equal path and time
+
+
+def at_the_same_time(path: Path, write: Callable[[], object]) -> None:
+    """Write a file so that its path and its times of access and modification are those that it had."""
+    before = path.stat()
+    write()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["selected.parquet", "scored.parquet", "selected.json", "report.html", "source"])
+def test_a_file_is_read_anew_although_path_and_time_are_equal(
+    run: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    shutil.copytree(run[1], out)
+    shutil.copy(run[0], source)
+    path = source if name == "source" else out / name
+    for each in (path, source):
+        os.utime(each, (1e9, 1e9))  # long ago, as files in images have it
+    assert verify(out, source=source).matches
+
+    def forge() -> None:
+        if path.suffix == ".parquet":
+            change(out, path.stem, output=first("better"))
+        else:
+            path.write_bytes(path.read_bytes().replace(b"sea", b"see").replace(b"Pool", b"pool"))
+
+    at_the_same_time(path, forge)
+    assert path.stat().st_mtime == 1e9
+    found = verify(out, source=source)
+    wanted = "the source has the sha256" if name == "source" else f"{name} does not have the receipt's sha256"
+    assert [words for words in found.differences if wanted in words], found.differences
+    if path.suffix == ".parquet":
+        assert "row 0, column 'output': 'better'" in str(found.difference)
 
 
 def broken(name: str, text: str) -> Callable[[Path], None]:
@@ -251,7 +492,8 @@ def test_other_sources_and_recipes_match(kind: str, tiny_iqs: str, tiny_embedder
     curate(rows if kind == "memory" else given, tmp_path / "out", **settings)
     found = verify(tmp_path / "out", source=given, rescore=5, scorer=tiny_iqs)
     assert found.matches, found.difference
-    assert len(found.checked) == 8
+    assert len(found.checked) == 10
+    assert any(words.startswith("the embedder 'embedder") for words in found.skipped)
 
 
 def test_sources_in_other_places_match(tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
@@ -326,7 +568,7 @@ def test_a_pushed_selection_is_verified_from_the_hub(
         assert line in card
     hub.commit("you/rows", {"data/train-00000-of-00001.parquet": b"no longer what it was"})
     done = hub.run(command, "verify", "me/car", "--rescore", "9", "--scorer", tiny_iqs, check=True)
-    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 9
+    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 16
     hub.run(command, "push", tmp_path / "out", "me/small", "--also", "none", check=True)
     done = hub.run(command, "verify", "me/small", check=True)
     assert "not checked: the choice, the counts and the pool: there is no split 'scored'" in done.stdout
@@ -367,55 +609,3 @@ def test_a_hub_that_fails_is_no_mismatch(hub: Hub, run: tuple[Path, Path]) -> No
         assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr[-2000:]
     done = hub.run(command, *arguments, "--revision", "nope")
     assert done.returncode == 2 and "'me/car' has no revision 'nope'" in done.stderr.splitlines()[-1]
-
-
-# --- rows that are scored again
-
-
-def curated(rows: Dataset, folder: Path, **settings: Any) -> tuple[Dataset, Receipt, Recipe]:
-    """Return the pool, its receipt and its recipe."""
-    scored = curate(rows, folder, n1=5, k=3, **settings).scored
-    receipt = Receipt.read(folder)
-    return scored, receipt, Recipe().changed(**receipt.recipe)
-
-
-def moved(pool: Dataset, by: float) -> Dataset:
-    scores = [None if score is None else score + by for score in pool["iqs_score"][:]]
-    features = pool.features.copy()
-    return pool.remove_columns("iqs_score").add_column("iqs_score", scores, feature=features["iqs_score"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", sorted(TOLERANCES))
-def test_the_tolerance_is_the_dtypes(dtype: str, tiny_embedder: str, tmp_path: Path) -> None:
-    pool, receipt, recipe = curated(short_rows(10), tmp_path / "out", embedder=tiny_embedder, dtype=dtype)
-    words = score_again(pool, receipt, recipe, 7)  # seven rows have other company than all ten had
-    limit = TOLERANCES[dtype]
-    assert words.startswith(f"7 rows, scored again, have their scores within {limit:g}")
-    assert ("float16" in words) == (dtype != "float32")
-    score_again(moved(pool, limit / 4), receipt, recipe, 10)
-    with pytest.raises(Difference, match=r"source row 0 has the score .*; scored again, the score"):
-        score_again(moved(pool, -2 * limit), receipt, recipe, 10)
-
-
-def test_a_sum_may_move_with_each_exchange(tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
-    models = {"scorer": tiny_iqs, "embedder": tiny_embedder}
-    pool, receipt, recipe = curated(as_chats(short_rows()), tmp_path / "out", **models, turns="sum")
-    again = {"count": 24, "models": {"scorer": tiny_iqs}}
-    assert score_again(pool, receipt, recipe, **again).endswith("within 1e-05 for each exchange")
-    twice = moved(pool, 1.5e-5)  # every second chat has two exchanges
-    score_again(twice.select(range(1, 24, 2)), receipt, recipe, **again)
-    with pytest.raises(Difference, match="source row 0 has the score"):
-        score_again(twice.select([0]), receipt, recipe, **again)
-
-
-def test_a_score_where_none_can_be_is_named(tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:
-    rows = Dataset.from_list([*short_rows().to_list(), {"instruction": None, "input": "", "output": "x"}])
-    models = {"scorer": tiny_iqs, "embedder": tiny_embedder}
-    pool, receipt, recipe = curated(rows, tmp_path / "out", **models, on_invalid="mark")
-    again = {"count": 25, "models": {"scorer": tiny_iqs}}
-    assert score_again(pool, receipt, recipe, **again).startswith("25 rows")
-    scores = [0.5 if score is None else score for score in pool["iqs_score"][:]]
-    spoiled = pool.remove_columns("iqs_score").add_column("iqs_score", scores, feature=pool.features["iqs_score"])
-    with pytest.raises(Difference, match=r"source row 24 has the score 0\.5.*; scored again, no score"):
-        score_again(spoiled, receipt, recipe, **again)

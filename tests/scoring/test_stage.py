@@ -52,7 +52,7 @@ def test_any_stage_adds_its_columns(stage: Lengths, pairs: Dataset) -> None:
     assert table.column_names == [*pairs.column_names, "characters"]
     estimate = estimate_scoring(pairs, stage)
     assert (estimate.rows, estimate.sample, estimate.tokens, estimate.waste) == (6, 6, None, None)
-    assert "rows/s on cpu, timed on 6 rows" in str(estimate)
+    assert f"rows/s on {estimate.device}, timed on 6 rows" in str(estimate)
     with pytest.raises(ValueError, match=r"already has the column\(s\) \['characters'\].*output columns to"):
         add_columns(pairs.add_column("characters", [1] * 6), stage, "Counting")
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -21,6 +27,7 @@ from car_datasets.utils.processes import (
     process_rank,
     start_processes,
 )
+from tests.conftest import ROOT
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -96,6 +103,43 @@ def test_processes_that_accelerate_does_not_see_meet_by_the_variables_of_mpi(mon
     assert met == [(("gloo",), {"rank": 2, "world_size": 3})]
 
 
+@pytest.mark.parametrize(
+    ("cards", "count", "environment", "refused"),
+    [
+        (1, 2, {}, True),
+        (2, 3, {"CUDA_VISIBLE_DEVICES": "0,1"}, True),
+        (2, 2, {}, False),
+        (0, 2, {}, False),  # gloo
+        (1, 2, {"CUDA_VISIBLE_DEVICES": "1"}, False),  # may be another one in the other process
+        (1, 2, {"ACCELERATE_USE_CPU": "true"}, False),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_they_meet(
+    cards: int, count: int, environment: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    for name, value in {**ranks, **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "NVIDIA X")
+    monkeypatch.setattr(processes, "_accelerate_state", lambda: None)
+    met: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *how, **who: met.append(who))
+    if not refused:
+        start_processes()
+        assert len(met) == 1
+        return
+    with pytest.raises(
+        ValueError, match=rf"ranks 0 to {count - 1} .*cuda:0 \(NVIDIA X\).*--nproc_per_node {cards} "
+    ) as error:
+        start_processes()
+    assert "\n" not in str(error.value)
+    assert met == []
+
+
 def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "new_group", None)
     with all_processes() as group:
@@ -123,3 +167,42 @@ def test_an_error_can_be_sent(error: Exception, sent: str) -> None:
         raise error
 
     assert repr(_attempt(fail)[1]) == sent
+
+
+WORKER = """
+import os, time
+from pathlib import Path
+from car_datasets.utils.processes import device_for
+
+def work(batch, rank):
+    device_for(rank)
+    Path("worker").write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+PARENT = """
+from datasets import Dataset
+from car_datasets import map_across_gpus
+from worker_module import work
+
+if __name__ == "__main__":
+    map_across_gpus(Dataset.from_dict({"a": [1, 2]}), work, num_proc=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends the workers on Linux only")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "worker_module.py").write_text(WORKER)
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    parent.kill()
+    parent.wait(60)
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -56,11 +56,12 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pyt
     read = []
     hash_file = digests._sha256
     monkeypatch.setattr(digests, "_sha256", lambda path: read.append(path) or hash_file(path))
+    monkeypatch.setattr(digests, "SETTLED", 0.0)
     path = tmp_path / "model.safetensors"
 
     def write(content: bytes, age: float = 60.0) -> None:
-        time.sleep(0.02)  # more than a tick of the file system's clock
         path.write_bytes(content)
+        time.sleep(0.02)  # more than a tick of the file system's clock
         os.utime(path, (start - age, start - age))
 
     start = time.time()
@@ -74,6 +75,7 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pyt
     assert other != first and len(read) == 2
     write(b"third", age=30.0)  # of equal size, with the time of the file that it replaces
     assert digests.file_digest(path) not in (first, other) and len(read) == 3
+    monkeypatch.setattr(digests, "SETTLED", 60.0)
     write(b"fresh", age=0.0)  # it may change again within the same tick, so its digest is not remembered
     assert digests.file_digest(path) == digests.file_digest(path) and len(read) == 5
 

@@ -7,6 +7,7 @@ Does not: run an encoder, or know a head.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,13 +61,18 @@ class Segments(NamedTuple):
     def sum(self, states: Tensor, weights: Tensor) -> Tensor:
         """Sum states of shape `(tokens, units)` by segment, in float32: `(segments, units)`."""
         blocks = states.view(len(self.slots), -1, states.shape[-1])
-        if states.device.type == "cuda" and states.dtype in (torch.float16, torch.bfloat16):
-            # The products with 0 and 1 are exact, and their sum is kept in float32, without a copy of the states.
-            sums = torch.bmm(weights.to(states.dtype), blocks, out_dtype=torch.float32)
-        else:
-            sums = torch.bmm(weights.float(), blocks.float())
+        sums = _products(weights, blocks)
         # One more row, of zeros, for the pieces that do not exist.
         return nn.functional.pad(sums.flatten(0, 1), (0, 0, 0, 1))[self.pieces].sum(dim=1)
+
+
+def _products(weights: Tensor, blocks: Tensor) -> Tensor:
+    """Multiply weights of 0 and 1 with states, block by block, in float32."""
+    if blocks.device.type == "cuda" and blocks.dtype in (torch.float16, torch.bfloat16):
+        # The products are exact, and their sum is kept in float32, without a copy of the states.
+        with contextlib.suppress(RuntimeError, TypeError):  # not every version and device can
+            return torch.bmm(weights.to(blocks.dtype), blocks, out_dtype=torch.float32)
+    return torch.bmm(weights.float(), blocks.float())
 
 
 class Packed(NamedTuple):

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import psutil
-
 from car_datasets.scoring.shards.storage import Folder
+from car_datasets.utils.processes import has_ended, this_process
 from car_datasets.utils.settings import is_integer
 
 EXPIRY = 60.0  # seconds without a heartbeat after which a worker counts as dead, unless the caller names another number
@@ -51,9 +47,8 @@ class Claims:
 
     def __init__(self, folder: Folder, expiry: float = EXPIRY) -> None:
         """Give the worker an identity; nothing is claimed yet."""
-        process = psutil.Process()
         self.folder, self.expiry = folder, expiry
-        self._me = {"id": uuid.uuid4().hex, "host": _host(), "pid": process.pid, "started": process.create_time()}
+        self._me = {"id": uuid.uuid4().hex, **this_process()}
         # Content of each claim of others, and the time of this machine's clock at which it was first read.
         self._seen: dict[str, tuple[bytes | None, float]] = {}
 
@@ -125,7 +120,7 @@ class Claims:
         content, now = self.folder.read(claim), time.monotonic()
         owner = _parse(content)
         # A process of this machine can be looked up, which tells at once; of any other only the heartbeat is seen.
-        if owner.get("host") == self._me["host"] and not _runs(owner["pid"], owner["started"]):
+        if has_ended(owner):
             return True
         seen, since = self._seen.get(claim, (None, now))
         if content != seen or claim not in self._seen:
@@ -150,28 +145,4 @@ def _parse(content: bytes | None) -> dict[str, Any]:
         return {}
     if not isinstance(owner, dict) or not is_integer(rows := owner.get("rows", 0)) or not 0 <= rows < 2**63:
         return {}
-    if "host" in owner:  # it then says which process of that machine
-        pid, started = owner.get("pid"), owner.get("started")
-        known = is_integer(pid) and 0 <= pid < 2**31 and isinstance(started, (int, float))
-        return owner if known else {}
     return owner
-
-
-def _host() -> str:
-    """Return a name for this machine since its boot, and its container: within it a process id means one process."""
-    names = [platform.node()]
-    with contextlib.suppress(OSError):  # Linux only
-        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(names)
-
-
-def _runs(pid: int, started: float) -> bool:
-    """Return True if this process is running; its start time tells it from a later one with the same id."""
-    try:
-        process = psutil.Process(pid)
-        # A zombie has ended, and waits for its parent to notice. Start times are compared with a tolerance in seconds,
-        # as psutil derives them from the time of the boot, which shifts when the system's clock is set.
-        alive: bool = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2
-    except psutil.NoSuchProcess:
-        return False
-    return alive

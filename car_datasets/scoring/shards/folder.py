@@ -25,9 +25,9 @@ import pyarrow as pa
 
 from car_datasets.scoring.batching import watching
 from car_datasets.scoring.shards.claims import CLAIM, Claims
-from car_datasets.scoring.shards.storage import Folder, open_storage
+from car_datasets.scoring.shards.storage import MANIFEST, Folder, open_storage
 from car_datasets.scoring.stage import Progress, Stage, read_columns, refuse_taken
-from car_datasets.utils.digests import content_digest
+from car_datasets.utils.digests import bound, content_digest
 from car_datasets.utils.files import cache_folder, write_whole
 from car_datasets.utils.processes import launched_rank, local_rank
 
@@ -42,7 +42,6 @@ FORMAT = 1  # of the folder; part of the manifest, so that a run never resumes i
 # revisions pin, so it is resumed from a model folder at another path.
 FREE_FIELDS = ("model_id", "tokenizer", "engine", "batch_tokens")
 
-MANIFEST = "manifest.json"
 PART = re.compile(r"part-(\d+)\.arrow")
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,6 @@ class SharedRun(ABC):
         self.id = run_id(self.manifest)
         cache = cache_folder() / self.id
         location = _on_one_machine(cache) if options.shard_dir is None else options.shard_dir
-        refuse_blank(location)
         self.folder = open_storage(location, options.token)
         self.shown = f"shard_dir={str(self.folder)!r}"
         # Two streams that begin alike have one id, so copies are kept apart by the address of the folder.
@@ -371,12 +369,6 @@ class SharedRun(ABC):
             yield show
 
 
-def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
-    """Raise ValueError for an empty name (of an unset variable, say), which would be the working directory."""
-    if not os.fspath(shard_dir).strip():
-        raise ValueError("shard_dir='' is empty. Pass a folder (--shards DIR), or leave it out.")
-
-
 def _on_one_machine(cache: Path) -> Path:
     """Return the default folder; raise ValueError if processes run on several machines, which do not share it."""
     here, everywhere = local_rank()[1], launched_rank()[1]
@@ -483,7 +475,7 @@ def read_part(path: Path) -> tuple[Dataset, str] | str:
     try:
         with pa.memory_map(str(path)) as file:
             metadata = pa.ipc.open_stream(file).schema.metadata or {}
-        part = Dataset.from_file(str(path))
+        part = bound(Dataset.from_file(str(path)))
         fingerprint = str(json.loads(metadata.get(b"huggingface", b"{}")).get("fingerprint"))
     # Truncated at the start, or gone; or it holds what no worker wrote.
     except (FileNotFoundError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:

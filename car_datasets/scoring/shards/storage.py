@@ -21,6 +21,7 @@ from car_datasets.utils.files import write_whole
 from car_datasets.utils.hub import asking, clean_token, open_repository, refuse_unwritable, retry, who_am_i
 
 START = "hf://datasets/"
+MANIFEST = "manifest.json"  # of a run; the folder that holds it is a folder of shards
 ADDRESS = re.compile(START + r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+))?")
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -75,12 +76,45 @@ def open_storage(location: str | os.PathLike[str], token: str | None = None) -> 
         token (`str`, *optional*): for a repository.
 
     Raises:
-        ValueError: an address on the Hub is not that of a dataset repository.
+        ValueError: it is empty, an address on the Hub that is not that of a dataset repository, or a URL whose
+            filesystem is not installed or not known.
     """
+    refuse_blank(location)
     address = os.fspath(location)
     # Buckets on the Hub are object stores, which fsspec can write; repositories take commits.
     on_the_hub = address.startswith("hf://") and not address.startswith("hf://buckets/")
     return HubFolder(address, token) if on_the_hub else Folder(address)
+
+
+def refuse_blank(shard_dir: str | os.PathLike[str]) -> None:
+    """Raise ValueError for an empty name (of an unset variable, say), which would be the working directory."""
+    if not os.fspath(shard_dir).strip():
+        raise ValueError("shard_dir='' is empty. Pass a folder (--shards DIR), or leave it out.")
+
+
+def check_shards(location: str | os.PathLike[str], output: Path | None = None) -> None:
+    """Check that shards can be kept at an address, before a row is read or a model is loaded.
+
+    Args:
+        location (`str` or `PathLike`): a folder, an fsspec URL, or `hf://datasets/...`, as a run is called with it.
+        output (`Path`, *optional*): the folder or file that the run will write.
+
+    Raises:
+        ValueError: it is not such an address, its filesystem is not installed, nothing can be written there, or it lies
+            in the output.
+    """
+    storage = open_storage(location)
+    if not isinstance(storage, Folder):
+        return
+    place = storage.local
+    if place is not None and output is not None and output.resolve() in (place.resolve(), *place.resolve().parents):
+        raise ValueError(
+            f"shard_dir={str(storage)!r} lies in the output, {str(output)!r}, which is the result alone. Name a folder "
+            "next to it."
+        )
+    # Finished shards may be read where nothing can be written; a run that has to write there says so when it does.
+    if place is None or not any(place.glob(f"*/{MANIFEST}")):
+        storage.probe()
 
 
 class Folder:
@@ -98,7 +132,16 @@ class Folder:
         from fsspec.implementations.local import LocalFileSystem
 
         self.location = os.fspath(location)
-        self._fs, self._path = url_to_fs(self.location)
+        shown = f"shard_dir={self.location!r}"
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", self.location):  # else a local folder `s3:` would be made
+            raise ValueError(f"{shown} is neither a folder nor a URL: a URL has two slashes, as in s3://bucket/run-1.")
+        try:
+            self._fs, self._path = url_to_fs(self.location)
+        except (ImportError, ValueError) as error:  # not installed, or not known to fsspec
+            raise ValueError(
+                f"{shown}: no filesystem is installed for this URL ({error}). Install its package, such as s3fs for "
+                "s3://, or name a local folder."
+            ) from error
         # Local paths bypass fsspec where the system's own calls are atomic (O_EXCL, rename).
         self.local = Path(self._path) if isinstance(self._fs, LocalFileSystem) else None
 
@@ -109,6 +152,27 @@ class Folder:
     def make(self) -> None:
         """Create the folder and its parents."""
         self._fs.makedirs(self._path, exist_ok=True)
+
+    def probe(self) -> None:
+        """Raise ValueError if nothing can be written to it, and leave no trace."""
+        name = f".{uuid.uuid4().hex}"
+        made = []
+        if self.local is not None:
+            made = [folder for folder in (self.local, *self.local.parents) if not folder.exists()]
+        try:
+            self.make()
+            self.write(name, b"")
+            self.remove(name)
+        # Each filesystem behind fsspec has errors of its own, for missing keys, say.
+        except Exception as error:
+            raise ValueError(
+                f"shard_dir={self.location!r}: nothing can be written there ({error or type(error).__name__}). Name "
+                "another folder or URL, or mend this one."
+            ) from error
+        finally:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def names(self) -> set[str]:
         """Return the names of the files in it; an empty set if it does not exist."""

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from car_datasets.scoring.shards.claims import Claims, _host, last_turns
+from car_datasets.scoring.shards.claims import Claims, last_turns
 from car_datasets.scoring.shards.storage import Folder
+from car_datasets.utils.processes import this_process
 
 PIECE = "part-00000.arrow"
 
@@ -164,10 +165,10 @@ STRAY = {
     "deep JSON": b"[" * 100_000,
     "rows of text": b'{"id": "other", "rows": "many"}',
     "rows without end": b'{"id": "other", "rows": 1e999}',
-    "no process": json.dumps({"host": _host()}).encode(),
-    "a process of text": json.dumps({"host": _host(), "pid": "x", "started": 0}).encode(),
-    "a process that cannot be": json.dumps({"host": _host(), "pid": 2**80, "started": 0}).encode(),
-    "a start of text": json.dumps({"host": _host(), "pid": 1, "started": "x"}).encode(),
+    "no process": json.dumps({"host": this_process()["host"]}).encode(),
+    "a process of text": json.dumps({"host": this_process()["host"], "pid": "x", "started": 0}).encode(),
+    "a process that cannot be": json.dumps({"host": this_process()["host"], "pid": 2**80, "started": 0}).encode(),
+    "a start of text": json.dumps({"host": this_process()["host"], "pid": 1, "started": "x"}).encode(),
 }
 
 

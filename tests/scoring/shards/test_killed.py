@@ -103,7 +103,9 @@ def pipeline(source: Path, work: Path, models: dict[str, str], spoil: Callable[[
 def help_scoring(source: Path, work: Path, models: dict[str, str]) -> None:
     """Work on the same shards, as another machine would, and end where the main process would cluster."""
     ClusterModel.fit = lambda *arguments, **options: (_ for _ in ()).throw(SystemExit(0))
-    pipeline(source, work, models)
+    prepare(work / "log")
+    # Without an output, which only one run may write at a time.
+    curate(source, n1=10, n2=2, shard_dir=work / "shards", **models)
 
 
 def parent_of_two(source: Path, work: Path, models: dict[str, str]) -> None:

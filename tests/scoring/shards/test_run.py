@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, Value
 
@@ -54,6 +55,31 @@ def test_as_one_map_in_order_and_memory_mapped(tiny_iqs: str, rows: Dataset, tmp
     assert found.remove_columns("iqs_score").to_dict() == whole.remove_columns("iqs_score").to_dict()
     assert parts(tmp_path) == ["manifest.json", *(f"part-{i:05d}.arrow" for i in range(6))]
     assert {Path(file["filename"]).parent for file in found.cache_files} == {tmp_path}
+
+
+def doubled(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"double": [2 * score for score in batch["iqs_score"]]}
+
+
+def test_a_part_of_other_content_at_the_same_path_and_time_gives_other_rows(
+    tiny_iqs: str, rows: Dataset, tmp_path: Path
+) -> None:
+    scorer, part = QualityScorer(tiny_iqs), tmp_path / "part-00001.arrow"
+    first = score_in_shards(rows, scorer, tmp_path, shard_rows=4).map(doubled, batched=True)
+    before = part.stat()
+    with pa.memory_map(str(part)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    column = pa.array([9.0] * 4, table.schema.field("iqs_score").type)
+    (tmp_path / "new").write_bytes(b"")
+    with pa.OSFile(str(tmp_path / "new"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(
+            table.set_column(table.column_names.index("iqs_score"), table.schema.field("iqs_score"), column)
+        )
+    os.replace(tmp_path / "new", part)
+    os.utime(part, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = score_in_shards(rows, scorer, tmp_path, shard_rows=4).map(doubled, batched=True)
+    assert again["iqs_score"][4:8] == [9.0] * 4 and again["double"][4:8] == [18.0] * 4
+    assert first["double"][8:] == again["double"][8:]
 
 
 def test_what_is_finished_is_not_scored_again(tiny_iqs: str, rows: Dataset, tmp_path: Path, calls: list[int]) -> None:

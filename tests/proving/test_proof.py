@@ -1,0 +1,124 @@
+"""Check `prove` on a result: its record, its files, resuming after a kill, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("trl")
+
+from car_datasets import prove
+from car_datasets.cli import app
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS: dict[str, Any] = {"seeds": 2, "tokens": 60, "trained": 1}
+
+
+@pytest.fixture
+def folder(result: Path, tmp_path: Path) -> Path:
+    """Return a copy of a result, as a proof is written into it."""
+    return Path(shutil.copytree(result, tmp_path / "out"))
+
+
+@pytest.fixture(autouse=True)
+def one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("car_datasets.proving.proof.RATES", (1e-3,))
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> str:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([{"instruction": f"what follows {i} ?", "output": "one two"} for i in range(4)]))
+    return str(path)
+
+
+def test_the_command_writes_and_prints_a_proof(folder: Path, tiny_llama: str, evaluation: str) -> None:
+    words = ["prove", str(folder), "--model", tiny_llama, "--eval", evaluation, "--seeds", "2", "--tokens", "60"]
+    done = CliRunner().invoke(app, [*words, "--trained", "1"])
+    assert done.exit_code == 0, done.output
+    table = [line for line in done.stdout.splitlines() if line.startswith(("┃", "│", "┏", "└"))]
+    assert table and all(len(line) <= 80 for line in table)
+    proof = json.loads((folder / "proof.json").read_text())
+    assert proof["seeds"] == [0, 1] and proof["model"]["template"] == "plain"
+    assert set(proof["probes"]) == {"mine", "shipped"}
+    assert proof["training"]["trained"] == 1 and proof["training"]["learning_rate"] == 1e-3
+    runs = {(run["arm"], run["seed"]): run for run in proof["runs"]}
+    assert len(runs) == 2 * len(proof["tables"]["tokens"]["arms"])
+    # The control has the rows of the selection in the same order, with other answers.
+    assert runs["control", 0]["rows"] == runs["selection", 0]["rows"]
+    assert runs["control", 0]["order"] != runs["selection", 0]["order"]
+    assert (folder / "proof.md").is_file()
+    assert json.loads((folder / "receipt.json").read_text())["proof"]["seeds"] == 2
+
+
+@pytest.mark.slow
+def test_both_tables_and_answers_are_made_if_asked_for(folder: Path, tiny_llama: str) -> None:
+    proof = prove(folder, model=tiny_llama, equal_rows=True, answers=True, seeds=2, tokens=60, trained="all")
+    assert list(proof["tables"]) == ["tokens", "rows"]
+    for table in proof["tables"].values():
+        assert table["instructions"] is not None
+    rows = proof["tables"]["rows"]
+    assert {arm["rows"] for arm in rows["arms"].values()} == {rows["budget"]}
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_with_what_is_missing(folder: Path, tiny_llama: str, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    code = f"from car_datasets import prove; prove({str(folder)!r}, model={tiny_llama!r}, work_dir={str(work)!r}"
+    code = f"import torch; torch.set_num_threads(1); {code}, seeds=2, tokens=60, trained=1)"
+    started = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(work.glob("run-*.json"))) < 6:
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    kept = {path: path.read_bytes() for path in work.glob("run-*.json")}
+    assert not (folder / "proof.json").exists()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    resumed = json.loads((folder / "proof.json").read_text())
+    # The same seeds give the same numbers in one go.
+    shutil.rmtree(work)
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    entire = json.loads((folder / "proof.json").read_text())
+    assert entire["tables"] == resumed["tables"]
+    assert [run["order"] for run in entire["runs"]] == [run["order"] for run in resumed["runs"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": 1}, "seeds=1: pass at least 2"),
+        ({"tokens": 0}, "tokens=0: pass a number of answer tokens above 0"),
+        ({"tokens": 10**6}, r"tokens=1000000, but the arm '.*' has .* answer tokens"),
+        ({"trained": "some"}, "trained='some': pass 'all', 'lora' or a number"),
+        ({"trained": 9}, "trained=9: the model has 3 layers"),
+        ({"evaluation": "one.json"}, r"pass a list: evaluation=\['one.json'\]"),
+        ({"evaluation": ["nowhere.json"]}, "nowhere.json"),
+        ({"arms": {"other": "nowhere"}}, "nowhere"),
+        ({"model": "./nowhere"}, "no such folder"),
+    ],
+    ids=str,
+)
+def test_a_bad_call_is_refused(folder: Path, tiny_llama: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prove(folder, **{"model": tiny_llama, **SETTINGS, **arguments})
+    assert not (folder / "proof.json").exists()
+
+
+def test_arms_are_named_on_the_command_line(tmp_path: Path) -> None:
+    for words, message in ((["--arm", "other"], "write NAME=DIR"), (["--arm", "a=b", "--arm", "a=c"], "name each arm")):
+        done = CliRunner().invoke(app, ["prove", str(tmp_path), *words])
+        assert done.exit_code == 2
+        assert message in done.stderr
