@@ -116,8 +116,8 @@ class Receipt:
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def digest(self) -> str:
-        """Return the sha256 over all fields but `sha256`, as JSON with sorted keys and without spaces."""
-        content = {name: value for name, value in asdict(self).items() if name != "sha256"}
+        """Return the sha256 over the file's fields but `sha256`, as JSON with sorted keys and without spaces."""
+        content = {name: value for name, value in json.loads(self.to_json()).items() if name != "sha256"}
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def sealed(self, files: Mapping[str, str], columns: Mapping[str, Mapping[str, str]]) -> Receipt:
