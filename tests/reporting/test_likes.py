@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from datasets import Dataset
 from car_datasets import SelectionReport, select_car
 from car_datasets.reporting import likes
 from car_datasets.reporting.likes import LOST, ScoreByGroup, lost_groups, shares_table
+from car_datasets.results import first_other_figure
 from car_datasets.utils.column_names import ColumnNames
 
 ROWS = 1000
@@ -130,6 +132,15 @@ def test_it_is_in_the_files(planted: SelectionReport, noise: np.ndarray) -> None
     pool = make_pool(noise)
     page = planted.to_html(pool, select_car(pool, 100))
     assert '<table id="likes">' in page and "<td>code (all but lost)</td><td>25.0 %</td>" in page
+
+
+def test_it_is_compared_where_a_report_is_verified(planted: SelectionReport) -> None:
+    kinds = planted.score_by["kind of answer"]
+    forged = replace(planted, score_by={**planted.score_by, "kind of answer": replace(kinds, explained=0.0)})
+    assert first_other_figure(planted, planted, languages=False) is None
+    assert "score_by.kind of answer.explained 0.0" in str(first_other_figure(planted, forged, languages=False))
+    # Reports of earlier versions have nothing to compare.
+    assert first_other_figure(planted, replace(planted, score_by={}), languages=False) is None
 
 
 def test_names_of_groups_cannot_carry_markup(noise: np.ndarray) -> None:
