@@ -98,7 +98,7 @@ def prepare(folder: Path, data: Path, scores: Path | None, tokens: int, seeds: i
     probes = [experts(data), None, read_probe()]
     written, places = human(data, rows)
     probes[1] = written
-    pool = with_arms(build_pool(rows, scored, base), rows, scores)
+    pool = with_arms(build_pool(rows, scored, base), rows, scores, tokens)
     pool = pool.without(np.flatnonzero(np.isin(pool.rows["place"][:], places)))
     held = hold_out(pool, concatenate_datasets([probe.rows for probe in probes]))
     print(f"held out: {held.equal} equal, {held.near} near, {held.asked} asked with another answer", file=sys.stderr)
@@ -157,8 +157,15 @@ def build_pool(rows: Sequence[dict[str, str]], scored: Dataset, base: Any) -> Po
     return pool.without(np.flatnonzero((pool.tokens < 1) | np.isnan(scores)))
 
 
-def with_arms(pool: Pool, rows: Sequence[dict[str, str]], scores: Path | None) -> Pool:
-    """Return the pool with the rivals of CaR's rule: the best scores alone, and arms of further scores."""
+def with_arms(pool: Pool, rows: Sequence[dict[str, str]], scores: Path | None, tokens: int) -> Pool:
+    """Return the pool with the rivals of CaR's rule: the best scores alone, and arms of further scores.
+
+    The latter have as many rows as `tokens` need, and a few more, because evaluation rows are taken out of the pool.
+    """
+
+    def first(order: np.ndarray) -> np.ndarray:
+        return order[: int(np.searchsorted(np.cumsum(pool.tokens[order]), 1.05 * tokens)) + 1]
+
     chosen = dict(pool.chosen)
     best = np.argsort(-pool.scores, kind="stable")
     chosen["top-n"] = best[:ROWS]
@@ -169,14 +176,13 @@ def with_arms(pool: Pool, rows: Sequence[dict[str, str]], scores: Path | None) -
                 raise SystemExit(f"--scores: {name} has {len(values)} numbers, the pool {len(rows)} rows.")
             column = np.array([np.nan if value is None else value for value in values], dtype=float)
             order = np.argsort(-np.nan_to_num(column[places], nan=-np.inf), kind="stable")
-            chosen[f"top by {name}"] = order[:ROWS]
+            chosen[f"top by {name}"] = first(order)
             # CaR's rule with this score: the best of every cluster first, then the best of the others.
             leaders = {}
             for row in order.tolist():
                 leaders.setdefault(int(pool.clusters[row]), row)
-            first = np.array([row for cluster, row in leaders.items() if cluster >= 0], dtype=np.int64)
-            others = order[~np.isin(order, first)][: ROWS - len(first)]
-            chosen[f"CaR by {name}"] = np.concatenate([first, others])
+            best_of = np.array([row for cluster, row in leaders.items() if cluster >= 0], dtype=np.int64)
+            chosen[f"CaR by {name}"] = first(np.concatenate([best_of, order[~np.isin(order, best_of)]]))
     return replace(pool, chosen=chosen)
 
 
