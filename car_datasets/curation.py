@@ -200,7 +200,7 @@ def _compute(
     selected = stages.select(without_vectors)
     asked = (recipe.n2, recipe.k)
     overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names, asked=asked)
-    report = SelectionReport.from_overview(overview)
+    report = SelectionReport.from_overview(overview, schema)
     if not recipe.names.language:  # else the report has read them from the column
         report = replace(
             report, languages=counts, selected_languages=count_languages(languages_of_rows(selected, schema))

@@ -90,6 +90,7 @@ class Recipe(Settings):
         turns (`str`): how the exchanges of a chat make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
         score_thoughts (`bool`): put the thoughts of an answer in front of it; by default the answer alone is scored.
         uncertainty (`bool`): also add the standard deviation over the members of the scorer's head.
+        parts (`bool`): also add what a scorer with parts judges: `iqs_expert`, `iqs_soundness`, `iqs_worth`, `iqs_fault`.
         dtype (`str`): precision of the encoder: `"float32"`, `"bfloat16"` or `"float16"`.
         embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; None takes the scorer's
             encoder (one forward pass for both) if that is an unchanged sentence-transformers model, else the default
@@ -161,6 +162,9 @@ class Recipe(Settings):
     turns: str = _setting("mean", "Combine the scores of a chat's exchanges by mean, min, sum or last.", SCORING)
     uncertainty: bool = _setting(
         False, "Also add the standard deviation over the members of the scorer's head.", SCORING
+    )
+    parts: bool = _setting(
+        False, "Also add what the scorer judges by part: expert, soundness, worth and the likeliest fault.", SCORING
     )
     score_thoughts: bool = _setting(
         False, "Put the thoughts of an answer, as in <think>, in front of it before it is scored.", SCORING

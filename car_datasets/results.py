@@ -301,7 +301,10 @@ def first_other_figure(report: SelectionReport, seen: SelectionReport, languages
     """
     figures, others = _flat(report.to_dict()), _flat(seen.to_dict())
     for name in dict.fromkeys((*figures, *others)):
-        if name.partition(".")[0] in ("languages", "selected_languages") and not languages:
+        field, *part = name.split(".")
+        if (field in ("languages", "selected_languages") or part[:1] == ["language"]) and not languages:
+            continue
+        if field == "score_by" and not seen.score_by:  # of an earlier version
             continue
         wanted, found = figures.get(name), others.get(name)
         if isinstance(wanted, float) and isinstance(found, float):

@@ -162,7 +162,8 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
     """
     names = recipe.names
     std = [names.std] if recipe.uncertainty else []
-    scores = [names.score, *std, names.tokens, names.truncated, names.status]
+    parts = names.parts if recipe.parts else ()
+    scores = [names.score, *std, *parts, names.tokens, names.truncated, names.status]
     within = [names.within] if recipe.languages == "within" else []
     if not embed:
         refuse_overwrite(columns, scores, "score_column= (--score-column)")
@@ -216,6 +217,7 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
         template=recipe.template,
         turns=recipe.turns,
         uncertainty=recipe.uncertainty,
+        parts=recipe.parts,
         tokenizer=recipe.tokenizer,
         engine=recipe.engine,
         output_column=recipe.score_column,

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from car_datasets.cli import app
 from car_datasets.training.head import HeadTraining
+from car_datasets.training.parts import PartsTraining
 from car_datasets.training.train import ScorerTraining
+from car_datasets.utils.settings import read_kind
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,7 +95,8 @@ def test_every_command_that_a_page_shows_is_understood() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("train_*.yaml")), ids=lambda path: path.name)
 def test_the_settings_that_a_comment_shows_are_accepted(path: Path) -> None:
-    kind: Any = HeadTraining if "kind: head" in path.read_text(encoding="utf-8") else ScorerTraining
+    kinds: dict[str, Any] = {"head": HeadTraining, "parts": PartsTraining}
+    kind = kinds.get(read_kind(path, ("iqs", "ranking", *kinds)), ScorerTraining)
     given = re.findall(r"--set (\w+=[\w./-]+)", path.read_text(encoding="utf-8").replace("key=value", ""))
     changed = kind.from_yaml(path, given=given)
     assert {f"{name}={getattr(changed, name)}" for name in (each.partition("=")[0] for each in given)} == set(given)

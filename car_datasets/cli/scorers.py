@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,7 +79,11 @@ def prepare(
     rich_help_panel=SCORERS, epilog="Example: car-datasets train configs/train_iqs_minilm.yaml --output my-scorer"
 )
 @one_line_errors
-@add_options("token")
+@add_options(
+    "token",
+    ratings=option(str | None, "Train on these ratings of single rows as well.  [default: from CONFIG]"),
+    valid_ratings=option(str | None, "Measure on these ratings of single rows.  [default: from CONFIG]"),
+)
 def train(
     config: Annotated[
         Path,
@@ -109,22 +114,27 @@ def train(
     ] = None,
     **options: Any,
 ) -> None:
-    """Train a scorer: the head of the embedded one, or a complete model as the original does."""
+    """Train a scorer: the head of the embedded one, one that judges by parts, or a complete model as the original does."""
     quiet_models()
-    given = {"train": train, "valid": valid, "output": output, "seed": seed}
+    given: dict[str, Any] = {"train": train, "valid": valid, "output": output, "seed": seed}
+    given |= {name: options[name] for name in ("ratings", "valid_ratings")}
     # Only what was typed, so that the file decides on everything else.
     changes = {name: value for name, value in given.items() if value is not None}
     from car_datasets.training.head import HeadTraining, train_head
+    from car_datasets.training.parts import PartsTraining, train_parts
     from car_datasets.training.train import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
 
     # The kind says which class knows the other keys, so it is read before any of them is checked.
-    head = read_kind(config, ("head", *OBJECTIVE_OF_KIND)) == "head"
-    settings: Any = (HeadTraining if head else ScorerTraining).from_yaml(config, given=set_ or (), **changes)
+    kind = read_kind(config, ("head", "parts", *OBJECTIVE_OF_KIND))
+    entire = ScorerTraining, lambda settings: train_scorer(settings, options["token"])
+    of_kind: dict[str, Any] = {"head": (HeadTraining, train_head), "parts": (PartsTraining, train_parts)}
+    known, fit = of_kind.get(kind, entire)
+    settings: Any = known.from_yaml(config, given=set_ or (), **changes)
     with contextlib.ExitStack() as held:
         # By the main process alone, as `Trainer` lets the processes meet later, in its own way.
         if launched_rank()[0] == 0:
             held.callback(take_claim(output_path(settings.output, "output"), ("train", settings)).release)
-        figures = train_head(settings) if head else train_scorer(settings, options["token"])
+        figures = fit(settings)
     if figures:  # the other processes of a distributed run have none
         pairs = figures["accuracy"]["cleaned"]["pairs"]
         echo(
@@ -141,6 +151,16 @@ def train(
 @recipe_options("tokenizer")
 @add_options(
     "token",
+    pairs=option(
+        Path | None, "Measure on these pairs: CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected)."
+    ),
+    ratings=option(
+        Path | None,
+        "Measure on these rated rows: CSV, JSON Lines or Parquet with soundness, fault and worth, and with file and row "
+        "where the texts are in files of the same folder.",
+    ),
+    other_ratings=option(Path | None, "Train a bag of words on these other ratings, for comparison with --ratings."),
+    former=option(str | None, "Measure this model, too, on --ratings."),
     revision=option(str | None, "Take this branch, tag or commit of a Hub model.", panel=SCORING),
     engine=option(
         str | None, "Also measure the int8 encoder in this folder, and compare it with float32.", panel=SCORING
@@ -152,12 +172,6 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included.")
     ],
-    pairs: Annotated[
-        Path,
-        typer.Option(
-            help="Measure on these pairs: CSV (src, score or src, pos, neg) or JSON Lines (chosen, rejected)."
-        ),
-    ],
     changes: dict[str, Any],
     json_: Annotated[
         Path | None, typer.Option("--json", help="Also write all figures into this new JSON file.", **NEW_PATH)
@@ -168,9 +182,13 @@ def evaluate(
     ] = None,
     **options: Any,
 ) -> None:
-    """Evaluate a scorer on pairs of answers: its accuracy, what fools it, and what moves its scores."""
+    """Evaluate a scorer on pairs of answers or rated rows: what it gets right, what fools it, and what it likes."""
     quiet_models()
+    pairs, ratings = options["pairs"], options["ratings"]
+    _refuse_missing(options, other)
+    from car_datasets.training.agreement import evaluate_ratings, refuse_one_class
     from car_datasets.training.pairs import read_pairs
+    from car_datasets.training.ratings import read_ratings
 
     if json_ is not None and json_.exists():
         raise ValueError(f"--json {json_} is there already; name another file or move it away.")
@@ -178,18 +196,29 @@ def evaluate(
         with claimed(json_, ("evaluate", model), argument="--json"):
             pass  # now, as nothing is measured for a file that cannot be written
     # Files first: a wrong path must not cost a download.
-    measured, rest = read_pairs(pairs), read_pairs(other) if other else []
+    measured, rest = ([] if path is None else read_pairs(path) for path in (pairs, other))
+    rated, others = (None if path is None else read_ratings(path) for path in (ratings, options["other_ratings"]))
+    if rated is not None:
+        refuse_one_class(rated)
     from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.training.evaluation import evaluate_scorer
 
     engine, token = options["engine"], options["token"]
     scorer = QualityScorer(model, options["revision"], token, changes.get("tokenizer"))
+    former = None if options["former"] is None else QualityScorer(options["former"], None, token)
     # Options that were not given are left to the defaults of the library.
     drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
     quick = None if engine is None else replace(scorer, engine=engine)  # refused here, before anything is measured
-    found = evaluate_scorer(scorer, measured, other=rest, **drawing)
-    # Through JSON, where figures of no rows are null instead of NaN.
-    tables, figures = found.to_tables(), json.loads(found.to_json())
+    tables: list[Any] = []
+    figures: dict[str, Any] = {}
+    if measured:
+        found = evaluate_scorer(scorer, measured, other=rest, **drawing)
+        # Through JSON, where figures of no rows are null instead of NaN.
+        tables, figures = found.to_tables(), json.loads(found.to_json())
+    if rated is not None:
+        by_reader = evaluate_ratings(scorer, rated, pairs=measured, other=others, former=former, **drawing)
+        tables += by_reader.to_tables()
+        figures["ratings"] = json.loads(by_reader.to_json())
     if quick is not None:
         from car_datasets.loading.templates import render
         from car_datasets.training.quantisation import compare_engines
@@ -206,6 +235,22 @@ def evaluate(
         text = json.dumps(figures, indent=2) + "\n"
         json_.parent.mkdir(parents=True, exist_ok=True)
         write_whole(json_, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def _refuse_missing(options: Mapping[str, Any], other: Path | None) -> None:
+    """Raise ValueError if there is nothing to measure on, or an option lacks what it belongs to."""
+    if options["pairs"] is None and options["ratings"] is None:
+        raise ValueError("evaluate measures on --pairs FILE, on --ratings FILE, or on both; name at least one.")
+    needs = {
+        "--pairs": {"--other": other, "--engine": options["engine"]},
+        "--ratings": {"--other-ratings": options["other_ratings"], "--former": options["former"]},
+    }
+    for needed, given in needs.items():
+        for name, value in given.items():
+            if value is not None and options[needed.strip("-")] is None:
+                raise ValueError(
+                    f"{name} {value} is of use with {needed} FILE only; name that file, or leave {name} out."
+                )
 
 
 @app.command(rich_help_panel=SCORERS, epilog="Example: car-datasets quantise alpaca_data.json --output int8")

@@ -161,7 +161,7 @@ def _say_where(folder: Path) -> None:
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
 @one_line_errors
 @recipe_options(
-    *(*SCORER, "embedder", "embedder_revision", "turns", "uncertainty", "embedding_dtype", *READING),
+    *(*SCORER, "embedder", "embedder_revision", "turns", "uncertainty", "parts", "embedding_dtype", *READING),
     *("index_column", "score_column", "embedding_column", "language_column"),
     cluster_column="Name the column that `cluster` will add, which the source must not have.",
 )

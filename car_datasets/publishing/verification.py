@@ -408,7 +408,8 @@ class _Checks:
     def _report(self, scored: Dataset) -> SelectionReport:
         names, seed = self.recipe.names, self.recipe.seed
         try:
-            report = SelectionReport.from_selection(scored, self.found.selected, names=names, seed=seed)
+            schema = find_schema(scored.column_names, self.recipe.schema, self.recipe.columns)
+            report = SelectionReport.from_selection(scored, self.found.selected, names=names, seed=seed, schema=schema)
             number_of_clusters(self.recipe.k, report.rows_scored)
             return report
         except ValueError as error:

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from car_datasets.loading.chats import TRUNCATED
 from car_datasets.loading.values import carried
+from car_datasets.reporting.likes import GROUPINGS, LEVELS
 from car_datasets.reporting.overview import Floats, Overview, PoolMap
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
 from car_datasets.reporting.questions import HEADER, Explanation, WhatIf, explain_rows, try_out
@@ -38,8 +39,6 @@ SNIPPET = 200  # characters of a row in a table
 EXPLAINED = 1_500  # characters of each column of a row that is explained
 SEARCHED = 2_000_000  # characters in which the search looks, over all rows
 EXPLAINED_ROWS = 200  # selected rows that come with an explanation
-LEVELS = 20  # a column with at most so many different values groups the rows
-GROUPINGS = 5  # columns by which rows are grouped at most
 
 
 def render_page(
@@ -48,6 +47,7 @@ def render_page(
     figures: Mapping[str, bytes],
     sentences: Sequence[str],
     comparison: Sequence[Sequence[str]],
+    likes: Sequence[Sequence[str]],
 ) -> str:
     """Render the page as HTML.
 
@@ -57,6 +57,7 @@ def render_page(
         figures (`Mapping[str, bytes]`): PNG files by name; may be empty.
         sentences (`Sequence[str]`): of the [`SelectionReport`].
         comparison (`Sequence[Sequence[str]]`): its table, a header and rows.
+        likes (`Sequence[Sequence[str]]`): the table of [`~car_datasets.reporting.likes.shares_table`], likewise.
     """
     data = page_data(overview, pool_map)
     alts = {plot_file(name): plot.alt for name, plot in PLOTS.items()}
@@ -70,6 +71,7 @@ def render_page(
             data={"palette": PALETTE_NAMES, **data},
             sentences=sentences,
             comparison=comparison,
+            likes=likes,
             ledger=_ledger(overview),
             figures=[{"alt": alts[name], "content": base64.b64encode(png).decode()} for name, png in figures.items()],
             has_map=pool_map is not None,

@@ -24,6 +24,8 @@ from rich.table import Table
 
 from car_datasets.loading.chats import OK, is_scored, status_kind
 from car_datasets.loading.languages import UNDETERMINED, count_languages, describe_languages
+from car_datasets.loading.schemas import Schema
+from car_datasets.reporting.likes import ScoreByGroup, describe, score_by_groups, shares_table
 from car_datasets.reporting.overview import CONTROLS, Overview, check_projection, count_clusters, map_of
 from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
@@ -84,6 +86,9 @@ class SelectionReport:
             are fewer than `rows_in` if a sample was read; empty if none was.
         selected_languages (`dict[str, int]`): the selected rows by language.
         within_languages (`bool`): True if the rows were ranked within their languages.
+        score_by (`dict[str, ScoreByGroup]`): what the score likes: its variance, and the shares of groups that it keeps,
+            by kind of answer, language, length and columns of few values; see
+            [`~car_datasets.reporting.likes.score_by_groups`]. Empty for small pools and reports of earlier versions.
     """
 
     rows_in: int
@@ -103,10 +108,17 @@ class SelectionReport:
     languages: dict[str, int] = field(default_factory=dict)
     selected_languages: dict[str, int] = field(default_factory=dict)
     within_languages: bool = False
+    score_by: dict[str, ScoreByGroup] = field(default_factory=dict)
 
     @classmethod
     def from_selection(
-        cls, pool: Dataset, selected: Dataset, *, names: ColumnNames = ColumnNames(), seed: int = SEED
+        cls,
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        names: ColumnNames = ColumnNames(),
+        seed: int = SEED,
+        schema: Schema | None = None,
     ) -> SelectionReport:
         """Compute the figures of a selection and of the pool it comes from.
 
@@ -115,15 +127,21 @@ class SelectionReport:
             selected (`Dataset`): the rows that [`select_car`] took from it.
             names ([`ColumnNames`]): the columns of score, cluster and row index.
             seed (`int`): for the two controls.
+            schema ([`Schema`], *optional*): how the rows are read; by default it is recognised.
 
         Raises:
             ValueError: a selected row is not in the pool, or a column is missing.
         """
-        return cls.from_overview(Overview.of(pool, selected, names=names, seed=seed))
+        return cls.from_overview(Overview.of(pool, selected, names=names, seed=seed), schema)
 
     @classmethod
-    def from_overview(cls, overview: Overview) -> SelectionReport:
-        """Compute the figures of an [`Overview`], for callers that need it for more than one report."""
+    def from_overview(cls, overview: Overview, schema: Schema | None = None) -> SelectionReport:
+        """Compute the figures of an [`Overview`], for callers that need it for more than one report.
+
+        Args:
+            overview ([`Overview`]): of the pool and its selection.
+            schema ([`Schema`], *optional*): how the rows are read; by default it is recognised.
+        """
         reasons = Counter(overview.selected_by.tolist())
         statuses = _statuses(overview)
         # Rows kept by both rules count as taken by score: the question is what clustering adds to it.
@@ -146,6 +164,7 @@ class SelectionReport:
             languages=_languages(overview.languages),
             selected_languages=_languages(overview.languages, overview.positions),
             within_languages=overview.ranking is not overview.scores,
+            score_by=score_by_groups(overview, schema),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +175,9 @@ class SelectionReport:
     def from_dict(cls, figures: dict[str, Any]) -> SelectionReport:
         """Create a report from the result of `to_dict`, such as the content of `report.json`."""
         groups = ("pool", "selected", *CONTROLS)  # fields that are dataclasses too
-        return cls(**{**figures, **{name: GroupFigures(**figures[name]) for name in groups}})
+        nested: dict[str, Any] = {name: GroupFigures(**figures[name]) for name in groups}
+        by_group = {name: ScoreByGroup(**value) for name, value in dict(figures.get("score_by", {})).items()}
+        return cls(**{**figures, **nested, "score_by": by_group})
 
     def to_json(self) -> str:
         """Return all figures as JSON, with the fields of this class in order."""
@@ -246,7 +267,7 @@ class SelectionReport:
         pool_map = map_of(overview, projection)
         # One map for the plots and the page, so that a row has the same place and colour in both.
         plots = draw(overview, pool_map) if drawable else {}
-        page = render_page(overview, pool_map, plots, self.sentences(), self.comparison())
+        page = render_page(overview, pool_map, plots, self.sentences(), self.comparison(), shares_table(self.score_by))
         return {**plots, PAGE_FILE: page.encode()}
 
     def sentences(self) -> list[str]:
@@ -267,7 +288,8 @@ class SelectionReport:
             f"score against length in {self.length_unit}: Pearson {correlation['pearson']:+.2f}, "
             f"Spearman {correlation['spearman']:+.2f}",
         ]
-        return [printable(sentence) for sentence in (*sentences, *self._language_sentence())]
+        more = (*self._language_sentence(), *describe(self.score_by))
+        return [printable(sentence) for sentence in (*sentences, *more)]
 
     def _language_sentence(self) -> list[str]:
         """Return a sentence about the languages, none if the pool is in one."""

@@ -51,6 +51,8 @@ class TextScores(NamedTuple):
         truncated (`(texts,)` bool): True if the text was longer than the model reads.
         embeddings (`(texts, units)` float32, *optional*): if asked for.
         members (`(texts, members)` float32): the score by each member of the head; `scores` is their mean.
+        parts (`(texts, judgements)` float32, *optional*): what the head `"parts"` judges, in the order of
+            [`~car_datasets.scoring.iqs.heads.PartsHead.judge`]; the other heads have none.
     """
 
     scores: npt.NDArray[np.float32]
@@ -58,6 +60,7 @@ class TextScores(NamedTuple):
     truncated: npt.NDArray[np.bool_]
     embeddings: npt.NDArray[np.float32] | None
     members: npt.NDArray[np.float32]
+    parts: npt.NDArray[np.float32] | None = None
 
 
 class LoadedScorer(NamedTuple):
@@ -102,27 +105,30 @@ class LoadedScorer(NamedTuple):
         # A head that reads the answer separately is told its first token, which the tokenizer finds from the character.
         answers_at = None
         if HEADS[self.model.config.head].reads_answer_start:
-            parts = [Text.split(text) if isinstance(text, str) else text for text in texts]
-            answers_at = [len(text.question) + 1 for text in parts]  # one space joins question and answer
+            split = [Text.split(text) if isinstance(text, str) else text for text in texts]
+            answers_at = [len(text.question) + 1 for text in split]  # one space joins question and answer
 
         strings = [text if isinstance(text, str) else text.whole for text in texts]
-        (members, *embeddings), tokens = self._read(
+        (columns, *embeddings), tokens = self._read(
             strings, batch_tokens, functools.partial(self._forward, pooling=pooling), answers_at
         )
         cut = tokens > self.model.config.max_tokens
-        found = TextScores(members.mean(axis=1), tokens, cut, embeddings[0] if embeddings else None, members)
+        judged = HEADS[self.model.config.head].judged
+        members = columns[:, : columns.shape[1] - judged]
+        vectors, parts = embeddings[0] if embeddings else None, columns[:, members.shape[1] :] if judged else None
+        found = TextScores(members.mean(axis=1), tokens, cut, vectors, members, parts)
         return self._mended(found, texts, batch_tokens, pooling)
 
     def _forward(self, batch: Packed | dict[str, Any], pooling: _Pooling | None) -> tuple[Tensor, ...]:
-        """Return the scores of a batch by each member of the head, and if asked the embeddings."""
+        """Return the columns of the head for a batch, and if asked the embeddings."""
         if isinstance(batch, Packed):
             assert self.encoder is not None
-            members, states = self.model.packed_scores(batch, self.encoder)
+            columns, states = self.model.packed_scores(batch, self.encoder)
             if pooling is None:
-                return (members,)
-            return members, pooling(batch.spread(states.last()), batch.padded_ids()[1])
-        members, hidden_states = self.model.member_scores(**batch)
-        return (members,) if pooling is None else (members, pooling(hidden_states[-1], batch["attention_mask"]))
+                return (columns,)
+            return columns, pooling(batch.spread(states.last()), batch.padded_ids()[1])
+        columns, hidden_states = self.model.columns(**batch)
+        return (columns,) if pooling is None else (columns, pooling(hidden_states[-1], batch["attention_mask"]))
 
     def _mended(
         self,
@@ -143,6 +149,8 @@ class LoadedScorer(NamedTuple):
         found.scores[bad], found.members[bad] = again.scores, again.members
         if found.embeddings is not None and again.embeddings is not None:
             found.embeddings[bad] = again.embeddings
+        if found.parts is not None and again.parts is not None:
+            found.parts[bad] = again.parts
         return found
 
     def _rank_texts(self, texts: Sequence[Text | str], batch_tokens: int | None) -> TextScores:

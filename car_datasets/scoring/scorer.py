@@ -26,6 +26,7 @@ from car_datasets.scoring.embedder import TextEmbedder, load_sentence_transforme
 from car_datasets.scoring.inference import LoadedScorer, TextScores, Weights, load_scorer, read_scorer_config
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, tokenizer_revision
+from car_datasets.scoring.iqs.heads import FAULTS, JUDGED, PARTS
 from car_datasets.scoring.iqs.openvino_encoder import pin_engine
 from car_datasets.scoring.stage import (
     Rows,
@@ -88,6 +89,10 @@ class QualityScorer:
         uncertainty (`bool`): also add `iqs_score_std`, the standard deviation over the members of the head, from the
             same forward pass: rank by `iqs_score - iqs_score_std` to prefer answers on which they agree. For models
             with several members, such as the default.
+        parts (`bool`): also add `iqs_expert` (probability that an expert has revised the answer), `iqs_soundness` and
+            `iqs_worth` (expected ratings, 0 to 10) and `iqs_fault` (the likeliest one of
+            [`~car_datasets.scoring.iqs.heads.FAULTS`], or `"none"`), from the same forward pass. For models whose head
+            is `"parts"`.
         embedding_column (`str`, *optional*): also add the embedding, from the same forward pass, equal to what
             [`TextEmbedder`] gives. For models whose encoder is an unchanged sentence-transformers model, such as the
             default. Texts longer than that model's own limit (256 tokens for the default) take a second pass.
@@ -123,6 +128,7 @@ class QualityScorer:
     output_column: str = ColumnNames.score
     diagnostics: bool = False
     uncertainty: bool = False
+    parts: bool = False
     embedding_column: str | None = None
     on_invalid: str = "error"
     dtype: str = "float32"
@@ -199,6 +205,12 @@ class QualityScorer:
         if self.uncertainty and config.members < 2:
             raise ValueError(f"uncertainty=True: the head of {self.model_id} has one member, which cannot disagree.")
 
+        if self.parts and config.head != "parts":
+            raise ValueError(
+                f"parts=True: the head of {self.model_id} is {config.head!r}, which judges no parts. Leave it out, or "
+                "train a scorer that has them (configs/train_iqs_parts.yaml)."
+            )
+
     @property
     def objective(self) -> str:
         """Return `"regression"` for IQS, `"ranking"` for the original's "Comet" variant."""
@@ -235,6 +247,8 @@ class QualityScorer:
         columns = [names.score]
         if self.uncertainty:
             columns.append(names.std)
+        if self.parts:
+            columns += names.parts
         if self.diagnostics:
             columns += [names.tokens, names.truncated, names.status]
         elif self.on_invalid == "mark":  # the reason of every null score
@@ -251,6 +265,8 @@ class QualityScorer:
         types: dict[str, Any] = {
             names.score: Value("float32"),
             names.std: Value("float32"),
+            **dict.fromkeys(names.parts, Value("float32")),
+            names.fault: Value("string"),
             names.tokens: Value("int32"),
             names.truncated: Value("bool"),
             names.status: Value("string"),
@@ -286,6 +302,8 @@ class QualityScorer:
         scores = list(texts.scores) if rows.are_texts else rows.fold(texts.scores, TURNS[self.turns])
         self._refuse_nan(scores, batch)
         columns = {self.output_column: scores, **self._diagnostics(rows, texts)}
+        if texts.parts is not None:
+            columns |= self._judged(rows, texts.parts)
         if self.embedding_column is not None and texts.embeddings is not None:
             columns[self.embedding_column] = rows.mean_vectors(texts.embeddings, self.embedding_dtype)
         # `_diagnostics` computes all of its columns; those that were not asked for are dropped here.
@@ -313,6 +331,17 @@ class QualityScorer:
             ],
         }
 
+    def _judged(self, rows: Rows, parts: Any) -> dict[str, Any]:
+        """Return the columns of the parts; the exchanges of a chat are combined as their scores are."""
+        names, turn = ColumnNames(score=self.output_column), TURNS[self.turns]
+        numbers = {getattr(names, part): rows.fold(parts[:, i], turn) for i, part in enumerate(PARTS)}
+        # Of a chat the fault that is likeliest on average, also where the scores are added.
+        faults = [
+            FAULTS[int(of_row.mean(axis=0).argmax())] if len(of_row) else None
+            for of_row in rows.split(parts[:, len(PARTS) :])
+        ]
+        return {**numbers, names.fault: faults}
+
     def score_texts(self, texts: Sequence[Text | str], rank: int | None = None) -> TextScores:
         """Score texts that are already in the template.
 
@@ -332,7 +361,8 @@ class QualityScorer:
         if not texts:  # a batch of rows that cannot be scored; the model need not be loaded
             empty = np.zeros(0, np.float32)
             vectors = None if self.embedding_column is None else empty.reshape(0, 0)
-            return TextScores(empty, empty.astype(np.int32), empty.astype(bool), vectors, empty.reshape(0, 1))
+            parts = empty.reshape(0, JUDGED) if self.parts else None
+            return TextScores(empty, empty.astype(np.int32), empty.astype(bool), vectors, empty.reshape(0, 1), parts)
         loaded = self.load(device_for(rank))
         if self.embedding_column is None:
             return loaded.score_texts(texts, self.batch_tokens)

@@ -1,6 +1,7 @@
 """Make copies of answers that are certainly worse (corruptions), and copies of equal quality (changes of style).
 
-Does: eight corruptions, which a good scorer ranks below the row, and three changes of style, which it ignores.
+Does: eight corruptions, which a good scorer ranks below the row, and three changes of style, which it ignores; finer
+ones of both kinds, for training alone.
 Does not: score or train.
 
 Training and evaluation use different phrases, so that evaluation does not measure the memory of a phrase.
@@ -164,6 +165,67 @@ def _filler(row: Exchange, rng: random.Random, phrases: str) -> str:
     return f"{before} {row.response} {after}".strip()
 
 
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w)(?![.)]\s)")  # not the mark of a numbered item
+_NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}\b")  # not at the start of a sentence
+_LEAD_IN = re.compile(
+    r"^(?:(?:Sure|Certainly|Of course|Okay|Absolutely|Great)[^.:!]{0,40}[.!,:]\s*)?"
+    r"(?:Here(?:'s| is| are)|Below (?:is|are)|The following (?:is|are)|These are|This is)[^.:!?]{0,90}[:.]\s+"
+)
+_CLOSING = re.compile(
+    r"(?<=[.!?])\s+(?:I hope|Let me know|Please let me|Feel free|Thank|Good luck|Enjoy)[^.!?]{0,100}[.!?]$"
+)
+_MARK = re.compile(r"(?:(?<=\s)|^)(?:[-*•]|\d{1,2}[.)])\s+(?=\S)")
+
+
+def _changed_number(row: Exchange, rng: random.Random, phrases: str) -> str:
+    found = list(_NUMBER.finditer(row.response))
+    if not found:
+        return row.response
+    number = rng.choice(found)
+    digits = [at for at in range(number.start(), number.end()) if row.response[at].isdigit()]
+    at = rng.choice(digits[:2])  # the leading ones, so that the value is clearly another
+    digit = rng.choice([digit for digit in "123456789" if digit != row.response[at]])
+    return row.response[:at] + digit + row.response[at + 1 :]
+
+
+def _exchanged_names(row: Exchange, rng: random.Random, phrases: str) -> str:
+    names = sorted(set(_NAME.findall(row.response)))
+    if len(names) < 2:
+        return row.response
+    one, other = rng.sample(names, 2)
+    swap = {one: other, other: one}
+    return re.sub(rf"\b(?:{one}|{other})\b", lambda found: swap[found.group()], row.response)
+
+
+def _dropped_sentence(row: Exchange, rng: random.Random, phrases: str) -> str:
+    parts = sentences(row.response)
+    if len(parts) < 3:
+        return row.response
+    at = rng.randrange(1, len(parts))
+    return " ".join(parts[:at] + parts[at + 1 :])
+
+
+def _plain(row: Exchange, rng: random.Random, phrases: str) -> str:
+    text = _CLOSING.sub("", _LEAD_IN.sub("", row.response))
+    text = _MARK.sub("", text).replace("**", "")
+    # What is left of an answer that is little more than its lead-in is no answer.
+    return text if 2.5 * len(text.split()) >= len(row.response.split()) else row.response
+
+
+def _bold(row: Exchange, rng: random.Random, phrases: str) -> str:
+    words = row.response.split()
+    for _ in range(min(len(words), 1 + len(words) // 25)):
+        first = rng.randrange(len(words))
+        last = min(len(words) - 1, first + rng.randrange(3))
+        words[first], words[last] = f"**{words[first]}", f"{words[last]}**" if last > first else f"**{words[first]}**"
+    return " ".join(words)
+
+
+def _numbered(row: Exchange, rng: random.Random, phrases: str) -> str:
+    form = rng.choice(("{}. {}", "{}) {}"))
+    return " ".join(form.format(i, part) for i, part in enumerate(sentences(row.response), 1))
+
+
 # The eighth corruption, `mismatched`, needs all rows and so is a function of its own.
 CORRUPTIONS: dict[str, Change] = {
     "truncated": _truncated,
@@ -175,6 +237,13 @@ CORRUPTIONS: dict[str, Change] = {
     "echo": _echo,
 }
 STYLES: dict[str, Change] = {"opening": _opening, "bullets": _bullets, "filler": _filler}
+# A wrong number, the names of two exchanged, a step left out: worse if the row was right, and hard to see. Not evaluated.
+FINE_CORRUPTIONS: dict[str, Change] = {
+    "changed_number": _changed_number,
+    "exchanged_names": _exchanged_names,
+    "dropped_sentence": _dropped_sentence,
+}
+FINE_STYLES: dict[str, Change] = {"plain": _plain, "bold": _bold, "numbered": _numbered}
 
 
 def corrupt(
@@ -183,7 +252,7 @@ def corrupt(
     """Return a copy of every row with one kind of change; `None` if a row cannot have it (one word has no other order).
 
     Args:
-        kind (`str`): a name in `CORRUPTIONS` or `STYLES`, or `"mismatched"`.
+        kind (`str`): a name in `CORRUPTIONS`, `STYLES`, `FINE_CORRUPTIONS` or `FINE_STYLES`, or `"mismatched"`.
         rows (`Sequence[Exchange]`): the rows; they are not modified.
         seed (`int`): equal seeds give equal copies.
         phrases (`str`): `"train"` or `"evaluate"`: which set of phrases to draw from. With `"train"`, the point at
@@ -193,7 +262,7 @@ def corrupt(
     Raises:
         ValueError: `kind` or `phrases` is unknown.
     """
-    changes = {**CORRUPTIONS, **STYLES}
+    changes = {**CORRUPTIONS, **STYLES, **FINE_CORRUPTIONS, **FINE_STYLES}
     if kind != "mismatched" and kind not in changes:
         raise ValueError(f"kind={kind!r} is not known; choose one of {['mismatched', *changes]}.")
     if phrases not in REFUSALS:

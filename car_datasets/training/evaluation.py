@@ -98,25 +98,27 @@ class Evaluation:
         )
         corruptions = Table("corruption", "row outranks its copy", "rows", title_justify="left")
         for kind, row in self.corruptions.items():
-            corruptions.add_row(kind, _percent(row["outranked"]), f"{row['rows']:,}")
+            corruptions.add_row(kind, as_percent(row["outranked"]), f"{row['rows']:,}")
         styles = Table("change of style", "shift in standard deviations", "rows", title_justify="left")
         for kind, row in self.styles.items():
-            styles.add_row(kind, _number(row["shift"], "+.3f"), f"{row['rows']:,}")
+            styles.add_row(kind, as_number(row["shift"], "+.3f"), f"{row['rows']:,}")
         changed = f"{self.escapes['changed']:,} scores change, by {self.escapes['largest']:.2g} at most"
         styles.add_row("escapes typed out", changed, f"{self.escapes['rows']:,}")
         return [accuracy, corruptions, styles]
 
 
 def _accuracy_cells(figures: Figures) -> list[str]:
-    rows = _percent(figures["rows"]) if "rows" in figures else "-"
-    return [_percent(figures["pairs"]), rows, _number(figures["kendall"], ".3f"), _number(figures["auc"], ".3f")]
+    rows = as_percent(figures["rows"]) if "rows" in figures else "-"
+    return [as_percent(figures["pairs"]), rows, as_number(figures["kendall"], ".3f"), as_number(figures["auc"], ".3f")]
 
 
-def _percent(figure: Mapping[str, float]) -> str:
+def as_percent(figure: Mapping[str, float]) -> str:
+    """Return a share with its interval, in percent."""
     return f"{100 * figure['value']:.1f} % [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
 
 
-def _number(figure: Mapping[str, float], form: str) -> str:
+def as_number(figure: Mapping[str, float], form: str) -> str:
+    """Return a figure with its interval, each in a format such as `".3f"`."""
     return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
 
 
@@ -323,7 +325,7 @@ def pair_metrics(worse: Scores, better: Scores, threshold: float = 0.5) -> dict[
         - `kendall`: tau-b of scores and 0/1 labels, CaR's criterion for choosing a checkpoint.
         - `auc`: combinations (worse, better) of all rows in the right order, ties counted half.
     """
-    auc = _auc(worse, better)
+    auc = share_in_order(worse, better)
     return {
         "rows": float((np.mean(worse <= threshold) + np.mean(better > threshold)) / 2),
         "pairs": float(np.mean(better > worse) + np.mean(better == worse) / 2),
@@ -383,7 +385,9 @@ def with_intervals(
     drawn = [measure(rng.integers(pairs, size=pairs)) for _ in range(samples)]
     figures = {}
     for name, at in value.items():
-        low, high = np.percentile([d[name] for d in drawn], [2.5, 97.5])
+        # Without samples that lack what a figure is about, such as any row of one kind.
+        told = [d[name] for d in drawn if not math.isnan(d[name])]
+        low, high = np.percentile(told, [2.5, 97.5]) if told else (math.nan, math.nan)
         figures[name] = {"value": at, "low": float(low), "high": float(high)}
     return figures
 
@@ -392,7 +396,7 @@ def with_intervals(
 # than scikit-learn's `roc_auc_score` and SciPy's `kendalltau`, with which the tests compare them.
 
 
-def _auc(worse: Scores, better: Scores) -> float:
+def share_in_order(worse: Scores, better: Scores) -> float:
     """Return the share of (worse, better) combinations in the right order, ties counted half."""
     ordered = np.sort(worse)
     # left: worse scores below; right: below or equal. Their mean counts ties half.

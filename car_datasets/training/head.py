@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from datasets.utils import tqdm
-from torch import Tensor
+from torch import Tensor, nn
 
 from car_datasets.loading.templates import CLEAN_TEMPLATE, Exchange, render
 from car_datasets.scoring.batching import CPU_BUDGET, pad, token_batches, tokenise
@@ -190,10 +190,10 @@ def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pa
         for seed in range(settings.seed, settings.seed + settings.seeds):
             place = partial if seed == settings.seed else partial / "other-seed"
             head = fit_head(settings.changed(seed=seed), material, *words)
-            _save(place, _config(settings), head)
+            save_head(place, _config(settings), head)
             evaluations.append(evaluate_scorer(QualityScorer(str(place)), valid))
         shutil.rmtree(partial / "other-seed", ignore_errors=True)
-        figures = {**asdict(evaluations[0]), "model": folder.name, "seeds": _over_seeds(evaluations)}
+        figures = {**asdict(evaluations[0]), "model": folder.name, "seeds": over_seeds(evaluations)}
         figures["training_pairs"] = len(material.labels) // 2
         _describe(settings, partial, figures)
     return figures
@@ -296,11 +296,6 @@ def _frozen_encoder(settings: HeadTraining) -> tuple[Any, Any, IQSConfig]:
 def _config(settings: HeadTraining) -> IQSConfig:
     from transformers import AutoConfig
 
-    source = {
-        "model_id": revisions.DEFAULT_ENCODER,
-        "revision": revisions.ENCODER_REVISION,
-        "sha256": revisions.ENCODER_SHA256,
-    }
     return IQSConfig(
         encoder_config=AutoConfig.from_pretrained(
             revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION), trust_remote_code=False
@@ -314,13 +309,22 @@ def _config(settings: HeadTraining) -> IQSConfig:
         members=settings.members,
         word_bits=settings.word_bits,
         penalty=settings.penalty,
-        encoder_source=source,
+        encoder_source=encoder_source(),
         languages=settings.languages,
         architectures=[IQSModel.__name__],
     )
 
 
-def _over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
+def encoder_source() -> dict[str, str]:
+    """Return the encoder of the embedded scorer, as the configuration of a head that leaves it out names it."""
+    return {
+        "model_id": revisions.DEFAULT_ENCODER,
+        "revision": revisions.ENCODER_REVISION,
+        "sha256": revisions.ENCODER_SHA256,
+    }
+
+
+def over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
     """Return mean and sample standard deviation over the seeds: accuracy on cleaned text, corruptions and styles."""
     values: dict[str, list[float]] = {}
     for evaluation in evaluations:
@@ -334,12 +338,13 @@ def _over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]
     return {name: {"mean": float(np.mean(list_)), "deviation": spread[name]} for name, list_ in values.items()}
 
 
-def _save(folder: Path, config: IQSConfig, head: SegmentHead) -> None:
+def save_head(folder: Path, config: IQSConfig, head: nn.Module) -> None:
+    """Write configuration and weights of a head, in half precision but for scales, which have few digits there."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    full = {"mean", "scale"}  # stay in float32: a scale of 1e-3 has few digits in half precision
+    full = {"mean", "scale", "weights", "knots"}
     state = {f"head.{n}": (w if n in full else w.half()).contiguous() for n, w in head.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
@@ -354,6 +359,7 @@ def _describe(settings: HeadTraining, folder: Path, figures: dict[str, Any]) -> 
         files=[Path(name).name for name in (settings.train, settings.valid)],
         of_car=digests.file_digest(Path(settings.train)) == CAR_TRAINING_SHA256,
         figures=figures,
+        ratings=None,  # `evaluate --ratings` has them
         config=_config(settings),
         pairs=figures["training_pairs"],
     )

@@ -66,7 +66,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         ValueError: a column is missing, a text is empty, two rows of a pair have the same score, or the file has
             another format; the message counts rows from 1.
     """
-    content = _read(path)
+    content = read_records(path)
     columns = set(content[0])
     if {"chosen", "rejected"} <= columns:
         pairs = [_preference(path, i, row) for i, row in enumerate(content, 1)]
@@ -91,7 +91,7 @@ def read_labelled_rows(path: str | Path) -> LabelledRows:
         ValueError: the file cannot be read as pairs or scored rows, a label is not a number in [0, 1], or all labels
             are equal.
     """
-    content = _read(path)
+    content = read_records(path)
     if {"src", "score"} <= set(content[0]):
         labelled = _labelled(path, content)
     else:
@@ -141,7 +141,12 @@ def cleaned(row: Exchange) -> Exchange:
     return Exchange(*(clean(part) for part in row))
 
 
-def _read(path: str | Path) -> list[dict[str, Any]]:
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Read the records of a CSV, JSON Lines, JSON or Parquet file.
+
+    Raises:
+        ValueError: the file does not exist, has another format, or holds no rows.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no file {path}; check the path.")

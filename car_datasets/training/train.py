@@ -351,12 +351,12 @@ def _train(trainer: Trainer, checkpoint: str | None) -> None:
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             # No epoch is left to train then, and `Trainer` goes straight to `load_best_model_at_end`.
             trainer.args.num_train_epochs = round(state["epoch"])
-    with _deterministic():
+    with deterministic():
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Make torch deterministic inside the block, so that equal settings give equal weights."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic

@@ -41,6 +41,33 @@ class ColumnNames:
         # "iqs_score" gives "iqs_tokens"; a name without the suffix, such as "quality", gives "quality_tokens".
         return self.score.removesuffix("_score")
 
+    # What a scorer with parts says of a row; the names are those of the score's stem, as `iqs_expert`.
+
+    @property
+    def expert(self) -> str:
+        """Return the name of the column of probabilities that an expert has revised the answer, float32."""
+        return f"{self._stem}_expert"
+
+    @property
+    def soundness(self) -> str:
+        """Return the name of the column of expected ratings of soundness, 0 to 10, float32."""
+        return f"{self._stem}_soundness"
+
+    @property
+    def worth(self) -> str:
+        """Return the name of the column of expected ratings of worth, 0 to 10, float32."""
+        return f"{self._stem}_worth"
+
+    @property
+    def fault(self) -> str:
+        """Return the name of the column of likeliest faults, string."""
+        return f"{self._stem}_fault"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Return the names of the columns that a scorer with parts adds on request."""
+        return (self.expert, self.soundness, self.worth, self.fault)
+
     # The next three describe the text that was scored, so they are named after the stem; `std` belongs to the score.
 
     @property
@@ -76,4 +103,4 @@ class ColumnNames:
     @property
     def diagnostics(self) -> tuple[str, ...]:
         """Return the names of the columns that scoring and clustering add next to score and label."""
-        return (self.tokens, self.truncated, self.status, self.std, self.distance)
+        return (self.tokens, self.truncated, self.status, self.std, *self.parts, self.distance)

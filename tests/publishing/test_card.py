@@ -105,6 +105,26 @@ def test_section_renders_whatever_is_known(
         assert "car-datasets curate you/rows --output out" in text and "at commit `" + "b" * 40 in text
 
 
+def test_the_limits_say_what_the_score_likes() -> None:
+    code = [i % 4 == 0 for i in range(400)]
+    pool = Dataset.from_dict(
+        {
+            "instruction": [f"Write a function for {i}." if of else f"Who is {i}?" for i, of in enumerate(code)],
+            "output": ["x = 1" if of else "Nobody." for of in code],
+            "iqs_score": [i / 400 - 2 * of for i, of in enumerate(code)],
+            "iqs_tokens": [10 + i % 3 for i in range(400)],
+            "cluster": [0] * 400,
+            "source_index": range(400),
+        }
+    )
+    known = SelectionReport.from_selection(pool, select_car(pool, 40, 0))
+    text = render_section(Target("me/car", "small", "selected"), {"selected": 40}, ["output"], known, None, {}, [])
+    limits = " ".join(text.partition("## Limits")[2].split())
+    assert "Kinds of answer.** They explain 9" in limits
+    assert "code 25.0, 0.0 and 0.0 %; short facts 75.0, 100.0 and 100.0 %." in limits
+    assert "code (kind of answer) is all but lost: 25.0 % of the pool" in text
+
+
 def test_header_is_what_datasets_reads() -> None:
     card, rows = with_header("", [], "default", FEATURES, files(), "me/x")
     assert rows == {"selected": 3}

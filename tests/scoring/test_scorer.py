@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from car_datasets import IQSModel, QualityScorer, TextEmbedder
 from car_datasets.loading.templates import Exchange, render
+from car_datasets.scoring.iqs.heads import FAULTS
 from tests.conftest import DAMAGED_MODELS, SIZES, damaged_copy
 
 TOLERANCE = 1e-5  # in float32, whatever the company of a row
@@ -287,6 +288,37 @@ def test_uncertainty_of_a_chat_is_that_of_its_score(make_tiny_iqs: Any) -> None:
 def test_a_model_of_one_member_has_no_uncertainty(tiny_iqs: str) -> None:
     with pytest.raises(ValueError, match="has one member, which cannot disagree"):
         QualityScorer(tiny_iqs, uncertainty=True)
+
+
+PARTS = {"head": "parts", "hidden_sizes": (8,), "members": 2, "fork_layers": 1, "queries": 2}
+
+
+def test_parts_come_with_the_score_from_one_pass(make_tiny_iqs: Any, pairs: Dataset) -> None:
+    folder = make_tiny_iqs(**PARTS)
+    scored = pairs.map(QualityScorer(folder, parts=True, on_invalid="mark"), batched=True)
+    added = ["iqs_score", "iqs_expert", "iqs_soundness", "iqs_worth", "iqs_fault", "iqs_status"]
+    assert scored.column_names[len(pairs.column_names) :] == added
+    assert [scored.features[name].dtype for name in added[1:5]] == ["float32"] * 3 + ["string"]
+    assert scored["iqs_score"] == pairs.map(QualityScorer(folder), batched=True)["iqs_score"]
+    assert all(0 <= row["iqs_soundness"] <= 10 and 0 <= row["iqs_worth"] <= 10 for row in scored)
+    assert {row["iqs_fault"] for row in scored} <= set(FAULTS)
+    empty = QualityScorer(folder, parts=True)({"instruction": [], "output": []})
+    assert all(len(column) == 0 for column in empty.values()) and "iqs_fault" in empty
+
+
+@pytest.mark.parametrize(("turns", "fold"), [("mean", np.mean), ("min", np.min), ("last", lambda x: x[-1])])
+def test_parts_of_a_chat_are_combined_as_its_score_is(turns: str, fold: Any, make_tiny_iqs: Any) -> None:
+    scorer = QualityScorer(make_tiny_iqs(**PARTS), parts=True, turns=turns)
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    found = scorer({"messages": [chat]})
+    parts = scorer.score_texts([render(Exchange("a", "", "b")), render(Exchange("a\nb\nc", "", "d"))]).parts
+    assert found["iqs_soundness"][0] == pytest.approx(fold(parts[:, 1]), abs=TOLERANCE)
+    assert found["iqs_fault"] == [FAULTS[int(parts[:, 3:].mean(axis=0).argmax())]]
+
+
+def test_a_model_without_parts_says_so(tiny_iqs: str) -> None:
+    with pytest.raises(ValueError, match="judges no parts"):
+        QualityScorer(tiny_iqs, parts=True)
 
 
 def test_a_text_whose_answer_cannot_be_found_is_refused(make_tiny_iqs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from typing import Any
 
@@ -240,3 +241,23 @@ def test_a_draw_gives_every_row_one_broken_copy_of_the_kinds_asked_for(sample: l
         assert is_refusal or sorted(copy.response.split()) == sorted(row.response.split())
     assert drawn == draw_corruptions(sample, 0, {"refusal": 1.0, "shuffled_words": 3.0})
     assert drawn != draw_corruptions(sample, 1, {"refusal": 1.0, "shuffled_words": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("changed_number", "It took 7 days.", r"It took [1-689] days\."),
+        ("changed_number", "1. One. 2. Two.", None),  # the marks of items are not facts
+        ("exchanged_names", "We saw Ann meet Bob, and then Ann left.", "We saw Bob meet Ann, and then Bob left."),
+        ("exchanged_names", "We saw Ann.", None),
+        ("dropped_sentence", "One. Two. Three.", r"One\. (Two|Three)\."),
+        ("dropped_sentence", "One. Two.", None),
+        ("plain", "Sure! Here are two: - **red** wine - blue cheese", "red wine blue cheese"),
+        ("plain", "Here is the answer: two and two are of course four. I hope this helps!", r"two .* four\."),
+        ("plain", "Two and two are four.", None),
+        ("numbered", "Boil it. Eat it.", r"1[.)] Boil it\. 2[.)] Eat it\."),
+    ],
+)
+def test_fine_changes_by_hand(kind: str, before: str, after: str | None) -> None:
+    [copy] = corrupt(kind, [Exchange("q", "", before)], 0, "train")
+    assert (copy is None) if after is None else re.fullmatch(after, copy.response)

@@ -118,7 +118,7 @@ def test_a_file_of_no_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("n1: 10\n")
     done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")])
     assert done.exit_code == 2
-    assert "needs one of ['head', 'iqs', 'ranking']" in done.output
+    assert "needs one of ['head', 'parts', 'iqs', 'ranking']" in done.output
 
 
 def copies(rows: torch.Tensor, styled: torch.Tensor, corrupted: torch.Tensor) -> Copies:

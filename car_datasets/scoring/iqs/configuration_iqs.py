@@ -24,6 +24,7 @@ POOLINGS = ("avg", "max", "cls")
 HEAD_NAMES = (
     "feed_forward",
     "segments",
+    "parts",
 )
 
 
@@ -38,22 +39,28 @@ class IQSConfig(PreTrainedConfig):
             question and answer are encoded separately and the score is `1 / (1 + distance)`.
         head (`str`): `"feed_forward"`, the original's, reads the pooled combination of layers. `"segments"`, the
             default scorer's, reads question and answer, pooled separately, and the words of the answer; `layer_mix`,
-            `layer`, `layer_norm` and `pooling` do not apply to it.
+            `layer`, `layer_norm` and `pooling` do not apply to it. `"parts"` also reads both apart, from a state below
+            its own copy of the encoder's top layers, and judges soundness, worth and an expert's revision as well.
         layer_mix (`str`): how the encoder's n + 1 hidden states (the embedding output counts as one) are combined:
             `"sparsemax"` or `"softmax"` weights times `gamma`.
         layer (`int`, *optional*): read this hidden state alone instead of a mix; 0 is the embedding output.
         layer_norm (`bool`): normalise each layer over a text's tokens and units before the mix (ELMo's scheme).
         pooling (`str`): `"avg"` over tokens (special tokens included), `"max"`, or `"cls"`, the first token.
         hidden_sizes (`Sequence[int]`): widths of the head's hidden layers; empty for a linear head. With `"segments"`
-            two: the width of each member's network and that of the integrity network.
+            two: the width of each member's network and that of the integrity network; with `"parts"` one, of each
+            member's network.
         activation (`str`): name of a `torch.nn` activation, between the head's layers.
         final_activation (`str`, *optional*): the same, after the last layer. `None`: scores are not bounded.
         dropout (`float`): in training only: in the head, and of entire layers in a weighted mix, as in COMET.
         max_tokens (`int`): tokens read of a text, special tokens included. The original's 510 is 514 positions - 4.
         template (`str`): name of the text template that the weights were trained with.
-        members (`int`): with `"segments"`: networks that vote on quality.
+        members (`int`): with `"segments"` and `"parts"`: networks that vote on quality.
         word_bits (`int`): with `"segments"`: bits of the hash of words.
-        penalty (`float`): with `"segments"`: the most that a broken answer loses.
+        penalty (`float`): with `"segments"` and `"parts"`: the most that a broken answer loses.
+        fork_layers (`int`): with `"parts"`: top layers of the encoder that the head has a copy of; 0 reads its last
+            state.
+        fork_dropout (`float`): with `"parts"`: dropout in the fork, in training only.
+        queries (`int`): with `"parts"`: learned queries that pool tokens by attention.
         encoder_source (`dict`, *optional*): for a model whose weights file leaves out an unchanged encoder:
             `{"model_id", "revision", "sha256"}` of the model that the encoder comes from.
         languages (`Sequence[str]`): codes (ISO 639-1) of the languages that the model was made to score; empty if that
@@ -85,6 +92,9 @@ class IQSConfig(PreTrainedConfig):
         members: int = 1,
         word_bits: int = 17,
         penalty: float = 1.0,
+        fork_layers: int = 0,
+        fork_dropout: float = 0.1,
+        queries: int = 0,
         encoder_source: dict[str, str] | None = None,
         languages: Sequence[str] = (),
         **kwargs: Any,
@@ -99,6 +109,7 @@ class IQSConfig(PreTrainedConfig):
             if value not in known:
                 raise ValueError(f"{argument}={value!r} is not known; choose one of {known}.")
         _check_numbers(hidden_sizes, layer, dropout, max_tokens, members, word_bits, penalty)
+        _check_fork(fork_layers, fork_dropout, queries)
         for argument, name in (("activation", activation), ("final_activation", final_activation)):
             if not (name is None and argument == "final_activation") and not _is_activation(name):
                 raise ValueError(f"{argument}={name!r} is not the name of a torch.nn activation, such as 'Tanh'.")
@@ -111,7 +122,16 @@ class IQSConfig(PreTrainedConfig):
                 f"head='segments' needs objective='regression' and two hidden_sizes, not {objective!r} and "
                 f"{list(hidden_sizes)}."
             )
+        if head == "parts" and (objective != "regression" or len(hidden_sizes) != 1):
+            raise ValueError(
+                f"head='parts' needs objective='regression' and one hidden size, not {objective!r} and "
+                f"{list(hidden_sizes)}."
+            )
         self.encoder_config = _as_config(encoder_config)
+        if head == "parts" and fork_layers > self.encoder_config.num_hidden_layers:
+            raise ValueError(
+                f"fork_layers={fork_layers}, but the encoder has {self.encoder_config.num_hidden_layers} layers."
+            )
         self.objective = objective
         self.head = head
         self.layer_mix = layer_mix
@@ -128,6 +148,9 @@ class IQSConfig(PreTrainedConfig):
         self.members = members
         self.word_bits = word_bits
         self.penalty = penalty
+        self.fork_layers = fork_layers
+        self.fork_dropout = fork_dropout
+        self.queries = queries
         self.encoder_source = encoder_source
         self.languages = check_languages(languages)
         super().__init__(**kwargs)
@@ -156,6 +179,15 @@ def _check_numbers(
     for argument, value, limit in (("dropout", dropout, 1.0), ("penalty", penalty, float("inf"))):
         if not isinstance(value, (int, float)) or not 0 <= value <= limit:
             raise ValueError(f"{argument}={value!r} must be a number from 0 to {limit}.")
+
+
+def _check_fork(fork_layers: Any, fork_dropout: Any, queries: Any) -> None:
+    """Raise ValueError if one of the numbers of the head "parts" is no number or no size."""
+    for argument, value, most in (("fork_layers", fork_layers, 2**10), ("queries", queries, 2**10)):
+        if not is_integer(value) or not 0 <= value <= most:
+            raise ValueError(f"{argument}={value!r} must be a whole number from 0 to {most}.")
+    if not isinstance(fork_dropout, (int, float)) or not 0 <= fork_dropout <= 1:
+        raise ValueError(f"fork_dropout={fork_dropout!r} must be a number from 0 to 1.")
 
 
 def _is_activation(name: Any) -> bool:

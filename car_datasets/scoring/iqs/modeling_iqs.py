@@ -23,6 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
+from car_datasets.scoring.iqs.heads import JUDGED, PartsHead
 from car_datasets.scoring.iqs.layers import (
     LayerCombination,
     SegmentHead,
@@ -225,6 +226,13 @@ class IQSModel(PreTrainedModel):
             members is the score of the text, their standard deviation how far they disagree. The head `"feed_forward"`
             has one member.
         """
+        columns, hidden_states = self.columns(input_ids, attention_mask, answer_start, **kwargs)
+        return columns[:, : columns.shape[1] - HEADS[self.config.head].judged], hidden_states
+
+    def columns(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, answer_start: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return scores and hidden states as [`member_scores`] does, and after the scores what a head judges besides."""
         kind = HEADS[self.config.head]
         if kind.reads_answer_start and answer_start is None:
             raise ValueError(
@@ -237,14 +245,14 @@ class IQSModel(PreTrainedModel):
         return scores.float(), hidden_states
 
     def packed_scores(self, packed: Packed, encoder: PackedEncoder) -> tuple[Tensor, Running]:
-        """Score packed texts by each member of the head, as [`member_scores`] does padded ones.
+        """Return all that the head says of packed texts, as [`columns`] does of padded ones.
 
         Args:
             packed ([`Packed`]): the texts; for a head that reads question and answer separately, with answer starts.
             encoder ([`PackedEncoder`]): of this model's encoder.
 
         Returns:
-            The scores, of shape `(batch, members)` in float32, and the states, whose last is still to be asked for.
+            float32 of shape `(batch, members + judged)`, and the states, whose last is still to be asked for.
         """
         states = Running(encoder.states(packed))
         return HEADS[self.config.head].score_packed(self, states, packed).float(), states
@@ -397,6 +405,7 @@ class HeadKind(NamedTuple):
         score_packed (`Callable`): likewise, a function of model, states, one at a time, and packed texts.
         reads_pooled (`bool`): True if it reads the vector of [`~IQSModel.reduce`], which needs a combination of layers.
         reads_answer_start (`bool`): True if it must be told where the answer begins.
+        judged (`int`): columns that `score` returns after those of the members.
     """
 
     build: Callable[[IQSConfig], nn.Module]
@@ -404,6 +413,7 @@ class HeadKind(NamedTuple):
     score_packed: Callable[[IQSModel, Iterable[Tensor], Packed], Tensor]
     reads_pooled: bool = False
     reads_answer_start: bool = False
+    judged: int = 0
 
 
 def _score_pooled(model: IQSModel, texts: EncodedTexts) -> Tensor:
@@ -425,11 +435,23 @@ def _score_segments_packed(model: IQSModel, states: Iterable[Tensor], packed: Pa
 
 
 def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
-    assert texts.answer_start is not None  # IQSModel.member_scores has seen to it
+    assert texts.answer_start is not None  # IQSModel.columns has seen to it
     features = segment_features(texts.hidden_states, texts.mask, texts.answer_start)
     numbers, weights = hashed_words(texts.input_ids, texts.mask, texts.answer_start, model.config.word_bits)
     scores: Tensor = model.head(features, numbers, weights)
     return scores
+
+
+def _score_parts(model: IQSModel, texts: EncodedTexts) -> Tensor:
+    columns: Tensor = model.head.columns(texts.hidden_states[model.head.lower], texts.mask, texts.answer_start)
+    return columns
+
+
+def _score_parts_packed(model: IQSModel, states: Iterable[Tensor], packed: Packed) -> Tensor:
+    # The fork reads padded states: it is two or three layers, and its attention needs no bounds then.
+    below = packed.spread(next(itertools.islice(states, model.head.lower, None)))
+    columns: Tensor = model.head.columns(below, packed.padded_ids()[1], packed.answer_start)
+    return columns
 
 
 # To add a head, write a module and a function that scores with it, and add a line here and its name to `HEAD_NAMES`,
@@ -437,6 +459,7 @@ def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
 HEADS = {
     "feed_forward": HeadKind(feed_forward, _score_pooled, _score_pooled_packed, reads_pooled=True),
     "segments": HeadKind(SegmentHead, _score_segments, _score_segments_packed, reads_answer_start=True),
+    "parts": HeadKind(PartsHead, _score_parts, _score_parts_packed, reads_answer_start=True, judged=JUDGED),
 }
 
 

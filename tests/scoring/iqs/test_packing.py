@@ -74,6 +74,21 @@ def test_packed_scores_and_states_equal_padded_ones(
     assert torch.allclose(grid * mask.unsqueeze(-1), states[-1] * mask.unsqueeze(-1), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("fork_layers", [0, 1, 2])
+def test_packed_parts_equal_padded_ones(fork_layers: int) -> None:
+    options = {"head": "parts", "hidden_sizes": (8,), "members": 2, "queries": 2, "fork_layers": fork_layers}
+    model = build(tiny_encoder_config(), **options)
+    starts = [min(2, len(ids) - 1) for ids in IDS]
+    with torch.inference_mode():
+        expected, states = model.columns(*pad(IDS, 0, CPU), torch.tensor(starts))
+        packed = pack(IDS, model.config.encoder_config, 48, CPU, starts)
+        found, running = model.packed_scores(packed, PackedEncoder(model.encoder))
+        assert torch.allclose(found, expected, atol=TOLERANCE)
+        last = packed.spread(running.last())  # the fork has read a lower state only
+    mask = pad(IDS, 0, CPU)[1].unsqueeze(-1)
+    assert torch.allclose(last * mask, states[-1] * mask, atol=TOLERANCE)
+
+
 def scores(model: IQSModel, ids: list[list[int]]) -> torch.Tensor:
     config = model.config.encoder_config
     with torch.inference_mode():

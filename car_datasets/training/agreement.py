@@ -1,0 +1,470 @@
+"""Evaluate a scorer on ratings of single rows: what a reader finds right, wrong and worth learning, and what is kept.
+
+Does: compare scores, their baselines and a former scorer with the ratings, also with length held constant, by source and
+by fault; count kinds of answers in the best tenth; measure pairs of which the reader says that they are equal, and changes
+of style. Every figure has a bootstrap interval, by drawing questions.
+Does not: train a scorer, or read files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from car_datasets.loading.kinds import KINDS, kinds_of
+from car_datasets.loading.templates import Exchange, join_lines, render
+from car_datasets.scoring.iqs.heads import FAULTS, PARTS
+from car_datasets.training.corruptions import STYLES, corrupt
+from car_datasets.training.evaluation import (
+    TEXTS_PER_STEP,
+    TOKEN,
+    Figures,
+    as_number,
+    as_percent,
+    share_in_order,
+    with_intervals,
+)
+from car_datasets.training.pairs import Pair, cleaned, question
+from car_datasets.training.ratings import FAULTY, SOUND, Ratings
+from car_datasets.utils.files import table_text, without_nan
+from car_datasets.utils.settings import BOOTSTRAP_SAMPLES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from car_datasets.scoring.scorer import QualityScorer
+
+Numbers = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.int64]
+SCORE, LENGTH = "iqs_score", "length"  # two of the things that rank the rows
+TARGETS = ("soundness", "worth", "product")
+HEADS = {"faulty": "faulty / sound", "soundness": "soundness", "worth": "worth", "product": "soundness x worth"}
+FEWEST = 5  # rows with a fault, or pairs, below which there is no figure
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The result of [`evaluate_ratings`]. Every figure is `{"value", "low", "high"}`: the value and its 95 % interval.
+
+    Args:
+        model, revision (`str`): id and immutable revision of the scorer.
+        rows (`int`): rated rows.
+        sources (`dict[str, int]`): rated rows by source.
+        bag_of_words_from (`int`): rated rows that the bag of words was trained on; 0 if there is none.
+        agreement (`dict`): by what ranks the rows (`"iqs_score"`, the parts of a scorer that has them, `"length"`, a bag of
+            words per rating, the former scorer): `faulty`, the share of all combinations of a faulty row (soundness up to
+            4) and a sound one (from 8) in the right order; `soundness`, `worth` and `product` (of both), rank
+            correlations; and `..._length_held`, the same with the length of the answer held constant.
+        by_source (`dict`): the same for the rows of each source.
+        faults (`dict`): for each fault `rows`, and by what ranks the rows the share of combinations of such a row and a
+            sound one in the right order; only `rows` if there are fewer than `FEWEST`.
+        kinds (`dict`): for each kind of answer `rows`; `pool` and `best_tenth`, its shares of all rows and of the best
+            tenth by score; `kept`, the share of its sound rows that are in the best tenth.
+        pairs (`dict`): by what ranks the rows: `ties`, the mean of score(better) - score(worse), in standard deviations of
+            the scores of all rows, over pairs of equal soundness; `decided`, the share of the other pairs in the reader's
+            order. Empty without pairs.
+        pair_counts (`dict`): `ties` and `decided`, the numbers of these pairs.
+        styles (`dict`): for each change of style `shift`, the mean change of the score in the same unit, and `rows`.
+    """
+
+    model: str
+    revision: str
+    rows: int
+    sources: dict[str, int]
+    bag_of_words_from: int
+    agreement: dict[str, Figures]
+    by_source: dict[str, dict[str, Figures]]
+    faults: dict[str, dict[str, Any]]
+    kinds: dict[str, dict[str, Any]]
+    pairs: dict[str, Figures]
+    pair_counts: dict[str, int]
+    styles: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        """Return all figures as JSON, with `null` for figures without a single row."""
+        return json.dumps(without_nan(asdict(self)), indent=2, allow_nan=False)
+
+    def to_tables(self) -> list[Table]:
+        """Return tables for a terminal: agreement, by source if there are several, faults, kinds, and what should not count."""
+        from rich.table import Column, Table
+
+        held = {f"{target}_length_held": f"{head}, length held" for target, head in HEADS.items() if target in TARGETS}
+        tables = []
+        title: Any = table_text(f"{self.model} on {self.rows:,} rated rows", "table.title")
+        for heads in (HEADS, held):
+            tables.append(Table("ranked by", *heads.values(), title=title, title_justify="left"))
+            title = None
+            for name, figures in self.agreement.items():
+                tables[-1].add_row(table_text(name), *_cells(figures, tuple(heads)))
+        bag = f"; bag of words: trained on {self.bag_of_words_from:,} other rows" if self.bag_of_words_from else ""
+        caption = f"AUC of rows rated up to {FAULTY:g} against those from {SOUND:g}; Spearman [95 % interval]{bag}"
+        tables[1].caption = table_text(caption, "table.caption")
+        if len(self.by_source) > 1:
+            tables.append(Table("source", "ranked by", *HEADS.values(), title_justify="left"))
+            for source, by_name in self.by_source.items():
+                for name, figures in by_name.items():
+                    label = table_text(f"{source} ({self.sources[source]:,})")
+                    tables[-1].add_row(label, table_text(name), *_cells(figures, tuple(HEADS)))
+        names = [name for name in self.agreement if any(name in row for row in self.faults.values())]
+        columns = (Column(table_text(name)) for name in names)
+        faults = Table("fault, against sound rows", *columns, "rows", title_justify="left")
+        for fault, row in self.faults.items():
+            faults.add_row(fault, *_cells(row, names), f"{row['rows']:,}")
+        kinds = Table(
+            "kind of answer", "of all rows", "of the best tenth", "its sound rows kept", "rows", title_justify="left"
+        )
+        for kind, row in self.kinds.items():
+            cells = (_percent(row[name]) for name in ("pool", "best_tenth", "kept"))
+            kinds.add_row(kind, *cells, f"{row['rows']:,}")
+        return [*tables, faults, kinds, *self._shifts()]
+
+    def _shifts(self) -> list[Table]:
+        from rich.table import Table
+
+        tables = []
+        if self.pairs:
+            heads = [
+                f"{name} ({self.pair_counts[key]:,} pairs)"
+                for key, name in (("ties", "equal: shift"), ("decided", "decided: agrees"))
+            ]
+            pairs = Table("pairs, ranked by", *heads, title_justify="left")
+            for name, figures in self.pairs.items():
+                agrees = as_percent(figures["decided"]) if "decided" in figures else "-"
+                pairs.add_row(table_text(name), _cells(figures, ("ties",), "+.3f")[0], agrees)
+            tables.append(pairs)
+        styles = Table("change of style", "shift in standard deviations", "rows", title_justify="left")
+        for kind, row in self.styles.items():
+            styles.add_row(kind, as_number(row["shift"], "+.3f"), f"{row['rows']:,}")
+        return [*tables, styles]
+
+
+def _cells(figures: Mapping[str, Any], names: Sequence[str], form: str = ".3f") -> list[str]:
+    there = [name in figures and not np.isnan(figures[name]["value"]) for name in names]
+    return [as_number(figures[name], form) if known else "-" for name, known in zip(names, there, strict=True)]
+
+
+def _percent(figure: Mapping[str, float]) -> str:
+    return "-" if np.isnan(figure["value"]) else as_percent(figure)
+
+
+class _Rated(NamedTuple):
+    """Rated rows as arrays of one entry per row, and what ranks them."""
+
+    rated: Numbers  # soundness, worth and product, (3, rows); NaN where unknown
+    lengths: Numbers
+    rankers: dict[str, Numbers]
+    questions: list[Rows]  # the rows of each question, which the bootstrap draws together
+
+    def among(self, rows: Rows) -> _Rated:
+        """Return the same for some of the rows, ascending."""
+        place = np.full(self.rated.shape[1], -1)
+        place[rows] = np.arange(len(rows))
+        questions = [kept for of in self.questions if len(kept := place[of][place[of] >= 0])]
+        rankers = {name: scores[rows] for name, scores in self.rankers.items()}
+        return _Rated(self.rated[:, rows], self.lengths[rows], rankers, questions)
+
+
+def evaluate_ratings(
+    scorer: QualityScorer,
+    ratings: Ratings,
+    *,
+    pairs: Sequence[Pair] = (),
+    other: Ratings | None = None,
+    former: QualityScorer | None = None,
+    samples: int = BOOTSTRAP_SAMPLES,
+    seed: int = 0,
+) -> Agreement:
+    """Evaluate a scorer on rows that a reader has rated.
+
+    Args:
+        scorer ([`QualityScorer`]): the scorer; its parts are measured as well if it has any.
+        ratings ([`Ratings`]): the rows and their ratings, as read by [`read_ratings`].
+        pairs (`Sequence[Pair]`, *optional*): pairs of these rows, for the figures of `pairs`.
+        other ([`Ratings`], *optional*): other rated rows, which train a bag of words. Those that ask a question of the
+            rated rows are left out.
+        former ([`QualityScorer`], *optional*): another scorer to measure on the same rows.
+        samples (`int`): bootstrap samples for each interval.
+        seed (`int`): seed of bootstrap and changes of style.
+
+    Raises:
+        ValueError: no row is rated faulty, or none sound, `other` has no rows left, `samples` is below 1, or a score is
+            not finite.
+    """
+    # Here, because other users of this module's figures start in half the time without it.
+    from datasets.utils import tqdm
+
+    refuse_one_class(ratings)
+    rows = [cleaned(row) for row in ratings.rows]
+    copies = {kind: corrupt(kind, rows, seed) for kind in STYLES}
+    known = None if other is None else _apart(other, ratings)
+    total = len(rows) * (1 if former is None else 2) + sum(row is not None for of in copies.values() for row in of)
+    with tqdm(total=total, desc="Scoring rated rows", unit=" texts") as bar:
+        scores = _scores(scorer, rows, bar)
+        rankers = {**scores, LENGTH: np.array([len(row.response) for row in rows], dtype=np.float64)}
+        if known is not None:
+            rankers |= _bags_of_words(known, rows)
+        if former is not None:
+            rankers[f"former: {former.model_id}"] = _scores(former, rows, bar)[SCORE]
+        moved = {
+            kind: _scores(scorer, [row for row in of if row is not None], bar)[SCORE] for kind, of in copies.items()
+        }
+    sound, worth = ratings.soundness.astype(np.float64), ratings.worth.astype(np.float64)
+    rated = _Rated(np.stack([sound, worth, sound * worth]), rankers[LENGTH], rankers, _questions(rows))
+    draw = _Draw(samples, seed)
+    sources = {name: np.flatnonzero(np.array(ratings.source) == name) for name in dict.fromkeys(ratings.source)}
+    compared, counts = _compare_pairs(ratings, pairs, rated, draw)
+    return Agreement(
+        model=scorer.model_id,
+        revision=str(scorer.revision),
+        rows=len(rows),
+        sources={name: len(at) for name, at in sources.items()},
+        bag_of_words_from=0 if known is None else len(known.rows),
+        agreement=draw.by_ranker(rated, agree),
+        by_source={name: draw.by_ranker(rated.among(at), agree) for name, at in sources.items()},
+        faults=_by_fault(ratings, rated, draw),
+        kinds=_by_kind(rows, rated, draw),
+        pairs=compared,
+        pair_counts=counts,
+        styles={kind: _shift(of, moved[kind], scores[SCORE], draw) for kind, of in copies.items()},
+    )
+
+
+def refuse_one_class(ratings: Ratings) -> None:
+    """Raise ValueError if no row is rated faulty, or none sound: then nothing can be told from anything."""
+    counts = np.count_nonzero(ratings.soundness <= FAULTY), np.count_nonzero(ratings.soundness >= SOUND)
+    if not all(counts):
+        raise ValueError(
+            f"ratings: {counts[0]} rows are rated {FAULTY:g} or less in soundness and {counts[1]} are rated {SOUND:g} or "
+            "more; telling faulty rows from sound ones takes both. Rate some of the other kind."
+        )
+
+
+def _apart(other: Ratings, ratings: Ratings) -> Ratings:
+    """Return the other ratings without rows that ask what the rated rows ask, which a bag of words would remember."""
+    known = other.without({question(row) for row in ratings.rows})
+    if len(known.rows) < FEWEST:
+        raise ValueError(
+            f"other: {len(known.rows)} of its {len(other.rows)} rows ask something that the rated rows do not ask; a bag of "
+            f"words takes at least {FEWEST}. Add ratings of other rows, or leave it out."
+        )
+    return known
+
+
+# what ranks the rows --------------------------------------------------------------------------------------------------
+
+
+def _scores(scorer: QualityScorer, rows: Sequence[Exchange], bar: Any) -> dict[str, Numbers]:
+    """Return the scores of rows by name: the score, and the parts and their product of a scorer that has parts."""
+    texts = [render(row, str(scorer.template)) for row in rows]
+    found: dict[str, Numbers] = {}
+    steps = -(-len(texts) // TEXTS_PER_STEP)
+    # Every n-th text, so that the steps take equally long.
+    for step in range(steps):
+        told = scorer.score_texts(texts[step::steps])
+        columns = {SCORE: told.scores}
+        if told.parts is not None:
+            columns |= {f"iqs_{name}": told.parts[:, i] for i, name in enumerate(PARTS)}
+        for name, values in columns.items():
+            found.setdefault(name, np.empty(len(texts)))[step::steps] = values
+        bar.update(len(told.scores))
+    found.setdefault(SCORE, np.empty(0))
+    bad = int((~np.isfinite(found[SCORE])).sum())
+    if bad:
+        raise ValueError(f"{bad} of {len(texts)} scores of {scorer.model_id} are not finite; check its weights.")
+    return found
+
+
+def _bags_of_words(known: Ratings, rows: Sequence[Exchange]) -> dict[str, Numbers]:
+    """Return what ridge regressions on tf-idf, one per rating, tell of rows."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+
+    vectors = TfidfVectorizer(token_pattern=TOKEN, min_df=2, sublinear_tf=True)
+    try:
+        words = vectors.fit_transform([join_lines(*cleaned(row)) for row in known.rows])
+    except ValueError as error:
+        raise ValueError(f"other: its {len(known.rows)} rows share no words ({error}). Add ratings.") from error
+    told = vectors.transform([join_lines(*row) for row in rows])
+    found = {}
+    for target, rated in (
+        ("soundness", known.soundness),
+        ("worth", known.worth),
+        ("product", known.soundness * known.worth),
+    ):
+        at = np.flatnonzero(~np.isnan(rated))
+        if len(at) >= FEWEST:
+            ridge = Ridge(solver="sparse_cg").fit(words[at], rated[at].astype(np.float64))
+            found[f"bag of words, {target}"] = np.asarray(ridge.predict(told), dtype=np.float64)
+    return found
+
+
+def _questions(rows: Sequence[Exchange]) -> list[Rows]:
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, row in enumerate(rows):
+        found.setdefault(question(row), []).append(i)
+    return [np.array(of, dtype=np.int64) for of in found.values()]
+
+
+# figures --------------------------------------------------------------------------------------------------------------
+
+
+class _Draw(NamedTuple):
+    """The bootstrap of all figures."""
+
+    samples: int
+    seed: int
+
+    def figures(self, measure: Callable[[Rows], Mapping[str, float]], groups: Sequence[Rows]) -> Figures:
+        """Return figures with intervals; groups of rows are drawn, as answers to one question are not independent."""
+
+        def of_drawn(at: Rows) -> Mapping[str, float]:
+            return measure(np.concatenate([groups[i] for i in at]))
+
+        return with_intervals(of_drawn, len(groups), self.samples, self.seed)
+
+    def by_ranker(self, rated: _Rated, measure: Callable[[_Rated, Rows], Mapping[str, Numbers]]) -> dict[str, Figures]:
+        """Return the figures of a measure that gives one number per ranker, by ranker."""
+        names = list(rated.rankers)
+
+        def flat(at: Rows) -> dict[str, float]:
+            found = measure(rated, at).items()
+            return {f"{figure}:{i}": float(values[i]) for figure, values in found for i in range(len(names))}
+
+        found: dict[str, Figures] = {name: {} for name in names}
+        for key, interval in self.figures(flat, rated.questions).items():
+            figure, _, i = key.partition(":")
+            found[names[int(i)]][figure] = interval
+        return found
+
+
+def agree(rated: _Rated, at: Rows) -> dict[str, Numbers]:
+    """Return how well each ranker agrees with the ratings of some rows: arrays of one number per ranker, by figure."""
+    scores = np.stack([values[at] for values in rated.rankers.values()])
+    ratings, lengths = rated.rated[:, at], rated.lengths[at]
+    faulty, sound = ratings[0] <= FAULTY, ratings[0] >= SOUND
+    found = {"faulty": _told_apart(scores, faulty, sound)}
+    known = ~np.isnan(ratings[1])
+    for target, values in zip(TARGETS, ratings, strict=True):
+        kept = np.ones(len(at), dtype=bool) if target == "soundness" else known
+        found[target], found[f"{target}_length_held"] = _correlations(scores[:, kept], values[kept], lengths[kept])
+    return found
+
+
+def _told_apart(scores: Numbers, faulty: npt.NDArray[np.bool_], sound: npt.NDArray[np.bool_]) -> Numbers:
+    """Return the share of all (faulty, sound) combinations in the right order by each ranker; NaN without any."""
+    if not (faulty.any() and sound.any()):  # possible in a bootstrap sample, and in one source
+        return np.full(len(scores), np.nan)
+    return np.array([share_in_order(of[faulty], of[sound]) for of in scores])
+
+
+def _correlations(scores: Numbers, rated: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers]:
+    """Return Spearman's correlation of each ranker with a rating, and the same with the length held constant.
+
+    Both are 0 where either is constant, or where nothing is left of a ranker once the length is held constant.
+    """
+    from scipy.stats import rankdata
+
+    if scores.shape[1] < 2:
+        return np.zeros(len(scores)), np.zeros(len(scores))
+    ranks = np.asarray(rankdata(np.vstack([rated, lengths, scores]), axis=1))
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    norms = np.sqrt(np.square(ranks).sum(axis=1))
+    matrix = ranks / np.where(norms > 0, norms, 1)[:, None]
+    plain, by_length = matrix[2:] @ matrix[0], matrix[2:] @ matrix[1]
+    rest = (1 - np.square(by_length)) * (1 - np.square(matrix[0] @ matrix[1]))
+    partial = (plain - by_length * (matrix[0] @ matrix[1])) / np.sqrt(np.where(rest > 1e-9, rest, np.inf))
+    return plain, partial + 0.0  # without the sign of -0
+
+
+def _by_fault(ratings: Ratings, rated: _Rated, draw: _Draw) -> dict[str, dict[str, Any]]:
+    """Return for each fault that occurs how well its rows, unless rated sound, are told from sound ones."""
+    sound = ratings.soundness >= SOUND
+    found: dict[str, dict[str, Any]] = {}
+    for i, fault in enumerate(FAULTS[1:], 1):
+        faulty = (ratings.fault == i) & ~sound
+        if not faulty.any():
+            continue
+        found[fault] = {"rows": int(faulty.sum())}
+        if found[fault]["rows"] >= FEWEST:
+            some = rated.among(np.flatnonzero(faulty | sound))
+            # Below SOUND a row of these is one with the fault.
+            by_name = draw.by_ranker(
+                some,
+                lambda of, at: {
+                    "faulty": _told_apart(
+                        np.stack([s[at] for s in of.rankers.values()]),
+                        of.rated[0, at] < SOUND,
+                        of.rated[0, at] >= SOUND,
+                    )
+                },
+            )
+            found[fault] |= {name: figures["faulty"] for name, figures in by_name.items()}
+    return found
+
+
+def _by_kind(rows: Sequence[Exchange], rated: _Rated, draw: _Draw) -> dict[str, dict[str, Any]]:
+    """Return for each kind of answer its share of the rows and of the best tenth by score."""
+    kinds = kinds_of([join_lines(row.instruction, row.input) for row in rows], [row.response for row in rows])
+    codes, scores = np.array([KINDS.index(kind) for kind in kinds]), rated.rankers[SCORE]
+    sound = rated.rated[0] >= SOUND
+
+    def measure(at: Rows) -> dict[str, float]:
+        best = np.zeros(len(at), dtype=bool)
+        best[np.argsort(-scores[at], kind="stable")[: -(-len(at) // 10)]] = True
+        found = {}
+        for i, kind in enumerate(KINDS):
+            of_kind = codes[at] == i
+            right = of_kind & sound[at]
+            found[f"pool:{kind}"] = float(of_kind.mean())
+            found[f"best_tenth:{kind}"] = float(of_kind[best].mean())
+            found[f"kept:{kind}"] = float(best[right].mean()) if right.any() else np.nan
+        return found
+
+    kinds_found: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS if kind in kinds}
+    for key, interval in draw.figures(measure, rated.questions).items():
+        name, _, kind = key.partition(":")
+        if kind in kinds_found:
+            kinds_found[kind] |= {name: interval, "rows": kinds.count(kind)}
+    return kinds_found
+
+
+def _compare_pairs(
+    ratings: Ratings, pairs: Sequence[Pair], rated: _Rated, draw: _Draw
+) -> tuple[dict[str, Figures], dict[str, int]]:
+    """Return the figures of pairs by ranker, and the numbers of pairs of equal and of different soundness."""
+    at = {row: i for i, row in enumerate(map(cleaned, ratings.rows))}
+    places = [(at.get(cleaned(pair.worse)), at.get(cleaned(pair.better))) for pair in pairs]
+    both = np.array([place for place in places if None not in place], dtype=np.int64).reshape(-1, 2)
+    worse, better = (rated.rated[0, side] for side in both.T)
+    tied, decided = both[worse == better], both[worse != better]
+    counts = {"ties": len(tied), "decided": len(decided)}
+    found: dict[str, Figures] = {}
+    for name, scores in rated.rankers.items():
+        shift = (scores[tied[:, 1]] - scores[tied[:, 0]]) / _spread(scores)
+        # In the reader's order, not in that of the labels.
+        sign = np.sign(rated.rated[0, decided[:, 1]] - rated.rated[0, decided[:, 0]])
+        step = sign * (scores[decided[:, 1]] - scores[decided[:, 0]])
+        kinds = {"ties": shift, "decided": (step > 0) + 0.5 * (step == 0)}
+        found[name] = {key: _mean(values, draw) for key, values in kinds.items() if len(values) >= FEWEST}
+    return {name: figures for name, figures in found.items() if figures}, counts
+
+
+def _shift(copies: Sequence[Exchange | None], moved: Numbers, scores: Numbers, draw: _Draw) -> dict[str, Any]:
+    """Return the mean shift of the score of rows that have a copy, in standard deviations of all scores."""
+    at = [i for i, row in enumerate(copies) if row is not None]
+    return {"shift": _mean((moved - scores[at]) / _spread(scores), draw), "rows": len(at)}
+
+
+def _spread(scores: Numbers) -> float:
+    return float(np.std(scores)) or np.nan  # if all scores are equal, there is no unit
+
+
+def _mean(values: Numbers, draw: _Draw) -> dict[str, float]:
+    if not len(values):
+        return dict.fromkeys(("value", "low", "high"), float("nan"))
+    return with_intervals(lambda at: {"mean": float(values[at].mean())}, len(values), *draw)["mean"]

@@ -1,0 +1,238 @@
+"""Read ratings of single rows: soundness, its main fault, and worth, each from 0 to 10.
+
+Does: find the rated rows in the files that the ratings point to; refuse values out of range, rows that do not exist and
+unknown faults, with the line; also return the rows of those files that nobody has rated; measure how well a scorer tells
+sound rows from faulty ones and agrees with the ratings.
+Does not: read pairs, or train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from car_datasets.loading.schemas import exchanges_of, find_schema
+from car_datasets.loading.templates import Exchange, render
+from car_datasets.scoring.iqs.heads import FAULTS, PARTS
+from car_datasets.training.evaluation import Figures, share_in_order, with_intervals
+from car_datasets.training.pairs import cleaned, parse_text, question, read_records
+
+if TYPE_CHECKING:
+    from car_datasets.scoring.scorer import QualityScorer
+
+COLUMNS = ("file", "row", "soundness", "fault", "worth")
+PLACE = COLUMNS[:2]  # of a row in another file
+FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+UNREADABLE = Exchange("", "", "")
+FAULTY, SOUND = 4.0, 8.0  # a row is faulty up to the first rating of soundness, sound from the second on
+
+
+Numbers = npt.NDArray[Any]
+
+
+class Ratings(NamedTuple):
+    """Rated rows.
+
+    Args:
+        rows (`list[Exchange]`): the rows.
+        soundness (`(rows,)` float32): 0 to 10.
+        fault (`(rows,)` int64): index in [`~car_datasets.scoring.iqs.heads.FAULTS`].
+        worth (`(rows,)` float32): 0 to 10, NaN where nobody has rated it.
+        source (`list[str]`): what each row is from: its `source` if it has one, else the name of its file.
+        unrated (`list[Exchange]`): the rows of those files that have no rating, in order.
+    """
+
+    rows: list[Exchange]
+    soundness: npt.NDArray[np.float32]
+    fault: npt.NDArray[np.int64]
+    worth: npt.NDArray[np.float32]
+    source: list[str]
+    unrated: list[Exchange]
+
+    def without(self, asked: Container[tuple[str, str]]) -> Ratings:
+        """Return the ratings without rows that ask one of these questions (see [`~car_datasets.training.pairs.question`])."""
+        kept = [i for i, row in enumerate(self.rows) if question(row) not in asked]
+        return Ratings(
+            [self.rows[i] for i in kept],
+            self.soundness[kept],
+            self.fault[kept],
+            self.worth[kept],
+            [self.source[i] for i in kept],
+            [row for row in self.unrated if question(row) not in asked],
+        )
+
+
+def read_ratings(path: str | Path) -> Ratings:
+    """Read a file of ratings, and the rows that it points to.
+
+    Args:
+        path (`str`): CSV, JSON Lines or Parquet with the columns `file`, `row`, `soundness`, `fault` and `worth`. `file`
+            is the name of a file in the same folder, with or without its ending: a dataset (`instruction`, `input`,
+            `output`, or another schema), or texts in a column `src` of the form "Instruction: ... Response: ...". `row`
+            counts from 0. An empty `worth` is unknown. Without `file` and `row`, the ratings are columns of the rows
+            themselves, and a column `source` names where each is from.
+
+    Raises:
+        ValueError: a file or a column is missing, a rating is not a number from 0 to 10, a row does not exist or is
+            rated twice, a fault is unknown, or all rows are sound, or none is; the message names the line.
+    """
+    content = read_records(path)
+    own = not any(name in content[0] for name in PLACE)
+    missing = [name for name in (COLUMNS[len(PLACE) :] if own else COLUMNS) if name not in content[0]]
+    if missing:
+        raise ValueError(f"{path} has the columns {list(content[0])}; ratings need {list(COLUMNS)}, so {missing} too.")
+    files: dict[str, list[Exchange]] = {Path(path).stem: _rows_of(path, content)} if own else {}
+    places: list[tuple[str, int]] = []
+    numbers = np.full((2, len(content)), np.nan, dtype=np.float32)
+    faults = np.zeros(len(content), dtype=np.int64)
+    seen: dict[tuple[str, int], int] = {}
+    for i, record in enumerate(content):
+        line = f"{path}, row {i + 1}"
+        if own:
+            record = {**record, "file": Path(path).stem, "row": i}
+        place = _place(path, line, record, files)
+        if (first := seen.setdefault(place, i)) != i:
+            raise ValueError(f"{line}: row {place[1]} of {place[0]} is rated in row {first + 1} too; keep one rating.")
+        places.append(place)
+        numbers[0, i] = _rating(line, "soundness", record["soundness"])
+        if record["worth"] not in (None, ""):
+            numbers[1, i] = _rating(line, "worth", record["worth"])
+        if record["fault"] not in FAULTS:
+            raise ValueError(f"{line}: fault={record['fault']!r:.80} is not known; choose one of {list(FAULTS)}.")
+        faults[i] = FAULTS.index(record["fault"])
+    _refuse_one_class(path, numbers[0], faults)
+    unrated = [row for name, rows in files.items() for at, row in enumerate(rows) if (name, at) not in seen]
+    rows = [files[name][at] for name, at in places]
+    source = [str(record.get("source") or name) for record, (name, _) in zip(content, places, strict=True)]
+    return Ratings(rows, numbers[0], faults, numbers[1], source, unrated)
+
+
+def _rating(line: str, name: str, given: Any) -> float:
+    try:
+        value = float(given)
+    except (TypeError, ValueError, OverflowError):
+        value = np.nan  # fails the next comparison
+    if not 0 <= value <= 10:
+        raise ValueError(f"{line}: {name}={given!r:.80} must be a number from 0 to 10.")
+    return value
+
+
+def _place(path: str | Path, line: str, record: Mapping[str, Any], files: dict[str, list[Exchange]]) -> tuple[str, int]:
+    """Return file and row of a record; read the file into `files` if it is new."""
+    name = record["file"]
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise ValueError(f"{line}: file={name!r:.80} must be the name of a file in the folder of the ratings.")
+    if name not in files:
+        files[name] = _read_rows(Path(path).parent, line, name)
+    try:
+        row = int(record["row"])
+        known = float(record["row"]) == row and 0 <= row < len(files[name])
+    except (TypeError, ValueError, OverflowError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"{line}: row={record['row']!r:.80} points nowhere: {name} has {len(files[name])} rows, counted from 0."
+        )
+    if files[name][row] == UNREADABLE:
+        raise ValueError(f"{line}: row {row} of {name} has no question and no answer that can be read; leave it out.")
+    return name, row
+
+
+def _read_rows(folder: Path, line: str, name: str) -> list[Exchange]:
+    found = [place for ending in ("", *FORMATS) if (place := folder / f"{name}{ending}").is_file()]
+    if not found:
+        raise ValueError(f"{line}: file={name!r:.80} points nowhere; {folder} has no {name} with one of {FORMATS}.")
+    return _rows_of(found[0], read_records(found[0]))
+
+
+def _rows_of(path: str | Path, records: Sequence[Mapping[str, Any]]) -> list[Exchange]:
+    if "src" in records[0]:
+        return [parse_text(path, i, record.get("src")) for i, record in enumerate(records, 1)]
+    schema = find_schema(list(records[0]), "auto", ())
+    batch = {column: [record.get(column) for record in records] for column in records[0]}
+    rows: list[Exchange] = []
+    for exchanges in exchanges_of(batch, schema):
+        # A row that cannot be read is kept empty, so that the others keep their numbers; rating one is an error below.
+        rows.append(exchanges[-1] if not isinstance(exchanges, str) and exchanges else UNREADABLE)
+    return rows
+
+
+def _refuse_one_class(path: str | Path, soundness: Sequence[float], faults: npt.NDArray[np.int64]) -> None:
+    """Raise ValueError if no two rows differ in soundness, or none has a fault, or all have."""
+    if len(set(np.asarray(soundness).tolist())) == 1:
+        raise ValueError(f"{path}: every soundness is {soundness[0]:g}; a model learns nothing from one class only.")
+    if len({bool(fault) for fault in faults}) == 1:
+        has = "no row has a fault" if not faults.any() else "every row has a fault"
+        raise ValueError(f"{path}: {has}; a model learns nothing from one class only. Add others.")
+
+
+def rating_figures(scorer: QualityScorer, ratings: Ratings) -> Figures:
+    """Return how well a scorer with parts tells the ratings of rows, with 95 % intervals (bootstrap over rows).
+
+    Args:
+        scorer ([`QualityScorer`]): a scorer whose head is `"parts"`.
+        ratings ([`Ratings`]): rows that it was not trained on.
+
+    Returns:
+        `dict`: the figures of [`told_apart`], and `score`, the rank correlation of the score with soundness x worth.
+    """
+    texts = [render(cleaned(row), str(scorer.template)) for row in ratings.rows]
+    found = scorer.score_texts(texts)
+    if found.parts is None:
+        raise ValueError(f"The head of {scorer.model_id} judges no parts; ratings are told by a scorer that has them.")
+    soundness, worth = (found.parts[:, PARTS.index(name)] for name in ("soundness", "worth"))
+    lengths = np.array([len(row.response) for row in map(cleaned, ratings.rows)])
+
+    def measure(at: npt.NDArray[np.int64]) -> dict[str, float]:
+        rated = ratings.soundness[at], ratings.worth[at]
+        figures = told_apart((soundness[at], worth[at]), rated, lengths[at])
+        figures["score"] = rank_correlation(found.scores[at], rated[0] * rated[1])
+        return figures
+
+    return with_intervals(measure, len(texts))
+
+
+def told_apart(told: tuple[Numbers, Numbers], rated: tuple[Numbers, Numbers], lengths: Numbers) -> dict[str, float]:
+    """Return how well told soundness and worth agree with the ratings.
+
+    Args:
+        told (`tuple`): soundness and worth as a scorer tells them, (rows,) each.
+        rated (`tuple`): the ratings, (rows,) each; NaN where unknown.
+        lengths (`(rows,)`): of the answers.
+
+    Returns:
+        `dict`: `faulty`, the share of all (faulty, sound) combinations of rows whose soundness is told in the right
+        order, NaN without such rows; `soundness` and `worth`, rank correlations; `soundness_length_held` and
+        `worth_length_held`, the partial ones with the length held constant; `product`, of soundness x worth.
+    """
+    figures = {"faulty": float("nan")}
+    sound = rated[0]
+    if (sound <= FAULTY).any() and (sound >= SOUND).any():
+        figures["faulty"] = share_in_order(told[0][sound <= FAULTY], told[0][sound >= SOUND])
+    for name, found, given in zip(("soundness", "worth"), told, rated, strict=True):
+        at = ~np.isnan(given)
+        figures[name] = rank_correlation(found[at], given[at])
+        figures[f"{name}_length_held"] = rank_correlation(found[at], given[at], lengths[at])
+    at = ~np.isnan(rated[0] * rated[1])
+    figures["product"] = rank_correlation((told[0] * told[1])[at], (rated[0] * rated[1])[at])
+    return figures
+
+
+def rank_correlation(one: Numbers, other: Numbers, held: Numbers | None = None) -> float:
+    """Return Spearman's rank correlation, or the partial one with a third variable held constant; 0 if one is constant."""
+    from scipy.stats import rankdata
+
+    given = [one, other] if held is None else [one, other, held]
+    ranks = [np.asarray(rankdata(values), dtype=np.float64) for values in given]
+    if len(one) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
+        return 0.0
+    matrix: npt.NDArray[np.float64] = np.asarray(np.corrcoef(ranks))
+    if held is None:
+        return float(matrix[0, 1])
+    (_, both, first), second = matrix[0], matrix[1, 2]
+    rest = (1 - first**2) * (1 - second**2)
+    return float((both - first * second) / rest**0.5) if rest > 0 else 0.0
