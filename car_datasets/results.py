@@ -45,8 +45,8 @@ PROOF_FILE = "proof.json"  # the next three are written by `car-datasets prove`
 PROOF_SUMMARY = "proof.md"
 PROOF_PLOT = "proof.png"
 PLOTS_FOLDER = "plots"  # the folder of the figures, where `load_dataset` does not take them for the data
-# All files of a result but those of its procedure. A folder that holds any of them is refused for a new result.
-RESULT_FILES = (
+# The files that `curate` writes, but for those of its procedure, and those that `prove` adds.
+CURATED_FILES = (
     SELECTED_TABLE,
     SELECTED_JSON,
     SCORED_TABLE,
@@ -56,10 +56,9 @@ RESULT_FILES = (
     README_FILE,
     REPORT_FILE,
     SUMMARY_FILE,
-    PROOF_FILE,
-    PROOF_SUMMARY,
-    f"{PLOTS_FOLDER}/{PROOF_PLOT}",
 )
+# A folder that holds any of them is refused for a new result.
+RESULT_FILES = (*CURATED_FILES, PROOF_FILE, PROOF_SUMMARY, f"{PLOTS_FOLDER}/{PROOF_PLOT}")
 READ_BACK = (SELECTED_TABLE, SCORED_TABLE, REPORT_FILE, RECEIPT_FILE)  # the others may have been deleted
 CLOSE = 1e-6  # the last digits of a mean or a correlation differ between machines
 NEW = ".new"  # a folder inside that of a result, for the one that replaces it

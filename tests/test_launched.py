@@ -17,7 +17,7 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import ClusterModel, QualityScorer, TextEmbedder, curate, load_instructions
-from car_datasets.results import RESULT_FILES
+from car_datasets.results import CURATED_FILES
 from car_datasets.scoring.stage import add_columns
 from tests.conftest import ROOT, WORDS
 from tests.workers import run_ranks
@@ -290,7 +290,7 @@ def test_a_killed_launcher_or_rank_ends_the_others_and_the_same_command_resumes(
     assert psutil.wait_procs(ranks, timeout=60)[1] == []  # none is left hanging
     done = launch(TORCHRUN, 2, *arguments("killed"))
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in RESULT_FILES:
+    for name in CURATED_FILES:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 

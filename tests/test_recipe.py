@@ -17,7 +17,7 @@ from car_datasets import QualityScorer, Receipt, Recipe, TextEmbedder, curate, v
 from car_datasets.curation import Curated, made_by
 from car_datasets.loading import schemas
 from car_datasets.reporting.plots import PLOT_FILES
-from car_datasets.results import RESULT_FILES
+from car_datasets.results import CURATED_FILES, RESULT_FILES
 from car_datasets.selection.procedures import PROCEDURES, Amounts, Procedure
 from car_datasets.stages import resolve
 from car_datasets.utils import digests, revisions
@@ -63,7 +63,7 @@ def result(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_result_is_whole_files_and_nothing_else(result: tuple[Curated, Path]) -> None:
     _, folder = result
-    assert sorted(files_of(folder)) == sorted(RESULT_FILES)
+    assert sorted(files_of(folder)) == sorted(CURATED_FILES)
 
 
 def test_scored_file_has_all_rows_and_the_promised_columns(result: tuple[Curated, Path]) -> None:
@@ -126,7 +126,7 @@ def test_without_matplotlib_all_but_the_plots_is_written(
     tiny: dict[str, Any], tmp_path: Path, no_matplotlib: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     curate(short_rows(), tmp_path, **tiny)
-    assert sorted(files_of(tmp_path)) == sorted(set(RESULT_FILES) - {f"plots/{name}" for name in PLOT_FILES})
+    assert sorted(files_of(tmp_path)) == sorted(set(CURATED_FILES) - {f"plots/{name}" for name in PLOT_FILES})
     [said] = [record.getMessage() for record in caplog.records if record.name.startswith("car_datasets")]
     assert said == "No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'."
 
@@ -320,7 +320,7 @@ def test_a_procedure_of_ones_own(tiny: dict[str, Any], monkeypatch: pytest.Monke
 
     monkeypatch.setitem(PROCEDURES, "toy", Procedure(check, select))
     selected, scored, report = curate(short_rows(), tmp_path / "out", procedure="toy", **tiny)
-    assert sorted(files_of(tmp_path / "out")) == sorted(RESULT_FILES)
+    assert sorted(files_of(tmp_path / "out")) == sorted(CURATED_FILES)
     assert selected["iqs_score"][:] == sorted(scored["iqs_score"][:], reverse=True)[:5]
     assert report.selected_by == {"score": 5, "cluster": 0, "both": 0}
     with pytest.raises(ValueError, match="n1=99 is above 24"):
@@ -384,7 +384,7 @@ def test_any_result_file_makes_a_folder_taken(name: str, tmp_path: Path) -> None
 def test_other_files_in_the_folder_are_left_alone(tiny: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     curate(short_rows(), tmp_path, **tiny)
-    assert sorted(files_of(tmp_path)) == sorted([*RESULT_FILES, "notes.txt"])
+    assert sorted(files_of(tmp_path)) == sorted([*CURATED_FILES, "notes.txt"])
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -38,7 +38,7 @@ from car_datasets.cli import app
 from car_datasets.exploring import atlas_table
 from car_datasets.publishing.verification import OLD, Verification
 from car_datasets.recipe import PANELS
-from car_datasets.results import RESULT_FILES
+from car_datasets.results import CURATED_FILES
 from car_datasets.training.evaluation import Clue
 from car_datasets.training.preparation import Audit, audit_table
 from car_datasets.utils.column_names import ColumnNames
@@ -260,7 +260,7 @@ def test_curate_on_tiny_models(rows: Path, tiny_iqs: str, tiny_embedder: str, tm
     result = run("curate", rows, "-o", tmp_path / "out", *models, "--budget", 6, "--k", 3, "--seed", 1, "--allow-worse")
     assert result.exit_code == 0, result.output
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert sorted(path.relative_to(tmp_path / "out").as_posix() for path in written) == sorted(RESULT_FILES)
+    assert sorted(path.relative_to(tmp_path / "out").as_posix() for path in written) == sorted(CURATED_FILES)
     assert len(json.loads((tmp_path / "out" / "selected.json").read_text())) == 6
     assert "Selection report" in result.stdout
     assert str(tmp_path / "out" / "selected.parquet") in result.stdout
@@ -385,7 +385,7 @@ def test_columns_named_on_the_command_line(tiny_iqs: str, tmp_path: Path) -> Non
 def test_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = run_process("demo", "--output", "demo", "--budget", 30, cwd=tmp_path, bars=True)
     assert done.returncode == 0, done.stderr
-    assert all((tmp_path / "demo" / name).is_file() for name in RESULT_FILES)
+    assert all((tmp_path / "demo" / name).is_file() for name in CURATED_FILES)
     assert len(json.loads((tmp_path / "demo" / "selected.json").read_text(encoding="utf-8"))) == 30
     assert "demo/selected.json" in done.stdout
     assert "Scoring and embedding: 100%" in done.stderr

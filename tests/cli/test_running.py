@@ -19,7 +19,7 @@ from datasets import Dataset, config
 from typer.testing import CliRunner
 
 from car_datasets.cli import app
-from car_datasets.results import RESULT_FILES
+from car_datasets.results import CURATED_FILES
 from car_datasets.utils.files import take_claim
 from tests.conftest import full_disk
 from tests.workers import at_home, start
@@ -164,9 +164,7 @@ def test_two_commands_on_one_output_and_the_same_one_after_a_kill(tiny_iqs: str,
     first.wait(60)
     assert run(*line, "--n1", "5").exit_code == 0
     files = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*") if path.is_file()}
-    assert sorted(path.relative_to("out").as_posix() for path in files) == sorted(
-        name for name in RESULT_FILES if "proof" not in name
-    )
+    assert sorted(path.relative_to("out").as_posix() for path in files) == sorted(CURATED_FILES)
     # As after a kill between the result and the end of the command.
     Path("out/.writing").write_text("{}")
     again = run(*line, "--n1", "5")
