@@ -26,6 +26,7 @@ from car_datasets.proving.arms import (
     SELECTION,
     Arm,
     HeldOut,
+    Lesson,
     Pool,
     available,
     check_names,
@@ -331,13 +332,13 @@ def _measurable(probe: Probe, base: BaseModel) -> tuple[Probe, list[TokenRow]]:
 
 def _experiment(design: _Design, rates: tuple[float, ...]) -> Experiment:
     """Tokenise every row that is needed once, and name the rows of each run by their places."""
-    places: dict[tuple[int, int], int] = {}  # prompt's row and answer's row, to the place
+    places: dict[Lesson, int] = {}
     runs = []
     for (table, seed), arms in design.arms.items():
         for arm in arms.values():
-            pairs = zip(arm.rows.tolist(), (arm.rows if arm.answers is None else arm.answers).tolist(), strict=True)
-            runs.append(Run(table, arm.name, seed, [places.setdefault(pair, len(places)) for pair in pairs]))
-    rows = tokenise(_pairs(design.pool, list(places)), design.base.tokenizer, LIMIT)
+            taught = [places.setdefault(lesson, len(places)) for lesson in arm.lessons]
+            runs.append(Run(table, arm.name, seed, taught))
+    rows = tokenise(design.pool.examples(list(places)), design.base.tokenizer, LIMIT)
     measured: dict[str, Sequence[int]] = {}
     for name, (_, found) in design.probes.items():
         measured[name] = range(len(rows), len(rows) + len(found))
@@ -346,13 +347,6 @@ def _experiment(design: _Design, rates: tuple[float, ...]) -> Experiment:
     rows += _token_rows(design.base, design.validation)
     prompts = [[{"role": "user", "content": each.prompt}] for each in design.instructions]
     return Experiment(rows, runs, measured, validation, prompts, rates=rates)
-
-
-def _pairs(pool: Pool, pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Return the prompts of some rows with the answers of the same or of others."""
-    prompts = pool.rows.select_columns(["prompt"]).select([prompt for prompt, _ in pairs])["prompt"][:]
-    answers = pool.rows.select_columns(["completion"]).select([answer for _, answer in pairs])["completion"][:]
-    return [{"prompt": asked, "completion": said} for asked, said in zip(prompts, answers, strict=True)]
 
 
 def _token_rows(base: BaseModel, rows: Dataset) -> list[TokenRow]:
