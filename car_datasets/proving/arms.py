@@ -8,7 +8,7 @@ Does not: train, tokenise (the caller counts tokens), or read evaluation files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,16 @@ import numpy.typing as npt
 from datasets import Dataset, concatenate_datasets
 
 from car_datasets.loading.schemas import SCHEMAS, Schema, find_schema
-from car_datasets.proving.examples import BATCH, GROUP_COLUMNS, as_examples, digest_of, find_groups, kinds_of_rows
+from car_datasets.proving.examples import (
+    GROUP_COLUMNS,
+    CountTokens,
+    as_examples,
+    count_by_batch,
+    digest_of,
+    find_groups,
+    kinds_of_rows,
+    shuffle_words,
+)
 from car_datasets.proving.overlap import find_alike, find_overlap
 from car_datasets.receipt import Receipt
 from car_datasets.recipe import Recipe
@@ -30,7 +39,7 @@ from car_datasets.utils.columns import check_columns, read_clusters, read_number
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-CountTokens = Callable[[Sequence[Mapping[str, Any]]], Sequence[int]]  # rows of messages to tokens of their answers
+Lesson = tuple[int, str | None]  # a row of the pool, and the answer that is trained on instead of its own
 
 SELECTION = "selection"
 RANDOM = "random"
@@ -87,14 +96,13 @@ class Pool:
             chosen={name: _renumbered(chosen, number) for name, chosen in self.chosen.items()},
         )
 
-    def examples(self, arm: Arm) -> Dataset:
-        """Return the rows of an arm in training order: a dataset of `prompt` and `completion`."""
-        columns = ["prompt", "completion"]
-        found = self.rows.select_columns(columns).select(arm.rows)
-        if arm.answers is None:
-            return found
-        answers = self.rows.select_columns(["completion"]).select(arm.answers)
-        return Dataset.from_dict({"prompt": found["prompt"][:], "completion": answers["completion"][:]})
+    def examples(self, lessons: Sequence[Lesson]) -> list[dict[str, Any]]:
+        """Return what is trained on: `prompt` and `completion` of each row, with another answer where one is given."""
+        found = self.rows.select_columns(["prompt", "completion"]).select([row for row, _ in lessons]).to_list()
+        for example, (_, answer) in zip(found, lessons, strict=True):
+            if answer is not None:
+                example["completion"] = [{**example["completion"][0], "content": answer}]
+        return found
 
 
 class Arm(NamedTuple):
@@ -104,13 +112,19 @@ class Arm(NamedTuple):
         name (`str`): one of `ARMS`, or a name of the caller's.
         rows (`(n,)` int64): rows of the pool.
         tokens (`int`): tokens of all their answers.
-        answers (`(n,)` int64, *optional*): the rows whose answers are trained on instead; only the control has them.
+        answers (`list[str]`, *optional*): the answers that are trained on instead; only the control has them.
     """
 
     name: str
     rows: Indices
     tokens: int
-    answers: Indices | None = None
+    answers: list[str] | None = None
+
+    @property
+    def lessons(self) -> list[Lesson]:
+        """Return each row with the answer that is trained on instead of its own, or `None`."""
+        rows = self.rows.tolist()
+        return [(row, None) for row in rows] if self.answers is None else list(zip(rows, self.answers, strict=True))
 
 
 class HeldOut(NamedTuple):
@@ -176,7 +190,7 @@ def read_pool(
     added = len(rows) - len(found.rows)
     known = [*found.groups, *[""] * added]
     groups = np.array(known if found.group_column else kinds_of_rows(rows), dtype=np.str_)
-    tokens = _answer_tokens(rows.select_columns(["prompt", "completion"]), count_tokens)
+    tokens = count_by_batch(rows, count_tokens)
     pool = Pool(
         rows=rows,
         scores=np.concatenate([found.scores, np.full(added, np.nan)]),
@@ -259,14 +273,6 @@ def _schema_of(folder: Path, scored: Dataset, receipt: Receipt) -> Schema:
             f"{str(folder)!r} does not have the texts of its rows ({error}). Curate {source!r} again with all of its "
             "columns: car-datasets curate SOURCE --output-dir NEW."
         ) from error
-
-
-def _answer_tokens(rows: Dataset, count_tokens: CountTokens) -> Indices:
-    counts = [
-        np.asarray(count_tokens(rows.select(range(start, min(start + BATCH, len(rows)))).to_list()), dtype=np.int64)
-        for start in range(0, len(rows), BATCH)
-    ]
-    return np.concatenate(counts)
 
 
 def _renumbered(rows: Indices, number: Indices) -> Indices:
@@ -362,8 +368,8 @@ def draw_arms(
 
     An arm is cut to the budget by whole rows; the last one is chosen so that the sum is near the budget. The rows of
     the selection that a smaller budget leaves out are drawn at random, and each arm is shuffled into its training
-    order; both depend on the seed alone. The control has the rows of the selection in the same order, each with the
-    answer of another.
+    order; both depend on the seed alone. The control has the rows of the selection in the same order, with the words of
+    each answer shuffled.
 
     Args:
         pool ([`Pool`]): from [`hold_out`].
@@ -388,8 +394,9 @@ def draw_arms(
         order = _rng(seed, "order").permutation(len(picked))
         arms[name] = Arm(name, picked[order], int(pool.tokens[picked].sum()))
     if CONTROL in arms:
-        mine = arms[CONTROL].rows
-        arms[CONTROL] = arms[CONTROL]._replace(answers=_deranged(mine, _rng(seed, "answers")))
+        rng = _rng(seed, "words")
+        said = [each["completion"][0]["content"] for each in pool.examples(arms[CONTROL].lessons)]
+        arms[CONTROL] = arms[CONTROL]._replace(answers=[shuffle_words(text, rng) for text in said])
     return arms
 
 
@@ -488,11 +495,3 @@ def _length_matched(pool: Pool, rng: np.random.Generator) -> Indices:
     with np.errstate(divide="ignore"):
         keys = place / share[bins[rows]]
     return rows[np.argsort(keys, kind="stable")]
-
-
-def _deranged(rows: Indices, rng: np.random.Generator) -> Indices:
-    """Return the same rows in an order in which none is at its own place."""
-    order = rng.permutation(len(rows))
-    moved = np.empty_like(rows)
-    moved[order] = rows[np.roll(order, 1)]
-    return moved

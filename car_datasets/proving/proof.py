@@ -26,6 +26,7 @@ from car_datasets.proving.arms import (
     SELECTION,
     Arm,
     HeldOut,
+    Lesson,
     Pool,
     available,
     check_names,
@@ -66,7 +67,8 @@ LIMIT = 1_024  # tokens of a row; longer rows are left out, and counted
 VALIDATION = 64  # rows of the pool that choose the learning rate
 LEAST_VALIDATION = 8
 TIMED = 64  # rows of the pool that are scored again, to tell what scoring all of them costs
-CPU_TOKENS = 2_000  # answer tokens of an arm without a GPU: some four minutes on two cores
+CPU_TOKENS = 3_000  # answer tokens of an arm without a GPU: some five minutes on two cores
+CPU_UPDATES = 32  # with 16, the control hardly lost with so few tokens
 GPU_ARMS = (BALANCED, BOTTOM)  # without a GPU, drawn only if a number of tokens was asked for
 GPU_TOKENS = 300_000
 
@@ -130,7 +132,7 @@ def prove(
             to the set that the package ships. Rows of the pool that are in one of them are not trained on.
         arms (`Mapping[str, str]`, *optional*): further arms: a name, and the folder of another result.
         seeds (`int`): runs of each arm, at least 2.
-        tokens (`int`, *optional*): answer tokens of each arm. Defaults to what the smallest arm has, at most 2,000
+        tokens (`int`, *optional*): answer tokens of each arm. Defaults to what the smallest arm has, at most 3,000
             without a GPU, where the arms `balanced` and `bottom` are then left out, and 300,000 with one.
         equal_rows (`bool`, *optional*): also compare arms of equally many rows. Defaults to True with a GPU.
         answers (`bool`, *optional*): also count how many verifiable instructions each trained model keeps. Defaults to
@@ -270,7 +272,12 @@ def _schedule(base: BaseModel, device: torch.device, trained: str | int | None) 
     if device.type != "cpu":
         return Schedule(trained=ALL if trained is None else trained, epochs=2, batch_tokens=8_192)
     layers = int(getattr(base.model.config.get_text_config(), "num_hidden_layers", LAST_LAYERS))
-    return Schedule(trained=min(LAST_LAYERS, layers) if trained is None else trained, epochs=1, batch_tokens=1_024)
+    return Schedule(
+        trained=min(LAST_LAYERS, layers) if trained is None else trained,
+        epochs=1,
+        batch_tokens=1_024,
+        updates=CPU_UPDATES,
+    )
 
 
 def _answer_tokens(rows: Sequence[Mapping[str, Any]], base: BaseModel) -> list[int]:
@@ -331,13 +338,13 @@ def _measurable(probe: Probe, base: BaseModel) -> tuple[Probe, list[TokenRow]]:
 
 def _experiment(design: _Design, rates: tuple[float, ...]) -> Experiment:
     """Tokenise every row that is needed once, and name the rows of each run by their places."""
-    places: dict[tuple[int, int], int] = {}  # prompt's row and answer's row, to the place
+    places: dict[Lesson, int] = {}
     runs = []
     for (table, seed), arms in design.arms.items():
         for arm in arms.values():
-            pairs = zip(arm.rows.tolist(), (arm.rows if arm.answers is None else arm.answers).tolist(), strict=True)
-            runs.append(Run(table, arm.name, seed, [places.setdefault(pair, len(places)) for pair in pairs]))
-    rows = tokenise(_pairs(design.pool, list(places)), design.base.tokenizer, LIMIT)
+            taught = [places.setdefault(lesson, len(places)) for lesson in arm.lessons]
+            runs.append(Run(table, arm.name, seed, taught))
+    rows = tokenise(design.pool.examples(list(places)), design.base.tokenizer, LIMIT)
     measured: dict[str, Sequence[int]] = {}
     for name, (_, found) in design.probes.items():
         measured[name] = range(len(rows), len(rows) + len(found))
@@ -346,13 +353,6 @@ def _experiment(design: _Design, rates: tuple[float, ...]) -> Experiment:
     rows += _token_rows(design.base, design.validation)
     prompts = [[{"role": "user", "content": each.prompt}] for each in design.instructions]
     return Experiment(rows, runs, measured, validation, prompts, rates=rates)
-
-
-def _pairs(pool: Pool, pairs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Return the prompts of some rows with the answers of the same or of others."""
-    prompts = pool.rows.select_columns(["prompt"]).select([prompt for prompt, _ in pairs])["prompt"][:]
-    answers = pool.rows.select_columns(["completion"]).select([answer for _, answer in pairs])["completion"][:]
-    return [{"prompt": asked, "completion": said} for asked, said in zip(prompts, answers, strict=True)]
 
 
 def _token_rows(base: BaseModel, rows: Dataset) -> list[TokenRow]:

@@ -52,7 +52,7 @@ MEANINGS = {
     MATCHED: "random rows with answers as long as the selection's",
     LONGEST: "the rows with the longest answers",
     BOTTOM: "the rows with the worst scores",
-    CONTROL: "the selected rows with their answers shuffled, which must lose",
+    CONTROL: "the selected rows with the words of each answer shuffled, which must lose",
 }
 
 

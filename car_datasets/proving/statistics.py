@@ -251,7 +251,7 @@ def _advice(control: Difference, unit: str) -> str:
     """Return what to raise if the control did not lose."""
     shown = verdict(control, unit)
     return (
-        f"The control was trained on shuffled answers and must lose, but the result for it is: {shown}. Raise the "
+        f"The control was trained on answers with shuffled words and must lose, but the result for it is: {shown}. Raise the "
         "tokens of each arm (tokens=, --tokens), the number of seeds (seeds=, --seeds), or take a larger model "
         "(model=, --model)."
     )

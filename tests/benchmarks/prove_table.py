@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from car_datasets.proving.arms import ARMS, SELECTION, Pool, available, draw_arms, hold_out
+from car_datasets.proving.arms import ARMS, SELECTION, Lesson, Pool, available, draw_arms, hold_out
 from car_datasets.proving.base_model import load_base_model
 from car_datasets.proving.constraints import is_satisfied, read_instructions
 from car_datasets.proving.experiment import Experiment, Outcome, Run, carry_out
@@ -191,19 +191,15 @@ def write_prepared(
 ) -> None:
     """Write arms and evaluation rows as token ids; the file holds no text."""
     budget, seeds = sizes
-    places: dict[tuple[int, int], int] = {}
+    places: dict[Lesson, int] = {}
     runs = []
     for seed in range(seeds):
         for arm in draw_arms(pool, seed, tokens=budget, names=ARMS).values():
-            answers = arm.rows if arm.answers is None else arm.answers
-            pairs = zip(arm.rows.tolist(), answers.tolist(), strict=True)
-            rows = [places.setdefault(pair, len(places)) for pair in pairs]
+            rows = [places.setdefault(lesson, len(places)) for lesson in arm.lessons]
             runs.append(
                 {"arm": "CaR" if arm.name == SELECTION else arm.name, "seed": seed, "rows": rows, "tokens": arm.tokens}
             )
-    prompts, completions = pool.rows["prompt"][:], pool.rows["completion"][:]
-    trained = [{"prompt": prompts[asked], "completion": completions[answered]} for asked, answered in places]
-    rows = tokenise(trained, base.tokenizer, LIMIT)
+    rows = tokenise(pool.examples(list(places)), base.tokenizer, LIMIT)
     measured = {}
     for probe in probes:
         found = tokenise(probe.rows.to_list(), base.tokenizer, LIMIT)

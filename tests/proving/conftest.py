@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from car_datasets import curate
-from tests.proving.tiny import save_llama
+from tests.proving.tiny import DIGITS, save_llama
 
 SUBJECTS = ("rivers", "bread", "clocks", "moss", "violins", "tides", "chess", "glass", "wool", "kites")
 
@@ -20,7 +20,9 @@ def planted_rows(count: int = 60) -> list[dict[str, str]]:
     rng = np.random.default_rng(0)
     rows = []
     for i in range(count):
-        words = [f"{SUBJECTS[j % 10]}{j * i % 17}" for j in range(int(rng.integers(3, 41)))]
+        # Every other word is one that the model to train knows.
+        places = range(int(rng.integers(3, 41)))
+        words = [f"{SUBJECTS[j % 10]}{j * i % 17}" if j % 2 else DIGITS[j * (i + 1) % 10] for j in places]
         source = "small" if i % 10 == 0 else "large"
         rows.append(
             {"instruction": f"Tell me of {SUBJECTS[i % 10]} and {i}.", "output": " ".join(words), "from": source}

@@ -12,7 +12,7 @@ from datasets import Dataset
 from car_datasets import curate
 from car_datasets.loading.chats import read_turns
 from car_datasets.proving.arms import ARMS, Pool, available, draw_arms, hold_out, read_pool, stages_of
-from car_datasets.proving.examples import as_example, digest_of
+from car_datasets.proving.examples import as_example, digest_of, shuffle_words
 from tests.proving.conftest import planted_rows
 
 
@@ -62,16 +62,28 @@ def test_arms_have_equal_size_and_are_what_they_are_called(pool: Pool, budget: d
         assert pool.tokens[arms["balanced"].rows][small[arms["balanced"].rows]].sum() == pytest.approx(share, abs=20)
 
 
-def test_the_control_has_the_rows_of_the_selection_with_the_answers_of_others(pool: Pool) -> None:
-    arms = draw_arms(pool, 2, tokens=90)
+def test_the_control_has_the_rows_of_the_selection_with_the_words_of_each_answer_shuffled(pool: Pool) -> None:
+    arms, other = (draw_arms(pool, seed, tokens=90) for seed in (2, 3))
     selection, control = arms["selection"], arms["control"]
-    assert control.answers is not None
     assert selection.rows.tolist() == control.rows.tolist()
-    assert sorted(control.answers) == sorted(control.rows)
-    assert not np.any(control.answers == control.rows)
-    mixed = pool.examples(control)
-    assert mixed["prompt"][:] == pool.examples(selection)["prompt"][:]
-    assert mixed["completion"][0] == pool.rows[int(control.answers[0])]["completion"]
+    assert control.answers == draw_arms(pool, 2, tokens=90, names=("random", "control"))["control"].answers
+    found, later = dict(control.lessons), dict(other["control"].lessons)
+    longest = max(set(found) & set(later), key=lambda row: pool.tokens[row])
+    assert found[longest] != later[longest]
+    for own, mixed in zip(pool.examples(selection.lessons), pool.examples(control.lessons), strict=True):
+        assert mixed["prompt"] == own["prompt"]
+        before, after = (each["completion"][0]["content"].split() for each in (own, mixed))
+        assert sorted(after) == sorted(before)
+        assert len(set(before)) < len(before) or all(map(str.__ne__, before, after))
+
+
+def test_words_are_shuffled_in_every_script_and_none_is_lost() -> None:
+    rng = np.random.default_rng(0)
+    assert shuffle_words("yes\n  no", rng) == "no yes"
+    assert shuffle_words(" Paris ", rng) == "Paris"
+    said = "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少"
+    mixed = shuffle_words(f"{said}\n{said}", rng)
+    assert sorted(mixed) == sorted(2 * said) and mixed != 2 * said
 
 
 def test_arms_follow_from_the_seed_and_not_from_each_other(pool: Pool) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tests.proving.tiny import rows_with
+from tests.proving.tiny import DIGITS, asked, rows_with
 
 pytest.importorskip("trl")
 
 from car_datasets.proving.base_model import BaseModel, load_base_model
+from car_datasets.proving.examples import shuffle_words
 from car_datasets.proving.experiment import Experiment, Outcome, Run, carry_out
 from car_datasets.proving.statistics import compare
 from car_datasets.proving.token_rows import tokenise
@@ -41,11 +44,11 @@ def outcome_of(design: Experiment, base: BaseModel, folder: Path, updates: int =
     return carry_out(design, base, Schedule(batch_tokens=4_096, updates=updates), torch.device("cpu"), folder)
 
 
-def verdicts(outcome: Outcome) -> dict[str, str]:
+def verdicts(outcome: Outcome, tokens: int = 2) -> dict[str, str]:
     losses: dict[str, dict[int, list[float]]] = {}
     for each in outcome.runs:
         losses.setdefault(each.run.arm, {})[each.run.seed] = each.nats["known"]
-    return compare(losses, [2] * MEASURED, ["digits"] * MEASURED).verdicts
+    return compare(losses, [tokens] * MEASURED, ["digits"] * MEASURED).verdicts
 
 
 @pytest.mark.slow
@@ -55,6 +58,21 @@ def test_right_answers_win_wrong_ones_lose_and_equal_arms_do_not_differ(tiny_lla
     assert found["selection"].startswith("better than random by")
     assert found["control"].startswith("worse than random by")
     assert found["equal"] == "no difference shown"
+
+
+@pytest.mark.slow
+def test_answers_with_shuffled_words_lose(tiny_llama: str, tmp_path: Path) -> None:
+    base = load_base_model(tiny_llama)
+    design = experiment(base, 3, {"random": 0.5, "control": 1.0})
+    draw, taught = np.random.default_rng(0), []
+    controls = {place for run in design.runs if run.arm == "control" for place in run.rows}
+    for place in range(len(design.rows)):
+        start = int(draw.integers(4))
+        words = " ".join(DIGITS[start + 1 : start + 5])
+        taught.append(asked(start, shuffle_words(words, draw) if place in controls else words))
+    rows = tokenise(taught, base.tokenizer, 64)
+    found = verdicts(outcome_of(replace(design, rows=rows), base, tmp_path), tokens=5)
+    assert found["control"].startswith("worse than random by")
 
 
 @pytest.mark.slow

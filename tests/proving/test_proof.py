@@ -56,7 +56,7 @@ def test_the_command_writes_and_prints_a_proof_once(
     assert proof["training"]["trained"] == 1 and proof["training"]["learning_rate"] == 1e-3
     runs = {(run["arm"], run["seed"]): run for run in proof["runs"]}
     assert len(runs) == 2 * len(proof["tables"]["tokens"]["arms"])
-    # The control has the rows of the selection in the same order, with other answers.
+    # The control has the rows of the selection in the same order, with shuffled answers.
     assert runs["control", 0]["rows"] == runs["selection", 0]["rows"]
     assert runs["control", 0]["order"] != runs["selection", 0]["order"]
     assert (folder / "proof.md").is_file()
