@@ -32,6 +32,7 @@ ACROSS_MODULES = {  # test files below tests/<folder>/ whose subject is more tha
     "scoring/test_ray.py",
     "scoring/test_streaming_scores.py",
     "selection/test_published_on_a_hub.py",
+    "utils/test_places.py",  # of utils/files.py; pytest takes no second test_files.py
 }
 WIDE = {  # functions of eight parameters or more: what a model or a public call needs
     "IQSConfig.__init__",
