@@ -75,6 +75,7 @@ def test_order_loss_counts_pairs_with_a_gap() -> None:
     assert order_loss(wrong, torch.zeros(3), 1.0) == 0
 
 
+@pytest.mark.slow
 def test_a_fit_learns_every_part_and_is_deterministic() -> None:
     head, outputs = fitted()
     assert not head.training
