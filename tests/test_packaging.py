@@ -56,7 +56,7 @@ def test_found_in_a_wheel(tmp_path: Path) -> None:
     lines = run(FIND, tmp_path, str(unpacked))
     assert lines[:2] == [str(expected("configs")), str(expected("hub_cards"))]
     proof = ["proof.html.jinja", "report.css", "report.html.jinja", "report.js", "verifiable.json"]
-    assert lines[2] == str(["evaluation.json", "instructions.json", "iqs-minilm", *proof])
+    assert lines[2] == str(["evaluation.json", "instructions.json", "iqs-minilm", "iqs-minilm.ratings.json", *proof])
     assert lines[3].startswith("True True")
     assert str(unpacked) in lines[3]
 
