@@ -21,7 +21,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from car_datasets import ClusterModel, QualityScorer, SelectionReport, curate
-from car_datasets.results import RESULT_FILES
+from car_datasets.results import CURATED_FILES
 from car_datasets.scoring.shards import run, storage
 from car_datasets.utils.files import UNFINISHED
 from tests.conftest import WORDS
@@ -65,7 +65,7 @@ def undisturbed(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.Temp
     lane.start()
     lane.join(120)
     assert lane.exitcode == 0
-    assert sorted(contents(work)) == sorted(RESULT_FILES)
+    assert sorted(contents(work)) == sorted(CURATED_FILES)
     assert scored(work) == ROWS // SHARD
     return Undisturbed(source, models, contents(work), float((work / "seconds").read_text()))
 
