@@ -111,6 +111,7 @@ def help_scoring(source: Path, work: Path, models: dict[str, str]) -> None:
 def parent_of_two(source: Path, work: Path, models: dict[str, str]) -> None:
     for task in (pipeline, help_scoring):
         if os.fork() == 0:
+            multiprocessing.process._parent_process = None  # type: ignore[attr-defined]  # else it ends with its parent
             task(source, work, models)
             os._exit(0)
     time.sleep(600)
