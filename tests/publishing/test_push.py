@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,10 +262,14 @@ def another_result(folder: Path, to: Path, **source: str) -> Path:
     shutil.copytree(folder, to)
     selected = Dataset.from_parquet(str(folder / "selected.parquet")).select([0, 1])
     selected.to_parquet(str(to / "selected.parquet"))
-    receipt = json.loads((folder / "receipt.json").read_text())
-    receipt["selected_sha256"] = indices_digest(selected["source_index"][:])
-    receipt["source"] = source or receipt["source"]
-    (to / "receipt.json").write_text(json.dumps(receipt))
+    receipt = Receipt.read(folder)
+    receipt = replace(
+        receipt,
+        selected_sha256=indices_digest(selected["source_index"][:]),
+        source=source or receipt.source,
+        files={**receipt.files, "selected.parquet": hashlib.sha256((to / "selected.parquet").read_bytes()).hexdigest()},
+    )
+    (to / "receipt.json").write_text(receipt.sealed(receipt.files, receipt.columns).to_json())
     return to
 
 
