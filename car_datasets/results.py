@@ -32,7 +32,15 @@ from car_datasets.selection.published import original_columns, write_original
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import BLOCK, column_digests, file_digest
-from car_datasets.utils.files import UNFINISHED, fresh_folder, refuse_in_source, user_path, write_whole
+from car_datasets.utils.files import (
+    UNFINISHED,
+    fresh_folder,
+    refuse_in_source,
+    temporaries,
+    user_path,
+    write_content,
+    write_whole,
+)
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
 SELECTED_TABLE = "selected.parquet"
@@ -159,7 +167,7 @@ def update_receipt(folder: Path, proof: Mapping[str, Any], files: Mapping[str, b
         receipt = receipt.sealed({**receipt.files, **digests}, receipt.columns)
     for name, content in {**files, RECEIPT_FILE: receipt.to_json().encode()}.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        write_whole(folder / name, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
+        write_content(folder / name, content)
 
 
 def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
@@ -425,10 +433,10 @@ def _marked(folder: Path, run: str) -> Iterator[None]:
     if (folder / UNFINISHED).exists():
         # What a killed run has left, which may be of another recipe; a file that this run does not write would stay.
         extra = (name for procedure in PROCEDURES.values() for name in procedure.files)
-        for path in (folder / name for name in (*RESULT_FILES, *PLOT_FILES, *extra)):
-            for left in (path, *path.parent.glob(f".{path.name}.*")):  # also temporary files of `write_whole`
-                left.unlink(missing_ok=True)
-    write_whole(folder / UNFINISHED, lambda path: Path(path).write_text(run, encoding="utf-8"))
+        files = [folder / name for name in (*RESULT_FILES, *PLOT_FILES, *extra)]
+        for left in (*files, *temporaries(files)):
+            left.unlink(missing_ok=True)
+    write_content(folder / UNFINISHED, run)
     # Not in a `finally`: after an error the marker must stay, since it permits the next run to overwrite.
     yield
     # The marker may be gone: two runs started after the same interruption both write this folder, with equal files.
@@ -466,29 +474,19 @@ def write_result(
     write_whole(folder / SELECTED_TABLE, selected.to_parquet)
     # A user's own column `score` or `label` stays here; curate refuses it before the original's files are written.
     write_whole(folder / SELECTED_JSON, lambda path: write_original(selected, path, names, where_free=True))
-    for name, content in extra.pictures.items():
-        place = folder / PLOTS_FOLDER / name if name.endswith(".png") else folder / name
-        place.parent.mkdir(exist_ok=True)
-        write_whole(place, lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
+    pictures = {f"{PLOTS_FOLDER}/{n}" if n.endswith(".png") else n: content for n, content in extra.pictures.items()}
+    for name, content in pictures.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_content(folder / name, content)
     for name, table in extra.tables.items():
         write_table(table, folder / name, names)
-    write_whole(folder / README_FILE, lambda path: Path(path).write_text(README, encoding="utf-8"))
-    write_whole(folder / SUMMARY_FILE, lambda path: Path(path).write_text(report.to_markdown(), encoding="utf-8"))
-    write_whole(folder / REPORT_FILE, lambda path: Path(path).write_text(report.to_json(), encoding="utf-8"))
-    pictures = [f"{PLOTS_FOLDER}/{name}" if name.endswith(".png") else name for name in extra.pictures]
-    files = [
-        SCORED_TABLE,
-        SELECTED_TABLE,
-        SELECTED_JSON,
-        *pictures,
-        *extra.tables,
-        README_FILE,
-        SUMMARY_FILE,
-        REPORT_FILE,
-    ]
+    texts = {README_FILE: README, SUMMARY_FILE: report.to_markdown(), REPORT_FILE: report.to_json()}
+    for name, text in texts.items():
+        write_content(folder / name, text)
+    files = (SCORED_TABLE, SELECTED_TABLE, SELECTED_JSON, *pictures, *extra.tables, *texts)
     columns = {"selected": folder / SELECTED_TABLE, "scored": folder / SCORED_TABLE}
     receipt = extra.receipt.sealed(
         {name: file_digest(folder / name) for name in files},
         {name: column_digests(pq.ParquetFile(path).iter_batches()) for name, path in columns.items()},
     )
-    write_whole(folder / RECEIPT_FILE, lambda path: Path(path).write_bytes(receipt.to_json().encode()))
+    write_content(folder / RECEIPT_FILE, receipt.to_json())

@@ -26,7 +26,7 @@ from car_datasets.cli.app import (
     recipe_options,
 )
 from car_datasets.recipe import SCORING, Recipe
-from car_datasets.utils.files import claimed, fresh_folder, output_path, take_claim, without_nan, write_whole
+from car_datasets.utils.files import claimed, fresh_folder, output_path, take_claim, without_nan, write_content
 from car_datasets.utils.processes import launched_rank
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
 
@@ -190,9 +190,9 @@ def evaluate(
     from car_datasets.training.pairs import read_pairs
     from car_datasets.training.ratings import read_ratings
 
-    if json_ is not None and json_.exists():
-        raise ValueError(f"--json {json_} is there already; name another file or move it away.")
     if json_ is not None:
+        if json_.exists():
+            raise ValueError(f"--json {json_} is there already; name another file or move it away.")
         with claimed(json_, ("evaluate", model), argument="--json"):
             pass  # now, as nothing is measured for a file that cannot be written
     # Files first: a wrong path must not cost a download.
@@ -232,9 +232,8 @@ def evaluate(
     for table in tables:
         print_table(table)
     if json_ is not None:
-        text = json.dumps(figures, indent=2) + "\n"
         json_.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(json_, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_content(json_, json.dumps(figures, indent=2) + "\n")
 
 
 def _refuse_missing(options: Mapping[str, Any], other: Path | None) -> None:

@@ -51,7 +51,7 @@ from car_datasets.utils.columns import (
     refuse_tables,
 )
 from car_datasets.utils.digests import public
-from car_datasets.utils.files import write_whole
+from car_datasets.utils.files import write_content, write_whole
 from car_datasets.utils.processes import Processes, all_processes, mend_threads_after_fork, note_that_torch_runs
 from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS, KMEANS_SAMPLE, N_INIT, SEED, K, is_integer
 
@@ -300,7 +300,7 @@ class ClusterModel:
         # The JSON file marks a complete model: an old one is deleted first, the new one is written last.
         (path / CONFIG_FILE).unlink(missing_ok=True)
         write_whole(path / WEIGHTS_FILE, lambda name: save_file(arrays, name))
-        write_whole(path / CONFIG_FILE, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_content(path / CONFIG_FILE, text)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> ClusterModel:

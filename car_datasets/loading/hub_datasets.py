@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetsError
 from car_datasets.loading.files import DataFile, data_file, kind_of, listed, quiet_readers
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import refuse_casts
-from car_datasets.utils.files import cache_folder, write_whole
+from car_datasets.utils.files import cache_folder, write_content
 from car_datasets.utils.hub import READING_WAITS, asking, clean_token, reason, retry
 from car_datasets.utils.settings import refuse_huge_header
 
@@ -190,7 +190,7 @@ def _read_note(path: Path) -> HubDataset | None:
 def _write_note(path: Path, found: HubDataset) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"commit": found.commit, "files": found.files})
-    write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_content(path, text)
 
 
 def load_split(

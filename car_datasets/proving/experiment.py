@@ -23,7 +23,7 @@ from car_datasets.proving.base_model import BaseModel
 from car_datasets.proving.token_rows import TokenRow
 from car_datasets.proving.training import Schedule, Tuner
 from car_datasets.scoring.stage import Progress, say
-from car_datasets.utils.files import write_whole
+from car_datasets.utils.files import write_content
 
 RUN_FILE = "run-{}.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")  # whose versions change numbers
@@ -142,7 +142,7 @@ def carry_out(
             for run in (run for run in experiment.runs if run.seed == seed):
                 done.append(work.finished(run, rate))
                 progress.passed(sum(len(each.run.rows) for each in done))
-    settings = {**work.settings(), "learning_rate": rate}
+    settings = {**before["settings"], "learning_rate": rate}
     return Outcome(done, before["nats"], before["answers"], rate, validation, settings)
 
 
@@ -172,10 +172,6 @@ class _Work:
             self._tuner = Tuner(self.base, self.experiment.rows, self.schedule, self.device)
         return self._tuner
 
-    def settings(self) -> dict[str, Any]:
-        """Return the settings of the training, which a folder keeps with the first measurement."""
-        return dict(self.measured()["settings"])
-
     def kept(self, key: Mapping[str, Any], compute: Any) -> dict[str, Any]:
         """Return what a file holds for a key, or compute and write it."""
         content = json.dumps({**self.common, **key}, sort_keys=True)
@@ -185,12 +181,11 @@ class _Work:
             return found
         except (OSError, ValueError):  # not done yet
             found = compute()
-        text = json.dumps(found) + "\n"
-        write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_content(path, json.dumps(found) + "\n")
         return found
 
     def measured(self) -> dict[str, Any]:
-        """Return the losses and answers of the model before any training."""
+        """Return losses and answers of the model before any training, and the settings of the training."""
 
         def compute() -> dict[str, Any]:
             self.tuner.restore()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -58,7 +57,7 @@ from car_datasets.scoring.engines import estimate_scoring
 from car_datasets.scoring.stage import say
 from car_datasets.stages import Pipeline
 from car_datasets.utils.digests import file_digest
-from car_datasets.utils.files import RUNS_FOLDER, claimed, user_path
+from car_datasets.utils.files import RUNS_FOLDER, claimed, make_writable, user_path
 from car_datasets.utils.processes import device_for, process_rank
 
 RATES = (3e-4, 1e-3)  # learning rates that are tried
@@ -183,13 +182,12 @@ def prove(
 def _writable(folder: Path) -> Path:
     """Return a folder, which is made if needed; raise ValueError if finished runs cannot be written there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        make_writable(folder)
     except OSError as error:
         raise ValueError(
             f"work_dir={str(folder)!r}: nothing can be written there ({error.strerror}). Name another folder."
         ) from error
+    return folder
 
 
 def _digest_of_call(place: Path, own: Mapping[str, Path], found: Mapping[str, Probe], settings: object) -> str:

@@ -195,7 +195,6 @@ class Tuner:
         import datasets
         from peft import LoraConfig
         from transformers import PrinterCallback
-        from trl.trainer.sft_config import SFTConfig
 
         self.restore()
         parts = [list(map(int, part)) for batch in batches for part in np.array_split(np.asarray(batch), pieces)]
@@ -203,39 +202,12 @@ class Tuner:
         for part in parts:
             for name, values in self._packed(part).items():
                 packed[name].append(values)
-        on_gpu = self.device.type == "cuda"
         begun = time.perf_counter()
         # Nothing is saved there, but the trainer wants a folder.
         with tempfile.TemporaryDirectory() as folder, _as_before(), _quiet():
-            arguments = SFTConfig(
-                output_dir=folder,
-                per_device_train_batch_size=1,  # one pack
-                gradient_accumulation_steps=pieces,
-                num_train_epochs=1,
-                learning_rate=learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=int(self.schedule.warmup * len(batches)),  # a share would be rounded up
-                weight_decay=0.0,
-                optim="adamw_torch_fused",
-                bf16=on_gpu and torch.cuda.is_bf16_supported(),
-                use_cpu=self.device.type == "cpu",
-                packing=True,  # rows come packed; this makes the trainer keep them apart
-                packing_strategy="bfd",
-                completion_only_loss=False,  # the labels say which tokens are learnt
-                dataset_kwargs={"skip_prepare_dataset": True},
-                train_sampling_strategy="sequential",
-                gradient_checkpointing=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=on_gpu,
-                seed=seed,
-            )
-            arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would be wrapped in DataParallel
-            trainer = _trainer_class(on_gpu)(
+            trainer = _trainer_class(self.device.type == "cuda")(
                 model=self.model,
-                args=arguments,
+                args=self._arguments(folder, len(batches), pieces, learning_rate, seed),
                 train_dataset=datasets.Dataset.from_dict(packed),
                 processing_class=self.base.tokenizer,
                 peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -259,6 +231,39 @@ class Tuner:
             order=_order_digest(self.rows, batches),
             pieces=pieces,
         )
+
+    def _arguments(self, folder: str, steps: int, pieces: int, learning_rate: float, seed: int) -> Any:
+        """Return TRL's configuration of a run of so many steps, each of so many packs."""
+        from trl.trainer.sft_config import SFTConfig
+
+        on_gpu = self.device.type == "cuda"
+        arguments = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=1,  # one pack
+            gradient_accumulation_steps=pieces,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=int(self.schedule.warmup * steps),  # a share would be rounded up
+            weight_decay=0.0,
+            optim="adamw_torch_fused",
+            bf16=on_gpu and torch.cuda.is_bf16_supported(),
+            use_cpu=self.device.type == "cpu",
+            packing=True,  # rows come packed; this makes the trainer keep them apart
+            packing_strategy="bfd",
+            completion_only_loss=False,  # the labels say which tokens are learnt
+            dataset_kwargs={"skip_prepare_dataset": True},
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=on_gpu,
+            seed=seed,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would be wrapped in DataParallel
+        return arguments
 
     def _packed(self, chosen: Sequence[int]) -> dict[str, list[int]]:
         """Return rows end to end with their labels, as TRL's packing returns them."""

@@ -19,10 +19,9 @@ from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.values import carried
 from car_datasets.receipt import Receipt, embedder_record, scorer_record
 from car_datasets.recipe import Recipe
-from car_datasets.scoring.embedder import TextEmbedder
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows
-from car_datasets.stages import resolve, scorer_of
+from car_datasets.stages import Pipeline, resolve, scorer_of
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import read_numbers
 
@@ -115,13 +114,13 @@ class Rescoring:
             Difference: an embedding differs, or the embedder is not the receipt's.
             _NotHere: the embedder is not on this machine.
         """
-        settings, embedder = self._embedder()
-        scorer = self._scorer()
-        self._compare("embedder", embedder_record(settings, scorer), self.receipt.embedder)
+        stages = self._stages()
+        self._compare("embedder", embedder_record(stages.recipe, stages.scorer), self.receipt.embedder)
         column = self.recipe.embedding_column
         if column not in table.column_names:
             return "the embedder is the receipt's (there are no embeddings to compare)"
         rows = self._draw(table)
+        embedder = stages.embedder or stages.scorer.embedder()
         again = embedder(rows.remove_columns(column)[:])[column]
         tolerance = TOLERANCES[self.recipe.dtype] + (HALF if self.recipe.embedding_dtype == "float16" else 0)
         for row, (seen, new) in enumerate(zip(rows[column][:], again, strict=True)):
@@ -175,17 +174,17 @@ class Rescoring:
             )
         return scorer
 
-    def _embedder(self) -> tuple[Recipe, TextEmbedder]:
+    def _stages(self) -> Pipeline:
+        """Return scorer and embedder as `resolve` loads them."""
         if self._was_folder("embedder") and self.models.get("embedder") is None:
             raise _NotHere("it was a folder, whose path is not in the receipt; pass embedder=... (--embedder)")
         settings = self._settings("scorer", "engine", "tokenizer", "embedder")
         try:
-            stages = resolve(settings, self.token)
+            return resolve(settings, self.token)
         except (ConnectionError, ValueError) as error:
             if self.models.get("embedder") is not None:
                 raise
             raise _NotHere(f"it cannot be loaded ({error})") from error
-        return settings, stages.embedder or stages.scorer.embedder()
 
     def _was_folder(self, name: str) -> bool:
         recipe = self.recipe

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from car_datasets.loading.kinds import kinds_of
 from car_datasets.loading.languages import UNDETERMINED, detect_languages
@@ -154,8 +155,10 @@ def _groupings(overview: Overview, sample: _Sample, schema: Schema | None) -> It
         yield "language", _labels(overview.languages.take(pa.array(sample.rows)))
     elif _several([t.response for t in texts], overview.seed):
         yield "language", _placed(len(exchanges), known, detect_languages(t.response for t in texts))
-    yield f"length in {overview.length_unit}", _fifths(overview.lengths[sample.rows])
-    yield from _columns(overview, sample.rows)
+    fifth, names = fifths(overview.lengths[sample.rows])
+    yield f"length in {overview.length_unit}", np.array([names[i] for i in fifth], dtype=np.object_)
+    for name, values in columns_of_few_values(overview, sample.rows):
+        yield f"column {_name(name)}", _labels(values)
 
 
 def _exchanges(overview: Overview, rows: Indices, schema: Schema | None) -> list[Exchange | None]:
@@ -178,28 +181,38 @@ def _several(texts: list[str], seed: int) -> bool:
     return int(np.count_nonzero(counts >= max(2, SEVERAL * len(looked)))) > 1
 
 
-def _fifths(lengths: Floats) -> Labels:
-    """Return the range of the fifth of the lengths that each row is in; equal lengths make fewer groups."""
-    fifth = np.digitize(lengths, np.unique(np.quantile(lengths, (0.2, 0.4, 0.6, 0.8)).round()))
-    names = {i: f"{lengths[fifth == i].min():,.0f} to {lengths[fifth == i].max():,.0f}" for i in np.unique(fifth)}
-    return np.array([names[i] for i in fifth], dtype=np.object_)
+def fifths(lengths: Floats, counted: Indices | None = None) -> tuple[Indices, dict[int, str]]:
+    """Return the number of the fifth that each length is in, and the range of each; equal lengths make fewer groups.
+
+    Args:
+        lengths (`(rows,)`): of all rows.
+        counted (`(n,)` int64, *optional*): the rows whose lengths are divided into fifths and give the ranges; by
+            default all.
+    """
+    of_counted = lengths if counted is None else lengths[counted]
+    edges = np.unique(np.quantile(of_counted, (0.2, 0.4, 0.6, 0.8)).round())
+    inside = np.digitize(of_counted, edges)
+    parts = {int(i): of_counted[inside == i] for i in np.unique(inside)}
+    return np.digitize(lengths, edges), {i: f"{part.min():,.0f} to {part.max():,.0f}" for i, part in parts.items()}
 
 
-def _columns(overview: Overview, rows: Indices) -> Iterator[tuple[str, Labels]]:
-    """Yield the columns of the source that have few values in these rows, such as the name of a source."""
-    schema, used = overview.pool.features.arrow_schema, 0
-    names = [
-        name
-        for name in overview.user_columns
-        if is_text(schema.field(name).type) or pa.types.is_boolean(schema.field(name).type)
-    ]
-    if not names:
-        return
-    table = overview.pool.select_columns(names).with_format("arrow").select(rows.tolist())[:]
-    for name in names:
-        if used < GROUPINGS and 2 <= len(table[name].drop_null().unique()) <= LEVELS:
+def columns_of_few_values(overview: Overview, rows: Indices | None = None) -> Iterator[tuple[str, pa.ChunkedArray]]:
+    """Yield the columns of the source that have few values, such as the name of a source, with these values.
+
+    Args:
+        overview ([`Overview`]): of the pool.
+        rows (`(n,)` int64, *optional*): read only these rows of it.
+    """
+    pool, schema, used = overview.pool.with_format("arrow"), overview.pool.features.arrow_schema, 0
+    for name in overview.user_columns:
+        kind = schema.field(name).type
+        if used == GROUPINGS or not (is_text(kind) or pa.types.is_boolean(kind)):
+            continue
+        column = pool.select_columns([name])
+        values = (column if rows is None else column.select(rows.tolist()))[:][name]
+        if 2 <= pc.count_distinct(values).as_py() <= LEVELS:  # nulls do not count
             used += 1
-            yield f"column {_name(name)}", _labels(table[name])
+            yield name, values
 
 
 def _labels(values: pa.Array | pa.ChunkedArray) -> Labels:

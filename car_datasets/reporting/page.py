@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from car_datasets.loading.chats import TRUNCATED
 from car_datasets.loading.values import carried
-from car_datasets.reporting.likes import GROUPINGS, LEVELS
+from car_datasets.reporting.likes import columns_of_few_values, fifths
 from car_datasets.reporting.overview import Floats, Overview, PoolMap
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
 from car_datasets.reporting.questions import HEADER, Explanation, WhatIf, explain_rows, try_out
@@ -352,22 +352,12 @@ def _rates(overview: Overview, members: npt.NDArray[np.bool_]) -> list[str]:
 
 
 def _by_length(overview: Overview) -> Iterator[tuple[str, str, npt.NDArray[np.bool_]]]:
-    lengths = overview.lengths[overview.scored]
-    edges = np.unique(np.quantile(lengths, (0.2, 0.4, 0.6, 0.8)).round())  # equal lengths make fewer groups
-    fifth = np.digitize(overview.lengths, edges)
-    for i in np.unique(fifth[overview.scored]):
-        inside = lengths[fifth[overview.scored] == i]
-        yield overview.length_unit, f"{inside.min():,.0f} to {inside.max():,.0f}", fifth == i
+    fifth, names = fifths(overview.lengths, overview.scored)
+    for i, name in names.items():
+        yield overview.length_unit, name, fifth == i
 
 
 def _by_column(overview: Overview) -> Iterator[tuple[str, str, npt.NDArray[np.bool_]]]:
-    table, schema, used = overview.pool.with_format("arrow"), overview.pool.features.arrow_schema, 0
-    for name in overview.user_columns:
-        kind = schema.field(name).type
-        if used == GROUPINGS or not (is_text(kind) or pa.types.is_boolean(kind)):
-            continue
-        values = table.select_columns([name])[:][name]
-        if 2 <= pc.count_distinct(values).as_py() <= LEVELS:
-            used += 1
-            for level in sorted(pc.unique(values.drop_null()).to_pylist()):
-                yield name, _cut(str(level), 40), np.asarray(pc.equal(values, level).fill_null(False))
+    for name, values in columns_of_few_values(overview):
+        for level in sorted(pc.unique(values.drop_null()).to_pylist()):
+            yield name, _cut(str(level), 40), np.asarray(pc.equal(values, level).fill_null(False))

@@ -208,7 +208,7 @@ class QualityScorer:
         if self.parts and config.head != "parts":
             raise ValueError(
                 f"parts=True: the head of {self.model_id} is {config.head!r}, which judges no parts. Leave it out, or "
-                "train a scorer that has them (configs/train_iqs_parts.yaml)."
+                "train a scorer that has them (configs/train_iqs_three.yaml)."
             )
 
     @property

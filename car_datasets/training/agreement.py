@@ -26,11 +26,10 @@ from car_datasets.training.evaluation import (
     Figures,
     as_number,
     as_percent,
-    share_in_order,
     with_intervals,
 )
 from car_datasets.training.pairs import Pair, cleaned, question
-from car_datasets.training.ratings import FAULTY, SOUND, Ratings
+from car_datasets.training.ratings import FAULTY, SOUND, Ratings, correlations, shares_apart
 from car_datasets.utils.files import table_text, without_nan
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES
 
@@ -347,38 +346,12 @@ def agree(rated: _Rated, at: Rows) -> dict[str, Numbers]:
     scores = np.stack([values[at] for values in rated.rankers.values()])
     ratings, lengths = rated.rated[:, at], rated.lengths[at]
     faulty, sound = ratings[0] <= FAULTY, ratings[0] >= SOUND
-    found = {"faulty": _told_apart(scores, faulty, sound)}
+    found = {"faulty": shares_apart(scores, faulty, sound)}
     known = ~np.isnan(ratings[1])
     for target, values in zip(TARGETS, ratings, strict=True):
         kept = np.ones(len(at), dtype=bool) if target == "soundness" else known
-        found[target], found[f"{target}_length_held"] = _correlations(scores[:, kept], values[kept], lengths[kept])
+        found[target], found[f"{target}_length_held"] = correlations(scores[:, kept], values[kept], lengths[kept])
     return found
-
-
-def _told_apart(scores: Numbers, faulty: npt.NDArray[np.bool_], sound: npt.NDArray[np.bool_]) -> Numbers:
-    """Return the share of all (faulty, sound) combinations in the right order by each ranker; NaN without any."""
-    if not (faulty.any() and sound.any()):  # possible in a bootstrap sample, and in one source
-        return np.full(len(scores), np.nan)
-    return np.array([share_in_order(of[faulty], of[sound]) for of in scores])
-
-
-def _correlations(scores: Numbers, rated: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers]:
-    """Return Spearman's correlation of each ranker with a rating, and the same with the length held constant.
-
-    Both are 0 where either is constant, or where nothing is left of a ranker once the length is held constant.
-    """
-    from scipy.stats import rankdata
-
-    if scores.shape[1] < 2:
-        return np.zeros(len(scores)), np.zeros(len(scores))
-    ranks = np.asarray(rankdata(np.vstack([rated, lengths, scores]), axis=1))
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    norms = np.sqrt(np.square(ranks).sum(axis=1))
-    matrix = ranks / np.where(norms > 0, norms, 1)[:, None]
-    plain, by_length = matrix[2:] @ matrix[0], matrix[2:] @ matrix[1]
-    rest = (1 - np.square(by_length)) * (1 - np.square(matrix[0] @ matrix[1]))
-    partial = (plain - by_length * (matrix[0] @ matrix[1])) / np.sqrt(np.where(rest > 1e-9, rest, np.inf))
-    return plain, partial + 0.0  # without the sign of -0
 
 
 def _by_fault(ratings: Ratings, rated: _Rated, draw: _Draw) -> dict[str, dict[str, Any]]:
@@ -396,7 +369,7 @@ def _by_fault(ratings: Ratings, rated: _Rated, draw: _Draw) -> dict[str, dict[st
             by_name = draw.by_ranker(
                 some,
                 lambda of, at: {
-                    "faulty": _told_apart(
+                    "faulty": shares_apart(
                         np.stack([s[at] for s in of.rankers.values()]),
                         of.rated[0, at] < SOUND,
                         of.rated[0, at] >= SOUND,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.training.corruptions import corrupt, draw_corruptions
 from car_datasets.training.evaluation import Evaluation, evaluate_scorer
 from car_datasets.training.head_fitting import Copies, Voters, fit_integrity, fit_quality, fit_words, principal_axes
-from car_datasets.training.pairs import Pair, cleaned, read_pairs, refuse_crossing
+from car_datasets.training.pairs import Pair, cleaned, read_sides
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.files import write_figures, write_folder
 from car_datasets.utils.hub import write_card
@@ -150,9 +150,7 @@ def train_head(settings: HeadTraining) -> dict[str, Any]:
     # Before minutes of encoding, not after.
     if folder.exists():
         raise ValueError(f"output={settings.output!r} already exists; name a new folder.")
-    train, valid = read_pairs(settings.train), read_pairs(settings.valid)
-    sides = [[row for pair in pairs for row in pair] for pairs in (train, valid)]
-    refuse_crossing(sides[0], sides[1], (settings.train, settings.valid))
+    train, valid = read_sides(settings.train, settings.valid)
     return fit_and_write(settings, gather(settings, train), valid)
 
 
@@ -186,13 +184,9 @@ def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pa
     words = fit_words(material.words, material.labels.numpy(), settings.word_strength, settings.word_style_weight)
     evaluations: list[Evaluation] = []
     with write_folder(folder) as partial:
-        # Each is saved and loaded again, so the figures include the rounding to half precision.
-        for seed in range(settings.seed, settings.seed + settings.seeds):
-            place = partial if seed == settings.seed else partial / "other-seed"
-            head = fit_head(settings.changed(seed=seed), material, *words)
-            save_head(place, _config(settings), head)
+        for seeded, place in each_seed(settings, partial):
+            save_head(place, _config(settings), fit_head(seeded, material, *words))
             evaluations.append(evaluate_scorer(QualityScorer(str(place)), valid))
-        shutil.rmtree(partial / "other-seed", ignore_errors=True)
         figures = {**asdict(evaluations[0]), "model": folder.name, "seeds": over_seeds(evaluations)}
         figures["training_pairs"] = len(material.labels) // 2
         _describe(settings, partial, figures)
@@ -250,6 +244,20 @@ def fit_head(
     return head
 
 
+def each_seed(settings: Any, partial: Path) -> Iterator[tuple[Any, Path]]:
+    """Yield the settings with each seed, and where to save its model: in `partial` for the first, which is kept.
+
+    Each model is saved and loaded again, so that its figures include the rounding to half precision.
+
+    Args:
+        settings ([`HeadTraining`] or [`PartsTraining`]): with `seed` and `seeds`.
+        partial (`Path`): the folder that is being written.
+    """
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        yield settings.changed(seed=seed), partial if seed == settings.seed else partial / "other-seed"
+    shutil.rmtree(partial / "other-seed", ignore_errors=True)
+
+
 def read_rows(
     encoder: Any,
     tokenizer: Any,
@@ -286,33 +294,57 @@ def read_rows(
 
 
 def _frozen_encoder(settings: HeadTraining) -> tuple[Any, Any, IQSConfig]:
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
-    encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
-    return encoder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _config(settings)
+    return load_encoder(), load_tokenizer(), _config(settings)
 
 
 def _config(settings: HeadTraining) -> IQSConfig:
+    return config_of(
+        settings,
+        head="segments",
+        hidden_sizes=(settings.hidden_size, settings.integrity_size),
+        max_tokens=512,  # position embeddings of MiniLM; the embedder that shares the encoder stops at 256
+        word_bits=settings.word_bits,
+    )
+
+
+def config_of(settings: Any, **options: Any) -> IQSConfig:
+    """Return the configuration of a head on the encoder of the embedded scorer.
+
+    Args:
+        settings ([`HeadTraining`] or [`PartsTraining`]): with `dropout`, `members`, `penalty` and `languages`.
+        options: what only this kind of head has.
+    """
     from transformers import AutoConfig
 
     return IQSConfig(
-        encoder_config=AutoConfig.from_pretrained(
-            revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION), trust_remote_code=False
-        ),
-        head="segments",
-        hidden_sizes=(settings.hidden_size, settings.integrity_size),
+        encoder_config=AutoConfig.from_pretrained(_encoder_folder(), trust_remote_code=False),
         dropout=settings.dropout,
-        # Position embeddings of MiniLM; the embedder that shares the encoder stops at 256.
-        max_tokens=512,
         template=CLEAN_TEMPLATE,
         members=settings.members,
-        word_bits=settings.word_bits,
         penalty=settings.penalty,
         encoder_source=encoder_source(),
         languages=settings.languages,
         architectures=[IQSModel.__name__],
+        **options,
     )
+
+
+def load_encoder() -> Any:
+    """Return the encoder of the embedded scorer in float32, in evaluation mode, on the CPU."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(_encoder_folder(), trust_remote_code=False, dtype=torch.float32).eval()
+
+
+def load_tokenizer() -> Any:
+    """Return the tokenizer of the embedded scorer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_encoder_folder(), trust_remote_code=False)
+
+
+def _encoder_folder() -> Path:
+    return revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
 
 
 def encoder_source() -> dict[str, str]:

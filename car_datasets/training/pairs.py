@@ -124,6 +124,14 @@ def refuse_crossing(train: Sequence[Exchange], valid: Sequence[Exchange], names:
         )
 
 
+def read_sides(train: str | Path, valid: str | Path) -> tuple[list[Pair], list[Pair]]:
+    """Read the pairs to train on and to validate on; raise ValueError if both ask the same (see [`refuse_crossing`])."""
+    sides = read_pairs(train), read_pairs(valid)
+    rows = [[row for pair in side for row in pair] for side in sides]
+    refuse_crossing(rows[0], rows[1], (str(train), str(valid)))
+    return sides
+
+
 def question(row: Exchange) -> tuple[str, str]:
     """Return instruction and input, cleaned and case-folded: a key that is equal for rows that ask the same."""
     # Cleaned, as a copy with typed-out escapes asks the same.

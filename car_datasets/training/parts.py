@@ -8,7 +8,6 @@ Does not: change the encoder that embeds, or choose which score is the default.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,12 +24,19 @@ from car_datasets.scoring.iqs.heads import COMBINED, KNOTS, OUTPUTS, UNITS, Part
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.training.corruptions import FINE_CORRUPTIONS, FINE_STYLES, STYLES, corrupt, draw_corruptions
 from car_datasets.training.evaluation import evaluate_scorer
-from car_datasets.training.head import CORRUPTION_WEIGHTS, encoder_source, over_seeds, save_head
-from car_datasets.training.pairs import Pair, cleaned, question, read_pairs, refuse_crossing
+from car_datasets.training.head import (
+    CORRUPTION_WEIGHTS,
+    config_of,
+    each_seed,
+    load_encoder,
+    load_tokenizer,
+    over_seeds,
+    save_head,
+)
+from car_datasets.training.pairs import Pair, cleaned, question, read_sides
 from car_datasets.training.parts_fitting import Below, Copy, Examples, Schedule, Weights, fit_parts, outputs_of
 from car_datasets.training.ratings import Ratings, rating_figures, read_ratings, told_apart
 from car_datasets.training.train import deterministic
-from car_datasets.utils import revisions
 from car_datasets.utils.files import write_figures, write_folder
 from car_datasets.utils.hub import write_card
 from car_datasets.utils.processes import device_for
@@ -182,12 +188,10 @@ def read_files(settings: PartsTraining) -> Files:
     Raises:
         ValueError: a file cannot be read, or training and validation pairs share questions.
     """
-    train, valid = read_pairs(settings.train), read_pairs(settings.valid)
-    sides = [[row for pair in pairs for row in pair] for pairs in (train, valid)]
-    refuse_crossing(sides[0], sides[1], (settings.train, settings.valid))
+    train, valid = read_sides(settings.train, settings.valid)
     ratings, valid_ratings = read_ratings(settings.ratings), read_ratings(settings.valid_ratings)
     # Not an error: a pool that was rated may well contain a few questions of the validation files.
-    asked = {question(row) for row in (*sides[1], *valid_ratings.rows)}
+    asked = {question(row) for row in (*(row for pair in valid for row in pair), *valid_ratings.rows)}
     kept = ratings.without(asked)
     pairs = [pair for pair in train if not any(question(row) in asked for row in pair)]
     dropped = len(ratings.rows) - len(kept.rows)
@@ -312,25 +316,18 @@ def _reference(settings: PartsTraining, files: Files) -> list[Exchange]:
 
 def _lower_encoder(settings: PartsTraining) -> tuple[Any, Any]:
     """Return the encoder without the layers that are copied, frozen, on the device of this process, and its tokenizer."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
-    encoder = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+    encoder = load_encoder()
     encoder.encoder.layer = encoder.encoder.layer[: len(encoder.encoder.layer) - settings.fork_layers]
     for weight in encoder.parameters():
         weight.requires_grad_(False)
-    return encoder.eval().to(device_for()), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return encoder.to(device_for()), load_tokenizer()
 
 
 def fit_head(settings: PartsTraining, material: Material, rows: npt.NDArray[np.int64]) -> PartsHead:
     """Fit a head on some rows, by the seed of the settings, and give its score the scale of the reference pool."""
-    from transformers import AutoModel
-
     torch.manual_seed(settings.seed)  # all random numbers below follow from it
     head = PartsHead(_config(settings))
-    folder = revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
-    layers = AutoModel.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).encoder.layer
-    for copy, layer in zip(head.fork, layers[head.lower :], strict=True):
+    for copy, layer in zip(head.fork, load_encoder().encoder.layer[head.lower :], strict=True):
         copy.copy_from(layer)
     head.weights.copy_(torch.tensor(settings.combination))
     head.to(material.below.device)
@@ -369,16 +366,11 @@ def _fit_and_write(settings: PartsTraining, material: Material, files: Files) ->
     folder = Path(settings.output)
     found: list[dict[str, Any]] = []
     with write_folder(folder) as partial:
-        # Each is saved and loaded again, so the figures include the rounding to half precision.
-        for seed in range(settings.seed, settings.seed + settings.seeds):
-            place = partial if seed == settings.seed else partial / "other-seed"
-            save_head(
-                place, _config(settings), fit_head(settings.changed(seed=seed), material, np.arange(material.training))
-            )
+        for seeded, place in each_seed(settings, partial):
+            save_head(place, _config(settings), fit_head(seeded, material, np.arange(material.training)))
             scorer = QualityScorer(str(place))
             evaluation = evaluate_scorer(scorer, files.valid)
             found.append({"evaluation": evaluation, "ratings": rating_figures(scorer, files.valid_ratings)})
-        shutil.rmtree(partial / "other-seed", ignore_errors=True)
         figures = {**asdict(found[0]["evaluation"]), "model": folder.name, "ratings": found[0]["ratings"]}
         figures |= {"seeds": over_seeds([each["evaluation"] for each in found]), "training_rows": material.training}
         if settings.folds:
@@ -437,22 +429,12 @@ def _fold_figures(
 
 
 def _config(settings: PartsTraining) -> IQSConfig:
-    from transformers import AutoConfig
-
-    folder = revisions.model_folder(revisions.DEFAULT_ENCODER, revisions.ENCODER_REVISION)
-    return IQSConfig(
-        encoder_config=AutoConfig.from_pretrained(folder, trust_remote_code=False),
+    return config_of(
+        settings,
         head="parts",
         hidden_sizes=(settings.hidden_size,),
-        dropout=settings.dropout,
         max_tokens=settings.max_tokens,
-        template=CLEAN_TEMPLATE,
-        members=settings.members,
-        penalty=settings.penalty,
         fork_layers=settings.fork_layers,
         fork_dropout=settings.fork_dropout,
         queries=settings.queries,
-        encoder_source=encoder_source(),
-        languages=settings.languages,
-        architectures=["IQSModel"],
     )

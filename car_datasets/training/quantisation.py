@@ -31,7 +31,7 @@ from car_datasets.scoring.batching import pad, tokenise
 from car_datasets.scoring.iqs.openvino_encoder import MODEL_FILE, RECORD_FILE, import_openvino
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.stage import Rows
-from car_datasets.utils.files import fresh_folder, write_whole
+from car_datasets.utils.files import fresh_folder, write_content
 from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def quantise_encoder(scorer: QualityScorer, texts: Sequence[Text], folder: str |
     # Uncompressed, since float16 would change what is left in float32.
     openvino.save_model(quantised, path / MODEL_FILE, compress_to_fp16=False)
     content = json.dumps(record, indent=2) + "\n"
-    write_whole(path / RECORD_FILE, lambda name: Path(name).write_text(content, encoding="utf-8"))
+    write_content(path / RECORD_FILE, content)
     return path
 
 

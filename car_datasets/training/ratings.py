@@ -190,8 +190,8 @@ def rating_figures(scorer: QualityScorer, ratings: Ratings) -> Figures:
     def measure(at: npt.NDArray[np.int64]) -> dict[str, float]:
         rated = ratings.soundness[at], ratings.worth[at]
         figures = told_apart((soundness[at], worth[at]), rated, lengths[at])
-        figures["score"] = rank_correlation(found.scores[at], rated[0] * rated[1])
-        return figures
+        (score,), _ = correlations(found.scores[None, at], rated[0] * rated[1], lengths[at])
+        return {**figures, "score": float(score)}
 
     return with_intervals(measure, len(texts))
 
@@ -209,30 +209,46 @@ def told_apart(told: tuple[Numbers, Numbers], rated: tuple[Numbers, Numbers], le
         order, NaN without such rows; `soundness` and `worth`, rank correlations; `soundness_length_held` and
         `worth_length_held`, the partial ones with the length held constant; `product`, of soundness x worth.
     """
-    figures = {"faulty": float("nan")}
-    sound = rated[0]
-    if (sound <= FAULTY).any() and (sound >= SOUND).any():
-        figures["faulty"] = share_in_order(told[0][sound <= FAULTY], told[0][sound >= SOUND])
+    figures = {"faulty": float(shares_apart(told[0][None], rated[0] <= FAULTY, rated[0] >= SOUND)[0])}
     for name, found, given in zip(("soundness", "worth"), told, rated, strict=True):
         at = ~np.isnan(given)
-        figures[name] = rank_correlation(found[at], given[at])
-        figures[f"{name}_length_held"] = rank_correlation(found[at], given[at], lengths[at])
+        (plain,), (held,) = correlations(found[None, at], given[at], lengths[at])
+        figures |= {name: float(plain), f"{name}_length_held": float(held)}
     at = ~np.isnan(rated[0] * rated[1])
-    figures["product"] = rank_correlation((told[0] * told[1])[at], (rated[0] * rated[1])[at])
-    return figures
+    (product,), _ = correlations((told[0] * told[1])[None, at], (rated[0] * rated[1])[at], lengths[at])
+    return {**figures, "product": float(product)}
 
 
-def rank_correlation(one: Numbers, other: Numbers, held: Numbers | None = None) -> float:
-    """Return Spearman's rank correlation, or the partial one with a third variable held constant; 0 if one is constant."""
+def shares_apart(scores: Numbers, faulty: npt.NDArray[np.bool_], sound: npt.NDArray[np.bool_]) -> Numbers:
+    """Return the share of all (faulty, sound) combinations in the right order by each ranker; NaN without any.
+
+    Args:
+        scores (`(rankers, rows)`): what each ranker tells of each row.
+        faulty, sound (`(rows,)` bool): which rows are.
+    """
+    if not (faulty.any() and sound.any()):  # possible in a bootstrap sample, and in one source
+        return np.full(len(scores), np.nan)
+    return np.array([share_in_order(of[faulty], of[sound]) for of in scores])
+
+
+def correlations(scores: Numbers, rated: Numbers, lengths: Numbers) -> tuple[Numbers, Numbers]:
+    """Return Spearman's correlation of each ranker with a rating, and the same with the length held constant.
+
+    Both are 0 where either is constant, or where nothing is left of a ranker once the length is held constant.
+
+    Args:
+        scores (`(rankers, rows)`): what each ranker tells of each row.
+        rated, lengths (`(rows,)`): the rating of each row, and the length of its answer.
+    """
     from scipy.stats import rankdata
 
-    given = [one, other] if held is None else [one, other, held]
-    ranks = [np.asarray(rankdata(values), dtype=np.float64) for values in given]
-    if len(one) < 2 or any(np.ptp(rank) == 0 for rank in ranks):
-        return 0.0
-    matrix: npt.NDArray[np.float64] = np.asarray(np.corrcoef(ranks))
-    if held is None:
-        return float(matrix[0, 1])
-    (_, both, first), second = matrix[0], matrix[1, 2]
-    rest = (1 - first**2) * (1 - second**2)
-    return float((both - first * second) / rest**0.5) if rest > 0 else 0.0
+    if scores.shape[1] < 2:
+        return np.zeros(len(scores)), np.zeros(len(scores))
+    ranks = np.asarray(rankdata(np.vstack([rated, lengths, scores]), axis=1))
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    norms = np.sqrt(np.square(ranks).sum(axis=1))
+    matrix = ranks / np.where(norms > 0, norms, 1)[:, None]
+    plain, by_length = matrix[2:] @ matrix[0], matrix[2:] @ matrix[1]
+    rest = (1 - np.square(by_length)) * (1 - np.square(matrix[0] @ matrix[1]))
+    partial = (plain - by_length * (matrix[0] @ matrix[1])) / np.sqrt(np.where(rest > 1e-9, rest, np.inf))
+    return plain, partial + 0.0  # without the sign of -0

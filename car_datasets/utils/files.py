@@ -248,7 +248,7 @@ def take_claim(target: Path, run: Sequence[object], files: Sequence[Path] = (), 
     try:
         holder = _create_claim(place, content)
         if holder is None:
-            for left in _temporaries(files if files else [target]):
+            for left in temporaries(files if files else [target]):
                 left.unlink(missing_ok=True)
     except OSError as error:
         for folder in made:
@@ -326,7 +326,7 @@ def _state(path: Path) -> tuple[int, ...] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _temporaries(paths: Sequence[Path]) -> list[Path]:
+def temporaries(paths: Sequence[Path]) -> list[Path]:
     """Return the temporary files of `write_whole` for these paths, which killed processes have left."""
     wanted = {(path.parent, path.name) for path in paths}
     found = [left for folder in {path.parent for path in paths} if folder.is_dir() for left in folder.glob(".*")]
@@ -367,6 +367,12 @@ def write_whole(path: Path, write: Callable[[str], object], most: int | None = N
         temporary.unlink(missing_ok=True)
 
 
+def write_content(path: Path, content: str | bytes) -> None:
+    """Write a text, in UTF-8, or bytes as a file, atomically as [`write_whole`] does."""
+    encoded = content.encode("utf-8") if isinstance(content, str) else content
+    write_whole(path, lambda temporary: Path(temporary).write_bytes(encoded))
+
+
 @contextlib.contextmanager
 def write_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path` and move it there at the end, so that `path` is complete or absent.
@@ -405,6 +411,13 @@ def cache_folder(cache_dir: str | None = None) -> Path:
     return Path(cache_dir or config.HF_DATASETS_CACHE).expanduser() / "car_datasets"
 
 
+def make_writable(folder: Path) -> None:
+    """Make a folder if it does not exist; raise OSError if no file can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"\0")
+
+
 def prepare_cache() -> Path:
     """Return the folder of this package in the cache of `datasets`, once it is certain that it can be written.
 
@@ -415,9 +428,7 @@ def prepare_cache() -> Path:
     """
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0")
+        make_writable(folder)
     except OSError as error:
         raise ValueError(
             f"The cache of `datasets` cannot be written: {folder} ({error.strerror or error}). Name another folder in "

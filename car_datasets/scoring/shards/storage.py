@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from car_datasets.utils.digests import file_digest
-from car_datasets.utils.files import refuse_in_source, write_whole
+from car_datasets.utils.files import refuse_in_source, write_content, write_whole
 from car_datasets.utils.hub import asking, clean_token, open_repository, refuse_unwritable, retry, who_am_i
 
 START = "hf://datasets/"
@@ -211,7 +211,7 @@ class Folder:
     def write(self, name: str, content: bytes) -> None:
         """Write a small file atomically, replacing any other of that name."""
         if self.local is not None:
-            write_whole(self.local / name, lambda path: Path(path).write_bytes(content))
+            write_content(self.local / name, content)
         else:
             self._fs.pipe_file(self._at(name), content)  # object stores put an object atomically
 
