@@ -573,6 +573,10 @@ def test_a_pushed_selection_is_verified_from_the_hub(
     done = hub.run(command, "verify", "me/small", check=True)
     assert "not checked: the choice, the counts and the pool: there is no split 'scored'" in done.stdout
     change(tmp_path / "out", "scored", iqs_score=lambda v: [9.0 if x == min(v) else x for x in v])
+    done = hub.run(command, "push", tmp_path / "out", "me/car")
+    assert done.returncode == 2 and "scored.parquet does not have the receipt's sha256" in done.stderr
+    scored = hashlib.sha256((tmp_path / "out" / "scored.parquet").read_bytes()).hexdigest()
+    in_receipt(**{"files__scored.parquet": scored})(tmp_path / "out")  # a forger's receipt
     hub.run(command, "push", tmp_path / "out", "me/car", check=True)
     done = hub.run(command, "verify", "me/car")
     assert done.returncode == 1 and "mismatch: selected, row 0, is source row" in done.stdout
