@@ -307,7 +307,7 @@ def tiny_engine(
 ) -> str:
     """Return the int8 copy of the encoder of `tiny_iqs`, calibrated on the first 32 of the shipped rows."""
     from car_datasets import QualityScorer
-    from car_datasets.training.quantisation import quantise_encoder, sample_texts
+    from car_datasets.scoring.iqs.quantisation import quantise_encoder, sample_texts
 
     scorer = QualityScorer(tiny_iqs)
     texts, _ = sample_texts(Dataset.from_list(sample_rows[:32]), scorer, 32)

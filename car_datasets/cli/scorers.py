@@ -221,7 +221,7 @@ def evaluate(
         figures["ratings"] = json.loads(by_reader.to_json())
     if quick is not None:
         from car_datasets.loading.templates import render
-        from car_datasets.training.quantisation import compare_engines
+        from car_datasets.scoring.iqs.quantisation import compare_engines
 
         # The same pairs and seed, so that the two tables differ by the encoder alone.
         by_engine = evaluate_scorer(quick, measured, other=rest, **drawing)
@@ -279,8 +279,8 @@ def quantise(
     fresh_folder(output, (RECORD_FILE,), "--output")
     import_openvino("nncf")
     from car_datasets.curation import open_source
+    from car_datasets.scoring.iqs.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
     from car_datasets.stages import scorer_of
-    from car_datasets.training.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
 
     if rows < FEWEST_TEXTS:
         raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")

@@ -5,7 +5,6 @@ from .head import HeadTraining as HeadTraining
 from .head import train_head as train_head
 from .pairs import read_pairs as read_pairs
 from .preparation import prepare as prepare
-from .quantisation import quantise_encoder as quantise_encoder
 from .ratings import read_ratings as read_ratings
 from .train import ScorerTraining as ScorerTraining
 from .train import train_scorer as train_scorer

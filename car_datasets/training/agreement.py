@@ -151,7 +151,7 @@ def _percent(figure: Mapping[str, float]) -> str:
     return "-" if np.isnan(figure["value"]) else as_percent(figure)
 
 
-class _Rated(NamedTuple):
+class Rated(NamedTuple):
     """Rated rows as arrays of one entry per row, and what ranks them."""
 
     rated: Numbers  # soundness, worth and product, (3, rows); NaN where unknown
@@ -159,13 +159,13 @@ class _Rated(NamedTuple):
     rankers: dict[str, Numbers]
     questions: list[Rows]  # the rows of each question, which the bootstrap draws together
 
-    def among(self, rows: Rows) -> _Rated:
+    def among(self, rows: Rows) -> Rated:
         """Return the same for some of the rows, ascending."""
         place = np.full(self.rated.shape[1], -1)
         place[rows] = np.arange(len(rows))
         questions = [kept for of in self.questions if len(kept := place[of][place[of] >= 0])]
         rankers = {name: scores[rows] for name, scores in self.rankers.items()}
-        return _Rated(self.rated[:, rows], self.lengths[rows], rankers, questions)
+        return Rated(self.rated[:, rows], self.lengths[rows], rankers, questions)
 
 
 def evaluate_ratings(
@@ -213,8 +213,8 @@ def evaluate_ratings(
             kind: _scores(scorer, [row for row in of if row is not None], bar)[SCORE] for kind, of in copies.items()
         }
     sound, worth = ratings.soundness.astype(np.float64), ratings.worth.astype(np.float64)
-    rated = _Rated(np.stack([sound, worth, sound * worth]), rankers[LENGTH], rankers, _questions(rows))
-    draw = _Draw(samples, seed)
+    rated = Rated(np.stack([sound, worth, sound * worth]), rankers[LENGTH], rankers, questions_of(rows))
+    draw = Draw(samples, seed)
     sources = {name: np.flatnonzero(np.array(ratings.source) == name) for name in dict.fromkeys(ratings.source)}
     compared, counts = _compare_pairs(ratings, pairs, rated, draw)
     return Agreement(
@@ -302,7 +302,8 @@ def _bags_of_words(known: Ratings, rows: Sequence[Exchange]) -> dict[str, Number
     return found
 
 
-def _questions(rows: Sequence[Exchange]) -> list[Rows]:
+def questions_of(rows: Sequence[Exchange]) -> list[Rows]:
+    """Return the positions of the rows that ask each question, which a bootstrap draws together."""
     found: dict[tuple[str, str], list[int]] = {}
     for i, row in enumerate(rows):
         found.setdefault(question(row), []).append(i)
@@ -312,7 +313,7 @@ def _questions(rows: Sequence[Exchange]) -> list[Rows]:
 # figures --------------------------------------------------------------------------------------------------------------
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """The bootstrap of all figures."""
 
     samples: int
@@ -326,7 +327,7 @@ class _Draw(NamedTuple):
 
         return with_intervals(of_drawn, len(groups), self.samples, self.seed)
 
-    def by_ranker(self, rated: _Rated, measure: Callable[[_Rated, Rows], Mapping[str, Numbers]]) -> dict[str, Figures]:
+    def by_ranker(self, rated: Rated, measure: Callable[[Rated, Rows], Mapping[str, Numbers]]) -> dict[str, Figures]:
         """Return the figures of a measure that gives one number per ranker, by ranker."""
         names = list(rated.rankers)
 
@@ -341,7 +342,7 @@ class _Draw(NamedTuple):
         return found
 
 
-def agree(rated: _Rated, at: Rows) -> dict[str, Numbers]:
+def agree(rated: Rated, at: Rows) -> dict[str, Numbers]:
     """Return how well each ranker agrees with the ratings of some rows: arrays of one number per ranker, by figure."""
     scores = np.stack([values[at] for values in rated.rankers.values()])
     ratings, lengths = rated.rated[:, at], rated.lengths[at]
@@ -354,7 +355,7 @@ def agree(rated: _Rated, at: Rows) -> dict[str, Numbers]:
     return found
 
 
-def _by_fault(ratings: Ratings, rated: _Rated, draw: _Draw) -> dict[str, dict[str, Any]]:
+def _by_fault(ratings: Ratings, rated: Rated, draw: Draw) -> dict[str, dict[str, Any]]:
     """Return for each fault that occurs how well its rows, unless rated sound, are told from sound ones."""
     sound = ratings.soundness >= SOUND
     found: dict[str, dict[str, Any]] = {}
@@ -380,7 +381,7 @@ def _by_fault(ratings: Ratings, rated: _Rated, draw: _Draw) -> dict[str, dict[st
     return found
 
 
-def _by_kind(rows: Sequence[Exchange], rated: _Rated, draw: _Draw) -> dict[str, dict[str, Any]]:
+def _by_kind(rows: Sequence[Exchange], rated: Rated, draw: Draw) -> dict[str, dict[str, Any]]:
     """Return for each kind of answer its share of the rows and of the best tenth by score."""
     kinds = kinds_of([join_lines(row.instruction, row.input) for row in rows], [row.response for row in rows])
     codes, scores = np.array([KINDS.index(kind) for kind in kinds]), rated.rankers[SCORE]
@@ -407,7 +408,7 @@ def _by_kind(rows: Sequence[Exchange], rated: _Rated, draw: _Draw) -> dict[str, 
 
 
 def _compare_pairs(
-    ratings: Ratings, pairs: Sequence[Pair], rated: _Rated, draw: _Draw
+    ratings: Ratings, pairs: Sequence[Pair], rated: Rated, draw: Draw
 ) -> tuple[dict[str, Figures], dict[str, int]]:
     """Return the figures of pairs by ranker, and the numbers of pairs of equal and of different soundness."""
     at = {row: i for i, row in enumerate(map(cleaned, ratings.rows))}
@@ -427,7 +428,7 @@ def _compare_pairs(
     return {name: figures for name, figures in found.items() if figures}, counts
 
 
-def _shift(copies: Sequence[Exchange | None], moved: Numbers, scores: Numbers, draw: _Draw) -> dict[str, Any]:
+def _shift(copies: Sequence[Exchange | None], moved: Numbers, scores: Numbers, draw: Draw) -> dict[str, Any]:
     """Return the mean shift of the score of rows that have a copy, in standard deviations of all scores."""
     at = [i for i, row in enumerate(copies) if row is not None]
     return {"shift": _mean((moved - scores[at]) / _spread(scores), draw), "rows": len(at)}
@@ -437,7 +438,7 @@ def _spread(scores: Numbers) -> float:
     return float(np.std(scores)) or np.nan  # if all scores are equal, there is no unit
 
 
-def _mean(values: Numbers, draw: _Draw) -> dict[str, float]:
+def _mean(values: Numbers, draw: Draw) -> dict[str, float]:
     if not len(values):
         return dict.fromkeys(("value", "low", "high"), float("nan"))
     return with_intervals(lambda at: {"mean": float(values[at].mean())}, len(values), *draw)["mean"]

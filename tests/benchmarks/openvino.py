@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from car_datasets import QualityScorer
-from car_datasets.training.quantisation import compare_engines, quantise_encoder, sample_texts
+from car_datasets.scoring.iqs.quantisation import compare_engines, quantise_encoder, sample_texts
 from car_datasets.utils import files
 from tests.benchmarks.table import Line
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from car_datasets import QualityScorer
 from car_datasets.cli import app
 from car_datasets.loading.templates import Exchange, Text, render
-from car_datasets.training.quantisation import compare_engines, quantise_encoder, sample_texts
+from car_datasets.scoring.iqs.quantisation import compare_engines, quantise_encoder, sample_texts
 
 pytestmark = pytest.mark.usefixtures("on_cpu")  # the int8 encoder refuses a GPU
 
@@ -203,7 +203,7 @@ LET_GO_IN_A_THREAD = """
 import gc, os, signal, sys, threading
 from car_datasets import QualityScorer
 from car_datasets.scoring.inference import load_scorer
-from car_datasets.training.quantisation import quantise_encoder
+from car_datasets.scoring.iqs.quantisation import quantise_encoder
 from car_datasets.loading.templates import Exchange, render
 
 model, folder = sys.argv[1:]
