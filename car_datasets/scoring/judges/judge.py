@@ -51,6 +51,7 @@ ON_FAILURE = ("error", "mark")
 # Statuses of a row that was answered, and has no score.
 INVALID_ANSWER, CUT_OFF, REFUSED = "invalid_answer", "cut_off", "refused"
 FIELD_TYPES = {"integer": "float32", "number": "float32", "string": "string", "boolean": "bool"}
+NARROW: dict[str, Callable[[Any], Any]] = {"float32": np.float32, "int32": np.int32}
 # By address; in memory only, so that a key is neither pickled nor hashed. Forked processes inherit it.
 _keys: dict[str, str] = {}
 
@@ -331,15 +332,20 @@ class JudgeScorer:
 
     def _columns(self, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         """Return the new columns of the rows."""
-        fields = {
-            self._column_of(name): [verdict.field(name) for verdict in verdicts] for name in self._rubric.properties
+        columns: dict[str, list[Any]] = {
+            self.output_column: [None if found.judgement is None else found.judgement.score for found in verdicts],
+            **{
+                self._column_of(name): [None if v.judgement is None else v.judgement.fields[name] for v in verdicts]
+                for name in self._rubric.properties
+            },
+            self._names.tokens: [found.tokens for found in verdicts],
+            self._names.status: [found.status for found in verdicts],
         }
-        return {
-            self.output_column: [verdict.score for verdict in verdicts],
-            **fields,
-            self._names.tokens: [verdict.tokens for verdict in verdicts],
-            self._names.status: [verdict.status for verdict in verdicts],
-        }
+        # In the types of the features, which `.map` would otherwise take from Python's numbers.
+        for name, feature in self.output_features().items():
+            if (narrow := NARROW.get(feature.dtype)) is not None:
+                columns[name] = [None if value is None else narrow(value) for value in columns[name]]
+        return columns
 
     @property
     def _names(self) -> ColumnNames:
@@ -372,15 +378,6 @@ class Verdict(NamedTuple):
     status: str
     judgement: Judgement | None = None
     tokens: int | None = None
-
-    @property
-    def score(self) -> np.float32 | None:
-        """Return the score, or None."""
-        return None if self.judgement is None else np.float32(self.judgement.score)
-
-    def field(self, name: str) -> Any:
-        """Return the value of a field of the rubric, or None."""
-        return None if self.judgement is None else self.judgement.fields[name]
 
     def of_row(self, status: str) -> Verdict:
         """Return the verdict with the status of its row, such as `"empty_response"`, where the judge found no fault."""

@@ -224,7 +224,9 @@ def _objects(content: str) -> Iterator[dict[str, Any]]:
     while (at := content.find("{", at)) >= 0:
         try:
             value, at = decoder.raw_decode(content, at)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            return  # no answer is nested so deeply, and each level would be tried again
+        except ValueError:
             at += 1
             continue
         if isinstance(value, dict):
@@ -353,6 +355,7 @@ def _operation(tree: ast.expr) -> tuple[Callable[..., float], list[ast.expr]]:
     if isinstance(tree, ast.UnaryOp) and type(tree.op) in _ARITHMETIC:
         return _ARITHMETIC[type(tree.op)], [tree.operand]
     if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and tree.func.id in _FUNCTIONS:
-        if len(tree.args) > 1 and not tree.keywords and not any(isinstance(part, ast.Starred) for part in tree.args):
+        plain = not tree.keywords and not any(isinstance(part, ast.Starred) for part in tree.args)
+        if plain and len(tree.args) > 1:
             return _FUNCTIONS[tree.func.id], tree.args
     raise SyntaxError
