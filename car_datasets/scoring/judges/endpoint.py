@@ -100,7 +100,7 @@ def check_base_url(base_url: str) -> str:
         ValueError: it has no scheme or host, holds credentials or a query, or names the call itself.
     """
     address = base_url.strip().rstrip("/") if isinstance(base_url, str) else ""
-    shown = f"base_url={base_url!r}"
+    shown = "base_url" if "@" in address else f"base_url={base_url!r}"  # it may hold a password
     if "://" not in address:
         raise ValueError(f"{shown} has no scheme; write http://localhost:8000/v1 or https://api.openai.com/v1.")
     try:
