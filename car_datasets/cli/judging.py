@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from car_datasets.cli.app import NEW_PATH, Source, add_options, app, echo, one_line_errors, option, recipe_options
-from car_datasets.cli.stages import READING, STAGES
+from car_datasets.cli.stages import READING
 from car_datasets.recipe import OUTPUT, PERFORMANCE, Recipe
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.files import claimed, fresh_file
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
     from car_datasets.scoring.judges.judge import JudgeScorer
 
+OTHERS = "Other scorers"  # the group of this command in the help
 DESCRIPTION = "Judging"  # of the progress bar
 
 
 @app.command(
-    rich_help_panel=STAGES,
+    rich_help_panel=OTHERS,
     epilog="Example: car-datasets judge alpaca_data.json --output judged.parquet --base-url http://localhost:8000/v1 "
     "--model Qwen/Qwen3-8B",
 )

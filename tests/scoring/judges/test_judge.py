@@ -7,6 +7,7 @@ import pickle
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,13 +330,11 @@ def kept(folder: Path) -> int:
     """Return the number of answers in the cache."""
     if not (folder / "judge.sqlite").exists():
         return 0
-    with sqlite3.connect(folder / "judge.sqlite", timeout=10) as file:
+    with closing(sqlite3.connect(folder / "judge.sqlite", timeout=10)) as file:
         try:
             return int(file.execute("SELECT count(*) FROM answers").fetchone()[0])
         except sqlite3.OperationalError:  # the tables are not made yet
             return 0
-        finally:
-            file.close()
 
 
 @pytest.mark.slow
@@ -364,7 +363,8 @@ def test_killed_three_times_every_row_is_answered_once(server: JudgeServer, tmp_
     asked = {text.split("assistant]\n")[1].split("\n")[0]: text for text in server.rows()}
     assert found == [pytest.approx(score(asked[str(i)]), abs=1e-5) for i in range(500)]
     spent = judge(server, tmp_path).spent()
-    assert spent.calls == len(server.requests)
+    # A call that was reserved at a kill may not have reached the server.
+    assert len(server.requests) <= spent.calls <= 500 + 3 * 8
     assert spent.tokens <= options["max_tokens"]
 
 
