@@ -9,6 +9,7 @@ from .recipe import Recipe as Recipe
 from .reporting import SelectionReport as SelectionReport
 from .reporting import explain as explain
 from .reporting import what_if as what_if
+from .scoring import JudgeScorer as JudgeScorer
 from .scoring import QualityScorer as QualityScorer
 from .scoring import Stage as Stage
 from .scoring import TextEmbedder as TextEmbedder

@@ -24,7 +24,7 @@ from car_datasets.utils import digests, revisions
 from car_datasets.utils.settings import is_integer
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith("train_"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not path.name.startswith(("train_", "rubric_")))
 SCORED = ["iqs_score", "iqs_tokens", "iqs_truncated", "iqs_status", "embedding", "cluster", "cluster_distance"]
 CHOSEN = ["selected_by", "score_rank", "cluster_rank"]
 

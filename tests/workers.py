@@ -31,6 +31,7 @@ WORKERS.set_forkserver_preload(  # imports only: a fork of a process with thread
         "car_datasets.cli.stages",
         "matplotlib.backends.backend_agg",
         "matplotlib.pyplot",
+        "openai",
         "sentence_transformers",
         "sklearn.cluster",
         "sklearn.decomposition",

@@ -2,6 +2,7 @@ from .embedder import TextEmbedder as TextEmbedder
 from .engines import OnRay as OnRay
 from .engines import estimate_scoring as estimate_scoring
 from .engines import map_across_gpus as map_across_gpus
+from .judges import JudgeScorer as JudgeScorer
 from .scorer import QualityScorer as QualityScorer
 from .shards.run import fill_shards as fill_shards
 from .shards.run import score_in_shards as score_in_shards

@@ -74,8 +74,8 @@ def add_columns(dataset: Dataset, stage: Stage, description: str) -> Dataset:
     """
     refuse_taken(dataset.column_names, stage)
     read = read_columns(dataset.column_names, stage)
-    # Only stages with this field run texts through `run_batches`, which tells how far they are.
-    own_bar = hasattr(stage, "batch_tokens")
+    # Stages with one of these fields, models and judges, tell how far they are within a batch.
+    own_bar = hasattr(stage, "batch_tokens") or hasattr(stage, "concurrency")
     with Progress(description, len(dataset)) if own_bar else contextlib.nullcontext() as progress:
         with watching(progress.passed if progress else lambda rows: None) as watch, _bars_of_map(not own_bar):
             added = dataset.select_columns(read).map(

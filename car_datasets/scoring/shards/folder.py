@@ -40,7 +40,11 @@ FORMAT = 1  # of the folder; part of the manifest, so that a run never resumes i
 # Fields that a stage with a pinned `revision` may change within a run: `batch_tokens` changes no number beyond the
 # tolerance, so a run that ran out of memory is resumed with smaller batches; the others are places whose contents the
 # revisions pin, so it is resumed from a model folder at another path.
-FREE_FIELDS = ("model_id", "tokenizer", "engine", "batch_tokens")
+FREE_FIELDS = (
+    *("model_id", "tokenizer", "engine", "batch_tokens"),
+    # Of a judge: its answers are the same, and those that it has are kept in its cache.
+    *("rubric", "key_variable", "max_tokens", "max_cost", "prices", "concurrency", "timeout", "retries", "cache"),
+)
 
 PART = re.compile(r"part-(\d+)\.arrow")
 logger = logging.getLogger(__name__)

@@ -1,0 +1,2 @@
+from .judge import JudgeScorer as JudgeScorer
+from .rubric import Rubric as Rubric
