@@ -8,7 +8,6 @@ Does not: run code of a model, use weights that a file lacks, or know what a hea
 from __future__ import annotations
 
 import copy
-import datetime
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from car_datasets.loading.schemas import Schema, as_column_names, check_schema, 
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.loading.values import untouched
 from car_datasets.scoring.batching import WINDOW_TEXTS, Tokens, current_watch, refuse_foreign_tokens
+from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.packing import first_position
 from car_datasets.scoring.stage import check_options, refuse_invalid, refuse_taken, set_fields, text_columns
 from car_datasets.utils import revisions
@@ -48,9 +48,11 @@ T = TypeVar("T")
 NOT_RENDERED = "not_rendered"  # the status of a row whose roles the model's chat template refuses, with its reason
 MOST_TOKENS = 8_192  # read of a conversation unless `max_tokens` says more, as the memory of a longer one is large
 CONTEXT = 2_048  # tokens of a model that states no limit
-# A template may write the date, on which a score must not depend; this is the day that the templates of Llama 3 write
-# where they are not told another.
-DAY = datetime.datetime(2024, 7, 26)
+# A template may write the date, on which a score must not depend. This macro takes the place of the function that gives
+# it: 26 July 2024, which the templates of Llama 3 write where they are not told the date.
+DAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+_REPLACED = "".join(f"|replace('{sign}', '{text}')" for sign, text in DAY.items())
+SAME_DAY = "{%- macro strftime_now(format) -%}{{ format" + _REPLACED + " }}{%- endmacro -%}"
 
 
 class Conversation(NamedTuple):
@@ -151,8 +153,10 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: b
         ValueError: the template refuses the messages; the text is its reason.
     """
     try:
+        template = tokenizer.get_chat_template()
+        template = SAME_DAY + template if "strftime_now" in template else template
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt, strftime_now=DAY.strftime
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt
         )
     except Exception as error:  # jinja's own errors, and whatever a template raises
         raise ValueError(" ".join(str(error).split())[:100] or type(error).__name__) from error
@@ -341,6 +345,9 @@ def read_model_files(model_id: str, revision: str) -> ModelFiles:
     folder = revisions.model_folder(model_id, revision)
     with revisions.reading_model(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if isinstance(config, IQSConfig):
+        raise ValueError(f"model_id={model_id!r} is an IQS model: QualityScorer({model_id!r}) scores by it.")
+    with revisions.reading_model(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         text = config.get_text_config()
         refuse_foreign_tokens(tokenizer, text.vocab_size)

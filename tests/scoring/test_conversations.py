@@ -49,8 +49,8 @@ def test_statuses_are_those_of_other_scorers() -> None:
 
 
 def test_a_template_that_writes_the_date_writes_the_same_every_day(tmp_path: Path) -> None:
-    save_words(str(tmp_path), "llama", "{{ strftime_now('%d %b %Y') }}")
-    assert render_chat(AutoTokenizer.from_pretrained(tmp_path), CHAT, prompt=True) == "26 Jul 2024"
+    save_words(str(tmp_path), "llama", "{{ strftime_now('%d %b %Y') + messages[1].content }}")
+    assert render_chat(AutoTokenizer.from_pretrained(tmp_path), CHAT, prompt=True) == "26 Jul 2024Name a sea."
 
 
 def test_windows_come_in_order() -> None:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from car_datasets import QualityScorer, RewardScorer, score_in_shards, select_car
+from car_datasets import RewardScorer, score_in_shards, select_car
 from car_datasets.scoring import reward
 from car_datasets.scoring.engines import OnRay, estimate_scoring
 from car_datasets.scoring.reward import LabelSum, read_labels
@@ -35,7 +35,7 @@ def plainly(folder: str, rows: Dataset, text: str) -> list[list[float]]:
             messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
             inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
         else:
-            inputs = tokenizer(*([asked, said] if text == "pair" else [said]), return_tensors="pt")
+            inputs = tokenizer(*([[asked], [said]] if text == "pair" else [[said]]), return_tensors="pt")
         with torch.no_grad():
             found.append(model(**inputs).logits[0].tolist())
     return found
@@ -155,7 +155,7 @@ def test_it_is_a_stage_like_the_others(judges: dict[str, str], pairs: Dataset, t
     for other in ({"text": "pair"}, {"max_tokens": 30}, {"score_thoughts": True}, {"dtype": "bfloat16"}):
         assert Hasher.hash(scorer) != Hasher.hash(RewardScorer(judges["llama"], **other))
     expected = add_columns(pairs, scorer, "Scoring").to_dict()
-    assert score_in_shards(pairs, scorer, tmp_path / "shards", shard_size=4).to_dict() == expected
+    assert score_in_shards(pairs, scorer, tmp_path / "shards", shard_rows=4).to_dict() == expected
     table = OnRay(scorer)(pairs.with_format("arrow")[:])
     assert table.column("reward_score").to_pylist() == pytest.approx(expected["reward_score"], abs=TOLERANCE)
     assert estimate_scoring(pairs, scorer).rows_per_second > 0
@@ -184,9 +184,8 @@ def test_mistakes_are_named_when_the_scorer_is_made(
 
 
 def test_a_scorer_of_ours_is_no_sequence_classifier(tiny_iqs: str) -> None:
-    with pytest.raises(ValueError, match="QualityScorer"):
+    with pytest.raises(ValueError, match=r"is an IQS model: QualityScorer\(.*\) scores by it"):
         RewardScorer(tiny_iqs)
-    assert QualityScorer(tiny_iqs)
 
 
 # --- labels
