@@ -1,13 +1,27 @@
 """combining.py: scores of any scale make one, row by row in their order; rows that lack one get none."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
 from scipy.stats import rankdata, zscore
+from typer.testing import CliRunner
 
-from car_datasets import combine_scores
+from car_datasets import (
+    ColumnNames,
+    SelectionReport,
+    cluster_filter,
+    combine_scores,
+    explain,
+    select_car,
+    select_car_streaming,
+    what_if,
+)
+from car_datasets.cli import app
+from car_datasets.publishing.push import selection_splits
+from car_datasets.reporting.overview import row_lengths
 
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(size=40), RNG.exponential(size=40) * 1e6
@@ -84,3 +98,58 @@ def test_shuffled_and_formatted_rows_keep_their_scores() -> None:
 def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         combine_scores(**{"dataset": rows(), "weights": {"a_score": 1, "b": 1}, **arguments})
+
+
+# --- read wherever a score is read
+
+
+@pytest.fixture
+def pool() -> Dataset:
+    """Return rows with a combined score and no other that a selection reads by default."""
+    texts = {"instruction": [f"Say {i}" for i in range(40)], "output": ["word"] * 40, "source_index": list(range(40))}
+    judged = {"a_tokens": [3] * 40, "a_status": ["ok"] * 40, "cluster": [i % 4 for i in range(40)]}
+    embedded = {"embedding": RNG.normal(size=(40, 3)).astype(np.float32).tolist()}
+    gaps = [None if i == 7 else float(x) for i, x in enumerate(A)]
+    return combine_scores(rows(**texts, **judged, **embedded, a_score=gaps), {"a_score": 1, "b": -0.5})
+
+
+def test_every_reader_of_a_score_reads_a_combined_one(pool: Dataset) -> None:
+    names = ColumnNames(score="combined_score")
+    scores = np.array(pool["combined_score"][:], float)
+    best = np.argsort(-np.nan_to_num(scores, nan=-1))[:5].tolist()
+    chosen = select_car(pool, n1=5, n2=0, score_column="combined_score")
+    assert sorted(chosen["source_index"]) == sorted(best)
+    streamed = select_car_streaming(pool.to_iterable_dataset(), n1=5, n2=0, score_column="combined_score")
+    assert sorted(row["source_index"] for row in streamed) == sorted(best)
+    unlabelled = pool.remove_columns("cluster")
+    filtered = cluster_filter(unlabelled, score_column="combined_score", n1=5, n2=0, k=2)
+    assert sorted(filtered["source_index"]) == sorted(best)
+    report = SelectionReport.from_selection(pool, chosen, names=names)
+    assert (report.rows_in, report.rows_scored) == (40, 39)
+    assert report.selected.mean_score == pytest.approx(scores[best].mean())
+    assert explain(pool, chosen, best[0], names=names).score_rank == 1
+    assert explain(pool, chosen, 7, names=names).score is None
+    assert what_if(pool, chosen, n1=[5], names=names)[0].in_common == 5
+    drawn = selection_splits(chosen, pool, ("random_control",), names=names)["random_control"]
+    assert len(drawn) == 5 and 7 not in drawn["source_index"]
+    with pytest.raises(ValueError, match=r"no column \['iqs_score'\].*score_column=\.\.\."):
+        selection_splits(chosen, pool, ("random_control",))
+
+
+def test_what_scorers_say_is_no_text_of_a_row(pool: Dataset) -> None:
+    plain = pool.remove_columns(["a_status", "a_tokens", "language"])
+    assert row_lengths(plain)[0].tolist() == row_lengths(pool.remove_columns("language"))[0].tolist()
+
+
+@pytest.mark.parametrize("column", ["combined_score", "score"])
+def test_the_command_line_selects_by_it(column: str, pool: Dataset, tmp_path: Path) -> None:
+    """A column of the user's called `score` was taken for the original's, and renamed."""
+    pool.rename_columns({"combined_score": column} if column != "combined_score" else {}).to_parquet(
+        tmp_path / "in.parquet"
+    )
+    arguments = ["--n1", "5", "--n2", "0", "--score-column", column]
+    done = CliRunner().invoke(app, ["select", f"{tmp_path}/in.parquet", "-o", f"{tmp_path}/out.parquet", *arguments])
+    assert done.exit_code == 0, done.stderr
+    found = Dataset.from_parquet(f"{tmp_path}/out.parquet")
+    assert found["source_index"][:] == select_car(pool, 5, 0, score_column="combined_score")["source_index"][:]
+    assert column in found.column_names
