@@ -9,10 +9,14 @@ from .recipe import Recipe as Recipe
 from .reporting import SelectionReport as SelectionReport
 from .reporting import explain as explain
 from .reporting import what_if as what_if
+from .scoring import IFDScorer as IFDScorer
 from .scoring import JudgeScorer as JudgeScorer
+from .scoring import PerplexityScorer as PerplexityScorer
 from .scoring import QualityScorer as QualityScorer
+from .scoring import RewardScorer as RewardScorer
 from .scoring import Stage as Stage
 from .scoring import TextEmbedder as TextEmbedder
+from .scoring import combine_scores as combine_scores
 from .scoring import map_across_gpus as map_across_gpus
 from .scoring import score_in_shards as score_in_shards
 from .scoring.iqs import IQSConfig as IQSConfig

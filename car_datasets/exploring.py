@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from car_datasets.receipt import RECEIPT_FILE, Receipt
+from car_datasets.recipe import column_names_in
 from car_datasets.reporting.overview import Overview, map_of
 from car_datasets.reporting.page import texts_of
 from car_datasets.reporting.questions import Nearest
@@ -51,7 +53,7 @@ def explore(
     port: int = 5055,
     projection: str = "pca",
     *,
-    names: ColumnNames = ColumnNames(),
+    names: ColumnNames | None = None,
 ) -> None:
     """Serve a curated folder in embedding-atlas until it is interrupted, in a process that is given no token.
 
@@ -59,7 +61,8 @@ def explore(
         folder (`Path`): the output of `curate`, with embeddings.
         host (`str`), port (`int`): address to listen on; if the port is taken, the next free one is used.
         projection (`str`): `"pca"`, `"tsne"` or `"umap"`.
-        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+        names ([`ColumnNames`], *optional*): the columns of score, cluster, row index and embedding; by default those of
+            the receipt in the folder.
 
     Raises:
         ValueError: embedding-atlas is not installed, or the folder holds no result, or one without embeddings.
@@ -91,14 +94,15 @@ def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 _SECRET = re.compile("TOKEN($|S$|_)|SECRET|PASSW|CREDENTIAL|OIDC|_KEY($|_)", re.IGNORECASE)
 
 
-def write_atlas(folder: Path, path: Path, projection: str = "pca", *, names: ColumnNames = ColumnNames()) -> list[str]:
+def write_atlas(folder: Path, path: Path, projection: str = "pca", *, names: ColumnNames | None = None) -> list[str]:
     """Write the file that the command of embedding-atlas reads.
 
     Args:
         folder (`Path`): the output of `curate`, with embeddings.
         path (`Path`): the file to write, a `.parquet`.
         projection (`str`): `"pca"`, `"tsne"` or `"umap"`.
-        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+        names ([`ColumnNames`], *optional*): the columns of score, cluster, row index and embedding; by default those of
+            the receipt in the folder.
 
     Returns:
         `list[str]`: the arguments of the command for this file.
@@ -112,7 +116,7 @@ def write_atlas(folder: Path, path: Path, projection: str = "pca", *, names: Col
 
 
 def atlas_table(
-    folder: str | os.PathLike[str], projection: str = "pca", *, names: ColumnNames = ColumnNames()
+    folder: str | os.PathLike[str], projection: str = "pca", *, names: ColumnNames | None = None
 ) -> AtlasTable:
     """Make the table that embedding-atlas shows, with coordinates and neighbours, so that it computes nothing.
 
@@ -126,7 +130,8 @@ def atlas_table(
     Args:
         folder (`str`): the output of `curate`, with embeddings.
         projection (`str`): `"pca"`, `"tsne"` or `"umap"`.
-        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+        names ([`ColumnNames`], *optional*): the columns of score, cluster, row index and embedding; by default those of
+            the receipt in the folder.
 
     Returns:
         [`AtlasTable`]: `(table, columns)`.
@@ -134,6 +139,7 @@ def atlas_table(
     Raises:
         ValueError: the folder holds no result, or one without embeddings.
     """
+    names = names_of(Path(folder)) if names is None else names
     overview = _read_folder(Path(folder), names)
     pool_map = map_of(overview, projection, limit=len(overview.pool))
     if pool_map is None:
@@ -160,6 +166,17 @@ def atlas_table(
     for name, values in new.items():
         table = table.append_column(free[name], pa.array(values))
     return AtlasTable(table, columns)
+
+
+def names_of(folder: Path, changes: Mapping[str, Any] | None = None) -> ColumnNames:
+    """Return the names of the columns of a result, by its receipt if it has one.
+
+    Args:
+        folder (`Path`): the output of `curate`.
+        changes (`Mapping[str, Any]`, *optional*): names that replace those of the receipt, such as `score_column`.
+    """
+    settings = Receipt.read(folder).recipe if (folder / RECEIPT_FILE).is_file() else {}
+    return column_names_in({**settings, **(changes or {})})
 
 
 def _read_folder(folder: Path, names: ColumnNames) -> Overview:

@@ -301,3 +301,8 @@ class Recipe(Settings):
         from car_datasets.selection.procedures import find_procedure
 
         return self.kmeans or find_procedure(self.procedure).kmeans
+
+
+def column_names_in(settings: Mapping[str, Any]) -> ColumnNames:
+    """Return the names of columns among the settings of a receipt, also of a version with settings unknown to this one."""
+    return Recipe().changed(**{name: value for name, value in settings.items() if name.endswith("_column")}).names

@@ -20,10 +20,11 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from car_datasets import select_car
+from car_datasets import ColumnNames, curate, select_car, verify
 from car_datasets.cli import app
-from car_datasets.exploring import NEAREST, atlas_table, explore, write_atlas
+from car_datasets.exploring import NEAREST, atlas_table, explore, names_of, write_atlas
 from tests.reporting.test_plots import make_pool
+from tests.test_recipe import short_rows
 
 needs_atlas = pytest.mark.skipif(
     importlib.util.find_spec("embedding_atlas") is None, reason="needs pip install 'car-datasets[explore]'"
@@ -74,6 +75,20 @@ def test_the_table_for_a_notebook_is_the_file_and_says_what_its_columns_are(cura
     assert {i for near in table["map_neighbours"].to_pylist() for i in near["ids"]} <= set(rows)
     written = Dataset.from_parquet(write_atlas(curated, tmp_path / "pool.parquet")[0])
     assert written.to_dict() == table.drop_columns("map_row").to_pydict()
+
+
+def test_a_result_is_shown_and_verified_by_the_columns_of_its_receipt(
+    tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    source, folder = tmp_path / "rows.jsonl", tmp_path / "out"
+    short_rows().to_json(source)
+    names = {"score_column": "quality", "embedding_column": "vector", "cluster_column": "topic"}
+    curate(source, folder, scorer=tiny_iqs, embedder=tiny_embedder, n1=5, k=3, **names)
+    table = atlas_table(folder).table
+    assert {"quality", "topic"} <= set(table.column_names)
+    assert "vector" not in table.column_names
+    assert names_of(folder, {"score_column": "other"}) == ColumnNames("other", "topic", "source_index", "vector")
+    assert verify(folder, source=source).matches
 
 
 def test_columns_of_the_users_keep_their_names(curated: Path, tmp_path: Path) -> None:

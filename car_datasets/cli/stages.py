@@ -318,7 +318,7 @@ def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_
     from car_datasets.stages import embed_where_missing, fit_clusters
     from car_datasets.utils.columns import refuse_overwrite
 
-    dataset, names = _open(source), recipe.names
+    dataset, names = _open(source, recipe.names), recipe.names
     refuse_overwrite(dataset.column_names, (names.cluster, names.distance), "cluster_column=... (--cluster-column)")
     dataset = embed_where_missing(dataset, names.embedding, recipe.embedder, recipe.template)
     model = fit_clusters(dataset, fit, names)
@@ -355,16 +355,22 @@ def select(source: Source, output: OutputFile, changes: dict[str, Any], **option
 
     recipe = Recipe().changed(**changes)
     with claimed(output, ("select", source, recipe)) as claim:
-        pool = ranked(recipe, _open(source))
+        pool = ranked(recipe, _open(source, recipe.names))
         chosen = select_by(recipe, pool)
         report = SelectionReport.from_selection(pool, chosen, names=recipe.names, seed=recipe.seed)
         _write(chosen, claim, recipe.names)
     print_table(report.to_table())
 
 
+READ_BY_EXPLORE = ("score", "cluster", "index", "embedding")
+
+
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets explore out")
 @one_line_errors
-@recipe_options("projection", "score_column", "cluster_column", "index_column", "embedding_column")
+@recipe_options(
+    "projection",
+    **{f"{what}_column": f"Read the {what} from here.  [default: the receipt's]" for what in READ_BY_EXPLORE},
+)
 def explore(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Show the result in this folder, which `curate` wrote.")
@@ -379,9 +385,9 @@ def explore(
     """
     from car_datasets import exploring
 
-    recipe = Recipe().changed(**changes)
     # Only the projection and the names count here; the other settings are those of the result.
-    exploring.explore(folder, host, port, recipe.projection, names=recipe.names)
+    names = exploring.names_of(folder, changes)
+    exploring.explore(folder, host, port, Recipe().changed(**changes).projection, names=names)
 
 
 @app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets push out me/alpaca-car")
@@ -474,13 +480,13 @@ def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
     echo(f"{done}; {rest}. car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.")
 
 
-def _open(source: str) -> Dataset:
+def _open(source: str, names: ColumnNames) -> Dataset:
     """Open a dataset that an earlier stage wrote, ours or the original's; its rows are not checked again."""
     from car_datasets.loading.sources import open_dataset
     from car_datasets.selection.published import from_original
 
     prepare_cache()
-    return from_original(open_dataset(source))
+    return from_original(open_dataset(source), names)
 
 
 def _write(dataset: Dataset, claim: Claim, names: ColumnNames) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, Features, Value
 
-from car_datasets.loading.chats import Turn
 from car_datasets.loading.kinds import kinds_of
 from car_datasets.loading.schemas import Schema, conversations_of
 from car_datasets.loading.values import carried
+from car_datasets.scoring.conversations import as_example
 from car_datasets.utils.columns import check_columns
 
 CountTokens = Callable[[Sequence[Mapping[str, Any]]], Sequence[int]]  # rows of messages to tokens of their answers
@@ -49,40 +49,6 @@ def as_examples(dataset: Dataset, schema: Schema) -> tuple[Dataset, list[str]]:
             answered = bool(completion) and bool(completion[0]["content"].strip())
             problems.append("" if answered else "empty answer" if completion else "unreadable")
     return Dataset.from_dict(examples, features=Features({"prompt": MESSAGES, "completion": MESSAGES})), problems
-
-
-def as_example(turns: Sequence[Turn]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Return the messages before the last answer of a chat, and this answer; both are empty if it has none.
-
-    Turns of one speaker in a row are one message. Calls of tools are text of the assistant. A thought is kept, between
-    `<think>` and `</think>`, in the last answer only, as chat templates do.
-
-    Args:
-        turns (`Sequence[Turn]`): from `conversations_of`.
-    """
-    joined: list[Turn] = []
-    for turn in turns:
-        text = "\n".join(part for part in (turn.text, turn.call) if part)
-        said = (
-            turn._replace(kind="assistant", text="", thought=turn.text)
-            if turn.kind == "thought"
-            else turn._replace(text=text)
-        )
-        if joined and joined[-1].kind == said.kind:
-            last = joined[-1]
-            texts, thoughts = (
-                [t for t in pair if t] for pair in ((last.text, said.text), (last.thought, said.thought))
-            )
-            joined[-1] = said._replace(text="\n".join(texts), thought="\n".join(thoughts))
-        else:
-            joined.append(said)
-    end = max((i for i, turn in enumerate(joined) if turn.kind == "assistant" and turn.scored), default=0)
-    if end == 0:  # nothing was said, or nothing before it
-        return [], []
-    last = joined[end]
-    answer = f"<think>\n{last.thought}\n</think>\n\n{last.text}" if last.thought and last.text.strip() else last.text
-    prompt = [{"role": turn.kind, "content": turn.text} for turn in joined[:end]]
-    return prompt, [{"role": "assistant", "content": answer}]
 
 
 def digest_of(row: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ from car_datasets.publishing.card import (
 from car_datasets.publishing.conflicts import ExistingSelection, refuse_second_selection
 from car_datasets.publishing.verification import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
-from car_datasets.recipe import Recipe
+from car_datasets.recipe import column_names_in
 from car_datasets.reporting.overview import CONTROLS, draw_controls, positions_in_pool, row_lengths
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import (
@@ -58,7 +58,7 @@ from car_datasets.results import (
 )
 from car_datasets.utils import hub
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import join_columns, read_numbers
+from car_datasets.utils.columns import check_columns, join_columns, read_numbers
 from car_datasets.utils.files import private_folder, write_whole
 from car_datasets.utils.hub import Pushed, Repository, reason
 from car_datasets.utils.settings import CONFIG_NAME, SEED, SPLIT
@@ -79,6 +79,7 @@ def push_selection(
     private: bool = True,
     config_name: str = CONFIG_NAME,
     embeddings: bool = False,
+    score_column: str | None = None,
     check: bool = False,
     token: str | None = None,
 ) -> Pushed:
@@ -105,6 +106,8 @@ def push_selection(
         private (`bool`): visibility of the repository; an existing repository must have this visibility.
         config_name (`str`): configuration of the splits. All splits of a configuration have the same columns.
         embeddings (`bool`): push the embeddings of the pool as well.
+        score_column (`str`, *optional*): column of scores, as only rows with a score are drawn for a control; by
+            default that of the receipt, or `iqs_score` without one.
         check (`bool`): read everything back from the commit and compare it row by row.
         token (`str`, *optional*): defaults to that of `HF_TOKEN` or `hf auth login`; never stored.
 
@@ -126,7 +129,7 @@ def push_selection(
     with private_folder("push") as place:  # first, as the cache may be one that cannot be written
         # Before the shards are written, which takes minutes for a large pool.
         hub.open_repository(repo_id, private, token, "dataset", "repo_id")
-        tables = _tables(result, split, also, embeddings)
+        tables = _tables(result, split, also, embeddings, score_column)
         source_card = None if result.receipt is None else _source_card(result.receipt.source, token)
         # At least 12, since there are four splits at most.
         most = MOST_SHARDS // len(tables)
@@ -224,10 +227,11 @@ def _refuse_changed(folder: Path, result: Result) -> None:
         )
 
 
-def _tables(result: Result, split: str, also: Sequence[str], embeddings: bool) -> dict[str, Dataset]:
+def _tables(
+    result: Result, split: str, also: Sequence[str], embeddings: bool, score_column: str | None
+) -> dict[str, Dataset]:
     recipe = {} if result.receipt is None else result.receipt.recipe
-    # The names of columns alone: another version's receipt may hold settings that this one does not know.
-    names = Recipe().changed(**{name: value for name, value in recipe.items() if name.endswith("_column")}).names
+    names = column_names_in(recipe if score_column is None else {**recipe, "score_column": score_column})
     return selection_splits(
         result.selected,
         result.scored,
@@ -287,6 +291,7 @@ def selection_splits(
     splits = {split: filled, SCORED: pool}
     if set(also) & set(CONTROLS):
         # Only scored rows may be drawn, as in the report; a selection could not have had the others.
+        check_columns(pool.column_names, (names.score,), ())
         scores = read_numbers(pool, names.score, np.nan)
         lengths = row_lengths(scored, names)[0]
         drawn = draw_controls(lengths, positions, np.flatnonzero(~np.isnan(scores)), seed)

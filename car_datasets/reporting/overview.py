@@ -337,8 +337,10 @@ def row_lengths(dataset: Dataset, names: ColumnNames = ColumnNames()) -> tuple[F
     """Return the length of every row and its unit: the scorer's token counts if they were kept, else characters."""
     if names.tokens in dataset.column_names:
         return np.asarray(read_numbers(dataset, names.tokens, 0), dtype=np.float64), "tokens"
-    # The status is text of the scorer, not of the row. Embeddings have no characters, and are slow to read.
-    kept = [column for column in dataset.column_names if column not in (names.status, names.embedding)]
+    # Statuses and faults are text of a scorer, not of the row. Embeddings have no characters, and are slow to read.
+    stems = [name.removesuffix("_tokens") for name in dataset.column_names if name.endswith("_tokens")]
+    of_scorers = {name for each in map(ColumnNames, (names.score, *stems)) for name in (each.status, each.fault)}
+    kept = [column for column in dataset.column_names if column not in (*of_scorers, names.embedding)]
     table = dataset.select_columns(kept).with_format("arrow")[:]
     lengths = np.zeros(len(dataset), dtype=np.float64)
     for column in table.columns:

@@ -1,8 +1,12 @@
+from .combining import combine_scores as combine_scores
 from .embedder import TextEmbedder as TextEmbedder
 from .engines import OnRay as OnRay
 from .engines import estimate_scoring as estimate_scoring
 from .engines import map_across_gpus as map_across_gpus
 from .judges import JudgeScorer as JudgeScorer
+from .perplexity import IFDScorer as IFDScorer
+from .perplexity import PerplexityScorer as PerplexityScorer
+from .reward import RewardScorer as RewardScorer
 from .scorer import QualityScorer as QualityScorer
 from .shards.run import fill_shards as fill_shards
 from .shards.run import score_in_shards as score_in_shards

@@ -339,12 +339,7 @@ class Rows:
             ValueError: with `on_invalid="error"`, some rows cannot be scored; the message counts and names them.
         """
         rows = format_batch(batch, schema, template, score_thoughts)
-        bad = [i for i, row in enumerate(rows) if not is_scored(row.status)]
-        if bad and on_invalid == "error":
-            # Without `source_index` the rows are numbered within the batch, and the message has to say so.
-            where = "" if ColumnNames.index in batch else " of this batch"
-            names = row_names(batch, bad)
-            raise ValueError(invalid_rows_message([rows[i].status for i in bad], names, len(rows), where))
+        refuse_invalid(batch, [row.status for row in rows], on_invalid)
         texts = [text for row in rows for text in row.texts]
         if (watch := current_watch()) is not None:
             watch.begin(len(rows), len(texts))
@@ -396,6 +391,22 @@ def refuse_one_text(texts: Any) -> None:
     """Raise ValueError if this is one text, whose characters would be taken for texts."""
     if isinstance(texts, str):
         raise ValueError("texts is one text; pass a list of texts: [text].")
+
+
+def refuse_invalid(batch: Mapping[str, Sequence[Any]], statuses: Sequence[str], on_invalid: str) -> None:
+    """Raise ValueError if rows of a batch cannot be scored and `on_invalid="error"`; the message names them.
+
+    Args:
+        batch (`Mapping[str, Sequence]`): the rows.
+        statuses (`Sequence[str]`): one per row.
+        on_invalid (`str`): `"error"` or `"mark"`.
+    """
+    bad = [i for i, status in enumerate(statuses) if not is_scored(status)]
+    if bad and on_invalid == "error":
+        # Without `source_index` the rows are numbered within the batch, and the message has to say so.
+        where = "" if ColumnNames.index in batch else " of this batch"
+        names = row_names(batch, bad)
+        raise ValueError(invalid_rows_message([statuses[i] for i in bad], names, len(statuses), where))
 
 
 def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> list[Any]:

@@ -127,16 +127,20 @@ def _values(rows: Dataset, positions: list[int]) -> list[str]:
     return [json.dumps(row, sort_keys=True, default=as_text) for row in carried(rows.select(positions))]
 
 
-def from_original(dataset: Dataset) -> Dataset:
+def from_original(dataset: Dataset, wanted: ColumnNames = ColumnNames()) -> Dataset:
     """Return a dataset read from one of the original's result files with this package's names and types.
 
     `score` becomes `iqs_score`; `label`, a number as a string, becomes `cluster`. Any other dataset is returned
     unchanged.
+
+    Args:
+        dataset (`Dataset`): as it was read.
+        wanted ([`ColumnNames`]): the columns that were asked for; one that is called `score` or `label` keeps its name.
     """
     columns, names = dataset.column_names, ColumnNames()
-    if "score" in columns and names.score not in columns:
+    if "score" in columns and names.score not in columns and wanted.score != "score":
         dataset = dataset.rename_column("score", names.score)
-    if "label" in columns and names.cluster not in columns:
+    if "label" in columns and names.cluster not in columns and wanted.cluster != "label":
         labels = dataset["label"][:]
         # Not str.isdigit, which holds for "²" too.
         if all(re.fullmatch("[0-9]+", str(label)) for label in labels):

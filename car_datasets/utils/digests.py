@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # The files that make up a model. Pickled weights are not among them: they are converted first.
-MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+MODEL_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 SETTLED = 3.0  # seconds; the coarsest clock of a common file system (FAT) has ticks of 2
 WINDOW = 8_192  # rows that are digested together; another number would give other digests
 BLOCK = 1_000  # the same for single columns, of which images and long chats take gigabytes sooner

@@ -17,11 +17,13 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetInfo, Features, Image
 
+import car_datasets.publishing.push as pushing
 from car_datasets import curate, select_car
 from car_datasets.loading.values import dataset_from_rows
 from car_datasets.publishing.push import selection_splits
 from car_datasets.receipt import Receipt
 from car_datasets.reporting.plots import PLOT_FILES
+from car_datasets.results import Result
 from car_datasets.utils.columns import join_columns
 from car_datasets.utils.digests import indices_digest
 from tests.hub_server import Hub
@@ -72,6 +74,17 @@ def waiting_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_control_is_drawn_from_the_rows_that_the_named_column_scores() -> None:
+    """Rows that were selected by another scorer have no receipt, which would name the column."""
+    pool = Dataset.from_dict({"text": list("abc"), "quality": [3.0, None, 1.0], "cluster": [0, 0, 0]})
+    pool = pool.add_column("source_index", [0, 1, 2])
+    result = Result(select_car(pool, 1, 0, score_column="quality"), pool)
+    tables = pushing._tables(result, "train", ("random_control",), False, "quality")
+    assert tables["random_control"]["text"][:] in (["a"], ["c"])
+    with pytest.raises(ValueError, match=r"no column \['iqs_score'\]"):
+        pushing._tables(result, "train", ("random_control",), False, None)
 
 
 # --- what lands
