@@ -6,6 +6,7 @@ Does not: run a model, find duplicates or contamination, or read a file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,7 @@ def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
         ValueError: a column is missing, or the bounds cannot be kept.
     """
     # `curate` has ranked its pool already, but `select` and `verify` start from a pool that was read from a file.
+    _refuse_missing_marks(recipe, pool.column_names)
     pool = ranked(recipe, pool)
     if recipe.is_limited:
         return _select_within_limits(recipe, pool)
@@ -65,6 +67,24 @@ def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
         pool = pool.select(np.flatnonzero(allowed).tolist())
     amounts = _amounts(recipe, scored_rows(recipe, pool), bool(allowed.all()))
     return find_procedure(recipe.procedure).select(pool, amounts, replace(recipe.names, score=_ranking_column(recipe)))
+
+
+def _refuse_missing_marks(recipe: Recipe, columns: Sequence[str]) -> None:
+    """Raise ValueError if a recipe selects by marks that the rows do not have."""
+    names = recipe.names
+    needed = {
+        "keep": names.pinned if recipe.keep is not None else None,
+        "drop": names.pinned if recipe.drop is not None else None,
+        "against": names.contaminated_by if recipe.against else None,
+        "like": names.like_rank if recipe.like is not None else None,
+        "rule": names.near_clusters if recipe.rule == "gain" else None,
+    }
+    for setting, column in needed.items():
+        if column is not None and column not in columns:
+            raise ValueError(
+                f"{setting}={getattr(recipe, setting)!r} needs the column {column!r}, which the rows do not have; `curate` "
+                "adds it."
+            )
 
 
 def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:

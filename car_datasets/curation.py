@@ -367,9 +367,11 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
     # A run fills in the revisions that it was not given, so these are compared only if they are asked for.
     filled_in = ("scorer_revision", "embedder_revision")
     given = {name: value for name, value in wanted if name != "revision" and (value or name not in filled_in)}
-    if settings.n1 is None and settings.budget is None:
-        given["n1"] = default_n1(receipt.counts["scored"])
-    known = {**portable_settings(Recipe()), **receipt.recipe}  # an older receipt lacks settings that are new
+    if settings.n1 is settings.budget is settings.budget_tokens is None:
+        excluded = receipt.counts.get("excluded", {})
+        given["n1"] = default_n1(receipt.counts["scored"] - sum(excluded.values()))
+    # An older receipt lacks settings that are new, and its result had all duplicates.
+    known = {**portable_settings(Recipe()), "duplicates": "keep", **receipt.recipe}
     if any(known[name] != value for name, value in given.items()):
         return False
     if not _is_source(receipt.source, source, settings, token):
