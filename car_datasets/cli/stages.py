@@ -350,8 +350,8 @@ def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_
 def select(source: Source, output: OutputFile, changes: dict[str, Any], **options: Any) -> None:
     """Select rows from a scored, clustered dataset, and print the report."""
     fresh_file(output, source, options["overwrite"])
+    from car_datasets.choosing import ranked, select_by
     from car_datasets.reporting.report import SelectionReport
-    from car_datasets.stages import ranked, select_by
 
     recipe = Recipe().changed(**changes)
     with claimed(output, ("select", source, recipe)) as claim:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from car_datasets.choosing import select_by
 from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.loading.files import is_address
 from car_datasets.loading.hub_datasets import load_split
@@ -45,7 +46,6 @@ from car_datasets.results import (
     read_result,
 )
 from car_datasets.selection.rule import SELECTION_COLUMNS
-from car_datasets.stages import select_by
 from car_datasets.utils import hub
 from car_datasets.utils.digests import first_difference, indices_digest
 from car_datasets.utils.files import private_folder, user_path
