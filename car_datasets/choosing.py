@@ -93,6 +93,17 @@ def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:
     return np.asarray(marks == "", dtype=bool)
 
 
+def marks_of(recipe: Recipe) -> list[str]:
+    """Return the names of the columns by which a recipe marks rows; they cannot be changed."""
+    names = recipe.names
+    marks = [names.pinned] if has_pins(recipe) else []
+    marks += [names.contaminated_by, names.contaminated_share] if recipe.against else []
+    marks += [names.duplicate_of, names.duplicate_similarity] if recipe.marking != "keep" else []
+    marks += [names.near_clusters, names.near_weights] if recipe.rule == "gain" else []
+    marks += [names.like_rank] if recipe.like is not None else []
+    return [*marks, names.budget_tokens] if recipe.budget_tokenizer is not None else marks
+
+
 def has_pins(recipe: Recipe) -> bool:
     """Return True if a recipe names rows that must be in, or must not."""
     return recipe.keep is not None or recipe.drop is not None

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from car_datasets.recipe import Recipe
     from car_datasets.reporting.report import SelectionReport
     from car_datasets.scoring.scorer import QualityScorer
+    from car_datasets.selection.contamination import Decontaminator
 
 RECEIPT_FILE = "receipt.json"
 FORMAT = 2  # version of the record; `from_json` reads this one and 1, which has no `DIGESTS`
@@ -387,6 +388,18 @@ def portable_settings(settings: Recipe) -> dict[str, Any]:
     plain |= {name: portable(plain[name]) for name in MODELS if plain[name] is not None}
     plain |= {name: with_digest(plain[name]) for name in FILES if plain[name] is not None}
     return plain | {"against": [with_digest(name) for name in settings.against]}
+
+
+def named_sets(against: Sequence[str], stage: Decontaminator | None) -> tuple[str, ...]:
+    """Return the evaluation sets of a recipe as a receipt names them: `NAME@SHA256` of a file, `ID@COMMIT` on the Hub.
+
+    Args:
+        against (`Sequence[str]`): as the recipe names them.
+        stage ([`Decontaminator`], *optional*): what read them, in this order.
+    """
+    commits = ["" for _ in against] if stage is None else [each.revision for each in stage.against]
+    named = zip(map(with_digest, against), commits, strict=True)
+    return tuple(f"{name}@{commit}" if commit and "@" not in name else name for name, commit in named)
 
 
 def with_digest(name: str) -> str:
