@@ -23,7 +23,7 @@ from car_datasets.loading.sources import check_rows, open_dataset, unscorable_ro
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.stage import Stage
 from car_datasets.selection.strata import parse_quota, read_strata, refuse_unknown_values
-from car_datasets.stages import Pipeline, embedder_of, run_stage, shard_folder
+from car_datasets.stages import Pipeline, embedder_of, joined_from_main, run_stage, shard_folder
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.processes import from_main
 
