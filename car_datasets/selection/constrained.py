@@ -52,7 +52,7 @@ def choose_within(scores: npt.NDArray[np.float64], clusters: Indices, n2: int, l
     picks = run.take_from_clusters(n2)
     last = run.take_by_score()
     if limits.costs is not None:
-        run.fill(picks)
+        run.fill()
     places = np.flatnonzero(run.taken)
     # A cluster's row that score alone would have taken too is there by both. Where strata have quotas, each has a last
     # row by score of its own.
@@ -113,18 +113,14 @@ class _Run:
         self.quotas = np.asarray(quotas, dtype=np.int64)
         return np.asarray(last, dtype=np.int64)
 
-    def fill(self, kept: npt.NDArray[np.bool_]) -> None:
-        """Exchange rows for longer ones where much of a budget in tokens is left, the worst rows first.
-
-        Args:
-            kept (`(rows,)` bool): rows that are not exchanged; pinned rows are not, either.
-        """
+    def fill(self) -> None:
+        """Exchange rows for longer ones where much of a budget in tokens is left, the worst rows first."""
         for stratum in range(-1, len(self.quotas) - 1):
             own = self.strata == stratum
             for _ in range(MOST_EXCHANGES):
                 left = min(self.left, int(self.quotas[stratum]))
                 allowed = int(UNUSED * (int(self.costs[own & self.taken].sum()) + left))
-                inside = np.flatnonzero(own & self.taken & ~kept & ~self.pinned)[::-1]
+                inside = np.flatnonzero(own & self.taken & ~self.pinned)[::-1]
                 outside = np.flatnonzero(own & ~self.taken)
                 if (
                     left <= allowed

@@ -44,7 +44,9 @@ def test_quotas_are_exact_and_pinned_rows_count() -> None:
     assert [by[row] for row in worst.tolist()] == ["pin"] * 7
     # A pinned row is one of the n2 rows of its cluster.
     own = clusters[worst]
-    taken = [int((clusters[choice.positions[np.isin(choice.selected_by, ["cluster", "both"])]] == c).sum()) for c in own]
+    taken = [
+        int((clusters[choice.positions[np.isin(choice.selected_by, ["cluster", "both"])]] == c).sum()) for c in own
+    ]
     assert all(n <= 2 - min(2, int((own == c).sum())) for n, c in zip(taken, own, strict=True) if c >= 0)
 
 
@@ -64,7 +66,7 @@ def test_a_budget_in_tokens_is_used_and_never_exceeded(budget: int, shared: bool
     assert 0.999 * budget <= used <= budget
     assert len(set(choice.positions.tolist())) == len(choice.positions)
     if shared:
-        each = np.bincount(shares.strata[choice.positions], costs[choice.positions])
+        each = np.bincount(shares.strata[choice.positions], costs[choice.positions], minlength=3)
         assert (each <= shares.quotas).all()
 
 
@@ -80,7 +82,8 @@ def test_pins_that_cannot_be_kept_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"), [("500k", 500_000), ("2M", 2_000_000), ("1.1m", 1_100_000), ("1_000", 1_000), (7, 7), ("2B", 2 * 10**9)]
+    ("text", "tokens"),
+    [("500k", 500_000), ("2M", 2_000_000), ("1.1m", 1_100_000), ("1_000", 1_000), (7, 7), ("2B", 2 * 10**9)],
 )
 def test_budgets_in_tokens_are_read(text: int | str, tokens: int) -> None:
     assert parse_tokens(text) == tokens

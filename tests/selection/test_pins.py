@@ -54,7 +54,11 @@ def test_rows_are_found_by_column_by_index_and_by_content(tmp_path: Path) -> Non
     [
         ("no-such", None, "keep='no-such' is neither a column of the data .* nor a file"),
         ("output", None, "keep='output': the column holds string, not true and false"),
-        ([{"source_index": "q"}, {"source_index": "r"}], None, "2 of its 2 rows are not in the data, the first source_index 'q'"),
+        (
+            [{"source_index": "q"}, {"source_index": "r"}],
+            None,
+            "2 of its 2 rows are not in the data, the first source_index 'q'",
+        ),
         ([{"instruction": "Say hi.", "output": "Bye."}], None, "1 of its 1 rows are not in the data, the first row 0"),
         ([{"instruction": "Say hi."}], None, "it needs the column 'source_index', or .'output'"),
         ([{"source_index": "z"}], "good", "1 rows are in both .* the first with source_index='z'"),

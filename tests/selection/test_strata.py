@@ -64,5 +64,5 @@ def test_values_of_columns() -> None:
     for column, words in (("sourse", "There is no column 'sourse'"), ("share", "holds double")):
         with pytest.raises(ValueError, match=words):
             read_strata(rows, column)
-    with pytest.raises(ValueError, match="no row has 'c' in the column 'source', which has .'a', 'b'"):
+    with pytest.raises(ValueError, match=r"no row has 'c' in the column 'source', which has .'a', 'b'"):
         refuse_unknown_values(["a", "b"], "source", {"a": 0.5, "c": 0.1})
