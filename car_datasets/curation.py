@@ -14,13 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from car_datasets.choosing import check_limits, ranked, settled
 from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.loading.files import STANDARD_INPUT, is_address
-from car_datasets.loading.languages import count_languages, languages_of_rows, refuse_languages
+from car_datasets.loading.languages import (
+    LANGUAGE_COLUMN,
+    count_languages,
+    languages_of_rows,
+    refuse_languages,
+)
 from car_datasets.loading.schemas import Schema, check_schema, find_schema
 from car_datasets.loading.sources import (
     Origin,
@@ -31,10 +38,21 @@ from car_datasets.loading.sources import (
     unscorable_rows,
 )
 from car_datasets.loading.values import any_feature, carried, is_json
+from car_datasets.marking import (
+    add_contamination,
+    add_copies_and_ranks,
+    add_groups,
+    add_pins,
+    add_token_counts,
+    decontaminator_of,
+    open_examples,
+    refuse_unknown_groups,
+)
 from car_datasets.receipt import (
     Receipt,
     describe_source,
     make_receipt,
+    named_sets,
     pinned_source,
     portable_settings,
     reading_of,
@@ -45,17 +63,16 @@ from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
 from car_datasets.scoring.shards.storage import check_shards
+from car_datasets.selection.exclusions import DROPPED, pinned_values
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
     Pipeline,
     fit_settings,
-    ranked,
     refuse_taken_columns,
     refuse_taken_language,
     resolve,
     scorer_of,
-    settled,
 )
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import column_batches
@@ -177,7 +194,12 @@ def _compute(
     """Run all stages on a source; `written` says that the result will be written to files."""
     procedure = find_procedure(recipe.procedure)
     opened, dataset, schema, origin = open_source(source, recipe, token)
+    refuse_unknown_groups(recipe, dataset.column_names)
+    dataset = add_pins(recipe, dataset, schema)
     _check_settings(dataset, recipe, schema)
+    if recipe.like is not None:
+        open_examples(recipe, token)  # refused before anything expensive; read again once the rows have embeddings
+    decontaminator = decontaminator_of(recipe, token)
     if written and procedure.files:
         refuse_original_names(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
     # The main process alone writes the receipt, and hashes rows in memory for it.
@@ -186,15 +208,23 @@ def _compute(
     # By the main process alone, so that all agree: the last digits of a probability differ between machines.
     languages = from_main(lambda: stages.read_languages(dataset, schema))
     counts = count_languages(languages)
-    if recipe.languages == "refuse":
+    if recipe.languages == "refuse" and LANGUAGE_COLUMN not in recipe.grouped_by:
         refuse_languages(counts, stages.scorer.languages)
     if recipe.names.language:
         dataset = dataset.add_column(recipe.names.language, languages)
+    dataset = add_token_counts(recipe, add_groups(recipe, dataset, schema, languages), schema, token)
+    check_limits(recipe, dataset)
+    dataset = add_contamination(dataset, decontaminator, token, shard_dir)
 
     pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
-    stages = replace(stages, recipe=settled(stages.recipe, pool))  # the receipt names the n1 that was used
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
-    pool = stages.cluster(procedure.order(pool, recipe.names))
+    clustered = stages.cluster(procedure.order(pool, recipe.names))
+    pool = add_copies_and_ranks(stages, clustered, token)
+    if pool is not clustered:
+        pool = ranked(recipe, pool)  # anew, without the duplicates
+    # The receipt names the n1 and the evaluation sets that were used.
+    used = settled(stages.recipe, pool).changed(against=named_sets(recipe.against, decontaminator))
+    stages = replace(stages, recipe=used)
     # Selected rows do not need the vectors, which make up most of the size.
     without_vectors = pool.remove_columns(recipe.embedding_column)
     selected = stages.select(without_vectors)
@@ -286,11 +316,14 @@ def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
                 f"All {len(dataset)} rows are marked as ones that cannot be scored: there is nothing to select."
             )
     clusters = number_of_clusters(recipe.k, rows)
-    if recipe.budget is not None and recipe.n2 and recipe.budget < clusters:
+    # Rows that are never selected are scored and clustered like all others.
+    rows -= int(np.count_nonzero(pinned_values(dataset) == DROPPED)) if recipe.drop is not None else 0
+    if recipe.budget is not None and recipe.n2 and recipe.budget < clusters and not recipe.is_limited:
         # Equal rows share a cluster, so there may be fewer clusters with rows than k.
         clusters = min(clusters, _distinct_rows(dataset, schema, clusters))
     fit_settings(recipe)
-    find_procedure(recipe.procedure).check(rows, clusters, recipe.amounts_of(rows))
+    # Within bounds, clusters that would take more than the budget give what fits.
+    find_procedure(recipe.procedure).check(rows, 1 if recipe.is_limited else clusters, recipe.amounts_of(rows))
 
 
 def _distinct_rows(dataset: Dataset, schema: Schema, most: int) -> int:
@@ -342,10 +375,16 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
     # A run fills in the revisions that it was not given, so these are compared only if they are asked for.
     filled_in = ("scorer_revision", "embedder_revision")
     given = {name: value for name, value in wanted if name != "revision" and (value or name not in filled_in)}
-    if settings.n1 is None and settings.budget is None:
-        given["n1"] = default_n1(receipt.counts["scored"])
-    known = {**portable_settings(Recipe()), **receipt.recipe}  # an older receipt lacks settings that are new
-    if any(known[name] != value for name, value in given.items()):
+    if settings.n1 is settings.budget is settings.budget_tokens is None:
+        excluded = receipt.counts.get("excluded", {})
+        given["n1"] = default_n1(receipt.counts["scored"] - sum(excluded.values()))
+    # An older receipt lacks settings that are new, and its result had all duplicates.
+    known = {**portable_settings(Recipe()), "duplicates": "keep", **receipt.recipe}
+    if any(known[name] != value for name, value in given.items() if name != "against"):
+        return False
+    # A dataset on the Hub is recorded with its commit.
+    pairs = zip(known["against"], given["against"], strict=False)
+    if len(known["against"]) != len(given["against"]) or any(b not in (a, a.rpartition("@")[0]) for a, b in pairs):
         return False
     if not _is_source(receipt.source, source, settings, token):
         return False

@@ -38,11 +38,13 @@ SOURCE = "Source"
 SCORING = "Scoring"
 CLUSTERING = "Embedding and clustering"
 SELECTION = "Selection"
+MARKS = "Rows that must be in, or must not"
+SHARES = "Fair shares and a budget in tokens"
 COLUMNS = "Names of columns"
 OUTPUT = "Output"
 PERFORMANCE = "Performance"
 HUB = "Hub"
-PANELS = (SOURCE, SCORING, CLUSTERING, SELECTION, COLUMNS, OUTPUT, PERFORMANCE, HUB)
+PANELS = (SOURCE, SCORING, CLUSTERING, SELECTION, MARKS, SHARES, COLUMNS, OUTPUT, PERFORMANCE, HUB)
 
 
 def _setting(default: Any, help: str, panel: str, *, flag: str | None = None, shown: str | None = None) -> Any:
@@ -109,6 +111,27 @@ class Recipe(Settings):
         score_column, embedding_column, cluster_column (`str`): the new columns; `iqs_tokens`, ... follow the first.
         procedure (`str`): `"default"`, or `"paper"`: the published rule on clusters of the score-sorted rows, which
             also writes the original's three files; or another key of `PROCEDURES`.
+        rule (`str`): `"car"`, the best rows by score and of every cluster; or `"gain"`, the rows that add most to what
+            the selection covers, by a concave gain of cluster mass.
+        like (`str`, *optional*): a file of example rows, or a dataset on the Hub. Rows are then ranked by how near they are
+            to the examples, in a round robin, and not by score, and clusters give none of their own.
+        duplicates (`str`, *optional*): `"drop"` leaves out near-duplicates of a better row, `"only-exact"` only rows
+            that are equal but for case and punctuation, `"keep"` none; None takes what the procedure says.
+        against (`tuple[str, ...]`): evaluation sets, files or datasets on the Hub; rows that give away one of their
+            items are left out.
+        keep, drop (`str`, *optional*): rows that must be selected, and rows that must not be: a boolean column of the
+            data, or a file of these rows, found by the index column if it has that, else by their content. Kept rows
+            count towards budget, quotas and the rows of their cluster.
+        within (`str`, *optional*): rank the rows within each value of this column, as `languages="within"` does within
+            each language; `"language"` and `"kind"` (of task) are found if the data has no such column.
+        balance (`str`, *optional*): select equal shares of each value of this column; what a value cannot use is
+            passed on to the others.
+        quota (`str`, *optional*): shares by value of a column, as in `"source=code:0.2,chat:0.5"`. The rest of the budget
+            is open to all other values.
+        budget_tokens (`int` or `str`, *optional*): the most tokens that the selected rows may have, such as 500000,
+            `"500k"` or `"2M"`, in place of n1 and budget.
+        budget_tokenizer (`str`, *optional*): count them by this tokenizer, a Hub id or a folder; None takes the counts
+            of the scorer.
         tokenizer (`str`, *optional*): the base model's tokenizer, for a scorer in the original's layout.
         batch_tokens (`int`, *optional*): padded tokens in one forward pass; None chooses by the device.
         embedding_dtype (`str`): type of the embedding column: `"float32"` or `"float16"`.
@@ -219,6 +242,47 @@ class Recipe(Settings):
     procedure: str = _setting(
         "default", "Select by the rule default, or by paper, the published one with its oddities.", SELECTION
     )
+    rule: str = _setting(
+        "car", "Select by the rule car, or by gain, which takes the rows that add most to what is covered.", SELECTION
+    )
+    like: str | None = _setting(
+        None,
+        "Rank the rows by how near they are to the examples in this file or Hub dataset, and not by score.",
+        SELECTION,
+    )
+    duplicates: str | None = _setting(
+        None,
+        "Leave out near-duplicates of a better row with drop, equal rows alone with only-exact, none with keep.",
+        MARKS,
+        shown="by procedure",
+    )
+    against: tuple[str, ...] = _setting(
+        (), "Leave out rows that give away an item of this evaluation set, a file or Hub dataset; repeat it.", MARKS
+    )
+    keep: str | None = _setting(
+        None, "Select the rows of this file, or those for which this boolean column is true, in any case.", MARKS
+    )
+    drop: str | None = _setting(
+        None, "Never select the rows of this file, or those for which this boolean column is true.", MARKS
+    )
+    within: str | None = _setting(
+        None, "Rank the rows within each value of this column, or within each language or kind of task.", SHARES
+    )
+    balance: str | None = _setting(
+        None, "Select equal shares of each value of this column, or of each language or kind.", SHARES
+    )
+    quota: str | None = _setting(
+        None, "Select these shares by value of a column, as in source=code:0.2,chat:0.5; the rest is open.", SHARES
+    )
+    budget_tokens: int | str | None = _setting(
+        None, "Select rows of so many tokens at most, such as 500k or 2M, in place of --n1 and --budget.", SHARES
+    )
+    budget_tokenizer: str | None = _setting(
+        None,
+        "Count the tokens of --budget-tokens by this tokenizer, a Hub id or a folder.",
+        SHARES,
+        shown="the scorer's",
+    )
     tokenizer: str | None = _setting(
         None, "Name the base model's tokenizer, a folder or Hub id, for a scorer in the original's layout.", SCORING
     )
@@ -238,8 +302,11 @@ class Recipe(Settings):
     )
 
     def __post_init__(self) -> None:
+        # A list from YAML or JSON, or a single name; the class is frozen, hence object.__setattr__.
+        against = (self.against,) if isinstance(self.against, str) else self.against
+        object.__setattr__(self, "against", tuple(against) if isinstance(against, list) else against)
         super().__post_init__()
-        # A mapping cannot be hashed, and its order means nothing; the class is frozen, hence object.__setattr__.
+        # A mapping cannot be hashed, and its order means nothing.
         object.__setattr__(self, "columns", as_column_names(self.columns))
         if self.languages not in CHOICES:
             raise ValueError(f"languages={self.languages!r} is not known; choose one of {CHOICES}.")
@@ -250,6 +317,61 @@ class Recipe(Settings):
                 f"embedder_revision={self.embedder_revision!r} needs an embedder=... that it is a revision of."
             )
         refuse_two_amounts(self.n1, self.budget)
+        self._check_choices()
+        self._check_shares()
+
+    def _check_choices(self) -> None:
+        """Raise ValueError if a setting of the selection is not one of its words, or needs another one."""
+        for name, choices in (("duplicates", (None, "drop", "keep", "only-exact")), ("rule", ("car", "gain"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {choices}.")
+        blank = [name for name in ("keep", "drop", "like", "within", "balance") if getattr(self, name) == ""]
+        if blank or not all(isinstance(each, str) and each for each in self.against):
+            raise ValueError(f"{(blank or ['against'])[0]} is empty: name a file or a column, or leave it out.")
+        if self.keep is not None and self.keep == self.drop:
+            raise ValueError(
+                f"keep={self.keep!r} and drop are the same: a row cannot be both. Leave one of the two out."
+            )
+        others = ("rule", "keep", "balance", "quota", "budget_tokens", "like")
+        if self.is_limited and self.procedure != "default":
+            given = [name for name in others if getattr(self, name) not in (None, "car")]
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r} needs procedure='default': procedure={self.procedure!r} selects "
+                "by a rule of its own."
+            )
+        if self.within and self.procedure == "paper":
+            raise ValueError(f"within={self.within!r} needs another procedure: procedure='paper' compares all scores.")
+        if self.like is not None and (self.rule == "gain" or self.within or self.languages == "within"):
+            raise ValueError(
+                f"like={self.like!r} ranks by examples, and neither by gain nor within groups: leave out rule, within and "
+                "languages='within', or like."
+            )
+
+    def _check_shares(self) -> None:
+        """Raise ValueError if shares or a budget in tokens cannot be read, or are given twice."""
+        if self.balance is not None and self.quota is not None:
+            raise ValueError(f"balance={self.balance!r} and quota={self.quota!r}: leave one of the two out.")
+        if self.within is not None and self.languages == "within":
+            raise ValueError(
+                f"within={self.within!r} and languages='within' both rank the rows: leave one of them out."
+            )
+        # Imported here, because the command line reads this class for its help.
+        if self.quota is not None:
+            from car_datasets.selection.strata import parse_quota
+
+            parse_quota(self.quota)
+        if self.budget_tokens is None:
+            if self.budget_tokenizer is not None:
+                raise ValueError(f"budget_tokenizer={self.budget_tokenizer!r} needs budget_tokens=... to count for.")
+            return
+        from car_datasets.selection.limits import parse_tokens
+
+        parse_tokens(self.budget_tokens)
+        if self.n1 is not None or self.budget is not None:
+            raise ValueError(
+                f"budget_tokens={self.budget_tokens!r} with n1={self.n1} and budget={self.budget}: with a budget in tokens, "
+                "the number of rows follows from it. Leave n1 and budget out."
+            )
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> "Recipe":
@@ -264,7 +386,7 @@ class Recipe(Settings):
         """Return a copy with other values.
 
         Another scorer does not keep revision, tokenizer and engine of the previous one, nor another embedder its
-        revision. A new n1 replaces the budget, and a new budget replaces n1.
+        revision. A new n1, budget or budget_tokens replaces the other two.
 
         Raises:
             ValueError: a name is not a field, or a value does not have the field's type.
@@ -274,9 +396,10 @@ class Recipe(Settings):
             changes = {"scorer_revision": None, "tokenizer": None, "engine": None, **changes}
         if changes.get("embedder", self.embedder) != self.embedder:
             changes = {"embedder_revision": None, **changes}
-        for name, other in (("n1", "budget"), ("budget", "n1")):
+        amounts = ("n1", "budget", "budget_tokens")
+        for name in amounts:
             if changes.get(name) is not None:
-                changes = {other: None, **changes}
+                changes = {**{other: None for other in amounts if other != name}, **changes}
         return super().changed(**changes)
 
     @property
@@ -286,13 +409,27 @@ class Recipe(Settings):
         language = self.language_column or (LANGUAGE_COLUMN if self.languages == "within" else "")
         return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column, language)
 
+    @property
+    def is_limited(self) -> bool:
+        """Return True if the selection keeps bounds that CaR's rule by itself does not know."""
+        bounds = (self.keep, self.balance, self.quota, self.budget_tokens, self.like)
+        return self.rule != "car" or any(bound is not None for bound in bounds)
+
+    @property
+    def grouped_by(self) -> tuple[str, ...]:
+        """Return the columns whose values are the groups of `within`, `balance` and `quota`, each once."""
+        from car_datasets.selection.strata import parse_quota
+
+        columns = (self.within, self.balance, None if self.quota is None else parse_quota(self.quota)[0])
+        return tuple(dict.fromkeys(column for column in columns if column is not None))
+
     def amounts_of(self, rows: int) -> "Amounts":
         """Return how many rows to select from a pool with so many scored rows."""
         # Imported here, because the command line reads this class for its help.
         from car_datasets.selection.procedures import Amounts
 
         # The default depends on the scored rows, so it is not known before they are counted.
-        n1 = default_n1(rows) if self.n1 is None and self.budget is None else self.n1
+        n1 = default_n1(rows) if self.n1 is self.budget is self.budget_tokens is None else self.n1
         return Amounts(n1, self.n2, self.budget, self.allow_worse)
 
     @property
@@ -301,6 +438,13 @@ class Recipe(Settings):
         from car_datasets.selection.procedures import find_procedure
 
         return self.kmeans or find_procedure(self.procedure).kmeans
+
+    @property
+    def marking(self) -> str:
+        """Return `duplicates`, or what the procedure says if that is None: `"drop"`, `"only-exact"` or `"keep"`."""
+        from car_datasets.selection.procedures import find_procedure
+
+        return self.duplicates or find_procedure(self.procedure).duplicates
 
 
 def column_names_in(settings: Mapping[str, Any]) -> ColumnNames:

@@ -8,14 +8,14 @@ Does not: load or check rows, report, or write results.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
 from datasets import Dataset
+from datasets.table import InMemoryTable
 
+from car_datasets.choosing import marks_of, select_by
 from car_datasets.clustering.fitting import FitSettings
 from car_datasets.clustering.model import ClusterModel, checked_fit
 from car_datasets.loading.languages import languages_of_rows, sample_of
@@ -28,11 +28,14 @@ from car_datasets.scoring.shards.run import fill_shards, score_in_shards
 from car_datasets.scoring.shards.storage import refuse_blank
 from car_datasets.scoring.stage import Stage, add_columns, say
 from car_datasets.selection.procedures import Procedure, find_procedure
-from car_datasets.selection.rule import SELECTION_COLUMNS, refuse_infinite, shares_within
+from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import check_columns, read_numbers, refuse_overwrite
-from car_datasets.utils.processes import process_rank
+from car_datasets.utils.columns import check_columns, join_columns, refuse_overwrite
+from car_datasets.utils.processes import from_main, process_rank
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,10 @@ class Pipeline:
         """
         refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
-        folders = [None if shard_dir is None else _shard_folder(shard_dir, name) for _, name, _ in self._passes()]
+        folders = [None if shard_dir is None else shard_folder(shard_dir, name) for _, name, _ in self._passes()]
         say(f"Scoring {len(dataset):,} rows with {self.scorer.model_id}; the time left follows from the first batches.")
         for (description, _, stage), folder in zip(self._passes(), folders, strict=True):
-            dataset = _add(dataset, stage, description, folder, token)
+            dataset = run_stage(dataset, stage, description, folder, token)
         return dataset
 
     def fill_shards(
@@ -95,7 +98,7 @@ class Pipeline:
         """
         refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
-        folders = [(_shard_folder(shard_dir, name), note, stage) for note, name, stage in self._passes()]
+        folders = [(shard_folder(shard_dir, name), note, stage) for note, name, stage in self._passes()]
         return {
             folder: fill_shards(dataset, stage, folder, description=note, token=token)
             for folder, note, stage in folders
@@ -103,7 +106,8 @@ class Pipeline:
 
     def cluster(self, pool: Dataset) -> Dataset:
         """Add clusters and distances to a scored pool; several processes share the work and get the same labels."""
-        return fit_clusters(pool, self.fit, self.recipe.names).label(pool, across_processes=True)
+        model = fit_clusters(pool, self.fit, self.recipe.names)
+        return add_near_clusters(self.recipe, model.label(pool, across_processes=True), model)
 
     def select(self, pool: Dataset) -> Dataset:
         """Return the selected rows of a scored, clustered pool."""
@@ -164,17 +168,20 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
     std = [names.std] if recipe.uncertainty else []
     parts = names.parts if recipe.parts else ()
     scores = [names.score, *std, *parts, names.tokens, names.truncated, names.status]
-    within = [names.within] if recipe.languages == "within" else []
+    within = [names.within] if recipe.languages == "within" or recipe.within else []
     if not embed:
         refuse_overwrite(columns, scores, "score_column= (--score-column)")
         return
-    new = [*scores, *within, names.embedding, names.cluster, names.distance]
+    new = [*scores, *within, names.embedding, names.cluster, names.distance, *marks_of(recipe)]
     # Counted, because two options may give two columns one name, of which one would be lost.
     every = [*new, *SELECTION_COLUMNS]
     twice = sorted({name for name in every if every.count(name) > 1})
     if twice:
         raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
     # The names of the selection cannot be changed, so they are checked apart, by `check_columns`.
+    refuse_overwrite(
+        columns, marks_of(recipe), "dataset.rename_column(...) on it, or duplicates='keep' (--duplicates keep)"
+    )
     refuse_overwrite(columns, new, "score_column=, embedding_column= or cluster_column= (--score-column, ...)")
     check_columns(columns, (), SELECTION_COLUMNS)
 
@@ -188,6 +195,29 @@ def refuse_taken_language(columns: Sequence[str], recipe: Recipe) -> None:
     if names.language in own:
         raise ValueError(f"language_column={names.language!r} is the name of another new column; name it differently.")
     refuse_overwrite(columns, [names.language], "language_column= (--language-column)")
+
+
+def add_near_clusters(recipe: Recipe, pool: Dataset, model: ClusterModel) -> Dataset:
+    """Add the soft memberships that the rule `gain` weighs, if the recipe selects by it."""
+    if recipe.rule != "gain":
+        return pool
+    from car_datasets.selection.gain import add_memberships
+
+    names = recipe.names
+    marks = [names.near_clusters, names.near_weights]
+    return joined_from_main(pool, lambda: add_memberships(pool, model, names), marks)
+
+
+def joined_from_main(dataset: Dataset, compute: Callable[[], Dataset], columns: Sequence[str]) -> Dataset:
+    """Add columns that the main process alone computes, since the last digits of numbers differ between machines.
+
+    Args:
+        dataset (`Dataset`): gets the columns.
+        compute (`Callable`): returns a dataset of as many rows that has them.
+        columns (`Sequence[str]`): their names.
+    """
+    found = from_main(lambda: compute().select_columns(list(columns)).with_format("arrow")[:])
+    return join_columns(dataset, Dataset(InMemoryTable(found)))
 
 
 def fit_settings(recipe: Recipe) -> FitSettings:
@@ -231,55 +261,6 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
     return scorer
 
 
-def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
-    """Select from a scored, clustered pool by a recipe, without looking its models up."""
-    # `curate` has ranked its pool already, but `select` and `verify` start from a pool that was read from a file.
-    pool, names = ranked(recipe, pool), recipe.names
-    amounts = recipe.amounts_of(_scored(recipe, pool))
-    if recipe.languages == "within":
-        # Select by the rank within a language; the report and the files keep the score itself.
-        names = replace(names, score=names.within)
-    return find_procedure(recipe.procedure).select(pool, amounts, names)
-
-
-def settled(recipe: Recipe, pool: Dataset) -> Recipe:
-    """Return a recipe with the n1 that its default gives for a scored pool, unless it has an n1 or a budget."""
-    return recipe.changed(n1=recipe.amounts_of(_scored(recipe, pool)).n1)
-
-
-def _scored(recipe: Recipe, pool: Dataset) -> int:
-    """Return the number of rows that have a score; 0 without the column, which the selection refuses."""
-    # The selection names the missing column in a better message.
-    if recipe.score_column not in pool.column_names:
-        return 0
-    scores = read_numbers(pool, recipe.score_column, np.nan)
-    refuse_infinite(scores, recipe.score_column)  # here, as plots of them would fail once the selection is made
-    return int(np.count_nonzero(~np.isnan(scores)))
-
-
-def ranked(recipe: Recipe, pool: Dataset) -> Dataset:
-    """Return a scored pool with the column by which its rows are ranked within their languages, if a recipe wants that.
-
-    The scores stay as they are. Rows of undetermined language are ranked among themselves.
-
-    Raises:
-        ValueError: the pool has no column of scores or of languages.
-    """
-    names = recipe.names
-    if recipe.languages != "within":
-        return pool
-    if names.language not in pool.column_names:
-        raise ValueError(
-            f"languages='within' needs the column {names.language!r}, which the rows do not have. Name the one "
-            "that they have (--language-column), or let `score --language-column` or `curate --languages within` add it."
-        )
-    check_columns(pool.column_names, (names.score,), ())
-    shares = shares_within(read_numbers(pool, names.score, np.nan), pool.with_format(None)[names.language][:])
-    if names.within in pool.column_names:  # computed anew, so that a check of the selection does not trust it
-        pool = pool.remove_columns(names.within)
-    return pool.add_column(names.within, pa.array(shares, from_pandas=True))
-
-
 def embed_where_missing(
     dataset: Dataset, column: str, embedder: str | None = None, template: str | None = None
 ) -> Dataset:
@@ -293,10 +274,14 @@ def embed_where_missing(
     """
     if column in dataset.column_names:
         return dataset
-    stage = TextEmbedder(
+    return run_stage(dataset, embedder_of(column, embedder, template), "Embedding")
+
+
+def embedder_of(column: str, embedder: str | None = None, template: str | None = None) -> TextEmbedder:
+    """Return the embedder of a dataset that was scored elsewhere; the arguments are those of [`embed_where_missing`]."""
+    return TextEmbedder(
         embedder or revisions.DEFAULT_ENCODER, template=template or CLEAN_TEMPLATE, output_column=column
     )
-    return _add(dataset, stage, "Embedding")
 
 
 def _reading(recipe: Recipe) -> dict[str, Any]:
@@ -306,7 +291,7 @@ def _reading(recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in names}
 
 
-def _add(
+def run_stage(
     dataset: Dataset,
     stage: Stage,
     description: str,
@@ -320,7 +305,7 @@ def _add(
     return score_in_shards(dataset, stage, folder, description=description, token=token)
 
 
-def _shard_folder(shard_dir: str | os.PathLike[str], name: str) -> str:
+def shard_folder(shard_dir: str | os.PathLike[str], name: str) -> str:
     """Return the folder of one stage's shards: scores and embeddings do not mix."""
     refuse_blank(shard_dir)
     return f"{os.fspath(shard_dir).rstrip('/')}/{name}"

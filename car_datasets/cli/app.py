@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -192,7 +192,8 @@ def recipe_options(*names: str, **helps: str) -> Callable[[Command], Command]:
         @wraps(command)
         def run(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in wanted}
-            changes = {name: _value_of(known[name], text) for name, text in given.items() if text is not None}
+            # typer gives an empty list for an option that may be repeated and is not there.
+            changes = {name: _value_of(known[name], text) for name, text in given.items() if text not in (None, [])}
             command(**arguments, changes=changes)
 
         return _with_parameters(run, command, options, drop="changes")
@@ -204,13 +205,15 @@ def _value_of(setting: Any, given: Any) -> Any:
     """Return the value of an option; the word none is None for a setting that may be None, to undo a file's value."""
     if given == NONE and type(None) in get_args(setting.type):
         return None
+    if isinstance(given, list):
+        return () if given == [NONE] else tuple(given)
     return _PARSERS[setting.name](given) if setting.name in _PARSERS else given
 
 
 def _recipe_option(setting: Any, help: str | None) -> Option:
     """Return the option of a field of `Recipe`; its help ends with the recipe's default."""
     flag = setting.metadata["flag"] or f"--{setting.name.replace('_', '-')}"
-    kind = str if setting.name in _PARSERS else setting.type
+    kind = str if setting.name in _PARSERS else list[str] if get_origin(setting.type) is tuple else setting.type
     shown = setting.metadata["shown"] or setting.default
     if kind is bool:  # both forms, so that a recipe file's true can be overridden as well as its false
         shown, flag = flag[2:] if setting.default else f"no-{flag[2:]}", f"{flag}/--no-{flag[2:]}"
@@ -316,6 +319,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "columns": parse_columns,
     "n1": parse_count,
     "k": parse_clusters,
+    "budget_tokens": str,  # the recipe reads 500k and 2M
     **{name: partial(parse_integer, f"--{name.replace('_', '-')}") for name in _INTEGERS},
 }
 

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from car_datasets.loading.schemas import Schema, exchanges_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # The kinds in the order in which their rules are tried: the first that fits names the row.
 KINDS = ("code", "maths", "writing", "lists", "short facts", "other")
@@ -78,6 +84,29 @@ def kinds_of(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
     if len(prompts) != len(answers):
         raise ValueError(f"answers has {len(answers)} rows and prompts {len(prompts)}; pass one of each per row.")
     return [_kind(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def kinds_of_rows(dataset: Dataset, schema: Schema) -> list[str]:
+    """Return the kind of task of each row: of a chat, that of its last question and answer; `"other"` without text.
+
+    Args:
+        dataset (`Dataset`): checked rows.
+        schema ([`Schema`]): of these rows.
+    """
+    # Imported here, because it takes long.
+    from car_datasets.loading.templates import join_lines
+    from car_datasets.loading.values import carried
+
+    kinds: list[str] = []
+    rows = carried(dataset.select_columns(list(schema.read_columns)).with_format(None))
+    for batch in rows.iter(batch_size=1_000):
+        for row in exchanges_of(batch, schema):
+            kinds.append(
+                KINDS[-1]
+                if isinstance(row, str)
+                else _kind(join_lines(row[-1].instruction, row[-1].input), row[-1].response)
+            )
+    return kinds
 
 
 def _kind(prompt: str, answer: str) -> str:

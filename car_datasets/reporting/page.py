@@ -23,7 +23,7 @@ from car_datasets.reporting.likes import columns_of_few_values, fifths
 from car_datasets.reporting.overview import Floats, Overview, PoolMap
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
 from car_datasets.reporting.questions import HEADER, Explanation, WhatIf, explain_rows, try_out
-from car_datasets.selection.rule import REASONS, Indices
+from car_datasets.selection.rule import OTHER_REASONS, REASONS, Indices
 from car_datasets.utils.columns import is_text
 from car_datasets.utils.files import ASSETS
 
@@ -120,10 +120,11 @@ def _sampled(overview: Overview, rows: int, has_map: bool) -> str:
 
 def _ledger(overview: Overview) -> list[dict[str, Any]]:
     total = max(1, len(overview.positions))
-    counts = {name: int((overview.selected_by == name).sum()) for name in REASONS}
+    counts = {name: int((overview.selected_by == name).sum()) for name in (*REASONS, *OTHER_REASONS)}
     return [
         {"name": name, "rows": f"{n:,}", "share": f"{100 * n / total:.1f} %", "width": round(100 * n / total, 1)}
         for name, n in counts.items()
+        if n or name in REASONS
     ]
 
 

@@ -29,7 +29,7 @@ from car_datasets.reporting.likes import ScoreByGroup, describe, score_by_groups
 from car_datasets.reporting.overview import CONTROLS, Overview, check_projection, count_clusters, map_of
 from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
-from car_datasets.selection.rule import BY_CLUSTER, REASONS, Indices
+from car_datasets.selection.rule import BY_CLUSTER, OTHER_REASONS, REASONS, Indices
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import public
 from car_datasets.utils.files import printable, table_text
@@ -151,7 +151,9 @@ class SelectionReport:
             rows_scored=len(overview.scored),
             rejected={k: n for k, n in statuses.items() if not is_scored(k)},
             marked={k: n for k, n in statuses.items() if is_scored(k) and k != OK},
-            selected_by={name: reasons.get(name, 0) for name in REASONS},
+            selected_by={
+                name: reasons[name] for name in (*REASONS, *OTHER_REASONS) if name in REASONS or reasons[name]
+            },
             clusters=overview.cluster_count,
             clusters_by_score=count_clusters(overview.clusters[by_score]),
             score_length_correlation=overview.score_length_correlation(),

@@ -67,6 +67,8 @@ class Procedure:
             columns `selected_by`, `score_rank` and `cluster_rank`.
         order (`Callable`): `(pool, names)`; returns the scored pool in the order in which it is clustered.
         kmeans (`str`): the k-means engine, unless the recipe names one: `"torch"` or `"sklearn"`.
+        duplicates (`str`): what happens to near-duplicates, unless the recipe says it: `"drop"`, `"only-exact"` or
+            `"keep"`.
         files (`tuple[str, ...]`): names of all extra files that the procedure may write, in the original's JSON format.
         tables (`Callable`): `(selected, pool, objective, names)`; returns the rows of each extra file by its name.
             `objective` is the scorer's, `"regression"` or `"ranking"`.
@@ -76,6 +78,7 @@ class Procedure:
     select: Callable[[Dataset, Amounts, ColumnNames], Dataset]
     order: Callable[[Dataset, ColumnNames], Dataset] = _keep_order
     kmeans: str = KMEANS
+    duplicates: str = "drop"
     files: tuple[str, ...] = ()
     tables: Callable[[Dataset, Dataset, str, ColumnNames], dict[str, Dataset]] = _no_files
 
@@ -154,6 +157,7 @@ PROCEDURES: dict[str, Procedure] = {
         _select_published,
         order=_order_published,
         kmeans="sklearn",
+        duplicates="keep",
         files=(*RANKING_FILES.values(), CLUSTERING_FILE, SELECTED_FILE),
         tables=_published_tables,
     ),

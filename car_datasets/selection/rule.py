@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SELECTION_COLUMNS = ("selected_by", "score_rank", "cluster_rank")
 REASONS = BY_SCORE, BY_CLUSTER, BY_BOTH = "score", "cluster", "both"  # values of the column `selected_by`
+OTHER_REASONS = BY_PIN, BY_GAIN, BY_LIKE = "pin", "gain", "like"  # those that bounds and other rules add
 Indices = npt.NDArray[np.int64]
 
 
@@ -33,7 +34,8 @@ class Choice(NamedTuple):
 
     Args:
         positions (`(chosen,)` int64): row positions.
-        selected_by (`list[str]`): per position, `"score"`, `"cluster"` or `"both"`.
+        selected_by (`list[str]`): per position, `"score"`, `"cluster"` or `"both"`; by other rules, and within bounds,
+            also `"pin"`, `"gain"` or `"like"`.
         score_rank (`(chosen,)` int64): rank in the pool, 1 for the best.
         cluster_rank (`(chosen,)` int64): rank within the cluster, 1 for the best, 0 without a cluster.
     """

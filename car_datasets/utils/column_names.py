@@ -7,6 +7,7 @@ Does not: read or check columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from car_datasets.utils.digests import public
 
@@ -35,6 +36,42 @@ class ColumnNames:
     index: str = "source_index"
     embedding: str = "embedding"
     language: str = ""
+
+    # What says of a row that it may not be selected, must be, or belongs somewhere. These names are fixed, so that
+    # `select` and `verify` find the columns in any file.
+
+    #: The index of the row that is kept instead of this copy, or null; of the type of the index column.
+    duplicate_of: ClassVar[str] = "duplicate_of"
+    #: How similar the two are, 0 to 1, float32, or null.
+    duplicate_similarity: ClassVar[str] = "duplicate_similarity"
+    #: The evaluation item that the row gives away, as `SET:ITEM`, or null; string.
+    contaminated_by: ClassVar[str] = "contaminated_by"
+    #: The share of this item that the row covers, 0 to 1, float32.
+    contaminated_share: ClassVar[str] = "contaminated_share"
+    #: `"keep"` for a row that must be selected, `"drop"` for one that must not be, or null; string.
+    pinned: ClassVar[str] = "pinned"
+    #: The three nearest clusters, nearest first, a list of int32.
+    near_clusters: ClassVar[str] = "near_clusters"
+    #: The row's soft memberships in them, of sum 1, a list of float32.
+    near_weights: ClassVar[str] = "near_weights"
+    #: The row's place in a round robin over examples, from 1, or null without an embedding; int64.
+    like_rank: ClassVar[str] = "like_rank"
+    #: The kind of task of the row; string.
+    kind: ClassVar[str] = "kind"
+    #: Tokens of prompt and answer by the tokenizer of a budget, int64, or null for a row without text.
+    budget_tokens: ClassVar[str] = "budget_tokens"
+    #: All of these but the kind, which is a property of the row and not of a selection.
+    marks: ClassVar[tuple[str, ...]] = (
+        "pinned",
+        "contaminated_by",
+        "contaminated_share",
+        "duplicate_of",
+        "duplicate_similarity",
+        "near_clusters",
+        "near_weights",
+        "like_rank",
+        "budget_tokens",
+    )
 
     @property
     def _stem(self) -> str:
@@ -92,7 +129,7 @@ class ColumnNames:
 
     @property
     def within(self) -> str:
-        """Return the name of the column that ranks within languages, the share of them that scores worse, float64."""
+        """Return the name of the column that ranks within languages or other groups, the share that scores worse, float64."""
         return f"{self.score}_within"
 
     @property

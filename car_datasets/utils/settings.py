@@ -50,7 +50,7 @@ class Settings:
             value = getattr(self, name)
             # An integer is a valid float, but True is not a number, although Python has bool as a kind of int.
             # `columns` is checked by its own module, since it may be a mapping or pairs.
-            accepted = int | float if kind is float else list if get_origin(kind) is list else kind
+            accepted = int | float if kind is float else get_origin(kind) if get_origin(kind) in (list, tuple) else kind
             if name != "columns" and (not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool)):
                 shown = reprlib.repr(value) if isinstance(value, (dict, list)) else repr(value)  # YAML's aliases grow
                 raise ValueError(f"{name}={shown} must be of the type {getattr(kind, '__name__', kind)}.")

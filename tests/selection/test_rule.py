@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from car_datasets import Recipe, select_car, select_car_streaming
+from car_datasets.choosing import select_by
 from car_datasets.selection.published import select_as_published
 from car_datasets.selection.rule import choose, refuse_impossible, refuse_worse, shares_within
-from car_datasets.stages import select_by
 from car_datasets.utils.columns import read_numbers
 
 NAN = math.nan
