@@ -15,6 +15,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from car_datasets.recipe import Recipe
+from car_datasets.reporting.overview import Asked
 from car_datasets.scoring.stage import say
 from car_datasets.selection.constrained import choose_within
 from car_datasets.selection.exclusions import KEEP, excluded_rows, pinned_values
@@ -71,6 +72,12 @@ def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:
     """Return a mask of the rows that no mark keeps out, with or without a score."""
     marks = excluded_rows(pool, duplicates=recipe.marking != "keep", pins=has_pins(recipe))
     return np.asarray(marks == "", dtype=bool)
+
+
+def asked_of(recipe: Recipe) -> Asked:
+    """Return what a recipe asks of the selection, as reports tell it."""
+    groups = recipe.balance if recipe.quota is None else parse_quota(recipe.quota)[0]
+    return Asked(recipe.n2, recipe.k, groups, recipe.budget_tokens is not None)
 
 
 def has_pins(recipe: Recipe) -> bool:

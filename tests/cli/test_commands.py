@@ -146,7 +146,7 @@ def test_help_texts_are_full_sentences_in_panels_and_never_cut(command: str) -> 
         ("curate", "embedding_dtype", "car_datasets.scoring.stage:EMBEDDING_DTYPES"),
         ("curate", "kmeans", "car_datasets.clustering.model:ENGINES"),
         ("curate", "procedure", "car_datasets.selection.procedures:PROCEDURES"),
-        ("curate", "projection", "car_datasets.reporting.overview:PROJECTIONS"),
+        ("curate", "projection", "car_datasets.reporting.maps:PROJECTIONS"),
         ("curate", "languages", "car_datasets.loading.languages:CHOICES"),
         ("cluster", "template", "car_datasets.loading.templates:TEMPLATES"),
         ("push", "also", "car_datasets.reporting.overview:CONTROLS"),
