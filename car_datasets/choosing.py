@@ -6,6 +6,7 @@ Does not: run a model, find duplicates or contamination, or read a file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +56,7 @@ def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
         ValueError: a column is missing, or the bounds cannot be kept.
     """
     # `curate` has ranked its pool already, but `select` and `verify` start from a pool that was read from a file.
+    _refuse_missing_marks(recipe, pool.column_names)
     pool = ranked(recipe, pool)
     if recipe.is_limited:
         return _select_within_limits(recipe, pool)
@@ -68,6 +70,24 @@ def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
     return find_procedure(recipe.procedure).select(pool, amounts, replace(recipe.names, score=_ranking_column(recipe)))
 
 
+def _refuse_missing_marks(recipe: Recipe, columns: Sequence[str]) -> None:
+    """Raise ValueError if a recipe selects by marks that the rows do not have."""
+    names = recipe.names
+    needed = {
+        "keep": names.pinned if recipe.keep is not None else None,
+        "drop": names.pinned if recipe.drop is not None else None,
+        "against": names.contaminated_by if recipe.against else None,
+        "like": names.like_rank if recipe.like is not None else None,
+        "rule": names.near_clusters if recipe.rule == "gain" else None,
+    }
+    for setting, column in needed.items():
+        if column is not None and column not in columns:
+            raise ValueError(
+                f"{setting}={getattr(recipe, setting)!r} needs the column {column!r}, which the rows do not have; `curate` "
+                "adds it."
+            )
+
+
 def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:
     """Return a mask of the rows that no mark keeps out, with or without a score."""
     marks = excluded_rows(pool, duplicates=recipe.marking != "keep", pins=has_pins(recipe))
@@ -78,6 +98,17 @@ def asked_of(recipe: Recipe) -> Asked:
     """Return what a recipe asks of the selection, as reports tell it."""
     groups = recipe.balance if recipe.quota is None else parse_quota(recipe.quota)[0]
     return Asked(recipe.n2, recipe.k, groups, recipe.budget_tokens is not None)
+
+
+def marks_of(recipe: Recipe) -> list[str]:
+    """Return the names of the columns by which a recipe marks rows; they cannot be changed."""
+    names = recipe.names
+    marks = [names.pinned] if has_pins(recipe) else []
+    marks += [names.contaminated_by, names.contaminated_share] if recipe.against else []
+    marks += [names.duplicate_of, names.duplicate_similarity] if recipe.marking != "keep" else []
+    marks += [names.near_clusters, names.near_weights] if recipe.rule == "gain" else []
+    marks += [names.like_rank] if recipe.like is not None else []
+    return [*marks, names.budget_tokens] if recipe.budget_tokenizer is not None else marks
 
 
 def has_pins(recipe: Recipe) -> bool:
@@ -122,7 +153,7 @@ def ranked(recipe: Recipe, pool: Dataset) -> Dataset:
         )
     check_columns(pool.column_names, (names.score,), ())
     scores = read_numbers(pool, names.score, np.nan)
-    scores[~may_be_selected(recipe, pool)] = np.nan
+    scores = np.where(may_be_selected(recipe, pool), scores, np.nan)
     shares = shares_within(scores, read_strata(pool, recipe.within or names.language))
     if names.within in pool.column_names:  # computed anew, so that a check of the selection does not trust it
         pool = pool.remove_columns(names.within)
@@ -163,7 +194,8 @@ def _select_within_limits(recipe: Recipe, pool: Dataset) -> Dataset:
     scores = read_numbers(pool, ColumnNames.like_rank if recipe.like else _ranking_column(recipe), np.nan)
     scores = -scores if recipe.like else scores
     # What cannot be scored is never selected, and neither is what a mark keeps out.
-    scores[np.isnan(read_numbers(pool, names.score, np.nan)) | ~may_be_selected(recipe, pool)] = np.nan
+    left_out = np.isnan(read_numbers(pool, names.score, np.nan)) | ~may_be_selected(recipe, pool)
+    scores = np.where(left_out, np.nan, scores)
     clusters = read_clusters(pool, names.cluster)
     limits, groups = limits_of(recipe, pool, scores, clusters)
     choice = _choose(recipe, pool, scores, clusters, limits)

@@ -47,4 +47,5 @@ def explain(
     numbered = isinstance(overview.name_of(0), int)
     found = [position_of(overview, int(row) if numbered and row.isdecimal() else row) for row in rows or ()]
     for explanation in explain_rows(overview, found, neighbours):
-        echo(str(explanation))
+        for line in str(explanation).split("\n"):
+            echo(line)
