@@ -16,6 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from car_datasets.recipe import Recipe
+from car_datasets.reporting.overview import Asked
 from car_datasets.scoring.stage import say
 from car_datasets.selection.constrained import choose_within
 from car_datasets.selection.exclusions import KEEP, excluded_rows, pinned_values
@@ -94,6 +95,12 @@ def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:
     return np.asarray(marks == "", dtype=bool)
 
 
+def asked_of(recipe: Recipe) -> Asked:
+    """Return what a recipe asks of the selection, as reports tell it."""
+    groups = recipe.balance if recipe.quota is None else parse_quota(recipe.quota)[0]
+    return Asked(recipe.n2, recipe.k, groups, recipe.budget_tokens is not None)
+
+
 def marks_of(recipe: Recipe) -> list[str]:
     """Return the names of the columns by which a recipe marks rows; they cannot be changed."""
     names = recipe.names
@@ -147,7 +154,7 @@ def ranked(recipe: Recipe, pool: Dataset) -> Dataset:
         )
     check_columns(pool.column_names, (names.score,), ())
     scores = read_numbers(pool, names.score, np.nan)
-    scores[~may_be_selected(recipe, pool)] = np.nan
+    scores = np.where(may_be_selected(recipe, pool), scores, np.nan)
     shares = shares_within(scores, read_strata(pool, recipe.within or names.language))
     if names.within in pool.column_names:  # computed anew, so that a check of the selection does not trust it
         pool = pool.remove_columns(names.within)
@@ -188,7 +195,8 @@ def _select_within_limits(recipe: Recipe, pool: Dataset) -> Dataset:
     scores = read_numbers(pool, ColumnNames.like_rank if recipe.like else _ranking_column(recipe), np.nan)
     scores = -scores if recipe.like else scores
     # What cannot be scored is never selected, and neither is what a mark keeps out.
-    scores[np.isnan(read_numbers(pool, names.score, np.nan)) | ~may_be_selected(recipe, pool)] = np.nan
+    left_out = np.isnan(read_numbers(pool, names.score, np.nan)) | ~may_be_selected(recipe, pool)
+    scores = np.where(left_out, np.nan, scores)
     clusters = read_clusters(pool, names.cluster)
     limits, groups = limits_of(recipe, pool, scores, clusters)
     choice = _choose(recipe, pool, scores, clusters, limits)

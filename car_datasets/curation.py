@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from car_datasets.choosing import check_limits, ranked, settled
+from car_datasets.choosing import asked_of, check_limits, ranked, settled
 from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.loading.files import STANDARD_INPUT, is_address
 from car_datasets.loading.languages import (
@@ -59,7 +59,8 @@ from car_datasets.receipt import (
     scorer_pins,
 )
 from car_datasets.recipe import Recipe
-from car_datasets.reporting.overview import Overview, check_projection
+from car_datasets.reporting.maps import check_projection
+from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
 from car_datasets.scoring.shards.storage import check_shards
@@ -228,8 +229,7 @@ def _compute(
     # Selected rows do not need the vectors, which make up most of the size.
     without_vectors = pool.remove_columns(recipe.embedding_column)
     selected = stages.select(without_vectors)
-    asked = (recipe.n2, recipe.k)
-    overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names, asked=asked)
+    overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names, asked=asked_of(recipe))
     report = SelectionReport.from_overview(overview, schema)
     if not recipe.names.language:  # else the report has read them from the column
         report = replace(

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from car_datasets.choosing import asked_of
 from car_datasets.receipt import RECEIPT_FILE, Receipt
-from car_datasets.recipe import column_names_in
-from car_datasets.reporting.overview import Overview, map_of
+from car_datasets.recipe import Recipe, column_names_in
+from car_datasets.reporting.maps import map_of
+from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.page import texts_of
 from car_datasets.reporting.questions import Nearest
-from car_datasets.results import SCORED_TABLE, read_tables
+from car_datasets.results import SCORED_TABLE, read_result, read_tables
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
 from car_datasets.utils.files import private_folder
@@ -177,6 +179,21 @@ def names_of(folder: Path, changes: Mapping[str, Any] | None = None) -> ColumnNa
     """
     settings = Receipt.read(folder).recipe if (folder / RECEIPT_FILE).is_file() else {}
     return column_names_in({**settings, **(changes or {})})
+
+
+def overview_of(folder: Path) -> Overview:
+    """Return pool and selection of a result, read by the names and the bounds in its receipt.
+
+    Args:
+        folder (`Path`): the output of `curate`.
+
+    Raises:
+        ValueError: the folder holds no complete result, or one of another version.
+    """
+    result = read_result(folder)
+    assert result.scored is not None and result.receipt is not None  # of a folder both are read
+    recipe = Recipe().changed(**result.receipt.recipe)
+    return Overview.of(result.scored, result.selected, names=recipe.names, seed=recipe.seed, asked=asked_of(recipe))
 
 
 def _read_folder(folder: Path, names: ColumnNames) -> Overview:

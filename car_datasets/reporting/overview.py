@@ -1,7 +1,6 @@
-"""`Overview`: a pool and its selection as arrays, shared by all reports, with two control samples and a map.
+"""`Overview`: a pool and its selection as arrays, shared by all reports, with two control samples.
 
-Does: read scores, clusters, lengths and statuses once; find the selected rows in the pool; draw controls and samples;
-project the embeddings of a sample to two dimensions (PCA, t-SNE, or UMAP if umap-learn is installed).
+Does: read scores, clusters, lengths and statuses once; find the selected rows in the pool; draw controls and samples.
 Does not: read text, compute a figure, or draw.
 """
 
@@ -18,17 +17,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from car_datasets.clustering.fitting import number_of_clusters, project
+from car_datasets.clustering.fitting import number_of_clusters
 from car_datasets.selection.exclusions import excluded_from
 from car_datasets.selection.rule import (
     BY_BOTH,
     BY_CLUSTER,
+    BY_PIN,
+    BY_SCORE,
     SELECTION_COLUMNS,
     Indices,
     ranks_of,
     ranks_within,
     refuse_infinite,
 )
+from car_datasets.selection.strata import read_strata
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     Matrix,
@@ -40,16 +42,29 @@ from car_datasets.utils.columns import (
     read_embeddings,
     read_numbers,
 )
-from car_datasets.utils.settings import SEED, refuse_missing_extra
+from car_datasets.utils.settings import SEED
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Floats = npt.NDArray[np.float64]
 LENGTH_BINS = 20  # in each, the length-matched control has as many rows as the selection
-PROJECTIONS = {"pca": "PCA", "tsne": "t-SNE", "umap": "UMAP"}
-MAP_ROWS = 10_000  # rows on the map of a plot; PCA is never fitted on more
-START_COMPONENTS = 50  # dimensions that t-SNE and UMAP start from, as scikit-learn advises
+
+
+class Asked(NamedTuple):
+    """What a recipe asked of the selection, as far as reports tell it.
+
+    Args:
+        n2 (`int`): rows from every cluster.
+        k (`int` or `"sqrt"`): clusters.
+        groups (`str`, *optional*): the column among whose values the budget is shared out.
+        tokens (`bool`): True for a budget in tokens.
+    """
+
+    n2: int
+    k: int | str
+    groups: str | None = None
+    tokens: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +87,7 @@ class Overview:
         selected_by (`(selected,)` str): `"score"`, `"cluster"` or `"both"` for each of them.
         random_control, length_matched_control (`(selected,)` int64): rows of the pool.
         seed (`int`): seed of the controls, of samples and of the map.
-        asked (`tuple`, *optional*): n2 and k of the recipe that made the selection; `None` if no recipe is known.
+        asked ([`Asked`], *optional*): by the recipe that made the selection; `None` if no recipe is known.
     """
 
     pool: Dataset
@@ -91,7 +106,7 @@ class Overview:
     random_control: Indices
     length_matched_control: Indices
     seed: int
-    asked: tuple[int, int | str] | None = None
+    asked: Asked | None = None
 
     @classmethod
     def of(
@@ -101,7 +116,7 @@ class Overview:
         *,
         names: ColumnNames = ColumnNames(),
         seed: int = SEED,
-        asked: tuple[int, int | str] | None = None,
+        asked: Asked | None = None,
     ) -> Overview:
         """Read the columns of a pool and of the rows selected from it.
 
@@ -110,8 +125,8 @@ class Overview:
             selected (`Dataset`): the rows that [`select_car`] took from it, with `selected_by` and the index column.
             names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
             seed (`int`): for the two control samples.
-            asked (`tuple`, *optional*): n2 and k (a number or `"sqrt"`) of the recipe that made the selection. Without
-                them, both are what the rows show.
+            asked ([`Asked`], *optional*): by the recipe that made the selection. Without it, n2 and k are what the rows
+                show.
 
         Raises:
             ValueError: a selected row is not in the pool, a score is infinite, or a column is missing.
@@ -208,7 +223,7 @@ class Overview:
         if self.asked is None:
             return self.cluster_count
         # The rows that have a cluster are those that k-means was fitted on, from which "sqrt" follows.
-        return number_of_clusters(self.asked[1], int(np.count_nonzero(self.clusters >= 0)))
+        return number_of_clusters(self.asked.k, int(np.count_nonzero(self.clusters >= 0)))
 
     @cached_property
     def by_score(self) -> int:
@@ -222,7 +237,7 @@ class Overview:
         most = int(self.cluster_ranks[picks].max()) if len(picks) else 0
         # For a dataset not made by `curate`, n2 is unknown: use the largest number taken from one cluster. The published
         # rule takes one row for n2 = 0, and accepts an n2 above the number of rows.
-        return most if self.asked is None else max(most, min(self.asked[0], len(self.scored)))
+        return most if self.asked is None else max(most, min(self.asked.n2, len(self.scored)))
 
     @cached_property
     def score_ranks(self) -> Indices:
@@ -233,6 +248,49 @@ class Overview:
     def eligible(self) -> Floats:
         """Return what the rows are ranked by, NaN for those that could not be selected."""
         return np.where(self.excluded == "", self.ranking, np.nan) if self.excluded.any() else self.ranking
+
+    @cached_property
+    def ranked(self) -> int:
+        """Return the number of rows that could be selected."""
+        return int(np.count_nonzero(~np.isnan(self.eligible)))
+
+    @cached_property
+    def rules(self) -> frozenset[str]:
+        """Return the reasons for which rows were selected."""
+        return frozenset(self.selected_by.tolist())
+
+    @cached_property
+    def bounded(self) -> bool:
+        """Return True if bounds other than numbers of rows decided as well: shares of groups, tokens, pinned rows."""
+        return BY_PIN in self.rules or (self.asked is not None and (self.asked.tokens or self.asked.groups is not None))
+
+    @cached_property
+    def groups(self) -> list[str] | None:
+        """Return the group of each row, if the budget was shared out among groups."""
+        return read_strata(self.pool, self.asked.groups) if self.asked and self.asked.groups else None
+
+    @cached_property
+    def last_ranks(self) -> dict[str | None, int]:
+        """Return the last rank that was taken by score, in each group and, under `None`, of all; 0 where none was."""
+        taken = self.positions[np.isin(self.selected_by, (BY_SCORE, BY_BOTH))]
+        last: dict[str | None, int] = {None: int(self.score_ranks[taken].max()) if len(taken) else 0}
+        for row in taken.tolist() if self.groups is not None else ():
+            group = self.groups[row] if self.groups is not None else None
+            last[group] = max(last.get(group, 0), int(self.score_ranks[row]))
+        return last
+
+    def value_of(self, column: str, row: int) -> Any:
+        """Return what a row holds in a column, `None` without the column."""
+        if column not in self.pool.column_names:
+            return None
+        if column not in self._columns:
+            self._columns[column] = _column(self.pool, column)
+        return self._columns[column][row].as_py()
+
+    @cached_property
+    def _columns(self) -> dict[str, Any]:
+        """Return the columns that `value_of` has read."""
+        return {}
 
     @cached_property
     def percentiles(self) -> Floats:
@@ -401,96 +459,3 @@ def length_matched(lengths: Floats, positions: Indices, scored: Indices, rng: np
     wanted = np.bincount(bin_of[positions], minlength=len(edges) + 1)
     drawn = [rng.choice(scored[bin_of[scored] == b], size=n, replace=False) for b, n in enumerate(wanted) if n]
     return np.concatenate(drawn)
-
-
-class PoolMap(NamedTuple):
-    """Rows of a pool on a map.
-
-    Args:
-        rows (`(n,)` int64): row positions, ascending.
-        points (`(n, 2)` float64): their coordinates, from -1 to 1.
-        method (`str`): the projection that was used by its full name, such as `"t-SNE"`.
-    """
-
-    rows: Indices
-    points: npt.NDArray[np.float64]
-    method: str
-
-
-def map_of(overview: Overview, method: str = "pca", limit: int = MAP_ROWS) -> PoolMap | None:
-    """Project a sample of the scored rows to two dimensions.
-
-    Args:
-        overview ([`Overview`]): of the pool.
-        method (`str`): `"pca"`, `"tsne"` or `"umap"`; fewer than four rows are always projected by PCA.
-        limit (`int`): rows on the map at most. Selected rows fill up to half of it, other rows the rest.
-
-    Returns:
-        [`PoolMap`] or `None`: `None` if none of these rows has an embedding.
-
-    Raises:
-        ValueError: the projection is not known, or needs umap-learn, which is not installed.
-    """
-    check_projection(method)
-    rows = overview.sample(limit)
-    matrix, present = overview.embeddings_of(rows)
-    if len(present) == 0:
-        return None
-    if len(matrix) < 4:  # too few rows for the neighbourhoods of t-SNE and UMAP
-        method = "pca"
-    points = _project(matrix, method, overview.seed)
-    return PoolMap(rows[present], _within_bounds(points), PROJECTIONS[method])
-
-
-def check_projection(method: str) -> None:
-    """Raise ValueError if the projection is not known, or needs umap-learn, which is not installed.
-
-    Callers check before hours of scoring; the map is drawn at the very end.
-    """
-    if method not in PROJECTIONS:
-        raise ValueError(f"projection={method!r} is not known; choose one of {tuple(PROJECTIONS)}.")
-    if method == "umap":
-        _umap()
-
-
-def _project(matrix: Matrix, method: str, seed: int) -> Matrix:
-    """Project `(rows, dimension)` embeddings to `(rows, 2)` points."""
-    if (matrix == matrix[0]).all():  # one row, or equal ones: PCA would divide by a variance of 0
-        return np.zeros((len(matrix), 2), dtype=np.float32)
-    points = _principal_points(matrix, 2 if method == "pca" else START_COMPONENTS, seed)
-    if method == "tsne":
-        from sklearn.manifold import TSNE
-
-        # The perplexity must be below the number of rows; scikit-learn's default is 30.
-        points = TSNE(perplexity=min(30.0, (len(matrix) - 1) / 3), init="pca", random_state=seed).fit_transform(points)
-    elif method == "umap":
-        points = _umap().UMAP(n_neighbors=min(15, len(matrix) - 1), random_state=seed).fit_transform(points)
-    # Embeddings of one dimension have one component; the second axis is then 0.
-    return np.pad(points[:, :2], ((0, 0), (0, 2 - min(2, points.shape[1]))))
-
-
-def _principal_points(matrix: Matrix, components: int, seed: int) -> Matrix:
-    """Project the rows on their first principal components, of which there are at most min(rows, dimension)."""
-    from sklearn.decomposition import PCA
-
-    every = -(-len(matrix) // MAP_ROWS)  # rounded up: at most MAP_ROWS rows, from all over the matrix
-    held = matrix[::every].astype(np.float64)  # covariance_eigh does not centre first, and float32 would lose digits
-    # An exact solver, whose signs are fixed: the largest entry of every component is positive.
-    pca = PCA(min(components, *held.shape), svd_solver="covariance_eigh", random_state=seed).fit(held)
-    return project(matrix, pca.mean_.astype(np.float32), pca.components_.astype(np.float32))
-
-
-def _umap() -> Any:
-    """Import umap-learn, or raise ValueError that says how to install it."""
-    refuse_missing_extra("umap", "projection='umap'", {"umap": "umap-learn"}, load=True)
-    import umap
-
-    return umap
-
-
-def _within_bounds(points: Matrix) -> npt.NDArray[np.float64]:
-    """Centre the points and scale both axes alike, so that the wider one goes from -1 to 1; round to four digits."""
-    # Both alike, because distances on the map mean something. 1e-12 avoids 0 / 0 where all points coincide.
-    low, high = points.min(axis=0), points.max(axis=0)
-    scaled = (points - (low + high) / 2) / max(float((high - low).max()) / 2, 1e-12)
-    return np.asarray(scaled, dtype=np.float64).round(4)

@@ -20,7 +20,8 @@ from markupsafe import Markup
 from car_datasets.loading.chats import TRUNCATED
 from car_datasets.loading.values import carried
 from car_datasets.reporting.likes import columns_of_few_values, fifths
-from car_datasets.reporting.overview import Floats, Overview, PoolMap
+from car_datasets.reporting.maps import PoolMap
+from car_datasets.reporting.overview import Floats, Overview
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
 from car_datasets.reporting.questions import HEADER, Explanation, WhatIf, explain_rows, try_out
 from car_datasets.selection.rule import OTHER_REASONS, REASONS, Indices

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from car_datasets.reporting.overview import MAP_ROWS, Overview, PoolMap, count_clusters
+from car_datasets.reporting.maps import MAP_ROWS, PoolMap
+from car_datasets.reporting.overview import Overview, count_clusters
 from car_datasets.selection.rule import BY_CLUSTER, Indices
 from car_datasets.utils.settings import refuse_missing_extra
 

@@ -20,8 +20,9 @@ import torch
 from car_datasets.clustering.fitting import Covariance, project
 from car_datasets.clustering.kmeans import lloyd, nearest
 from car_datasets.loading.chats import OK, TRUNCATED
+from car_datasets.reporting.ledger import why
 from car_datasets.reporting.overview import Overview, count_clusters
-from car_datasets.selection.rule import BY_BOTH, BY_CLUSTER, BY_SCORE, Indices, choose
+from car_datasets.selection.rule import Indices, choose
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
 from car_datasets.utils.files import printable
@@ -62,7 +63,8 @@ class Explanation:
 
     Args:
         row (`int` or `str`): its value in the index column, or its position if the pool has no such column.
-        selected_by (`str`, *optional*): `"score"`, `"cluster"`, `"both"`, or `None` if it was not selected.
+        selected_by (`str`, *optional*): `"score"`, `"cluster"`, `"both"`, `"pin"`, `"gain"`, `"like"`, or `None` if it was not
+            selected.
         why (`str`): the same in a sentence.
         score (`float`, *optional*): its score.
         score_rank (`int`): rank by score in the pool, 1 for the best; 0 without a score.
@@ -147,10 +149,10 @@ def explain(
     if not is_integer(neighbours) or neighbours < 0:
         raise ValueError(f"neighbours={neighbours!r} must be an integer, 0 or more.")
     overview = Overview.of(pool, selected, names=names)
-    return explain_rows(overview, [_position(overview, row)], neighbours)[0]
+    return explain_rows(overview, [position_of(overview, row)], neighbours)[0]
 
 
-def _position(overview: Overview, row: int | str) -> int:
+def position_of(overview: Overview, row: int | str) -> int:
     """Return the position of a row in the pool; raise ValueError if it does not exist."""
     rows = len(overview.scores)
     if overview.ids is None:
@@ -188,7 +190,7 @@ def explain_rows(overview: Overview, rows: Sequence[int], neighbours: int = 3) -
             Explanation(
                 row=overview.name_of(row),
                 selected_by=overview.reasons[row].item() or None,  # "" if not selected
-                why=_why(overview, row, status),
+                why=why(overview, row, status),
                 score=float(overview.scores[row]) if scored else None,
                 score_rank=rank if scored else 0,
                 percentile=float(overview.percentiles[row]),
@@ -210,25 +212,6 @@ def _status(overview: Overview, row: int, scored: bool) -> str:
     if overview.statuses is not None:
         return str(overview.statuses[row].as_py())
     return OK if scored else "unknown"
-
-
-def _why(overview: Overview, row: int, status: str) -> str:
-    """Return the rule that decided on a row, in a sentence."""
-    reason, n1, n2 = overview.reasons[row].item(), overview.by_score, overview.by_cluster
-    rank, within = int(overview.score_ranks[row]), int(overview.cluster_ranks[row])
-    score = f"rank {rank:,} of {len(overview.scored):,} by score, where the best {n1:,} are taken"
-    cluster = f"number {within:,} of its cluster, which gives its best {n2:,}" if within else "in no cluster"
-    if reason == BY_BOTH:
-        return f"kept by both: {score}, and {cluster}."
-    if reason == BY_SCORE:
-        return f"kept by score: {score}; it is {cluster}."
-    if reason == BY_CLUSTER:
-        return f"kept by its cluster: {cluster}; it is {score}."
-    if np.isnan(overview.scores[row]):
-        return f"not kept: it has no score{'' if status == 'unknown' else f' ({status})'}."
-    if rank <= n1 or 0 < within <= n2:  # n1 and n2 follow from the selection, which need not be CaR's
-        return f"not kept, though it is {score}, and {cluster}: the selection was made by another rule."
-    return f"not kept: {score}, and it is {cluster}."
 
 
 class Nearest(NamedTuple):

@@ -25,11 +25,13 @@ from rich.table import Table
 from car_datasets.loading.chats import OK, is_scored, status_kind
 from car_datasets.loading.languages import UNDETERMINED, count_languages, describe_languages
 from car_datasets.loading.schemas import Schema
+from car_datasets.reporting.ledger import excluded_counts
 from car_datasets.reporting.likes import ScoreByGroup, describe, score_by_groups, shares_table
-from car_datasets.reporting.overview import CONTROLS, Overview, check_projection, count_clusters, map_of
+from car_datasets.reporting.maps import check_projection, map_of
+from car_datasets.reporting.overview import CONTROLS, Overview, count_clusters
 from car_datasets.reporting.page import PAGE_FILE, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
-from car_datasets.selection.rule import BY_CLUSTER, OTHER_REASONS, REASONS, Indices
+from car_datasets.selection.rule import BY_CLUSTER, BY_GAIN, BY_LIKE, BY_PIN, OTHER_REASONS, REASONS, Indices
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import public
 from car_datasets.utils.files import printable, table_text
@@ -89,6 +91,8 @@ class SelectionReport:
         score_by (`dict[str, ScoreByGroup]`): what the score likes: its variance, and the shares of groups that it keeps,
             by kind of answer, language, length and columns of few values; see
             [`~car_datasets.reporting.likes.score_by_groups`]. Empty for small pools and reports of earlier versions.
+        excluded (`dict[str, int]`): scored rows that could not be selected, by the first mark that kept them out:
+            `vetoed`, `contaminated` or `duplicates`.
     """
 
     rows_in: int
@@ -109,6 +113,7 @@ class SelectionReport:
     selected_languages: dict[str, int] = field(default_factory=dict)
     within_languages: bool = False
     score_by: dict[str, ScoreByGroup] = field(default_factory=dict)
+    excluded: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_selection(
@@ -165,8 +170,9 @@ class SelectionReport:
             seed=overview.seed,
             languages=_languages(overview.languages),
             selected_languages=_languages(overview.languages, overview.positions),
-            within_languages=overview.ranking is not overview.scores,
+            within_languages=overview.ranking is not overview.scores and overview.languages is not None,
             score_by=score_by_groups(overview, schema),
+            excluded=excluded_counts(overview),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,17 +280,14 @@ class SelectionReport:
 
     def sentences(self) -> list[str]:
         """Return the counts in words."""
-        by, correlation = self.selected_by, self.score_length_correlation
-        total = max(1, self.selected.rows)  # a divisor
+        correlation = self.score_length_correlation
         # Both from the counts by status, so that the sum and its parts cannot differ.
         rejected, marked = sum(self.rejected.values()), sum(self.marked.values())
         sentences = [
             f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
             f"scored but marked: {marked:,}{_listed(self.marked)}",
-            f"{self.selected.rows:,} selected "
-            f"({100 * self.selected.rows / max(1, self.rows_in):.2f} % of the rows in) with "
-            f"n1 = {by['score'] + by['both']:,}: {by['score']:,} by score, {by['both']:,} by both, "
-            f"{by['cluster']:,} added by clustering ({100 * by['cluster'] / total:.1f} %)",
+            *([f"left out before the choice: {_counted(self.excluded)}"] if self.excluded else []),
+            self._selected_sentence(),
             f"{self.selected.clusters:,} of {self.clusters:,} clusters covered; "
             f"the rows taken by score alone cover {self.clusters_by_score:,}",
             f"score against length in {self.length_unit}: Pearson {correlation['pearson']:+.2f}, "
@@ -292,6 +295,20 @@ class SelectionReport:
         ]
         more = (*self._language_sentence(), *describe(self.score_by))
         return [printable(sentence) for sentence in (*sentences, *more)]
+
+    def _selected_sentence(self) -> str:
+        """Return how many rows were selected, and for which reasons."""
+        by, total = self.selected_by, max(1, self.selected.rows)  # a divisor
+        selected = (
+            f"{self.selected.rows:,} selected ({100 * self.selected.rows / max(1, self.rows_in):.2f} % of the rows in)"
+        )
+        words = {BY_PIN: "that must be in", BY_GAIN: "by gain", BY_LIKE: "as most like the examples"}
+        others = [f"{by[name]:,} {word}" for name, word in words.items() if by.get(name)]
+        cluster = f"{by['cluster']:,} added by clustering ({100 * by['cluster'] / total:.1f} %)"
+        if others and not by["score"] + by["both"] + by["cluster"]:
+            return f"{selected}: {', '.join(others)}"
+        counts = [f"{by['score']:,} by score", f"{by['both']:,} by both", cluster, *others]
+        return f"{selected} with n1 = {by['score'] + by['both']:,}: {', '.join(counts)}"
 
     def _language_sentence(self) -> list[str]:
         """Return a sentence about the languages, none if the pool is in one."""
@@ -325,7 +342,11 @@ def _quantile_name(q: float) -> str:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return f" ({', '.join(f'{n:,} {name}' for name, n in counts.items())})" if counts else ""
+    return f" ({_counted(counts)})" if counts else ""
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {name}" for name, n in counts.items())
 
 
 def _languages(languages: pa.Array | None, rows: Indices | None = None) -> dict[str, int]:

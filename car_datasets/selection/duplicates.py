@@ -8,7 +8,7 @@ Does not: remove rows, or compute scores, embeddings or clusters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt

@@ -93,37 +93,22 @@ def digest_of(sides: Sides) -> bytes:
 
 # Scripts that are written without spaces are read character by character.
 _SIGNS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_TOKEN = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:['’]|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[-+*/=<>%^&|~$€£#@×÷√]")
+_TOKEN = re.compile(
+    rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:['’]|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[-+*/=<>%^&|~$€£#@×÷√]"
+)
 _MINUS = re.compile(r"-(?=\s?\d)")
 _INSIDE = re.compile(r"[ ,'’&/-]*\Z")  # between two words of one sentence
 _DIGIT = re.compile(r"\d")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+\Z")
 _NUMBERS = dict(
     zip(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-        ],
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split(),
         map(str, range(16)),
         strict=True,
     )
 )
 _NUMBERS |= {"twenty": "20", "thirty": "30", "forty": "40", "fifty": "50", "hundred": "100", "thousand": "1000"}
-_NEGATIONS = frozenset(["not", "no", "never", "cannot", "none", "neither", "nor", "without", "except"])
+_NEGATIONS = frozenset("not no never cannot none neither nor without except".split())
 
 
 class Words(NamedTuple):

@@ -10,8 +10,9 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import select_car
-from car_datasets.reporting import overview
-from car_datasets.reporting.overview import Overview, map_of
+from car_datasets.reporting import maps
+from car_datasets.reporting.maps import map_of
+from car_datasets.reporting.overview import Overview
 from tests.reporting.test_plots import make_pool
 
 
@@ -46,10 +47,10 @@ def test_points_are_the_first_two_components_to_1e_6(offset: float, monkeypatch:
     centred = matrix - matrix.astype(np.float64).mean(axis=0)
     components = np.linalg.svd(centred, full_matrices=False)[2][:2]
     expected = centred @ (components * np.sign(components[[0, 1], np.abs(components).argmax(axis=1)])[:, None]).T
-    found = overview._project(matrix, "pca", seed=42)
+    found = maps._project(matrix, "pca", seed=42)
     assert np.abs(found - expected).max() < (1e-6 if offset == 0 else 1e-5)  # 100 in float32 is 7.6e-6 apart
-    monkeypatch.setattr(overview, "MAP_ROWS", 300)  # components from every other row
-    assert np.abs(np.corrcoef(overview._project(matrix, "pca", seed=42)[:, 0], expected[:, 0])[0, 1]) > 0.95
+    monkeypatch.setattr(maps, "MAP_ROWS", 300)  # components from every other row
+    assert np.abs(np.corrcoef(maps._project(matrix, "pca", seed=42)[:, 0], expected[:, 0])[0, 1]) > 0.95
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])

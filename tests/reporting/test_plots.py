@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import SelectionReport, select_car
-from car_datasets.reporting.overview import Overview, map_of
+from car_datasets.reporting.maps import map_of
+from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.plots import (
     PLOT_FILES,
     PLOTS,

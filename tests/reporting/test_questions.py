@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import explain, select_car, what_if
-from car_datasets.reporting.overview import Overview
+from car_datasets.reporting.overview import Asked, Overview
 from car_datasets.reporting.questions import explain_rows, try_out
 from car_datasets.utils import columns
 from tests.reporting.test_plots import make_pool
@@ -155,12 +155,12 @@ def test_another_k_makes_so_many_clusters(plain_pool: Dataset, plain_selected: D
 def test_the_numbers_of_a_recipe_are_named_where_the_rows_do_not_show_them(plain_pool: Dataset) -> None:
     """Ask about a pool in which no cluster has 90 rows, and not all of 20 centres have rows."""
     chosen = select_car(plain_pool, 40, 90)
-    known = Overview.of(plain_pool, chosen, asked=(90, 20))
+    known = Overview.of(plain_pool, chosen, asked=Asked(90, 20))
     assert "of its cluster, which gives its best 90;" in explain_rows(known, known.positions[-1:].tolist())[0].why
     [present] = [line for line in try_out(known) if (line.n1, line.n2, line.k) == (40, 90, 20)]
     assert (present.overlap, present.cells()[5]) == (1.0, "12 of 20")
     assert Overview.of(plain_pool, chosen).by_cluster < 90
-    assert Overview.of(plain_pool, chosen, asked=(0, "sqrt")).k == 12  # int(sqrt(300 / 2))
+    assert Overview.of(plain_pool, chosen, asked=Asked(0, "sqrt")).k == 12  # int(sqrt(300 / 2))
 
 
 def test_without_embeddings_k_stays(plain_pool: Dataset, plain_selected: Dataset) -> None:
