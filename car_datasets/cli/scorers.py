@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -169,8 +169,13 @@ def train(
     seed=option(int, "Seed bootstrap and corruptions with this number.", 0),
 )
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included.")
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included. Several, or others as "
+            "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables.",
+        ),
     ],
     changes: dict[str, Any],
     json_: Annotated[
@@ -182,19 +187,21 @@ def evaluate(
     ] = None,
     **options: Any,
 ) -> None:
-    """Evaluate a scorer on pairs of answers or rated rows: what it gets right, what fools it, and what it likes."""
+    """Evaluate scorers on pairs of answers or rated rows: what they get right, what fools them, and what they like."""
     quiet_models()
+    from car_datasets.scoring.named import IQS, kind_of
+
+    if len(models) > 1 or kind_of(models[0])[0] != IQS:
+        _compare(models, changes, json_, other, options)
+        return
+    model = kind_of(models[0])[1]
     pairs, ratings = options["pairs"], options["ratings"]
     _refuse_missing(options, other)
     from car_datasets.training.agreement import evaluate_ratings, refuse_one_class
     from car_datasets.training.pairs import read_pairs
     from car_datasets.training.ratings import read_ratings
 
-    if json_ is not None:
-        if json_.exists():
-            raise ValueError(f"--json {json_} is there already; name another file or move it away.")
-        with claimed(json_, ("evaluate", model), argument="--json"):
-            pass  # now, as nothing is measured for a file that cannot be written
+    _refuse_json(json_, models)
     # Files first: a wrong path must not cost a download.
     measured, rest = ([] if path is None else read_pairs(path) for path in (pairs, other))
     rated, others = (None if path is None else read_ratings(path) for path in (ratings, options["other_ratings"]))
@@ -234,6 +241,56 @@ def evaluate(
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
         write_content(json_, json.dumps(figures, indent=2) + "\n")
+
+
+def _refuse_json(path: Path | None, models: Sequence[str]) -> None:
+    """Raise ValueError if the file of figures is there already, or cannot be written."""
+    if path is not None and path.exists():
+        raise ValueError(f"--json {path} is there already; name another file or move it away.")
+    if path is not None:
+        with claimed(path, ("evaluate", models), argument="--json"):
+            pass  # now, as nothing is measured for a file that cannot be written
+
+
+def _compare(
+    models: Sequence[str],
+    changes: Mapping[str, Any],
+    json_: Path | None,
+    other: Path | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Print several scorers, or one that is no IQS model, in the same tables."""
+    from car_datasets.scoring.named import find_scorer
+    from car_datasets.training.comparison import Judge, compare_scorers
+    from car_datasets.training.pairs import read_pairs
+    from car_datasets.training.ratings import read_ratings
+
+    alone = {"--other": other, **{f"--{name.replace('_', '-')}": options[name] for name in ALONE}}
+    alone["--tokenizer"] = changes.get("tokenizer")
+    if given := [name for name, value in alone.items() if value is not None]:
+        raise ValueError(f"{given[0]} is for one IQS model alone; leave it out to compare scorers.")
+    if len(set(models)) < len(models):
+        raise ValueError(f"{' '.join(models)}: a scorer is named twice; name each once.")
+    _refuse_missing(options, None)
+    _refuse_json(json_, models)
+    pairs = [] if options["pairs"] is None else read_pairs(options["pairs"])
+    ratings = None if options["ratings"] is None else read_ratings(options["ratings"])
+    # A row that cannot be scored is counted, and left out for all.
+    found = {name: find_scorer(name, options["token"], on_invalid="mark") for name in models}
+    drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
+    compared = compare_scorers(
+        {name: Judge(scorer, scorer.output_column) for name, scorer in found.items()},
+        ratings=ratings,
+        pairs=pairs,
+        **drawing,
+    )
+    for table in compared.to_tables():
+        print_table(table)
+    if json_ is not None:
+        write_content(json_, compared.to_json() + "\n")
+
+
+ALONE = ("other_ratings", "former", "revision", "engine")  # options of `evaluate` for one IQS model
 
 
 def _refuse_missing(options: Mapping[str, Any], other: Path | None) -> None:
