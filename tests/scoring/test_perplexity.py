@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from car_datasets import IFDScorer, PerplexityScorer, score_in_shards
 from car_datasets.scoring import perplexity
 from car_datasets.scoring.stage import Stage, add_columns
-from tests.scoring.judges import save_language_model, save_words
+from tests.scoring.tiny_models import save_language_model, save_words
 
 TOLERANCE = 1e-4
 
