@@ -127,6 +127,23 @@ def test_it_is_a_stage_like_the_others(language_models: dict[str, str], pairs: D
     assert Hasher.hash(given[0]) != Hasher.hash(given[1])
 
 
+def test_what_overflows_in_half_precision_is_scored_again(
+    language_models: dict[str, str], pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, half = (IFDScorer(language_models["gpt2"], dtype=dtype) for dtype in ("float32", "float16"))
+    expected, close = full(pairs[:])["ifd_score"], half(pairs[:])["ifd_score"]
+    ordinary = perplexity.answer_losses
+
+    def broken(*dtypes: torch.dtype) -> Any:
+        return lambda model, *rest: (ordinary(model, *rest)[0] * (math.nan if model.model.dtype in dtypes else 1),)
+
+    monkeypatch.setattr(perplexity, "answer_losses", broken(torch.float16))
+    assert half(pairs[:])["ifd_score"] == expected != close
+    monkeypatch.setattr(perplexity, "answer_losses", broken(torch.float16, torch.float32))
+    with pytest.raises(ValueError, match=r"5 scores are not finite, rows \[0, 1, 2, 4, 5\]"):
+        half(pairs[:])
+
+
 def test_a_column_of_another_name_keeps_both_numbers(language_models: dict[str, str]) -> None:
     assert IFDScorer(language_models["gpt2"], output_column="hard").output_columns[:2] == ("hard", "hard_ratio")
     assert IFDScorer(language_models["gpt2"], output_column="hard_score").output_columns[:2] == ("hard_score", "hard")

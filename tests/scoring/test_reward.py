@@ -1,5 +1,7 @@
 """reward.py: the numbers of the plain model, row by row, in any company; labels to one number; rows without a score."""
 
+import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +150,29 @@ def test_in_half_precision_the_head_stays_exact(classifiers: dict[str, str]) -> 
     assert len(torch.from_numpy(half).bfloat16().unique()) < len(np.unique(half))
 
 
+def test_what_overflows_in_half_precision_is_scored_again(
+    classifiers: dict[str, str], pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, half = (RewardScorer(classifiers["bert"], dtype=dtype) for dtype in ("float32", "float16"))
+    expected, close = full(pairs[:])["reward_score"], half(pairs[:])["reward_score"]
+    ordinary = reward._Classifier.logits
+
+    def broken(*dtypes: torch.dtype) -> Any:
+        return lambda self, *rest, **options: (
+            ordinary(self, *rest, **options)[0] * (float("nan") if self.hub.trunk.dtype in dtypes else 1),
+        )
+
+    monkeypatch.setattr(reward._Classifier, "logits", broken(torch.float16))
+    assert half(pairs[:])["reward_score"] == expected != close
+    monkeypatch.setattr(reward._Classifier, "logits", broken(torch.float16, torch.float32))
+    with pytest.raises(ValueError, match=r"6 scores are not finite, rows \[0, 1, 2, 3, 4\]"):
+        half(pairs[:])
+
+
 def test_it_is_a_stage_like_the_others(classifiers: dict[str, str], pairs: Dataset, tmp_path: Path) -> None:
     scorer = RewardScorer(classifiers["llama"])
     assert isinstance(scorer, Stage)
+    assert pickle.loads(pickle.dumps(scorer)) == dataclasses.replace(scorer) == scorer
     assert Hasher.hash(scorer) == Hasher.hash(RewardScorer(classifiers["llama"], token="hf_secret"))
     for other in ({"text": "pair"}, {"max_tokens": 30}, {"score_thoughts": True}, {"dtype": "bfloat16"}):
         assert Hasher.hash(scorer) != Hasher.hash(RewardScorer(classifiers["llama"], **other))
