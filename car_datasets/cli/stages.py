@@ -371,14 +371,14 @@ def select(source: Source, output: OutputFile, changes: dict[str, Any], **option
     print_table(report.to_table())
 
 
-READ_BY_EXPLORE = ("score", "cluster", "index", "embedding")
-
-
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets explore out")
 @one_line_errors
 @recipe_options(
     "projection",
-    **{f"{what}_column": f"Read the {what} from here.  [default: the receipt's]" for what in READ_BY_EXPLORE},
+    **dict.fromkeys(
+        ("score_column", "cluster_column", "index_column", "embedding_column"),
+        "Read this column.  [default: that of the result]",
+    ),
 )
 def explore(
     folder: Annotated[
@@ -394,9 +394,8 @@ def explore(
     """
     from car_datasets import exploring
 
-    # Only the projection and the names count here; the other settings are those of the result.
-    names = exploring.names_of(folder, changes)
-    exploring.explore(folder, host, port, Recipe().changed(**changes).projection, names=names)
+    projection = Recipe().changed(**changes).projection
+    exploring.explore(folder, host, port, projection, names=exploring.names_of(folder, changes))
 
 
 @app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets push out me/alpaca-car")

@@ -255,6 +255,10 @@ class ConversationScorer:
         """
         return text_columns(column_names, self.schema, self.columns)
 
+    def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> dict[str, Any]:
+        """Return the new columns for a batch of columns; each scorer has its own."""
+        raise NotImplementedError
+
     def _files(self) -> ModelFiles:
         return read_model_files(self.model_id, str(self.revision))
 

@@ -1,17 +1,17 @@
-"""Judges that the tests of this folder may read and none may change."""
+"""Models that the tests of this folder may read and none may change."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.scoring.judges import TEMPLATE, save_judge, save_language_model
+from tests.scoring.tiny_models import TEMPLATE, save_classifier, save_language_model
 
 
 @pytest.fixture(scope="session")
-def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the folders of random classifiers, of one label each; the Llama has a chat template."""
     return {
-        kind: save_judge(str(tmp_path_factory.mktemp(kind)), kind, template=TEMPLATE if kind == "llama" else None)
+        kind: save_classifier(str(tmp_path_factory.mktemp(kind)), kind, template=TEMPLATE if kind == "llama" else None)
         for kind in ("bert", "roberta", "electra", "llama")
     }
 

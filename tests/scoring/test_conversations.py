@@ -13,7 +13,7 @@ from car_datasets.loading.schemas import SCHEMAS
 from car_datasets.scoring.conversations import read_conversations, render_chat, windows_ahead
 from car_datasets.utils.digests import folder_digest
 from tests.conftest import DAMAGED_MODELS, damaged_copy
-from tests.scoring.judges import TEMPLATE, save_judge, save_language_model, save_words
+from tests.scoring.tiny_models import TEMPLATE, save_classifier, save_language_model, save_words
 
 CHAT = [
     {"role": "system", "content": "Be short."},
@@ -61,7 +61,7 @@ def test_windows_come_in_order() -> None:
 
 def test_a_chat_template_is_part_of_a_model(tmp_path: Path) -> None:
     """It may be a file of its own, and the scores depend on it."""
-    folder = save_judge(str(tmp_path), "llama", template=TEMPLATE)
+    folder = save_classifier(str(tmp_path), "llama", template=TEMPLATE)
     before = RewardScorer(folder)
     assert (tmp_path / "chat_template.jinja").is_file()
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE.replace("<bot>", "<user>"))
@@ -72,30 +72,30 @@ def test_a_chat_template_is_part_of_a_model(tmp_path: Path) -> None:
 
 
 def test_weights_that_a_file_lacks_are_not_drawn_at_random(tmp_path: Path) -> None:
-    folder = save_judge(str(tmp_path), "bert")
+    folder = save_classifier(str(tmp_path), "bert")
     AutoModel.from_pretrained(folder).save_pretrained(folder)  # without the head
     with pytest.raises(ValueError, match=r"no weights for \['classifier\.bias', 'classifier\.weight'\].*at random"):
         RewardScorer(folder)({"prompt": ["a"], "completion": ["b"]})
 
 
 @pytest.mark.parametrize("fault", DAMAGED_MODELS)
-def test_a_damaged_model_is_refused_in_one_line(fault: str, tmp_path: Path, judges: dict[str, str]) -> None:
+def test_a_damaged_model_is_refused_in_one_line(fault: str, tmp_path: Path, classifiers: dict[str, str]) -> None:
     name, change = DAMAGED_MODELS[fault]
-    folder = damaged_copy(judges["bert"], tmp_path / "copy", name, change)
+    folder = damaged_copy(classifiers["bert"], tmp_path / "copy", name, change)
     with pytest.raises(ValueError, match=r"cannot be loaded|is not a model|no weights for") as error:
         RewardScorer(folder)({"prompt": ["a"], "completion": ["b"]})
     assert "\n" not in str(error.value)
 
 
-def test_code_of_a_model_is_never_run(tmp_path: Path, judges: dict[str, str]) -> None:
+def test_code_of_a_model_is_never_run(tmp_path: Path, classifiers: dict[str, str]) -> None:
     entries = {"auto_map": {"AutoConfig": "own.Config"}, "model_type": "own"}
-    folder = damaged_copy(judges["bert"], tmp_path / "copy", "config.json", entries)
+    folder = damaged_copy(classifiers["bert"], tmp_path / "copy", "config.json", entries)
     with pytest.raises(ValueError, match="names Python code that would run"):
         RewardScorer(folder)
 
 
 def test_the_context_is_the_smallest_that_model_and_tokenizer_state(tmp_path: Path) -> None:
-    folder = save_judge(str(tmp_path), "roberta")
+    folder = save_classifier(str(tmp_path), "roberta")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert RewardScorer(folder).limit == tokenizer.model_max_length == 60
     tokenizer.model_max_length = 10**30

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from car_datasets import IFDScorer, PerplexityScorer, score_in_shards
 from car_datasets.scoring import perplexity
 from car_datasets.scoring.stage import Stage, add_columns
-from tests.scoring.judges import save_language_model, save_words
+from tests.scoring.tiny_models import save_language_model, save_words
 
 TOLERANCE = 1e-4
 
@@ -125,6 +125,23 @@ def test_it_is_a_stage_like_the_others(language_models: dict[str, str], pairs: D
             )
     given = [PerplexityScorer(language_models["gpt2"], given=given) for given in ("prompt", "nothing")]
     assert Hasher.hash(given[0]) != Hasher.hash(given[1])
+
+
+def test_what_overflows_in_half_precision_is_scored_again(
+    language_models: dict[str, str], pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, half = (IFDScorer(language_models["gpt2"], dtype=dtype) for dtype in ("float32", "float16"))
+    expected, close = full(pairs[:])["ifd_score"], half(pairs[:])["ifd_score"]
+    ordinary = perplexity.answer_losses
+
+    def broken(*dtypes: torch.dtype) -> Any:
+        return lambda model, *rest: (ordinary(model, *rest)[0] * (math.nan if model.model.dtype in dtypes else 1),)
+
+    monkeypatch.setattr(perplexity, "answer_losses", broken(torch.float16))
+    assert half(pairs[:])["ifd_score"] == expected != close
+    monkeypatch.setattr(perplexity, "answer_losses", broken(torch.float16, torch.float32))
+    with pytest.raises(ValueError, match=r"5 scores are not finite, rows \[0, 1, 2, 4, 5\]"):
+        half(pairs[:])
 
 
 def test_a_column_of_another_name_keeps_both_numbers(language_models: dict[str, str]) -> None:

@@ -1,5 +1,7 @@
 """reward.py: the numbers of the plain model, row by row, in any company; labels to one number; rows without a score."""
 
+import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from car_datasets.scoring import reward
 from car_datasets.scoring.engines import OnRay, estimate_scoring
 from car_datasets.scoring.reward import LabelSum, read_labels
 from car_datasets.scoring.stage import Stage, add_columns
-from tests.scoring.judges import TEMPLATE, save_judge, save_words
+from tests.scoring.tiny_models import TEMPLATE, save_classifier, save_words
 
 TOLERANCE = 1e-4
 
@@ -46,10 +48,10 @@ def plainly(folder: str, rows: Dataset, text: str) -> list[list[float]]:
     [("bert", "pair"), ("bert", "answer"), ("roberta", "pair"), ("electra", "pair"), ("llama", "chat")],
 )
 def test_scores_equal_the_model_run_on_each_row_alone(
-    kind: str, text: str, judges: dict[str, str], pairs: Dataset
+    kind: str, text: str, classifiers: dict[str, str], pairs: Dataset
 ) -> None:
-    expected = [row[0] for row in plainly(judges[kind], pairs, text)]
-    scorer = RewardScorer(judges[kind], **({"text": "answer"} if text == "answer" else {}))
+    expected = [row[0] for row in plainly(classifiers[kind], pairs, text)]
+    scorer = RewardScorer(classifiers[kind], **({"text": "answer"} if text == "answer" else {}))
     assert scorer.text == text
     scored = add_columns(pairs, scorer, "Scoring")
     assert scored["reward_score"][:] == pytest.approx(expected, abs=TOLERANCE)
@@ -57,7 +59,7 @@ def test_scores_equal_the_model_run_on_each_row_alone(
     assert scored["reward_status"][:] == ["ok", "ok", "ok", "empty_response", "ok", "ok"]
     assert [scored.features[name].dtype for name in scorer.output_columns] == ["float32", "int32", "bool", "string"]
     for budget, rows in ((1, pairs), (10_000, pairs.select(range(5, -1, -1)))):
-        found = RewardScorer(judges[kind], text=text, batch_tokens=budget)(rows[:])["reward_score"]
+        found = RewardScorer(classifiers[kind], text=text, batch_tokens=budget)(rows[:])["reward_score"]
         assert found[:: 1 if budget == 1 else -1] == pytest.approx(expected, abs=TOLERANCE)
 
 
@@ -65,9 +67,9 @@ def test_scores_equal_the_model_run_on_each_row_alone(
     ("kind", "text", "packs"), [("bert", "pair", False), ("bert", "answer", True), ("roberta", "pair", True)]
 )
 def test_without_padding_the_scores_are_the_same(
-    kind: str, text: str, packs: bool, judges: dict[str, str], pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+    kind: str, text: str, packs: bool, classifiers: dict[str, str], pairs: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [row[0] for row in plainly(judges[kind], pairs, text)]
+    expected = [row[0] for row in plainly(classifiers[kind], pairs, text)]
     runs: list[int] = []
     ordinary = reward.PackedEncoder.states
 
@@ -79,36 +81,36 @@ def test_without_padding_the_scores_are_the_same(
     monkeypatch.setattr(reward.PackedEncoder, "states", watched)
     reward._load.cache_clear()
     reward.load_hub_model.cache_clear()
-    found = RewardScorer(judges[kind], text=text)(pairs[:])["reward_score"]
+    found = RewardScorer(classifiers[kind], text=text)(pairs[:])["reward_score"]
     reward._load.cache_clear()  # its weights are views of fused ones
     reward.load_hub_model.cache_clear()
     assert found == pytest.approx(expected, abs=TOLERANCE)
     assert bool(runs) == packs
 
 
-def test_texts_beyond_the_limit_are_cut_and_said(judges: dict[str, str]) -> None:
+def test_texts_beyond_the_limit_are_cut_and_said(classifiers: dict[str, str]) -> None:
     rows = {"prompt": ["the sea"] * 2, "completion": ["red " * 70, "red " * 16]}
-    found = RewardScorer(judges["bert"], text="pair", max_tokens=21)(rows)
+    found = RewardScorer(classifiers["bert"], text="pair", max_tokens=21)(rows)
     assert found["reward_tokens"] == [75, 21]
     assert found["reward_truncated"] == [True, False]
     assert found["reward_status"] == ["truncated", "ok"]
     assert found["reward_score"][0] == pytest.approx(found["reward_score"][1], abs=TOLERANCE)
 
 
-def test_a_reward_model_reads_the_turns_of_a_chat(judges: dict[str, str]) -> None:
+def test_a_reward_model_reads_the_turns_of_a_chat(classifiers: dict[str, str]) -> None:
     roles = ["user", "assistant", "user", "assistant"]
     said = ["name the sea", "the red sea", "a poem", "wide and deep"]
     chat = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-    model = AutoModelForSequenceClassification.from_pretrained(judges["llama"]).eval()
-    ids = AutoTokenizer.from_pretrained(judges["llama"]).apply_chat_template(
+    model = AutoModelForSequenceClassification.from_pretrained(classifiers["llama"]).eval()
+    ids = AutoTokenizer.from_pretrained(classifiers["llama"]).apply_chat_template(
         chat, return_tensors="pt", return_dict=False
     )
     expected = model(ids).logits.item()
-    found = RewardScorer(judges["llama"])({"messages": [chat, [*chat, {"role": "user", "content": "thanks"}]]})
+    found = RewardScorer(classifiers["llama"])({"messages": [chat, [*chat, {"role": "user", "content": "thanks"}]]})
     assert found["reward_score"] == pytest.approx([expected, expected], abs=TOLERANCE)
 
 
-def test_rows_that_cannot_be_scored_raise_or_are_marked(judges: dict[str, str]) -> None:
+def test_rows_that_cannot_be_scored_raise_or_are_marked(classifiers: dict[str, str]) -> None:
     rows = {
         "messages": [
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -120,17 +122,17 @@ def test_rows_that_cannot_be_scored_raise_or_are_marked(judges: dict[str, str]) 
     with pytest.raises(
         ValueError, match=r"2 of 3 rows cannot be scored: 1 null \(rows 8\), |1 not_rendered: no system"
     ):
-        RewardScorer(judges["llama"])(rows)
-    found = RewardScorer(judges["llama"], on_invalid="mark")(rows)
+        RewardScorer(classifiers["llama"])(rows)
+    found = RewardScorer(classifiers["llama"], on_invalid="mark")(rows)
     assert [score is None for score in found["reward_score"]] == [False, True, True]
     assert found["reward_status"] == ["ok", "null", "not_rendered: no system prompt, please"]
     assert found["reward_tokens"][1:] == [0, 0]
-    only = RewardScorer(judges["llama"], on_invalid="mark")({"messages": [None]})
+    only = RewardScorer(classifiers["llama"], on_invalid="mark")({"messages": [None]})
     assert only["reward_score"] == [None]
 
 
 def test_an_empty_text_has_no_score(tmp_path: Path) -> None:
-    folder = save_judge(str(tmp_path), "llama")  # adds no special tokens
+    folder = save_classifier(str(tmp_path), "llama")  # adds no special tokens
     rows = {"prompt": ["the sea", "the sea"], "completion": ["", "wide"]}
     found = RewardScorer(folder, text="answer")(rows)
     assert found["reward_score"][0] is None
@@ -138,22 +140,42 @@ def test_an_empty_text_has_no_score(tmp_path: Path) -> None:
     assert found["reward_status"] == ["empty_response", "ok"]
 
 
-def test_in_half_precision_the_head_stays_exact(judges: dict[str, str]) -> None:
+def test_in_half_precision_the_head_stays_exact(classifiers: dict[str, str]) -> None:
     words = ["red", "green", "blue", "wide", "deep", "sea", "sum", "poem"]
     rows = {"prompt": [a for a in words for _ in words], "completion": [b for _ in words for b in words]}
-    full = np.array(RewardScorer(judges["bert"])(rows)["reward_score"])
-    half = np.array(RewardScorer(judges["bert"], dtype="bfloat16")(rows)["reward_score"])
+    full = np.array(RewardScorer(classifiers["bert"])(rows)["reward_score"])
+    half = np.array(RewardScorer(classifiers["bert"], dtype="bfloat16")(rows)["reward_score"])
     assert np.abs(full - half).max() < 0.2 * full.std()
     assert len(np.unique(half)) > 55
     assert len(torch.from_numpy(half).bfloat16().unique()) < len(np.unique(half))
 
 
-def test_it_is_a_stage_like_the_others(judges: dict[str, str], pairs: Dataset, tmp_path: Path) -> None:
-    scorer = RewardScorer(judges["llama"])
+def test_what_overflows_in_half_precision_is_scored_again(
+    classifiers: dict[str, str], pairs: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, half = (RewardScorer(classifiers["bert"], dtype=dtype) for dtype in ("float32", "float16"))
+    expected, close = full(pairs[:])["reward_score"], half(pairs[:])["reward_score"]
+    ordinary = reward._Classifier.logits
+
+    def broken(*dtypes: torch.dtype) -> Any:
+        return lambda self, *rest, **options: (
+            ordinary(self, *rest, **options)[0] * (float("nan") if self.hub.trunk.dtype in dtypes else 1),
+        )
+
+    monkeypatch.setattr(reward._Classifier, "logits", broken(torch.float16))
+    assert half(pairs[:])["reward_score"] == expected != close
+    monkeypatch.setattr(reward._Classifier, "logits", broken(torch.float16, torch.float32))
+    with pytest.raises(ValueError, match=r"6 scores are not finite, rows \[0, 1, 2, 3, 4\]"):
+        half(pairs[:])
+
+
+def test_it_is_a_stage_like_the_others(classifiers: dict[str, str], pairs: Dataset, tmp_path: Path) -> None:
+    scorer = RewardScorer(classifiers["llama"])
     assert isinstance(scorer, Stage)
-    assert Hasher.hash(scorer) == Hasher.hash(RewardScorer(judges["llama"], token="hf_secret"))
+    assert pickle.loads(pickle.dumps(scorer)) == dataclasses.replace(scorer) == scorer
+    assert Hasher.hash(scorer) == Hasher.hash(RewardScorer(classifiers["llama"], token="hf_secret"))
     for other in ({"text": "pair"}, {"max_tokens": 30}, {"score_thoughts": True}, {"dtype": "bfloat16"}):
-        assert Hasher.hash(scorer) != Hasher.hash(RewardScorer(judges["llama"], **other))
+        assert Hasher.hash(scorer) != Hasher.hash(RewardScorer(classifiers["llama"], **other))
     expected = add_columns(pairs, scorer, "Scoring").to_dict()
     assert score_in_shards(pairs, scorer, tmp_path / "shards", shard_rows=4).to_dict() == expected
     table = OnRay(scorer)(pairs.with_format("arrow")[:])
@@ -177,10 +199,10 @@ def test_it_is_a_stage_like_the_others(judges: dict[str, str], pairs: Dataset, t
     ],
 )
 def test_mistakes_are_named_when_the_scorer_is_made(
-    options: dict[str, Any], message: str, judges: dict[str, str]
+    options: dict[str, Any], message: str, classifiers: dict[str, str]
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        RewardScorer(judges["bert"], **options)
+        RewardScorer(classifiers["bert"], **options)
 
 
 def test_a_scorer_of_ours_is_no_sequence_classifier(tiny_iqs: str) -> None:
@@ -239,7 +261,7 @@ def test_other_expressions_are_refused_and_never_evaluated(expression: Any) -> N
 
 
 def test_several_labels_need_an_expression(tmp_path: Path, pairs: Dataset) -> None:
-    folder = save_judge(str(tmp_path), "bert", ("bad", "so so", "good"))
+    folder = save_classifier(str(tmp_path), "bert", ("bad", "so so", "good"))
     with pytest.raises(ValueError, match=r"labels is missing: the model has 3 labels.*labels='softmax\(good\)'"):
         RewardScorer(folder)
     expected = torch.tensor(plainly(folder, pairs, "pair")).softmax(dim=1)[:, 2]
@@ -249,7 +271,7 @@ def test_several_labels_need_an_expression(tmp_path: Path, pairs: Dataset) -> No
 
 def test_a_template_without_padding_token_is_read_in_batches_of_any_text(tmp_path: Path) -> None:
     """Its head reads the last token that is not padding, and any token may be the last of a text."""
-    folder = save_judge(str(tmp_path), "llama")
+    folder = save_classifier(str(tmp_path), "llama")
     save_words(folder, "llama", TEMPLATE.replace(" <end>", ""))
     words = ["red", "green", "blue", "wide", "deep", "sea", "sum", "poem"] * 2
     rows = {"prompt": ["the sea " * (i % 3) for i in range(16)], "completion": words}

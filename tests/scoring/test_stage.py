@@ -1,5 +1,6 @@
 """stage.py: new columns are as `.map` gives them, in fixed-size lists, and the old ones are untouched."""
 
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,17 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 
-from car_datasets import ClusterModel, QualityScorer, Recipe, TextEmbedder, cluster_filter, score_in_shards, stages
+from car_datasets import (
+    ClusterModel,
+    QualityScorer,
+    Recipe,
+    TextEmbedder,
+    cluster_filter,
+    combine_scores,
+    score_in_shards,
+    select_car,
+    stages,
+)
 from car_datasets.scoring import stage as stage_module
 from car_datasets.scoring.engines import OnRay, estimate_scoring
 from car_datasets.scoring.stage import Stage, add_columns, read_columns
@@ -55,6 +66,26 @@ def test_any_stage_adds_its_columns(stage: Lengths, pairs: Dataset) -> None:
     assert f"rows/s on {estimate.device}, timed on 6 rows" in str(estimate)
     with pytest.raises(ValueError, match=r"already has the column\(s\) \['characters'\].*output columns to"):
         add_columns(pairs.add_column("characters", [1] * 6), stage, "Counting")
+
+
+def test_the_scorer_in_contributing_is_complete(
+    pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scorer of one's own is one file, which others of our functions take as it is."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [code] = [part.split("```")[0] for part in text.split("```python\n")[1:] if "class LengthScorer" in part]
+    (tmp_path / "my_scorer.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = importlib.import_module("my_scorer").LengthScorer(enough=5)
+    found = score_in_shards(pairs, scorer, tmp_path / "shards")
+    assert found["length_score"][:] == pytest.approx([0.8, 1.0, 0.2, 0.0, 0.2, 0.6])
+    assert found["length_status"][3] == "empty_response"
+    assert scorer({"messages": [None]}) == {"length_score": [None], "length_status": ["null"]}
+    combined = combine_scores(found, {"length_score": 1}, output_column="twice")
+    assert (
+        select_car(combined.add_column("cluster", [0] * 6), 1, 0, score_column="twice")["output"]
+        == pairs["output"][1:2]
+    )
 
 
 def test_a_stage_is_given_the_columns_that_it_names(tiny_iqs: str, tiny_embedder: str) -> None:

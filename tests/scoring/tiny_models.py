@@ -1,4 +1,4 @@
-"""Tiny random judges: classifiers and causal language models of several kinds, with a tokenizer of one token per word."""
+"""Tiny random models: classifiers and causal language models of several kinds, with a tokenizer of one token per word."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _llama() -> Any:
     )
 
 
-def save_judge(folder: str, kind: str, labels: tuple[str, ...] = ("good",), template: str | None = None) -> str:
+def save_classifier(folder: str, kind: str, labels: tuple[str, ...] = ("good",), template: str | None = None) -> str:
     """Save a random classifier of a kind (`"bert"`, `"roberta"`, `"electra"`, `"llama"`) and return its folder."""
     import torch
     import transformers
