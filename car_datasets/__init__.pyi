@@ -17,6 +17,8 @@ from .scoring import score_in_shards as score_in_shards
 from .scoring.iqs import IQSConfig as IQSConfig
 from .scoring.iqs import IQSModel as IQSModel
 from .selection import cluster_filter as cluster_filter
+from .selection import duplicate_losses as duplicate_losses
+from .selection import mark_duplicates as mark_duplicates
 from .selection import select_car as select_car
 from .selection import select_car_streaming as select_car_streaming
 from .utils.column_names import ColumnNames as ColumnNames
