@@ -16,6 +16,7 @@ from .scoring import map_across_gpus as map_across_gpus
 from .scoring import score_in_shards as score_in_shards
 from .scoring.iqs import IQSConfig as IQSConfig
 from .scoring.iqs import IQSModel as IQSModel
+from .selection import Decontaminator as Decontaminator
 from .selection import cluster_filter as cluster_filter
 from .selection import select_car as select_car
 from .selection import select_car_streaming as select_car_streaming

@@ -281,7 +281,8 @@ def add_contamination(
         return dataset
     from car_datasets.selection.contamination import Decontaminator
 
-    stage = Decontaminator(recipe.against, schema=recipe.schema, columns=recipe.columns)
+    stage = Decontaminator(recipe.against, schema=recipe.schema, columns=recipe.columns, token=token)
+    stage.refuse_own(dataset)
     folder = None if shard_dir is None else _shard_folder(shard_dir, "contamination")
     return _add(dataset, stage, "Decontaminating", folder, token)
 

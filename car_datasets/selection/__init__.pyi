@@ -1,3 +1,4 @@
+from .contamination import Decontaminator as Decontaminator
 from .one_call import cluster_filter as cluster_filter
 from .one_call import select_car_streaming as select_car_streaming
 from .procedures import PROCEDURES as PROCEDURES
