@@ -6,6 +6,7 @@ Does not: run a model, find duplicates or contamination, or read a file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,7 @@ def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
         ValueError: a column is missing, or the bounds cannot be kept.
     """
     # `curate` has ranked its pool already, but `select` and `verify` start from a pool that was read from a file.
+    _refuse_missing_marks(recipe, pool.column_names)
     pool = ranked(recipe, pool)
     if recipe.is_limited:
         return _select_within_limits(recipe, pool)
@@ -67,10 +69,39 @@ def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
     return find_procedure(recipe.procedure).select(pool, amounts, replace(recipe.names, score=_ranking_column(recipe)))
 
 
+def _refuse_missing_marks(recipe: Recipe, columns: Sequence[str]) -> None:
+    """Raise ValueError if a recipe selects by marks that the rows do not have."""
+    names = recipe.names
+    needed = {
+        "keep": names.pinned if recipe.keep is not None else None,
+        "drop": names.pinned if recipe.drop is not None else None,
+        "against": names.contaminated_by if recipe.against else None,
+        "like": names.like_rank if recipe.like is not None else None,
+        "rule": names.near_clusters if recipe.rule == "gain" else None,
+    }
+    for setting, column in needed.items():
+        if column is not None and column not in columns:
+            raise ValueError(
+                f"{setting}={getattr(recipe, setting)!r} needs the column {column!r}, which the rows do not have; `curate` "
+                "adds it."
+            )
+
+
 def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:
     """Return a mask of the rows that no mark keeps out, with or without a score."""
     marks = excluded_rows(pool, duplicates=recipe.marking != "keep", pins=has_pins(recipe))
     return np.asarray(marks == "", dtype=bool)
+
+
+def marks_of(recipe: Recipe) -> list[str]:
+    """Return the names of the columns by which a recipe marks rows; they cannot be changed."""
+    names = recipe.names
+    marks = [names.pinned] if has_pins(recipe) else []
+    marks += [names.contaminated_by, names.contaminated_share] if recipe.against else []
+    marks += [names.duplicate_of, names.duplicate_similarity] if recipe.marking != "keep" else []
+    marks += [names.near_clusters, names.near_weights] if recipe.rule == "gain" else []
+    marks += [names.like_rank] if recipe.like is not None else []
+    return [*marks, names.budget_tokens] if recipe.budget_tokenizer is not None else marks
 
 
 def has_pins(recipe: Recipe) -> bool:

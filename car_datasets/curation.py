@@ -38,10 +38,21 @@ from car_datasets.loading.sources import (
     unscorable_rows,
 )
 from car_datasets.loading.values import any_feature, carried, is_json
+from car_datasets.marking import (
+    add_contamination,
+    add_copies_and_ranks,
+    add_groups,
+    add_pins,
+    add_token_counts,
+    decontaminator_of,
+    open_examples,
+    refuse_unknown_groups,
+)
 from car_datasets.receipt import (
     Receipt,
     describe_source,
     make_receipt,
+    named_sets,
     pinned_source,
     portable_settings,
     reading_of,
@@ -57,15 +68,9 @@ from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
     Pipeline,
-    add_contamination,
-    add_groups,
-    add_pins,
-    add_token_counts,
     fit_settings,
-    open_examples,
     refuse_taken_columns,
     refuse_taken_language,
-    refuse_unknown_groups,
     resolve,
     scorer_of,
 )
@@ -194,6 +199,7 @@ def _compute(
     _check_settings(dataset, recipe, schema)
     if recipe.like is not None:
         open_examples(recipe, token)  # refused before anything expensive; read again once the rows have embeddings
+    decontaminator = decontaminator_of(recipe, token)
     if written and procedure.files:
         refuse_original_names(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
     # The main process alone writes the receipt, and hashes rows in memory for it.
@@ -208,15 +214,17 @@ def _compute(
         dataset = dataset.add_column(recipe.names.language, languages)
     dataset = add_token_counts(recipe, add_groups(recipe, dataset, schema, languages), schema, token)
     check_limits(recipe, dataset)
-    dataset = add_contamination(recipe, dataset, token, shard_dir)
+    dataset = add_contamination(dataset, decontaminator, token, shard_dir)
 
     pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     clustered = stages.cluster(procedure.order(pool, recipe.names))
-    pool = stages.mark(clustered, schema, token)
+    pool = add_copies_and_ranks(stages, clustered, schema, token)
     if pool is not clustered:
         pool = ranked(recipe, pool)  # anew, without the duplicates
-    stages = replace(stages, recipe=settled(stages.recipe, pool))  # the receipt names the n1 that was used
+    # The receipt names the n1 and the evaluation sets that were used.
+    used = settled(stages.recipe, pool).changed(against=named_sets(recipe.against, decontaminator))
+    stages = replace(stages, recipe=used)
     # Selected rows do not need the vectors, which make up most of the size.
     without_vectors = pool.remove_columns(recipe.embedding_column)
     selected = stages.select(without_vectors)
@@ -367,10 +375,16 @@ def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None =
     # A run fills in the revisions that it was not given, so these are compared only if they are asked for.
     filled_in = ("scorer_revision", "embedder_revision")
     given = {name: value for name, value in wanted if name != "revision" and (value or name not in filled_in)}
-    if settings.n1 is None and settings.budget is None:
-        given["n1"] = default_n1(receipt.counts["scored"])
-    known = {**portable_settings(Recipe()), **receipt.recipe}  # an older receipt lacks settings that are new
-    if any(known[name] != value for name, value in given.items()):
+    if settings.n1 is settings.budget is settings.budget_tokens is None:
+        excluded = receipt.counts.get("excluded", {})
+        given["n1"] = default_n1(receipt.counts["scored"] - sum(excluded.values()))
+    # An older receipt lacks settings that are new, and its result had all duplicates.
+    known = {**portable_settings(Recipe()), "duplicates": "keep", **receipt.recipe}
+    if any(known[name] != value for name, value in given.items() if name != "against"):
+        return False
+    # A dataset on the Hub is recorded with its commit.
+    pairs = zip(known["against"], given["against"], strict=False)
+    if len(known["against"]) != len(given["against"]) or any(b not in (a, a.rpartition("@")[0]) for a, b in pairs):
         return False
     if not _is_source(receipt.source, source, settings, token):
         return False

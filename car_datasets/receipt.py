@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from car_datasets import __version__
+from car_datasets.choosing import has_pins
 from car_datasets.loading.files import STANDARD_INPUT, is_address
 from car_datasets.loading.sources import Origin, Reading, source_numbers
 from car_datasets.loading.values import carried
+from car_datasets.selection.exclusions import CONTAMINATED, DROPPED, DUPLICATE, KEEP, excluded_rows, pinned_values
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import numbers_of
+from car_datasets.utils.columns import numbers_of, read_numbers
 from car_datasets.utils.digests import indices_digest, public, rows_digest
+from car_datasets.utils.files import user_path
 from car_datasets.utils.settings import is_integer
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from car_datasets.recipe import Recipe
     from car_datasets.reporting.report import SelectionReport
     from car_datasets.scoring.scorer import QualityScorer
+    from car_datasets.selection.contamination import Decontaminator
 
 RECEIPT_FILE = "receipt.json"
 FORMAT = 2  # version of the record; `from_json` reads this one and 1, which has no `DIGESTS`
@@ -52,6 +56,7 @@ PACKAGES = (
     "transformers",
 )
 MODELS = ("scorer", "embedder", "tokenizer", "engine")  # settings that may be paths
+FILES = ("keep", "drop", "like", "budget_tokenizer")  # settings that may be paths, of which no other field has a digest
 
 # The fields that identify a source of each kind. A Hub dataset also has a `revision`, which is None if it is unknown.
 SOURCES = {
@@ -77,8 +82,10 @@ class Receipt:
             read a Hub dataset.
         schema, template (`str`): how its rows were read.
         scorer, embedder (`dict`): `model_id`, `revision` (commit, or digest of a folder) and `weights` (digest).
-        recipe (`dict`): all settings, including seeds, k, n1 and n2; the name alone of a model that was a folder.
-        counts (`dict`): rows after each stage.
+        recipe (`dict`): all settings, including seeds, k, n1 and n2; the name alone of a model that was a folder, and
+            `NAME@SHA256` of a file that tells which rows to select.
+        counts (`dict`): rows after each stage; where there are any, `excluded` (scored rows that a mark keeps out, by the
+            first mark: `drop`, `contaminated` or `duplicate`) and `pinned`.
         selected_sha256 (`str`): sha256 over the source indices of the selected rows, in order, as a JSON list.
         versions (`dict[str, str]`): versions of this package and of the packages that its numbers depend on.
         scored_sha256 (`str`): sha256 over the indices, scores and clusters of the pool, in order.
@@ -254,7 +261,7 @@ def make_receipt(
         scorer=scorer_record(scorer),
         embedder=embedder_record(settings, scorer),
         recipe=portable_settings(settings),
-        counts=counts_of(report),
+        counts=counts_of(report) | mark_counts(pool, settings),
         selected_sha256=indices_digest(selected[settings.index_column][:]),
         versions={"car-datasets": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
         scored_sha256=pool_digest(pool, settings.names),
@@ -272,6 +279,21 @@ def counts_of(report: SelectionReport) -> dict[str, Any]:
         "selected": report.selected.rows,
         "selected_by": report.selected_by,
     }
+
+
+def mark_counts(pool: Dataset, settings: Recipe) -> dict[str, Any]:
+    """Return the counts of a receipt that only a pool with marked rows has: `excluded` and `pinned`.
+
+    Args:
+        pool (`Dataset`): the scored pool.
+        settings ([`Recipe`]): say which marks count.
+    """
+    marks = excluded_rows(pool, duplicates=settings.marking != "keep", pins=has_pins(settings))
+    scored = ~np.isnan(read_numbers(pool, settings.score_column, np.nan))
+    counts = {name: int(np.count_nonzero(scored & (marks == name))) for name in (DROPPED, CONTAMINATED, DUPLICATE)}
+    excluded = {name: n for name, n in counts.items() if n}
+    pinned = int(np.count_nonzero(pinned_values(pool) == KEEP)) if settings.keep is not None else 0
+    return ({"excluded": excluded} if excluded else {}) | ({"pinned": pinned} if pinned else {})
 
 
 def reading_of(settings: Recipe, token: str | None = None) -> Reading:
@@ -363,7 +385,31 @@ def portable_settings(settings: Recipe) -> dict[str, Any]:
     """Return the settings of a recipe as plain values, with the name alone of models that are folders here."""
     plain = {**asdict(settings), "columns": dict(settings.columns)}
     # A path would be one of this machine; the revision, a digest, says which model the folder held.
-    return plain | {name: portable(plain[name]) for name in MODELS if plain[name] is not None}
+    plain |= {name: portable(plain[name]) for name in MODELS if plain[name] is not None}
+    plain |= {name: with_digest(plain[name]) for name in FILES if plain[name] is not None}
+    return plain | {"against": [with_digest(name) for name in settings.against]}
+
+
+def named_sets(against: Sequence[str], stage: Decontaminator | None) -> tuple[str, ...]:
+    """Return the evaluation sets of a recipe as a receipt names them: `NAME@SHA256` of a file, `ID@COMMIT` on the Hub.
+
+    Args:
+        against (`Sequence[str]`): as the recipe names them.
+        stage ([`Decontaminator`], *optional*): what read them, in this order.
+    """
+    commits = ["" for _ in against] if stage is None else [each.revision for each in stage.against]
+    named = zip(map(with_digest, against), commits, strict=True)
+    return tuple(f"{name}@{commit}" if commit and "@" not in name else name for name, commit in named)
+
+
+def with_digest(name: str) -> str:
+    """Return `NAME@SHA256` of a file or folder on this machine, and the name of anything else as it is."""
+    path = user_path(name)
+    if not path.exists():
+        return name
+    files = [each for each in sorted(path.rglob("*")) if each.is_file()] if path.is_dir() else []
+    digest = digests.files_digest(path, files) if path.is_dir() else digests.file_digest(path)
+    return f"{path.resolve().name}@{digest}"
 
 
 def scorer_record(scorer: QualityScorer) -> dict[str, str]:

@@ -10,19 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Value
+from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from car_datasets.choosing import has_pins, select_by
+from car_datasets.choosing import marks_of, select_by
 from car_datasets.clustering.fitting import FitSettings
 from car_datasets.clustering.model import ClusterModel, checked_fit
-from car_datasets.loading.kinds import kinds_of_rows
-from car_datasets.loading.languages import LANGUAGE_COLUMN, languages_of_rows, sample_of
+from car_datasets.loading.languages import languages_of_rows, sample_of
 from car_datasets.loading.schemas import Schema
-from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
@@ -32,11 +29,13 @@ from car_datasets.scoring.shards.storage import refuse_blank
 from car_datasets.scoring.stage import Stage, add_columns, say
 from car_datasets.selection.procedures import Procedure, find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS
-from car_datasets.selection.strata import parse_quota, read_strata, refuse_unknown_values
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, join_columns, refuse_overwrite
 from car_datasets.utils.processes import from_main, process_rank
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,10 @@ class Pipeline:
         """
         refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
-        folders = [None if shard_dir is None else _shard_folder(shard_dir, name) for _, name, _ in self._passes()]
+        folders = [None if shard_dir is None else shard_folder(shard_dir, name) for _, name, _ in self._passes()]
         say(f"Scoring {len(dataset):,} rows with {self.scorer.model_id}; the time left follows from the first batches.")
         for (description, _, stage), folder in zip(self._passes(), folders, strict=True):
-            dataset = _add(dataset, stage, description, folder, token)
+            dataset = run_stage(dataset, stage, description, folder, token)
         return dataset
 
     def fill_shards(
@@ -99,7 +98,7 @@ class Pipeline:
         """
         refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
-        folders = [(_shard_folder(shard_dir, name), note, stage) for note, name, stage in self._passes()]
+        folders = [(shard_folder(shard_dir, name), note, stage) for note, name, stage in self._passes()]
         return {
             folder: fill_shards(dataset, stage, folder, description=note, token=token)
             for folder, note, stage in folders
@@ -109,14 +108,6 @@ class Pipeline:
         """Add clusters and distances to a scored pool; several processes share the work and get the same labels."""
         model = fit_clusters(pool, self.fit, self.recipe.names)
         return add_near_clusters(self.recipe, model.label(pool, across_processes=True), model)
-
-    def mark(self, pool: Dataset, schema: Schema, token: str | None = None) -> Dataset:
-        """Add what the selection reads, apart from scores and clusters: near-duplicates, and nearness to examples."""
-        pool = add_duplicates(self.recipe, pool, schema)
-        if self.recipe.like is None:
-            return pool
-        embedder = self.scorer.embedder() if self.embedder is None else self.embedder
-        return add_like_ranks(pool, open_examples(self.recipe, token), embedder, self.recipe.names)
 
     def select(self, pool: Dataset) -> Dataset:
         """Return the selected rows of a scored, clustered pool."""
@@ -181,7 +172,7 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
     if not embed:
         refuse_overwrite(columns, scores, "score_column= (--score-column)")
         return
-    new = [*scores, *within, names.embedding, names.cluster, names.distance, *_marks(recipe)]
+    new = [*scores, *within, names.embedding, names.cluster, names.distance, *marks_of(recipe)]
     # Counted, because two options may give two columns one name, of which one would be lost.
     every = [*new, *SELECTION_COLUMNS]
     twice = sorted({name for name in every if every.count(name) > 1})
@@ -189,7 +180,7 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
         raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
     # The names of the selection cannot be changed, so they are checked apart, by `check_columns`.
     refuse_overwrite(
-        columns, _marks(recipe), "dataset.rename_column(...) on it, or duplicates='keep' (--duplicates keep)"
+        columns, marks_of(recipe), "dataset.rename_column(...) on it, or duplicates='keep' (--duplicates keep)"
     )
     refuse_overwrite(columns, new, "score_column=, embedding_column= or cluster_column= (--score-column, ...)")
     check_columns(columns, (), SELECTION_COLUMNS)
@@ -206,111 +197,6 @@ def refuse_taken_language(columns: Sequence[str], recipe: Recipe) -> None:
     refuse_overwrite(columns, [names.language], "language_column= (--language-column)")
 
 
-def _marks(recipe: Recipe) -> list[str]:
-    """Return the names of the columns by which a recipe marks rows; they cannot be changed."""
-    names = recipe.names
-    marks = [names.pinned] if has_pins(recipe) else []
-    marks += [names.contaminated_by, names.contaminated_share] if recipe.against else []
-    marks += [names.duplicate_of, names.duplicate_similarity] if recipe.marking != "keep" else []
-    marks += [names.near_clusters, names.near_weights] if recipe.rule == "gain" else []
-    marks += [names.like_rank] if recipe.like is not None else []
-    return [*marks, names.budget_tokens] if recipe.budget_tokenizer is not None else marks
-
-
-def add_pins(recipe: Recipe, dataset: Dataset, schema: Schema) -> Dataset:
-    """Add the column `pinned` to checked rows if a recipe names rows that must be in, or must not.
-
-    Raises:
-        ValueError: a row is not in the data, is named by both, or must be in and cannot be scored.
-    """
-    if not has_pins(recipe):
-        return dataset
-    from car_datasets.selection.pins import mark_pins
-
-    return mark_pins(
-        dataset,
-        recipe.keep,
-        recipe.drop,
-        index_column=recipe.index_column,
-        text_columns=schema.read_columns,
-        unscorable=list(unscorable_rows(dataset, schema)),
-    )
-
-
-def add_groups(recipe: Recipe, dataset: Dataset, schema: Schema, languages: Sequence[str] = ()) -> Dataset:
-    """Add the languages or kinds that `within`, `balance` or `quota` name, unless the data has a column of the name.
-
-    Args:
-        recipe ([`Recipe`]): the settings.
-        dataset (`Dataset`), schema ([`Schema`]): checked rows, and how they are read.
-        languages (`Sequence[str]`): the languages of the rows; used if there is one for each row.
-
-    Raises:
-        ValueError: there is no such column, or no row has a value that the quota names.
-    """
-    shares = None if recipe.quota is None else parse_quota(recipe.quota)
-    for column in recipe.grouped_by:
-        if column not in dataset.column_names and column == LANGUAGE_COLUMN:
-            known = len(languages) == len(dataset)
-            # By the main process alone: the last digits of a probability differ between machines.
-            values = list(languages) if known else from_main(partial(languages_of_rows, dataset, schema))
-            dataset = dataset.add_column(column, values, feature=Value("string"))
-        elif column not in dataset.column_names and column == ColumnNames.kind:
-            dataset = dataset.add_column(column, kinds_of_rows(dataset, schema), feature=Value("string"))
-        groups = read_strata(dataset, column)
-        if shares is not None and shares[0] == column:
-            refuse_unknown_values(groups, *shares)
-    return dataset
-
-
-def refuse_unknown_groups(recipe: Recipe, columns: Sequence[str]) -> None:
-    """Raise ValueError if `within`, `balance` or `quota` name a column that the data does not have and no stage finds."""
-    found = (LANGUAGE_COLUMN, ColumnNames.kind)
-    if missing := [column for column in recipe.grouped_by if column not in (*columns, *found)]:
-        raise ValueError(
-            f"There is no column {missing[0]!r} to tell groups of rows by (within, balance, quota): the data has "
-            f"{list(columns)}. Name one of these, or language or kind, which are found."
-        )
-
-
-def add_contamination(
-    recipe: Recipe, dataset: Dataset, token: str | None = None, shard_dir: str | os.PathLike[str] | None = None
-) -> Dataset:
-    """Add which item of the recipe's evaluation sets each row gives away, if it names any."""
-    if not recipe.against:
-        return dataset
-    from car_datasets.selection.contamination import Decontaminator
-
-    stage = Decontaminator(recipe.against, schema=recipe.schema, columns=recipe.columns, token=token)
-    stage.refuse_own(dataset)
-    folder = None if shard_dir is None else _shard_folder(shard_dir, "contamination")
-    return _add(dataset, stage, "Decontaminating", folder, token)
-
-
-def add_duplicates(recipe: Recipe, pool: Dataset, schema: Schema) -> Dataset:
-    """Add which rows are copies of a better one, unless the recipe keeps them; a pool without any gets no columns."""
-    import importlib.util  # TEMPORARY until the module is merged
-
-    if recipe.marking == "keep" or importlib.util.find_spec("car_datasets.selection.duplicates") is None:
-        return pool
-    from car_datasets.selection.duplicates import mark_duplicates
-
-    how = "exact" if recipe.marking == "only-exact" else "near"
-    names = recipe.names
-    marks = [names.duplicate_of, names.duplicate_similarity]
-
-    def marked() -> Dataset:
-        return mark_duplicates(pool, how, names=names, schema=schema.name, columns=dict(recipe.columns) or None)
-
-    found = _from_main(marked, marks)
-    return pool if found.data[marks[0]].null_count == len(found) else join_columns(pool, found)
-
-
-def _from_main(compute: Callable[[], Dataset], columns: Sequence[str]) -> Dataset:
-    """Return columns that the main process alone computes, since the last digits of numbers differ between machines."""
-    return Dataset(InMemoryTable(from_main(lambda: compute().select_columns(list(columns)).with_format("arrow")[:])))
-
-
 def add_near_clusters(recipe: Recipe, pool: Dataset, model: ClusterModel) -> Dataset:
     """Add the soft memberships that the rule `gain` weighs, if the recipe selects by it."""
     if recipe.rule != "gain":
@@ -319,35 +205,19 @@ def add_near_clusters(recipe: Recipe, pool: Dataset, model: ClusterModel) -> Dat
 
     names = recipe.names
     marks = [names.near_clusters, names.near_weights]
-    return join_columns(pool, _from_main(lambda: add_memberships(pool, model, names), marks))
+    return joined_from_main(pool, lambda: add_memberships(pool, model, names), marks)
 
 
-def add_like_ranks(pool: Dataset, examples: Dataset, embedder: Stage, names: ColumnNames) -> Dataset:
-    """Add each row's place in a round robin over examples."""
-    from car_datasets.selection.examples import rank_by_examples
+def joined_from_main(dataset: Dataset, compute: Callable[[], Dataset], columns: Sequence[str]) -> Dataset:
+    """Add columns that the main process alone computes, since the last digits of numbers differ between machines.
 
-    found = _from_main(lambda: rank_by_examples(pool, examples, embedder, names), [names.like_rank])
-    return join_columns(pool, found)
-
-
-def add_token_counts(recipe: Recipe, dataset: Dataset, schema: Schema, token: str | None = None) -> Dataset:
-    """Add the tokens of each row by the tokenizer that a recipe names for its budget, if it names one."""
-    if recipe.budget_tokenizer is None:
-        return dataset
-    from car_datasets.selection.tokens import count_tokens, load_tokenizer_file
-
-    return count_tokens(dataset, schema, load_tokenizer_file(recipe.budget_tokenizer, token))
-
-
-def open_examples(recipe: Recipe, token: str | None = None) -> Dataset:
-    """Open the examples of a recipe.
-
-    Raises:
-        ValueError: there are none, or they cannot be scored.
+    Args:
+        dataset (`Dataset`): gets the columns.
+        compute (`Callable`): returns a dataset of as many rows that has them.
+        columns (`Sequence[str]`): their names.
     """
-    assert recipe.like is not None
-    examples = open_dataset(recipe.like, token=token).with_format(None)
-    return check_rows(examples, schema=recipe.schema, columns=recipe.columns)
+    found = from_main(lambda: compute().select_columns(list(columns)).with_format("arrow")[:])
+    return join_columns(dataset, Dataset(InMemoryTable(found)))
 
 
 def fit_settings(recipe: Recipe) -> FitSettings:
@@ -404,10 +274,14 @@ def embed_where_missing(
     """
     if column in dataset.column_names:
         return dataset
-    stage = TextEmbedder(
+    return run_stage(dataset, embedder_of(column, embedder, template), "Embedding")
+
+
+def embedder_of(column: str, embedder: str | None = None, template: str | None = None) -> TextEmbedder:
+    """Return the embedder of a dataset that was scored elsewhere; the arguments are those of [`embed_where_missing`]."""
+    return TextEmbedder(
         embedder or revisions.DEFAULT_ENCODER, template=template or CLEAN_TEMPLATE, output_column=column
     )
-    return _add(dataset, stage, "Embedding")
 
 
 def _reading(recipe: Recipe) -> dict[str, Any]:
@@ -417,7 +291,7 @@ def _reading(recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name) for name in names}
 
 
-def _add(
+def run_stage(
     dataset: Dataset,
     stage: Stage,
     description: str,
@@ -431,7 +305,7 @@ def _add(
     return score_in_shards(dataset, stage, folder, description=description, token=token)
 
 
-def _shard_folder(shard_dir: str | os.PathLike[str], name: str) -> str:
+def shard_folder(shard_dir: str | os.PathLike[str], name: str) -> str:
     """Return the folder of one stage's shards: scores and embeddings do not mix."""
     refuse_blank(shard_dir)
     return f"{os.fspath(shard_dir).rstrip('/')}/{name}"

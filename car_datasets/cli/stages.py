@@ -277,6 +277,7 @@ def estimate(
     seed="Seed k-means with this number.",
     embedding_column="Read the embeddings from this column.",
     cluster_column="Name the cluster column.",
+    rule="With gain, also add near_clusters and near_weights, which `select --rule gain` reads.  [default: car]",
 )
 @add_options("overwrite")
 def cluster(
@@ -315,14 +316,14 @@ def cluster(
 
 
 def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_claim: Claim | None) -> None:
-    from car_datasets.stages import embed_where_missing, fit_clusters
+    from car_datasets.stages import add_near_clusters, embed_where_missing, fit_clusters
     from car_datasets.utils.columns import refuse_overwrite
 
     dataset, names = _open(source), recipe.names
     refuse_overwrite(dataset.column_names, (names.cluster, names.distance), "cluster_column=... (--cluster-column)")
     dataset = embed_where_missing(dataset, names.embedding, recipe.embedder, recipe.template)
     model = fit_clusters(dataset, fit, names)
-    labelled = model.label(dataset, across_processes=True)
+    labelled = add_near_clusters(recipe, model.label(dataset, across_processes=True), model)
     _write(labelled, claim, names)
     if model_claim is not None:
         from car_datasets.utils.processes import from_main
@@ -339,23 +340,31 @@ def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_
 )
 @one_line_errors
 @recipe_options(
-    *("n1", "n2", "budget", "procedure", "allow_worse", "index_column"),
+    *("n1", "n2", "budget", "rule", "procedure", "allow_worse", "index_column", "schema", "columns"),
+    *("against", "keep", "drop", "within", "balance", "quota", "budget_tokens", "budget_tokenizer", "like"),
+    duplicates="Look for near-duplicates of a better row with drop, for equal rows alone with only-exact, and leave them "
+    "out; select them all with keep.  [default: leave out those that are marked]",
+    embedder="Embed the examples of --like with this model, which made the embeddings of the rows."
+    f"  [default: {DEFAULT_ENCODER.partition('/')[2]}]",
+    template=f"Embed the examples by this text template: {listed(TEMPLATES)}.  [default: {CLEAN_TEMPLATE}]",
+    embedding_column="Read the embeddings from this column.",
     score_column="Read the scores from this column.",
     cluster_column="Read the clusters from this column.",
     seed="Seed the report's control samples with this number.",
     languages="With within, rank within each language, by --language-column; any other value compares all scores.",
     language_column="Read the languages from this column.  [default: language, with --languages within]",
 )
-@add_options("overwrite")
+@add_options("overwrite", "token")
 def select(source: Source, output: OutputFile, changes: dict[str, Any], **options: Any) -> None:
     """Select rows from a scored, clustered dataset, and print the report."""
     fresh_file(output, source, options["overwrite"])
     from car_datasets.choosing import ranked, select_by
+    from car_datasets.marking import ready_to_select
     from car_datasets.reporting.report import SelectionReport
 
     recipe = Recipe().changed(**changes)
     with claimed(output, ("select", source, recipe)) as claim:
-        pool = ranked(recipe, _open(source))
+        pool = ranked(recipe, ready_to_select(recipe, _open(source), options["token"]))
         chosen = select_by(recipe, pool)
         report = SelectionReport.from_selection(pool, chosen, names=recipe.names, seed=recipe.seed)
         _write(chosen, claim, recipe.names)

@@ -41,8 +41,8 @@ from car_datasets.publishing.card import (
     stale_files,
     with_section,
 )
+from car_datasets.publishing.comparing import compare_pushed
 from car_datasets.publishing.conflicts import ExistingSelection, refuse_second_selection
-from car_datasets.publishing.verification import compare_pushed
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import CONTROLS, draw_controls, positions_in_pool, row_lengths

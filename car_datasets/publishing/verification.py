@@ -1,7 +1,7 @@
-"""Check whether a selection, pushed or in a folder, is what its receipt says, and whether a push holds what was sent.
+"""Check whether a selection, pushed or in a folder, is what its receipt says.
 
 Does: compare files and columns with their digests; load the source at its revision and compare every row; select again
-from the stored scores and clusters; read a push back without a cache. Names every difference, and what it did not check.
+from the stored scores, clusters and marks. Names every difference, and what it did not check.
 Does not: push; run models, which `rescoring` does; fit the clusters again, because their last digits differ between
 machines.
 """
@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from car_datasets.choosing import select_by
 from car_datasets.clustering.fitting import number_of_clusters
@@ -27,10 +25,10 @@ from car_datasets.loading.files import is_address
 from car_datasets.loading.hub_datasets import load_split
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.sources import Origin, number_rows, open_rows, source_numbers
-from car_datasets.loading.values import any_feature, carried
 from car_datasets.publishing.card import SCORED, data_prefix
+from car_datasets.publishing.comparing import labels_of, places_of
 from car_datasets.publishing.rescoring import Difference, Rescoring
-from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, pool_digest, reading_of
+from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, mark_counts, pool_digest, reading_of
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import positions_in_pool
 from car_datasets.reporting.report import SelectionReport
@@ -45,10 +43,12 @@ from car_datasets.results import (
     read_report,
     read_result,
 )
+from car_datasets.selection.exclusions import DROPPED, KEEP, pinned_values
+from car_datasets.selection.pins import read_flags
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils import hub
 from car_datasets.utils.digests import first_difference, indices_digest
-from car_datasets.utils.files import private_folder, user_path
+from car_datasets.utils.files import user_path
 from car_datasets.utils.hub import READING_WAITS, asking
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
@@ -137,6 +137,8 @@ def verify(
         settings = dict(receipt.recipe)
         if settings.get("budget") is not None:  # earlier versions wrote an n1 next to it, and did not read it
             settings["n1"] = None
+        # A receipt without this key was made before rows were marked, and then all could be selected.
+        settings.setdefault("duplicates", "keep")
         recipe = Recipe().changed(**settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}, {RECEIPT_FILE}: its recipe cannot be read: {error}") from error
@@ -256,6 +258,7 @@ class _Checks:
                 yield self._same_rows(rows, table, name)
         if scored is not None:
             yield self._choice(scored)
+            self._marks(scored)
         if rescoring.count:
             yield from rescoring.run(selected if scored is None else scored, self.skipped)
         else:
@@ -270,7 +273,7 @@ class _Checks:
         )
         if scored is not None:  # last, because unlike the others these cannot name the row that differs
             report = self._report(scored)
-            yield self._counts(report)
+            yield self._counts(report, scored)
             yield self._digest(scored)
             if self.found.report is not None:
                 yield self._figures(report)
@@ -362,11 +365,11 @@ class _Checks:
             # By the index, not by position: the selection has another order.
             by_content = "numbered" in self.receipt.source and self.recipe.index_column not in source.column_names
             index = self.recipe.index_column
-            places = _places(source, table) if by_content else positions_in_pool(source, table, index)
+            places = places_of(source, table) if by_content else positions_in_pool(source, table, index)
             if len(twice := np.flatnonzero(np.bincount(places) > 1)):
                 raise Difference(f"{name} holds the source's row at position {twice[0]} twice")
-            for column, names in _labels(source).items():
-                if _labels(table).get(column, names) != names:
+            for column, names in labels_of(source).items():
+                if labels_of(table).get(column, names) != names:
                     raise Difference(f"{name} names the labels of {column!r} otherwise than the source, {names}")
             # Cast, because Parquet and JSON may give other types for equal values.
             same = table.select_columns(source.column_names).cast(source.features)
@@ -396,6 +399,22 @@ class _Checks:
         self._reasons(scored)
         return f"scores and clusters of {len(scored)} rows give the same {len(selected)}, for the same reasons"
 
+    def _marks(self, scored: Dataset) -> None:
+        """Check the marks by which rows are left out or kept, as far as the pool alone tells, and note the rest."""
+        recipe, names = self.recipe, self.recipe.names
+        if recipe.marking != "keep" and names.duplicate_of in scored.column_names:
+            others = scored[names.duplicate_of][:]
+            kept = {index for index, other in zip(scored[names.index][:], others, strict=True) if other is None}
+            if wrong := [row for row, other in enumerate(others) if other is not None and other not in kept]:
+                seen = others[wrong[0]]
+                raise Difference(f"{SCORED}, row {wrong[0]}, is a copy of {seen!r}, which is not a row that was kept")
+        for word, column in ((KEEP, recipe.keep), (DROPPED, recipe.drop)):
+            if column is not None and column in scored.column_names:
+                wanted = read_flags(scored, column, word)
+                if len(wrong := np.flatnonzero(wanted != (pinned_values(scored) == word)).tolist()):
+                    raise Difference(f"{SCORED}, row {wrong[0]}, column {names.pinned!r}, is not what {column!r} says")
+        self.skipped.extend(_not_checked(recipe, scored.column_names))
+
     def _reasons(self, scored: Dataset) -> None:
         """Compare the columns that a pushed pool has of the selection, which are null for rows that were not selected."""
         positions = positions_in_pool(scored, self.found.selected, self.recipe.index_column).tolist()
@@ -415,12 +434,13 @@ class _Checks:
         except ValueError as error:
             raise Difference(f"nothing can be counted: {error}") from error
 
-    def _counts(self, report: SelectionReport) -> str:
+    def _counts(self, report: SelectionReport, scored: Dataset) -> str:
         receipt, recipe = self.receipt, self.recipe
         k = number_of_clusters(recipe.k, report.rows_scored)
-        for name, count in counts_of(report).items():
-            if count != receipt.counts[name]:
-                raise Difference(f"counts.{name} is {count!r}; the receipt says {receipt.counts[name]!r}")
+        marks = {"excluded": None, "pinned": None} | mark_counts(scored, recipe)  # keys that a receipt may not have
+        for name, count in (counts_of(report) | marks).items():
+            if count != (known := receipt.counts.get(name)):
+                raise Difference(f"counts.{name} is {count!r}; the receipt says {known!r}")
         if report.clusters > k:
             raise Difference(f"the pool has {report.clusters} clusters; the recipe says k={k}")
         if report.clusters < k:  # possible in a true selection, when there are fewer distinct texts than k
@@ -443,57 +463,19 @@ class _Checks:
         return f"indices, scores and clusters of {len(scored)} rows have the receipt's sha256"
 
 
+def _not_checked(recipe: Recipe, columns: Sequence[str]) -> Iterator[str]:
+    """Yield what the marks of rows depend on, and a result does not hold."""
+    if recipe.marking != "keep" and recipe.names.duplicate_of in columns:
+        yield "duplicates: whether the rows that are marked, and no others, resemble the rows that are kept"
+    if recipe.against:
+        yield f"contamination: the evaluation sets {', '.join(recipe.against)} are not part of a result"
+    for word, name in (("keep", recipe.keep), ("drop", recipe.drop), ("like", recipe.like)):
+        if name is not None and (word == "like" or name not in columns):
+            yield f"{word}: the rows of {name} are not part of a result"
+    if recipe.budget_tokenizer is not None:
+        yield f"the token counts: the tokenizer {recipe.budget_tokenizer} is not part of a result"
+    if recipe.rule == "gain":
+        yield "the memberships in near clusters: only fitting again could tell them"
+
+
 _WHAT = {"memory": "a dataset in memory", "files": "several files"}
-
-
-def _labels(dataset: Dataset) -> dict[str, list[list[str]]]:
-    """Return the names of the labels, at any depth, of each column that has any; equal numbers mean equal labels then."""
-    found: dict[str, list[list[str]]] = defaultdict(list)
-    for column, feature in dataset.features.items():
-        any_feature(feature, lambda f, seen=found[column]: isinstance(f, ClassLabel) and seen.append(f.names))  # type: ignore[misc]
-    return {column: names for column, names in found.items() if names}
-
-
-def _places(source: Dataset, table: Dataset) -> list[int]:
-    """Return the position in the source of each row of a table, found by content; equal rows are interchangeable.
-
-    Raises:
-        ValueError: a row is not in the source, or more often than there.
-    """
-    columns = source.column_names
-    known: dict[str, list[int]] = defaultdict(list)
-    for position, row in enumerate(carried(source.with_format(None))):
-        known[json.dumps(row, sort_keys=True, default=str)].append(position)
-    places = []
-    for position, row in enumerate(carried(table.with_format(None).select_columns(columns))):
-        found = known[json.dumps(row, sort_keys=True, default=str)]
-        if not found:
-            raise ValueError(f"row {position} is not in the source, or is there less often")
-        places.append(found.pop(0))
-    return places
-
-
-def compare_pushed(
-    repo_id: str, sha: str, tables: Mapping[str, Dataset], config_name: str = CONFIG_NAME, token: str | None = None
-) -> None:
-    """Load splits from a commit into an empty cache and compare them with `tables`, row by row.
-
-    Args:
-        repo_id (`str`), sha (`str`): the dataset repository and the commit.
-        tables (`Mapping[str, Dataset]`): split to the rows that it should hold.
-        config_name (`str`): the configuration of the splits.
-        token (`str`, *optional*): for private repositories; never stored.
-
-    Raises:
-        ValueError: they differ; the message names the first row and column.
-        ConnectionError: they could not be read back, which says nothing about their content.
-    """
-    with private_folder("check") as place:
-        for name, table in tables.items():
-            try:
-                # An empty cache, because a cached copy would be compared with itself.
-                seen = load_split(repo_id, config_name, name, sha, token, str(place))
-            except (ConnectionError, ValueError) as error:
-                raise ConnectionError(f"it could not be read back ({error})") from error
-            if difference := first_difference(table, seen):
-                raise ValueError(f"{repo_id} at {sha}, split {name!r}, is not what was pushed: {difference}.")

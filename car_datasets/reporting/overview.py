@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from car_datasets.clustering.fitting import number_of_clusters, project
+from car_datasets.selection.exclusions import excluded_from
 from car_datasets.selection.rule import (
+    BY_BOTH,
     BY_CLUSTER,
-    BY_SCORE,
     SELECTION_COLUMNS,
     Indices,
     ranks_of,
@@ -62,7 +63,8 @@ class Overview:
         clusters (`(rows,)` int64): -1 for a row without a cluster.
         lengths (`(rows,)` float64): length of every row in `length_unit`.
         length_unit (`str`): `"tokens"` of the scored text, or `"characters"` of the row's strings.
-        ranking (`(rows,)` float64): what the rows are ranked by: the scores, or their ranks within languages.
+        ranking (`(rows,)` float64): what the rows are ranked by: the scores, or their ranks within languages or others.
+        excluded (`(rows,)` str): why a row could not be selected: `"drop"`, `"contaminated"`, `"duplicate"`, or `""`.
         languages (`pyarrow.Array`, *optional*): the language of every row; `None` if the names have no such column.
         statuses (`pyarrow.Array`, *optional*): the scorer's status of every row; `None` if the pool has no such column.
         ids (`pyarrow.Array`, *optional*): the index column; `None` if rows are named by their position.
@@ -80,6 +82,7 @@ class Overview:
     lengths: Floats
     length_unit: str
     ranking: Floats
+    excluded: npt.NDArray[np.str_]
     languages: pa.Array | None
     statuses: pa.Array | None
     ids: pa.Array | None
@@ -129,6 +132,7 @@ class Overview:
             lengths=lengths,
             length_unit=unit,
             ranking=_ranking(pool, selected, names, scores, positions),
+            excluded=excluded_from(pool, positions),
             languages=_column(pool, names.language),
             statuses=_column(pool, names.status),
             ids=_column(pool, names.index),
@@ -147,7 +151,7 @@ class Overview:
         """Return the pool's columns that no stage added."""
         names = self.names
         added = {names.score, names.within, names.cluster, names.index, names.embedding, names.language}
-        added |= {*names.diagnostics, *SELECTION_COLUMNS}
+        added |= {*names.diagnostics, *names.marks, *SELECTION_COLUMNS}
         return [column for column in self.pool.column_names if column not in added]
 
     @cached_property
@@ -214,7 +218,7 @@ class Overview:
     @cached_property
     def by_cluster(self) -> int:
         """Return the n2 of the selection: the number of rows taken from every cluster that has so many."""
-        picks = self.positions[self.selected_by != BY_SCORE]
+        picks = self.positions[np.isin(self.selected_by, (BY_CLUSTER, BY_BOTH))]
         most = int(self.cluster_ranks[picks].max()) if len(picks) else 0
         # For a dataset not made by `curate`, n2 is unknown: use the largest number taken from one cluster. The published
         # rule takes one row for n2 = 0, and accepts an n2 above the number of rows.
@@ -222,8 +226,13 @@ class Overview:
 
     @cached_property
     def score_ranks(self) -> Indices:
-        """Return the rank of every row in the pool, 1 for the best; ties by row order, rows without a score last."""
-        return ranks_of(self.ranking)
+        """Return the rank of every row in the pool, 1 for the best; ties by row order, rows that have none last."""
+        return ranks_of(self.eligible)
+
+    @cached_property
+    def eligible(self) -> Floats:
+        """Return what the rows are ranked by, NaN for those that could not be selected."""
+        return np.where(self.excluded == "", self.ranking, np.nan) if self.excluded.any() else self.ranking
 
     @cached_property
     def percentiles(self) -> Floats:
@@ -234,10 +243,10 @@ class Overview:
 
     @cached_property
     def cluster_ranks(self) -> Indices:
-        """Return the rank of every scored row in its cluster, 1 for the best; 0 without a cluster or a score."""
+        """Return the rank of every row that could be selected in its cluster, 1 for the best; 0 without a cluster."""
         ranks = np.zeros(len(self.scores), dtype=np.int64)
-        # The positions of the scored rows, best first: rows without a score have the last ranks.
-        order = np.argsort(self.score_ranks)[: len(self.scored)]
+        # The positions of these rows, best first: rows that could not be selected have the last ranks.
+        order = np.argsort(self.score_ranks)[: int(np.count_nonzero(~np.isnan(self.eligible)))]
         ranks[order] = ranks_within(self.clusters[order])
         return ranks
 

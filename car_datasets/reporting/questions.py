@@ -430,7 +430,7 @@ def _around(present: tuple[int, int, int], rows: int, embedded: int) -> list[tup
 
 def _try(overview: Overview, n1: int, n2: int, k: int, clusters: Indices) -> WhatIf:
     # By the ranking: rows that were ranked within their languages are not in the order of their scores.
-    choice = choose(overview.ranking, clusters, n1, n2).positions
+    choice = choose(overview.eligible, clusters, n1, n2).positions
     if len(choice) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows.")
     common = len(np.intersect1d(choice, overview.positions))

@@ -50,6 +50,17 @@ def excluded_rows(pool: Dataset, *, duplicates: bool = True, pins: bool = True) 
     return reasons
 
 
+def excluded_from(pool: Dataset, selected: npt.NDArray[np.int64]) -> npt.NDArray[np.str_]:
+    """Return why each row of a pool could not be selected, as far as a selection whose recipe is not known tells.
+
+    Args:
+        pool (`Dataset`): rows with any of the columns of [`excluded_rows`].
+        selected (`(selected,)` int64): positions of the selected rows. A mark that one of them has kept none out.
+    """
+    excluded = excluded_rows(pool, pins=getattr(pool.features.get(ColumnNames.pinned), "dtype", None) == "string")
+    return np.where(np.isin(excluded, np.unique(excluded[selected])), "", excluded)
+
+
 def pinned_values(pool: Dataset) -> npt.NDArray[Any]:
     """Return the column `pinned` as an array of text, `""` for null; all of it `""` without the column."""
     if ColumnNames.pinned not in pool.column_names:

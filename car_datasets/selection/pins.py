@@ -95,7 +95,7 @@ def _marked(dataset: Dataset, value: str | None, name: str, index_column: str, t
     if value is None:
         return np.zeros(len(dataset), dtype=bool)
     if value in dataset.column_names:
-        return _flags(dataset, value, name)
+        return read_flags(dataset, value, name)
     if not user_path(value).exists():
         raise ValueError(
             f"{name}={value!r} is neither a column of the data ({dataset.column_names}) nor a file. Name a boolean column, "
@@ -114,8 +114,8 @@ def _marked(dataset: Dataset, value: str | None, name: str, index_column: str, t
     return _by_content(dataset, rows, columns, value, name)
 
 
-def _flags(dataset: Dataset, column: str, name: str) -> Rows:
-    """Return a boolean column as a mask, null as False."""
+def read_flags(dataset: Dataset, column: str, name: str) -> Rows:
+    """Return the boolean column that a setting `name` names as a mask, null as False; raise ValueError for another one."""
     import pyarrow as pa
 
     values = dataset.with_format(None).select_columns([column]).with_format("arrow")[:][column]

@@ -116,7 +116,8 @@ def rank_rows(dataset: Dataset, score_column: str = ColumnNames.score) -> Datase
 
 def original_columns(dataset: Dataset, names: ColumnNames) -> Dataset:
     """Return the dataset without the columns that this package adds and the original's files do not have."""
-    ours = {*names.diagnostics, names.within, names.language, names.index, names.embedding, *SELECTION_COLUMNS}
+    ours = {*names.diagnostics, *names.marks, names.within, names.language, names.index, names.embedding}
+    ours |= {*SELECTION_COLUMNS}
     return dataset.remove_columns([column for column in dataset.column_names if column in ours])
 
 

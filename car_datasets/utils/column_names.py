@@ -60,6 +60,18 @@ class ColumnNames:
     kind: ClassVar[str] = "kind"
     #: Tokens of prompt and answer by the tokenizer of a budget, int64, or null for a row without text.
     budget_tokens: ClassVar[str] = "budget_tokens"
+    #: All of these but the kind, which is a property of the row and not of a selection.
+    marks: ClassVar[tuple[str, ...]] = (
+        "pinned",
+        "contaminated_by",
+        "contaminated_share",
+        "duplicate_of",
+        "duplicate_similarity",
+        "near_clusters",
+        "near_weights",
+        "like_rank",
+        "budget_tokens",
+    )
 
     @property
     def _stem(self) -> str:

@@ -88,10 +88,10 @@ def column_batches(dataset: Dataset, column: str, rows: range | None = None) -> 
         if order is None:
             yield values.slice(start, count)
         else:
-            yield _taken(values, order.column(0).slice(start, count).to_numpy().astype(np.int64))
+            yield take_rows(values, order.column(0).slice(start, count).to_numpy().astype(np.int64))
 
 
-def _taken(values: pa.ChunkedArray, places: Positions) -> pa.ChunkedArray:
+def take_rows(values: pa.ChunkedArray, places: Positions) -> pa.ChunkedArray:
     """Return the rows at these places, in their order."""
     # Taken chunk by chunk: `values.take(places)` would first copy all chunks into one.
     ends = np.cumsum([len(chunk) for chunk in values.chunks])

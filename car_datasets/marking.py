@@ -1,0 +1,201 @@
+"""Mark the rows of a pool with what a selection reads, apart from scores and clusters: pins, groups, tokens, copies.
+
+Does: add each column that a recipe's selection needs, in the order of the pipeline, and refuse a setting that names what
+is not there before anything expensive.
+Does not: select, or know how a mark is found.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, Value
+
+from car_datasets.choosing import has_pins, marks_of
+from car_datasets.loading.kinds import kinds_of_rows
+from car_datasets.loading.languages import LANGUAGE_COLUMN, languages_of_rows
+from car_datasets.loading.schemas import Schema, find_schema
+from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
+from car_datasets.recipe import Recipe
+from car_datasets.scoring.stage import Stage
+from car_datasets.selection.strata import parse_quota, read_strata, refuse_unknown_values
+from car_datasets.stages import Pipeline, embedder_of, joined_from_main, run_stage, shard_folder
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.processes import from_main
+
+if TYPE_CHECKING:
+    from car_datasets.selection.contamination import Decontaminator
+
+
+def add_pins(recipe: Recipe, dataset: Dataset, schema: Schema) -> Dataset:
+    """Add the column `pinned` to checked rows if a recipe names rows that must be in, or must not.
+
+    Raises:
+        ValueError: a row is not in the data, is named by both, or must be in and cannot be scored.
+    """
+    if not has_pins(recipe):
+        return dataset
+    from car_datasets.selection.pins import mark_pins
+
+    return mark_pins(
+        dataset,
+        recipe.keep,
+        recipe.drop,
+        index_column=recipe.index_column,
+        text_columns=schema.read_columns,
+        unscorable=list(unscorable_rows(dataset, schema)),
+    )
+
+
+def add_groups(recipe: Recipe, dataset: Dataset, schema: Schema, languages: Sequence[str] = ()) -> Dataset:
+    """Add the languages or kinds that `within`, `balance` or `quota` name, unless the data has a column of the name.
+
+    Args:
+        recipe ([`Recipe`]): the settings.
+        dataset (`Dataset`), schema ([`Schema`]): checked rows, and how they are read.
+        languages (`Sequence[str]`): the languages of the rows; used if there is one for each row.
+
+    Raises:
+        ValueError: there is no such column, or no row has a value that the quota names.
+    """
+    shares = None if recipe.quota is None else parse_quota(recipe.quota)
+    for column in recipe.grouped_by:
+        if column not in dataset.column_names and column == LANGUAGE_COLUMN:
+            known = len(languages) == len(dataset)
+            # By the main process alone: the last digits of a probability differ between machines.
+            values = list(languages) if known else from_main(partial(languages_of_rows, dataset, schema))
+            dataset = dataset.add_column(column, values, feature=Value("string"))
+        elif column not in dataset.column_names and column == ColumnNames.kind:
+            dataset = dataset.add_column(column, kinds_of_rows(dataset, schema), feature=Value("string"))
+        groups = read_strata(dataset, column)
+        if shares is not None and shares[0] == column:
+            refuse_unknown_values(groups, *shares)
+    return dataset
+
+
+def refuse_unknown_groups(recipe: Recipe, columns: Sequence[str]) -> None:
+    """Raise ValueError if `within`, `balance` or `quota` name a column that the data does not have and no stage finds."""
+    found = (LANGUAGE_COLUMN, ColumnNames.kind)
+    if missing := [column for column in recipe.grouped_by if column not in (*columns, *found)]:
+        raise ValueError(
+            f"There is no column {missing[0]!r} to tell groups of rows by (within, balance, quota): the data has "
+            f"{list(columns)}. Name one of these, or language or kind, which are found."
+        )
+
+
+def decontaminator_of(recipe: Recipe, token: str | None = None) -> Decontaminator | None:
+    """Return the stage that finds the items of a recipe's evaluation sets, which are read here; None without any."""
+    if not recipe.against:
+        return None
+    from car_datasets.selection.contamination import Decontaminator
+
+    return Decontaminator(recipe.against, schema=recipe.schema, columns=recipe.columns, token=token)
+
+
+def add_contamination(
+    dataset: Dataset,
+    stage: Decontaminator | None,
+    token: str | None = None,
+    shard_dir: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Add which item of an evaluation set each row gives away, if there is a stage that finds them."""
+    if stage is None:
+        return dataset
+    stage.refuse_own(dataset)
+    folder = None if shard_dir is None else shard_folder(shard_dir, "contamination")
+    return run_stage(dataset, stage, "Decontaminating", folder, token)
+
+
+def add_duplicates(recipe: Recipe, pool: Dataset, schema: Schema) -> Dataset:
+    """Add which rows are copies of a better one, unless the recipe keeps them; a pool without any gets no columns."""
+    import importlib.util  # TEMPORARY until the module is merged
+
+    if recipe.marking == "keep" or importlib.util.find_spec("car_datasets.selection.duplicates") is None:
+        return pool
+    from car_datasets.selection.duplicates import mark_duplicates
+
+    how = "exact" if recipe.marking == "only-exact" else "near"
+    names = recipe.names
+    marks = [names.duplicate_of, names.duplicate_similarity]
+
+    def marked() -> Dataset:
+        return mark_duplicates(pool, how, names=names, schema=schema.name, columns=dict(recipe.columns) or None)
+
+    found = joined_from_main(pool, marked, marks)
+    copies = found.select_columns(marks[:1]).with_format("arrow")[:][marks[0]]
+    return pool if copies.null_count == len(copies) else found
+
+
+def add_copies_and_ranks(stages: Pipeline, pool: Dataset, schema: Schema, token: str | None = None) -> Dataset:
+    """Add to a clustered pool which rows are copies, and how near each is to the examples of the recipe."""
+    recipe = stages.recipe
+    pool = add_duplicates(recipe, pool, schema)
+    if recipe.like is None:
+        return pool
+    embedder = stages.scorer.embedder() if stages.embedder is None else stages.embedder
+    return add_like_ranks(pool, open_examples(recipe, token), embedder, recipe.names)
+
+
+def add_like_ranks(pool: Dataset, examples: Dataset, embedder: Stage, names: ColumnNames) -> Dataset:
+    """Add each row's place in a round robin over examples."""
+    from car_datasets.selection.examples import rank_by_examples
+
+    return joined_from_main(pool, lambda: rank_by_examples(pool, examples, embedder, names), [names.like_rank])
+
+
+def add_token_counts(recipe: Recipe, dataset: Dataset, schema: Schema, token: str | None = None) -> Dataset:
+    """Add the tokens of each row by the tokenizer that a recipe names for its budget, if it names one."""
+    if recipe.budget_tokenizer is None:
+        return dataset
+    from car_datasets.selection.tokens import count_tokens, load_tokenizer_file
+
+    return count_tokens(dataset, schema, load_tokenizer_file(recipe.budget_tokenizer, token))
+
+
+def ready_to_select(recipe: Recipe, pool: Dataset, token: str | None = None) -> Dataset:
+    """Add the marks that a recipe selects by to a pool that was scored and clustered before; `select` needs no model.
+
+    Marks of an earlier selection are made anew if the recipe names what they come from. Duplicates are looked for only
+    if the recipe says so itself, and examples need an embedder.
+
+    Args:
+        recipe ([`Recipe`]): the settings.
+        pool (`Dataset`): scored and clustered rows.
+        token (`str`, *optional*): for private evaluation sets, examples and tokenizers.
+
+    Raises:
+        ValueError: a file, column or value that the recipe names does not exist, or the rows have no text to read.
+    """
+    refuse_unknown_groups(recipe, pool.column_names)
+    found = [column for column in recipe.grouped_by if column not in pool.column_names]
+    named = (recipe.against, recipe.like, recipe.budget_tokenizer, recipe.keep, recipe.drop, recipe.duplicates, found)
+    if not any(named):
+        return pool
+    old = marks_of(replace(recipe, duplicates=recipe.duplicates or "keep", rule="car"))
+    pool = pool.remove_columns([column for column in old if column in pool.column_names])
+    schema = find_schema(pool.column_names, recipe.schema, recipe.columns)
+    examples = None if recipe.like is None else open_examples(recipe, token)
+    pool = add_pins(recipe, pool, schema)
+    pool = add_token_counts(recipe, add_groups(recipe, pool, schema), schema, token)
+    pool = add_contamination(pool, decontaminator_of(recipe, token), token)
+    if recipe.duplicates is not None:
+        pool = add_duplicates(recipe, pool, schema)
+    if examples is None:
+        return pool
+    embedder = embedder_of(recipe.embedding_column, recipe.embedder, recipe.template)
+    return add_like_ranks(pool, examples, embedder, recipe.names)
+
+
+def open_examples(recipe: Recipe, token: str | None = None) -> Dataset:
+    """Open the examples of a recipe.
+
+    Raises:
+        ValueError: there are none, or they cannot be scored.
+    """
+    assert recipe.like is not None
+    examples = open_dataset(recipe.like, token=token).with_format(None)
+    return check_rows(examples, schema=recipe.schema, columns=recipe.columns)

@@ -1,0 +1,291 @@
+"""Mark duplicates: rows whose prompt and answer another, better row has too, word for word or with small edits.
+
+Does: find equal texts by digests; let similar embeddings propose pairs and the words of prompt and answer decide; keep
+the best-scored row of each group; say which sources or templates would lose much.
+Does not: remove rows, or compute scores, embeddings or clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from datasets import Dataset
+from datasets.table import InMemoryTable
+
+from car_datasets.loading.schemas import Schema, find_schema
+from car_datasets.loading.values import carried
+from car_datasets.selection.near_pairs import Pairs, near_pairs
+from car_datasets.selection.rule import ranks_of
+from car_datasets.selection.same_text import (
+    Row,
+    Sides,
+    Signatures,
+    Weights,
+    are_copies,
+    digest_of,
+    normalised,
+    sides_of,
+)
+from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import (
+    Positions,
+    join_columns,
+    read_clusters,
+    read_numbers,
+    refuse_no_embeddings,
+    refuse_other_datasets,
+    refuse_overwrite,
+)
+from car_datasets.utils.processes import from_main
+
+DUPLICATE_COLUMNS = ("duplicate_of", "duplicate_similarity")
+HOW = ("near", "exact")
+SIMILARITY = 0.8  # cosine from which on two rows are compared by their words
+CONTAINMENT = 0.8  # share of the words, by weight, that the lighter of two texts must have in common with the other
+READ = 1_000  # rows of text in memory at a time
+SAMPLE = 20_000  # rows by which the words are weighed
+WAITING = 1 << 20  # pairs that are collected before their texts are looked at
+COMPARED = 32  # pairs that are kept for a row: so many with the best-scored rows, and as many with the most similar
+
+
+class Found(NamedTuple):
+    """The duplicates of a dataset.
+
+    Args:
+        of (`(rows,)` int64): position of the row that is kept in the place of this one, -1 for a row that is kept.
+        similarity (`(rows,)` float32): cosine of the two, 1 for equal texts; NaN for a row that is kept.
+    """
+
+    of: Positions
+    similarity: npt.NDArray[np.float32]
+
+
+def mark_duplicates(
+    dataset: Dataset,
+    how: str = "near",
+    *,
+    names: ColumnNames = ColumnNames(),
+    schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    similarity: float = SIMILARITY,
+    containment: float = CONTAINMENT,
+) -> Dataset:
+    """Return the dataset with the columns `duplicate_of` and `duplicate_similarity`.
+
+    Example:
+    ```python
+    >>> marked = mark_duplicates(scored)
+    >>> kept = marked.filter(lambda kept: kept is None, input_columns="duplicate_of")
+    ```
+
+    Of a group of duplicates the row with the best score stays; of equal scores, and without scores, the first. Each
+    other row was compared with the row that it names, so that no chain of small steps joins different rows.
+
+    Rows are equal if the texts of prompt and answer are, apart from case, white space, Unicode's forms and punctuation
+    at the ends. They are near-duplicates if their embeddings are similar and, in the prompt and in the answer, the
+    words of the lighter text are in the heavier one, by weight: a word that few rows have weighs more. Rows with
+    another number, name or negation, or with another word in the same slot of a template, are not. The system prompts
+    of duplicates are equal. The prompt of a chat is all that users and tools say, its answer all that the assistant
+    says.
+
+    Under a launcher, all processes call this; the main process computes, and all get the same dataset.
+
+    Args:
+        dataset (`Dataset`): rows of text. `"near"` needs embeddings; rows without one can only be equal to another.
+            Scores are optional; a row without a score stays if no row of its group has one. Clusters are optional:
+            without them, rows are compared within cells around rows evenly drawn from the dataset.
+        how (`str`): `"near"`, or `"exact"`, which finds equal rows only and reads neither embeddings nor clusters.
+        names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+        schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
+        columns (`Mapping[str, str]`, *optional*): your names for the schema's columns, such as
+            `{"response": "answer"}`.
+        similarity (`float`): cosine in (0, 1] from which on the words of two rows are compared.
+        containment (`float`): share of the lighter text's words in (0, 1] that must be in the heavier one, by weight.
+
+    Returns:
+        `Dataset`: all rows, with `duplicate_of`, the index of the row that is kept (its position if there is no column
+        of indices), null for rows that are kept; and `duplicate_similarity`, float32, the cosine of the two rows, 1 if
+        they are equal.
+
+    Raises:
+        ValueError: a column is missing or would be overwritten, no schema fits, an option is invalid, or embeddings or
+            scores are.
+    """
+    refuse_other_datasets(dataset, "mark_duplicates", "mark_duplicates on a Dataset of its rows")
+    if how not in HOW:
+        raise ValueError(f"how={how!r} is not known; choose one of {HOW}.")
+    for option, value in (("similarity", similarity), ("containment", containment)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ValueError(f"{option}={value!r} must be a number above 0 and at most 1, such as {option}=0.8.")
+    refuse_overwrite(dataset.column_names, DUPLICATE_COLUMNS, "dataset.rename_column(...) on them")
+    known = find_schema(dataset.column_names, schema, columns or {})
+    if how == "near":
+        refuse_no_embeddings(dataset.column_names, names.embedding)
+    scores = np.full(len(dataset), np.nan)
+    if names.score in dataset.column_names:
+        scores = read_numbers(dataset, names.score, np.nan)
+    texts = _Texts(dataset, known)
+
+    def compute() -> Found:
+        ranks = ranks_of(scores)
+        equal = _equal(texts, ranks)
+        return _near(texts, names, ranks, equal, similarity, containment) if how == "near" else equal
+
+    return join_columns(dataset, _as_columns(dataset, from_main(compute), names.index))
+
+
+def _as_columns(dataset: Dataset, found: Found, index: str) -> Dataset:
+    """Return the two columns of the duplicates."""
+    kept = found.of < 0
+    of = pa.array(found.of, mask=kept)
+    if index in dataset.column_names:
+        values = dataset.select_columns([index]).with_format("arrow")[:][index]
+        of = values.combine_chunks().take(of) if len(dataset) else values.combine_chunks()
+    similarity = pa.array(found.similarity, mask=kept)
+    return Dataset(InMemoryTable(pa.table([of, similarity], names=list(DUPLICATE_COLUMNS))))
+
+
+class _Texts:
+    """The texts of a dataset, read in batches or row by row.
+
+    Args:
+        dataset (`Dataset`): rows of text and other columns.
+        schema ([`Schema`]): of these rows.
+    """
+
+    def __init__(self, dataset: Dataset, schema: Schema) -> None:
+        read = [name for name in schema.read_columns if name in dataset.column_names]
+        self.dataset, self.schema = dataset, schema
+        self._rows = carried(dataset.select_columns(read).with_format(None))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def all(self) -> Iterator[Sides | None]:
+        """Yield the text of every row, `None` for a row without text."""
+        for batch in self._rows.iter(batch_size=READ):
+            yield from sides_of(batch, self.schema)
+
+    def at(self, rows: Iterable[int]) -> Iterator[Sides | None]:
+        """Yield the texts of these rows."""
+        wanted = list(rows)
+        for start in range(0, len(wanted), READ):
+            yield from sides_of(self._rows[wanted[start : start + READ]], self.schema)
+
+
+def _equal(texts: _Texts, ranks: Positions) -> Found:
+    """Return the rows whose text a better row has too."""
+    digests = np.zeros((len(texts), 2), dtype=np.uint64)
+    known = np.zeros(len(texts), dtype=bool)
+    for row, sides in enumerate(texts.all()):
+        if sides is not None and (normalised(sides.prompt) or normalised(sides.answer)):
+            digests[row] = np.frombuffer(digest_of(sides), dtype="<u8")
+            known[row] = True
+    rows = np.flatnonzero(known)
+    order = rows[np.lexsort((ranks[rows], digests[rows, 0], digests[rows, 1]))]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
+    best = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+    of = np.full(len(texts), -1, dtype=np.int64)
+    of[order[~new]] = best[~new]
+    return Found(of, np.where(of < 0, np.float32(np.nan), np.float32(1)))
+
+
+def _near(
+    texts: _Texts, names: ColumnNames, ranks: Positions, equal: Found, similarity: float, containment: float
+) -> Found:
+    """Return the equal rows and the near-duplicates."""
+    dataset = texts.dataset
+    clusters = read_clusters(dataset, names.cluster) if names.cluster in dataset.column_names else None
+    step = max(1, -(-len(dataset) // SAMPLE))
+    weights = Weights(sides for sides in texts.at(range(0, len(dataset), step)) if sides is not None)
+    candidates = _Candidates(texts, weights, ranks, containment)
+    for pairs in near_pairs(dataset, names.embedding, clusters, equal.of >= 0, similarity):
+        candidates.add(pairs)
+    of, found = equal.of.copy(), equal.similarity.copy()
+    for row, kept, cosine in _decide(texts, weights, candidates.all(), ranks, containment):
+        of[row], found[row] = kept, cosine
+    # A row that equals one which is a near-duplicate itself is compared with the row that stays through its equal.
+    moved = np.flatnonzero((equal.of >= 0) & (of[equal.of] >= 0))
+    of[moved], found[moved] = of[equal.of[moved]], found[equal.of[moved]]
+    return Found(of, found)
+
+
+class _Candidates:
+    """Pairs that may be duplicates, as signatures of their texts allow; few for each row.
+
+    Args:
+        texts ([`_Texts`]), weights ([`Weights`]): of the dataset.
+        ranks (`(rows,)` int64): 1 for the row with the best score.
+        containment (`float`): as for [`mark_duplicates`].
+    """
+
+    def __init__(self, texts: _Texts, weights: Weights, ranks: Positions, containment: float) -> None:
+        self._texts, self._weights, self._ranks, self._containment = texts, weights, ranks, containment
+        self._waiting: list[Pairs] = []
+        self._kept = Pairs(*(np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, np.float32)))
+
+    def add(self, pairs: Pairs) -> None:
+        """Add pairs of rows, in any order."""
+        self._waiting.append(pairs)
+        if sum(len(some.first) for some in self._waiting) >= WAITING:
+            self._look()
+
+    def all(self) -> Pairs:
+        """Return the pairs in the order of the worse row, and for each that of the better one."""
+        self._look()
+        better, worse, _ = self._kept
+        order = np.lexsort((self._ranks[better], self._ranks[worse]))
+        return Pairs(*(part[order] for part in self._kept))
+
+    def _look(self) -> None:
+        """Drop the pairs whose texts differ too much, and all but a few of those that are left of each row."""
+        if not self._waiting:
+            return
+        first, second, cosines = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting = []
+        rows, places = np.unique(np.concatenate([first, second]), return_inverse=True)
+        read = list(self._texts.at(rows.tolist()))
+        signatures = Signatures([Row.of(sides or Sides("", "", "")) for sides in read], self._weights)
+        has_text = np.array([sides is not None for sides in read], dtype=bool)
+        one, other = places[: len(first)], places[len(first) :]
+        kept = has_text[one] & has_text[other] & signatures.may_be_copies(one, other, self._containment)
+        first, second, cosines = first[kept], second[kept], cosines[kept]
+        swap = self._ranks[first] > self._ranks[second]
+        better, worse = np.where(swap, second, first), np.where(swap, first, second)
+        joined = [np.concatenate(parts) for parts in zip(self._kept, (better, worse, cosines), strict=True)]
+        self._kept = _few(Pairs(*joined), self._ranks)
+
+
+def _few(pairs: Pairs, ranks: Positions) -> Pairs:
+    """Return each pair once, and of each worse row those with the best-scored and with the most similar rows."""
+    better, worse, cosines = pairs
+    _, once = np.unique(worse * len(ranks) + better, return_index=True)
+    better, worse, cosines = better[once], worse[once], cosines[once]
+    kept = np.zeros(len(once), dtype=bool)
+    for order in (np.lexsort((ranks[better], worse)), np.lexsort((ranks[better], -cosines, worse))):
+        starts = np.flatnonzero(np.r_[True, worse[order][1:] != worse[order][:-1]]) if len(order) else order
+        within = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+        kept[order[within < COMPARED]] = True
+    return Pairs(better[kept], worse[kept], cosines[kept])
+
+
+def _decide(
+    texts: _Texts, weights: Weights, pairs: Pairs, ranks: Positions, containment: float
+) -> Iterator[tuple[int, int, float]]:
+    """Yield a row, the row that is kept in its place, and their cosine, from the best-scored row down."""
+    dropped: set[int] = set()
+    for start in range(0, len(pairs.first), READ):
+        part = Pairs(*(column[start : start + READ] for column in pairs))
+        rows = np.unique(np.concatenate([part.first, part.second])).tolist()
+        known = {row: Row.of(sides) for row, sides in zip(rows, texts.at(rows), strict=True) if sides is not None}
+        for kept, row, cosine in zip(part.first.tolist(), part.second.tolist(), part.cosines.tolist(), strict=True):
+            if row in dropped or kept in dropped:
+                continue
+            if are_copies(known[kept], known[row], weights, containment):
+                dropped.add(row)
+                yield row, kept, cosine
