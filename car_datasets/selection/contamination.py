@@ -24,11 +24,11 @@ from car_datasets.loading.schemas import SCHEMAS, Schema, as_column_names, check
 from car_datasets.loading.sources import Reading, open_rows
 from car_datasets.loading.values import carried, untouched
 from car_datasets.scoring.stage import refuse_taken, set_fields, text_columns
-from car_datasets.selection.item_index import ItemIndex, Part
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_tables
 from car_datasets.utils.digests import file_digest, public
 from car_datasets.utils.files import user_path
+from car_datasets.utils.item_index import ItemIndex, Part
 
 if TYPE_CHECKING:
     from datasets import Features

@@ -93,9 +93,7 @@ def digest_of(sides: Sides) -> bytes:
 
 # Scripts that are written without spaces are read character by character.
 _SIGNS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_TOKEN = re.compile(
-    rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:['’]|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[-+*/=<>%^&|~$€£#@×÷√]"
-)
+_TOKEN = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:['’]|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[-+*/=<>%^&|~$€£#@×÷√]")
 _MINUS = re.compile(r"-(?=\s?\d)")
 _INSIDE = re.compile(r"[ ,'’&/-]*\Z")  # between two words of one sentence
 _DIGIT = re.compile(r"\d")

@@ -283,6 +283,8 @@ class ItemIndex:
             here = Found(entry.item if is_copy else -1, share)
             if (here.item >= 0, here.share) > (best.item >= 0, best.share):
                 best = here
+            if is_copy and share == 1:
+                break
         return best
 
     def _compare(self, entry: _Entry, row: _Row, places: Sequence[tuple[int, int]]) -> tuple[float, bool]:
