@@ -19,6 +19,7 @@ from car_datasets.recipe import Recipe
 from car_datasets.scoring.stage import say
 from car_datasets.selection.constrained import choose_within
 from car_datasets.selection.exclusions import KEEP, excluded_rows, pinned_values
+from car_datasets.selection.filling import Room
 from car_datasets.selection.limits import Limits, parse_tokens
 from car_datasets.selection.procedures import Amounts, find_procedure
 from car_datasets.selection.rule import (
@@ -252,8 +253,8 @@ def check_limits(recipe: Recipe, dataset: Dataset) -> None:
     if recipe.keep is None or (recipe.budget is None and recipe.budget_tokenizer is None):
         return
     allowed = may_be_selected(recipe, dataset)
-    limits, _ = limits_of(recipe, dataset, np.where(allowed, 0.0, np.nan), np.full(len(dataset), -1))
-    limits.after_pins()
+    scores = np.where(allowed, 0.0, np.nan)
+    Room(limits_of(recipe, dataset, scores, np.full(len(dataset), -1))[0], scores)
 
 
 def _costs(recipe: Recipe, pool: Dataset, eligible: Mask) -> npt.NDArray[np.int64]:

@@ -219,7 +219,7 @@ def _compute(
     pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     clustered = stages.cluster(procedure.order(pool, recipe.names))
-    pool = add_copies_and_ranks(stages, clustered, schema, token)
+    pool = add_copies_and_ranks(stages, clustered, token)
     if pool is not clustered:
         pool = ranked(recipe, pool)  # anew, without the duplicates
     # The receipt names the n1 and the evaluation sets that were used.

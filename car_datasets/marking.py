@@ -13,18 +13,22 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Value
 
-from car_datasets.choosing import has_pins, marks_of
+from car_datasets.choosing import has_pins, marks_of, may_be_selected
 from car_datasets.loading.kinds import kinds_of_rows
 from car_datasets.loading.languages import LANGUAGE_COLUMN, languages_of_rows
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.stage import Stage
+from car_datasets.selection.exclusions import KEEP, pinned_values
 from car_datasets.selection.strata import parse_quota, read_strata, refuse_unknown_values
 from car_datasets.stages import Pipeline, embedder_of, joined_from_main, run_stage, shard_folder
 from car_datasets.utils.column_names import ColumnNames
+from car_datasets.utils.columns import join_columns, read_numbers
 from car_datasets.utils.processes import from_main
 
 if TYPE_CHECKING:
@@ -110,30 +114,39 @@ def add_contamination(
     return run_stage(dataset, stage, "Decontaminating", folder, token)
 
 
-def add_duplicates(recipe: Recipe, pool: Dataset, schema: Schema) -> Dataset:
-    """Add which rows are copies of a better one, unless the recipe keeps them; a pool without any gets no columns."""
-    import importlib.util  # TEMPORARY until the module is merged
+def add_duplicates(recipe: Recipe, pool: Dataset) -> Dataset:
+    """Add which rows are copies of a better one, unless the recipe keeps them; a pool without any gets no columns.
 
-    if recipe.marking == "keep" or importlib.util.find_spec("car_datasets.selection.duplicates") is None:
+    A row that must be selected counts as better than its copies, and one that must not be as worse.
+    """
+    if recipe.marking == "keep":
         return pool
     from car_datasets.selection.duplicates import mark_duplicates
 
     how = "exact" if recipe.marking == "only-exact" else "near"
-    names = recipe.names
-    marks = [names.duplicate_of, names.duplicate_similarity]
-
-    def marked() -> Dataset:
-        return mark_duplicates(pool, how, names=names, schema=schema.name, columns=dict(recipe.columns) or None)
-
-    found = joined_from_main(pool, marked, marks)
-    copies = found.select_columns(marks[:1]).with_format("arrow")[:][marks[0]]
-    return pool if copies.null_count == len(copies) else found
+    rows, names = _with_eligible_scores(recipe, pool), recipe.names
+    marked = mark_duplicates(rows, how, names=names, schema=recipe.schema, columns=dict(recipe.columns) or None)
+    found = marked.select_columns([names.duplicate_of, names.duplicate_similarity])
+    copies = found.with_format("arrow")[:][names.duplicate_of]
+    return pool if copies.null_count == len(copies) else join_columns(pool, found)
 
 
-def add_copies_and_ranks(stages: Pipeline, pool: Dataset, schema: Schema, token: str | None = None) -> Dataset:
+def _with_eligible_scores(recipe: Recipe, pool: Dataset) -> Dataset:
+    """Return a pool whose scores put rows that must be selected first, and have none for rows that must not be."""
+    column, allowed = recipe.score_column, may_be_selected(replace(recipe, duplicates="keep"), pool)
+    kept = pinned_values(pool) == KEEP if recipe.keep is not None else np.zeros(len(pool), dtype=bool)
+    if allowed.all() and not kept.any():
+        return pool
+    scores = read_numbers(pool, column, np.nan)
+    scores[kept] += np.nanmax(scores) - np.nanmin(scores) + 1
+    scores[~allowed] = np.nan
+    return pool.remove_columns(column).add_column(column, pa.array(scores, from_pandas=True))
+
+
+def add_copies_and_ranks(stages: Pipeline, pool: Dataset, token: str | None = None) -> Dataset:
     """Add to a clustered pool which rows are copies, and how near each is to the examples of the recipe."""
     recipe = stages.recipe
-    pool = add_duplicates(recipe, pool, schema)
+    pool = add_duplicates(recipe, pool)
     if recipe.like is None:
         return pool
     embedder = stages.scorer.embedder() if stages.embedder is None else stages.embedder
@@ -183,7 +196,7 @@ def ready_to_select(recipe: Recipe, pool: Dataset, token: str | None = None) -> 
     pool = add_token_counts(recipe, add_groups(recipe, pool, schema), schema, token)
     pool = add_contamination(pool, decontaminator_of(recipe, token), token)
     if recipe.duplicates is not None:
-        pool = add_duplicates(recipe, pool, schema)
+        pool = add_duplicates(recipe, pool)
     if examples is None:
         return pool
     embedder = embedder_of(recipe.embedding_column, recipe.embedder, recipe.template)

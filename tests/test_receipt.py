@@ -25,7 +25,7 @@ from tests.test_recipe import short_rows
 
 @pytest.fixture(scope="module")
 def tiny(tiny_iqs: str, tiny_embedder: str) -> dict[str, Any]:
-    return {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 5, "k": 3}
+    return {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 5, "k": 3, "duplicates": "keep"}
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ CHOSEN = ["selected_by", "score_rank", "cluster_rank"]
 @pytest.fixture(scope="module")
 def tiny(tiny_iqs: str, tiny_embedder: str) -> dict[str, Any]:
     """Return settings for 24 rows on the tiny models."""
-    return {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 5, "k": 3}
+    return {"scorer": tiny_iqs, "embedder": tiny_embedder, "n1": 5, "k": 3, "duplicates": "keep"}
 
 
 def short_rows(count: int = 24) -> Dataset:

@@ -1,7 +1,6 @@
 """`Limits`: how much a rule of selection may take, of what, and which rows it must take.
 
-Does: hold the budget, the cost of each row, quotas by stratum and pinned rows; say what the pinned rows leave of them;
-read a budget in tokens.
+Does: hold the budget, the cost of each row, quotas by stratum and pinned rows; read a budget in tokens.
 Does not: choose rows.
 """
 
@@ -38,34 +37,6 @@ class Limits:
     strata: npt.NDArray[np.int64] | None = None
     quotas: npt.NDArray[np.int64] | None = None
     pinned: npt.NDArray[np.bool_] | None = None
-
-    def after_pins(self) -> tuple[int, npt.NDArray[np.int64]]:
-        """Return what the pinned rows leave of the budget, and of the quota of each stratum.
-
-        Raises:
-            ValueError: the pinned rows cost more than the budget or a quota.
-        """
-        quotas = np.zeros(0, dtype=np.int64) if self.quotas is None else self.quotas.copy()
-        if self.pinned is None or not self.pinned.any():
-            return self.budget, quotas
-        rows = np.flatnonzero(self.pinned)
-        costs = np.ones(len(rows), dtype=np.int64) if self.costs is None else self.costs[rows]
-        left = self.budget - int(costs.sum())
-        if left < 0:
-            raise ValueError(
-                f"The {len(rows)} pinned rows cost {costs.sum()} of a budget of {self.budget}; raise the budget, or pin "
-                "fewer rows (--keep)."
-            )
-        if self.strata is not None and self.quotas is not None:
-            strata = self.strata[rows]
-            np.subtract.at(quotas, strata[strata >= 0], costs[strata >= 0])
-            if (quotas < 0).any():
-                over = int(np.flatnonzero(quotas < 0)[0])
-                raise ValueError(
-                    f"The pinned rows of stratum {over} cost {self.quotas[over] - quotas[over]}, more than its quota of "
-                    f"{self.quotas[over]}; give it a larger share, or pin fewer of its rows (--keep)."
-                )
-        return left, quotas
 
 
 def parse_tokens(budget: int | str) -> int:
