@@ -16,6 +16,7 @@ from .scoring import map_across_gpus as map_across_gpus
 from .scoring import score_in_shards as score_in_shards
 from .scoring.iqs import IQSConfig as IQSConfig
 from .scoring.iqs import IQSModel as IQSModel
+from .selection import Decontaminator as Decontaminator
 from .selection import cluster_filter as cluster_filter
 from .selection import duplicate_losses as duplicate_losses
 from .selection import mark_duplicates as mark_duplicates

@@ -109,6 +109,7 @@ def add_contamination(
     """Add which item of an evaluation set each row gives away, if there is a stage that finds them."""
     if stage is None:
         return dataset
+    stage.refuse_own(dataset)
     folder = None if shard_dir is None else shard_folder(shard_dir, "contamination")
     return run_stage(dataset, stage, "Decontaminating", folder, token)
 
