@@ -94,18 +94,11 @@ def digest_of(sides: Sides) -> bytes:
 
 # Scripts that are written without spaces are read character by character.
 _SIGNS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-<<<<<<< HEAD
 # A minus counts before a digit only: elsewhere it is a hyphen or a dash.
 _TOKEN = re.compile(
     rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:'|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[+*/=<>%^&|~$€£#@×÷√]|-(?=\s?\d)"
 )
 _NAME = re.compile(r"(?:(?<=\w )|(?<=, ))[^\W\d_a-z][^\W\d_]+")
-=======
-_TOKEN = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:['’]|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[-+*/=<>%^&|~$€£#@×÷√]")
-_MINUS = re.compile(r"-(?=\s?\d)")
-_INSIDE = re.compile(r"[ ,'’&/-]*\Z")  # between two words of one sentence
-_DIGIT = re.compile(r"\d")
->>>>>>> c
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+\Z")
 _NUMBERS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
 _NUMBERS |= {"eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12", "fifteen": "15", "twenty": "20"}

@@ -19,9 +19,8 @@ from datasets.table import InMemoryTable
 
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.values import carried
-from car_datasets.selection.near_pairs import Pairs, near_pairs
-from car_datasets.selection.rule import ranks_of
-from car_datasets.selection.same_text import (
+from car_datasets.selection.marks.near_pairs import Pairs, near_pairs
+from car_datasets.selection.marks.same_text import (
     Row,
     Sides,
     Signatures,
@@ -31,6 +30,7 @@ from car_datasets.selection.same_text import (
     normalised,
     sides_of,
 )
+from car_datasets.selection.rule import ranks_of
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     Positions,
@@ -72,7 +72,7 @@ def mark_duplicates(
     how: str = "near",
     *,
     names: ColumnNames = ColumnNames(),
-    schema: str = "auto",
+    schema: str | Schema = "auto",
     columns: Mapping[str, str] | None = None,
     similarity: float = SIMILARITY,
     containment: float = CONTAINMENT,
@@ -103,7 +103,7 @@ def mark_duplicates(
             without them, rows are compared within cells around rows evenly drawn from the dataset.
         how (`str`): `"near"`, or `"exact"`, which finds equal rows only and reads neither embeddings nor clusters.
         names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
-        schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
+        schema (`str` or [`Schema`]): name of the dataset's schema; `"auto"` recognises it by the column names.
         columns (`Mapping[str, str]`, *optional*): your names for the schema's columns, such as
             `{"response": "answer"}`.
         similarity (`float`): cosine in (0, 1] from which on the words of two rows are compared.
@@ -125,7 +125,7 @@ def mark_duplicates(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise ValueError(f"{option}={value!r} must be a number above 0 and at most 1, such as {option}=0.8.")
     refuse_overwrite(dataset.column_names, DUPLICATE_COLUMNS, "dataset.rename_column(...) on them")
-    known = find_schema(dataset.column_names, schema, columns or {})
+    known = schema if isinstance(schema, Schema) else find_schema(dataset.column_names, schema, columns or {})
     if how == "near":
         refuse_no_embeddings(dataset.column_names, names.embedding)
     scores = np.full(len(dataset), np.nan)
