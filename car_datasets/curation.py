@@ -64,7 +64,7 @@ from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
 from car_datasets.scoring.shards.storage import check_shards
-from car_datasets.selection.exclusions import DROPPED, pinned_values
+from car_datasets.selection.marks.exclusions import DROPPED, pinned_values
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
@@ -220,7 +220,7 @@ def _compute(
     pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     clustered = stages.cluster(procedure.order(pool, recipe.names))
-    pool = add_copies_and_ranks(stages, clustered, token)
+    pool = add_copies_and_ranks(stages, clustered, schema, token)
     if pool is not clustered:
         pool = ranked(recipe, pool)  # anew, without the duplicates
     # The receipt names the n1 and the evaluation sets that were used.

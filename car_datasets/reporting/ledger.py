@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from car_datasets.reporting.overview import Overview
-from car_datasets.selection.exclusions import CONTAMINATED, DROPPED, DUPLICATE
+from car_datasets.selection.marks.exclusions import CONTAMINATED, DROPPED, DUPLICATE
 from car_datasets.selection.rule import BY_BOTH, BY_CLUSTER, BY_GAIN, BY_LIKE, BY_PIN, BY_SCORE
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.files import printable

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from car_datasets.clustering.fitting import number_of_clusters
-from car_datasets.selection.exclusions import excluded_from
+from car_datasets.selection.marks.exclusions import excluded_from
 from car_datasets.selection.rule import (
     BY_BOTH,
     BY_CLUSTER,
