@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from car_datasets.loading.chats import (
     EMPTY_RESPONSE,
     NO_ASSISTANT_TURN,
+    NO_CONTENT,
     OK,
     OTHER_PARTS,
     TOOL_CALL,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from datasets import Features
 
 T = TypeVar("T")
+UNREAD = f"{NO_CONTENT}: assistant"  # the status of an answer without a token, which such a model cannot read
 NOT_RENDERED = "not_rendered"  # the status of a row whose roles the model's chat template refuses, with its reason
 MOST_TOKENS = 8_192  # read of a conversation unless `max_tokens` says more, as the memory of a longer one is large
 CONTEXT = 2_048  # tokens of a model that states no limit

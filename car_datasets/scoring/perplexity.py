@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from car_datasets.loading.chats import EMPTY_RESPONSE, TOO_LONG
+from car_datasets.loading.chats import TOO_LONG
 from car_datasets.scoring.batching import Tokens, pad, run_windows, to_device, token_budget
 from car_datasets.scoring.conversations import (
+    UNREAD,
     Conversation,
     ConversationScorer,
     HubModel,
@@ -96,7 +97,7 @@ class LanguageModelScorer(ConversationScorer):
         for i, pair in read.items():
             room = self.limit - max(len(pair.before), len(alone))
             if not pair.answer or not chats[i].answer.strip():
-                statuses[i] = EMPTY_RESPONSE
+                statuses[i] = UNREAD
             elif room < 1:
                 statuses[i] = f"{TOO_LONG}: prompt of {len(pair.before)} tokens"
             else:
@@ -191,7 +192,7 @@ class IFDScorer(LanguageModelScorer):
             `ifd_status`.
         on_invalid (`str`): a row that cannot be read raises (`"error"`), or gets a null score and its reason in
             `ifd_status` (`"mark"`). Either way, an empty answer has no score, nor has one whose prompt fills the
-            context; `ifd_status` says `"empty_response"` or `"too_long"`.
+            context; `ifd_status` says `"no_content: assistant"` or `"too_long"`.
         dtype (`str`): of the model, `"float32"`, `"bfloat16"` or `"float16"`. Rows that overflow in half precision are
             scored again in float32.
         batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.

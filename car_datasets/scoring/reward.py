@@ -21,6 +21,7 @@ from torch import Tensor
 
 from car_datasets.scoring.batching import Tokens, pad, run_windows, to_device, token_budget
 from car_datasets.scoring.conversations import (
+    UNREAD,
     Conversation,
     ConversationScorer,
     HubModel,
@@ -246,6 +247,7 @@ class RewardScorer(ConversationScorer):
         scores, lengths = self._score(list(texts.values()), rank)
         # A text of no token, as an empty answer may be for a model without special tokens, was not read.
         found = {i: (s, n) for i, s, n in zip(texts, scores.tolist(), lengths.tolist(), strict=True) if n}
+        statuses = [UNREAD if i in texts and i not in found else chat.status for i, chat in enumerate(chats)]
         bad = [i for i, (score, _) in found.items() if not np.isfinite(score)]
         if bad:
             raise ValueError(
@@ -254,7 +256,7 @@ class RewardScorer(ConversationScorer):
             )
         return {
             self.output_column: [np.float32(found[i][0]) if i in found else None for i in range(len(chats))],
-            **self._diagnostics([c.status for c in chats], {i: n for i, (_, n) in found.items()}, self.limit),
+            **self._diagnostics(statuses, {i: n for i, (_, n) in found.items()}, self.limit),
         }
 
     def _render(self, chat: Conversation) -> _Text:

@@ -59,7 +59,7 @@ def test_numbers_equal_those_of_a_plain_loop(
     assert [found["ifd"][row] for row in scored] == pytest.approx(ratios, rel=TOLERANCE)
     assert [found["ifd_score"][row] for row in scored] == pytest.approx(list(map(score_of, ratios)), abs=TOLERANCE)
     assert found["ifd_score"][3] is found["ifd"][3] is None
-    assert found["ifd_status"][:] == ["ok", "ok", "ok", "empty_response", "ok", "ok"]
+    assert found["ifd_status"][:] == ["ok", "ok", "ok", "no_content: assistant", "ok", "ok"]
     assert [found.features[name].dtype for name in ("ifd_score", "ifd", "ifd_tokens")] == ["float32"] * 2 + ["int32"]
     for place, given in enumerate(("prompt", "nothing")):
         stage = PerplexityScorer(language_models[kind], given=given, output_column="p_score")
@@ -88,7 +88,7 @@ def test_answers_that_do_not_fit_are_said(language_models: dict[str, str]) -> No
         "completion": ["red " * 30, "red " * 14, "red", " \n "],
     }
     found = IFDScorer(language_models["llama"], max_tokens=21)(rows)
-    assert found["ifd_status"] == ["truncated", "ok", "too_long: prompt of 43 tokens", "empty_response"]
+    assert found["ifd_status"] == ["truncated", "ok", "too_long: prompt of 43 tokens", "no_content: assistant"]
     assert found["ifd_truncated"] == [True, False, True, False]
     assert found["ifd_tokens"] == [37, 21, 44, 6]
     assert found["ifd"][0] == pytest.approx(found["ifd"][1], rel=TOLERANCE)

@@ -137,7 +137,7 @@ def test_an_empty_text_has_no_score(tmp_path: Path) -> None:
     found = RewardScorer(folder, text="answer")(rows)
     assert found["reward_score"][0] is None
     assert np.isfinite(found["reward_score"][1])
-    assert found["reward_status"] == ["empty_response", "ok"]
+    assert found["reward_status"] == ["no_content: assistant", "ok"]
 
 
 def test_in_half_precision_the_head_stays_exact(classifiers: dict[str, str]) -> None:
