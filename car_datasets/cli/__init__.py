@@ -2,7 +2,9 @@
 
 # A command is added when its module is imported, so this order is that of `car-datasets --help`: the pipeline first.
 from car_datasets.cli import stages  # isort: split
+
 from car_datasets.cli import proving  # isort: split
+
 from car_datasets.cli import judging, scorers
 from car_datasets.cli.app import app
 
