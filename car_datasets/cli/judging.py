@@ -29,8 +29,7 @@ DESCRIPTION = "Judging"  # of the progress bar
 
 @app.command(
     rich_help_panel=OTHERS,
-    epilog="Example: car-datasets judge alpaca_data.json --output judged.parquet --base-url http://localhost:8000/v1 "
-    "--model Qwen/Qwen3-8B",
+    epilog="Example: car-datasets judge rows.json --output rated.parquet --base-url http://localhost/v1 --model NAME",
 )
 @one_line_errors
 @recipe_options(*READING, "index_column")

@@ -102,7 +102,9 @@ def _what_is_kept(name: str, arguments: Mapping[str, Any]) -> str:
     """Return what a stopped command has kept, and the command that resumes."""
     output, shards = arguments.get("output"), arguments.get("shards")
     kept, verb = "Nothing was kept.", "start again"
-    if shards:
+    if name == "judge":
+        kept, verb = "Every answer that has arrived is kept, and is not paid for again.", "resume"
+    elif shards:
         kept, verb = _finished_shards(str(shards)), "resume"
     elif "shards" in arguments:
         kept = "Scores of an unfinished pass are not kept; with --shards DIR the same command would resume from them."

@@ -43,7 +43,8 @@ class Stage(Protocol):
     Model weights belong in a module-level cache, never in a field. [`QualityScorer`] and [`TextEmbedder`] are stages.
 
     A stage may also have a method `read_columns(column_names) -> list[str]`: it is then given those columns alone, and
-    a run in shards is bound to their content. Without it, the stage is given all columns.
+    a run in shards is bound to their content. Without it, the stage is given all columns. A class attribute
+    `free_fields` names fields that change no result, with other values of which a run in shards may be resumed.
     """
 
     @property

@@ -16,6 +16,7 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -348,7 +349,9 @@ class Endpoint:
         if error.status_code in FATAL or error.code == "insufficient_quota":
             self._raise_fatal(error)
         if error.status_code in ROW_ERRORS:
-            self._count_unanswered(self._said(error))
+            # Many rows may be too long; but a server that has never answered rejects all of them.
+            if self._cache.spent().calls == 0:
+                self._count_unanswered(self._said(error))
             raise RowFailure(REJECTED, self._said(error))
 
     def _raise_fatal(self, error: Any) -> None:
@@ -397,13 +400,13 @@ class Endpoint:
         """
         if attempt == self._connection.retries:
             return
-        asked = self._client._parse_retry_after_header(error.response.headers) if hasattr(error, "response") else None
-        if asked is not None and asked > LONGEST_ASKED:
+        asked = _asked_wait(error.response.headers) if hasattr(error, "response") else 0.0
+        if asked > LONGEST_ASKED:
             raise ConnectionError(
                 f"base_url={self._connection.base_url!r} asks to wait {asked:.0f} seconds ({self._said(error)}). Answers "
                 "so far are kept; run the same call again then."
             )
-        if asked is not None and asked > 0:
+        if asked > 0:
             with self._lock:
                 self._resume_at = max(self._resume_at, time.monotonic() + asked)
             return
@@ -435,6 +438,19 @@ def answer_key(connection: Connection, messages: Sequence[Mapping[str, str]], sc
     """Return the key of an answer: a digest of model, messages, schema and sampling, and of no address."""
     content = [connection.model, list(map(dict, messages)), dict(schema), connection.answer_tokens, 0]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float:
+    """Return the seconds that a server asks to wait: a number or a date; 0 if it asks for nothing."""
+    text = headers.get("retry-after", "").strip()
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return 0.0
+    return seconds if seconds > 0 else 0.0
 
 
 def _was_not_sent(error: Any) -> bool:

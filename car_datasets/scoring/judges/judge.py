@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -110,6 +110,12 @@ class JudgeScorer:
     ```
     """
 
+    # With the same answers whatever these are; `rubric_text` is the content of `rubric`.
+    free_fields: ClassVar[tuple[str, ...]] = (
+        *("rubric", "key_variable", "max_tokens", "max_cost", "prices"),
+        *("concurrency", "timeout", "retries", "cache"),
+    )
+
     base_url: str
     model: str
     rubric: str = "soundness_worth"
@@ -130,7 +136,6 @@ class JudgeScorer:
     retries: int = 8
     cache: str | None = None
     rubric_text: str = field(init=False, repr=False)
-    revision: str = field(init=False, repr=False)
     cache_version: str = field(init=False, repr=False)
 
     def __post_init__(self, api_key: str | None) -> None:
@@ -150,7 +155,6 @@ class JudgeScorer:
             columns=columns,
             rubric=str(self.rubric),
             rubric_text=text,
-            revision="sha256:" + hashlib.sha256(text.encode()).hexdigest(),
             prices=None if self.prices is None else tuple(map(float, self.prices)),
             cache=None if self.cache is None else str(user_path(self.cache).absolute()),
             cache_version=CACHE_VERSION,

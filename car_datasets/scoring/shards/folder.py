@@ -40,11 +40,7 @@ FORMAT = 1  # of the folder; part of the manifest, so that a run never resumes i
 # Fields that a stage with a pinned `revision` may change within a run: `batch_tokens` changes no number beyond the
 # tolerance, so a run that ran out of memory is resumed with smaller batches; the others are places whose contents the
 # revisions pin, so it is resumed from a model folder at another path.
-FREE_FIELDS = (
-    *("model_id", "tokenizer", "engine", "batch_tokens"),
-    # Of a judge: its answers are the same, and those that it has are kept in its cache.
-    *("rubric", "key_variable", "max_tokens", "max_cost", "prices", "concurrency", "timeout", "retries", "cache"),
-)
+FREE_FIELDS = ("model_id", "tokenizer", "engine", "batch_tokens")
 
 PART = re.compile(r"part-(\d+)\.arrow")
 logger = logging.getLogger(__name__)
@@ -406,7 +402,7 @@ def describe_run(dataset: Dataset, stage: Stage, columns: Sequence[str], shard_r
         "features": stage.output_features().to_dict(),
     }
     settings = {field.name: getattr(stage, field.name) for field in fields(stage)}  # type: ignore[arg-type]
-    free = FREE_FIELDS if "revision" in settings else ()
+    free = getattr(stage, "free_fields", FREE_FIELDS if "revision" in settings else ())
     for name, value in settings.items():
         if name not in free:  # a field named like an entry above must not replace it
             manifest[f"stage.{name}" if name in manifest else name] = _plain_value(value, name, stage)

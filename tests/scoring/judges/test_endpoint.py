@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,41 @@ def test_a_fault_that_stays_is_a_failure_of_the_row(server: JudgeServer, cache: 
         assert len(server.requests) == 27
         with pytest.raises(ConnectionError, match="answered none of the last 10 calls, each made 3 times"):
             endpoint.ask(MESSAGES, SCHEMA)
+
+
+def test_a_server_that_rejects_every_call_ends_the_run(server: JudgeServer, cache: JudgeCache) -> None:
+    server.always = lambda handler, request: handler.send(400, error("no chat here")) or True
+    with connect(server, cache) as endpoint:
+        for number in range(9):
+            with pytest.raises(RowFailure, match="no chat here"):
+                endpoint.ask([*MESSAGES, {"role": "user", "content": str(number)}], SCHEMA)
+        with pytest.raises(ConnectionError, match="answered none of the last 10 calls"):
+            endpoint.ask(MESSAGES, SCHEMA)
+        # One that has answered once may reject many rows, which may be too long.
+        server.always = lambda handler, request: False
+        endpoint.ask(MESSAGES, SCHEMA)
+        server.always = lambda handler, request: handler.send(400, error("too long")) or True
+        for number in range(12):
+            with pytest.raises(RowFailure, match="too long"):
+                endpoint.ask([*MESSAGES, {"role": "user", "content": str(number)}], SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("asked", "low", "high"),
+    [
+        ("3", 3, 3),
+        ("0.5", 0.5, 0.5),
+        ("-1", 0, 0),
+        ("soon", 0, 0),
+        ("nan", 0, 0),
+        ("", 0, 0),
+        (60, 50, 61),
+        (-60, 0, 0),
+    ],
+)
+def test_how_long_a_server_asks_to_wait(asked: str | int, low: float, high: float) -> None:
+    text = asked if isinstance(asked, str) else formatdate(time.time() + asked, usegmt=True)
+    assert low <= endpoint_module._asked_wait({"retry-after": text}) <= high
 
 
 def test_a_server_that_asks_to_wait_is_waited_for(server: JudgeServer, cache: JudgeCache) -> None:

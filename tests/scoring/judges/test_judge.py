@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from car_datasets import JudgeScorer, score_in_shards
 from car_datasets.cli import app
+from car_datasets.scoring.batching import watching
 from car_datasets.scoring.judges import endpoint as endpoint_module
 from car_datasets.scoring.judges import judge as judge_module
 from car_datasets.scoring.stage import Stage, add_columns
@@ -198,6 +199,16 @@ def test_the_cap_is_never_passed(server: JudgeServer, tmp_path: Path) -> None:
     assert server.answered == 60
     with pytest.raises(ValueError, match=r"max_cost=0.001 \(so far 0"):
         judge(server, tmp_path, max_cost=0.001, prices=(1.0, 3.0))(rows(61)[60:])
+
+
+def test_a_run_that_is_interrupted_waits_for_calls_that_are_on_their_way(server: JudgeServer, tmp_path: Path) -> None:
+    def interrupt(done: int) -> None:
+        if done >= 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watching(interrupt):
+        judge(server, tmp_path, concurrency=4)(rows(200)[:])
+    assert 20 <= kept(tmp_path) == server.answered == len(server.requests) < 200
 
 
 def test_the_key_is_sent_and_never_kept(
