@@ -21,7 +21,8 @@ import torch
 
 from car_datasets.proving.base_model import BaseModel
 from car_datasets.proving.token_rows import TokenRow
-from car_datasets.proving.training import Schedule, Tuner
+from car_datasets.proving.trainer import Schedule
+from car_datasets.proving.training import Tuner
 from car_datasets.scoring.stage import Progress, say
 from car_datasets.utils.files import write_content
 

@@ -51,7 +51,8 @@ from car_datasets.proving.proof_report import (
 )
 from car_datasets.proving.statistics import SHARE, compare
 from car_datasets.proving.token_rows import TokenRow, tokenise
-from car_datasets.proving.training import ALL, LAST_LAYERS, LORA, Schedule, without_bars
+from car_datasets.proving.trainer import ALL, LORA, Schedule, without_bars
+from car_datasets.proving.training import LAST_LAYERS
 from car_datasets.results import RESULT_FILES, SCORED_TABLE, SELECTED_TABLE, read_result, read_tables
 from car_datasets.scoring.engines import estimate_scoring
 from car_datasets.scoring.stage import say
