@@ -93,7 +93,7 @@ class Recipe(Settings):
         score_thoughts (`bool`): put the thoughts of an answer in front of it; by default the answer alone is scored.
         uncertainty (`bool`): also add the standard deviation over the members of the scorer's head.
         parts (`bool`): also add what a scorer with parts judges: `iqs_expert`, `iqs_soundness`, `iqs_worth`, `iqs_fault`.
-        dtype (`str`): precision of the encoder: `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype (`str`): precision of the encoder: `"float32"`, `"bfloat16"`, `"float16"` or `"float8"`.
         embedder, embedder_revision (`str`, *optional*): a sentence-transformers model; None takes the scorer's
             encoder (one forward pass for both) if that is an unchanged sentence-transformers model, else the default
             encoder.
@@ -202,7 +202,9 @@ class Recipe(Settings):
         SELECTION,
     )
     dtype: str = _setting(
-        "float32", "Run the encoder in float32, or in bfloat16 or float16, which are faster on a GPU.", PERFORMANCE
+        "float32",
+        "Run the encoder in float32, or in float16, bfloat16 or float8, which are faster on a GPU and less exact.",
+        PERFORMANCE,
     )
     embedder: str | None = _setting(
         None, "Embed with this sentence-transformers model.", CLUSTERING, shown="the scorer's own encoder"

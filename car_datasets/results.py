@@ -33,6 +33,7 @@ from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import BLOCK, column_digests, file_digest
 from car_datasets.utils.files import (
+    RUNS_FOLDER,
     UNFINISHED,
     fresh_folder,
     refuse_in_source,
@@ -208,12 +209,14 @@ class Compared(NamedTuple):
 def files_of(folder: Path, receipt: Receipt) -> tuple[dict[str, str], list[str]]:
     """Return the sha256 of the files in a folder that its receipt names, and the names of all others but the receipt.
 
-    What is no file, such as a folder, has an empty sha256. Of other folders the name alone is returned.
+    What is no file, such as a folder, has an empty sha256. Of other folders the name alone is returned, and that of the
+    finished runs of a proof is left out: they only resume it.
     """
     known = {name: folder / name for name in receipt.files}
     every = {path.relative_to(folder).as_posix() for part in ("*", f"{PLOTS_FOLDER}/*") for path in folder.glob(part)}
     seen = {name: file_digest(p) if p.is_file() else "" for name, p in known.items() if os.path.lexists(p)}
-    return seen, sorted(every - {*known, RECEIPT_FILE, PLOTS_FOLDER})
+    own = {RECEIPT_FILE, PLOTS_FOLDER, *([RUNS_FOLDER] if (folder / RUNS_FOLDER).is_dir() else [])}
+    return seen, sorted(every - {*known, *own})
 
 
 def compare_files(receipt: Receipt, seen: Mapping[str, str], others: Sequence[str], pushed: bool = False) -> Compared:

@@ -23,6 +23,7 @@ from car_datasets.loading.schemas import Schema
 from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
+from car_datasets.scoring.iqs.float8 import for_embedder
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
 from car_datasets.scoring.shards.storage import refuse_blank
@@ -152,7 +153,7 @@ def resolve(recipe: Recipe, token: str | None = None, *, embed: bool = True) -> 
         token,
         template=str(scorer.template),
         output_column=recipe.embedding_column,
-        **_reading(recipe),
+        **_reading(recipe) | {"dtype": for_embedder(recipe.dtype)},
     )
     # The default encoder is pinned in the code, and a recipe without an embedder must not name a revision.
     if recipe.embedder is not None:

@@ -21,11 +21,15 @@ import torch
 
 from car_datasets.proving.base_model import BaseModel
 from car_datasets.proving.token_rows import TokenRow
-from car_datasets.proving.training import Schedule, Tuner
+from car_datasets.proving.trainer import Schedule
+from car_datasets.proving.training import Tuner
 from car_datasets.scoring.stage import Progress, say
 from car_datasets.utils.files import write_content
 
 RUN_FILE = "run-{}.json"
+# Of what the arms are and of how they are trained and measured. Raise it when any of these changes, so that older runs
+# and proofs are not taken for new ones; a test says when the draws change.
+EDITION = 2
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")  # whose versions change numbers
 Messages = Sequence[Mapping[str, str]]
 
@@ -157,6 +161,7 @@ class _Work:
         folder.mkdir(parents=True, exist_ok=True)
         measured = [*experiment.probes.items(), ("validation", experiment.validation)]
         self.common = {
+            "edition": EDITION,
             "model": base.revision,
             "template": base.tokenizer.chat_template,
             "schedule": asdict(schedule),

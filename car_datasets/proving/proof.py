@@ -37,7 +37,7 @@ from car_datasets.proving.arms import (
 from car_datasets.proving.base_model import BaseModel, load_base_model, require_extra, revision_of
 from car_datasets.proving.constraints import Instruction, is_satisfied, read_instructions
 from car_datasets.proving.examples import digest_of
-from car_datasets.proving.experiment import PACKAGES, Experiment, Finished, Outcome, Run, carry_out
+from car_datasets.proving.experiment import EDITION, PACKAGES, Experiment, Finished, Outcome, Run, carry_out
 from car_datasets.proving.probes import Probe, read_probe
 from car_datasets.proving.proof_report import (
     FORMAT,
@@ -51,7 +51,8 @@ from car_datasets.proving.proof_report import (
 )
 from car_datasets.proving.statistics import SHARE, compare
 from car_datasets.proving.token_rows import TokenRow, tokenise
-from car_datasets.proving.training import ALL, LAST_LAYERS, LORA, Schedule, without_bars
+from car_datasets.proving.trainer import ALL, LORA, Schedule, without_bars
+from car_datasets.proving.training import LAST_LAYERS
 from car_datasets.results import RESULT_FILES, SCORED_TABLE, SELECTED_TABLE, read_result, read_tables
 from car_datasets.scoring.engines import estimate_scoring
 from car_datasets.scoring.stage import say
@@ -195,7 +196,8 @@ def _digest_of_call(place: Path, own: Mapping[str, Path], found: Mapping[str, Pr
     tables = [(name, file_digest(path / SELECTED_TABLE)) for name, path in own.items()]
     probes = [(name, probe.domains, [digest_of(row) for row in probe.rows]) for name, probe in found.items()]
     pool = [file_digest(place / name) for name in (SELECTED_TABLE, SCORED_TABLE)]
-    parts = [pool, tables, probes, settings, device_for().type, _versions()]
+    versions = [version(name) for name in PACKAGES]
+    parts = [EDITION, pool, tables, probes, settings, device_for().type, versions]
     return f"sha256:{hashlib.sha256(repr(parts).encode(errors='surrogatepass')).hexdigest()}"
 
 

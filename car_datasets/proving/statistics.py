@@ -204,9 +204,9 @@ def _parts(paired: Floats, weights: Floats, drawn: Floats) -> _Parts:
 
 def _quantile(freedom: float) -> float:
     """Return the quantile of Student's t that a two-sided interval has at its upper end."""
-    from scipy.stats import t
+    from scipy.special import stdtrit  # `t.ppf` without its checks, which take a hundred times as long
 
-    return float(t.ppf((1 + LEVEL) / 2, freedom))
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def _difference(part: _Parts) -> Difference:

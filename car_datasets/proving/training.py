@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import logging
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,33 +32,23 @@ from car_datasets.proving.token_rows import (
     prompt_ids,
     sum_nats,
 )
+from car_datasets.proving.trainer import (
+    ALL,
+    LORA,
+    Schedule,
+    Settings,
+    as_before,
+    make_trainer,
+    own_garbage,
+    quiet,
+    unwrap,
+)
 
-LORA, ALL = "lora", "all"
 LAST_LAYERS = 4  # trained by default without a GPU
-RANK = 16  # of LoRA
 MOST_STATES = 2 * 2**30  # bytes of hidden states that are kept
 ANSWERED_AT_ONCE = 128  # prompts
 SAME = 2e-3  # nats by which the upper layers on kept states may differ from the model
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How every run of a proof is trained; equal for all arms.
-
-    Args:
-        trained (`str` or `int`): `"all"`, `"lora"`, or a number of last layers.
-        epochs (`int`): passes over the rows of an arm.
-        batch_tokens (`int`): the most tokens of a batch, prompts included.
-        updates (`int`): the fewest updates of the weights; a small arm has smaller batches.
-        warmup (`float`): share of the updates in which the learning rate rises; it falls linearly afterwards.
-    """
-
-    trained: str | int = ALL
-    epochs: int = 1
-    batch_tokens: int = 8_192
-    updates: int = 16
-    warmup: float = 0.05
 
 
 class Trained(NamedTuple):
@@ -192,10 +180,6 @@ class Tuner:
             _free_memory(self.device)
 
     def _train(self, batches: Sequence[list[int]], learning_rate: float, seed: int, pieces: int) -> Trained:
-        import datasets
-        from peft import LoraConfig
-        from transformers import PrinterCallback
-
         self.restore()
         parts = [list(map(int, part)) for batch in batches for part in np.array_split(np.asarray(batch), pieces)]
         packed: dict[str, list[list[int]]] = {name: [] for name in ("input_ids", "labels", "seq_lengths")}
@@ -204,22 +188,9 @@ class Tuner:
                 packed[name].append(values)
         begun = time.perf_counter()
         # Nothing is saved there, but the trainer wants a folder.
-        with tempfile.TemporaryDirectory() as folder, _as_before(), _quiet():
-            trainer = _trainer_class(self.device.type == "cuda")(
-                model=self.model,
-                args=self._arguments(folder, len(batches), pieces, learning_rate, seed),
-                train_dataset=datasets.Dataset.from_dict(packed),
-                processing_class=self.base.tokenizer,
-                peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-                if self.schedule.trained == LORA
-                else None,
-            )
-            trainer.remove_callback(PrinterCallback)
-            try:
-                result = trainer.train()
-            finally:
-                self.model = trainer.model
-                _unwrap(self.full, self.model)
+        with tempfile.TemporaryDirectory() as folder, as_before(), quiet(), own_garbage():
+            settings = Settings(self.schedule, self.device, len(batches), pieces, learning_rate, seed)
+            result = self._fit(packed, folder, settings)
         self.model.eval()
         rows = [row for batch in batches for row in batch]
         return Trained(
@@ -232,38 +203,14 @@ class Tuner:
             pieces=pieces,
         )
 
-    def _arguments(self, folder: str, steps: int, pieces: int, learning_rate: float, seed: int) -> Any:
-        """Return TRL's configuration of a run of so many steps, each of so many packs."""
-        from trl.trainer.sft_config import SFTConfig
-
-        on_gpu = self.device.type == "cuda"
-        arguments = SFTConfig(
-            output_dir=folder,
-            per_device_train_batch_size=1,  # one pack
-            gradient_accumulation_steps=pieces,
-            num_train_epochs=1,
-            learning_rate=learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=int(self.schedule.warmup * steps),  # a share would be rounded up
-            weight_decay=0.0,
-            optim="adamw_torch_fused",
-            bf16=on_gpu and torch.cuda.is_bf16_supported(),
-            use_cpu=self.device.type == "cpu",
-            packing=True,  # rows come packed; this makes the trainer keep them apart
-            packing_strategy="bfd",
-            completion_only_loss=False,  # the labels say which tokens are learnt
-            dataset_kwargs={"skip_prepare_dataset": True},
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=on_gpu,
-            seed=seed,
-        )
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would be wrapped in DataParallel
-        return arguments
+    def _fit(self, packed: Mapping[str, Sequence[Sequence[int]]], folder: str, settings: Settings) -> Any:
+        """Train on packs of rows by a trainer that does not outlive the call, and return what it returns."""
+        trainer = make_trainer(self.model, self.base.tokenizer, packed, folder, settings)
+        try:
+            return trainer.train()
+        finally:
+            self.model = trainer.model
+            unwrap(self.full, self.model)
 
     def _packed(self, chosen: Sequence[int]) -> dict[str, list[int]]:
         """Return rows end to end with their labels, as TRL's packing returns them."""
@@ -350,30 +297,6 @@ class Tuner:
         }
 
 
-def _trainer_class(on_gpu: bool) -> Any:
-    """Return TRL's trainer, without a GPU with a loss that computes logits for the tokens of answers alone.
-
-    TRL's own loss does so by a Triton kernel; elsewhere it computes the logits of all tokens, twice.
-    """
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    if on_gpu:
-        return SFTTrainer
-
-    class AnswerTrainer(SFTTrainer):
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            labels = inputs.pop("labels")[0, 1:]
-            kept = (labels != IGNORED).nonzero().flatten()
-            inputs.pop("seq_idx", None)
-            logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits[0]
-            loss = nn.functional.cross_entropy(logits.float(), labels[kept], reduction="sum")
-            return loss / (len(kept) if num_items_in_batch is None else num_items_in_batch)
-
-    return AnswerTrainer
-
-
 def _with_layers(model: Any, layers: Any, norm: nn.Module, embedding: nn.Module) -> Any:
     """Return a causal model of some of the layers of another, which it shares, on another embedding."""
     config = copy.deepcopy(model.config)
@@ -402,13 +325,6 @@ def _order_digest(rows: Sequence[TokenRow], batches: Sequence[Sequence[int]]) ->
             content.update(rows[row].prompt.to_bytes(4, "little") + rows[row].ids.tobytes())
         content.update(b"|")
     return f"sha256:{content.hexdigest()}"
-
-
-def _unwrap(*models: Any) -> None:
-    """Undo what TRL and accelerate set on a model's instance: a forward pass of their own, one more for every run."""
-    for model in models:
-        for name in ("forward", "_original_forward"):
-            vars(model).pop(name, None)
 
 
 def _lacks_memory(error: BaseException) -> bool:
@@ -446,47 +362,3 @@ def _precise_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def _as_before() -> Iterator[None]:
-    """Give the caller's random state back after a block in which the trainer sets seeds."""
-    import random
-
-    python, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what the trainer prints and warns of in every run."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "trl", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with without_bars(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of names that TRL and transformers are changing
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Switch the progress bars of `datasets` off in this block, where many steps would each draw one."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

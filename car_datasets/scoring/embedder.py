@@ -34,6 +34,7 @@ from car_datasets.scoring.batching import (
     token_budget,
     tokenised_ahead,
 )
+from car_datasets.scoring.iqs.float8 import FLOAT8
 from car_datasets.scoring.iqs.packed_encoder import COMPILE_AFTER, PackedEncoder, can_pack
 from car_datasets.scoring.iqs.packing import pack
 from car_datasets.scoring.stage import (
@@ -108,6 +109,8 @@ class TextEmbedder:
     def __post_init__(self, token: str | None) -> None:
         columns = as_column_names(self.columns)
         check_schema(self.schema, columns)
+        if self.dtype == FLOAT8:
+            raise ValueError(f"dtype={FLOAT8!r} is for scorers; pass dtype='float16' or 'bfloat16'.")
         check_options(
             template=self.template,
             on_invalid=self.on_invalid,

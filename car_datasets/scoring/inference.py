@@ -29,6 +29,7 @@ from car_datasets.scoring.batching import (
 )
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
+from car_datasets.scoring.iqs.float8 import FLOAT8, refuse_float8_on
 from car_datasets.scoring.iqs.layers import closeness
 from car_datasets.scoring.iqs.modeling_iqs import HEADS, IQSModel
 from car_datasets.scoring.iqs.openvino_encoder import OpenVINOEncoder
@@ -224,7 +225,7 @@ class Weights(NamedTuple):
         tokenizer (`str`, *optional*): folder or Hub id of the tokenizer of a checkpoint in the original's layout.
         tokenizer_pin (`str`, *optional*): its digest or commit. The two pins are part of the key under which the model
             is cached, and are not read otherwise.
-        dtype (`str`): of the encoder.
+        dtype (`str`): of the encoder; `"float8"` for bfloat16 with products in float8.
         compiled (`bool`): compile the encoder.
         engine (`str`, *optional*): a folder with the encoder in int8.
         engine_pin (`str`, *optional*): its digest.
@@ -246,7 +247,7 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     """Load model and tokenizer, once per process and device; never part of a callable, so never hashed or pickled.
 
     Raises:
-        ValueError: an engine is given, and the device is not the CPU.
+        ValueError: an engine is given, and the device is not the CPU; or the device or the encoder has no float8.
     """
     from transformers import AutoTokenizer
 
@@ -260,7 +261,11 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     # Loaded in float32 in any case: only the encoder is converted below.
     folder = revisions.model_folder(model_id, weights.revision)
     model = IQSModel.from_pretrained(folder, tokenizer=tokenizer)
-    model.encoder.to(getattr(torch, dtype))  # not the head: in half precision it would give many texts the same score
+    packs = can_pack(model.config.encoder_config, dtype, device)
+    if dtype == FLOAT8:
+        refuse_float8_on(device, model.config.encoder_config, packs)
+    # Not the head: in half precision it would give many texts the same score.
+    model.encoder.to(torch.bfloat16 if dtype == FLOAT8 else getattr(torch, dtype))
     if engine is not None:
         model.encoder = OpenVINOEncoder(engine)  # drops the float32 encoder, the larger part of the model
     # A checkpoint of the original brings no tokenizer, a head without encoder uses the tokenizer of its encoder.
@@ -278,8 +283,8 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
             refuse_long_texts(model.encoder, "max_tokens", model.config.max_tokens)
     model.eval().to(device)
     encoder = None
-    if can_pack(model.config.encoder_config, dtype, device):
-        encoder = PackedEncoder(model.encoder, 0.0 if weights.compiled else COMPILE_AFTER)
+    if packs:
+        encoder = PackedEncoder(model.encoder, 0.0 if weights.compiled else COMPILE_AFTER, dtype == FLOAT8)
     elif weights.compiled:
         # Last, because the engine changes the encoder that is compiled.
         model.encoder.compile(dynamic=True)  # batches differ in both dimensions: static shapes would recompile for each

@@ -26,6 +26,7 @@ from car_datasets.scoring.embedder import TextEmbedder, load_sentence_transforme
 from car_datasets.scoring.inference import LoadedScorer, TextScores, Weights, load_scorer, read_scorer_config
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, tokenizer_revision
+from car_datasets.scoring.iqs.float8 import FLOAT8, for_embedder, refuse_without_float8
 from car_datasets.scoring.iqs.heads import FAULTS, JUDGED, PARTS
 from car_datasets.scoring.iqs.openvino_encoder import pin_engine
 from car_datasets.scoring.stage import (
@@ -100,6 +101,7 @@ class QualityScorer:
             `iqs_status` (`"mark"`).
         dtype (`str`): of the encoder, `"float32"`, `"float16"` or `"bfloat16"`, which is as fast and ten times less
             exact; the head stays in float32. Texts that overflow in half precision are scored again in float32.
+            `"float8"` is bfloat16 with products in float8, for wide encoders on a GPU from Ada or Hopper on.
         batch_tokens (`int`, *optional*): tokens in one forward pass, padding included; by default chosen by the device.
             Halved when memory runs out.
         embedding_dtype (`str`): of the embedding column, `"float32"` or `"float16"`, which takes half the disk space.
@@ -171,6 +173,8 @@ class QualityScorer:
             batch_tokens=self.batch_tokens,
             new_columns=self.output_columns,
         )
+        if self.dtype == FLOAT8:
+            refuse_without_float8()
         if self.turns not in TURNS:
             raise ValueError(f"turns={self.turns!r} is not known; choose one of {sorted(TURNS)}.")
         if self.engine is not None and self.compile:
@@ -427,7 +431,7 @@ def _embedder_of(scorer: QualityScorer) -> TextEmbedder:
         score_thoughts=scorer.score_thoughts,
         output_column=scorer.embedding_column or ColumnNames.embedding,
         on_invalid=scorer.on_invalid,
-        dtype=scorer.dtype,
+        dtype=for_embedder(scorer.dtype),
         batch_tokens=scorer.batch_tokens,
         embedding_dtype=scorer.embedding_dtype,
     )

@@ -24,6 +24,7 @@ from car_datasets.loading.chats import is_scored
 from car_datasets.loading.schemas import ON_INVALID, Schema, find_schema, format_batch, invalid_rows_message
 from car_datasets.loading.templates import TEMPLATES, Text
 from car_datasets.scoring.batching import current_watch, watching
+from car_datasets.scoring.iqs.float8 import FLOAT8
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import join_columns, refuse_overwrite
 from car_datasets.utils.digests import public
@@ -268,7 +269,7 @@ def set_fields(record: Any, **values: Any) -> None:
         object.__setattr__(record, name, value)
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", FLOAT8)
 EMBEDDING_DTYPES = ("float32", "float16")
 
 

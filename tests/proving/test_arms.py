@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from car_datasets import curate
 from car_datasets.loading.chats import read_turns
 from car_datasets.proving.arms import ARMS, Pool, available, draw_arms, hold_out, read_pool, stages_of
 from car_datasets.proving.examples import as_example, digest_of, shuffle_words
+from car_datasets.proving.experiment import EDITION
 from tests.proving.conftest import planted_rows
 
 
@@ -93,6 +95,25 @@ def test_arms_follow_from_the_seed_and_not_from_each_other(pool: Pool) -> None:
         assert one[name].rows.tolist() == again[name].rows.tolist()
         assert one[name].rows.tolist() != other[name].rows.tolist()
     assert alone["random"].rows.tolist() == one["random"].rows.tolist()
+
+
+def test_the_edition_is_raised_when_arms_are_drawn_in_another_way() -> None:
+    rng = np.random.default_rng(0)
+    rows = [messages(f"asked {i}", " ".join(f"word{i}{j}" for j in range(3 + i % 7))) for i in range(200)]
+    known = Pool(
+        rows=Dataset.from_list(rows),
+        scores=rng.normal(size=200),
+        clusters=np.arange(200) % 9,
+        tokens=np.array([3 + i % 7 for i in range(200)]),
+        groups=np.array(["small" if i % 10 == 0 else "large" for i in range(200)]),
+        grouped_by="from",
+        scored=np.arange(200),
+        chosen={"selection": np.arange(0, 200, 5)},
+        left_out={},
+    )
+    drawn = [(name, arm.lessons) for seed in range(2) for name, arm in draw_arms(known, seed, tokens=90).items()]
+    # Old runs would be resumed with the new arms: raise the number, and then write both here.
+    assert (EDITION, hashlib.sha256(repr(drawn).encode()).hexdigest()[:16]) == (2, "d7e60f58dd7faca9")
 
 
 def test_length_matched_rows_are_as_long_as_the_selected(pool: Pool) -> None:

@@ -20,7 +20,8 @@ from car_datasets.proving.examples import shuffle_words
 from car_datasets.proving.experiment import Experiment, Outcome, Run, carry_out
 from car_datasets.proving.statistics import compare
 from car_datasets.proving.token_rows import tokenise
-from car_datasets.proving.training import Schedule, Tuner
+from car_datasets.proving.trainer import Schedule
+from car_datasets.proving.training import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ARMS = {"random": 0.5, "selection": 1.0, "equal": 0.5, "control": 0.0}  # arm to the share of right answers

@@ -14,7 +14,8 @@ pytest.importorskip("trl")
 
 from car_datasets.proving.base_model import BaseModel, load_base_model
 from car_datasets.proving.token_rows import ATTENTION, TokenRow, tokenise
-from car_datasets.proving.training import Schedule, Tuner
+from car_datasets.proving.trainer import Schedule
+from car_datasets.proving.training import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

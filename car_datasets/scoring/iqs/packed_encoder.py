@@ -1,13 +1,12 @@
 """The forward pass of BERT-like encoders over packed texts, from fused weights, compiled once it pays.
 
-Does: attend within each text, by torch's variable-length attention (torch >= 2.10, GPUs from Ampere on); compile what is
-between two attentions as one function for all layers. Needs no flash-attn.
-Does not: change a score beyond rounding. On the CPU, for tests, each text is attended to in turn.
+Does: compute the layers in half precision, their products in float8 if asked for (torch >= 2.10, GPUs from Ampere on);
+compile what is between two attentions as one function for all layers. Needs no flash-attn.
+Does not: change a score beyond rounding, or know the kernels of the attention.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from car_datasets.scoring.iqs.attention import attend
+from car_datasets.scoring.iqs.float8 import Weight, linear, to_float8
 from car_datasets.scoring.iqs.packing import PACKABLE, Packed
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,13 @@ class Layer(NamedTuple):
     """The weights of a layer.
 
     Args:
-        attention (`tuple[Tensor, Tensor]`): weight and bias of query, key and value, one below the other.
-        rest (`tuple[Tensor, ...]`): what is after the attention: weight and bias of each of the output, its norm, the
+        attention (`tuple[Weight, Tensor]`): weight and bias of query, key and value, one below the other.
+        rest (`tuple[Weight, ...]`): what is after the attention: weight and bias of each of the output, its norm, the
             two feed-forward layers, and their norm.
     """
 
-    attention: tuple[Tensor, Tensor]
-    rest: tuple[Tensor, ...]
+    attention: tuple[Weight, Tensor]
+    rest: tuple[Weight, ...]
 
 
 class PackedEncoder:
@@ -71,15 +72,17 @@ class PackedEncoder:
         encoder (`nn.Module`): a BERT, RoBERTa, XLM-RoBERTa or CamemBERT model, on its device and in its precision. Its
             weights of query, key and value become views of the fused ones, so that nothing is kept twice.
         compile_after (`float`, *optional*): floating-point operations after which it is compiled; `None` for never.
+        float8 (`bool`): multiply in float8 the states with weights that are rounded to it, for an encoder in bfloat16.
     """
 
-    def __init__(self, encoder: Any, compile_after: float | None = None) -> None:
+    def __init__(self, encoder: Any, compile_after: float | None = None, float8: bool = False) -> None:
         config = encoder.config
         self.heads, self.units = config.num_attention_heads, config.hidden_size
         # Products of the linear layers, per token: 4 of the attention, 2 of the feed-forward layers.
         self._work = config.num_hidden_layers * 2 * (4 * self.units + 2 * config.intermediate_size) * self.units
         self._embeddings = encoder.embeddings
-        self._layers = [_layer(layer) for layer in encoder.encoder.layer]
+        layers = [_layer(layer) for layer in encoder.encoder.layer]
+        self._layers = [_in_float8(layer) for layer in layers] if float8 else layers
         self._step = _step_of(encoder.encoder.layer[0].intermediate.intermediate_act_fn, config.layer_norm_eps)
         self._fast: Callable[..., Tensor] | None = None  # the compiled step
         self._left = compile_after  # operations until it is compiled; `None` afterwards, or if it never is
@@ -90,7 +93,7 @@ class PackedEncoder:
         states = self._embed(packed)
         yield states
         for layer in self._layers:
-            context = attend(F.linear(states, *layer.attention), packed, self.heads)
+            context = attend(linear(states, *layer.attention), packed, self.heads)
             states = self._after_attention(context, states, layer.rest)
             yield states
 
@@ -109,7 +112,7 @@ class PackedEncoder:
             # One compilation for any number of tokens; all layers share it, as their weights are arguments.
             self._fast = torch.compile(self._step)
 
-    def _after_attention(self, context: Tensor, states: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    def _after_attention(self, context: Tensor, states: Tensor, weights: tuple[Weight, ...]) -> Tensor:
         if self._fast is not None:
             try:
                 for tensor in (context, states):
@@ -138,39 +141,21 @@ def _layer(layer: Any) -> Layer:
     return Layer((weight, bias), tuple(tensor.detach() for part in rest for tensor in (part.weight, part.bias)))
 
 
+def _in_float8(layer: Layer) -> Layer:
+    # Weights are matrices, biases and norms are vectors.
+    rest = (to_float8(part) if isinstance(part, Tensor) and part.dim() == 2 else part for part in layer.rest)
+    weight, bias = layer.attention
+    return Layer((to_float8(weight) if isinstance(weight, Tensor) else weight, bias), tuple(rest))
+
+
 def _step_of(activation: Callable[[Tensor], Tensor], eps: float) -> Callable[..., Tensor]:
     """Return the function of all that is between two attentions, whose arguments are the weights of a layer."""
 
-    def step(context: Tensor, states: Tensor, *weights: Tensor) -> Tensor:
+    def step(context: Tensor, states: Tensor, *weights: Any) -> Tensor:
         out, out_bias, scale, shift, up, up_bias, down, down_bias, last_scale, last_shift = weights
         units = (states.shape[-1],)
-        states = F.layer_norm(F.linear(context, out, out_bias) + states, units, scale, shift, eps)
-        wide = activation(F.linear(states, up, up_bias))
-        return F.layer_norm(F.linear(wide, down, down_bias) + states, units, last_scale, last_shift, eps)
+        states = F.layer_norm(linear(context, out, out_bias) + states, units, scale, shift, eps)
+        wide = activation(linear(states, up, up_bias))
+        return F.layer_norm(linear(wide, down, down_bias) + states, units, last_scale, last_shift, eps)
 
     return step
-
-
-def attend(projected: Tensor, packed: Packed, heads: int) -> Tensor:
-    """Attend within each text.
-
-    Args:
-        projected (`Tensor` of shape `(tokens, 3 * units)`): query, key and value of every token.
-        packed ([`Packed`]): the texts.
-        heads (`int`): of the attention.
-
-    Returns:
-        `Tensor` of shape `(tokens, units)`.
-    """
-    parts = projected.unflatten(-1, (3, heads, -1)).unbind(1)  # each of shape (tokens, heads, size)
-    if projected.device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
-
-        # Queries and keys have the same bounds, as each text attends to itself.
-        return varlen_attn(*parts, packed.bounds, packed.bounds, packed.longest, packed.longest).flatten(1)
-    query, key, value = (part.transpose(0, 1) for part in parts)
-    texts = [
-        F.scaled_dot_product_attention(*(part[None, :, start:end] for part in (query, key, value)))[0]
-        for start, end in itertools.pairwise(packed.bounds.tolist())
-    ]
-    return torch.cat(texts, dim=1).transpose(0, 1).flatten(1)
