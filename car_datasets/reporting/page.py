@@ -24,6 +24,7 @@ from car_datasets.reporting.maps import PoolMap
 from car_datasets.reporting.overview import Floats, Overview
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, colours_of, plot_file
 from car_datasets.reporting.questions import HEADER, Explanation, WhatIf, explain_rows, try_out
+from car_datasets.reporting.rules import compare_rules, rules_lines
 from car_datasets.selection.rule import OTHER_REASONS, REASONS, Indices
 from car_datasets.utils.columns import is_text
 from car_datasets.utils.files import ASSETS
@@ -39,6 +40,7 @@ CLUSTERS_SHOWN, ENDS = 40, 3  # clusters whose best and worst rows are shown, an
 SNIPPET = 200  # characters of a row in a table
 EXPLAINED = 1_500  # characters of each column of a row that is explained
 SEARCHED = 2_000_000  # characters in which the search looks, over all rows
+RULES_ROWS = 100_000  # of a pool from which other rules select, for the table of rules; it takes some 5 s
 EXPLAINED_ROWS = 200  # selected rows that come with an explanation
 
 
@@ -79,10 +81,20 @@ def render_page(
             method=pool_map.method if pool_map is not None else "",
             sampled=_sampled(overview, len(data["rows"]), pool_map is not None),
             audit=audit(overview),
+            rules=_rules(overview),
             what_if_header=HEADER,
             what_if=[_what_if_line(choice, overview) for choice in try_out(overview)],
         )
     )
+
+
+def _rules(overview: Overview) -> list[list[str]]:
+    """Return the table of rules at the same budget; empty for a pool on which the rules take long."""
+    if len(overview.scores) > RULES_ROWS:
+        return []
+    in_tokens = overview.asked is not None and overview.asked.tokens and overview.length_unit == "tokens"
+    costs = overview.lengths.astype(np.int64) if in_tokens else None
+    return rules_lines(compare_rules(overview, costs=costs, groups=overview.groups))
 
 
 def page_environment() -> Environment:

@@ -58,7 +58,8 @@ def compare_rules(
 ) -> list[RuleFigures]:
     """Return the figures of the present selection, and of what other rules select from the pool at the same budget.
 
-    No other rule has quotas or pinned rows. All choose among the rows that have a score.
+    No other rule has quotas or pinned rows. All choose among the rows that have a score and no mark that keeps them out, but
+    for the random ones, which choose among all that have a score.
 
     Args:
         overview ([`Overview`]): of the pool and its selection; its seed draws the random ones and the samples.
@@ -79,7 +80,7 @@ def compare_rules(
 
 def _selections(overview: Overview, limits: Limits, groups: Sequence[str] | None) -> Iterator[tuple[str, Indices]]:
     """Yield the name of each rule and the positions of the rows that it selects."""
-    ranking = np.where(np.isnan(overview.scores), np.nan, overview.ranking)
+    ranking = np.where(np.isnan(overview.scores), np.nan, overview.eligible)
     n2 = max(1, overview.by_cluster)
     yield "CaR's rule", choose_within(ranking, overview.clusters, n2, limits).positions
     memberships = _memberships(overview)
