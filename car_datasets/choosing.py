@@ -141,8 +141,7 @@ def ranked(recipe: Recipe, pool: Dataset) -> Dataset:
             "that they have (--language-column), or let `score --language-column` or `curate --languages within` add it."
         )
     check_columns(pool.column_names, (names.score,), ())
-    scores = read_numbers(pool, names.score, np.nan)
-    scores[~may_be_selected(recipe, pool)] = np.nan
+    scores = np.where(may_be_selected(recipe, pool), read_numbers(pool, names.score, np.nan), np.nan)
     shares = shares_within(scores, read_strata(pool, recipe.within or names.language))
     if names.within in pool.column_names:  # computed anew, so that a check of the selection does not trust it
         pool = pool.remove_columns(names.within)
@@ -181,9 +180,9 @@ def _select_within_limits(recipe: Recipe, pool: Dataset) -> Dataset:
     check_columns(pool.column_names, (names.score, names.cluster), SELECTION_COLUMNS)
     scored_rows(recipe, pool)  # refuses infinite scores
     scores = read_numbers(pool, ColumnNames.like_rank if recipe.like else _ranking_column(recipe), np.nan)
-    scores = -scores if recipe.like else scores
     # What cannot be scored is never selected, and neither is what a mark keeps out.
-    scores[np.isnan(read_numbers(pool, names.score, np.nan)) | ~may_be_selected(recipe, pool)] = np.nan
+    eligible = may_be_selected(recipe, pool) & ~np.isnan(read_numbers(pool, names.score, np.nan))
+    scores = np.where(eligible, -scores if recipe.like else scores, np.nan)
     clusters = read_clusters(pool, names.cluster)
     limits, groups = limits_of(recipe, pool, scores, clusters)
     choice = _choose(recipe, pool, scores, clusters, limits)
