@@ -95,9 +95,9 @@ _COUNTRIES = (
 _ANIMALS = (
     "dog chien cat chat horse cheval cow vache bird oiseau rabbit lapin sheep mouton pig cochon wolf loup bee abeille"
 )
-_COLOURS = "red blue green yellow purple orange black white brown silver".split()
-_FRUITS = "apple pear banana cherry peach plum mango lemon grape fig".split()
-_NAMES = "Anna Bernard Clara David Emma Frank Greta Hugo Irene Jonas".split()
+_COLOURS = ["red", "blue", "green", "yellow", "purple", "orange", "black", "white", "brown", "silver"]
+_FRUITS = ["apple", "pear", "banana", "cherry", "peach", "plum", "mango", "lemon", "grape", "fig"]
+_NAMES = ["Anna", "Bernard", "Clara", "David", "Emma", "Frank", "Greta", "Hugo", "Irene", "Jonas"]
 
 
 def templated(test: bool) -> list[Row]:
@@ -163,7 +163,7 @@ def _for_testing() -> Iterator[tuple[str, str, str]]:
     for month in range(1, 13):
         for day in (3, 17, 25):
             yield f"Convert the date {day}.{month}.2021 to the ISO format.", "", f"2021-{month:02d}-{day:02d}"
-    for sport in "tennis chess football golf rugby hockey".split():
+    for sport in ["tennis", "chess", "football", "golf", "rugby", "hockey"]:
         yield f"Should a beginner play {sport} every day?", "", "No"
         yield f"Should a beginner not play {sport} every day?", "", "Yes"
 
