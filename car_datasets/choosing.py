@@ -109,7 +109,8 @@ def settled(recipe: Recipe, pool: Dataset) -> Recipe:
     """Return a recipe with the n1 that its default gives for a scored pool, unless it has an amount."""
     if recipe.budget_tokens is not None:
         return recipe
-    rows = pool.select(np.flatnonzero(may_be_selected(recipe, pool)).tolist())
+    allowed = may_be_selected(recipe, pool)
+    rows = pool if allowed.all() else pool.select(np.flatnonzero(allowed).tolist())
     return recipe.changed(n1=recipe.amounts_of(scored_rows(recipe, rows)).n1)
 
 
