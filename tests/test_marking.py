@@ -71,10 +71,10 @@ def test_marks_are_made_kept_in_the_receipt_and_verified(
     made = curate(folder / "rows.jsonl", tmp_path / "out", **settings)
     assert made.selected["source"][:].count("poems") == 4
     chosen = set(made.selected["source_index"][:])
-    assert 25 in chosen and not chosen & {12, 30, 31, 40, 41}
+    assert 25 in chosen and not chosen & {12, 30, 31} and len(chosen & {0, 40, 41}) <= 1
     assert dict(zip(made.selected["source_index"], made.selected["selected_by"], strict=True))[25] == "pin"
     receipt = Receipt.read(tmp_path / "out")
-    # One of the three equal rows stays; the third is the copy of another one.
+    # The best of three equal rows stays.
     assert (
         receipt.counts["excluded"] == {"drop": 2, "contaminated": 1, "duplicate": 2} and receipt.counts["pinned"] == 1
     )
@@ -106,6 +106,7 @@ def test_a_receipt_of_before_says_nothing_of_duplicates(
     assert not made_by(Receipt.read(tmp_path / "out"), str(folder / "rows.jsonl"), Recipe(n1=41, **models))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -166,5 +167,6 @@ def test_select_marks_what_it_is_told_to(folder: Path, tiny_iqs: str, tiny_embed
     )
     assert done.exit_code == 0, done.output
     chosen = Dataset.from_parquet(str(tmp_path / "chosen.parquet"))
-    assert 25 in chosen["source_index"][:] and not {12, 30, 31, 40, 41} & set(chosen["source_index"][:])
+    rows = set(chosen["source_index"][:])
+    assert 25 in rows and not {12, 30, 31} & rows and len({0, 40, 41} & rows) <= 1
     assert sum(chosen["budget_tokens"][:]) <= 400
