@@ -18,9 +18,9 @@ from datasets import Dataset
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.stage import say
 from car_datasets.selection.constrained import choose_within
-from car_datasets.selection.exclusions import KEEP, excluded_rows, pinned_values
 from car_datasets.selection.filling import Room
 from car_datasets.selection.limits import Limits, parse_tokens
+from car_datasets.selection.marks.exclusions import KEEP, excluded_rows, pinned_values
 from car_datasets.selection.procedures import Amounts, find_procedure
 from car_datasets.selection.rule import (
     BY_LIKE,
@@ -90,14 +90,14 @@ def _refuse_missing_marks(recipe: Recipe, columns: Sequence[str]) -> None:
 
 def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:
     """Return a mask of the rows that no mark keeps out, with or without a score."""
-    marks = excluded_rows(pool, duplicates=recipe.marking != "keep", pins=has_pins(recipe))
+    marks = excluded_rows(pool, duplicates=recipe.marking != "keep", pins=recipe.has_pins)
     return np.asarray(marks == "", dtype=bool)
 
 
 def marks_of(recipe: Recipe) -> list[str]:
     """Return the names of the columns by which a recipe marks rows; they cannot be changed."""
     names = recipe.names
-    marks = [names.pinned] if has_pins(recipe) else []
+    marks = [names.pinned] if recipe.has_pins else []
     marks += [names.contaminated_by, names.contaminated_share] if recipe.against else []
     marks += [names.duplicate_of, names.duplicate_similarity] if recipe.marking != "keep" else []
     marks += [names.near_clusters, names.near_weights] if recipe.rule == "gain" else []
@@ -105,16 +105,12 @@ def marks_of(recipe: Recipe) -> list[str]:
     return [*marks, names.budget_tokens] if recipe.budget_tokenizer is not None else marks
 
 
-def has_pins(recipe: Recipe) -> bool:
-    """Return True if a recipe names rows that must be in, or must not."""
-    return recipe.keep is not None or recipe.drop is not None
-
-
 def settled(recipe: Recipe, pool: Dataset) -> Recipe:
     """Return a recipe with the n1 that its default gives for a scored pool, unless it has an amount."""
     if recipe.budget_tokens is not None:
         return recipe
-    rows = pool.select(np.flatnonzero(may_be_selected(recipe, pool)).tolist())
+    allowed = may_be_selected(recipe, pool)
+    rows = pool if allowed.all() else pool.select(np.flatnonzero(allowed).tolist())
     return recipe.changed(n1=recipe.amounts_of(scored_rows(recipe, rows)).n1)
 
 
@@ -146,8 +142,7 @@ def ranked(recipe: Recipe, pool: Dataset) -> Dataset:
             "that they have (--language-column), or let `score --language-column` or `curate --languages within` add it."
         )
     check_columns(pool.column_names, (names.score,), ())
-    scores = read_numbers(pool, names.score, np.nan)
-    scores[~may_be_selected(recipe, pool)] = np.nan
+    scores = np.where(may_be_selected(recipe, pool), read_numbers(pool, names.score, np.nan), np.nan)
     shares = shares_within(scores, read_strata(pool, recipe.within or names.language))
     if names.within in pool.column_names:  # computed anew, so that a check of the selection does not trust it
         pool = pool.remove_columns(names.within)
@@ -186,9 +181,9 @@ def _select_within_limits(recipe: Recipe, pool: Dataset) -> Dataset:
     check_columns(pool.column_names, (names.score, names.cluster), SELECTION_COLUMNS)
     scored_rows(recipe, pool)  # refuses infinite scores
     scores = read_numbers(pool, ColumnNames.like_rank if recipe.like else _ranking_column(recipe), np.nan)
-    scores = -scores if recipe.like else scores
     # What cannot be scored is never selected, and neither is what a mark keeps out.
-    scores[np.isnan(read_numbers(pool, names.score, np.nan)) | ~may_be_selected(recipe, pool)] = np.nan
+    eligible = may_be_selected(recipe, pool) & ~np.isnan(read_numbers(pool, names.score, np.nan))
+    scores = np.where(eligible, -scores if recipe.like else scores, np.nan)
     clusters = read_clusters(pool, names.cluster)
     limits, groups = limits_of(recipe, pool, scores, clusters)
     choice = _choose(recipe, pool, scores, clusters, limits)

@@ -63,7 +63,7 @@ from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
 from car_datasets.scoring.shards.storage import check_shards
-from car_datasets.selection.exclusions import DROPPED, pinned_values
+from car_datasets.selection.marks.exclusions import DROPPED, pinned_values
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
@@ -194,6 +194,8 @@ def _compute(
     """Run all stages on a source; `written` says that the result will be written to files."""
     procedure = find_procedure(recipe.procedure)
     opened, dataset, schema, origin = open_source(source, recipe, token)
+    refuse_taken_columns(dataset.column_names, recipe)
+    refuse_taken_language(dataset.column_names, recipe)
     refuse_unknown_groups(recipe, dataset.column_names)
     dataset = add_pins(recipe, dataset, schema)
     _check_settings(dataset, recipe, schema)
@@ -219,7 +221,7 @@ def _compute(
     pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     clustered = stages.cluster(procedure.order(pool, recipe.names))
-    pool = add_copies_and_ranks(stages, clustered, token)
+    pool = add_copies_and_ranks(stages, clustered, schema, token)
     if pool is not clustered:
         pool = ranked(recipe, pool)  # anew, without the duplicates
     # The receipt names the n1 and the evaluation sets that were used.
@@ -306,8 +308,6 @@ def _files_of(values: pa.Array, feature: Any) -> list[str]:
 def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     """Raise ValueError if a setting cannot work with the rows that can be scored; nothing is looked up or computed."""
     check_projection(recipe.projection)
-    refuse_taken_columns(dataset.column_names, recipe)
-    refuse_taken_language(dataset.column_names, recipe)
     rows = len(dataset)
     if recipe.on_invalid == "mark":
         rows -= len(unscorable_rows(dataset, schema))

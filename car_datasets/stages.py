@@ -80,7 +80,9 @@ class Pipeline:
         Raises:
             ValueError: a column of this or a later stage is taken.
         """
-        refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
+        # Without the marks, some of which are there already; what adds them refuses columns of their names.
+        own = [name for name in dataset.column_names if name not in marks_of(self.recipe)]
+        refuse_taken_columns(own, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
         folders = [None if shard_dir is None else shard_folder(shard_dir, name) for _, name, _ in self._passes()]
         say(f"Scoring {len(dataset):,} rows with {self.scorer.model_id}; the time left follows from the first batches.")
@@ -96,7 +98,9 @@ class Pipeline:
         Returns:
             `dict[str, int]`: for each folder of shards, the number of rows that other workers have claimed.
         """
-        refuse_taken_columns(dataset.column_names, self.recipe, self._embeds)
+        # Without the marks, some of which are there already; what adds them refuses columns of their names.
+        own = [name for name in dataset.column_names if name not in marks_of(self.recipe)]
+        refuse_taken_columns(own, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
         folders = [(shard_folder(shard_dir, name), note, stage) for note, name, stage in self._passes()]
         return {

@@ -28,6 +28,7 @@ from car_datasets.cli.app import (
     print_table,
     quiet_models,
     recipe_options,
+    say_where,
 )
 from car_datasets.cli.running import holds_result
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
@@ -108,7 +109,7 @@ def curate(
             source, output, recipe, token=token, shard_dir=options["shards"], overwrite=options["overwrite"]
         ).report
         print_table(report.to_table())
-        _say_where(output)
+        say_where(output)
     if push is not None:
         _push(output, push, private, check, token)
 
@@ -146,16 +147,7 @@ def demo(
     # The default scorer and the sample are part of the package, so this needs no network.
     report = curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report
     print_table(report.to_table())
-    _say_where(output)
-
-
-def _say_where(folder: Path) -> None:
-    from car_datasets.reporting.page import PAGE_FILE
-    from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
-
-    echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
-    echo(f"the figures are in {folder / PAGE_FILE} (open it in a browser) and {folder / SUMMARY_FILE},")
-    echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
+    say_where(output)
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")

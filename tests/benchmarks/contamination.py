@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from car_datasets.selection.contamination import Decontaminator
+from car_datasets.selection.marks.contamination import Decontaminator
 from tests.benchmarks.table import Line
 
 ROWS, ITEMS, WORDS, RUNS = 10_000, 20_000, 150, 3
 FASTEST, RECALL, FALSE, FAMILY = 10_000, 0.95, 1, 40  # rows per second; shares; flags, and rows of a family
 
-PLACES = "harbour valley library quarry orchard mill lighthouse monastery canal market bridge observatory".split()
-PEOPLE = "Ottilie Bram Sunniva Casimir Leocadia Anselm Philippa Tancred Marguerite Ignatius Rosalind Evander".split()
-THINGS = "barrels lanterns ledgers kettles tapestries sextants violins saddles bricks almanacs anchors candles".split()
-CAUSES = "a flood, a late frost, a strike, an auction, a royal visit, a landslide, a drought, an eclipse".split(", ")
+PLACES = "harbour valley library quarry orchard mill lighthouse monastery canal market bridge observatory"
+PEOPLE = "Ottilie Bram Sunniva Casimir Leocadia Anselm Philippa Tancred Marguerite Ignatius Rosalind Evander"
+THINGS = "barrels lanterns ledgers kettles tapestries sextants violins saddles bricks almanacs anchors candles"
+CAUSES = "a flood, a late frost, a strike, an auction, a royal visit, a landslide, a drought, an eclipse"
 WHY = (
     "Describe how {p} of the {a} dealt with {c} after most of the {t} had been promised to the {b}, and explain which "
     "of the two places gained more from the bargain.",
@@ -85,9 +85,15 @@ def filled(templates: tuple[str, ...], count: int, rng: random.Random) -> list[s
     """Return so many texts, from the templates in turn."""
     texts = []
     for i in range(count):
-        a, b = rng.sample(PLACES, 2)
+        a, b = rng.sample(PLACES.split(), 2)
         x, y, z = (rng.randint(3, 400) for _ in range(3))
-        names = {"a": a, "b": b, "p": rng.choice(PEOPLE), "t": rng.choice(THINGS), "c": rng.choice(CAUSES)}
+        names = {
+            "a": a,
+            "b": b,
+            "p": rng.choice(PEOPLE.split()),
+            "t": rng.choice(THINGS.split()),
+            "c": rng.choice(CAUSES.split(", ")),
+        }
         texts.append(templates[i % len(templates)].format(**names, x=x, y=y, z=z))
     return texts
 
@@ -153,12 +159,16 @@ def measure() -> Iterator[Line]:
     for kind, copy in COPIES.items():
         found = stage(batch_of([copy(item, rng) for item in items]))["contaminated_by"]
         share = np.mean([by is not None for by in found])
-        yield Line(f"items found {kind}, of {len(items)}", float(share), unit="", target=f">= {RECALL}", met=share >= RECALL)
+        yield Line(
+            f"items found {kind}, of {len(items)}", float(share), unit="", target=f">= {RECALL}", met=share >= RECALL
+        )
     for name, (known, rows) in families(rng).items():
         flags = sum(by is not None for by in Decontaminator([known])(batch_of(rows))["contaminated_by"])
         yield Line(f"{name}: rows flagged, of {len(rows)}", flags, unit="", target=f"<= {FALSE}", met=flags <= FALSE)
     generator = np.random.default_rng(0)
-    vocabulary = np.array(["".join("bdfgklmnprstvz"[int(c)] + "aeiou"[int(c) % 5] for c in str(i)) for i in range(50_000)])
+    vocabulary = np.array(
+        ["".join("bdfgklmnprstvz"[int(c)] + "aeiou"[int(c) % 5] for c in str(i)) for i in range(50_000)]
+    )
     frequency = 1 / np.arange(10, len(vocabulary) + 10)
     draws = generator.choice(len(vocabulary), (ROWS + ITEMS) * WORDS, p=frequency / frequency.sum())
     texts = [" ".join(vocabulary[part]) for part in draws.reshape(-1, WORDS)]

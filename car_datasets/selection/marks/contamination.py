@@ -24,10 +24,11 @@ from car_datasets.loading.schemas import SCHEMAS, Schema, as_column_names, check
 from car_datasets.loading.sources import Reading, open_rows
 from car_datasets.loading.values import carried, untouched
 from car_datasets.scoring.stage import refuse_taken, set_fields, text_columns
-from car_datasets.selection.item_index import ItemIndex, Part
+from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_tables
 from car_datasets.utils.digests import file_digest, public
 from car_datasets.utils.files import user_path
+from car_datasets.utils.item_index import ItemIndex, Part
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CACHE_VERSION = "1"  # datasets hashes the fields below, never our code: raise it when results change
-CONTAMINATED_BY, CONTAMINATED_SHARE = "contaminated_by", "contaminated_share"
+CONTAMINATED_BY, CONTAMINATED_SHARE = ColumnNames.contaminated_by, ColumnNames.contaminated_share
 THRESHOLD = 0.8
 # Columns whose text answers an item; of these only long ones are looked for.
 ANSWERS = {schema.response for schema in SCHEMAS.values() if schema.response} | {
@@ -265,9 +266,9 @@ def _named(against: Any) -> Iterator[tuple[str | None, Any]]:
     yield from ((None, source) for source in against)
 
 
-def _exists(path: str) -> bool:
+def _exists(path: str | Sequence[str]) -> bool:
     try:
-        return user_path(path).exists()
+        return bool(path) and user_path(path if isinstance(path, str) else path[0]).exists()
     except (OSError, ValueError):
         return False
 
@@ -292,12 +293,12 @@ def _open(source: Any, name: str | None, item_columns: Sequence[str], token: str
         raise ValueError(
             f"against={source.name!r} was resolved already; pass the file, Hub id, Dataset or list of texts again."
         )
-    if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
+    if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source) and not _exists(source[:1]):
         return _from_memory([[(0, text)] for text in source], name or "texts")
     if isinstance(source, (str, Path)) and str(source).lower().endswith(".txt"):
         path = user_path(str(source))
         texts: list[Texts] = [[(0, line)] for line in _lines(path)]
-        return _with_text(_Opened(ItemSet(name or path.stem, file_digest(path)), texts), str(source))
+        return _with_text(_Opened(ItemSet(name or path.stem, file_digest(path)), texts), repr(str(source)))
     shown = repr(str(source)) if isinstance(source, (str, Path)) else type(source).__name__
     place, reading = _reading(source, token)
     try:
@@ -348,7 +349,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _from_memory(texts: list[Texts], name: str, shown: str | None = None) -> _Opened:
-    return _with_text(_Opened(ItemSet(name, _digest(texts)), texts), shown or name)
+    return _with_text(_Opened(ItemSet(name, _digest(texts)), texts), shown or repr(name))
 
 
 def _digest(texts: list[Texts]) -> str:

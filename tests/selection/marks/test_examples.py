@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 
 from car_datasets import ColumnNames, TextEmbedder
-from car_datasets.selection.examples import rank_by_examples
+from car_datasets.selection.marks.examples import rank_by_examples
 
 VECTORS = Features({"embedding": List(Value("float32"))})
 
@@ -43,8 +43,8 @@ def plain(pool: list[Any], examples: list[Any], places: int) -> list[int | None]
 @pytest.mark.parametrize("places", [100_000, 70])
 @pytest.mark.parametrize("alike", [False, True])
 def test_a_round_robin_over_the_examples(held: int, places: int, alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("car_datasets.selection.examples.LIKENESSES", held)
-    monkeypatch.setattr("car_datasets.selection.examples.EXACT", places)
+    monkeypatch.setattr("car_datasets.selection.marks.examples.LIKENESSES", held)
+    monkeypatch.setattr("car_datasets.selection.marks.examples.EXACT", places)
     pool = vectors(150)
     pool[3] = None
     examples = [vectors(1, seed=1)[0]] * 5 if alike else vectors(5, seed=1)

@@ -34,22 +34,26 @@ CANDIDATES = 8  # items that a row is compared with, those first of which it con
 JUMPS = tuple(sorted(((i, j) for i in range(4) for j in range(4) if i + j), key=lambda jump: (sum(jump), jump[0] != 1)))
 AGREE = 3  # words that must follow a jump over an edit
 
-STOP_WORDS = frozenset(
-    "a an the this that these those and or but if then than so as of in on at by for from to with without into over "
-    "under about after before between is are was were be been being am do does did has have had having will would can "
-    "could should may might must shall not no yes it its he she they them his her their we us our you your i me my "
-    "there here s t all any each some such one many much more most other "
-    "following true false".split()
+
+def _set_of(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+STOP_WORDS = _set_of(
+    "a an the this that these those and or but if then than so as of in on at by for from to with without into "
+    "over under about after before between is are was were be been being am do does did has have had having will "
+    "would can could should may might must shall not no yes it its he she they them his her their we us our you "
+    "your i me my there here s t all any each some such one many much more most other following true false"
 )
-NUMBER_WORDS = frozenset(
+NUMBER_WORDS = _set_of(
     "zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion half "
-    "twice thrice double triple".split()
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion "
+    "half twice thrice double triple"
 )
-QUESTION_WORDS = frozenset("who whom whose which what when where why how".split())
-TASK_WORDS = frozenset(
+QUESTION_WORDS = _set_of("who whom whose which what when where why how")
+TASK_WORDS = _set_of(
     "answer question passage problem choose select correct option options choice choices below solve read given "
-    "please final step".split()
+    "please final step"
 )
 _KINDS = {
     **dict.fromkeys(NUMBER_WORDS, "number"),
@@ -168,7 +172,8 @@ class ItemIndex:
         self._codes = generator.integers(0, 1 << 64, len(self.vocabulary) + 1, dtype=np.uint64)
         counts = Counter(w for words in kept for w in set(words))
         self._kinds = ["", *map(kind_of_word, self.vocabulary)]
-        rarity = np.log1p(len(kept) / np.array([1, *(counts[w] for w in self.vocabulary)])) / np.log1p(len(kept))
+        total = max(1, len(kept))
+        rarity = np.log1p(total / np.array([1, *(counts[w] for w in self.vocabulary)])) / np.log1p(total)
         weights = {"stop": STOP_WEIGHT, "question": STOP_WEIGHT, "number": ASIDE_WEIGHT, "symbol": ASIDE_WEIGHT}
         self._weights = rarity * np.array([weights.get(kind, 1.0) for kind in self._kinds])
         self.entries: list[_Entry] = []
@@ -278,6 +283,8 @@ class ItemIndex:
             here = Found(entry.item if is_copy else -1, share)
             if (here.item >= 0, here.share) > (best.item >= 0, best.share):
                 best = here
+            if is_copy and share == 1:
+                break
         return best
 
     def _compare(self, entry: _Entry, row: _Row, places: Sequence[tuple[int, int]]) -> tuple[float, bool]:

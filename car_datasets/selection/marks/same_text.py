@@ -1,0 +1,439 @@
+"""Decide whether two rows are the same text, edited: by the words of prompt and answer, each compared apart.
+
+Does: read prompt and answer of rows; digest normalised texts; weigh words by how rare they are in the pool; tell copies
+with edits from rows that share a template; reject most pairs of rows by small signatures, many at a time.
+Does not: look for pairs, or read scores and embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from car_datasets.loading.schemas import Schema, conversations_of
+from car_datasets.loading.templates import join_lines
+from car_datasets.utils.files import sample_file
+
+# Reading ---------------------------------------------------------------------------------------------------------------
+
+
+class Sides(NamedTuple):
+    """The text of a row: what was asked and what was answered, and the system prompt."""
+
+    system: str
+    prompt: str
+    answer: str
+
+
+def sides_of(batch: Mapping[str, Sequence[Any]], schema: Schema) -> list[Sides | None]:
+    """Return the text of every row of a batch, `None` for a row that cannot be read.
+
+    The prompt of a chat is all that users and tools say, its answer all that the assistant thinks, says and calls.
+    """
+    names = [schema.instruction, schema.response, schema.input, schema.system]
+    columns = [None if name is None else batch.get(name) for name in names]
+    known = [column for column in columns if column is not None]
+    if schema.turns is None and schema.history is None and all(_are_texts(column) for column in known):
+        rows = zip(*(column or [""] * len(known[0]) for column in columns), strict=True)
+        return [_plain(*row) for row in rows]
+    return [None if isinstance(turns, str) else _chat(turns) for turns in conversations_of(batch, schema)]
+
+
+def _are_texts(column: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, str) for value in column)
+
+
+def _plain(instruction: str | None, response: str | None, context: str | None, system: str | None) -> Sides | None:
+    if instruction is None or response is None:
+        return None
+    return Sides(system or "", f"{instruction}\n{context}" if context else instruction, response)
+
+
+def _chat(turns: Iterable[Any]) -> Sides:
+    parts: dict[str, list[str]] = {"system": [], "user": [], "tool": [], "assistant": [], "thought": []}
+    for turn in turns:
+        parts[turn.kind] += [turn.thought, turn.text, turn.call]
+    asked, said = [*parts["user"], *parts["tool"]], [*parts["thought"], *parts["assistant"]]
+    return Sides(join_lines(*parts["system"]), join_lines(*asked), join_lines(*said))
+
+
+# Equal texts -----------------------------------------------------------------------------------------------------------
+
+# Marks that change nothing at the ends of a text. Signs of calculation and of code are not among them.
+_ENDS = " .,;:!?…'\"`()[]“”‘’«»。，！？：；"
+
+
+def normalised(text: str) -> str:
+    """Return a text in lower case and Unicode's form NFKC, with single spaces and without punctuation at its ends."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    text = " ".join(text.casefold().split())
+    return text.strip(_ENDS) or text
+
+
+def digest_of(sides: Sides) -> bytes:
+    """Return 16 bytes that are equal for equal texts after [`normalised`]."""
+    text = "\0".join(map(normalised, sides))
+    # Lone surrogates, which some files hold, cannot be encoded otherwise.
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+# Words -----------------------------------------------------------------------------------------------------------------
+
+# Scripts that are written without spaces are read character by character.
+_SIGNS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+# A minus counts before a digit only: elsewhere it is a hyphen or a dash.
+_TOKEN = re.compile(
+    rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:'|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[+*/=<>%^&|~$€£#@×÷√]|-(?=\s?\d)"
+)
+_NAME = re.compile(r"(?:(?<=\w )|(?<=, ))[^\W\d_a-z][^\W\d_]+")
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+\Z")
+_NUMBERS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
+_NUMBERS |= {"eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12", "fifteen": "15", "twenty": "20"}
+_NUMBERS |= {"thirty": "30", "forty": "40", "fifty": "50", "hundred": "100", "thousand": "1000", "million": "1000000"}
+_NEGATIONS = {"not", "no", "never", "cannot", "none", "neither", "nor", "without", "except"}
+
+
+def tokens_of(text: str) -> tuple[list[str], frozenset[str], frozenset[str]]:
+    """Return the words of a text in lower case and in order, numbers in figures; the figures and signs; the names."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).replace("’", "'")
+    words: list[str] = _TOKEN.findall(text.casefold())
+    marks = set()
+    for i, word in enumerate(words):
+        if not word.isalpha():
+            if _THOUSANDS.match(word):
+                words[i] = word = word.replace(",", "")
+            if "'" not in word:
+                marks.add(word)
+        elif word in _NUMBERS:
+            words[i] = _NUMBERS[word]
+            marks.add(words[i])
+    names = frozenset(name.casefold() for name in _NAME.findall(text) if name[0].isupper())
+    return words, frozenset(marks), names
+
+
+class Weights:
+    """The weight of each word, by how few rows have it: a word of a template that fills the pool weighs little.
+
+    The rows that the package ships are counted too, so that common English words weigh little in a small pool.
+
+    Args:
+        rows (`Iterable[Sides]`): rows of the pool, at most some ten thousand.
+    """
+
+    def __init__(self, rows: Iterable[Sides]) -> None:
+        counts = (Counter[str](), Counter[str]())
+        number = 0
+        for sides in (*_shipped(), *rows):
+            number += 1
+            for counter, text in zip(counts, sides[1:], strict=True):
+                counter.update(set(tokens_of(text)[0]))
+        # Integers, so that their sums are equal on all machines.
+        weights = {
+            n: max(1, round(4 * math.log2((number + 1) / (n + 1))))
+            for n in {0, *counts[0].values(), *counts[1].values()}
+        }
+        self.unknown = weights[0]
+        self.found = counts
+        self.by_word = tuple({word: weights[n] for word, n in counter.items()} for counter in counts)
+
+    def of(self, side: int, words: Mapping[str, int]) -> int:
+        """Return the sum of the weights of these words of prompts (0) or answers (1), each as often as it occurs."""
+        known, unknown = self.by_word[side], self.unknown
+        return sum(known.get(word, unknown) * count for word, count in words.items())
+
+    def of_word(self, side: int, word: str) -> int:
+        """Return the weight of a word, 1 or more."""
+        return self.by_word[side].get(word, self.unknown)
+
+
+@functools.cache
+def _shipped() -> tuple[Sides, ...]:
+    rows = json.loads(sample_file().read_text(encoding="utf-8"))
+    return tuple(Sides("", join_lines(row["instruction"], row["input"]), row["output"]) for row in rows)
+
+
+class Words(NamedTuple):
+    """The words of one side of a row.
+
+    Args:
+        counts (`Counter[str]`): how often each word occurs, in lower case; numbers in figures.
+        pairs (`frozenset`): neighbouring words.
+        marks (`frozenset[str]`): numbers, words with a digit, and signs of calculation, of code and of money.
+        names (`frozenset[str]`): words with a capital letter inside a sentence.
+        weight (`int`): of all words.
+    """
+
+    counts: Counter[str]
+    pairs: frozenset[tuple[str, str]]
+    marks: frozenset[str]
+    names: frozenset[str]
+    weight: int
+
+
+class Row(NamedTuple):
+    """The words of a row's prompt and answer, and a digest of its system prompt."""
+
+    prompt: Words
+    answer: Words
+    system: int
+
+    @classmethod
+    def of(cls, sides: Sides, weights: Weights) -> Row:
+        """Return the words of a row."""
+        return cls(_words(0, sides.prompt, weights), _words(1, sides.answer, weights), _number(sides.system))
+
+
+def _words(side: int, text: str, weights: Weights) -> Words:
+    words, marks, names = tokens_of(text)
+    counts = Counter(words)
+    return Words(counts, frozenset(pairwise(words)), marks, names, weights.of(side, counts))
+
+
+def _number(text: str) -> int:
+    return zlib.crc32(normalised(text).encode("utf-8", "surrogatepass")) if text else 0
+
+
+KNOWN = 3  # rows with a word from which on one that differs by a letter may be a misspelling of it
+PLAIN = 18  # weight of such a word, at most 4.4 % of the rows, where an answer is short
+CONTENT = 24  # weight of a word that at most 1.6 % of the rows have: what a text is about
+LONG = 300  # weight of an answer of some fifteen words, which is too long to be equal by chance
+INSERTED = 60  # weight of a word or two, among which a negation turns an answer into its opposite
+REMARK = 400  # weight of what may be added to any answer, such as a sentence
+SMALL = 0.4  # share of the heavier text that an addition may be, in prompts, or in both sides at once
+ABOVE = 1.25  # times the mean weight of a text's words: what the text is about, in a pool of its own kind
+ORDER = (0.33, 0.5)  # share of neighbouring words that must stay together, in texts below and from 10 such pairs on
+
+
+class Difference(NamedTuple):
+    """How one side of two rows differs, after words that are spelled alike are paired off.
+
+    Args:
+        missing (`float`): weight of the words of the lighter text that the heavier lacks, as a share of the lighter.
+        extra (`int`), extra_share (`float`): weight of the words of the heavier text that the lighter lacks, and that
+            as a share of the heavier.
+        disordered (`bool`): too few pairs of neighbouring words are in both texts.
+        weight (`int`): weight of the lighter text.
+        decisive (`bool`): a number, name or sign is in the place of another one, so that this is no small edit.
+        content (`tuple[frozenset[str], frozenset[str]]`): words that say what a text is about and that only the
+            lighter, or only the heavier, has.
+        changed (`frozenset[str]`): all of these, before words that are spelled alike were paired off.
+        negated (`bool`): a negation is in one of the texts only.
+    """
+
+    missing: float
+    extra: int
+    extra_share: float
+    disordered: bool
+    weight: int
+    decisive: bool
+    content: tuple[frozenset[str], frozenset[str]]
+    changed: frozenset[str]
+    negated: bool
+
+
+def difference(side: int, one: Words, other: Words, weights: Weights, from_weight: int = CONTENT) -> Difference:
+    """Return how one side (0 for prompts, 1 for answers) of two rows differs."""
+    low, high = (one, other) if one.weight <= other.weight else (other, one)
+    lacks, has = low.counts - high.counts, high.counts - low.counts
+    decisive = any(
+        not lacks.keys().isdisjoint(ours) and not has.keys().isdisjoint(theirs)
+        for ours, theirs in ((low.marks, high.marks), (low.names, high.names))
+    )
+    known, unknown = weights.by_word[side], weights.unknown
+    least = min(from_weight, ABOVE * low.weight / max(low.counts.total(), 1))
+    changed = frozenset(word for word in (*lacks, *has) if known.get(word, unknown) >= least)
+    if lacks and has:
+        _pair_off(lacks, has, side, weights)
+    content = [frozenset(word for word in words if known.get(word, unknown) >= least) for words in (lacks, has)]
+    extra = weights.of(side, has)
+    return Difference(
+        weights.of(side, lacks) / max(low.weight, 1),
+        extra,
+        extra / max(high.weight, 1),
+        len(low.pairs & high.pairs) < len(low.pairs) * ORDER[len(low.pairs) >= 10],
+        low.weight,
+        decisive,
+        (content[0], content[1]),
+        changed,
+        any(word in _NEGATIONS or word.endswith("n't") for word in (*lacks, *has)),
+    )
+
+
+def _pair_off(lacks: Counter[str], has: Counter[str], side: int, weights: Weights) -> None:
+    """Remove a word and its other spelling or form from both counts."""
+    for word in sorted(lacks):
+        for other in sorted(has):
+            if has[other] and word[0] == other[0] and _is_alike(word, other, side, weights):
+                both = min(lacks[word], has[other])
+                lacks[word] -= both
+                has[other] -= both
+    for counter in (lacks, has):
+        for word in [word for word, count in counter.items() if count <= 0]:
+            del counter[word]
+
+
+_FORMS = re.compile(r"(?:s|es|d|ed|ing|ly|er|r)\Z")
+
+
+def _is_alike(word: str, other: str, side: int, weights: Weights) -> bool:
+    """Return True for two forms of a word, and for a known word and a misspelling of it, which is not known."""
+    shorter, longer = sorted((word, other), key=len)
+    if len(shorter) < 4 or len(longer) - len(shorter) > 3 or not (word.isalpha() and other.isalpha()):
+        return False
+    if longer.startswith(shorter) and _FORMS.fullmatch(longer[len(shorter) :]):
+        return True
+    if len(longer) < 5 or not _is_one_edit(shorter, longer):
+        return False
+    rare, common = sorted(weights.found[side][each] for each in (word, other))
+    return len(shorter) >= 7 or (rare <= 1 and common >= KNOWN)
+
+
+def _is_one_edit(shorter: str, longer: str) -> bool:
+    """Return True if one sign was left out, changed, or exchanged with its neighbour."""
+    same = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
+    if len(shorter) < len(longer):
+        return len(longer) == len(shorter) + 1 and shorter[same:] == longer[same + 1 :]
+    swapped = shorter[same : same + 2] == longer[same : same + 2][::-1] and shorter[same + 2 :] == longer[same + 2 :]
+    return swapped or shorter[same + 1 :] == longer[same + 1 :]
+
+
+def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bool:
+    """Return True if two rows are one, edited: the same question, and the same answer.
+
+    Args:
+        one ([`Row`]), other ([`Row`]): the words of two rows; their order does not matter.
+        weights ([`Weights`]): of the words in this pool.
+        containment (`float`): share of the lighter text that the heavier must contain, by weight, in the prompt and in
+            the answer.
+    """
+    if one.system != other.system:
+        return False
+    is_long = min(one.answer.weight, other.answer.weight) >= LONG
+    asked = difference(0, one.prompt, other.prompt, weights, CONTENT if is_long else PLAIN)
+    if asked.decisive or asked.negated or asked.missing > 1 - containment or asked.disordered:
+        return False
+    said = difference(1, one.answer, other.answer, weights)
+    if said.decisive or said.missing > 1 - containment or said.disordered:
+        return False
+    if said.extra > REMARK and said.extra_share > 0.5:
+        return False
+    if said.negated and not is_long and said.extra < INSERTED:
+        return False
+    # A word that left prompt and answer alike was the content of a slot, not an edit.
+    if not asked.changed.isdisjoint(said.changed):
+        return False
+    # A content word in the place of another is another question, unless a long answer remains the same.
+    if all(asked.content) or asked.extra_share > SMALL:
+        return is_long and said.missing <= (1 - containment) / 2
+    return not any(asked.content) or said.extra_share <= SMALL or is_long
+
+
+# Signatures ------------------------------------------------------------------------------------------------------------
+
+_BYTES = 32  # of bits, one for each word that says what a text is about; half are for words that are hardly known
+_FEW = 8  # bytes for numbers and signs
+_START = 4  # letters by which a word is known here, as its forms have these in common
+_POPULATION = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+
+
+class Signatures:
+    """Bits and sizes of rows, by which most pairs that [`are_copies`] refuses are refused, a million in a second.
+
+    Args:
+        rows (`int`): how many rows there are.
+        weights ([`Weights`]): of the words in this pool.
+    """
+
+    def __init__(self, rows: int, weights: Weights) -> None:
+        self._weights = weights
+        self._bits: tuple[dict[str, tuple[int, int]], ...] = ({}, {})
+        self.content = np.zeros((2, rows, _BYTES), dtype=np.uint8)
+        self.marks = np.zeros((2, rows, _FEW), dtype=np.uint8)
+        self.weight = np.full((2, rows), -1, dtype=np.int32)  # -1 for a row whose text was not read, or that has none
+        self.system = np.zeros(rows, dtype=np.uint32)
+
+    def read(self, row: int, sides: Sides) -> None:
+        """Keep what is needed of a row's text."""
+        self.system[row] = _number(sides.system)
+        for side, text in enumerate(sides[1:]):
+            words, marks, _ = tokens_of(text)
+            known, weight = self._bits[side], 0
+            bits = set()
+            for word in words:
+                found = known.get(word)
+                if found is None:
+                    found = known[word] = self._bit(side, word)
+                weight += found[0]
+                bits.add(found[1])
+            bits.discard(-1)
+            _set_bits(self.content[side, row], bits)
+            if marks:
+                _set_bits(self.marks[side, row], (_hash(mark) % (8 * _FEW) for mark in marks))
+            self.weight[side, row] = weight
+
+    def _bit(self, side: int, word: str) -> tuple[int, int]:
+        """Return the weight of a word, and its bit; -1 for one that says little."""
+        weight = self._weights.of_word(side, word)
+        if weight < CONTENT:
+            return weight, -1
+        half = 4 * _BYTES
+        # A misspelling is hardly known, and the word itself is: they never stand in each other's half.
+        return weight, _hash(word[:_START]) % half + (half if self._weights.found[side][word] < KNOWN else 0)
+
+    def may_be_copies(self, one: Any, other: Any, containment: float) -> npt.NDArray[np.bool_]:
+        """Return a mask of the pairs that [`are_copies`] may accept.
+
+        Args:
+            one (`(pairs,)` int64), other (`(pairs,)` int64): positions in the rows.
+            containment (`float`): as for [`are_copies`].
+        """
+        kept: npt.NDArray[np.bool_] = (self.system[one] == self.system[other]) & (self.weight[0][one] >= 0)
+        kept &= self.weight[0][other] >= 0
+        for side in (0, 1):
+            ours, theirs = self.marks[side][one], self.marks[side][other]
+            kept &= ~((ours & ~theirs).any(axis=1) & (theirs & ~ours).any(axis=1))
+            sizes = self.weight[side][one], self.weight[side][other]
+            ours, theirs = self.content[side][one], self.content[side][other]
+            lacks = [_POPULATION[bits].sum(axis=1, dtype=np.int64) for bits in (ours & ~theirs, theirs & ~ours)]
+            lacking = np.where(sizes[0] < sizes[1], *lacks)
+            lacking = np.where(sizes[0] == sizes[1], np.minimum(*lacks), lacking)
+            # One word may be a misspelling of one that is there.
+            kept &= (lacking - 1) * CONTENT <= (1 - containment) * np.minimum(*sizes)
+            if side == 0:
+                # A word for a word: what is missing on both sides, and cannot be a known word and a misspelling of it.
+                half = _BYTES // 2
+                mine, yours = ours & ~theirs, theirs & ~ours
+                known, hardly = (
+                    [_POPULATION[bits[:, part]].sum(axis=1, dtype=np.int64) for bits in (mine, yours)]
+                    for part in (slice(0, half), slice(half, None))
+                )
+                misspelled = np.minimum(known[0], hardly[1]) + np.minimum(hardly[0], known[1])
+                swapped = np.minimum(known[0] + hardly[0], known[1] + hardly[1]) > misspelled
+                kept &= ~swapped | (np.minimum(self.weight[1][one], self.weight[1][other]) >= LONG)
+        return kept
+
+
+def _hash(word: str) -> int:
+    # Python's own hash of a text differs from process to process.
+    return zlib.crc32(word.encode("utf-8", "surrogatepass"))
+
+
+def _set_bits(target: npt.NDArray[np.uint8], bits: Iterable[int]) -> None:
+    number = 0
+    for bit in bits:
+        number |= 1 << bit
+    target[:] = np.frombuffer(number.to_bytes(len(target), "little"), dtype=np.uint8)
