@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 UNREAD = f"{NO_CONTENT}: assistant"  # the status of an answer without a token, which such a model cannot read
 NOT_RENDERED = "not_rendered"  # the status of a row whose roles the model's chat template refuses, with its reason
+MODEL_DTYPES = ("float32", "bfloat16", "float16")  # of weights that transformers loads
 MOST_TOKENS = 8_192  # read of a conversation unless `max_tokens` says more, as the memory of a longer one is large
 CONTEXT = 2_048  # tokens of a model that states no limit
 # A template may write the date, on which a score must not depend. This macro takes the place of the function that gives
@@ -209,6 +210,8 @@ class ConversationScorer:
     def __post_init__(self, token: str | None) -> None:
         columns = as_column_names(self.columns)
         check_schema(self.schema, columns)
+        if self.dtype not in MODEL_DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {list(MODEL_DTYPES)}.")
         check_options(
             template=CLEAN_TEMPLATE,  # these models have templates of their own
             on_invalid=self.on_invalid,

@@ -19,6 +19,7 @@ from car_datasets.scoring.reward import LabelSum, read_labels
 from car_datasets.scoring.stage import Stage, add_columns
 from tests.scoring.tiny_models import TEMPLATE, save_classifier, save_words
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 
 
