@@ -210,22 +210,22 @@ class Endpoint:
             ticket = self._ticket(key, most)
             if isinstance(ticket, Reply):
                 return ticket
+            failed: Any = None
             try:
                 reply = self._call(messages, schema)
             except self._openai.APIError as error:
-                self._settle(ticket, error)
-                if isinstance(error, self._openai.APIStatusError):
-                    self._refuse(error)
-                failure = self._said(error)
-                self._wait(attempt, error)
+                failed = error  # handled below, so that no error of ours shows the request, with its key, as its cause
             except BaseException:
                 self._cache.write_off(ticket)
                 raise
-            else:
+            if failed is None:
                 self._keep(ticket, key, reply)
                 return reply
-        self._count_unanswered(failure)
-        raise RowFailure(NO_ANSWER, failure)
+            self._settle(ticket, failed)
+            self._refuse(failed)
+            self._wait(attempt, failed)
+        self._count_unanswered(self._said(failed))
+        raise RowFailure(NO_ANSWER, self._said(failed))
 
     def _most(self, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> tuple[int, float]:
         """Return the most tokens and money that a call can cost."""
@@ -340,15 +340,16 @@ class Endpoint:
             self._cache.write_off(ticket)
 
     def _refuse(self, error: Any) -> None:
-        """Raise an error for a status that no repetition mends.
+        """Raise an error for a failure that no repetition mends.
 
         Raises:
             ValueError: the key, the model, the address or the account is at fault.
             RowFailure: the row is.
         """
-        if error.status_code in FATAL or error.code == "insufficient_quota":
+        status = getattr(error, "status_code", None)
+        if status in FATAL or error.code == "insufficient_quota":
             self._raise_fatal(error)
-        if error.status_code in ROW_ERRORS:
+        if status in ROW_ERRORS:
             # Many rows may be too long; but a server that has never answered rejects all of them.
             if self._cache.spent().calls == 0:
                 self._count_unanswered(self._said(error))
