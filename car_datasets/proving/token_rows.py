@@ -7,6 +7,7 @@ Does not: train, or choose rows.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -232,6 +233,7 @@ def _varlen() -> Any:
     return varlen_attn
 
 
+@functools.lru_cache(maxsize=8)  # asked for in every layer of every step
 def _options(scaling: float | None, size: int) -> dict[str, Any]:
     """Return the arguments by which torch's kernel looks back only, which changed from torch 2.10 to 2.11, and scales."""
     known = inspect.signature(_varlen()).parameters

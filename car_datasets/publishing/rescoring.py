@@ -27,8 +27,9 @@ from car_datasets.utils.columns import read_numbers
 
 # How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says
 # float32.
-# On an H200, 9,229 scores moved by at most 0.065 in bfloat16 and 0.0063 in float16 from those in float32.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 0.08, "float16": 0.008}
+# On an H200, 9,229 scores moved by at most 0.065 in bfloat16 and 0.0074 in float16 from those in float32; on a CPU that
+# rounds as float8 does, 1,000 scores moved by at most 0.42.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 0.08, "float16": 0.008, "float8": 0.5}
 HALF = 1e-3  # how far a number of float16 may be from the one that was stored
 
 

@@ -108,7 +108,7 @@ def verify(
         source (`str` or a list, *optional*): the file, the files or the folder that was curated. Needed unless that was
             a Hub dataset, because a receipt has the name and digest of a file, but not its path.
         rescore (`int`): number of rows, drawn at random, to score and embed again. Scores may differ by what the recipe's
-            dtype allows (1e-5 in float32 and int8, 0.08 in bfloat16, 0.008 in float16).
+            dtype allows (1e-5 in float32 and int8, 0.08 in bfloat16, 0.008 in float16, 0.5 in float8).
         seed (`int`): seed of that draw.
         scorer, engine, tokenizer (`str`, *optional*): folders of the models, for `rescore`; needed if they were folders
             when the rows were curated. They are compared by digest.

@@ -5,6 +5,13 @@ ids into one small file, `prepared.npz`; it needs the project's data folder and 
 --minutes M` trains and measures them, seed by seed, as many seeds as fit; it needs the model, and no data folder.
 `--scores FILE` of the first adds arms: a JSON object of names, each with one number per row of the pool (NaN or null
 for a row without one). The pool is alpaca_9k.json, then dolly_1500.json, in the order of the files.
+
+Two arms say whether the experiment itself is right: the control must lose in every seed, and `shuffled`, CaR's rule on
+shuffled scores, which are random rows, must show no difference. On two cores, some 40 minutes with nothing else running:
+
+    python -m tests.benchmarks.prove_table --prepare FOLDER --tokens 12000 --seeds 3
+    python -m tests.benchmarks.prove_table --prepared FOLDER/prepared.npz --arms random,CaR,control,shuffled \
+        --trained 4 --epochs 1 --batch-tokens 1024 --updates 32 --rates 3e-4,1e-3 --minutes 90 --json FILE
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from car_datasets.proving.base_model import load_base_model
 from car_datasets.proving.constraints import is_satisfied, read_instructions
 from car_datasets.proving.experiment import Experiment, Outcome, Run, carry_out
 from car_datasets.proving.probes import Probe, read_probe
-from car_datasets.proving.statistics import SHARE, compare
+from car_datasets.proving.statistics import BASELINE, SHARE, compare
 from car_datasets.proving.token_rows import TokenRow, tokenise
 from car_datasets.proving.trainer import Schedule
 from car_datasets.proving.training import Tuner
@@ -170,6 +177,8 @@ def with_arms(pool: Pool, rows: Sequence[dict[str, str]], scores: Path | None, t
     chosen = dict(pool.chosen)
     best = np.argsort(-pool.scores, kind="stable")
     chosen["top-n"] = best[:ROWS]
+    # As many rows as CaR's rule takes, of which each seed draws its own part: one part alone may be lucky.
+    chosen["shuffled"] = by_car(pool, np.random.default_rng(0).permutation(len(pool.scores)))[:ROWS]
     if scores is not None:
         places = np.array(pool.rows["place"][:])
         for name, values in json.loads(scores.read_text(encoding="utf-8")).items():
@@ -178,13 +187,17 @@ def with_arms(pool: Pool, rows: Sequence[dict[str, str]], scores: Path | None, t
             column = np.array([np.nan if value is None else value for value in values], dtype=float)
             order = np.argsort(-np.nan_to_num(column[places], nan=-np.inf), kind="stable")
             chosen[f"top by {name}"] = first(order)
-            # CaR's rule with this score: the best of every cluster first, then the best of the others.
-            leaders = {}
-            for row in order.tolist():
-                leaders.setdefault(int(pool.clusters[row]), row)
-            best_of = np.array([row for cluster, row in leaders.items() if cluster >= 0], dtype=np.int64)
-            chosen[f"CaR by {name}"] = first(np.concatenate([best_of, order[~np.isin(order, best_of)]]))
+            chosen[f"CaR by {name}"] = first(by_car(pool, order))
     return replace(pool, chosen=chosen)
+
+
+def by_car(pool: Pool, order: np.ndarray) -> np.ndarray:
+    """Return rows, given from the best to the worst, as CaR's rule takes them: the best of every cluster comes first."""
+    leaders: dict[int, int] = {}
+    for row in order.tolist():
+        leaders.setdefault(int(pool.clusters[row]), row)
+    best_of = np.array([row for cluster, row in leaders.items() if cluster >= 0], dtype=np.int64)
+    return np.concatenate([best_of, order[~np.isin(order, best_of)]])
 
 
 def write_prepared(
@@ -267,7 +280,9 @@ def run(options: argparse.Namespace) -> None:
         rates=tuple(map(float, options.rates.split(","))),
     )
     trained = int(options.trained) if options.trained.isdecimal() else options.trained
-    schedule = Schedule(trained=trained, epochs=options.epochs, batch_tokens=options.batch_tokens)
+    schedule = Schedule(
+        trained=trained, epochs=options.epochs, batch_tokens=options.batch_tokens, updates=options.updates
+    )
     left = options.minutes * 60 - (time.monotonic() - begun)
     with tempfile.TemporaryDirectory() as folder:
         outcome = carry_out(experiment, base, schedule, device, Path(options.work or folder), left)
@@ -335,7 +350,16 @@ def show(report: dict[str, Any]) -> None:
         for arm, mean in compared["means"].items():
             difference = compared["differences"].get(arm, {}).get("all")
             shown = "" if difference is None else "{value:+.4f} ({low:+.4f} to {high:+.4f})".format(**difference)
-            print(f"  {arm:24} {mean:.4f} {shown:32} {compared['verdicts'].get(arm, '')}")
+            print(f"  {arm:24} {mean:.4f} {shown:32} {compared['verdicts'].get(arm, '')}{lost(found, arm)}")
+
+
+def lost(found: dict[str, Any], arm: str) -> str:
+    """Return in how many seeds an arm was worse than random rows."""
+    losses = found.get("by_seed")
+    if losses is None or arm == BASELINE:
+        return ""
+    worse = sum(losses[arm][seed] > losses[BASELINE][seed] for seed in losses[arm])
+    return f"; worse in {worse} of {len(losses[arm])} seeds"
 
 
 def check_packing(prepared: Path) -> None:
@@ -369,6 +393,7 @@ def main() -> None:
     parser.add_argument("--trained", default="all", help="all, lora, or a number of last layers")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-tokens", type=int, default=8_192)
+    parser.add_argument("--updates", type=int, default=16, help="the fewest updates of the weights")
     parser.add_argument("--rates", default=",".join(map(str, LEARNING_RATES)), help="learning rates to choose from")
     parser.add_argument("--answers", action="store_true", help="also answer the verifiable instructions")
     parser.add_argument("--most-tokens", type=int, default=96, help="of an answer")

@@ -29,6 +29,10 @@ def can_multiply() -> bool:
     return True
 
 
+NEEDS_FLOAT8 = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+    reason="needs a GPU with float8, from Ada or Hopper on",
+)
 NEEDS_PRODUCT = pytest.mark.skipif(not can_multiply(), reason="needs a torch that multiplies float8 on the CPU")
 
 
@@ -81,10 +85,7 @@ def test_scores_in_float8_keep_the_order_of_rows(
     agree(exact, exact._replace(model=model, encoder=PackedEncoder(model.encoder, None, float8=True)), texts)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-    reason="needs a GPU with float8, from Ada or Hopper on",
-)
+@NEEDS_FLOAT8
 def test_scores_in_float8_keep_the_order_of_rows_on_a_gpu(sample_rows: list[dict[str, Any]]) -> None:
     rounded = QualityScorer(dtype=FLOAT8).load()
     assert rounded.packed
