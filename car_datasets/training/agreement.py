@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Numbers = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 SCORE, LENGTH = "iqs_score", "length"  # two of the things that rank the rows
+BOTH = "iqs_soundness x iqs_worth"
 TARGETS = ("soundness", "worth", "product")
 HEADS = {"faulty": "faulty / sound", "soundness": "soundness", "worth": "worth", "product": "soundness x worth"}
 FEWEST = 5  # rows with a fault, or pairs, below which there is no figure
@@ -55,8 +56,8 @@ class Agreement:
         rows (`int`): rated rows.
         sources (`dict[str, int]`): rated rows by source.
         bag_of_words_from (`int`): rated rows that the bag of words was trained on; 0 if there is none.
-        agreement (`dict`): by what ranks the rows (`"iqs_score"`, the parts of a scorer that has them, `"length"`, a bag of
-            words per rating, the former scorer): `faulty`, the share of all combinations of a faulty row (soundness up to
+        agreement (`dict`): by what ranks the rows (`"iqs_score"`, the parts of a scorer that has them and soundness x
+            worth, `"length"`, a bag of words per rating, the former scorer): `faulty`, the share of all combinations of a faulty row (soundness up to
             4) and a sound one (from 8) in the right order; `soundness`, `worth` and `product` (of both), rank
             correlations; and `..._length_held`, the same with the length of the answer held constant.
         by_source (`dict`): the same for the rows of each source.
@@ -181,7 +182,7 @@ def evaluate_ratings(
     """Evaluate a scorer on rows that a reader has rated.
 
     Args:
-        scorer ([`QualityScorer`]): the scorer; its parts are measured as well if it has any.
+        scorer ([`QualityScorer`]): the scorer; its parts, and soundness x worth, are measured as well if it has any.
         ratings ([`Ratings`]): the rows and their ratings, as read by [`read_ratings`].
         pairs (`Sequence[Pair]`, *optional*): pairs of these rows, for the figures of `pairs`.
         other ([`Ratings`], *optional*): other rated rows, which train a bag of words. Those that ask a question of the
@@ -198,6 +199,7 @@ def evaluate_ratings(
     from datasets.utils import tqdm
 
     refuse_one_class(ratings)
+    scorer = scorer.with_parts()
     rows = [cleaned(row) for row in ratings.rows]
     copies = {kind: corrupt(kind, rows, seed) for kind in STYLES}
     known = None if other is None else _apart(other, ratings)
@@ -268,6 +270,7 @@ def _scores(scorer: QualityScorer, rows: Sequence[Exchange], bar: Any) -> dict[s
         columns = {SCORE: told.scores}
         if told.parts is not None:
             columns |= {f"iqs_{name}": told.parts[:, i] for i, name in enumerate(PARTS)}
+            columns[BOTH] = columns["iqs_soundness"] * columns["iqs_worth"]
         for name, values in columns.items():
             found.setdefault(name, np.empty(len(texts)))[step::steps] = values
         bar.update(len(told.scores))
