@@ -338,11 +338,13 @@ class Pooled:
         encoder (`nn.Module`): a complete `BertModel`, frozen.
         tokens ([`~car_datasets.scoring.batching.Tokens`]): of all texts.
         pad_id (`int`): of the tokenizer.
+        dtype (`str`): of the encoder's products, `"float32"` or `"bfloat16"`. The states are pooled in float32.
     """
 
-    def __init__(self, encoder: torch.nn.Module, tokens: Tokens, pad_id: int) -> None:
+    def __init__(self, encoder: torch.nn.Module, tokens: Tokens, pad_id: int, dtype: str = "float32") -> None:
         self.encoder, self.tokens, self.pad_id = encoder, tokens, pad_id
         self.device = next(encoder.parameters()).device
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self._known: dict[int, Tensor] = {}
 
     def __call__(self, texts: Sequence[int]) -> tuple[Tensor]:
@@ -354,8 +356,10 @@ class Pooled:
                 batch = [new[place] for place in places]
                 input_ids, mask = pad([self.tokens.ids[i] for i in batch], self.pad_id, self.device)
                 start = torch.tensor([self.tokens.answer_starts[i] for i in batch], device=self.device)
+                half = self.dtype != torch.float32
                 with torch.inference_mode():
-                    states = self.encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+                    with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+                        states = self.encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
                     self._known |= zip(batch, segment_features(states.hidden_states, mask, start).cpu(), strict=True)
                 bar.update(len(batch))
         return (torch.stack([self._known[i] for i in texts]).to(self.device),)
@@ -418,7 +422,10 @@ def _kernel_targets(
             broken = np.full_like(targets[place], np.nan)
             broken[SOUNDNESS], broken[PRODUCT] = (
                 (value[0] - UNITS[name][0]) / UNITS[name][1]
-                for name, value in (("soundness", left), ("product", left * np.where(np.isnan(worth), USUAL_WORTH, worth)))
+                for name, value in (
+                    ("soundness", left),
+                    ("product", left * np.where(np.isnan(worth), USUAL_WORTH, worth)),
+                )
             )
             broken[EXPERT] = 0.0 if not np.isnan(examples.expert[row]) else np.nan
             texts.append(coarse[int(rng.integers(len(coarse)))].text)

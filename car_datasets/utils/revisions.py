@@ -28,7 +28,9 @@ from car_datasets.utils.hub import CACHE_ADVICE, READING_WAITS, asking, clean_to
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
-DEFAULT_PARTS = "car-datasets/iqs-minilm-parts"  # judges by parts; a file of its own, so that the default keeps its digest
+DEFAULT_PARTS = (
+    "car-datasets/iqs-minilm-parts"  # judges by parts; a file of its own, so that the default keeps its digest
+)
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 # The encoder of the embedded default. The package and this commit of the Hub contain the same file.

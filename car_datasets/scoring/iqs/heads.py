@@ -287,7 +287,9 @@ def read_kernel(folder: Path, reader: IQSConfig) -> KernelHead:
     with revisions.reading_model(folder):
         config = IQSConfig.from_pretrained(folder)
     if not judges_for(config, reader):
-        raise ValueError(f"{folder} does not judge what a head {reader.head!r} reads: another encoder, or another head.")
+        raise ValueError(
+            f"{folder} does not judge what a head {reader.head!r} reads: another encoder, or another head."
+        )
     head = KernelHead(config)
     with revisions.reading_model(folder):
         state = load_file(folder / "model.safetensors")

@@ -8,7 +8,17 @@ import torch
 from transformers import AutoModel
 
 from car_datasets import IQSConfig
-from car_datasets.scoring.iqs.heads import FAULTS, JUDGED, KNOTS, OUTPUTS, PARTS, KernelHead, PartsHead, judges_for, read_kernel
+from car_datasets.scoring.iqs.heads import (
+    FAULTS,
+    JUDGED,
+    KNOTS,
+    OUTPUTS,
+    PARTS,
+    KernelHead,
+    PartsHead,
+    judges_for,
+    read_kernel,
+)
 from car_datasets.training.head import save_head
 from tests.conftest import tiny_encoder_config
 
