@@ -417,8 +417,8 @@ def scorer_record(scorer: QualityScorer) -> dict[str, str]:
 
 
 def scorer_pins(scorer: QualityScorer) -> dict[str, str]:
-    """Return the immutable revisions of a scorer and, if it has any, of its tokenizer and its int8 encoder."""
-    names = ("revision", "tokenizer_revision", "engine_revision")
+    """Return the immutable revisions of a scorer and, if it has any, of its tokenizer, int8 encoder and packaged parts."""
+    names = ("revision", "tokenizer_revision", "engine_revision", "parts_revision")
     return {name: str(getattr(scorer, name)) for name in names if getattr(scorer, name) is not None}
 
 

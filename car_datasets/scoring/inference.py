@@ -30,6 +30,7 @@ from car_datasets.scoring.batching import (
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
 from car_datasets.scoring.iqs.float8 import FLOAT8, refuse_float8_on
+from car_datasets.scoring.iqs.heads import read_kernel
 from car_datasets.scoring.iqs.layers import closeness
 from car_datasets.scoring.iqs.modeling_iqs import HEADS, IQSModel
 from car_datasets.scoring.iqs.openvino_encoder import OpenVINOEncoder
@@ -114,7 +115,7 @@ class LoadedScorer(NamedTuple):
             strings, batch_tokens, functools.partial(self._forward, pooling=pooling), answers_at
         )
         cut = tokens > self.model.config.max_tokens
-        judged = HEADS[self.model.config.head].judged
+        judged = self.model.judged
         members = columns[:, : columns.shape[1] - judged]
         vectors, parts = embeddings[0] if embeddings else None, columns[:, members.shape[1] :] if judged else None
         found = TextScores(members.mean(axis=1), tokens, cut, vectors, members, parts)
@@ -229,6 +230,7 @@ class Weights(NamedTuple):
         compiled (`bool`): compile the encoder.
         engine (`str`, *optional*): a folder with the encoder in int8.
         engine_pin (`str`, *optional*): its digest.
+        parts_pin (`str`, *optional*): digest of the packaged model that judges by parts, whose head is read as well.
     """
 
     model_id: str
@@ -239,6 +241,7 @@ class Weights(NamedTuple):
     compiled: bool = False
     engine: str | None = None
     engine_pin: str | None = None
+    parts_pin: str | None = None
 
 
 # Few entries, as each keeps a model in memory.
@@ -264,6 +267,8 @@ def load_scorer(weights: Weights, device: torch.device) -> LoadedScorer:
     packs = can_pack(model.config.encoder_config, dtype, device)
     if dtype == FLOAT8:
         refuse_float8_on(device, model.config.encoder_config, packs)
+    if weights.parts_pin is not None:
+        model.judge = read_kernel(revisions.model_folder(revisions.DEFAULT_PARTS, weights.parts_pin), model.config)
     # Not the head: in half precision it would give many texts the same score.
     model.encoder.to(torch.bfloat16 if dtype == FLOAT8 else getattr(torch, dtype))
     if engine is not None:

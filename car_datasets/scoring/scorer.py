@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,8 @@ from car_datasets.scoring.inference import LoadedScorer, TextScores, Weights, lo
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, tokenizer_revision
 from car_datasets.scoring.iqs.float8 import FLOAT8, for_embedder, refuse_without_float8
-from car_datasets.scoring.iqs.heads import FAULTS, JUDGED, PARTS
+from car_datasets.scoring.iqs.heads import FAULTS, JUDGED, PARTS, judges_for
+from car_datasets.scoring.iqs.modeling_iqs import HEADS
 from car_datasets.scoring.iqs.openvino_encoder import pin_engine
 from car_datasets.scoring.stage import (
     Rows,
@@ -92,8 +93,9 @@ class QualityScorer:
             with several members, such as the default.
         parts (`bool`): also add `iqs_expert` (probability that an expert has revised the answer), `iqs_soundness` and
             `iqs_worth` (expected ratings, 0 to 10) and `iqs_fault` (the likeliest one of
-            [`~car_datasets.scoring.iqs.heads.FAULTS`], or `"none"`), from the same forward pass. For models whose head
-            is `"parts"`.
+            [`~car_datasets.scoring.iqs.heads.FAULTS`], or `"none"`), from the same forward pass. A model whose head is
+            `"parts"` or `"kernel"` has its own; the default takes them from `car-datasets/iqs-minilm-parts`, which
+            comes with the package, and its score stays as it is.
         embedding_column (`str`, *optional*): also add the embedding, from the same forward pass, equal to what
             [`TextEmbedder`] gives. For models whose encoder is an unchanged sentence-transformers model, such as the
             default. Texts longer than that model's own limit (256 tokens for the default) take a second pass.
@@ -152,6 +154,7 @@ class QualityScorer:
         config = read_scorer_config(self.model_id, model.revision, self.tokenizer, tokenizer_pin)
         self._check_model(config)
         engine = self.engine
+        judge = _packaged_parts(config) if self.parts and not HEADS[config.head].judged else None
         # The fields hold what was resolved, so that equal stages have equal fingerprints and workers resolve nothing.
         set_fields(
             self,
@@ -160,7 +163,9 @@ class QualityScorer:
             template=config.template if self.template is None else self.template,
             tokenizer_revision=tokenizer_pin,
             engine_revision=None if engine is None else pin_engine(engine, self.model_id, model.revision, self.dtype),
-            cache_version=CACHE_VERSION,  # set here, as a class attribute alone would not be part of the fingerprint
+            # Set here, as a class attribute alone would not be part of the fingerprint. A field of its own for the parts
+            # would give scorers without them another fingerprint, too.
+            cache_version=", ".join(filter(None, (CACHE_VERSION, judge))),
         )
 
     def _check_options(self) -> None:
@@ -209,11 +214,17 @@ class QualityScorer:
         if self.uncertainty and config.members < 2:
             raise ValueError(f"uncertainty=True: the head of {self.model_id} has one member, which cannot disagree.")
 
-        if self.parts and config.head != "parts":
+        if self.parts and not HEADS[config.head].judged and _packaged_parts(config) is None:
             raise ValueError(
                 f"parts=True: the head of {self.model_id} is {config.head!r}, which judges no parts. Leave it out, or "
-                "train a scorer that has them (configs/train_iqs_three.yaml)."
+                "train a scorer that has them (configs/train_iqs_parts.yaml)."
             )
+
+    @property
+    def parts_revision(self) -> str | None:
+        """Return the digest of the packaged model that gives the parts; `None` without parts, or if the head has them."""
+        config = self._config()
+        return _packaged_parts(config) if self.parts and not HEADS[config.head].judged else None
 
     @property
     def objective(self) -> str:
@@ -243,6 +254,12 @@ class QualityScorer:
         scorer._check_options()
         scorer._check_model(scorer._config())
         return scorer
+
+    def with_parts(self) -> QualityScorer:
+        """Return a copy that also adds the parts, with the revisions of this scorer; itself if the model has no parts."""
+        config = self._config()
+        known = HEADS[config.head].judged or _packaged_parts(config) is not None
+        return replace(self, parts=True) if known and not self.parts else self
 
     @property
     def output_columns(self) -> tuple[str, ...]:
@@ -393,6 +410,7 @@ class QualityScorer:
             self.compile,
             self.engine,
             self.engine_revision,
+            self.parts_revision,
         )
         return load_scorer(weights, device or device_for())
 
@@ -414,6 +432,13 @@ class QualityScorer:
                 f"{len(bad)} scores are not finite, rows {row_names(batch, bad)[:5]}. The weights are broken: what "
                 "overflows in half precision was scored again in float32."
             )
+
+
+def _packaged_parts(config: IQSConfig) -> str | None:
+    """Return the digest of the packaged model that judges by parts, if a model of this configuration can take it."""
+    name = revisions.DEFAULT_PARTS
+    pin = revisions.pin_revision(name)
+    return pin if judges_for(read_scorer_config(name, pin, None, None), config) else None
 
 
 # Cached, as every batch asks for it, and a new one would resolve its revision again.

@@ -20,6 +20,7 @@ from car_datasets.loading.kinds import KINDS, kinds_of
 from car_datasets.loading.templates import Exchange, join_lines, render
 from car_datasets.scoring.iqs.heads import FAULTS, PARTS
 from car_datasets.training.corruptions import STYLES, corrupt
+from car_datasets.training.evaluation import KINDS as BROKEN_KINDS
 from car_datasets.training.evaluation import (
     TEXTS_PER_STEP,
     TOKEN,
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
 Numbers = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 SCORE, LENGTH = "iqs_score", "length"  # two of the things that rank the rows
+BOTH = "iqs_soundness x iqs_worth"
 TARGETS = ("soundness", "worth", "product")
 HEADS = {"faulty": "faulty / sound", "soundness": "soundness", "worth": "worth", "product": "soundness x worth"}
+BROKEN = 0.3  # share of corrupted copies in the pool of `purity`
 FEWEST = 5  # rows with a fault, or pairs, below which there is no figure
 
 
@@ -55,10 +58,10 @@ class Agreement:
         rows (`int`): rated rows.
         sources (`dict[str, int]`): rated rows by source.
         bag_of_words_from (`int`): rated rows that the bag of words was trained on; 0 if there is none.
-        agreement (`dict`): by what ranks the rows (`"iqs_score"`, the parts of a scorer that has them, `"length"`, a bag of
-            words per rating, the former scorer): `faulty`, the share of all combinations of a faulty row (soundness up to
-            4) and a sound one (from 8) in the right order; `soundness`, `worth` and `product` (of both), rank
-            correlations; and `..._length_held`, the same with the length of the answer held constant.
+        agreement (`dict`): by what ranks the rows (`"iqs_score"`, the parts of a scorer that has them and soundness x
+            worth, `"length"`, a bag of words per rating, the former scorer): `faulty`, the share of all combinations of a
+            faulty row (soundness up to 4) and a sound one (from 8) in the right order; `soundness`, `worth` and `product`
+            (of both), rank correlations; and `..._length_held`, the same with the length of the answer held constant.
         by_source (`dict`): the same for the rows of each source.
         faults (`dict`): for each fault `rows`, and by what ranks the rows the share of combinations of such a row and a
             sound one in the right order; only `rows` if there are fewer than `FEWEST`.
@@ -69,6 +72,8 @@ class Agreement:
             order. Empty without pairs.
         pair_counts (`dict`): `ties` and `decided`, the numbers of these pairs.
         styles (`dict`): for each change of style `shift`, the mean change of the score in the same unit, and `rows`.
+        purity (`dict`): by what the scorer tells: the share of corrupted copies in the best tenth of a pool of which they
+            are `BROKEN`.
     """
 
     model: str
@@ -83,6 +88,7 @@ class Agreement:
     pairs: dict[str, Figures]
     pair_counts: dict[str, int]
     styles: dict[str, dict[str, Any]]
+    purity: Figures
 
     def to_json(self) -> str:
         """Return all figures as JSON, with `null` for figures without a single row."""
@@ -139,7 +145,10 @@ class Agreement:
         styles = Table("change of style", "shift in standard deviations", "rows", title_justify="left")
         for kind, row in self.styles.items():
             styles.add_row(kind, as_number(row["shift"], "+.3f"), f"{row['rows']:,}")
-        return [*tables, styles]
+        purity = Table("ranked by", f"broken rows in the best tenth, of {BROKEN:.0%} in the pool", title_justify="left")
+        for name, figure in self.purity.items():
+            purity.add_row(table_text(name), as_percent(figure))
+        return [*tables, styles, purity]
 
 
 def _cells(figures: Mapping[str, Any], names: Sequence[str], form: str = ".3f") -> list[str]:
@@ -181,7 +190,7 @@ def evaluate_ratings(
     """Evaluate a scorer on rows that a reader has rated.
 
     Args:
-        scorer ([`QualityScorer`]): the scorer; its parts are measured as well if it has any.
+        scorer ([`QualityScorer`]): the scorer; its parts, and soundness x worth, are measured as well if it has any.
         ratings ([`Ratings`]): the rows and their ratings, as read by [`read_ratings`].
         pairs (`Sequence[Pair]`, *optional*): pairs of these rows, for the figures of `pairs`.
         other ([`Ratings`], *optional*): other rated rows, which train a bag of words. Those that ask a question of the
@@ -198,10 +207,13 @@ def evaluate_ratings(
     from datasets.utils import tqdm
 
     refuse_one_class(ratings)
+    scorer = scorer.with_parts()
     rows = [cleaned(row) for row in ratings.rows]
     copies = {kind: corrupt(kind, rows, seed) for kind in STYLES}
     known = None if other is None else _apart(other, ratings)
+    broken = _broken(rows, seed)
     total = len(rows) * (1 if former is None else 2) + sum(row is not None for of in copies.values() for row in of)
+    total += len(broken)
     with tqdm(total=total, desc="Scoring rated rows", unit=" texts") as bar:
         scores = _scores(scorer, rows, bar)
         rankers = {**scores, LENGTH: np.array([len(row.response) for row in rows], dtype=np.float64)}
@@ -212,6 +224,7 @@ def evaluate_ratings(
         moved = {
             kind: _scores(scorer, [row for row in of if row is not None], bar)[SCORE] for kind, of in copies.items()
         }
+        of_broken = _scores(scorer, list(broken.values()), bar)
     sound, worth = ratings.soundness.astype(np.float64), ratings.worth.astype(np.float64)
     rated = Rated(np.stack([sound, worth, sound * worth]), rankers[LENGTH], rankers, questions_of(rows))
     draw = Draw(samples, seed)
@@ -230,6 +243,7 @@ def evaluate_ratings(
         pairs=compared,
         pair_counts=counts,
         styles={kind: _shift(of, moved[kind], scores[SCORE], draw) for kind, of in copies.items()},
+        purity=_purity(rated.questions, scores, list(broken), of_broken, draw),
     )
 
 
@@ -268,6 +282,7 @@ def _scores(scorer: QualityScorer, rows: Sequence[Exchange], bar: Any) -> dict[s
         columns = {SCORE: told.scores}
         if told.parts is not None:
             columns |= {f"iqs_{name}": told.parts[:, i] for i, name in enumerate(PARTS)}
+            columns[BOTH] = columns["iqs_soundness"] * columns["iqs_worth"]
         for name, values in columns.items():
             found.setdefault(name, np.empty(len(texts)))[step::steps] = values
         bar.update(len(told.scores))
@@ -432,6 +447,37 @@ def _shift(copies: Sequence[Exchange | None], moved: Numbers, scores: Numbers, d
     """Return the mean shift of the score of rows that have a copy, in standard deviations of all scores."""
     at = [i for i, row in enumerate(copies) if row is not None]
     return {"shift": _mean((moved - scores[at]) / _spread(scores), draw), "rows": len(at)}
+
+
+def _broken(rows: Sequence[Exchange], seed: int) -> dict[int, Exchange]:
+    """Return corrupted copies of some rows, by the place of the row: `BROKEN` of rows and copies together."""
+    by_kind = [corrupt(kind, rows, seed) for kind in BROKEN_KINDS]
+    places = np.random.default_rng(seed).permutation(len(rows))[: round(len(rows) * BROKEN / (1 - BROKEN))].tolist()
+    # Each kind in turn; a row that has no copy of its kind is left out.
+    drawn = {place: by_kind[i % len(by_kind)][place] for i, place in enumerate(places)}
+    return {place: copy for place, copy in drawn.items() if copy is not None}
+
+
+def _purity(
+    questions: Sequence[Rows],
+    scores: Mapping[str, Numbers],
+    broken: Sequence[int],
+    of_broken: Mapping[str, Numbers],
+    draw: _Draw,
+) -> Figures:
+    """Return by ranker the share of corrupted copies among the best tenth of rows and copies."""
+    place = np.full(len(scores[SCORE]), -1)
+    place[list(broken)] = np.arange(len(broken))
+
+    def measure(at: Rows) -> dict[str, float]:
+        copies = place[at][place[at] >= 0]
+        size = -(-(len(at) + len(copies)) // 10)
+        pools = {name: np.concatenate([values[at], of_broken[name][copies]]) for name, values in scores.items()}
+        return {
+            name: float(np.mean(np.argsort(-pool, kind="stable")[:size] >= len(at))) for name, pool in pools.items()
+        }
+
+    return draw.figures(measure, questions)
 
 
 def _spread(scores: Numbers) -> float:

@@ -376,7 +376,7 @@ def save_head(folder: Path, config: IQSConfig, head: nn.Module) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    full = {"mean", "scale", "weights", "knots"}
+    full = {"mean", "scale", "weights", "knots", "bias"}
     state = {f"head.{n}": (w if n in full else w.half()).contiguous() for n, w in head.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 

@@ -20,7 +20,7 @@ import torch
 from car_datasets.loading.templates import CLEAN_TEMPLATE, Exchange, render
 from car_datasets.scoring.batching import CPU_BUDGET, tokenise
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig, check_languages
-from car_datasets.scoring.iqs.heads import COMBINED, KNOTS, OUTPUTS, UNITS, PartsHead
+from car_datasets.scoring.iqs.heads import COMBINED, KNOTS, OUTPUTS, UNITS, Judge, PartsHead
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.training.corruptions import FINE_CORRUPTIONS, FINE_STYLES, STYLES, corrupt, draw_corruptions
 from car_datasets.training.evaluation import evaluate_scorer
@@ -34,7 +34,17 @@ from car_datasets.training.head import (
     save_head,
 )
 from car_datasets.training.pairs import Pair, cleaned, question, read_sides
-from car_datasets.training.parts_fitting import Below, Copy, Examples, Schedule, Weights, fit_parts, outputs_of
+from car_datasets.training.parts_fitting import (
+    Below,
+    Copy,
+    Examples,
+    Pooled,
+    Schedule,
+    Weights,
+    fit_kernel,
+    fit_parts,
+    outputs_of,
+)
 from car_datasets.training.ratings import Ratings, rating_figures, read_ratings, told_apart
 from car_datasets.training.train import deterministic
 from car_datasets.utils.files import write_figures, write_folder
@@ -45,7 +55,7 @@ from car_datasets.utils.settings import Settings
 logger = logging.getLogger(__name__)
 
 FINE_WEIGHT = 0.4  # margin and weight of a fine corruption; a coarse one has 1
-MOST_REFERENCE_ROWS = 8000  # of the pool that the scale of the score comes from
+MOST_REFERENCE_ROWS = 1000  # of the pool that the scale of the score comes from
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,12 @@ class PartsTraining(Settings):
         queries, members, hidden_size (`int`): pooling queries, networks that vote, and their hidden units.
         max_tokens (`int`): tokens read of a text.
         epochs, units_per_batch (`int`): passes over the data, and pairs or single rows per step.
+        axes (`int`): 0 trains a fork. Otherwise the head is a `KernelHead` on this many axes of the frozen encoder's pooled
+            states, and of the keys above and below only the files, seeds, folds, `max_tokens`, `corruption_draws`,
+            `combination` and `penalty` apply.
+        dtype (`str`): with `axes`: of the encoder's products, `"float32"` or `"bfloat16"`, three times as fast on CPUs
+            that have it; the pooled states are float32.
+        noise (`float`): with `axes`: of the ratings, by the variance of the kernel; more makes the head smoother.
         learning_rate, head_learning_rate (`float`): of the fork's top layer and of the rest of the head.
         layerwise_decay, weight_decay (`float`): ratio of a layer's learning rate to that of the layer above; of AdamW.
         rank_weight, fault_weight, worth_weight, product_weight, expert_weight, style_weight, expert_style_weight,
@@ -91,6 +107,9 @@ class PartsTraining(Settings):
     members: int = 4
     hidden_size: int = 64
     max_tokens: int = 512
+    axes: int = 0
+    noise: float = 0.5
+    dtype: str = "float32"
     epochs: int = 8
     units_per_batch: int = 48
     learning_rate: float = 2e-4
@@ -117,12 +136,13 @@ class PartsTraining(Settings):
         self.refuse_outside(1, None, "seeds", "members", "hidden_size", "epochs", "units_per_batch", "corruption_draws")
         self.refuse_outside(3, 512, "max_tokens")
         self.refuse_outside(0, 6, "fork_layers")
+        self.refuse_outside(0, 2048, "axes")
         self.refuse_outside(
             0, None, "seed", "folds", "queries", "weight_decay", "penalty", "rank_weight", "fault_weight"
         )
         self.refuse_outside(0, None, "worth_weight", "product_weight", "expert_weight", "style_weight")
         self.refuse_outside(0, None, "expert_style_weight", "corruption_weight")
-        self.refuse_outside(1e-9, None, "learning_rate", "head_learning_rate")
+        self.refuse_outside(1e-9, None, "learning_rate", "head_learning_rate", "noise")
         self.refuse_outside(0, 0.99, "dropout", "fork_dropout")
         self.refuse_outside(0, 1, "layerwise_decay")
         numbers = [value for value in self.combination if type(value) in (int, float)]
@@ -130,6 +150,13 @@ class PartsTraining(Settings):
             raise ValueError(
                 f"combination={self.combination} must be {len(COMBINED)} numbers, not all 0: the weights of "
                 f"{', '.join(COMBINED)}."
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} is not known; choose float32 or bfloat16.")
+        if self.axes and (self.fork_layers or self.axes < 3):
+            raise ValueError(
+                f"axes={self.axes} with fork_layers={self.fork_layers}: a kernel reads the encoder as it is, on at least 3 "
+                "axes, two of them for the lengths. Set fork_layers=0, or axes=0 for a fork."
             )
         if self.folds == 1:
             raise ValueError("folds=1 leaves nothing to train on; 0 does not cross-validate.")
@@ -153,14 +180,14 @@ class Material(NamedTuple):
         training (`int`): rows of training, which come first.
         groups (`(rows,)` int64): rows with one number ask the same, or are a pair.
         reference (`range`): texts of the pool that the scale comes from.
-        below ([`Below`]): computes the states below the fork.
+        below ([`Below`] or [`Pooled`]): computes what the head reads.
     """
 
     examples: Examples
     training: int
     groups: npt.NDArray[np.int64]
     reference: range
-    below: Below
+    below: Below | Pooled
 
 
 def train_parts(settings: PartsTraining) -> dict[str, Any]:
@@ -289,7 +316,8 @@ def gather(settings: PartsTraining, files: Files) -> Material:
         styled=styled,
         corrupted=corrupted,
     )
-    below = Below(encoder, tokens, tokenizer.pad_token_id)
+    pad_id = tokenizer.pad_token_id
+    below = Pooled(encoder, tokens, pad_id, settings.dtype) if settings.axes else Below(encoder, tokens, pad_id)
     return Material(examples, training, labelled.groups(), reference, below)
 
 
@@ -323,14 +351,28 @@ def _lower_encoder(settings: PartsTraining) -> tuple[Any, Any]:
     return encoder.to(device_for()), load_tokenizer()
 
 
-def fit_head(settings: PartsTraining, material: Material, rows: npt.NDArray[np.int64]) -> PartsHead:
+def fit_head(settings: PartsTraining, material: Material, rows: npt.NDArray[np.int64]) -> Judge:
     """Fit a head on some rows, by the seed of the settings, and give its score the scale of the reference pool."""
     torch.manual_seed(settings.seed)  # all random numbers below follow from it
+    below = material.below
+    if isinstance(below, Pooled):
+        head: Judge = fit_kernel(_config(settings), below, material.examples, rows, settings.noise, settings.seed)
+    else:
+        head = _fit_fork(settings, below, material.examples, rows)
+    head.weights.copy_(torch.tensor(settings.combination))
+    pool = head.unscaled(_outputs(head, material, list(material.reference)).to(head.weights.device)).mean(dim=1)
+    # Distinct knots, or a step of the scale would have no width.
+    knots = torch.quantile(pool, torch.linspace(0, 1, KNOTS, device=pool.device))
+    head.knots.copy_(knots + torch.arange(KNOTS, device=pool.device) * 1e-6)
+    return head.cpu()
+
+
+def _fit_fork(settings: PartsTraining, below: Below, examples: Examples, rows: npt.NDArray[np.int64]) -> PartsHead:
+    """Fit a head with a fork on some rows; it stays on the device of the encoder."""
     head = PartsHead(_config(settings))
     for copy, layer in zip(head.fork, load_encoder().encoder.layer[head.lower :], strict=True):
         copy.copy_from(layer)
-    head.weights.copy_(torch.tensor(settings.combination))
-    head.to(material.below.device)
+    head.to(below.device)
     weights = Weights(
         rank=settings.rank_weight,
         fault=settings.fault_weight,
@@ -349,15 +391,11 @@ def fit_head(settings: PartsTraining, material: Material, rows: npt.NDArray[np.i
         layerwise_decay=settings.layerwise_decay,
         weight_decay=settings.weight_decay,
     )
-    fit_parts(head, material.below, material.examples, rows, weights, schedule, settings.seed)
-    pool = head.unscaled(_outputs(head, material, list(material.reference)).to(material.below.device)).mean(dim=1)
-    # Distinct knots, or a step of the scale would have no width.
-    knots = torch.quantile(pool, torch.linspace(0, 1, KNOTS, device=pool.device))
-    head.knots.copy_(knots + torch.arange(KNOTS, device=pool.device) * 1e-6)
-    return head.cpu()
+    fit_parts(head, below, examples, rows, weights, schedule, settings.seed)
+    return head
 
 
-def _outputs(head: PartsHead, material: Material, texts: Sequence[int]) -> torch.Tensor:
+def _outputs(head: Judge, material: Material, texts: Sequence[int]) -> torch.Tensor:
     lengths = [len(ids) for ids in material.examples.tokens.ids]
     return outputs_of(head, material.below, lengths, texts, CPU_BUDGET)
 
@@ -367,7 +405,8 @@ def _fit_and_write(settings: PartsTraining, material: Material, files: Files) ->
     found: list[dict[str, Any]] = []
     with write_folder(folder) as partial:
         for seeded, place in each_seed(settings, partial):
-            save_head(place, _config(settings), fit_head(seeded, material, np.arange(material.training)))
+            head = fit_head(seeded, material, np.arange(material.training))
+            save_head(place, head.config, head)
             scorer = QualityScorer(str(place))
             evaluation = evaluate_scorer(scorer, files.valid)
             found.append({"evaluation": evaluation, "ratings": rating_figures(scorer, files.valid_ratings)})
@@ -382,7 +421,9 @@ def _fit_and_write(settings: PartsTraining, material: Material, files: Files) ->
             "parts_scorer_card.md.jinja",
             settings=settings.changed(output=folder.name, **names),
             figures=figures,
+            ratings=None,  # `evaluate --ratings` has them
             config=_config(settings),
+            kept=head.config.hidden_sizes[1] if settings.axes else 0,
         )
     return figures
 
@@ -429,6 +470,10 @@ def _fold_figures(
 
 
 def _config(settings: PartsTraining) -> IQSConfig:
+    if settings.axes:
+        sizes = (settings.axes, 1)  # the second one follows from the rows
+        alone = settings.changed(members=1)  # nobody votes
+        return config_of(alone, head="kernel", hidden_sizes=sizes, max_tokens=settings.max_tokens)
     return config_of(
         settings,
         head="parts",

@@ -1,7 +1,7 @@
-"""Fit a `PartsHead`, its fork included, on rated rows, pairs, restyled and corrupted copies: the loss and the loop.
+"""Fit a head that judges by parts on rated rows, pairs, restyled and corrupted copies.
 
-Does: group rows into units that share a batch, draw copies, compute the states below the fork, descend, and average the
-last weights.
+Does: for a `PartsHead`, its fork included, group rows into units that share a batch, draw copies, compute the states below
+the fork, descend, and average the last weights; for a `KernelHead`, solve for the weights of the rows that it keeps.
 Does not: read files, choose settings, or evaluate.
 """
 
@@ -19,14 +19,20 @@ from datasets.utils import tqdm
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss, softplus
 
-from car_datasets.scoring.batching import Tokens, pad, token_batches
-from car_datasets.scoring.iqs.heads import FAULTS, OUTPUTS, UNITS, PartsHead
+from car_datasets.scoring.batching import CPU_BUDGET, Tokens, pad, token_batches
+from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
+from car_datasets.scoring.iqs.heads import FAULTS, OUTPUTS, UNITS, Judge, KernelHead, PartsHead, likeness
+from car_datasets.scoring.iqs.layers import segment_features
 
 SOUNDNESS, WORTH, PRODUCT, EXPERT, INTACT = range(len(OUTPUTS))
 SORTED_BATCHES = 12  # batches whose rows are sorted by length together, which saves padding and keeps the order random
 GAPS = {"soundness": 1.0, "worth": 1.0, "product": 4.0}  # least difference of two ratings that should show in the order
 LEAST_SOUND = 3.0  # a row below it is worthless itself: its corrupted copy need not be much worse
 AVERAGED = 0.3  # share of the last steps whose weights are averaged, every fourth of them
+# Of a kernel: every n-th row brings a restyled copy, and every n-th a coarsely corrupted one.
+STYLED_EVERY, CORRUPTED_EVERY = 6, 4
+BROKEN_SOUNDNESS, USUAL_WORTH = 1.0, 3.0  # the most of a corrupted copy; of rows whose worth nobody has rated
+LENGTH_AXES = 0.1  # of the two lengths, in standard deviations; the principal axes have nearly nothing of them
 
 
 class Copy(NamedTuple):
@@ -285,8 +291,8 @@ def _corruption_loss(plain: Tensor, corrupted: Tensor, batch: _Batch, examples: 
 
 
 def outputs_of(
-    head: PartsHead,
-    below: Callable[[Sequence[int]], tuple[Tensor, Tensor, Tensor]],
+    head: Judge,
+    below: Callable[[Sequence[int]], tuple[Tensor, ...]],
     lengths: Sequence[int],
     texts: Sequence[int],
     budget: int,
@@ -323,3 +329,128 @@ class Below:
             states = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         start = torch.tensor([self.tokens.answer_starts[i] for i in texts], device=self.device)
         return states, mask, start
+
+
+class Pooled:
+    """The pooled states of texts, computed once and kept: what a `KernelHead` reads.
+
+    Args:
+        encoder (`nn.Module`): a complete `BertModel`, frozen.
+        tokens ([`~car_datasets.scoring.batching.Tokens`]): of all texts.
+        pad_id (`int`): of the tokenizer.
+        dtype (`str`): of the encoder's products, `"float32"` or `"bfloat16"`. The states are pooled in float32.
+    """
+
+    def __init__(self, encoder: torch.nn.Module, tokens: Tokens, pad_id: int, dtype: str = "float32") -> None:
+        self.encoder, self.tokens, self.pad_id = encoder, tokens, pad_id
+        self.device = next(encoder.parameters()).device
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self._known: dict[int, Tensor] = {}
+
+    def __call__(self, texts: Sequence[int]) -> tuple[Tensor]:
+        """Return [`segment_features`] of texts, (texts, width), on the device of the encoder."""
+        new = [i for i in texts if i not in self._known]
+        lengths = [len(self.tokens.ids[i]) for i in new]
+        with tqdm(total=len(new), desc="Encoding", unit=" texts", disable=len(new) < 1000) as bar:
+            for places in token_batches(lengths, CPU_BUDGET):
+                batch = [new[place] for place in places]
+                input_ids, mask = pad([self.tokens.ids[i] for i in batch], self.pad_id, self.device)
+                start = torch.tensor([self.tokens.answer_starts[i] for i in batch], device=self.device)
+                half = self.dtype != torch.float32
+                with torch.inference_mode():
+                    with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+                        states = self.encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+                    self._known |= zip(batch, segment_features(states.hidden_states, mask, start).cpu(), strict=True)
+                bar.update(len(batch))
+        return (torch.stack([self._known[i] for i in texts]).to(self.device),)
+
+
+def fit_kernel(
+    config: IQSConfig, pooled: Pooled, examples: Examples, rows: npt.NDArray[np.int64], noise: float, seed: int
+) -> KernelHead:
+    """Return a head that keeps rows and some of their copies, and weighs each of them by kernel ridge regression.
+
+    Args:
+        config ([`IQSConfig`]): its first hidden size is the number of axes; the second one is set to the number of texts.
+        pooled ([`Pooled`]): gives the pooled states of texts.
+        examples ([`Examples`]): all rows.
+        rows (`(n,)` int64): the rows to fit on.
+        noise (`float`): of the targets, by the variance of the kernel: more of it makes the head smoother.
+        seed (`int`): of the drawn copies.
+    """
+    texts, targets = _kernel_targets(examples, rows, np.random.default_rng(seed))
+    config.hidden_sizes[1] = len(texts)
+    head, (features,) = KernelHead(config), pooled(texts)
+    plain = features[: len(rows)]
+    head.mean, head.scale = plain.mean(dim=0).cpu(), plain.std(dim=0).cpu() + 1e-3
+    scaled = ((features.cpu() - head.mean) / head.scale).clamp_(-6, 6)
+    head.axes = _axes(scaled[: len(rows)], config.hidden_sizes[0])
+    head.kept = (scaled @ head.axes).half().float()  # as it is saved
+    kernel = likeness(head.kept, head.kept)
+    known = ~np.isnan(targets)
+    head.bias[INTACT] = 6.0  # nothing is lost to `penalty`: broken copies already have low ratings
+    for column in range(targets.shape[1]):
+        at = np.flatnonzero(known[:, column])
+        if (known[:, :column] == known[:, column : column + 1]).all(axis=0).any() or not len(at):
+            continue  # solved with an earlier column that the same texts have
+        alike = np.flatnonzero((known == known[:, column : column + 1]).all(axis=0))
+        given = torch.from_numpy(targets[np.ix_(at, alike)])
+        head.bias[alike] = given.mean(dim=0)
+        inside = kernel[np.ix_(at, at)]
+        inside.diagonal().add_(noise)
+        solved = torch.cholesky_solve(given - given.mean(dim=0), torch.linalg.cholesky(inside))
+        head.duals[torch.from_numpy(at)[:, None], torch.from_numpy(alike)] = solved
+    return head.eval()
+
+
+def _kernel_targets(
+    examples: Examples, rows: npt.NDArray[np.int64], rng: np.random.Generator
+) -> tuple[list[int], npt.NDArray[np.float32]]:
+    """Return the texts to keep, rows first, and their targets, (texts, outputs) with NaN where unknown."""
+    texts, targets = rows.tolist(), [_targets_of(examples, int(row)) for row in rows]
+    for place, row in enumerate(rows.tolist()):
+        if place % STYLED_EVERY == 0 and examples.styled[row]:
+            copy = examples.styled[row][int(rng.integers(len(examples.styled[row])))]
+            same = targets[place].copy()
+            same[EXPERT] = np.nan  # which is about style in part
+            texts.append(copy.text)
+            targets.append(same)
+        coarse = [copy for copy in examples.corrupted[row] if copy.weight == 1]
+        if place % CORRUPTED_EVERY == 1 and coarse:
+            sound, worth = (np.array([values[row]]) for values in (examples.soundness, examples.worth))
+            left = np.fmin(sound, BROKEN_SOUNDNESS)
+            broken = np.full_like(targets[place], np.nan)
+            broken[SOUNDNESS], broken[PRODUCT] = (
+                (value[0] - UNITS[name][0]) / UNITS[name][1]
+                for name, value in (
+                    ("soundness", left),
+                    ("product", left * np.where(np.isnan(worth), USUAL_WORTH, worth)),
+                )
+            )
+            broken[EXPERT] = 0.0 if not np.isnan(examples.expert[row]) else np.nan
+            texts.append(coarse[int(rng.integers(len(coarse)))].text)
+            targets.append(broken)
+    return texts, np.stack(targets)
+
+
+def _targets_of(examples: Examples, row: int) -> npt.NDArray[np.float32]:
+    found = np.full(len(OUTPUTS) + len(FAULTS), np.nan, dtype=np.float32)
+    rated = {"soundness": examples.soundness[row], "worth": examples.worth[row]}
+    rated["product"] = rated["soundness"] * rated["worth"]
+    for name, value in rated.items():
+        found[OUTPUTS.index(name)] = (value - UNITS[name][0]) / UNITS[name][1]
+    found[EXPERT] = examples.expert[row]
+    if examples.fault[row] >= 0:
+        found[len(OUTPUTS) :] = np.arange(len(FAULTS)) == examples.fault[row]
+    return found
+
+
+def _axes(scaled: Tensor, size: int) -> Tensor:
+    """Return principal axes, and the two lengths, as a matrix (width, size) on which rows have the mean square 1."""
+    _, _, axes = torch.svd_lowrank(scaled, q=min(size - 2, *scaled.shape), niter=2)
+    axes = axes / (scaled @ axes).square().sum(dim=1).mean().sqrt()
+    lengths = torch.zeros(scaled.shape[1], 2)
+    lengths[-2:] = torch.eye(2) * LENGTH_AXES
+    joined = torch.zeros(scaled.shape[1], size)
+    joined[:, : axes.shape[1] + 2] = torch.cat([axes, lengths], dim=1)
+    return joined.half().float()  # as it is saved

@@ -28,6 +28,9 @@ from car_datasets.utils.hub import CACHE_ADVICE, READING_WAITS, asking, clean_to
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCORER = "car-datasets/iqs-minilm"
+DEFAULT_PARTS = (
+    "car-datasets/iqs-minilm-parts"  # judges by parts; a file of its own, so that the default keeps its digest
+)
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 # The encoder of the embedded default. The package and this commit of the Hub contain the same file.
@@ -106,8 +109,8 @@ def pin_revision(model_id: str, revision: str | None = None, token: str | None =
         ValueError: no such model exists that you may see, or it does not have that revision.
         ConnectionError: the Hub cannot be reached. The cache is not used instead: it may be out of date.
     """
-    if model_id == DEFAULT_SCORER:
-        return _expect(model_id, folder_digest(default_scorer_folder()), revision)
+    if model_id in (DEFAULT_SCORER, DEFAULT_PARTS):
+        return _expect(model_id, folder_digest(_packaged(model_id)), revision)
     if model_id == DEFAULT_ENCODER and revision in (None, ENCODER_REVISION):
         return ENCODER_REVISION
     if _is_folder(model_id):
@@ -208,8 +211,8 @@ def model_folder(model_id: str, revision: str, token: str | None = None) -> Path
         ValueError: the model names Python code, or the default encoder's weights do not have the digest that the
             default head was trained for.
     """
-    if model_id == DEFAULT_SCORER:
-        return default_scorer_folder()
+    if model_id in (DEFAULT_SCORER, DEFAULT_PARTS):
+        return _packaged(model_id)
     if model_id == DEFAULT_ENCODER and revision == ENCODER_REVISION:
         return default_encoder_folder()
     if _is_folder(model_id):
@@ -240,7 +243,11 @@ def _repository(model_id: str) -> tuple[str, str]:
 
 def default_scorer_folder() -> Path:
     """Return the folder of the embedded default's head: its configuration, weights and card."""
-    return ASSETS / "iqs-minilm"
+    return _packaged(DEFAULT_SCORER)
+
+
+def _packaged(model_id: str) -> Path:
+    return ASSETS / model_id.rpartition("/")[2]
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,7 +17,10 @@ from transformers import AutoTokenizer
 
 from car_datasets import IQSModel, QualityScorer, TextEmbedder
 from car_datasets.loading.templates import Exchange, render
+from car_datasets.receipt import scorer_pins
+from car_datasets.scoring import scorer as scoring
 from car_datasets.scoring.iqs.heads import FAULTS
+from car_datasets.utils import revisions
 from tests.conftest import DAMAGED_MODELS, SIZES, damaged_copy
 
 TOLERANCE = 1e-5  # in float32, whatever the company of a row
@@ -314,6 +317,20 @@ def test_parts_of_a_chat_are_combined_as_its_score_is(turns: str, fold: Any, mak
     parts = scorer.score_texts([render(Exchange("a", "", "b")), render(Exchange("a\nb\nc", "", "d"))]).parts
     assert found["iqs_soundness"][0] == pytest.approx(fold(parts[:, 1]), abs=TOLERANCE)
     assert found["iqs_fault"] == [FAULTS[int(parts[:, 3:].mean(axis=0).argmax())]]
+
+
+def test_the_default_takes_its_parts_from_the_package_and_keeps_its_score(pairs: Dataset) -> None:
+    plain, scorer = QualityScorer(), QualityScorer(parts=True)
+    read = texts(pairs)
+    without, found = plain.score_texts(read), scorer.score_texts(read)
+    assert found.scores.tobytes() == without.scores.tobytes() and without.parts is None
+    alone = np.concatenate([scorer.score_texts([text]).parts for text in read])
+    assert found.parts == pytest.approx(alone, abs=10 * TOLERANCE)  # ratings are from 0 to 10
+    own = QualityScorer(revisions.DEFAULT_PARTS)
+    assert own.score_texts(read).parts == pytest.approx(found.parts, abs=10 * TOLERANCE)
+    assert scorer.parts_revision == own.revision and plain.parts_revision is None
+    assert plain.cache_version == scoring.CACHE_VERSION and str(own.revision) in scorer.cache_version
+    assert plain.with_parts() == scorer and scorer_pins(scorer)["parts_revision"] == own.revision
 
 
 def test_a_model_without_parts_says_so(tiny_iqs: str) -> None:

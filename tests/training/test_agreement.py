@@ -21,7 +21,7 @@ from car_datasets.loading.kinds import kinds_of
 from car_datasets.loading.templates import Exchange
 from car_datasets.scoring.inference import TextScores
 from car_datasets.scoring.iqs.heads import JUDGED, PARTS
-from car_datasets.training.agreement import LENGTH, SCORE, Agreement, evaluate_ratings
+from car_datasets.training.agreement import BROKEN, LENGTH, SCORE, Agreement, evaluate_ratings
 from car_datasets.training.corruptions import STYLES, corrupt
 from car_datasets.training.pairs import Pair, cleaned
 from car_datasets.training.ratings import Ratings
@@ -271,3 +271,10 @@ def test_the_command_reads_ratings_that_are_columns_of_the_rows(tmp_path: Path) 
     figures = json.loads(output.read_text(encoding="utf-8"))["ratings"]
     assert figures["sources"] == {"mine": 8}
     assert figures["agreement"][SCORE] == figures["agreement"][f"former: {model}"]
+
+
+def test_purity_counts_broken_rows_in_the_best_tenth(ratings: Ratings) -> None:
+    found = evaluate_ratings(plant(ratings, np.zeros(ROWS), parts=True), ratings, samples=4)
+    assert found.purity[SCORE]["value"] == 1  # every copy is planted .5 higher
+    # Parts are those of the row, so a copy is only as likely to be there as a row; fewer, as rows come first among equals.
+    assert 0 < found.purity["iqs_soundness"]["value"] < BROKEN + 0.1

@@ -67,7 +67,11 @@ def test_rated_rows_and_pairs_are_merged(settings: PartsTraining) -> None:
 
 
 @pytest.mark.slow
-def test_training_writes_a_scorer_with_parts_and_is_deterministic(settings: PartsTraining, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"fork_layers": 0, "axes": 6, "corruption_draws": 2}], ids=["fork", "kernel"])
+def test_training_writes_a_scorer_with_parts_and_is_deterministic(
+    changes: dict[str, int], settings: PartsTraining, tmp_path: Path
+) -> None:
+    settings = settings.changed(**changes)
     figures = train_parts(settings.changed(output=str(tmp_path / "one"), folds=2))
     train_parts(settings.changed(output=str(tmp_path / "two"), seed=1))
     train_parts(settings.changed(output=str(tmp_path / "three"), folds=2))
@@ -75,7 +79,7 @@ def test_training_writes_a_scorer_with_parts_and_is_deterministic(settings: Part
     assert found[0] == found[2] != found[1]
     assert set(figures["ratings"]) >= {"faulty", "soundness", "worth_length_held", "product", "score"}
     assert figures["cross_validation"]["expert_pairs"]["runs"] == 2
-    scorer = QualityScorer(str(tmp_path / "one"), parts=True, uncertainty=True)
+    scorer = QualityScorer(str(tmp_path / "one"), parts=True, uncertainty=not settings.axes)
     assert scorer.shares_encoder
     columns = scorer({"instruction": ["Add 1 and 1."], "input": [""], "output": ["It is 2."]})
     assert 0 < columns["iqs_score"][0] < 1
@@ -90,6 +94,7 @@ def test_training_writes_a_scorer_with_parts_and_is_deterministic(settings: Part
         ({"combination": [0.0, 0.0, 0.0, 0.0]}, "not all 0"),
         ({"folds": 1}, "leaves nothing to train on"),
         ({"fork_layers": 7}, "fork_layers=7 must be at least 0 and at most 6"),
+        ({"axes": 8}, "a kernel reads the encoder as it is"),
         ({"kind": "head"}, "takes kind='parts' only"),
     ],
 )

@@ -25,6 +25,7 @@ HEAD_NAMES = (
     "feed_forward",
     "segments",
     "parts",
+    "kernel",
 )
 
 
@@ -117,9 +118,9 @@ class IQSConfig(PreTrainedConfig):
             raise ValueError(f"template={template!r} is not the name of a template, such as 'paper'.")
         if encoder_source is not None and not _names_model(encoder_source):
             raise ValueError(f"encoder_source={encoder_source!r} must have the texts 'model_id', 'revision', 'sha256'.")
-        if head == "segments" and (objective != "regression" or len(hidden_sizes) != 2):
+        if head in ("segments", "kernel") and (objective != "regression" or len(hidden_sizes) != 2):
             raise ValueError(
-                f"head='segments' needs objective='regression' and two hidden_sizes, not {objective!r} and "
+                f"head={head!r} needs objective='regression' and two hidden_sizes, not {objective!r} and "
                 f"{list(hidden_sizes)}."
             )
         if head == "parts" and (objective != "regression" or len(hidden_sizes) != 1):

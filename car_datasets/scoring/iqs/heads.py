@@ -1,19 +1,23 @@
-"""The head that judges by parts: soundness, worth, an expert's revision, the likeliest fault, and one score of these.
+"""The heads that judge by parts: soundness, worth, an expert's revision, the likeliest fault, and one score of these.
 
-Does: read the states of a lower layer of the shared encoder through its own copy of the layers above it (the fork); pool
-question and answer apart; turn raw outputs into ratings, shares and a score from 0 to 1.
+Does: read the shared encoder through a copy of its top layers (the fork), or compare its pooled states with those of
+rated rows (the kernel); turn raw outputs into ratings, shares and a score from 0 to 1.
 Does not: change the encoder, whose last state stays that of the embedder, or serve the other heads.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
 
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
+from car_datasets.scoring.iqs.layers import SegmentHead
+from car_datasets.utils import revisions
 
 PARTS = ("expert", "soundness", "worth")  # columns of numbers, in the order of the head's output
 # The faults of an answer, as the ratings name them; "none" is one of the classes.
@@ -77,18 +81,74 @@ class ForkLayer(nn.Module):
 _KINDS = ("weight", "bias")
 
 
-class PartsHead(nn.Module):
-    """The head `"parts"`: a fork of the encoder, pooled features, and small networks that judge an answer by parts.
+class Judge(nn.Module):
+    """What all heads that judge by parts share: raw outputs become ratings and shares, and the parts become one score.
 
-    Each member judges every part; the score is a weighted sum of the parts, minus a penalty for a broken answer, placed
-    on the scale of a reference pool: .8 is a score that 80 % of the pool does not reach.
+    The score is a weighted sum of the parts, minus a penalty for a broken answer, placed on the scale of a reference
+    pool: .8 is a score that 80 % of the pool does not reach.
     """
+
+    weights: Tensor
+    knots: Tensor
 
     def __init__(self, config: IQSConfig) -> None:
         super().__init__()
+        self.config, self.penalty = config, config.penalty
+        # Weights of `COMBINED` in the score, and the quantiles of the unscaled score on the reference pool.
+        self.register_buffer("weights", torch.tensor([0.0, 0.0, 1.0, 0.0]))
+        self.register_buffer("knots", torch.linspace(-3, 3, KNOTS))
+
+    def judge(self, outputs: Tensor) -> Tensor:
+        """Return the columns of a model: the score by each member, then expert, soundness, worth and the faults.
+
+        Args:
+            outputs (`Tensor` of shape `(batch, members, outputs)`): of [`~PartsHead.forward`].
+
+        Returns:
+            `Tensor` of shape `(batch, members + JUDGED)`. The mean of the members is the score, from 0 to 1; `expert` is
+            a probability, soundness and worth are ratings from 0 to 10, and the probabilities of the faults sum to 1.
+        """
+        mean = outputs.mean(dim=1)
+        raw = self.unscaled(outputs)
+        score, shares = self.placed(raw.mean(dim=1, keepdim=True)), self.placed(raw)
+        # The mean of shares is not the share of the mean; members keep their distances to each other.
+        members = score + shares - shares.mean(dim=1, keepdim=True)
+        ratings = [
+            (mean[:, i] * UNITS[name][1] + UNITS[name][0]).clamp(0, 10) for i, name in ((0, "soundness"), (1, "worth"))
+        ]
+        expert = mean[:, OUTPUTS.index("expert")].sigmoid()
+        numbers = torch.stack([expert, *ratings], dim=1)
+        return torch.cat([members, numbers, outputs[..., len(OUTPUTS) :].softmax(dim=2).mean(dim=1)], dim=1)
+
+    def unscaled(self, outputs: Tensor) -> Tensor:
+        """Return the weighted sum of the parts minus the penalty, (batch, members)."""
+        broken = (-outputs[..., OUTPUTS.index("intact")]).sigmoid()
+        return outputs[..., : len(COMBINED)] @ self.weights - self.penalty * broken
+
+    def placed(self, raw: Tensor) -> Tensor:
+        """Return the share of the reference pool below unscaled scores, of any shape: strictly increasing, in (0, 1)."""
+        at = torch.searchsorted(self.knots, raw.contiguous()).clamp(1, KNOTS - 1)
+        low, high = self.knots[at - 1], self.knots[at]
+        inside = (at - 1 + (raw - low) / (high - low).clamp(min=1e-9)) / (KNOTS - 1)
+        # One share of the first and of the last step is left to what lies beyond the pool, whose order is kept as well.
+        edge, span = 1 / (KNOTS + 1), (self.knots[-1] - self.knots[0]) / 4
+        inside = edge + (1 - 2 * edge) * inside.clamp(0, 1)
+        below = edge * ((raw - self.knots[0]) / span).clamp(max=0).exp()
+        above = 1 - edge * ((self.knots[-1] - raw) / span).clamp(max=0).exp()
+        return torch.where(raw < self.knots[0], below, torch.where(raw > self.knots[-1], above, inside))
+
+
+class PartsHead(Judge):
+    """The head `"parts"`: a fork of the encoder, pooled features, and small networks that judge an answer by parts.
+
+    Each member judges every part.
+    """
+
+    def __init__(self, config: IQSConfig) -> None:
+        super().__init__(config)
         encoder = config.encoder_config
         self.members, self.size, self.rate = config.members, config.hidden_sizes[0], config.dropout
-        self.penalty, self.lower = config.penalty, encoder.num_hidden_layers - config.fork_layers
+        self.lower = encoder.num_hidden_layers - config.fork_layers
         self.fork = nn.ModuleList(ForkLayer(encoder, config.fork_dropout) for _ in range(config.fork_layers))
         self.queries = nn.Parameter(torch.randn(config.queries, encoder.hidden_size) / encoder.hidden_size**0.5)
         width = self.width(config)
@@ -98,9 +158,6 @@ class PartsHead(nn.Module):
         columns = len(OUTPUTS) + len(FAULTS)
         self.out = nn.Parameter(torch.randn(self.members, self.size, columns) * (0.5 / self.size**0.5))
         self.out_bias = nn.Parameter(torch.zeros(self.members, columns))
-        # Weights of `COMBINED` in the score, and the quantiles of the unscaled score on the reference pool.
-        self.register_buffer("weights", torch.tensor([0.0, 0.0, 1.0, 0.0]))
-        self.register_buffer("knots", torch.linspace(-3, 3, KNOTS))
 
     @staticmethod
     def width(config: IQSConfig) -> int:
@@ -164,41 +221,84 @@ class PartsHead(nn.Module):
         """Return the columns of [`judge`] for a batch, of the arguments of [`forward`]; states may be in half precision."""
         return self.judge(self(states.float(), mask, answer_start))
 
-    def judge(self, outputs: Tensor) -> Tensor:
-        """Return the columns of a model: the score by each member, then expert, soundness, worth and the faults.
 
-        Args:
-            outputs (`Tensor` of shape `(batch, members, outputs)`): of [`~PartsHead.forward`].
+class KernelHead(Judge):
+    """The head `"kernel"`: judge an answer by rows that are like it, whose ratings are known (kernel ridge regression).
 
-        Returns:
-            `Tensor` of shape `(batch, members + JUDGED)`. The mean of the members is the score, from 0 to 1; `expert` is
-            a probability, soundness and worth are ratings from 0 to 10, and the probabilities of the faults sum to 1.
-        """
-        mean = outputs.mean(dim=1)
-        raw = self.unscaled(outputs)
-        score, shares = self.placed(raw.mean(dim=1, keepdim=True)), self.placed(raw)
-        # The mean of shares is not the share of the mean; members keep their distances to each other.
-        members = score + shares - shares.mean(dim=1, keepdim=True)
-        ratings = [
-            (mean[:, i] * UNITS[name][1] + UNITS[name][0]).clamp(0, 10) for i, name in ((0, "soundness"), (1, "worth"))
-        ]
-        expert = mean[:, OUTPUTS.index("expert")].sigmoid()
-        numbers = torch.stack([expert, *ratings], dim=1)
-        return torch.cat([members, numbers, outputs[..., len(OUTPUTS) :].softmax(dim=2).mean(dim=1)], dim=1)
+    The pooled states of a text are projected to a few axes; the likeness to a kept row is `exp(-distance ** 2)`, and each
+    output is a weighted sum of all likenesses. It holds the projected states of the kept rows, never their texts.
+    """
 
-    def unscaled(self, outputs: Tensor) -> Tensor:
-        """Return the weighted sum of the parts minus the penalty, (batch, members)."""
-        broken = (-outputs[..., OUTPUTS.index("intact")]).sigmoid()
-        return outputs[..., : len(COMBINED)] @ self.weights - self.penalty * broken
+    mean: Tensor
+    scale: Tensor
+    axes: Tensor
+    kept: Tensor
+    duals: Tensor
+    bias: Tensor
 
-    def placed(self, raw: Tensor) -> Tensor:
-        """Return the share of the reference pool below unscaled scores, of any shape: strictly increasing, in (0, 1)."""
-        at = torch.searchsorted(self.knots, raw.contiguous()).clamp(1, KNOTS - 1)
-        low, high = self.knots[at - 1], self.knots[at]
-        inside = (at - 1 + (raw - low) / (high - low).clamp(min=1e-9)) / (KNOTS - 1)
-        # One share of the first and of the last step is left to what lies beyond the pool, whose order is kept as well.
-        edge, span = 1 / (KNOTS + 1), (self.knots[-1] - self.knots[0]) / 4
-        inside = edge + (1 - 2 * edge) * inside.clamp(0, 1)
-        below = edge * ((raw - self.knots[0]) / span).clamp(max=0).exp()
-        above = 1 - edge * ((self.knots[-1] - raw) / span).clamp(max=0).exp()
-        return torch.where(raw < self.knots[0], below, torch.where(raw > self.knots[-1], above, inside))
+    def __init__(self, config: IQSConfig) -> None:
+        super().__init__(config)
+        (axes, kept), width = config.hidden_sizes, SegmentHead.width(config)
+        outputs = len(OUTPUTS) + len(FAULTS)
+        # Buffers, as they are solved for, not learned by descent.
+        for name, value in (
+            ("mean", torch.zeros(width)),
+            ("scale", torch.ones(width)),
+            ("axes", torch.zeros(width, axes)),
+            ("kept", torch.zeros(kept, axes)),
+            ("duals", torch.zeros(kept, outputs)),
+            ("bias", torch.zeros(outputs)),
+        ):
+            self.register_buffer(name, value)
+
+    def projected(self, features: Tensor) -> Tensor:
+        """Return features (texts, width) on the axes, (texts, axes)."""
+        return ((features - self.mean) / self.scale).clamp(-6, 6) @ self.axes
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the outputs, `(texts, 1, len(OUTPUTS) + len(FAULTS))`, of [`segment_features`], `(texts, width)`."""
+        found = likeness(self.projected(features), self.kept) @ self.duals + self.bias
+        ratings, expert, intact, faults = found.split([len(UNITS), 1, 1, len(FAULTS)], dim=1)
+        # The regression tells shares, which may leave 0 to 1 by a little; `judge` takes logits.
+        expert, faults = expert.clamp(0.01, 0.99).logit(), faults.clamp(min=1e-3).log()
+        return torch.cat([ratings, expert, intact, faults], dim=1).unsqueeze(1)
+
+    def columns(self, features: Tensor) -> Tensor:
+        """Return the columns of [`judge`] for [`segment_features`], `(texts, width)`."""
+        return self.judge(self(features))
+
+
+def likeness(one: Tensor, other: Tensor) -> Tensor:
+    """Return `exp(-distance ** 2)` of all combinations of two sets of points, `(n, axes)` and `(m, axes)`."""
+    squares = one.square().sum(dim=1, keepdim=True) + other.square().sum(dim=1)
+    return torch.addmm(squares, one, other.T, alpha=-2).clamp(min=0).neg().exp()
+
+
+def read_kernel(folder: Path, reader: IQSConfig) -> KernelHead:
+    """Read the head of a model whose head is `"kernel"`, to judge from the features that another model's head reads.
+
+    Args:
+        folder (`Path`): the model.
+        reader ([`IQSConfig`]): of the other model.
+
+    Raises:
+        ValueError: the two have not the same encoder, template and number of tokens, or not these heads.
+    """
+    with revisions.reading_model(folder):
+        config = IQSConfig.from_pretrained(folder)
+    if not judges_for(config, reader):
+        raise ValueError(
+            f"{folder} does not judge what a head {reader.head!r} reads: another encoder, or another head."
+        )
+    head = KernelHead(config)
+    with revisions.reading_model(folder):
+        state = load_file(folder / "model.safetensors")
+    head.load_state_dict({name.removeprefix("head."): weight.float() for name, weight in state.items()})
+    return head.eval()
+
+
+def judges_for(config: IQSConfig, reader: IQSConfig) -> bool:
+    """Return True if a head `"kernel"` of `config` can judge by the features that the head `"segments"` of `reader` reads."""
+    shared = ("encoder_source", "max_tokens", "template")
+    same = config.encoder_source is not None and all(getattr(config, n) == getattr(reader, n) for n in shared)
+    return same and config.head == "kernel" and reader.head == "segments"

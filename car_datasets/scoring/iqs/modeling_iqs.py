@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
 from car_datasets.scoring.iqs.convert_comet import base_model, check_tokenizer, convert, load_tokenizer
-from car_datasets.scoring.iqs.heads import JUDGED, PartsHead
+from car_datasets.scoring.iqs.heads import JUDGED, KernelHead, PartsHead
 from car_datasets.scoring.iqs.layers import (
     LayerCombination,
     SegmentHead,
@@ -34,7 +34,7 @@ from car_datasets.scoring.iqs.layers import (
     segment_features,
 )
 from car_datasets.scoring.iqs.packed_encoder import PackedEncoder
-from car_datasets.scoring.iqs.packing import Packed, packed_segment_features, pool_packed
+from car_datasets.scoring.iqs.packing import Packed, Running, packed_segment_features, pool_packed
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.digests import public
 from car_datasets.utils.hub import write_card
@@ -74,6 +74,7 @@ class IQSModel(PreTrainedModel):
             self.layers = LayerCombination(encoder.num_hidden_layers + 1, config.layer_mix, config.dropout)
         if config.objective == "regression":  # the ranking variant scores by the distance of two pooled vectors
             self.head = kind.build(config)
+        self.judge: KernelHead | None = None  # of another model on the same encoder; see `read_kernel`
         self.post_init()
 
     @classmethod
@@ -227,7 +228,12 @@ class IQSModel(PreTrainedModel):
             has one member.
         """
         columns, hidden_states = self.columns(input_ids, attention_mask, answer_start, **kwargs)
-        return columns[:, : columns.shape[1] - HEADS[self.config.head].judged], hidden_states
+        return columns[:, : columns.shape[1] - self.judged], hidden_states
+
+    @property
+    def judged(self) -> int:
+        """Return the number of columns that follow the members' scores: what the head, or the judge, says besides."""
+        return HEADS[self.config.head].judged if self.judge is None else JUDGED
 
     def columns(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, answer_start: Tensor | None = None, **kwargs: Any
@@ -354,32 +360,6 @@ def convert_checkpoint(
     )
 
 
-class Running:
-    """The states of an encoder, one at a time, of which only the newest is kept.
-
-    Args:
-        states (`Iterator[Tensor]`): the embedding output first.
-    """
-
-    def __init__(self, states: Iterator[Tensor]) -> None:
-        self._states, self._newest = states, torch.empty(0)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Return itself; what was read before is not read again."""
-        return self
-
-    def __next__(self) -> Tensor:
-        """Return the next state."""
-        self._newest = next(self._states)
-        return self._newest
-
-    def last(self) -> Tensor:
-        """Run the encoder to its end, and return its last state, of shape `(tokens, units)`."""
-        for _ in self:
-            pass
-        return self._newest
-
-
 class EncodedTexts(NamedTuple):
     """A batch of texts after the encoder: all that a head can read.
 
@@ -430,16 +410,29 @@ def _score_segments_packed(model: IQSModel, states: Iterable[Tensor], packed: Pa
     assert packed.answer_start is not None  # `LoadedScorer` has seen to it
     features = packed_segment_features(states, packed)
     words = hashed_words(*packed.padded_ids(), packed.answer_start, model.config.word_bits)
-    scores: Tensor = model.head(features, *words)
-    return scores
+    return _judged(model, model.head(features, *words), features)
 
 
 def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
     assert texts.answer_start is not None  # IQSModel.columns has seen to it
     features = segment_features(texts.hidden_states, texts.mask, texts.answer_start)
     numbers, weights = hashed_words(texts.input_ids, texts.mask, texts.answer_start, model.config.word_bits)
-    scores: Tensor = model.head(features, numbers, weights)
-    return scores
+    return _judged(model, model.head(features, numbers, weights), features)
+
+
+def _judged(model: IQSModel, scores: Tensor, features: Tensor) -> Tensor:
+    return scores if model.judge is None else torch.cat([scores, model.judge.columns(features)], dim=1)
+
+
+def _score_kernel(model: IQSModel, texts: EncodedTexts) -> Tensor:
+    assert texts.answer_start is not None  # IQSModel.columns has seen to it
+    columns: Tensor = model.head.columns(segment_features(texts.hidden_states, texts.mask, texts.answer_start))
+    return columns
+
+
+def _score_kernel_packed(model: IQSModel, states: Iterable[Tensor], packed: Packed) -> Tensor:
+    columns: Tensor = model.head.columns(packed_segment_features(states, packed))
+    return columns
 
 
 def _score_parts(model: IQSModel, texts: EncodedTexts) -> Tensor:
@@ -460,6 +453,7 @@ HEADS = {
     "feed_forward": HeadKind(feed_forward, _score_pooled, _score_pooled_packed, reads_pooled=True),
     "segments": HeadKind(SegmentHead, _score_segments, _score_segments_packed, reads_answer_start=True),
     "parts": HeadKind(PartsHead, _score_parts, _score_parts_packed, reads_answer_start=True, judged=JUDGED),
+    "kernel": HeadKind(KernelHead, _score_kernel, _score_kernel_packed, reads_answer_start=True, judged=JUDGED),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -282,3 +282,29 @@ def packed_segment_features(states: Iterable[Tensor], packed: Packed) -> Tensor:
         square = (segments.sum(state.float().square(), weights) / lengths)[1::2]
         parts += [question, answer, (square - answer.square()).clamp(min=1e-6).sqrt()]
     return torch.cat([*parts, parts[-3] * parts[-2], segments.lengths.view(-1, 2).log1p()], dim=1)
+
+
+class Running:
+    """The states of an encoder, one at a time, of which only the newest is kept.
+
+    Args:
+        states (`Iterator[Tensor]`): the embedding output first.
+    """
+
+    def __init__(self, states: Iterator[Tensor]) -> None:
+        self._states, self._newest = states, torch.empty(0)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Return itself; what was read before is not read again."""
+        return self
+
+    def __next__(self) -> Tensor:
+        """Return the next state."""
+        self._newest = next(self._states)
+        return self._newest
+
+    def last(self) -> Tensor:
+        """Run the encoder to its end, and return its last state, of shape `(tokens, units)`."""
+        for _ in self:
+            pass
+        return self._newest

@@ -1,5 +1,6 @@
-"""heads.py: the fork is the encoder's own top, the score is a share of a pool, and padding changes nothing."""
+"""heads.py: the fork is the encoder's own top, a kernel weighs what is alike, the score is a share of a pool."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,18 @@ import torch
 from transformers import AutoModel
 
 from car_datasets import IQSConfig
-from car_datasets.scoring.iqs.heads import FAULTS, JUDGED, KNOTS, OUTPUTS, PARTS, PartsHead
+from car_datasets.scoring.iqs.heads import (
+    FAULTS,
+    JUDGED,
+    KNOTS,
+    OUTPUTS,
+    PARTS,
+    KernelHead,
+    PartsHead,
+    judges_for,
+    read_kernel,
+)
+from car_datasets.training.head import save_head
 from tests.conftest import tiny_encoder_config
 
 
@@ -84,3 +96,35 @@ def test_a_broken_answer_loses_the_penalty() -> None:
     outputs = torch.zeros(2, 3, len(OUTPUTS) + len(FAULTS))
     outputs[:, :, OUTPUTS.index("intact")] = torch.tensor([-50.0, 50.0])[:, None]
     assert torch.allclose(head.unscaled(outputs)[:, 0], torch.tensor([-2.0, 0.0]))
+
+
+def test_a_kernel_tells_what_it_knows_and_the_mean_far_from_it() -> None:
+    config = IQSConfig(encoder_config=tiny_encoder_config(), head="kernel", hidden_sizes=(2, 2))
+    head = KernelHead(config).eval()
+    head.axes[:2] = torch.eye(2)
+    head.kept.copy_(torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
+    head.duals[:, 0] = torch.tensor([1.0, -1.0])
+    head.bias[:4] = torch.tensor([0.5, 0.0, 0.0, 0.75])
+    features = torch.zeros(4, len(head.mean))
+    features[1, 0], features[2, 1], features[3, :2] = 3.0, 1.0, -99.0  # the last one is clamped
+    outputs = head(features)
+    assert outputs.shape == (4, 1, len(OUTPUTS) + len(FAULTS))
+    expected = torch.tensor([1.5, -0.5, 0.5 + 0.367879, 0.5])
+    assert torch.allclose(outputs[:, 0, 0], expected, atol=2e-4)
+    assert torch.allclose(outputs[:, 0, 3].sigmoid(), torch.full((4,), 0.75))
+    assert head.columns(features).shape == (4, 1 + JUDGED)
+
+
+def test_a_kernel_is_read_for_a_head_with_its_features_alone(tmp_path: Path) -> None:
+    source = {"model_id": "a/b", "revision": "0" * 40, "sha256": "1" * 64}
+    options: dict[str, Any] = {"encoder_config": tiny_encoder_config(), "encoder_source": source}
+    kernel = IQSConfig(head="kernel", hidden_sizes=(4, 2), **options)
+    reader = IQSConfig(head="segments", hidden_sizes=(4, 4), **options)
+    save_head(tmp_path, kernel, KernelHead(kernel))
+    assert read_kernel(tmp_path, reader).kept.shape == (2, 4)
+    others = [{"max_tokens": 9}, {"encoder_source": {**source, "sha256": "2" * 64}}, {"head": "kernel"}]
+    for other in others:
+        changed = IQSConfig.from_dict({**reader.to_dict(), **other})
+        assert not judges_for(kernel, changed)
+        with pytest.raises(ValueError, match="does not judge what a head"):
+            read_kernel(tmp_path, changed)
