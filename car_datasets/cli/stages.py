@@ -42,6 +42,7 @@ from car_datasets.utils.files import (
     refuse_in_source,
     sample_file,
 )
+from car_datasets.utils.processes import from_main
 from car_datasets.utils.revisions import DEFAULT_ENCODER
 from car_datasets.utils.settings import CONFIG_NAME, ESTIMATE_ROWS, SPLIT
 
@@ -117,14 +118,12 @@ def curate(
 def _refuse_push(repo: str, private: bool, token: str | None) -> None:
     """Raise ValueError if a push would fail, before hours of work; only the main process asks the Hub."""
     from car_datasets.utils.hub import check_repository
-    from car_datasets.utils.processes import from_main
 
     from_main(lambda: check_repository(repo, private, token, "dataset", "--push"))
 
 
 def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None) -> None:
     from car_datasets.publishing.push import push_selection
-    from car_datasets.utils.processes import from_main
 
     print_pushed(from_main(lambda: push_selection(folder, repo, private=private, check=check, token=token)))
 
@@ -318,8 +317,6 @@ def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_
     labelled = add_near_clusters(recipe, model.label(dataset, across_processes=True), model)
     _write(labelled, claim, names)
     if model_claim is not None:
-        from car_datasets.utils.processes import from_main
-
         folder = model_claim.target
         # After the labels, which are the result that was asked for; one process writes.
         from_main(model_claim.check)
@@ -491,7 +488,6 @@ def _open(source: str, names: ColumnNames) -> Dataset:
 
 def _write(dataset: Dataset, claim: Claim, names: ColumnNames) -> None:
     from car_datasets.results import write_table
-    from car_datasets.utils.processes import from_main
 
     def write() -> None:
         claim.check()

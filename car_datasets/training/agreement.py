@@ -463,7 +463,7 @@ def _purity(
     scores: Mapping[str, Numbers],
     broken: Sequence[int],
     of_broken: Mapping[str, Numbers],
-    draw: _Draw,
+    draw: Draw,
 ) -> Figures:
     """Return by ranker the share of corrupted copies among the best tenth of rows and copies."""
     place = np.full(len(scores[SCORE]), -1)
