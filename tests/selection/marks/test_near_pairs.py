@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from car_datasets.selection.near_pairs import SCALE, near_pairs, rounded
 from datasets import Dataset
 
 from car_datasets.selection import near_pairs as module
+from car_datasets.selection.marks.near_pairs import SCALE, near_pairs, rounded
 
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
