@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from rich.table import Table
 
+from car_datasets.clustering.kmeans import counts_by_label, sums_by_label
 from car_datasets.reporting.overview import Overview, count_clusters
 from car_datasets.selection.constrained import choose_within
 from car_datasets.selection.filling import Room
@@ -124,20 +125,21 @@ def _memberships(overview: Overview) -> tuple[Indices, npt.NDArray[np.float64]] 
     if overview.embedded == 0 or not clustered.any():
         return None
     numbers, labels = np.unique(overview.clusters[clustered], return_inverse=True)
-    place = np.full(len(overview.clusters), -1)
+    place = np.full(len(overview.clusters), len(numbers))  # one more, for the rows in no cluster
     place[clustered] = labels
-    centers, counts = np.zeros((0, 0)), np.zeros(len(numbers))
+    sums: torch.Tensor | None = None
+    counts = torch.zeros(len(numbers) + 1, dtype=torch.int64)
     for matrix, rows in overview.embedding_batches():
-        centers = centers if centers.size else np.zeros((len(numbers), matrix.shape[1]))
-        kept = place[rows] >= 0
-        np.add.at(centers, place[rows][kept], matrix[kept])
-        counts += np.bincount(place[rows][kept], minlength=len(numbers))
-    centers /= np.maximum(counts, 1)[:, None]
+        cluster_of = torch.from_numpy(place[rows])
+        part = sums_by_label(torch.tensor(matrix), cluster_of, len(numbers) + 1).double()
+        sums = part if sums is None else sums + part
+        counts += counts_by_label(cluster_of, len(numbers) + 1)
+    assert sums is not None
+    centers = (sums / counts.clamp(min=1)[:, None])[:-1].float()
     near: Indices = np.full((len(place), min(3, len(numbers))), -1, dtype=np.int64)
     weights = np.zeros(near.shape)
-    middle = torch.from_numpy(centers.astype(np.float32))
     for matrix, rows in overview.embedding_batches():
-        near[rows], weights[rows] = soft_memberships(torch.tensor(matrix), middle)
+        near[rows], weights[rows] = soft_memberships(torch.tensor(matrix), centers)
     return near, weights
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from tests.selection.marks.planted import LEARN, TEST, Half, Row, edited, templated, word_vectors
 
 from car_datasets import ColumnNames, TextEmbedder, duplicate_losses, mark_duplicates
+from tests.selection.marks.planted import LEARN, TEST, Half, Row, edited, templated, word_vectors
 
 LONG = "Bake it for forty minutes in a hot oven, let it cool on a rack, and serve it with cream, sugar and a cup of strong tea."
 

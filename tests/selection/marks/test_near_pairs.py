@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from car_datasets.selection import near_pairs as module
-from car_datasets.selection.near_pairs import SCALE, near_pairs, rounded
+from car_datasets.selection.marks.near_pairs import SCALE, near_pairs, rounded
 
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
