@@ -101,7 +101,7 @@ def _passed_over(overview: Overview, row: int, score: str) -> str:
 
 
 def _by_score(overview: Overview, row: int) -> str:
-    rank = f"rank {int(overview.score_ranks[row]):,} of {overview.ranked:,} by score"
+    rank = f"rank {int(overview.score_ranks[row]):,} of {overview.eligible_rows:,} by score"
     return rank if overview.bounded else f"{rank}, where the best {overview.by_score:,} are taken"
 
 

@@ -385,7 +385,7 @@ def try_out(
     """
     present = (overview.by_score, overview.by_cluster, overview.k)
     if n1 is n2 is k is None:
-        grid = _around(present, len(overview.scored), overview.embedded)
+        grid = _around(present, overview.eligible_rows, overview.embedded)
     else:
         for name, values in (("n1", n1), ("n2", n2), ("k", k)):
             if values is not None and (not isinstance(values, (Sequence, np.ndarray)) or len(values) == 0):
