@@ -20,6 +20,7 @@ from .selection import Decontaminator as Decontaminator
 from .selection import cluster_filter as cluster_filter
 from .selection import select_car as select_car
 from .selection import select_car_streaming as select_car_streaming
+from .topping_up import top_up as top_up
 from .utils.column_names import ColumnNames as ColumnNames
 from .utils.files import sample_file as sample_file
 

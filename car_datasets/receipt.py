@@ -65,7 +65,9 @@ SOURCES = {
     "files": ("sha256",),
     "folder": ("name", "sha256"),
     "memory": ("sha256",),
+    "topped up": ("selected_sha256", "scored_sha256"),
 }
+TOPPED_UP = "topped up"  # the rows of an earlier result, which these digests identify, and new ones
 BEFORE_CHOICE = "before filter, select, shuffle or sort"  # what the row numbers of a dataset in memory count
 KINDS = {str: "text", dict: "a record", int: "an integer"}  # for error messages
 
@@ -76,7 +78,7 @@ class Receipt:
     """The source, models, settings and counts of a selection; the content of `receipt.json`.
 
     Args:
-        source (`dict`): `kind` (`"hub"`, `"file"`, `"files"`, `"folder"` or `"memory"`), and `id` and `revision` on the
+        source (`dict`): `kind` (`"hub"`, `"file"`, `"files"`, `"folder"`, `"memory"`, or of [`top_up`] `"topped up"`), and `id` and `revision` on the
             Hub, `name` and `sha256` of a file or folder, `sha256` over the rows of a dataset in memory; `files`, name
             and sha256 of each file that was read, in the order of the rows, unless there is one file, or `datasets`
             read a Hub dataset.
