@@ -17,7 +17,12 @@ from .scoring import score_in_shards as score_in_shards
 from .scoring.iqs import IQSConfig as IQSConfig
 from .scoring.iqs import IQSModel as IQSModel
 from .selection import Decontaminator as Decontaminator
+from .selection import add_memberships as add_memberships
 from .selection import cluster_filter as cluster_filter
+from .selection import duplicate_losses as duplicate_losses
+from .selection import mark_duplicates as mark_duplicates
+from .selection import mark_pins as mark_pins
+from .selection import rank_by_examples as rank_by_examples
 from .selection import select_car as select_car
 from .selection import select_car_streaming as select_car_streaming
 from .topping_up import top_up as top_up

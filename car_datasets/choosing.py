@@ -18,9 +18,9 @@ from datasets import Dataset
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.stage import say
 from car_datasets.selection.constrained import choose_within
-from car_datasets.selection.exclusions import KEEP, excluded_rows, pinned_values
 from car_datasets.selection.filling import Room
 from car_datasets.selection.limits import Limits, parse_tokens
+from car_datasets.selection.marks.exclusions import KEEP, excluded_rows, pinned_values
 from car_datasets.selection.procedures import Amounts, find_procedure
 from car_datasets.selection.rule import (
     BY_LIKE,
@@ -90,24 +90,19 @@ def _refuse_missing_marks(recipe: Recipe, columns: Sequence[str]) -> None:
 
 def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:
     """Return a mask of the rows that no mark keeps out, with or without a score."""
-    marks = excluded_rows(pool, duplicates=recipe.marking != "keep", pins=has_pins(recipe))
+    marks = excluded_rows(pool, duplicates=recipe.marking != "keep", pins=recipe.has_pins)
     return np.asarray(marks == "", dtype=bool)
 
 
 def marks_of(recipe: Recipe) -> list[str]:
     """Return the names of the columns by which a recipe marks rows; they cannot be changed."""
     names = recipe.names
-    marks = [names.pinned] if has_pins(recipe) else []
+    marks = [names.pinned] if recipe.has_pins else []
     marks += [names.contaminated_by, names.contaminated_share] if recipe.against else []
     marks += [names.duplicate_of, names.duplicate_similarity] if recipe.marking != "keep" else []
     marks += [names.near_clusters, names.near_weights] if recipe.rule == "gain" else []
     marks += [names.like_rank] if recipe.like is not None else []
     return [*marks, names.budget_tokens] if recipe.budget_tokenizer is not None else marks
-
-
-def has_pins(recipe: Recipe) -> bool:
-    """Return True if a recipe names rows that must be in, or must not."""
-    return recipe.keep is not None or recipe.drop is not None
 
 
 def settled(recipe: Recipe, pool: Dataset) -> Recipe:

@@ -64,7 +64,7 @@ from car_datasets.reporting.overview import Overview, check_projection
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
 from car_datasets.scoring.shards.storage import check_shards
-from car_datasets.selection.exclusions import DROPPED, pinned_values
+from car_datasets.selection.marks.exclusions import DROPPED, pinned_values
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
@@ -218,7 +218,7 @@ def _compute(
     pool = procedure.order(pool, recipe.names)
     clusters = fit_clusters(pool, stages.fit, recipe.names)
     clustered = stages.cluster(pool, clusters)
-    pool = add_copies_and_ranks(stages, clustered, token)
+    pool = add_copies_and_ranks(stages, clustered, schema, token)
     if pool is not clustered:
         pool = ranked(recipe, pool)  # anew, without the duplicates
     # The receipt names the n1 and the evaluation sets that were used.

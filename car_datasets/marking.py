@@ -17,14 +17,14 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Value
 
-from car_datasets.choosing import has_pins, marks_of, may_be_selected
+from car_datasets.choosing import marks_of, may_be_selected
 from car_datasets.loading.kinds import kinds_of_rows
 from car_datasets.loading.languages import LANGUAGE_COLUMN, languages_of_rows
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.stage import Stage
-from car_datasets.selection.exclusions import KEEP, pinned_values
+from car_datasets.selection.marks.exclusions import KEEP, pinned_values
 from car_datasets.selection.strata import parse_quota, read_strata, refuse_unknown_values
 from car_datasets.stages import Pipeline, embedder_of, joined_from_main, run_stage, shard_folder
 from car_datasets.utils.column_names import ColumnNames
@@ -32,7 +32,7 @@ from car_datasets.utils.columns import join_columns, read_numbers
 from car_datasets.utils.processes import from_main
 
 if TYPE_CHECKING:
-    from car_datasets.selection.contamination import Decontaminator
+    from car_datasets.selection.marks.contamination import Decontaminator
 
 
 def add_pins(recipe: Recipe, dataset: Dataset, schema: Schema) -> Dataset:
@@ -41,9 +41,9 @@ def add_pins(recipe: Recipe, dataset: Dataset, schema: Schema) -> Dataset:
     Raises:
         ValueError: a row is not in the data, is named by both, or must be in and cannot be scored.
     """
-    if not has_pins(recipe):
+    if not recipe.has_pins:
         return dataset
-    from car_datasets.selection.pins import mark_pins
+    from car_datasets.selection.marks.pins import mark_pins
 
     return mark_pins(
         dataset,
@@ -95,7 +95,7 @@ def decontaminator_of(recipe: Recipe, token: str | None = None) -> Decontaminato
     """Return the stage that finds the items of a recipe's evaluation sets, which are read here; None without any."""
     if not recipe.against:
         return None
-    from car_datasets.selection.contamination import Decontaminator
+    from car_datasets.selection.marks.contamination import Decontaminator
 
     return Decontaminator(recipe.against, schema=recipe.schema, columns=recipe.columns, token=token)
 
@@ -114,18 +114,18 @@ def add_contamination(
     return run_stage(dataset, stage, "Decontaminating", folder, token)
 
 
-def add_duplicates(recipe: Recipe, pool: Dataset) -> Dataset:
+def add_duplicates(recipe: Recipe, pool: Dataset, schema: Schema) -> Dataset:
     """Add which rows are copies of a better one, unless the recipe keeps them; a pool without any gets no columns.
 
     A row that must be selected counts as better than its copies, and one that must not be as worse.
     """
     if recipe.marking == "keep":
         return pool
-    from car_datasets.selection.duplicates import mark_duplicates
+    from car_datasets.selection.marks.duplicates import mark_duplicates
 
     how = "exact" if recipe.marking == "only-exact" else "near"
     rows, names = _with_eligible_scores(recipe, pool), recipe.names
-    marked = mark_duplicates(rows, how, names=names, schema=recipe.schema, columns=dict(recipe.columns) or None)
+    marked = mark_duplicates(rows, how, names=names, schema=schema)
     found = marked.select_columns([names.duplicate_of, names.duplicate_similarity])
     copies = found.with_format("arrow")[:][names.duplicate_of]
     return pool if copies.null_count == len(copies) else join_columns(pool, found)
@@ -137,16 +137,16 @@ def _with_eligible_scores(recipe: Recipe, pool: Dataset) -> Dataset:
     kept = pinned_values(pool) == KEEP if recipe.keep is not None else np.zeros(len(pool), dtype=bool)
     if allowed.all() and not kept.any():
         return pool
-    scores = read_numbers(pool, column, np.nan)
+    scores = read_numbers(pool, column, np.nan).astype(np.float64)
     scores[kept] += np.nanmax(scores) - np.nanmin(scores) + 1
     scores[~allowed] = np.nan
     return pool.remove_columns(column).add_column(column, pa.array(scores, from_pandas=True))
 
 
-def add_copies_and_ranks(stages: Pipeline, pool: Dataset, token: str | None = None) -> Dataset:
+def add_copies_and_ranks(stages: Pipeline, pool: Dataset, schema: Schema, token: str | None = None) -> Dataset:
     """Add to a clustered pool which rows are copies, and how near each is to the examples of the recipe."""
     recipe = stages.recipe
-    pool = add_duplicates(recipe, pool)
+    pool = add_duplicates(recipe, pool, schema)
     if recipe.like is None:
         return pool
     embedder = stages.scorer.embedder() if stages.embedder is None else stages.embedder
@@ -155,7 +155,7 @@ def add_copies_and_ranks(stages: Pipeline, pool: Dataset, token: str | None = No
 
 def add_like_ranks(pool: Dataset, examples: Dataset, embedder: Stage, names: ColumnNames) -> Dataset:
     """Add each row's place in a round robin over examples."""
-    from car_datasets.selection.examples import rank_by_examples
+    from car_datasets.selection.marks.examples import rank_by_examples
 
     return joined_from_main(pool, lambda: rank_by_examples(pool, examples, embedder, names), [names.like_rank])
 
@@ -164,7 +164,7 @@ def add_token_counts(recipe: Recipe, dataset: Dataset, schema: Schema, token: st
     """Add the tokens of each row by the tokenizer that a recipe names for its budget, if it names one."""
     if recipe.budget_tokenizer is None:
         return dataset
-    from car_datasets.selection.tokens import count_tokens, load_tokenizer_file
+    from car_datasets.selection.marks.tokens import count_tokens, load_tokenizer_file
 
     return count_tokens(dataset, schema, load_tokenizer_file(recipe.budget_tokenizer, token))
 
@@ -196,7 +196,7 @@ def ready_to_select(recipe: Recipe, pool: Dataset, token: str | None = None) -> 
     pool = add_token_counts(recipe, add_groups(recipe, pool, schema), schema, token)
     pool = add_contamination(pool, decontaminator_of(recipe, token), token)
     if recipe.duplicates is not None:
-        pool = add_duplicates(recipe, pool)
+        pool = add_duplicates(recipe, pool, schema)
     if examples is None:
         return pool
     embedder = embedder_of(recipe.embedding_column, recipe.embedder, recipe.template)

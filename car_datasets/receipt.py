@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from car_datasets import __version__
-from car_datasets.choosing import has_pins
 from car_datasets.loading.files import STANDARD_INPUT, is_address
 from car_datasets.loading.sources import Origin, Reading, source_numbers
 from car_datasets.loading.values import carried
-from car_datasets.selection.exclusions import CONTAMINATED, DROPPED, DUPLICATE, KEEP, excluded_rows, pinned_values
+from car_datasets.selection.marks.exclusions import CONTAMINATED, DROPPED, DUPLICATE, KEEP, excluded_rows, pinned_values
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import numbers_of, read_numbers
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from car_datasets.recipe import Recipe
     from car_datasets.reporting.report import SelectionReport
     from car_datasets.scoring.scorer import QualityScorer
-    from car_datasets.selection.contamination import Decontaminator
+    from car_datasets.selection.marks.contamination import Decontaminator
 
 RECEIPT_FILE = "receipt.json"
 FORMAT = 2  # version of the record; `from_json` reads this one and 1, which has no `DIGESTS`
@@ -290,7 +289,7 @@ def mark_counts(pool: Dataset, settings: Recipe) -> dict[str, Any]:
         pool (`Dataset`): the scored pool.
         settings ([`Recipe`]): say which marks count.
     """
-    marks = excluded_rows(pool, duplicates=settings.marking != "keep", pins=has_pins(settings))
+    marks = excluded_rows(pool, duplicates=settings.marking != "keep", pins=settings.has_pins)
     scored = ~np.isnan(read_numbers(pool, settings.score_column, np.nan))
     counts = {name: int(np.count_nonzero(scored & (marks == name))) for name in (DROPPED, CONTAMINATED, DUPLICATE)}
     excluded = {name: n for name, n in counts.items() if n}

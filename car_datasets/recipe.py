@@ -416,6 +416,11 @@ class Recipe(Settings):
         return self.rule != "car" or any(bound is not None for bound in bounds)
 
     @property
+    def has_pins(self) -> bool:
+        """Return True if some rows must be selected, or must not be."""
+        return self.keep is not None or self.drop is not None
+
+    @property
     def grouped_by(self) -> tuple[str, ...]:
         """Return the columns whose values are the groups of `within`, `balance` and `quota`, each once."""
         from car_datasets.selection.strata import parse_quota

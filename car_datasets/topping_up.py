@@ -48,10 +48,10 @@ from car_datasets.results import (
     refuse_unfinished,
 )
 from car_datasets.scoring.stage import add_columns, say
-from car_datasets.selection.exclusions import KEEP, pinned_values
+from car_datasets.selection.marks.exclusions import KEEP, pinned_values
+from car_datasets.selection.marks.same_text import sides_of
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS
-from car_datasets.selection.same_text import sides_of
 from car_datasets.stages import Pipeline, resolve
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import embedding_batches, join_columns, read_clusters, read_numbers
@@ -384,7 +384,7 @@ def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema, to
         rows = _resembling(old, new, schema)
         say(f"{len(rows):,} of {count:,} old rows share words with new ones, and are embedded again to compare them.")
         pool = concatenate_datasets([_embedded(stages, old, rows), new])
-    marked = add_copies_and_ranks(stages, pool, token)
+    marked = add_copies_and_ranks(stages, pool, schema, token)
     return marked if recipe.keep_embeddings else without(marked, names.embedding)
 
 

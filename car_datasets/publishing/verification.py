@@ -52,8 +52,8 @@ from car_datasets.results import (
     read_report,
     read_result,
 )
-from car_datasets.selection.exclusions import DROPPED, KEEP, pinned_values
-from car_datasets.selection.pins import read_flags
+from car_datasets.selection.marks.exclusions import DROPPED, KEEP, pinned_values
+from car_datasets.selection.marks.pins import read_flags
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils import hub
 from car_datasets.utils.digests import first_difference, indices_digest

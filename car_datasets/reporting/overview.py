@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from car_datasets.clustering.fitting import number_of_clusters, project
-from car_datasets.selection.exclusions import excluded_from
+from car_datasets.selection.marks.exclusions import excluded_from
 from car_datasets.selection.rule import (
     BY_BOTH,
     BY_CLUSTER,

@@ -1,4 +1,9 @@
-from .contamination import Decontaminator as Decontaminator
+from .gain import add_memberships as add_memberships
+from .marks import Decontaminator as Decontaminator
+from .marks import duplicate_losses as duplicate_losses
+from .marks import mark_duplicates as mark_duplicates
+from .marks import mark_pins as mark_pins
+from .marks import rank_by_examples as rank_by_examples
 from .one_call import cluster_filter as cluster_filter
 from .one_call import select_car_streaming as select_car_streaming
 from .procedures import PROCEDURES as PROCEDURES

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from car_datasets.selection.contamination import Decontaminator
+from car_datasets.selection.marks.contamination import Decontaminator
 from tests.benchmarks.table import Line
 
 ROWS, ITEMS, WORDS, RUNS = 10_000, 20_000, 150, 3

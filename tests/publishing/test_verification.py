@@ -29,7 +29,8 @@ def run(tiny_iqs: str, tiny_embedder: str, tmp_path_factory: pytest.TempPathFact
     """Return a file of 24 rows, and the folder that `curate` made of it."""
     folder = tmp_path_factory.mktemp("run")
     short_rows().to_json(folder / "rows.jsonl")
-    curate(folder / "rows.jsonl", folder / "out", scorer=tiny_iqs, embedder=tiny_embedder, n1=5, k=3, n2=2)
+    settings: dict[str, Any] = {"scorer": tiny_iqs, "embedder": tiny_embedder, "duplicates": "keep"}
+    curate(folder / "rows.jsonl", folder / "out", n1=5, k=3, n2=2, **settings)
     return folder / "rows.jsonl", folder / "out"
 
 

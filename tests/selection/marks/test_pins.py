@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from car_datasets.selection.exclusions import excluded_rows
-from car_datasets.selection.pins import mark_pins
+from car_datasets.selection.marks.exclusions import excluded_rows
+from car_datasets.selection.marks.pins import mark_pins
 
 TEXTS = ("instruction", "output")
 

@@ -16,6 +16,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ def sides_of(batch: Mapping[str, Sequence[Any]], schema: Schema) -> list[Sides |
     The prompt of a chat is all that users and tools say, its answer all that the assistant thinks, says and calls.
     """
     names = [schema.instruction, schema.response, schema.input, schema.system]
-    columns = [batch[name] if name in batch else None for name in names]
+    columns = [None if name is None else batch.get(name) for name in names]
     known = [column for column in columns if column is not None]
     if schema.turns is None and schema.history is None and all(_are_texts(column) for column in known):
         rows = zip(*(column or [""] * len(known[0]) for column in columns), strict=True)
@@ -93,65 +94,35 @@ def digest_of(sides: Sides) -> bytes:
 
 # Scripts that are written without spaces are read character by character.
 _SIGNS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_TOKEN = re.compile(rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:['’]|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[-+*/=<>%^&|~$€£#@×÷√]")
-_MINUS = re.compile(r"-(?=\s?\d)")
-_INSIDE = re.compile(r"[ ,'’&/-]*\Z")  # between two words of one sentence
-_DIGIT = re.compile(r"\d")
-_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+\Z")
-_NUMBERS = dict(
-    zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split(),
-        map(str, range(16)),
-        strict=True,
-    )
+# A minus counts before a digit only: elsewhere it is a hyphen or a dash.
+_TOKEN = re.compile(
+    rf"[{_SIGNS}]|[^\W{_SIGNS}]+(?:(?:'|(?<=\d)[.,](?=\d))[^\W{_SIGNS}]+)*|[+*/=<>%^&|~$€£#@×÷√]|-(?=\s?\d)"
 )
-_NUMBERS |= {"twenty": "20", "thirty": "30", "forty": "40", "fifty": "50", "hundred": "100", "thousand": "1000"}
-_NEGATIONS = frozenset("not no never cannot none neither nor without except".split())
+_NAME = re.compile(r"(?:(?<=\w )|(?<=, ))[^\W\d_a-z][^\W\d_]+")
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+\Z")
+_NUMBERS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7"}
+_NUMBERS |= {"eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12", "fifteen": "15", "twenty": "20"}
+_NUMBERS |= {"thirty": "30", "forty": "40", "fifty": "50", "hundred": "100", "thousand": "1000", "million": "1000000"}
+_NEGATIONS = {"not", "no", "never", "cannot", "none", "neither", "nor", "without", "except"}
 
 
-class Words(NamedTuple):
-    """The words of one side of a row.
-
-    Args:
-        counts (`Counter[str]`): how often each word occurs, in lower case; numbers in figures.
-        pairs (`frozenset`): neighbouring words.
-        figures (`frozenset[str]`): numbers, and words with a digit.
-        signs (`frozenset[str]`): signs of calculation, of code and of money.
-        names (`frozenset[str]`): words with a capital letter inside a sentence.
-    """
-
-    counts: Counter[str]
-    pairs: frozenset[tuple[str, str]]
-    figures: frozenset[str]
-    signs: frozenset[str]
-    names: frozenset[str]
-
-
-def words_of(text: str) -> Words:
-    """Return the words of a text."""
+def tokens_of(text: str) -> tuple[list[str], frozenset[str], frozenset[str]]:
+    """Return the words of a text in lower case and in order, numbers in figures; the figures and signs; the names."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    words: list[str] = []
-    figures, signs, names, end = set(), set(), set(), 0
-    for found in _TOKEN.finditer(text):
-        token, start = found[0], found.start()
-        word = token.casefold().replace("’", "'")
-        if _DIGIT.search(word):
-            word = word.replace(",", "") if _THOUSANDS.match(word) else word
-            figures.add(word)
+        text = unicodedata.normalize("NFKC", text).replace("’", "'")
+    words: list[str] = _TOKEN.findall(text.casefold())
+    marks = set()
+    for i, word in enumerate(words):
+        if not word.isalpha():
+            if _THOUSANDS.match(word):
+                words[i] = word = word.replace(",", "")
+            if "'" not in word:
+                marks.add(word)
         elif word in _NUMBERS:
-            word = _NUMBERS[word]
-            figures.add(word)
-        elif not token[0].isalpha():
-            if token == "-" and not _MINUS.match(text, start):
-                continue  # a hyphen or a dash
-            signs.add(word)
-        elif len(token) > 1 and token[0].isupper() and words and _INSIDE.match(text, end, start):
-            names.add(word)
-        words.append(word)
-        end = found.end()
-    pairs = frozenset(zip(words, words[1:], strict=False))
-    return Words(Counter(words), pairs, frozenset(figures), frozenset(signs), frozenset(names))
+            words[i] = _NUMBERS[word]
+            marks.add(words[i])
+    names = frozenset(name.casefold() for name in _NAME.findall(text) if name[0].isupper())
+    return words, frozenset(marks), names
 
 
 class Weights:
@@ -164,30 +135,53 @@ class Weights:
     """
 
     def __init__(self, rows: Iterable[Sides]) -> None:
-        self.rows = 0
-        self._found = (Counter[str](), Counter[str]())
+        counts = (Counter[str](), Counter[str]())
+        number = 0
         for sides in (*_shipped(), *rows):
-            self.rows += 1
-            for counter, text in zip(self._found, sides[1:], strict=True):
-                counter.update(words_of(text).counts.keys())
+            number += 1
+            for counter, text in zip(counts, sides[1:], strict=True):
+                counter.update(set(tokens_of(text)[0]))
+        # Integers, so that their sums are equal on all machines.
+        weights = {
+            n: max(1, round(4 * math.log2((number + 1) / (n + 1))))
+            for n in {0, *counts[0].values(), *counts[1].values()}
+        }
+        self.unknown = weights[0]
+        self.found = counts
+        self.by_word = tuple({word: weights[n] for word, n in counter.items()} for counter in counts)
 
-    def of(self, side: int, words: Counter[str]) -> int:
+    def of(self, side: int, words: Mapping[str, int]) -> int:
         """Return the sum of the weights of these words of prompts (0) or answers (1), each as often as it occurs."""
-        return sum(self.of_word(side, word) * count for word, count in words.items())
-
-    def found(self, side: int, word: str) -> int:
-        """Return in how many of the rows a word was found."""
-        return self._found[side][word]
+        known, unknown = self.by_word[side], self.unknown
+        return sum(known.get(word, unknown) * count for word, count in words.items())
 
     def of_word(self, side: int, word: str) -> int:
-        """Return the weight of a word, an integer, so that sums are equal on all machines: 1 or more."""
-        return max(1, round(4 * math.log2((self.rows + 1) / (self._found[side][word] + 1))))
+        """Return the weight of a word, 1 or more."""
+        return self.by_word[side].get(word, self.unknown)
 
 
 @functools.cache
 def _shipped() -> tuple[Sides, ...]:
     rows = json.loads(sample_file().read_text(encoding="utf-8"))
     return tuple(Sides("", join_lines(row["instruction"], row["input"]), row["output"]) for row in rows)
+
+
+class Words(NamedTuple):
+    """The words of one side of a row.
+
+    Args:
+        counts (`Counter[str]`): how often each word occurs, in lower case; numbers in figures.
+        pairs (`frozenset`): neighbouring words.
+        marks (`frozenset[str]`): numbers, words with a digit, and signs of calculation, of code and of money.
+        names (`frozenset[str]`): words with a capital letter inside a sentence.
+        weight (`int`): of all words.
+    """
+
+    counts: Counter[str]
+    pairs: frozenset[tuple[str, str]]
+    marks: frozenset[str]
+    names: frozenset[str]
+    weight: int
 
 
 class Row(NamedTuple):
@@ -198,10 +192,19 @@ class Row(NamedTuple):
     system: int
 
     @classmethod
-    def of(cls, sides: Sides) -> Row:
+    def of(cls, sides: Sides, weights: Weights) -> Row:
         """Return the words of a row."""
-        system = zlib.crc32(normalised(sides.system).encode("utf-8", "surrogatepass"))
-        return cls(words_of(sides.prompt), words_of(sides.answer), system)
+        return cls(_words(0, sides.prompt, weights), _words(1, sides.answer, weights), _number(sides.system))
+
+
+def _words(side: int, text: str, weights: Weights) -> Words:
+    words, marks, names = tokens_of(text)
+    counts = Counter(words)
+    return Words(counts, frozenset(pairwise(words)), marks, names, weights.of(side, counts))
+
+
+def _number(text: str) -> int:
+    return zlib.crc32(normalised(text).encode("utf-8", "surrogatepass")) if text else 0
 
 
 class Difference(NamedTuple):
@@ -216,6 +219,7 @@ class Difference(NamedTuple):
         decisive (`bool`): a number, name or sign is in the place of another one, so that this is no small edit.
         content (`tuple[frozenset[str], frozenset[str]]`): words that say what a text is about and that only the
             lighter, or only the heavier, has.
+        changed (`frozenset[str]`): all of these, before words that are spelled alike were paired off.
         negated (`bool`): a negation is in one of the texts only.
     """
 
@@ -226,28 +230,34 @@ class Difference(NamedTuple):
     weight: int
     decisive: bool
     content: tuple[frozenset[str], frozenset[str]]
+    changed: frozenset[str]
     negated: bool
 
 
 def difference(side: int, one: Words, other: Words, weights: Weights) -> Difference:
     """Return how one side (0 for prompts, 1 for answers) of two rows differs."""
-    low, high = sorted(((weights.of(side, words.counts), i, words) for i, words in enumerate((one, other))))
-    lacks, has = low[2].counts - high[2].counts, high[2].counts - low[2].counts
-    _pair_off(lacks, has, side, weights)
-    kinds = ((low[2].figures, high[2].figures), (low[2].signs, high[2].signs), (low[2].names, high[2].names))
-    heaviest = max((weights.of_word(side, word) for word in low[2].counts), default=1)
-    least = min(CONTENT, 0.8 * heaviest)
-    content = tuple(frozenset(w for w in words if weights.of_word(side, w) >= least) for words in (lacks, has))
-    pairs = len(low[2].pairs & high[2].pairs) / len(low[2].pairs) if low[2].pairs else 1.0
+    low, high = (one, other) if one.weight <= other.weight else (other, one)
+    lacks, has = low.counts - high.counts, high.counts - low.counts
+    decisive = any(
+        not lacks.keys().isdisjoint(ours) and not has.keys().isdisjoint(theirs)
+        for ours, theirs in ((low.marks, high.marks), (low.names, high.names))
+    )
+    known, unknown = weights.by_word[side], weights.unknown
+    least = min(CONTENT, 0.8 * max((known.get(word, unknown) for word in low.counts), default=1))
+    changed = frozenset(word for word in (*lacks, *has) if known.get(word, unknown) >= least)
+    if lacks and has:
+        _pair_off(lacks, has, side, weights)
+    content = [frozenset(word for word in words if known.get(word, unknown) >= least) for words in (lacks, has)]
     extra = weights.of(side, has)
     return Difference(
-        weights.of(side, lacks) / max(low[0], 1),
+        weights.of(side, lacks) / max(low.weight, 1),
         extra,
-        extra / max(high[0], 1),
-        pairs,
-        low[0],
-        any(lacks.keys() & ours and has.keys() & theirs for ours, theirs in kinds),
+        extra / max(high.weight, 1),
+        len(low.pairs & high.pairs) / len(low.pairs) if low.pairs else 1.0,
+        low.weight,
+        decisive,
         (content[0], content[1]),
+        changed,
         any(word in _NEGATIONS or word.endswith("n't") for word in (*lacks, *has)),
     )
 
@@ -256,7 +266,7 @@ def _pair_off(lacks: Counter[str], has: Counter[str], side: int, weights: Weight
     """Remove a word and its other spelling or form from both counts."""
     for word in sorted(lacks):
         for other in sorted(has):
-            if has[other] and _is_alike(word, other, side, weights):
+            if has[other] and word[0] == other[0] and _is_alike(word, other, side, weights):
                 both = min(lacks[word], has[other])
                 lacks[word] -= both
                 has[other] -= both
@@ -265,20 +275,18 @@ def _pair_off(lacks: Counter[str], has: Counter[str], side: int, weights: Weight
             del counter[word]
 
 
-_FORMS = re.compile(r"(?:'s|s|es|d|ed|ing|ly|er|r)?\Z")
+_FORMS = re.compile(r"(?:s|es|d|ed|ing|ly|er|r)\Z")
 
 
 def _is_alike(word: str, other: str, side: int, weights: Weights) -> bool:
-    """Return True for two forms of a word, and for a word and a misspelling of it, which the pool does not know."""
-    if word[0] != other[0] or min(len(word), len(other)) < 4 or abs(len(word) - len(other)) > 3:
-        return False
-    if _DIGIT.search(word) or _DIGIT.search(other):
-        return False
+    """Return True for two forms of a word, and for a known word and a misspelling of it, which is not known."""
     shorter, longer = sorted((word, other), key=len)
+    if len(shorter) < 4 or len(longer) - len(shorter) > 3 or not (word.isalpha() and other.isalpha()):
+        return False
     if longer.startswith(shorter) and _FORMS.fullmatch(longer[len(shorter) :]):
         return True
-    rare = min(weights.found(side, word), weights.found(side, other)) <= 1
-    return rare and len(longer) >= 5 and _is_one_edit(shorter, longer)
+    rare, common = sorted(weights.found[side][each] for each in (word, other))
+    return rare <= 1 and common >= KNOWN and len(longer) >= 5 and _is_one_edit(shorter, longer)
 
 
 def _is_one_edit(shorter: str, longer: str) -> bool:
@@ -290,6 +298,7 @@ def _is_one_edit(shorter: str, longer: str) -> bool:
     return swapped or shorter[same + 1 :] == longer[same + 1 :]
 
 
+KNOWN = 3  # rows with a word from which on one that differs by a letter may be a misspelling of it
 CONTENT = 24  # weight of a word that at most 1.6 % of the rows have: what a text is about
 LONG = 300  # weight of an answer of some fifteen words, which is too long to be equal by chance
 REMARK = 300  # weight of what may be added to any answer, such as a sentence
@@ -319,7 +328,7 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
     if said.negated and said.weight < LONG:
         return False
     # A word that left prompt and answer alike was the content of a slot, not an edit.
-    if frozenset.union(*asked.content) & frozenset.union(*said.content):
+    if not asked.changed.isdisjoint(said.changed):
         return False
     # A content word in the place of another is another question, unless a long answer remains the same.
     if all(asked.content) or asked.extra_share > SMALL:
@@ -329,7 +338,9 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
 
 # Signatures ------------------------------------------------------------------------------------------------------------
 
-_BITS = 256  # of the words of a side that say what it is about; numbers and signs have a quarter of them
+_BYTES = 32  # of bits, one for each word that says what a text is about; half are for words that are hardly known
+_FEW = 8  # bytes for numbers and signs
+_START = 4  # letters by which a word is known here, as its forms have these in common
 _POPULATION = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 
 
@@ -337,21 +348,45 @@ class Signatures:
     """Bits and sizes of rows, by which most pairs that [`are_copies`] refuses are refused, a million in a second.
 
     Args:
-        rows (`Sequence[Row]`): their words.
+        rows (`int`): how many rows there are.
         weights ([`Weights`]): of the words in this pool.
     """
 
-    def __init__(self, rows: Sequence[Row], weights: Weights) -> None:
-        self.content = np.zeros((2, len(rows), _BITS // 8), dtype=np.uint8)
-        self.figures = np.zeros((2, len(rows), _BITS // 32), dtype=np.uint8)
-        self.weight = np.zeros((2, len(rows)), dtype=np.int32)
-        self.system = np.array([row.system for row in rows], dtype=np.int64)
-        for i, row in enumerate(rows):
-            for side, words in enumerate((row.prompt, row.answer)):
-                content = [word for word in words.counts if weights.of_word(side, word) >= CONTENT]
-                _set_bits(self.content[side, i], content)
-                _set_bits(self.figures[side, i], words.figures | words.signs)
-                self.weight[side, i] = weights.of(side, words.counts)
+    def __init__(self, rows: int, weights: Weights) -> None:
+        self._weights = weights
+        self._bits: tuple[dict[str, tuple[int, int]], ...] = ({}, {})
+        self.content = np.zeros((2, rows, _BYTES), dtype=np.uint8)
+        self.marks = np.zeros((2, rows, _FEW), dtype=np.uint8)
+        self.weight = np.full((2, rows), -1, dtype=np.int32)  # -1 for a row whose text was not read, or that has none
+        self.system = np.zeros(rows, dtype=np.uint32)
+
+    def read(self, row: int, sides: Sides) -> None:
+        """Keep what is needed of a row's text."""
+        self.system[row] = _number(sides.system)
+        for side, text in enumerate(sides[1:]):
+            words, marks, _ = tokens_of(text)
+            known, weight = self._bits[side], 0
+            bits = set()
+            for word in words:
+                found = known.get(word)
+                if found is None:
+                    found = known[word] = self._bit(side, word)
+                weight += found[0]
+                bits.add(found[1])
+            bits.discard(-1)
+            _set_bits(self.content[side, row], bits)
+            if marks:
+                _set_bits(self.marks[side, row], (_hash(mark) % (8 * _FEW) for mark in marks))
+            self.weight[side, row] = weight
+
+    def _bit(self, side: int, word: str) -> tuple[int, int]:
+        """Return the weight of a word, and its bit; -1 for one that says little."""
+        weight = self._weights.of_word(side, word)
+        if weight < CONTENT:
+            return weight, -1
+        half = 4 * _BYTES
+        # A misspelling is hardly known, and the word itself is: they never stand in each other's half.
+        return weight, _hash(word[:_START]) % half + (half if self._weights.found[side][word] < KNOWN else 0)
 
     def may_be_copies(self, one: Any, other: Any, containment: float) -> npt.NDArray[np.bool_]:
         """Return a mask of the pairs that [`are_copies`] may accept.
@@ -360,24 +395,35 @@ class Signatures:
             one (`(pairs,)` int64), other (`(pairs,)` int64): positions in the rows.
             containment (`float`): as for [`are_copies`].
         """
-        kept: npt.NDArray[np.bool_] = self.system[one] == self.system[other]
+        kept: npt.NDArray[np.bool_] = (self.system[one] == self.system[other]) & (self.weight[0][one] >= 0)
+        kept &= self.weight[0][other] >= 0
         for side in (0, 1):
-            ours, theirs = self.figures[side][one], self.figures[side][other]
+            ours, theirs = self.marks[side][one], self.marks[side][other]
             kept &= ~((ours & ~theirs).any(axis=1) & (theirs & ~ours).any(axis=1))
-            ours, theirs = self.content[side][one], self.content[side][other]
             sizes = self.weight[side][one], self.weight[side][other]
-            lighter = (sizes[0] < sizes[1])[:, None]
-            lacks = np.where(lighter, ours & ~theirs, theirs & ~ours)
-            either = np.where((sizes[0] == sizes[1])[:, None], np.minimum(ours & ~theirs, theirs & ~ours), lacks)
-            # One word may be another spelling of one that is there.
-            least = (_POPULATION[either].sum(axis=1, dtype=np.int64) - 1) * CONTENT
-            kept &= least <= (1 - containment) * np.minimum(*sizes)
+            ours, theirs = self.content[side][one], self.content[side][other]
+            lacks = [_POPULATION[bits].sum(axis=1, dtype=np.int64) for bits in (ours & ~theirs, theirs & ~ours)]
+            lacking = np.where(sizes[0] < sizes[1], *lacks)
+            lacking = np.where(sizes[0] == sizes[1], np.minimum(*lacks), lacking)
+            # One word may be a misspelling of one that is there.
+            kept &= (lacking - 1) * CONTENT <= (1 - containment) * np.minimum(*sizes)
+            if side == 0:
+                half = _BYTES // 2
+                swapped = np.zeros(len(one), dtype=bool)
+                for part in (slice(0, half), slice(half, None)):
+                    mine, yours = ours[:, part], theirs[:, part]
+                    swapped |= (mine & ~yours).any(axis=1) & (yours & ~mine).any(axis=1)
+                kept &= ~swapped | (np.minimum(self.weight[1][one], self.weight[1][other]) >= LONG)
         return kept
 
 
-def _set_bits(target: npt.NDArray[np.uint8], words: Iterable[str]) -> None:
-    bits = 8 * len(target)
-    for word in words:
-        # Python's own hash of a text differs from process to process.
-        bit = zlib.crc32(word.encode("utf-8", "surrogatepass")) % bits
-        target[bit >> 3] |= 1 << (bit & 7)
+def _hash(word: str) -> int:
+    # Python's own hash of a text differs from process to process.
+    return zlib.crc32(word.encode("utf-8", "surrogatepass"))
+
+
+def _set_bits(target: npt.NDArray[np.uint8], bits: Iterable[int]) -> None:
+    number = 0
+    for bit in bits:
+        number |= 1 << bit
+    target[:] = np.frombuffer(number.to_bytes(len(target), "little"), dtype=np.uint8)

@@ -8,19 +8,19 @@ Does not: remove rows, or compute scores, embeddings or clusters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.values import carried
-from car_datasets.selection.near_pairs import Pairs, near_pairs
-from car_datasets.selection.rule import ranks_of
-from car_datasets.selection.same_text import (
+from car_datasets.selection.marks.near_pairs import Pairs, near_pairs
+from car_datasets.selection.marks.same_text import (
     Row,
     Sides,
     Signatures,
@@ -30,9 +30,11 @@ from car_datasets.selection.same_text import (
     normalised,
     sides_of,
 )
+from car_datasets.selection.rule import ranks_of
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import (
     Positions,
+    check_columns,
     join_columns,
     read_clusters,
     read_numbers,
@@ -49,6 +51,7 @@ CONTAINMENT = 0.8  # share of the words, by weight, that the lighter of two text
 READ = 1_000  # rows of text in memory at a time
 SAMPLE = 20_000  # rows by which the words are weighed
 WAITING = 1 << 20  # pairs that are collected before their texts are looked at
+GROUP, LOSS = 20, 0.3  # rows of a group, and the share of them lost, from which on the loss is told
 COMPARED = 32  # pairs that are kept for a row: so many with the best-scored rows, and as many with the most similar
 
 
@@ -69,7 +72,7 @@ def mark_duplicates(
     how: str = "near",
     *,
     names: ColumnNames = ColumnNames(),
-    schema: str = "auto",
+    schema: str | Schema = "auto",
     columns: Mapping[str, str] | None = None,
     similarity: float = SIMILARITY,
     containment: float = CONTAINMENT,
@@ -100,7 +103,7 @@ def mark_duplicates(
             without them, rows are compared within cells around rows evenly drawn from the dataset.
         how (`str`): `"near"`, or `"exact"`, which finds equal rows only and reads neither embeddings nor clusters.
         names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
-        schema (`str`): name of the dataset's schema; `"auto"` recognises it by the column names.
+        schema (`str` or [`Schema`]): name of the dataset's schema; `"auto"` recognises it by the column names.
         columns (`Mapping[str, str]`, *optional*): your names for the schema's columns, such as
             `{"response": "answer"}`.
         similarity (`float`): cosine in (0, 1] from which on the words of two rows are compared.
@@ -122,7 +125,7 @@ def mark_duplicates(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise ValueError(f"{option}={value!r} must be a number above 0 and at most 1, such as {option}=0.8.")
     refuse_overwrite(dataset.column_names, DUPLICATE_COLUMNS, "dataset.rename_column(...) on them")
-    known = find_schema(dataset.column_names, schema, columns or {})
+    known = schema if isinstance(schema, Schema) else find_schema(dataset.column_names, schema, columns or {})
     if how == "near":
         refuse_no_embeddings(dataset.column_names, names.embedding)
     scores = np.full(len(dataset), np.nan)
@@ -136,6 +139,53 @@ def mark_duplicates(
         return _near(texts, names, ranks, equal, similarity, containment) if how == "near" else equal
 
     return join_columns(dataset, _as_columns(dataset, from_main(compute), names.index))
+
+
+def duplicate_losses(
+    dataset: Dataset,
+    column: str | None = None,
+    *,
+    schema: str = "auto",
+    columns: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Return in words which groups of rows would lose more than 30 % of their rows as duplicates, largest loss first.
+
+    Such a loss is right where a source was added twice, and wrong where rows that share a template were taken for
+    copies: look at some of these rows before you drop them.
+
+    Args:
+        dataset (`Dataset`): with the column `duplicate_of`, as [`mark_duplicates`] returns it.
+        column (`str`, *optional*): column by whose values the rows are grouped, such as `"source"`; without it, rows
+            are grouped by the first three words of their prompts, as those of a template.
+        schema (`str`), columns (`Mapping[str, str]`, *optional*): as for [`mark_duplicates`]; read without `column`.
+
+    Returns:
+        `list[str]`: a sentence for each group of 20 or more rows that would lose so many; empty if none would.
+
+    Raises:
+        ValueError: a column is missing, or no schema fits.
+    """
+    refuse_other_datasets(dataset, "duplicate_losses", "duplicate_losses on a Dataset of its rows")
+    check_columns(dataset.column_names, [DUPLICATE_COLUMNS[0], *([] if column is None else [column])], ())
+    of = dataset.select_columns([DUPLICATE_COLUMNS[0]]).with_format("arrow")[:][DUPLICATE_COLUMNS[0]]
+    lost = np.asarray(of.is_valid())
+    if column is None:
+        known = find_schema(dataset.column_names, schema, columns or {})
+        groups = [_opening(sides) for sides in _Texts(dataset, known).all()]
+    else:
+        groups = [str(value) for value in dataset.select_columns([column]).with_format(None)[:][column]]
+    codes, values = pd.factorize(np.array(groups, dtype=object))
+    rows, losses = np.bincount(codes, minlength=1), np.bincount(codes, lost, minlength=1).astype(np.int64)
+    wide = np.flatnonzero((rows >= GROUP) & (losses > LOSS * rows))
+    what = "whose prompt begins with" if column is None else f"with {column}"
+    return [
+        f"{losses[i]:,} of {rows[i]:,} rows {what} {values[i]!r} are duplicates ({losses[i] / rows[i]:.0%})."
+        for i in sorted(wide.tolist(), key=lambda i: (-losses[i], i))
+    ]
+
+
+def _opening(sides: Sides | None) -> str:
+    return "" if sides is None else " ".join(sides.prompt.split(None, 3)[:3])
 
 
 def _as_columns(dataset: Dataset, found: Found, index: str) -> Dataset:
@@ -225,9 +275,10 @@ class _Candidates:
     """
 
     def __init__(self, texts: _Texts, weights: Weights, ranks: Positions, containment: float) -> None:
-        self._texts, self._weights, self._ranks, self._containment = texts, weights, ranks, containment
+        self._texts, self._ranks, self._containment = texts, ranks, containment
+        self._signatures, self._read = Signatures(len(texts), weights), np.zeros(len(texts), dtype=bool)
         self._waiting: list[Pairs] = []
-        self._kept = Pairs(*(np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, np.float32)))
+        self._kept = Pairs.none()
 
     def add(self, pairs: Pairs) -> None:
         """Add pairs of rows, in any order."""
@@ -240,25 +291,25 @@ class _Candidates:
         self._look()
         better, worse, _ = self._kept
         order = np.lexsort((self._ranks[better], self._ranks[worse]))
-        return Pairs(*(part[order] for part in self._kept))
+        return self._kept.at(order)
 
     def _look(self) -> None:
         """Drop the pairs whose texts differ too much, and all but a few of those that are left of each row."""
         if not self._waiting:
             return
-        first, second, cosines = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        first, second, cosines = Pairs.joined(self._waiting)
         self._waiting = []
-        rows, places = np.unique(np.concatenate([first, second]), return_inverse=True)
-        read = list(self._texts.at(rows.tolist()))
-        signatures = Signatures([Row.of(sides or Sides("", "", "")) for sides in read], self._weights)
-        has_text = np.array([sides is not None for sides in read], dtype=bool)
-        one, other = places[: len(first)], places[len(first) :]
-        kept = has_text[one] & has_text[other] & signatures.may_be_copies(one, other, self._containment)
+        rows = np.unique(np.concatenate([first, second]))
+        unread = rows[~self._read[rows]].tolist()
+        for row, sides in zip(unread, self._texts.at(unread), strict=True):
+            if sides is not None:
+                self._signatures.read(row, sides)
+        self._read[unread] = True
+        kept = self._signatures.may_be_copies(first, second, self._containment)
         first, second, cosines = first[kept], second[kept], cosines[kept]
         swap = self._ranks[first] > self._ranks[second]
         better, worse = np.where(swap, second, first), np.where(swap, first, second)
-        joined = [np.concatenate(parts) for parts in zip(self._kept, (better, worse, cosines), strict=True)]
-        self._kept = _few(Pairs(*joined), self._ranks)
+        self._kept = _few(Pairs.joined([self._kept, Pairs(better, worse, cosines)]), self._ranks)
 
 
 def _few(pairs: Pairs, ranks: Positions) -> Pairs:
@@ -271,7 +322,7 @@ def _few(pairs: Pairs, ranks: Positions) -> Pairs:
         starts = np.flatnonzero(np.r_[True, worse[order][1:] != worse[order][:-1]]) if len(order) else order
         within = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
         kept[order[within < COMPARED]] = True
-    return Pairs(better[kept], worse[kept], cosines[kept])
+    return Pairs(better, worse, cosines).at(kept)
 
 
 def _decide(
@@ -280,9 +331,11 @@ def _decide(
     """Yield a row, the row that is kept in its place, and their cosine, from the best-scored row down."""
     dropped: set[int] = set()
     for start in range(0, len(pairs.first), READ):
-        part = Pairs(*(column[start : start + READ] for column in pairs))
+        part = pairs.at(slice(start, start + READ))
         rows = np.unique(np.concatenate([part.first, part.second])).tolist()
-        known = {row: Row.of(sides) for row, sides in zip(rows, texts.at(rows), strict=True) if sides is not None}
+        known = {
+            row: Row.of(sides, weights) for row, sides in zip(rows, texts.at(rows), strict=True) if sides is not None
+        }
         for kept, row, cosine in zip(part.first.tolist(), part.second.tolist(), part.cosines.tolist(), strict=True):
             if row in dropped or kept in dropped:
                 continue

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from car_datasets.loading.sources import open_dataset
 from car_datasets.loading.values import carried
-from car_datasets.selection.exclusions import DROPPED, KEEP
+from car_datasets.selection.marks.exclusions import DROPPED, KEEP
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_overwrite
 from car_datasets.utils.files import user_path

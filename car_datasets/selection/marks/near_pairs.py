@@ -10,8 +10,8 @@ float32 is exact, so neither the number of threads nor the processor changes a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +36,27 @@ class Pairs(NamedTuple):
     second: Positions
     cosines: npt.NDArray[np.float32]
 
+    @classmethod
+    def none(cls) -> Pairs:
+        """Return no pairs."""
+        return cls(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        """Return the pairs of all parts, of which there must be one or more."""
+        first, second, cosines = zip(*parts, strict=True)
+        return cls(np.concatenate(first), np.concatenate(second), np.concatenate(cosines))
+
+    def at(self, places: Any) -> Pairs:
+        """Return the pairs at these places: indices, a slice or a mask."""
+        return Pairs(self.first[places], self.second[places], self.cosines[places])
+
 
 class _Cells(NamedTuple):
     rows: Positions  # those with an embedding, ascending
     nearest: npt.NDArray[np.int32]  # the cell of each
     next: npt.NDArray[np.int32]  # the cell whose centre is second-nearest; -1 with a single cell
-    count: int
+    number: int
 
 
 def near_pairs(
@@ -59,10 +74,10 @@ def near_pairs(
     """
     cells = _divide(dataset, column, clusters, skip)
     owners, visitors = (np.argsort(labels, kind="stable") for labels in (cells.nearest, cells.next))
-    numbers = np.arange(cells.count)
+    numbers = np.arange(cells.number)
     starts, ends = (np.searchsorted(cells.nearest[owners], numbers, side) for side in ("left", "right"))
     from_, to = (np.searchsorted(cells.next[visitors], numbers, side) for side in ("left", "right"))
-    for cell in range(cells.count):
+    for cell in range(cells.number):
         own = cells.rows[owners[starts[cell] : ends[cell]]]
         if len(own) == 0:
             continue
