@@ -137,7 +137,7 @@ def _with_eligible_scores(recipe: Recipe, pool: Dataset) -> Dataset:
     kept = pinned_values(pool) == KEEP if recipe.keep is not None else np.zeros(len(pool), dtype=bool)
     if allowed.all() and not kept.any():
         return pool
-    scores = read_numbers(pool, column, np.nan).astype(np.float64)
+    scores = read_numbers(pool, column, np.nan)
     scores[kept] += np.nanmax(scores) - np.nanmin(scores) + 1
     scores[~allowed] = np.nan
     return pool.remove_columns(column).add_column(column, pa.array(scores, from_pandas=True))
