@@ -77,10 +77,11 @@ class Receipt:
     """The source, models, settings and counts of a selection; the content of `receipt.json`.
 
     Args:
-        source (`dict`): `kind` (`"hub"`, `"file"`, `"files"`, `"folder"`, `"memory"`, or of [`top_up`] `"topped up"`), and `id` and `revision` on the
+        source (`dict`): `kind` (`"hub"`, `"file"`, `"files"`, `"folder"` or `"memory"`), and `id` and `revision` on the
             Hub, `name` and `sha256` of a file or folder, `sha256` over the rows of a dataset in memory; `files`, name
             and sha256 of each file that was read, in the order of the rows, unless there is one file, or `datasets`
-            read a Hub dataset.
+            read a Hub dataset. Of [`top_up`] the kind is `"topped up"`, with the sources `old` and `new`, and both
+            digests of the old receipt.
         schema, template (`str`): how its rows were read.
         scorer, embedder (`dict`): `model_id`, `revision` (commit, or digest of a folder) and `weights` (digest).
         recipe (`dict`): all settings, including seeds, k, n1 and n2; the name alone of a model that was a folder, and

@@ -241,9 +241,8 @@ def _compute(
     stages = resolve(pinned_source(recipe, new.origin), token)
     _refuse_other_models(old, stages)
     # A column of the data names new rows as well; a file named old rows only.
-    flags = replace(
-        recipe, **{n: v if (v := getattr(recipe, n)) in rows.column_names else None for n in ("keep", "drop")}
-    )
+    keep, drop = (name if name in rows.column_names else None for name in (recipe.keep, recipe.drop))
+    flags = replace(recipe, keep=keep, drop=drop)
     rows, languages = add_before_scores(stages, add_pins(flags, rows, new.schema), new.schema, token)
     rows = add_contamination(rows, decontaminator, token, shard_dir)
     labelled = stages.cluster(stages.score(rows, token=token, shard_dir=shard_dir), old.clusters)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from car_datasets import Receipt, curate, curation, top_up, verify
 from car_datasets.clustering import ClusterModel
 
-WORDS = "red green blue sea poem list sum name good bad short input write colours three about".split(" ")
+WORDS = "red green blue sea poem list sum name good bad short input write colours three about"
 OLD, ALL = 36, 44
 COPY = 40  # a new row that is an old one with a word more
 
@@ -20,7 +20,7 @@ COPY = 40  # a new row that is an old one with a word more
 def rows_of(numbers: range) -> list[dict[str, str]]:
     rows = []
     for i in numbers:
-        words = [WORDS[(i * j + i // 5 + j * j) % 16] for j in range(1, 14 + i % 7)]
+        words = [WORDS.split()[(i * j + i // 5 + j * j) % 16] for j in range(1, 14 + i % 7)]
         rows.append({"instruction": f"Write about the {words[0]} {words[1]} number {i}.", "output": " ".join(words)})
     return rows
 
@@ -125,8 +125,8 @@ def test_results_that_cannot_be_topped_up_are_refused(old: Path, models: dict[st
     with pytest.raises(ValueError, match="is the old result"):
         top_up(copy, every_row()[OLD:], copy, overwrite=True, **models)
     (copy / "report.md").write_text("other")
-    with pytest.raises(ValueError, match="report.md does not have the receipt's sha256"):
+    with pytest.raises(ValueError, match=r"report\.md does not have the receipt's sha256"):
         top_up(copy, every_row()[OLD:], tmp_path / "out", **models)
     (copy / "cluster_model.json").unlink()
-    with pytest.raises(ValueError, match="holds no cluster model.*Curate again"):
+    with pytest.raises(ValueError, match=r"holds no cluster model.*Curate again"):
         top_up(copy, every_row()[OLD:], tmp_path / "out", **models)

@@ -108,7 +108,7 @@ def curate(
             source, output, recipe, token=token, shard_dir=options["shards"], overwrite=options["overwrite"]
         ).report
         print_table(report.to_table())
-        _say_where(output)
+        say_where(output)
     if push is not None:
         _push(output, push, private, check, token)
 
@@ -146,10 +146,11 @@ def demo(
     # The default scorer and the sample are part of the package, so this needs no network.
     report = curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report
     print_table(report.to_table())
-    _say_where(output)
+    say_where(output)
 
 
-def _say_where(folder: Path) -> None:
+def say_where(folder: Path) -> None:
+    """Print where the files of a result are that people open."""
     from car_datasets.reporting.page import PAGE_FILE
     from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
 
@@ -459,7 +460,8 @@ def verify(
 
     All differences are printed, and the exit code is then 1; what was not checked is printed as well.
     """
-    from car_datasets.publishing.verification import OLD, verify
+    from car_datasets.publishing.comparing import OLD
+    from car_datasets.publishing.verification import verify
 
     found = verify(where, **options)
     for words in found.checked:
