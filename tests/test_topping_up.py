@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 
 from car_datasets import Receipt, curate, curation, top_up, verify
 from car_datasets.clustering import ClusterModel
+from car_datasets.reporting import report
 
 WORDS = "red green blue sea poem list sum name good bad short input write colours three about"
 OLD, ALL = 36, 44
@@ -36,11 +38,18 @@ def models(tiny_iqs: str, tiny_embedder: str) -> dict[str, str]:
     return {"scorer": tiny_iqs, "embedder": tiny_embedder}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["embeddings kept", "embeddings dropped"])
-def old(request: Any, models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a result of the first rows."""
+@pytest.fixture(scope="module", autouse=True)
+def no_plots() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:  # they take most of the time, and are those of any result
+        patch.setattr(report, "can_draw", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def old(models: dict[str, str], no_plots: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a result of the first rows, without their embeddings."""
     folder = tmp_path_factory.mktemp("old") / "result"
-    curate(every_row()[:OLD], folder, n1=9, k=4, keep_embeddings=request.param, **models)
+    curate(every_row()[:OLD], folder, n1=9, k=4, **models)
     return folder
 
 

@@ -28,6 +28,7 @@ from car_datasets.cli.app import (
     print_table,
     quiet_models,
     recipe_options,
+    say_where,
 )
 from car_datasets.cli.running import holds_result
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
@@ -147,16 +148,6 @@ def demo(
     report = curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report
     print_table(report.to_table())
     say_where(output)
-
-
-def say_where(folder: Path) -> None:
-    """Print where the files of a result are that people open."""
-    from car_datasets.reporting.page import PAGE_FILE
-    from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
-
-    echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
-    echo(f"the figures are in {folder / PAGE_FILE} (open it in a browser) and {folder / SUMMARY_FILE},")
-    echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")

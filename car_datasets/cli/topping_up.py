@@ -20,8 +20,9 @@ from car_datasets.cli.app import (
     print_table,
     quiet_models,
     recipe_options,
+    say_where,
 )
-from car_datasets.cli.stages import ENTIRE, say_where
+from car_datasets.cli.stages import ENTIRE
 
 _AGAIN = "Where the {} is, if it was a folder when the old rows were curated."
 
