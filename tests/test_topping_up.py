@@ -86,6 +86,7 @@ def test_what_was_chosen_stays(old: Path, models: dict[str, str], tmp_path: Path
     assert set(selected["source_index"][:]) <= set(again.curated.selected["source_index"][:])
 
 
+@pytest.mark.slow
 def test_selected_anew_it_equals_a_run_over_all_rows_at_the_same_centres(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
