@@ -30,6 +30,7 @@ from .selection import mark_pins as mark_pins
 from .selection import rank_by_examples as rank_by_examples
 from .selection import select_car as select_car
 from .selection import select_car_streaming as select_car_streaming
+from .topping_up import top_up as top_up
 from .utils.column_names import ColumnNames as ColumnNames
 from .utils.files import sample_file as sample_file
 

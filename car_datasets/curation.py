@@ -21,6 +21,7 @@ from datasets import Dataset
 
 from car_datasets.choosing import asked_of, check_limits, ranked, settled
 from car_datasets.clustering.fitting import number_of_clusters
+from car_datasets.clustering.model import ClusterModel
 from car_datasets.loading.files import STANDARD_INPUT, is_address
 from car_datasets.loading.languages import (
     LANGUAGE_COLUMN,
@@ -69,6 +70,7 @@ from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.published import refuse_original_names
 from car_datasets.stages import (
     Pipeline,
+    fit_clusters,
     fit_settings,
     refuse_taken_columns,
     refuse_taken_language,
@@ -154,7 +156,7 @@ def curate(
     with claimed(folder, (_identity(source), recipe), files, "output_dir") as claim:
         refuse_unfinished(folder, claim.run, overwrite)
         made = _compute(source, recipe, token, shard_dir, written=True)
-        from_main(lambda: _write_files(folder, made, claim, old))
+        from_main(lambda: write_files(folder, made, claim, old))
     return made.curated
 
 
@@ -166,7 +168,7 @@ def _identity(source: Source) -> str:
     return f"{type(source).__name__} {getattr(source, '_fingerprint', '')}"
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """What a run has made, and what the files of its result tell about its source.
 
     Args:
@@ -175,6 +177,7 @@ class _Made(NamedTuple):
         stages ([`Pipeline`]): what made the result.
         origin (`dict`), schema ([`Schema`]): the source for the receipt, and how its rows were read.
         own_index (`bool`): the source itself has the index column.
+        clusters ([`ClusterModel`]): what labelled the pool.
     """
 
     curated: Curated
@@ -183,6 +186,7 @@ class _Made(NamedTuple):
     origin: dict[str, Any]
     schema: Schema
     own_index: bool
+    clusters: ClusterModel
 
 
 def _compute(
@@ -191,7 +195,7 @@ def _compute(
     token: str | None,
     shard_dir: str | os.PathLike[str] | None,
     written: bool = False,
-) -> _Made:
+) -> Made:
     """Run all stages on a source; `written` says that the result will be written to files."""
     procedure = find_procedure(recipe.procedure)
     opened, dataset, schema, origin = open_source(source, recipe, token)
@@ -208,38 +212,69 @@ def _compute(
     # The main process alone writes the receipt, and hashes rows in memory for it.
     told = describe_source(origin, opened, recipe) if written and is_main_process() else {}
     stages = resolve(pinned_source(recipe, origin), token)
-    # By the main process alone, so that all agree: the last digits of a probability differ between machines.
-    languages = from_main(lambda: stages.read_languages(dataset, schema))
-    counts = count_languages(languages)
-    if recipe.languages == "refuse" and LANGUAGE_COLUMN not in recipe.grouped_by:
-        refuse_languages(counts, stages.scorer.languages)
-    if recipe.names.language:
-        dataset = dataset.add_column(recipe.names.language, languages)
-    dataset = add_token_counts(recipe, add_groups(recipe, dataset, schema, languages), schema, token)
+    dataset, counts = add_before_scores(stages, dataset, schema, token)
     check_limits(recipe, dataset)
     dataset = add_contamination(dataset, decontaminator, token, shard_dir)
 
     pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
-    clustered = stages.cluster(procedure.order(pool, recipe.names))
+    pool = procedure.order(pool, recipe.names)
+    clusters = fit_clusters(pool, stages.fit, recipe.names)
+    clustered = stages.cluster(pool, clusters)
     pool = add_copies_and_ranks(stages, clustered, schema, token)
     if pool is not clustered:
         pool = ranked(recipe, pool)  # anew, without the duplicates
     # The receipt names the n1 and the evaluation sets that were used.
     used = settled(stages.recipe, pool).changed(against=named_sets(recipe.against, decontaminator))
     stages = replace(stages, recipe=used)
+    curated, overview = select_and_report(stages, pool, schema, counts)
+    # `opened` tells the last but one, because `dataset` has the column in any case.
+    return Made(curated, overview, stages, told, schema, recipe.index_column in opened.column_names, clusters)
+
+
+def add_before_scores(
+    stages: Pipeline, dataset: Dataset, schema: Schema, token: str | None = None
+) -> tuple[Dataset, dict[str, int]]:
+    """Add to checked rows the languages, groups and token counts that a recipe wants; also return the languages' counts.
+
+    Raises:
+        ValueError: the scorer does not read the languages of the rows, or a group does not exist.
+    """
+    recipe = stages.recipe
+    # By the main process alone, so that all agree: the last digits of a probability differ between machines.
+    languages = from_main(lambda: stages.read_languages(dataset, schema))
+    counts = count_languages(languages)
+    if recipe.languages == "refuse" and LANGUAGE_COLUMN not in recipe.grouped_by:
+        refuse_languages(counts, stages.scorer.languages)
+    named = dataset.add_column(recipe.names.language, languages) if recipe.names.language else dataset
+    return add_token_counts(recipe, add_groups(recipe, named, schema, languages), schema, token), counts
+
+
+def select_and_report(
+    stages: Pipeline, pool: Dataset, schema: Schema, languages: dict[str, int]
+) -> tuple[Curated, Overview]:
+    """Select from a pool that has all marks, and report.
+
+    Args:
+        stages ([`Pipeline`]): with the recipe as the receipt is to name it.
+        pool (`Dataset`), schema ([`Schema`]): scored and clustered rows, with or without embeddings.
+        languages (`dict[str, int]`): rows by language, for a pool without a column of languages.
+    """
+    recipe = stages.recipe
     # Selected rows do not need the vectors, which make up most of the size.
-    without_vectors = pool.remove_columns(recipe.embedding_column)
+    without_vectors = without(pool, recipe.embedding_column)
     selected = stages.select(without_vectors)
     overview = Overview.of(pool, selected, seed=recipe.seed, names=recipe.names, asked=asked_of(recipe))
     report = SelectionReport.from_overview(overview, schema)
     if not recipe.names.language:  # else the report has read them from the column
-        report = replace(
-            report, languages=counts, selected_languages=count_languages(languages_of_rows(selected, schema))
-        )
-    curated = Curated(selected, pool if recipe.keep_embeddings else without_vectors, report)
-    # `opened` tells the last, because `dataset` has the column in any case.
-    return _Made(curated, overview, stages, told, schema, recipe.index_column in opened.column_names)
+        chosen = count_languages(languages_of_rows(selected, schema))
+        report = replace(report, languages=languages, selected_languages=chosen)
+    return Curated(selected, pool if recipe.keep_embeddings else without_vectors, report), overview
+
+
+def without(dataset: Dataset, column: str) -> Dataset:
+    """Return a dataset without a column, which it need not have."""
+    return dataset.remove_columns(column) if column in dataset.column_names else dataset
 
 
 class OpenSource(NamedTuple):
@@ -337,19 +372,19 @@ def _distinct_rows(dataset: Dataset, schema: Schema, most: int) -> int:
     return len(seen)
 
 
-def _write_files(folder: Path, made: _Made, claim: Claim, old: Sequence[str]) -> None:
+def write_files(folder: Path, made: Made, claim: Claim, old: Sequence[str]) -> None:
     """Write the result into a folder.
 
     Args:
         folder (`Path`): made if it does not exist.
-        made (`_Made`): the result.
+        made ([`Made`]): the result.
         claim ([`Claim`]): on the folder.
         old (`Sequence[str]`): files of the result that is replaced.
     """
     selected, scored, report = made.curated
     stages = made.stages
     recipe, scorer, names = stages.recipe, stages.scorer, stages.recipe.names
-    without_vectors = made.overview.pool.remove_columns(recipe.embedding_column)
+    without_vectors = without(made.overview.pool, recipe.embedding_column)
     # The recipe of the stages, not the caller's: it has the revisions that were really loaded.
     receipt = make_receipt(made.origin, made.schema.name, recipe, scorer, without_vectors, selected, report)
     # The receipt first: hashing and counting may fail, and then nothing has been written.
@@ -359,7 +394,7 @@ def _write_files(folder: Path, made: _Made, claim: Claim, old: Sequence[str]) ->
         tables = stages.procedure.tables(selected, without_vectors, scorer.objective, names)
         if made.own_index:
             names = replace(names, index="")  # the original's files hold every column of the source
-        write_result(place, selected, scored, report, Extra(receipt, pictures, tables), names)
+        write_result(place, selected, scored, report, Extra(receipt, pictures, tables, made.clusters), names)
 
 
 def made_by(receipt: Receipt, source: str, settings: Recipe, token: str | None = None) -> bool:

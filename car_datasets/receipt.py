@@ -64,7 +64,9 @@ SOURCES = {
     "files": ("sha256",),
     "folder": ("name", "sha256"),
     "memory": ("sha256",),
+    "topped up": ("selected_sha256", "scored_sha256"),
 }
+TOPPED_UP = "topped up"  # the rows of an earlier result, which these digests identify, and new ones
 BEFORE_CHOICE = "before filter, select, shuffle or sort"  # what the row numbers of a dataset in memory count
 KINDS = {str: "text", dict: "a record", int: "an integer"}  # for error messages
 
@@ -78,7 +80,8 @@ class Receipt:
         source (`dict`): `kind` (`"hub"`, `"file"`, `"files"`, `"folder"` or `"memory"`), and `id` and `revision` on the
             Hub, `name` and `sha256` of a file or folder, `sha256` over the rows of a dataset in memory; `files`, name
             and sha256 of each file that was read, in the order of the rows, unless there is one file, or `datasets`
-            read a Hub dataset.
+            read a Hub dataset. Of [`top_up`] the kind is `"topped up"`, with the sources `old` and `new`, and both
+            digests of the old receipt.
         schema, template (`str`): how its rows were read.
         scorer, embedder (`dict`): `model_id`, `revision` (commit, or digest of a folder) and `weights` (digest).
         recipe (`dict`): all settings, including seeds, k, n1 and n2; the name alone of a model that was a folder, and

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from car_datasets.clustering.model import CLUSTER_MODEL_FILES, ClusterModel
 from car_datasets.loading.files import DataFile, listed, read_parquet
 from car_datasets.loading.values import as_written
 from car_datasets.receipt import RECEIPT_FILE, Receipt
@@ -60,6 +61,7 @@ CURATED_FILES = (
     SELECTED_JSON,
     SCORED_TABLE,
     RECEIPT_FILE,
+    *CLUSTER_MODEL_FILES,
     *(f"{PLOTS_FOLDER}/{name}" for name in PLOT_FILES),
     PAGE_FILE,
     README_FILE,
@@ -117,11 +119,13 @@ class Extra(NamedTuple):
         receipt ([`Receipt`]): without digests of files and columns.
         pictures (`Mapping[str, bytes]`): name to content of page and plots; the plots go into a folder of their own.
         tables (`Mapping[str, Dataset]`): name to rows of the files that only the procedure of the selection has.
+        clusters ([`ClusterModel`]): what labelled the pool; [`top_up`] labels new rows by it.
     """
 
     receipt: Receipt
     pictures: Mapping[str, bytes]
     tables: Mapping[str, Dataset]
+    clusters: ClusterModel
 
 
 def read_result(folder: Path) -> Result:
@@ -483,10 +487,11 @@ def write_result(
         write_content(folder / name, content)
     for name, table in extra.tables.items():
         write_table(table, folder / name, names)
+    extra.clusters.save_pretrained(folder)
     texts = {README_FILE: README, SUMMARY_FILE: report.to_markdown(), REPORT_FILE: report.to_json()}
     for name, text in texts.items():
         write_content(folder / name, text)
-    files = (SCORED_TABLE, SELECTED_TABLE, SELECTED_JSON, *pictures, *extra.tables, *texts)
+    files = (SCORED_TABLE, SELECTED_TABLE, SELECTED_JSON, *CLUSTER_MODEL_FILES, *pictures, *extra.tables, *texts)
     columns = {"selected": folder / SELECTED_TABLE, "scored": folder / SCORED_TABLE}
     receipt = extra.receipt.sealed(
         {name: file_digest(folder / name) for name in files},

@@ -109,9 +109,8 @@ class Pipeline:
             for folder, note, stage in folders
         }
 
-    def cluster(self, pool: Dataset) -> Dataset:
+    def cluster(self, pool: Dataset, model: ClusterModel) -> Dataset:
         """Add clusters and distances to a scored pool; several processes share the work and get the same labels."""
-        model = fit_clusters(pool, self.fit, self.recipe.names)
         return add_near_clusters(self.recipe, model.label(pool, across_processes=True), model)
 
     def select(self, pool: Dataset) -> Dataset:

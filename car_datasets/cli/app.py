@@ -342,6 +342,16 @@ def print_table(table: Any) -> None:
     Console(markup=False, emoji=False).print(table)
 
 
+def say_where(folder: Path) -> None:
+    """Print where the files of a result are that people open."""
+    from car_datasets.reporting.page import PAGE_FILE
+    from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
+
+    echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
+    echo(f"the figures are in {folder / PAGE_FILE} (open it in a browser) and {folder / SUMMARY_FILE},")
+    echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
+
+
 def print_pushed(pushed: tuple[str, str]) -> None:
     """Print the repository and the commit of a push."""
     echo(f"Pushed to {pushed[0]}, commit {pushed[1]}.")

@@ -453,7 +453,8 @@ def verify(
 
     All differences are printed, and the exit code is then 1; what was not checked is printed as well.
     """
-    from car_datasets.publishing.verification import OLD, verify
+    from car_datasets.publishing.comparing import OLD
+    from car_datasets.publishing.verification import verify
 
     found = verify(where, **options)
     for words in found.checked:

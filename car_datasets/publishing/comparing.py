@@ -18,6 +18,15 @@ from car_datasets.utils.digests import first_difference
 from car_datasets.utils.files import private_folder
 from car_datasets.utils.settings import CONFIG_NAME
 
+OLD = (
+    "digests: this receipt.json is of format 1, which has none of the files, of single columns and of itself; it cannot "
+    "show changes of report.html, selected.json, plots, token counts, distances, embeddings, versions and models"
+)
+PARTS = (
+    "the source: these are rows of an earlier result, whose digests the receipt has, and new ones that were added by `top_up`; "
+    "verify the earlier result against its source, and compare both digests"
+)
+
 
 def labels_of(dataset: Dataset) -> dict[str, list[list[str]]]:
     """Return the names of the labels, at any depth, of each column that has any; equal numbers mean equal labels then."""

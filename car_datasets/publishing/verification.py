@@ -26,9 +26,18 @@ from car_datasets.loading.hub_datasets import load_split
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.sources import Origin, number_rows, open_rows, source_numbers
 from car_datasets.publishing.card import SCORED, data_prefix
-from car_datasets.publishing.comparing import labels_of, places_of
+from car_datasets.publishing.comparing import OLD, PARTS, labels_of, places_of
 from car_datasets.publishing.rescoring import Difference, Rescoring
-from car_datasets.receipt import RECEIPT_FILE, Receipt, counts_of, describe_source, mark_counts, pool_digest, reading_of
+from car_datasets.receipt import (
+    RECEIPT_FILE,
+    TOPPED_UP,
+    Receipt,
+    counts_of,
+    describe_source,
+    mark_counts,
+    pool_digest,
+    reading_of,
+)
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import positions_in_pool
 from car_datasets.reporting.report import SelectionReport
@@ -51,11 +60,6 @@ from car_datasets.utils.digests import first_difference, indices_digest
 from car_datasets.utils.files import user_path
 from car_datasets.utils.hub import READING_WAITS, asking
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
-
-OLD = (
-    f"digests: this {RECEIPT_FILE} is of format 1, which has none of the files, of single columns and of itself; it cannot "
-    "show changes of report.html, selected.json, plots, token counts, distances, embeddings, versions and models"
-)
 
 
 class Verification(NamedTuple):
@@ -251,11 +255,13 @@ class _Checks:
         receipt, selected, scored = self.receipt, self.found.selected, self.found.scored
         yield self._indices()
         self._settings()
-        rows = self._open_source(source)
-        yield f"the source is the receipt's ({receipt.source['kind']})"
-        for name, table in {"selected": selected, SCORED: scored}.items():
-            if table is not None:
-                yield self._same_rows(rows, table, name)
+        if receipt.source["kind"] == TOPPED_UP:
+            self.skipped.append(PARTS)
+        else:
+            rows = self._open_source(source)
+            yield f"the source is the receipt's ({receipt.source['kind']})"
+            tables = {"selected": selected, SCORED: scored}.items()
+            yield from (self._same_rows(rows, table, name) for name, table in tables if table is not None)
         if scored is not None:
             yield self._choice(scored)
             self._marks(scored)

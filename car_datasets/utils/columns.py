@@ -238,7 +238,8 @@ def numbers_of(values: pa.ChunkedArray, column: str, missing: float) -> npt.NDAr
         # pandas stores integers with missing values as floats, the missing ones as NaN.
         if kind == "int64" and pa.types.is_floating(values.type):
             values = pc.if_else(pc.is_nan(values), None, values)
-        return np.asarray(values.cast(kind).fill_null(missing).to_numpy())
+        # Arrow's own memory is read-only, and callers put NaN into what they read.
+        return np.require(values.cast(kind).fill_null(missing).to_numpy(), requirements="W")
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors derive from these
         wanted = "integers" if kind == "int64" else "numbers"
         raise ValueError(f"The column {column!r} holds {values.type}, not {wanted} throughout: {error}.") from error
