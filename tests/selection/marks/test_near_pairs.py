@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from car_datasets.selection import near_pairs as module
+from car_datasets.selection.marks import near_pairs as module
 from car_datasets.selection.marks.near_pairs import SCALE, near_pairs, rounded
 
 
