@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ pytest.importorskip("trl")
 
 from car_datasets.proving.base_model import BaseModel, load_base_model
 from car_datasets.proving.token_rows import ATTENTION, TokenRow, tokenise
-from car_datasets.proving.trainer import Schedule, make_trainer
+from car_datasets.proving.trainer import Schedule
 from car_datasets.proving.training import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,25 +97,6 @@ def test_a_batch_that_does_not_fit_is_halved_at_the_same_effective_size(base: Ba
     halved = found.train(order, RATE, seed=0)
     assert (halved.pieces, halved.steps) == (2, entire.steps)
     np.testing.assert_allclose(found.nats(range(40)), expected, rtol=1e-3)
-
-
-def test_a_trainer_does_not_outlive_its_run(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-
-    def noted(*arguments: Any) -> Any:
-        trainer = make_trainer(*arguments)
-        made.append(weakref.ref(trainer))
-        return trainer
-
-    monkeypatch.setattr("car_datasets.proving.training.make_trainer", noted)
-    found = tuner(base)
-    gc.disable()  # no other collection may free it
-    try:
-        found.train(list(range(4)), RATE, seed=0)
-    finally:
-        gc.enable()
-    assert [trainer() for trainer in made] == [None]
-    assert gc.get_freeze_count() == 0
 
 
 def test_more_layers_than_the_model_has_are_refused(base: BaseModel) -> None:
