@@ -98,3 +98,26 @@ def test_the_shipped_card_is_the_template_with_the_shipped_figures() -> None:
     header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "apache-2.0"
     assert header["base_model"] == revisions.DEFAULT_ENCODER
+
+
+def test_the_card_of_the_shipped_parts_is_the_template_with_their_figures() -> None:
+    import json
+
+    from car_datasets import IQSConfig
+    from car_datasets.training.parts import PartsTraining
+
+    folder = revisions.model_folder(revisions.DEFAULT_PARTS, revisions.pin_revision(revisions.DEFAULT_PARTS))
+    config = IQSConfig.from_pretrained(folder)
+    card = (
+        card_templates()
+        .get_template("parts_scorer_card.md.jinja")
+        .render(
+            settings=PartsTraining.from_yaml(ROOT / "configs" / "train_iqs_parts.yaml"),
+            figures=json.loads((folder / "figures.json").read_text(encoding="utf-8")),
+            ratings=json.loads((folder.parent / "iqs-minilm-parts.ratings.json").read_text(encoding="utf-8")),
+            config=config,
+            kept=config.hidden_sizes[1],
+        )
+    )
+    assert (folder / "README.md").read_text(encoding="utf-8") == card
+    assert "nan" not in card and "What the score keeps" in card

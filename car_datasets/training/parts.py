@@ -356,7 +356,7 @@ def fit_head(settings: PartsTraining, material: Material, rows: npt.NDArray[np.i
     torch.manual_seed(settings.seed)  # all random numbers below follow from it
     below = material.below
     if isinstance(below, Pooled):
-        head: Judge = fit_kernel(_config(settings), below, material.examples, rows, settings.noise, settings.seed)
+        head: Judge = fit_kernel(_config(settings), below, material.examples, rows, settings.noise)
     else:
         head = _fit_fork(settings, below, material.examples, rows)
     head.weights.copy_(torch.tensor(settings.combination))

@@ -30,8 +30,8 @@ GAPS = {"soundness": 1.0, "worth": 1.0, "product": 4.0}  # least difference of t
 LEAST_SOUND = 3.0  # a row below it is worthless itself: its corrupted copy need not be much worse
 AVERAGED = 0.3  # share of the last steps whose weights are averaged, every fourth of them
 # Of a kernel: every n-th row brings a restyled copy, and every n-th a coarsely corrupted one.
-STYLED_EVERY, CORRUPTED_EVERY = 6, 4
-BROKEN_SOUNDNESS, USUAL_WORTH = 1.0, 3.0  # the most of a corrupted copy; of rows whose worth nobody has rated
+STYLED_EVERY, CORRUPTED_EVERY = 6, 8
+BROKEN_SOUNDNESS, USUAL_WORTH = 4.0, 3.0  # the most of a corrupted copy; of rows whose worth nobody has rated
 LENGTH_AXES = 0.1  # of the two lengths, in standard deviations; the principal axes have nearly nothing of them
 
 
@@ -332,7 +332,7 @@ class Below:
 
 
 class Pooled:
-    """The pooled states of texts, computed once and kept: what a `KernelHead` reads.
+    """The pooled states of texts, computed once and kept in half precision: what a `KernelHead` reads.
 
     Args:
         encoder (`nn.Module`): a complete `BertModel`, frozen.
@@ -352,21 +352,22 @@ class Pooled:
         new = [i for i in texts if i not in self._known]
         lengths = [len(self.tokens.ids[i]) for i in new]
         with tqdm(total=len(new), desc="Encoding", unit=" texts", disable=len(new) < 1000) as bar:
+            half = self.dtype != torch.float32
             for places in token_batches(lengths, CPU_BUDGET):
                 batch = [new[place] for place in places]
                 input_ids, mask = pad([self.tokens.ids[i] for i in batch], self.pad_id, self.device)
                 start = torch.tensor([self.tokens.answer_starts[i] for i in batch], device=self.device)
-                half = self.dtype != torch.float32
                 with torch.inference_mode():
                     with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
                         states = self.encoder(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
-                    self._known |= zip(batch, segment_features(states.hidden_states, mask, start).cpu(), strict=True)
+                    found = segment_features(states.hidden_states, mask, start).half().cpu()
+                self._known |= zip(batch, found, strict=True)
                 bar.update(len(batch))
-        return (torch.stack([self._known[i] for i in texts]).to(self.device),)
+        return (torch.stack([self._known[i] for i in texts]).to(self.device).float(),)
 
 
 def fit_kernel(
-    config: IQSConfig, pooled: Pooled, examples: Examples, rows: npt.NDArray[np.int64], noise: float, seed: int
+    config: IQSConfig, pooled: Pooled, examples: Examples, rows: npt.NDArray[np.int64], noise: float
 ) -> KernelHead:
     """Return a head that keeps rows and some of their copies, and weighs each of them by kernel ridge regression.
 
@@ -376,9 +377,8 @@ def fit_kernel(
         examples ([`Examples`]): all rows.
         rows (`(n,)` int64): the rows to fit on.
         noise (`float`): of the targets, by the variance of the kernel: more of it makes the head smoother.
-        seed (`int`): of the drawn copies.
     """
-    texts, targets = _kernel_targets(examples, rows, np.random.default_rng(seed))
+    texts, targets = _kernel_targets(examples, rows)
     config.hidden_sizes[1] = len(texts)
     head, (features,) = KernelHead(config), pooled(texts)
     plain = features[: len(rows)]
@@ -404,33 +404,37 @@ def fit_kernel(
 
 
 def _kernel_targets(
-    examples: Examples, rows: npt.NDArray[np.int64], rng: np.random.Generator
+    examples: Examples, rows: npt.NDArray[np.int64]
 ) -> tuple[list[int], npt.NDArray[np.float32]]:
     """Return the texts to keep, rows first, and their targets, (texts, outputs) with NaN where unknown."""
     texts, targets = rows.tolist(), [_targets_of(examples, int(row)) for row in rows]
-    for place, row in enumerate(rows.tolist()):
-        if place % STYLED_EVERY == 0 and examples.styled[row]:
-            copy = examples.styled[row][int(rng.integers(len(examples.styled[row])))]
-            same = targets[place].copy()
-            same[EXPERT] = np.nan  # which is about style in part
-            texts.append(copy.text)
-            targets.append(same)
+    chosen = set(texts)
+    rng = np.random.default_rng(0)  # a row brings the same copies into every fold
+    for row in range(len(examples.soundness)):
         coarse = [copy for copy in examples.corrupted[row] if copy.weight == 1]
-        if place % CORRUPTED_EVERY == 1 and coarse:
-            sound, worth = (np.array([values[row]]) for values in (examples.soundness, examples.worth))
-            left = np.fmin(sound, BROKEN_SOUNDNESS)
-            broken = np.full_like(targets[place], np.nan)
-            broken[SOUNDNESS], broken[PRODUCT] = (
-                (value[0] - UNITS[name][0]) / UNITS[name][1]
-                for name, value in (
-                    ("soundness", left),
-                    ("product", left * np.where(np.isnan(worth), USUAL_WORTH, worth)),
-                )
-            )
-            broken[EXPERT] = 0.0 if not np.isnan(examples.expert[row]) else np.nan
-            texts.append(coarse[int(rng.integers(len(coarse)))].text)
-            targets.append(broken)
+        if row % STYLED_EVERY == 0 and examples.styled[row]:
+            copy = examples.styled[row][int(rng.integers(len(examples.styled[row])))]
+            if row in chosen:
+                texts.append(copy.text)
+                targets.append(_targets_of(examples, row))
+                targets[-1][EXPERT] = np.nan  # which is about style in part
+        if row % CORRUPTED_EVERY == 1 and coarse:
+            copy = coarse[int(rng.integers(len(coarse)))]
+            if row in chosen:
+                texts.append(copy.text)
+                targets.append(_broken_targets(examples, row))
     return texts, np.stack(targets)
+
+
+def _broken_targets(examples: Examples, row: int) -> npt.NDArray[np.float32]:
+    found = np.full(len(OUTPUTS) + len(FAULTS), np.nan, dtype=np.float32)
+    sound = np.fmin(examples.soundness[row], BROKEN_SOUNDNESS)
+    worth = USUAL_WORTH if np.isnan(examples.worth[row]) else examples.worth[row]
+    for name, value in (("soundness", sound), ("product", sound * worth)):
+        found[OUTPUTS.index(name)] = (value - UNITS[name][0]) / UNITS[name][1]
+    if not np.isnan(examples.expert[row]):
+        found[EXPERT] = 0.0
+    return found
 
 
 def _targets_of(examples: Examples, row: int) -> npt.NDArray[np.float32]:
