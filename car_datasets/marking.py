@@ -23,7 +23,7 @@ from car_datasets.loading.languages import LANGUAGE_COLUMN, languages_of_rows
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.recipe import Recipe
-from car_datasets.scoring.stage import Stage
+from car_datasets.scoring.stage import Stage, say
 from car_datasets.selection.marks.exclusions import KEEP, pinned_values
 from car_datasets.selection.strata import parse_quota, read_strata, refuse_unknown_values
 from car_datasets.stages import Pipeline, embedder_of, joined_from_main, run_stage, shard_folder
@@ -128,7 +128,21 @@ def add_duplicates(recipe: Recipe, pool: Dataset, schema: Schema) -> Dataset:
     marked = mark_duplicates(rows, how, names=names, schema=schema)
     found = marked.select_columns([names.duplicate_of, names.duplicate_similarity])
     copies = found.with_format("arrow")[:][names.duplicate_of]
-    return pool if copies.null_count == len(copies) else join_columns(pool, found)
+    if copies.null_count == len(copies):
+        return pool
+    pool = join_columns(pool, found)
+    _say_losses(recipe, pool)
+    return pool
+
+
+def _say_losses(recipe: Recipe, pool: Dataset) -> None:
+    """Say which sources and templates lose many of their rows as duplicates, as that may be a mistake."""
+    from car_datasets.selection.marks.duplicates import duplicate_losses
+
+    sources = [column for column in ("source", *recipe.grouped_by) if column in pool.column_names]
+    for column in (None, *dict.fromkeys(sources)):
+        for sentence in duplicate_losses(pool, column, schema=recipe.schema, columns=dict(recipe.columns)):
+            say(f"{sentence} Look at the column {ColumnNames.duplicate_of!r}; --duplicates keep leaves them in.")
 
 
 def _with_eligible_scores(recipe: Recipe, pool: Dataset) -> Dataset:
