@@ -253,11 +253,13 @@ class KernelHead(Judge):
 
     def projected(self, features: Tensor) -> Tensor:
         """Return features (texts, width) on the axes, (texts, axes)."""
-        return ((features - self.mean) / self.scale).clamp(-6, 6) @ self.axes
+        # In double precision: sums of thousands of likenesses would let the company of a text show in the fourth digit.
+        scaled = ((features - self.mean) / self.scale).clamp(-6, 6).double()
+        return scaled @ self.axes.double()
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the outputs, `(texts, 1, len(OUTPUTS) + len(FAULTS))`, of [`segment_features`], `(texts, width)`."""
-        found = likeness(self.projected(features), self.kept) @ self.duals + self.bias
+        found = (likeness(self.projected(features), self.kept.double()) @ self.duals.double()).float() + self.bias
         ratings, expert, intact, faults = found.split([len(UNITS), 1, 1, len(FAULTS)], dim=1)
         # The regression tells shares, which may leave 0 to 1 by a little; `judge` takes logits.
         expert, faults = expert.clamp(0.01, 0.99).logit(), faults.clamp(min=1e-3).log()

@@ -421,7 +421,8 @@ def _score_segments(model: IQSModel, texts: EncodedTexts) -> Tensor:
 
 
 def _judged(model: IQSModel, scores: Tensor, features: Tensor) -> Tensor:
-    return scores if model.judge is None else torch.cat([scores, model.judge.columns(features)], dim=1)
+    # The judge's own score, its first column, is left out.
+    return scores if model.judge is None else torch.cat([scores, model.judge.columns(features)[:, 1:]], dim=1)
 
 
 def _score_kernel(model: IQSModel, texts: EncodedTexts) -> Tensor:
