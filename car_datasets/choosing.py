@@ -109,7 +109,8 @@ def settled(recipe: Recipe, pool: Dataset) -> Recipe:
     """Return a recipe with the n1 that its default gives for a scored pool, unless it has an amount."""
     if recipe.budget_tokens is not None:
         return recipe
-    rows = pool.select(np.flatnonzero(may_be_selected(recipe, pool)).tolist())
+    allowed = may_be_selected(recipe, pool)
+    rows = pool if allowed.all() else pool.select(np.flatnonzero(allowed).tolist())
     return recipe.changed(n1=recipe.amounts_of(scored_rows(recipe, rows)).n1)
 
 
@@ -141,8 +142,7 @@ def ranked(recipe: Recipe, pool: Dataset) -> Dataset:
             "that they have (--language-column), or let `score --language-column` or `curate --languages within` add it."
         )
     check_columns(pool.column_names, (names.score,), ())
-    scores = read_numbers(pool, names.score, np.nan)
-    scores[~may_be_selected(recipe, pool)] = np.nan
+    scores = np.where(may_be_selected(recipe, pool), read_numbers(pool, names.score, np.nan), np.nan)
     shares = shares_within(scores, read_strata(pool, recipe.within or names.language))
     if names.within in pool.column_names:  # computed anew, so that a check of the selection does not trust it
         pool = pool.remove_columns(names.within)
@@ -181,9 +181,9 @@ def _select_within_limits(recipe: Recipe, pool: Dataset) -> Dataset:
     check_columns(pool.column_names, (names.score, names.cluster), SELECTION_COLUMNS)
     scored_rows(recipe, pool)  # refuses infinite scores
     scores = read_numbers(pool, ColumnNames.like_rank if recipe.like else _ranking_column(recipe), np.nan)
-    scores = -scores if recipe.like else scores
     # What cannot be scored is never selected, and neither is what a mark keeps out.
-    scores[np.isnan(read_numbers(pool, names.score, np.nan)) | ~may_be_selected(recipe, pool)] = np.nan
+    eligible = may_be_selected(recipe, pool) & ~np.isnan(read_numbers(pool, names.score, np.nan))
+    scores = np.where(eligible, -scores if recipe.like else scores, np.nan)
     clusters = read_clusters(pool, names.cluster)
     limits, groups = limits_of(recipe, pool, scores, clusters)
     choice = _choose(recipe, pool, scores, clusters, limits)

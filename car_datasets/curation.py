@@ -198,6 +198,8 @@ def _compute(
     """Run all stages on a source; `written` says that the result will be written to files."""
     procedure = find_procedure(recipe.procedure)
     opened, dataset, schema, origin = open_source(source, recipe, token)
+    refuse_taken_columns(dataset.column_names, recipe)
+    refuse_taken_language(dataset.column_names, recipe)
     refuse_unknown_groups(recipe, dataset.column_names)
     dataset = add_pins(recipe, dataset, schema)
     _check_settings(dataset, recipe, schema)
@@ -341,8 +343,6 @@ def _files_of(values: pa.Array, feature: Any) -> list[str]:
 def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     """Raise ValueError if a setting cannot work with the rows that can be scored; nothing is looked up or computed."""
     check_projection(recipe.projection)
-    refuse_taken_columns(dataset.column_names, recipe)
-    refuse_taken_language(dataset.column_names, recipe)
     rows = len(dataset)
     if recipe.on_invalid == "mark":
         rows -= len(unscorable_rows(dataset, schema))

@@ -138,8 +138,8 @@ def _with_eligible_scores(recipe: Recipe, pool: Dataset) -> Dataset:
     if allowed.all() and not kept.any():
         return pool
     scores = read_numbers(pool, column, np.nan)
-    scores[kept] += np.nanmax(scores) - np.nanmin(scores) + 1
-    scores[~allowed] = np.nan
+    first = np.nanmax(scores) - np.nanmin(scores) + 1
+    scores = np.where(allowed, np.where(kept, scores + first, scores), np.nan)
     return pool.remove_columns(column).add_column(column, pa.array(scores, from_pandas=True))
 
 

@@ -31,7 +31,6 @@ ACROSS_MODULES = {  # test files below tests/<folder>/ whose subject is more tha
     "scoring/test_parity.py",
     "scoring/test_ray.py",
     "scoring/test_streaming_scores.py",
-    "selection/test_like.py",  # of selection/examples.py; proving has a test file of that name to come
     "selection/test_published_on_a_hub.py",
     "utils/test_places.py",  # of utils/files.py; pytest takes no second test_files.py
 }

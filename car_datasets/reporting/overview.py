@@ -222,7 +222,7 @@ class Overview:
         most = int(self.cluster_ranks[picks].max()) if len(picks) else 0
         # For a dataset not made by `curate`, n2 is unknown: use the largest number taken from one cluster. The published
         # rule takes one row for n2 = 0, and accepts an n2 above the number of rows.
-        return most if self.asked is None else max(most, min(self.asked[0], len(self.scored)))
+        return most if self.asked is None else max(most, min(self.asked[0], self.eligible_rows))
 
     @cached_property
     def score_ranks(self) -> Indices:
@@ -242,11 +242,16 @@ class Overview:
         return np.where(np.isnan(self.scores), 0.0, 100 * below / max(1, len(self.scored)))
 
     @cached_property
+    def eligible_rows(self) -> int:
+        """Return the number of rows that could be selected."""
+        return int(np.count_nonzero(~np.isnan(self.eligible)))
+
+    @cached_property
     def cluster_ranks(self) -> Indices:
         """Return the rank of every row that could be selected in its cluster, 1 for the best; 0 without a cluster."""
         ranks = np.zeros(len(self.scores), dtype=np.int64)
         # The positions of these rows, best first: rows that could not be selected have the last ranks.
-        order = np.argsort(self.score_ranks)[: int(np.count_nonzero(~np.isnan(self.eligible)))]
+        order = np.argsort(self.score_ranks)[: self.eligible_rows]
         ranks[order] = ranks_within(self.clusters[order])
         return ranks
 

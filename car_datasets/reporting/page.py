@@ -236,7 +236,9 @@ def _story(explanation: Explanation, text: list[tuple[str, str]]) -> dict[str, A
 
 def _tenths(overview: Overview) -> list[Indices]:
     """Return the scored rows in ten parts by falling score; fewer for a pool of fewer than ten."""
-    return [part for part in np.array_split(np.argsort(overview.score_ranks)[: len(overview.scored)], 10) if len(part)]
+    return [
+        part for part in np.array_split(np.argsort(overview.score_ranks)[: overview.eligible_rows], 10) if len(part)
+    ]
 
 
 def _draw(tenths: Sequence[Indices], seed: int) -> list[list[int]]:

@@ -224,6 +224,10 @@ def _why(overview: Overview, row: int, status: str) -> str:
         return f"kept by score: {score}; it is {cluster}."
     if reason == BY_CLUSTER:
         return f"kept by its cluster: {cluster}; it is {score}."
+    if reason:
+        return f"kept by {reason}: it is {score}, and {cluster}."
+    if mark := overview.excluded[row].item():
+        return f"not kept: it is marked as one that may not be selected ({mark})."
     if np.isnan(overview.scores[row]):
         return f"not kept: it has no score{'' if status == 'unknown' else f' ({status})'}."
     if rank <= n1 or 0 < within <= n2:  # n1 and n2 follow from the selection, which need not be CaR's
@@ -402,7 +406,7 @@ def try_out(
     """
     present = (overview.by_score, overview.by_cluster, overview.k)
     if n1 is n2 is k is None:
-        grid = _around(present, len(overview.scored), overview.embedded)
+        grid = _around(present, overview.eligible_rows, overview.embedded)
     else:
         for name, values in (("n1", n1), ("n2", n2), ("k", k)):
             if values is not None and (not isinstance(values, (Sequence, np.ndarray)) or len(values) == 0):

@@ -274,7 +274,8 @@ def test_curate_reads_a_recipe_and_options_win_over_it(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"scorer: {tiny_iqs}\nembedder: {tiny_embedder}\nn1: 3\nk: 2\nseed: 5\nindex_column: row\n")
-    result = run("curate", rows, "-o", tmp_path / "out", "--config", recipe, "--n1", 0.5, "--no-embeddings")
+    kept = ("--duplicates", "keep")
+    result = run("curate", rows, "-o", tmp_path / "out", "--config", recipe, "--n1", 0.5, "--no-embeddings", *kept)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["selected_by"]["score"] + report["selected_by"]["both"] == 12  # --n1 0.5 of 24, not the recipe's 3
@@ -292,7 +293,7 @@ def test_stages_one_by_one_give_what_curate_gives(rows: Path, tmp_path: Path) ->
         ("score", rows, "-o", scored),
         ("cluster", scored, "-o", clustered, "--k", 3, "--save-model", tmp_path / "model"),
         ("select", clustered, "-o", selected, "--n1", 4),
-        ("curate", rows, "-o", tmp_path / "out", "--k", 3, "--n1", 4),
+        ("curate", rows, "-o", tmp_path / "out", "--k", 3, "--n1", 4, "--duplicates", "keep"),
     ):
         result = run(*arguments)
         assert result.exit_code == 0, result.output
@@ -400,13 +401,14 @@ def test_columns_keep_their_given_names_through_every_stage(
     given = {"score": "quality", "embedding": "vector", "cluster": "group", "index": "row"}
     options = [part for name, column in given.items() for part in (f"--{name}-column", column)]
     models = ("--scorer", tiny_iqs, "--embedder", tiny_embedder)
+    kept = ("--allow-worse", "--duplicates", "keep")
     scored, clustered, selected = (tmp_path / f"{name}.parquet" for name in ("scored", "clustered", "selected"))
     for arguments in (
         ("score", rows, "-o", scored, *models, *options),
         ("cluster", scored, "-o", clustered, "--k", 3, "--embedding-column", "vector", "--cluster-column", "group"),
         ("select", clustered, "-o", selected, "--n1", 4, *options[:2], *options[4:], "--allow-worse"),
-        ("curate", rows, "-o", tmp_path / "out", "--k", 3, "--n1", 4, *models, *options, "--allow-worse"),
-        ("curate", rows, "-o", tmp_path / "plain", "--k", 3, "--n1", 4, *models, "--allow-worse"),
+        ("curate", rows, "-o", tmp_path / "out", "--k", 3, "--n1", 4, *models, *options, *kept),
+        ("curate", rows, "-o", tmp_path / "plain", "--k", 3, "--n1", 4, *models, *kept),
     ):
         result = run(*arguments)
         assert result.exit_code == 0, (arguments, result.output)

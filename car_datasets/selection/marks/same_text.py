@@ -207,6 +207,17 @@ def _number(text: str) -> int:
     return zlib.crc32(normalised(text).encode("utf-8", "surrogatepass")) if text else 0
 
 
+KNOWN = 3  # rows with a word from which on one that differs by a letter may be a misspelling of it
+PLAIN = 18  # weight of such a word, at most 4.4 % of the rows, where an answer is short
+CONTENT = 24  # weight of a word that at most 1.6 % of the rows have: what a text is about
+LONG = 300  # weight of an answer of some fifteen words, which is too long to be equal by chance
+INSERTED = 60  # weight of a word or two, among which a negation turns an answer into its opposite
+REMARK = 400  # weight of what may be added to any answer, such as a sentence
+SMALL = 0.4  # share of the heavier text that an addition may be, in prompts, or in both sides at once
+ABOVE = 1.25  # times the mean weight of a text's words: what the text is about, in a pool of its own kind
+ORDER = (0.33, 0.5)  # share of neighbouring words that must stay together, in texts below and from 10 such pairs on
+
+
 class Difference(NamedTuple):
     """How one side of two rows differs, after words that are spelled alike are paired off.
 
@@ -214,7 +225,7 @@ class Difference(NamedTuple):
         missing (`float`): weight of the words of the lighter text that the heavier lacks, as a share of the lighter.
         extra (`int`), extra_share (`float`): weight of the words of the heavier text that the lighter lacks, and that
             as a share of the heavier.
-        pairs (`float`): share of the lighter text's pairs of neighbouring words that the heavier has.
+        disordered (`bool`): too few pairs of neighbouring words are in both texts.
         weight (`int`): weight of the lighter text.
         decisive (`bool`): a number, name or sign is in the place of another one, so that this is no small edit.
         content (`tuple[frozenset[str], frozenset[str]]`): words that say what a text is about and that only the
@@ -226,7 +237,7 @@ class Difference(NamedTuple):
     missing: float
     extra: int
     extra_share: float
-    pairs: float
+    disordered: bool
     weight: int
     decisive: bool
     content: tuple[frozenset[str], frozenset[str]]
@@ -234,7 +245,7 @@ class Difference(NamedTuple):
     negated: bool
 
 
-def difference(side: int, one: Words, other: Words, weights: Weights) -> Difference:
+def difference(side: int, one: Words, other: Words, weights: Weights, from_weight: int = CONTENT) -> Difference:
     """Return how one side (0 for prompts, 1 for answers) of two rows differs."""
     low, high = (one, other) if one.weight <= other.weight else (other, one)
     lacks, has = low.counts - high.counts, high.counts - low.counts
@@ -243,7 +254,7 @@ def difference(side: int, one: Words, other: Words, weights: Weights) -> Differe
         for ours, theirs in ((low.marks, high.marks), (low.names, high.names))
     )
     known, unknown = weights.by_word[side], weights.unknown
-    least = min(CONTENT, 0.8 * max((known.get(word, unknown) for word in low.counts), default=1))
+    least = min(from_weight, ABOVE * low.weight / max(low.counts.total(), 1))
     changed = frozenset(word for word in (*lacks, *has) if known.get(word, unknown) >= least)
     if lacks and has:
         _pair_off(lacks, has, side, weights)
@@ -253,7 +264,7 @@ def difference(side: int, one: Words, other: Words, weights: Weights) -> Differe
         weights.of(side, lacks) / max(low.weight, 1),
         extra,
         extra / max(high.weight, 1),
-        len(low.pairs & high.pairs) / len(low.pairs) if low.pairs else 1.0,
+        len(low.pairs & high.pairs) < len(low.pairs) * ORDER[len(low.pairs) >= 10],
         low.weight,
         decisive,
         (content[0], content[1]),
@@ -285,8 +296,10 @@ def _is_alike(word: str, other: str, side: int, weights: Weights) -> bool:
         return False
     if longer.startswith(shorter) and _FORMS.fullmatch(longer[len(shorter) :]):
         return True
+    if len(longer) < 5 or not _is_one_edit(shorter, longer):
+        return False
     rare, common = sorted(weights.found[side][each] for each in (word, other))
-    return rare <= 1 and common >= KNOWN and len(longer) >= 5 and _is_one_edit(shorter, longer)
+    return len(shorter) >= 7 or (rare <= 1 and common >= KNOWN)
 
 
 def _is_one_edit(shorter: str, longer: str) -> bool:
@@ -296,14 +309,6 @@ def _is_one_edit(shorter: str, longer: str) -> bool:
         return len(longer) == len(shorter) + 1 and shorter[same:] == longer[same + 1 :]
     swapped = shorter[same : same + 2] == longer[same : same + 2][::-1] and shorter[same + 2 :] == longer[same + 2 :]
     return swapped or shorter[same + 1 :] == longer[same + 1 :]
-
-
-KNOWN = 3  # rows with a word from which on one that differs by a letter may be a misspelling of it
-CONTENT = 24  # weight of a word that at most 1.6 % of the rows have: what a text is about
-LONG = 300  # weight of an answer of some fifteen words, which is too long to be equal by chance
-REMARK = 300  # weight of what may be added to any answer, such as a sentence
-SMALL = 0.4  # share of the heavier text that an addition may be, in prompts, or in both sides at once
-ORDER = 0.33  # share of neighbouring words that must stay together
 
 
 def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bool:
@@ -317,23 +322,24 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
     """
     if one.system != other.system:
         return False
-    asked = difference(0, one.prompt, other.prompt, weights)
-    if asked.decisive or asked.negated or asked.missing > 1 - containment or asked.pairs < ORDER:
+    is_long = min(one.answer.weight, other.answer.weight) >= LONG
+    asked = difference(0, one.prompt, other.prompt, weights, CONTENT if is_long else PLAIN)
+    if asked.decisive or asked.negated or asked.missing > 1 - containment or asked.disordered:
         return False
     said = difference(1, one.answer, other.answer, weights)
-    if said.decisive or said.missing > 1 - containment or said.pairs < ORDER:
+    if said.decisive or said.missing > 1 - containment or said.disordered:
         return False
     if said.extra > REMARK and said.extra_share > 0.5:
         return False
-    if said.negated and said.weight < LONG:
+    if said.negated and not is_long and said.extra < INSERTED:
         return False
     # A word that left prompt and answer alike was the content of a slot, not an edit.
     if not asked.changed.isdisjoint(said.changed):
         return False
     # A content word in the place of another is another question, unless a long answer remains the same.
     if all(asked.content) or asked.extra_share > SMALL:
-        return said.weight >= LONG and said.missing <= (1 - containment) / 2
-    return not any(asked.content) or said.extra_share <= SMALL or said.weight >= LONG
+        return is_long and said.missing <= (1 - containment) / 2
+    return not any(asked.content) or said.extra_share <= SMALL or is_long
 
 
 # Signatures ------------------------------------------------------------------------------------------------------------
@@ -408,11 +414,15 @@ class Signatures:
             # One word may be a misspelling of one that is there.
             kept &= (lacking - 1) * CONTENT <= (1 - containment) * np.minimum(*sizes)
             if side == 0:
+                # A word for a word: what is missing on both sides, and cannot be a known word and a misspelling of it.
                 half = _BYTES // 2
-                swapped = np.zeros(len(one), dtype=bool)
-                for part in (slice(0, half), slice(half, None)):
-                    mine, yours = ours[:, part], theirs[:, part]
-                    swapped |= (mine & ~yours).any(axis=1) & (yours & ~mine).any(axis=1)
+                mine, yours = ours & ~theirs, theirs & ~ours
+                known, hardly = (
+                    [_POPULATION[bits[:, part]].sum(axis=1, dtype=np.int64) for bits in (mine, yours)]
+                    for part in (slice(0, half), slice(half, None))
+                )
+                misspelled = np.minimum(known[0], hardly[1]) + np.minimum(hardly[0], known[1])
+                swapped = np.minimum(known[0] + hardly[0], known[1] + hardly[1]) > misspelled
                 kept &= ~swapped | (np.minimum(self.weight[1][one], self.weight[1][other]) >= LONG)
         return kept
 

@@ -54,7 +54,7 @@ def test_a_round_robin_over_the_examples(held: int, places: int, alike: bool, mo
     assert found.remove_columns("like_rank")[:] == dataset(pool)[:]
 
 
-# A planted task: instructions of one kind, none of whose words are those of the examples' subjects.
+# A planted task: one instruction with many units and amounts.
 UNITS = (
     "kilometres",
     "miles",
@@ -80,12 +80,12 @@ def conversion(number: int) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_planted_task_is_found(sample_rows: list[dict[str, Any]]) -> None:
-    others = [{"instruction": row["instruction"], "output": row["output"][:200]} for row in sample_rows]
-    planted = len(others) // 100 + 5
-    rows = [*others, *(conversion(i) for i in range(planted))]
+    others = [{"instruction": row["instruction"], "output": row["output"][:100]} for row in sample_rows]
+    planted = len(others) // 99 + 1  # 1 % of the pool
     embedder = TextEmbedder()
-    pool = Dataset.from_list(rows).map(embedder, batched=True).shuffle(seed=0)
-    examples = Dataset.from_list([conversion(1_000 + 3 * i) for i in range(5)])
+    rows = Dataset.from_list([*others, *(conversion(i) for i in range(planted))])
+    pool = rows.map(embedder, batched=True).shuffle(seed=0)
+    examples = Dataset.from_list([conversion(1_000 + i) for i in range(5)])
     ranks = rank_by_examples(pool, examples, embedder)["like_rank"][:]
     first = [row["instruction"] for rank, row in zip(ranks, pool, strict=True) if rank <= planted]
     assert sum(text.startswith("Convert") for text in first) >= 0.8 * planted
