@@ -357,16 +357,6 @@ def print_pushed(pushed: tuple[str, str]) -> None:
     echo(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
 
 
-def say_where(folder: Path) -> None:
-    """Print where the files of a result are."""
-    from car_datasets.reporting.page import PAGE_FILE
-    from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
-
-    echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
-    echo(f"the figures are in {folder / PAGE_FILE} (open it in a browser) and {folder / SUMMARY_FILE},")
-    echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
-
-
 def quiet_models() -> None:
     """Turn off the progress bars of weights; each stage has a bar of its own."""
     # Otherwise tokenizers warns, and turns its threads off, in every process that is forked after its first use.
