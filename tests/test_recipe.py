@@ -285,7 +285,7 @@ def test_one_run_reads_each_weight_file_once_for_its_digest(
     revisions.default_encoder_folder.cache_clear()
     rows = Dataset.from_list([{k: r[k] for k in ("instruction", "input", "output")} for r in sample_rows[:12]])
     curate(rows, tmp_path / "out", n1=4, k=2, allow_worse=True)
-    weights = sorted(path.resolve() for path in hashed if path.suffix == ".safetensors")
+    weights = sorted(path.resolve() for path in hashed if path.name == "model.safetensors")
     folders = (revisions.default_scorer_folder(), revisions.default_encoder_folder())
     assert weights == sorted((folder / "model.safetensors").resolve() for folder in folders)
 
