@@ -248,7 +248,8 @@ def correlations(scores: Numbers, rated: Numbers, lengths: Numbers) -> tuple[Num
     ranks -= ranks.mean(axis=1, keepdims=True)
     norms = np.sqrt(np.square(ranks).sum(axis=1))
     matrix = ranks / np.where(norms > 0, norms, 1)[:, None]
-    plain, by_length = matrix[2:] @ matrix[0], matrix[2:] @ matrix[1]
+    # Sums row by row: a product of matrices rounds a ranker by its place among the others.
+    plain, by_length = (matrix[2:] * matrix[0]).sum(axis=1), (matrix[2:] * matrix[1]).sum(axis=1)
     rest = (1 - np.square(by_length)) * (1 - np.square(matrix[0] @ matrix[1]))
     partial = (plain - by_length * (matrix[0] @ matrix[1])) / np.sqrt(np.where(rest > 1e-9, rest, np.inf))
     return plain, partial + 0.0  # without the sign of -0

@@ -21,7 +21,7 @@ from car_datasets.loading.kinds import kinds_of
 from car_datasets.loading.templates import Exchange
 from car_datasets.scoring.inference import TextScores
 from car_datasets.scoring.iqs.heads import JUDGED, PARTS
-from car_datasets.training.agreement import BROKEN, LENGTH, SCORE, Agreement, evaluate_ratings
+from car_datasets.training.agreement import BOTH, BROKEN, LENGTH, SCORE, Agreement, evaluate_ratings
 from car_datasets.training.corruptions import STYLES, corrupt
 from car_datasets.training.pairs import Pair, cleaned
 from car_datasets.training.ratings import Ratings
@@ -112,7 +112,7 @@ def test_agreement_is_that_of_scikit_learn_and_scipy(found: Agreement, ratings: 
 
 
 def test_parts_and_length_are_ranked_by_as_well(found: Agreement) -> None:
-    assert list(found.agreement) == [SCORE, "iqs_expert", "iqs_soundness", "iqs_worth", LENGTH]
+    assert list(found.agreement) == [SCORE, "iqs_expert", "iqs_soundness", "iqs_worth", BOTH, LENGTH]
     told = values(found.agreement["iqs_soundness"])
     assert told["faulty"] == pytest.approx(1) and told["soundness"] == pytest.approx(1)
     assert values(found.agreement["iqs_worth"])["soundness"] == 0  # constant
