@@ -114,7 +114,7 @@ def test_the_two_commands_come_first_and_exist() -> None:
 
 def test_the_table_of_commands_is_complete_and_in_the_order_of_the_help() -> None:
     parser: Any = get_command(app)
-    assert re.findall(r"^\| `car-datasets (\w+) ", README, flags=re.MULTILINE)[: len(parser.commands)] == list(
+    assert re.findall(r"^\| `car-datasets ([\w-]+) ", README, flags=re.MULTILINE)[: len(parser.commands)] == list(
         parser.commands
     )
 

@@ -3,9 +3,9 @@
 # A command is added when its module is imported, so this order is that of `car-datasets --help`: the pipeline first.
 from car_datasets.cli import stages  # isort: split
 
-from car_datasets.cli import topping_up  # isort: split
+from car_datasets.cli import proving, topping_up  # isort: split
 
-from car_datasets.cli import proving, scorers
+from car_datasets.cli import scorers
 from car_datasets.cli.app import app
 
 __all__ = ["app", "proving", "scorers", "stages", "topping_up"]

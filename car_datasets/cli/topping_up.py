@@ -22,12 +22,12 @@ from car_datasets.cli.app import (
     recipe_options,
     say_where,
 )
-from car_datasets.cli.stages import ENTIRE
 
+EXTENDING = "Add rows to a result"
 _AGAIN = "Where the {} is, if it was a folder when the old rows were curated."
 
 
-@app.command("top-up", rich_help_panel=ENTIRE, epilog="Example: car-datasets top-up out new.json --output out-2")
+@app.command("top-up", rich_help_panel=EXTENDING, epilog="Example: car-datasets top-up out new.json --output out-2")
 @one_line_errors
 @recipe_options(
     *("n1", "budget", "budget_tokens", "name", "split", "revision", "glob"),

@@ -44,7 +44,11 @@ from car_datasets.training.preparation import Audit, audit_table
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.files import printable
 
-COMMANDS = [str(command.callback.__name__) for command in app.registered_commands if command.callback is not None]
+COMMANDS = [
+    str(command.name or command.callback.__name__)
+    for command in app.registered_commands
+    if command.callback is not None
+]
 PARSER: Any = get_command(app)
 TOKEN = "hf_ThisIsNotARealTokenButNobodyMaySeeIt"
 GOOD = '{"instruction": "a", "output": "b"}'
@@ -94,13 +98,14 @@ def test_the_commands_are_the_promised_ones_in_the_order_of_the_pipeline() -> No
         "push",
         "verify",
         "prove",
+        "top-up",
         "prepare",
         "train",
         "evaluate",
         "quantise",
         "convert",
     ]
-    listed = re.findall(r"^│ (\w+) ", run("--help").stdout, flags=re.MULTILINE)
+    listed = re.findall(r"^│ ([\w-]+) ", run("--help").stdout, flags=re.MULTILINE)
     assert listed == COMMANDS
 
 
