@@ -48,6 +48,7 @@ from car_datasets.results import (
     refuse_unfinished,
 )
 from car_datasets.scoring.stage import add_columns, say
+from car_datasets.selection.limits import parse_tokens
 from car_datasets.selection.marks.exclusions import KEEP, pinned_values
 from car_datasets.selection.marks.same_text import sides_of
 from car_datasets.selection.procedures import find_procedure
@@ -161,7 +162,8 @@ def top_up(
     files = [folder / name for name in (*RESULT_FILES, UNFINISHED)]
     with claimed(folder, (str(old.folder), old.receipt.sha256, recipe, reselect), files, "output_dir") as claim:
         refuse_unfinished(folder, claim.run, overwrite)
-        made, drift = _compute(old, new_source, recipe, reselect, token, shard_dir)
+        has_amount = any(changes.get(name) is not None for name in AMOUNTS)
+        made, drift = _compute(old, new_source, recipe, (reselect, has_amount), token, shard_dir)
         from_main(lambda: write_files(folder, made, claim, replaced))
     return ToppedUp(made.curated, drift)
 
@@ -224,10 +226,12 @@ def _compute(
     old: _Old,
     new_source: Source,
     recipe: Recipe,
-    reselect: bool,
+    how: tuple[bool, bool],
     token: str | None,
     shard_dir: str | os.PathLike[str] | None,
 ) -> tuple[Made, Drift]:
+    """Run all stages on the new rows and select from all; `how` says whether anew, and whether an amount was given."""
+    reselect, has_amount = how
     new = open_source(new_source, recipe, token)
     rows = _numbered(_checked(old, new, recipe), old, recipe, recipe.index_column in new.opened.column_names)
     decontaminator = decontaminator_of(recipe, token)
@@ -251,7 +255,8 @@ def _compute(
     if not reselect:
         recipe = recipe.changed(keep=f"{SELECTED_TABLE}@{file_digest(old.folder / SELECTED_TABLE)}")
     pool, count = _joined(old, labelled, recipe, reselect), len(old.result.scored or ())
-    stages = replace(stages, recipe=_grown(stages.recipe, recipe.keep, count, len(pool), old.receipt))
+    growth = 1.0 if has_amount else len(pool) / count
+    stages = replace(stages, recipe=_grown(stages.recipe.changed(keep=recipe.keep), growth))
     pool = _with_copies(stages, pool, count, new.schema, token)
     stages = replace(stages, recipe=settled(stages.recipe, pool).changed(against=sets))
     curated, overview = select_and_report(stages, ranked(stages.recipe, pool), new.schema, languages)
@@ -330,14 +335,12 @@ def _told(old: _Old, new: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": TOPPED_UP, **digests, "old": receipt.source, "new": dict(new)}
 
 
-def _grown(recipe: Recipe, keep: str | None, before: int, after: int, receipt: Receipt) -> Recipe:
-    """Return the recipe of the selection, with amounts that have grown as the pool has, unless new ones are given."""
-    grown: dict[str, Any] = {"keep": keep}
-    for name in AMOUNTS:
-        value = getattr(recipe, name)
-        if isinstance(value, int) and value == receipt.recipe.get(name):
-            grown[name] = round(value * after / max(1, before))
-    return recipe.changed(**grown)
+def _grown(recipe: Recipe, growth: float) -> Recipe:
+    """Return a recipe whose numbers of rows or tokens have grown by a factor; shares of the rows stay as they are."""
+    amounts = {name: getattr(recipe, name) for name in AMOUNTS}
+    if isinstance(amounts["budget_tokens"], str):
+        amounts["budget_tokens"] = parse_tokens(amounts["budget_tokens"])
+    return recipe.changed(**{n: round(v * growth) for n, v in amounts.items() if isinstance(v, int)})
 
 
 # --- both together

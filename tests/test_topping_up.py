@@ -80,6 +80,7 @@ def test_what_was_chosen_stays(old: Path, models: dict[str, str], tmp_path: Path
     found = verify(tmp_path / "out")
     assert found.matches, found.difference
     assert any("rows of an earlier result" in words for words in found.skipped)
+    assert Receipt.read(tmp_path / "out").recipe["n1"] == round(9 * ALL / OLD)
     # And once more, on what was topped up.
     again = top_up(tmp_path / "out", rows_of(range(50, 53)), tmp_path / "more", **models)
     assert len(again.curated.scored) == ALL + 3

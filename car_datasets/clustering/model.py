@@ -24,7 +24,7 @@ from datasets import Dataset, Features, Value
 from datasets.formatting.formatting import LazyBatch
 from datasets.table import InMemoryTable
 from datasets.utils import tqdm
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from car_datasets.clustering.fitting import (
     Engine,
@@ -51,7 +51,7 @@ from car_datasets.utils.columns import (
     refuse_tables,
 )
 from car_datasets.utils.digests import public
-from car_datasets.utils.files import write_content, write_whole
+from car_datasets.utils.files import write_content
 from car_datasets.utils.processes import Processes, all_processes, mend_threads_after_fork, note_that_torch_runs
 from car_datasets.utils.settings import EXPLAINED_VARIANCE, KMEANS, KMEANS_SAMPLE, N_INIT, SEED, K, is_integer
 
@@ -299,7 +299,8 @@ class ClusterModel:
         text = json.dumps(plain, indent=2) + "\n"
         # The JSON file marks a complete model: an old one is deleted first, the new one is written last.
         (path / CONFIG_FILE).unlink(missing_ok=True)
-        write_whole(path / WEIGHTS_FILE, lambda name: save_file(arrays, name))
+        # Not save_file, whose files only their owner can read.
+        write_content(path / WEIGHTS_FILE, save(arrays))
         write_content(path / CONFIG_FILE, text)
 
     @classmethod
