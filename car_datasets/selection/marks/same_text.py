@@ -58,7 +58,7 @@ def _are_texts(column: Sequence[Any]) -> bool:
 def _plain(instruction: str | None, response: str | None, context: str | None, system: str | None) -> Sides | None:
     if instruction is None or response is None:
         return None
-    return Sides(system or "", f"{instruction}\n{context}" if context else instruction, response)
+    return Sides(system or "", join_lines(instruction, context or ""), response)
 
 
 def _chat(turns: Iterable[Any]) -> Sides:
@@ -227,7 +227,7 @@ class Difference(NamedTuple):
             as a share of the heavier.
         disordered (`bool`): too few pairs of neighbouring words are in both texts.
         weight (`int`): weight of the lighter text.
-        decisive (`bool`): a number, name or sign is in the place of another one, so that this is no small edit.
+        decisive (`bool`): a number, name or sign is in place of another one, so that this is no small edit.
         content (`tuple[frozenset[str], frozenset[str]]`): words that say what a text is about and that only the
             lighter, or only the heavier, has.
         changed (`frozenset[str]`): all of these, before words that are spelled alike were paired off.
@@ -336,7 +336,7 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
     # A word that left prompt and answer alike was the content of a slot, not an edit.
     if not asked.changed.isdisjoint(said.changed):
         return False
-    # A content word in the place of another is another question, unless a long answer remains the same.
+    # A content word in place of another is another question, unless a long answer remains the same.
     if all(asked.content) or asked.extra_share > SMALL:
         return is_long and said.missing <= (1 - containment) / 2
     return not any(asked.content) or said.extra_share <= SMALL or is_long
