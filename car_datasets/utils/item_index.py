@@ -62,7 +62,7 @@ _KINDS = {
 }
 QUOTATION, FORMULA = 1, 2
 STOP_WEIGHT, ASIDE_WEIGHT = 0.5, 0.5  # of stop words; of numbers, symbols and the words of formulas
-# Other numbers or symbols in the place of this share of an item's, and of so many at least, make another problem.
+# Other numbers or symbols in place of this share of an item's, and of so many at least, make another problem.
 OTHER_NUMBERS = 0.3
 REPLACED = {"number": 1, "symbol": 2}  # a problem with one other letter is the same
 LOST, LOST_SHARE = 3, 0.05  # words of a run that a copy may not lack if they ask something; their share of the item
@@ -149,7 +149,7 @@ def kind_of_word(word: str) -> str:
 
 
 class ItemIndex:
-    """The texts of evaluation items, for [`find`][ItemIndex.find].
+    """The texts of evaluation items, which [`~ItemIndex.find`] looks for.
 
     Texts that say too little to name an item are left out: numbers and single words; short answers; short texts that
     more than three items share.
@@ -475,7 +475,7 @@ def _by_kind(counts: Counter[int], kinds: Mapping[int, str]) -> Counter[str]:
 
 
 def _window(matched: Sequence[int], start: int, end: int, length: int) -> range:
-    """Return where a row has something else in the place of an entry's words from `start` to `end`."""
+    """Return where a row has something else in place of an entry's words from `start` to `end`."""
     before = matched[start - 1] if start else None
     after = matched[end] if end < len(matched) else None
     size = end - start
