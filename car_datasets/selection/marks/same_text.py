@@ -30,7 +30,13 @@ from car_datasets.utils.files import sample_file
 
 
 class Sides(NamedTuple):
-    """The text of a row: what was asked and what was answered, and the system prompt."""
+    """The text of a row.
+
+    Args:
+        system (`str`): the system prompt, or `""`.
+        prompt (`str`): what was asked.
+        answer (`str`): what was answered.
+    """
 
     system: str
     prompt: str
@@ -41,6 +47,10 @@ def sides_of(batch: Mapping[str, Sequence[Any]], schema: Schema) -> list[Sides |
     """Return the text of every row of a batch, `None` for a row that cannot be read.
 
     The prompt of a chat is all that users and tools say, its answer all that the assistant thinks, says and calls.
+
+    Args:
+        batch (`Mapping[str, Sequence]`): columns of equal length.
+        schema ([`Schema`]): the columns that contain the text.
     """
     names = [schema.instruction, schema.response, schema.input, schema.system]
     columns = [None if name is None else batch.get(name) for name in names]
@@ -185,7 +195,12 @@ class Words(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The words of a row's prompt and answer, and a digest of its system prompt."""
+    """A row as [`are_copies`] compares it.
+
+    Args:
+        prompt ([`Words`]), answer ([`Words`]): the words of each.
+        system (`int`): a digest of the system prompt.
+    """
 
     prompt: Words
     answer: Words
@@ -246,7 +261,14 @@ class Difference(NamedTuple):
 
 
 def difference(side: int, one: Words, other: Words, weights: Weights, from_weight: int = CONTENT) -> Difference:
-    """Return how one side (0 for prompts, 1 for answers) of two rows differs."""
+    """Return how one side of two rows differs.
+
+    Args:
+        side (`int`): 0 for prompts, 1 for answers.
+        one ([`Words`]), other ([`Words`]): of the two rows, in any order.
+        weights ([`Weights`]): of the pool.
+        from_weight (`int`): of a word, from which on it tells what a text is about; less in a text of light words alone.
+    """
     low, high = (one, other) if one.weight <= other.weight else (other, one)
     lacks, has = low.counts - high.counts, high.counts - low.counts
     decisive = any(
@@ -367,7 +389,12 @@ class Signatures:
         self.system = np.zeros(rows, dtype=np.uint32)
 
     def read(self, row: int, sides: Sides) -> None:
-        """Keep what is needed of a row's text."""
+        """Keep what is needed of a row's text.
+
+        Args:
+            row (`int`): its position.
+            sides ([`Sides`]): its text.
+        """
         self.system[row] = _number(sides.system)
         for side, text in enumerate(sides[1:]):
             words, marks, _ = tokens_of(text)
