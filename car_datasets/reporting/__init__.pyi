@@ -6,3 +6,4 @@ from .questions import what_if as what_if
 from .report import SelectionReport as SelectionReport
 from .rules import RuleFigures as RuleFigures
 from .rules import compare_rules as compare_rules
+from .rules import rules_table as rules_table

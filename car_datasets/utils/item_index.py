@@ -60,7 +60,7 @@ _KINDS = {
     **dict.fromkeys(QUESTION_WORDS, "question"),
     **dict.fromkeys(TASK_WORDS, "task"),
 }
-QUOTATION, FORMULA = 1, 2
+QUOTATION, FORMULA = 1, 2  # what a word is in
 STOP_WEIGHT, ASIDE_WEIGHT = 0.5, 0.5  # of stop words; of numbers, symbols and the words of formulas
 # Other numbers or symbols in place of this share of an item's, and of so many at least, make another problem.
 OTHER_NUMBERS = 0.3
@@ -338,10 +338,10 @@ def _says_something(words: Iterable[str]) -> bool:
 
 
 def _aside(text: str) -> npt.NDArray[np.int8]:
-    """Return for each word of a text if it is in a quotation (1), in a formula (2) or in neither (0)."""
+    """Return for each word of a text whether it is in a `QUOTATION`, in a `FORMULA` or in neither (0)."""
     marks: list[int] = []
     for i, piece in enumerate(_ASIDE.split(text)):
-        kind = 0 if i % 2 == 0 else 1 if piece[0] in '"“«' else 2
+        kind = 0 if i % 2 == 0 else QUOTATION if piece[0] in '"“«' else FORMULA
         marks += [kind] * len(words_of(piece))
     return np.array(marks, dtype=np.int8)
 
