@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from datasets.table import InMemoryTable
@@ -34,9 +34,6 @@ from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, join_columns, refuse_overwrite
 from car_datasets.utils.processes import from_main, process_rank
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

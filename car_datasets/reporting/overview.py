@@ -269,9 +269,10 @@ class Overview:
         """Return the last rank that was taken by score, in each group and, under `None`, of all; 0 where none was."""
         taken = self.positions[np.isin(self.selected_by, (BY_SCORE, BY_BOTH))]
         last: dict[str | None, int] = {None: int(self.score_ranks[taken].max()) if len(taken) else 0}
-        for row in taken.tolist() if self.groups is not None else ():
-            group = self.groups[row] if self.groups is not None else None
-            last[group] = max(last.get(group, 0), int(self.score_ranks[row]))
+        if self.groups is not None:
+            for row in taken.tolist():
+                group = self.groups[row]
+                last[group] = max(last.get(group, 0), int(self.score_ranks[row]))
         return last
 
     def value_of(self, column: str, row: int) -> Any:

@@ -179,7 +179,13 @@ def effective_number(matrix: Matrix) -> float:
 
 
 def rules_table(figures: Sequence[RuleFigures]) -> Table:
-    """Return the figures as a table for the terminal, one line for each rule."""
+    """Return the figures as a table for the terminal, one line for each rule.
+
+    Example:
+    ```python
+    >>> rich.print(rules_table(compare_rules(Overview.of(pool, selected))))
+    ```
+    """
     table = Table(title="rules at the same budget")
     header, *lines = rules_lines(figures)
     for place, name in enumerate(header):

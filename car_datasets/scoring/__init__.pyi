@@ -4,6 +4,7 @@ from .engines import OnRay as OnRay
 from .engines import estimate_scoring as estimate_scoring
 from .engines import map_across_gpus as map_across_gpus
 from .judges import JudgeScorer as JudgeScorer
+from .named import find_scorer as find_scorer
 from .perplexity import IFDScorer as IFDScorer
 from .perplexity import PerplexityScorer as PerplexityScorer
 from .reward import RewardScorer as RewardScorer

@@ -190,7 +190,11 @@ def rendered(
 
 @dataclass(frozen=True)
 class ConversationScorer:
-    """The options that scorers by models of the Hub have in common; their classes say what each is for."""
+    """The options and columns that scorers by models of the Hub have in common.
+
+    The classes of these scorers, such as [`RewardScorer`], say what each option is for. A subclass has a `__call__`, which
+    reads the rows by `_conversations`, and a default for `output_column`; it raises `VERSION` when its numbers change.
+    """
 
     model_id: str
     revision: str | None = None
@@ -304,13 +308,26 @@ class ConversationScorer:
 
 
 def note_texts(rows: int, texts: int) -> None:
-    """Tell the progress bar how many texts the rows of a call have."""
+    """Tell the progress bar, if there is one, what a call of a stage will read.
+
+    Args:
+        rows (`int`): rows of the batch.
+        texts (`int`): texts of these rows that a model reads.
+    """
     if (watch := current_watch()) is not None:
         watch.begin(rows, texts)
 
 
 def windows_ahead(texts: Sequence[T], tokenise: Callable[[Sequence[T]], Tokens]) -> Iterator[Tokens]:
-    """Tokenise texts window by window, the next one in a thread while the model reads the last."""
+    """Tokenise texts window by window, the next one in a thread while the model reads the last.
+
+    Args:
+        texts (`Sequence`): what `tokenise` takes, in order.
+        tokenise (`Callable`): returns the tokens of some of them.
+
+    Returns:
+        an iterator over the tokens of `WINDOW_TEXTS` texts each.
+    """
     parts = [texts[at : at + WINDOW_TEXTS] for at in range(0, len(texts), WINDOW_TEXTS)]
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting = [thread.submit(tokenise, part) for part in parts[:1]]

@@ -44,6 +44,13 @@ def find_scorer(name: str, token: str | None = None, **settings: Any) -> Any:
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """Return the kind and the model of a name."""
+    """Return the kind and the model of a name.
+
+    Args:
+        name (`str`): as of [`find_scorer`].
+
+    Returns:
+        a key of [`SCORERS`], and the model, which may be `""`.
+    """
     kind, colon, model = name.partition(":")
     return (kind, model) if colon and kind in SCORERS else (IQS, name)

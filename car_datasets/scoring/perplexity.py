@@ -32,7 +32,7 @@ from car_datasets.scoring.conversations import (
     read_model_files,
     render_chat,
 )
-from car_datasets.scoring.stage import row_names
+from car_datasets.scoring.stage import refuse_not_finite
 from car_datasets.utils import revisions
 from car_datasets.utils.digests import public
 from car_datasets.utils.processes import device_for
@@ -105,12 +105,7 @@ class LanguageModelScorer(ConversationScorer):
         note_texts(len(chats), len(fitting) * len(self._measures))
         losses = self._losses(list(fitting.values()), alone, rank)
         bad = np.flatnonzero(~np.isfinite(losses).all(axis=1)).tolist()
-        if bad:
-            rows = row_names(batch, [list(fitting)[i] for i in bad])
-            raise ValueError(
-                f"{len(bad)} scores are not finite, rows {rows[:5]}. The weights are broken: what overflows in half "
-                "precision was scored again in float32."
-            )
+        refuse_not_finite(batch, [list(fitting)[i] for i in bad])
         columns: dict[str, Any] = {}
         for name, values in self._values(losses).items():
             numbers = dict(zip(fitting, values.astype(np.float32), strict=True))

@@ -33,7 +33,7 @@ from car_datasets.scoring.conversations import (
 )
 from car_datasets.scoring.iqs.packed_encoder import COMPILE_AFTER, PackedEncoder, can_pack
 from car_datasets.scoring.iqs.packing import pack
-from car_datasets.scoring.stage import row_names, set_fields
+from car_datasets.scoring.stage import refuse_not_finite, set_fields
 from car_datasets.utils import revisions
 from car_datasets.utils.digests import public
 from car_datasets.utils.processes import device_for
@@ -248,12 +248,7 @@ class RewardScorer(ConversationScorer):
         # A text of no token, as an empty answer may be for a model without special tokens, was not read.
         found = {i: (s, n) for i, s, n in zip(texts, scores.tolist(), lengths.tolist(), strict=True) if n}
         statuses = [UNREAD if i in texts and i not in found else chat.status for i, chat in enumerate(chats)]
-        bad = [i for i, (score, _) in found.items() if not np.isfinite(score)]
-        if bad:
-            raise ValueError(
-                f"{len(bad)} scores are not finite, rows {row_names(batch, bad)[:5]}. The weights are broken: what "
-                "overflows in half precision was scored again in float32."
-            )
+        refuse_not_finite(batch, [i for i, (score, _) in found.items() if not np.isfinite(score)])
         return {
             self.output_column: [np.float32(found[i][0]) if i in found else None for i in range(len(chats))],
             **self._diagnostics(statuses, {i: n for i, (_, n) in found.items()}, self.limit),
@@ -288,7 +283,7 @@ class RewardScorer(ConversationScorer):
         return scores, lengths
 
     def _tokenise(self, texts: Sequence[_Text]) -> Tokens:
-        """Return the tokens of texts; the first token of another type stands for the start of the answer."""
+        """Return the tokens of texts; the answer starts at the first token of another type."""
         tokenizer, limit = self._files().tokenizer, self.limit
 
         def read(part: Sequence[_Text], **options: Any) -> tuple[list[list[int]], list[int]]:

@@ -33,9 +33,9 @@ from car_datasets.scoring.iqs.openvino_encoder import pin_engine
 from car_datasets.scoring.stage import (
     Rows,
     check_options,
+    refuse_not_finite,
     refuse_one_text,
     refuse_taken,
-    row_names,
     set_fields,
     text_columns,
 )
@@ -426,12 +426,7 @@ class QualityScorer:
         return read_scorer_config(self.model_id, str(self.revision), self.tokenizer, self.tokenizer_revision)
 
     def _refuse_nan(self, scores: Sequence[Any], batch: Mapping[str, Sequence[Any]]) -> None:
-        bad = [i for i, s in enumerate(scores) if s is not None and not math.isfinite(s)]
-        if bad:
-            raise ValueError(
-                f"{len(bad)} scores are not finite, rows {row_names(batch, bad)[:5]}. The weights are broken: what "
-                "overflows in half precision was scored again in float32."
-            )
+        refuse_not_finite(batch, [i for i, s in enumerate(scores) if s is not None and not math.isfinite(s)])
 
 
 def _packaged_parts(config: IQSConfig) -> str | None:

@@ -411,6 +411,15 @@ def refuse_invalid(batch: Mapping[str, Sequence[Any]], statuses: Sequence[str], 
         raise ValueError(invalid_rows_message([statuses[i] for i in bad], names, len(statuses), where))
 
 
+def refuse_not_finite(batch: Mapping[str, Sequence[Any]], positions: Sequence[int]) -> None:
+    """Raise ValueError if these rows of a batch, whose scores are not finite, are any; the message names them."""
+    if positions:
+        raise ValueError(
+            f"{len(positions)} scores are not finite, rows {row_names(batch, positions)[:5]}. The weights are broken: what "
+            "overflows in half precision was scored again in float32."
+        )
+
+
 def row_names(batch: Mapping[str, Sequence[Any]], positions: Iterable[int]) -> list[Any]:
     """Return how a message names these rows: by `source_index` if the batch has it, else by position in the batch."""
     index = batch.get(ColumnNames.index)

@@ -133,6 +133,10 @@ def read_memberships(pool: Dataset, names: ColumnNames = ColumnNames()) -> tuple
 
     A row without an embedding has the clusters -1 and the memberships 0.
 
+    Args:
+        pool (`Dataset`): with both columns.
+        names ([`ColumnNames`]): names them.
+
     Raises:
         ValueError: a column is missing, or does not hold lists of numbers of one length.
     """

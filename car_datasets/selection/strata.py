@@ -67,6 +67,10 @@ def parse_quota(text: str) -> tuple[str, dict[str, float]]:
 def read_strata(dataset: Dataset, column: str) -> list[str]:
     """Return the value of each row in a column as text, `"null"` for null.
 
+    Args:
+        dataset (`Dataset`): has the column.
+        column (`str`): its name.
+
     Raises:
         ValueError: the column does not exist, holds other things than text, whole numbers, dates and truth values, or
             has a value of its own in almost every row.
@@ -88,7 +92,13 @@ def read_strata(dataset: Dataset, column: str) -> list[str]:
 
 
 def refuse_unknown_values(values: Sequence[str], column: str, shares: Mapping[str, float]) -> None:
-    """Raise ValueError if a quota names a value that no row has in a column."""
+    """Raise ValueError if a quota names a value that no row has in a column.
+
+    Args:
+        values (`Sequence[str]`): of all rows, as [`read_strata`] returns them.
+        column (`str`): where they are from.
+        shares (`Mapping[str, float]`): of the quota, by value.
+    """
     known = sorted(set(values))
     if missing := [name for name in shares if name not in known]:
         raise ValueError(

@@ -1,4 +1,7 @@
 from .agreement import evaluate_ratings as evaluate_ratings
+from .comparison import Comparison as Comparison
+from .comparison import Judge as Judge
+from .comparison import compare_scorers as compare_scorers
 from .corruptions import draw_corruptions as draw_corruptions
 from .evaluation import evaluate_scorer as evaluate_scorer
 from .head import HeadTraining as HeadTraining

@@ -404,7 +404,7 @@ def _by_kind(rows: Sequence[Exchange], rated: Rated, draw: Draw) -> dict[str, di
 
     def measure(at: Rows) -> dict[str, float]:
         best = np.zeros(len(at), dtype=bool)
-        best[np.argsort(-scores[at], kind="stable")[: -(-len(at) // 10)]] = True
+        best[best_tenth(scores[at])] = True
         found = {}
         for i, kind in enumerate(KINDS):
             of_kind = codes[at] == i
@@ -439,14 +439,14 @@ def _compare_pairs(
         sign = np.sign(rated.rated[0, decided[:, 1]] - rated.rated[0, decided[:, 0]])
         step = sign * (scores[decided[:, 1]] - scores[decided[:, 0]])
         kinds = {"ties": shift, "decided": (step > 0) + 0.5 * (step == 0)}
-        found[name] = {key: _mean(values, draw) for key, values in kinds.items() if len(values) >= FEWEST}
+        found[name] = {key: mean_of(values, draw) for key, values in kinds.items() if len(values) >= FEWEST}
     return {name: figures for name, figures in found.items() if figures}, counts
 
 
 def _shift(copies: Sequence[Exchange | None], moved: Numbers, scores: Numbers, draw: Draw) -> dict[str, Any]:
     """Return the mean shift of the score of rows that have a copy, in standard deviations of all scores."""
     at = [i for i, row in enumerate(copies) if row is not None]
-    return {"shift": _mean((moved - scores[at]) / _spread(scores), draw), "rows": len(at)}
+    return {"shift": mean_of((moved - scores[at]) / _spread(scores), draw), "rows": len(at)}
 
 
 def _broken(rows: Sequence[Exchange], seed: int) -> dict[int, Exchange]:
@@ -471,11 +471,8 @@ def _purity(
 
     def measure(at: Rows) -> dict[str, float]:
         copies = place[at][place[at] >= 0]
-        size = -(-(len(at) + len(copies)) // 10)
         pools = {name: np.concatenate([values[at], of_broken[name][copies]]) for name, values in scores.items()}
-        return {
-            name: float(np.mean(np.argsort(-pool, kind="stable")[:size] >= len(at))) for name, pool in pools.items()
-        }
+        return {name: float(np.mean(best_tenth(pool) >= len(at))) for name, pool in pools.items()}
 
     return draw.figures(measure, questions)
 
@@ -484,7 +481,13 @@ def _spread(scores: Numbers) -> float:
     return float(np.std(scores)) or np.nan  # if all scores are equal, there is no unit
 
 
-def _mean(values: Numbers, draw: Draw) -> dict[str, float]:
+def best_tenth(scores: Numbers) -> Rows:
+    """Return the positions of the best tenth by score, rounded up, best first; the earlier of equal ones counts."""
+    return np.argsort(-scores, kind="stable")[: -(-len(scores) // 10)]
+
+
+def mean_of(values: Numbers, draw: Draw) -> dict[str, float]:
+    """Return the mean of values of shape `(n,)` with its interval; NaN without any."""
     if not len(values):
         return dict.fromkeys(("value", "low", "high"), float("nan"))
     return with_intervals(lambda at: {"mean": float(values[at].mean())}, len(values), *draw)["mean"]

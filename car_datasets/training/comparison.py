@@ -28,11 +28,13 @@ from car_datasets.training.agreement import (
     Rated,
     Rows,
     agree,
+    best_tenth,
+    mean_of,
     questions_of,
     refuse_one_class,
 )
 from car_datasets.training.corruptions import CORRUPTIONS, STYLES, corrupt
-from car_datasets.training.evaluation import Figures, as_number, as_percent, pair_metrics
+from car_datasets.training.evaluation import Figures, as_number, as_percent, pair_metrics, with_intervals
 from car_datasets.training.pairs import Pair, cleaned
 from car_datasets.training.ratings import Ratings
 from car_datasets.utils.files import table_text, without_nan
@@ -81,7 +83,8 @@ class Comparison:
         between (`dict`): for each two scorers, as `"a, b"`: `spearman`, their rank correlation over all rows, and
             `overlap`, the share of the best tenth by one that is in the best tenth by the other.
         likes (`dict`): by scorer: `length` and `kind`, the shares of the variance of its scores that fifths of the
-            answers' length, and kinds of answer, explain; and for each kind its share of the best tenth. The entry
+            answers' length, and kinds of answer, explain (eta squared, not adjusted for the number
+            of groups); and for each kind its share of the best tenth. The entry
             `"all rows"` has the share of each kind in all rows.
     """
 
@@ -252,12 +255,12 @@ class _Scored(NamedTuple):
         at = np.flatnonzero(self.copied[kind] & np.isfinite(self.rows))
         # A copy that a scorer gives no score is never selected, which is what the figure asks for.
         copy = np.where(np.isnan(self.copies[kind]), -np.inf, self.copies[kind])[at]
-        return _mean((self.rows[at] > copy) + 0.5 * (self.rows[at] == copy), draw)
+        return mean_of((self.rows[at] > copy) + 0.5 * (self.rows[at] == copy), draw)
 
     def shift(self, kind: str, draw: Draw) -> dict[str, float]:
         """Return the mean change of the score, in standard deviations."""
         change = (self.copies[kind] - self.rows) / (float(np.nanstd(self.rows)) or np.nan)
-        return _mean(change[np.isfinite(change)], draw)
+        return mean_of(change[np.isfinite(change)], draw)
 
 
 def _score(judge: Judge, rows: Sequence[Exchange], copies: Mapping[str, Sequence[Exchange | None]]) -> _Scored:
@@ -343,23 +346,12 @@ def _in_order(rankers: Mapping[str, Numbers], first: int, pairs: Rows, draw: Dra
     for name, scores in rankers.items():
         worse, better = scores[first:].reshape(-1, 2)[pairs].T
         measure = _pair_share(worse, better)
-        found[name] = draw.figures(measure, [np.array([i]) for i in range(len(pairs))])["pairs"]
+        found[name] = with_intervals(measure, len(pairs), *draw)["pairs"]
     return found
 
 
 def _pair_share(worse: Numbers, better: Numbers) -> Callable[[Rows], dict[str, float]]:
     return lambda at: {"pairs": pair_metrics(worse[at], better[at])["pairs"]}
-
-
-def _mean(values: Numbers, draw: Draw) -> dict[str, float]:
-    if not len(values):
-        return dict.fromkeys(("value", "low", "high"), float("nan"))
-    each = [np.array([i]) for i in range(len(values))]
-    return draw.figures(lambda at: {"mean": float(values[at].mean())}, each)["mean"]
-
-
-def _best_tenth(scores: Numbers) -> Rows:
-    return np.argsort(-scores, kind="stable")[: -(-len(scores) // 10)]
 
 
 def _between(rankers: Mapping[str, Numbers]) -> dict[str, dict[str, float]]:
@@ -370,7 +362,7 @@ def _between(rankers: Mapping[str, Numbers]) -> dict[str, dict[str, float]]:
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             both = rankers[one], rankers[other]
-            best, others = (_best_tenth(scores) for scores in both)
+            best, others = (best_tenth(scores) for scores in both)
             constant = any(np.ptp(scores) == 0 for scores in both)
             found[f"{one}, {other}"] = {
                 "spearman": 0.0 if constant else float(spearmanr(*both).statistic),
@@ -388,7 +380,7 @@ def _likes(rows: Sequence[Exchange], rankers: Mapping[str, Numbers]) -> dict[str
     fifths = np.digitize(lengths, np.unique(np.quantile(lengths, np.arange(1, LENGTH_GROUPS) / LENGTH_GROUPS)))
     found = {"all rows": {kind: float(np.mean(codes == i)) for i, kind in there}}
     for name, scores in rankers.items():
-        best = codes[_best_tenth(scores)]
+        best = codes[best_tenth(scores)]
         explained = {"length": _explained(scores, fifths), "kind": _explained(scores, codes)}
         found[name] = {**explained, **{kind: float(np.mean(best == i)) for i, kind in there}}
     return found

@@ -62,15 +62,15 @@ class ColumnNames:
     budget_tokens: ClassVar[str] = "budget_tokens"
     #: All of these but the kind, which is a property of the row and not of a selection.
     marks: ClassVar[tuple[str, ...]] = (
-        "pinned",
-        "contaminated_by",
-        "contaminated_share",
-        "duplicate_of",
-        "duplicate_similarity",
-        "near_clusters",
-        "near_weights",
-        "like_rank",
-        "budget_tokens",
+        pinned,
+        contaminated_by,
+        contaminated_share,
+        duplicate_of,
+        duplicate_similarity,
+        near_clusters,
+        near_weights,
+        like_rank,
+        budget_tokens,
     )
 
     @property

@@ -60,9 +60,9 @@ _KINDS = {
     **dict.fromkeys(QUESTION_WORDS, "question"),
     **dict.fromkeys(TASK_WORDS, "task"),
 }
-QUOTATION, FORMULA = 1, 2
+QUOTATION, FORMULA = 1, 2  # what a word is in
 STOP_WEIGHT, ASIDE_WEIGHT = 0.5, 0.5  # of stop words; of numbers, symbols and the words of formulas
-# Other numbers or symbols in the place of this share of an item's, and of so many at least, make another problem.
+# Other numbers or symbols in place of this share of an item's, and of so many at least, make another problem.
 OTHER_NUMBERS = 0.3
 REPLACED = {"number": 1, "symbol": 2}  # a problem with one other letter is the same
 LOST, LOST_SHARE = 3, 0.05  # words of a run that a copy may not lack if they ask something; their share of the item
@@ -149,7 +149,7 @@ def kind_of_word(word: str) -> str:
 
 
 class ItemIndex:
-    """The texts of evaluation items, for [`find`][ItemIndex.find].
+    """The texts of evaluation items, which [`~ItemIndex.find`] looks for.
 
     Texts that say too little to name an item are left out: numbers and single words; short answers; short texts that
     more than three items share.
@@ -338,10 +338,10 @@ def _says_something(words: Iterable[str]) -> bool:
 
 
 def _aside(text: str) -> npt.NDArray[np.int8]:
-    """Return for each word of a text if it is in a quotation (1), in a formula (2) or in neither (0)."""
+    """Return for each word of a text whether it is in a `QUOTATION`, in a `FORMULA` or in neither (0)."""
     marks: list[int] = []
     for i, piece in enumerate(_ASIDE.split(text)):
-        kind = 0 if i % 2 == 0 else 1 if piece[0] in '"“«' else 2
+        kind = 0 if i % 2 == 0 else QUOTATION if piece[0] in '"“«' else FORMULA
         marks += [kind] * len(words_of(piece))
     return np.array(marks, dtype=np.int8)
 
@@ -475,7 +475,7 @@ def _by_kind(counts: Counter[int], kinds: Mapping[int, str]) -> Counter[str]:
 
 
 def _window(matched: Sequence[int], start: int, end: int, length: int) -> range:
-    """Return where a row has something else in the place of an entry's words from `start` to `end`."""
+    """Return where a row has something else in place of an entry's words from `start` to `end`."""
     before = matched[start - 1] if start else None
     after = matched[end] if end < len(matched) else None
     size = end - start

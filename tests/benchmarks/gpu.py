@@ -350,7 +350,7 @@ def precision(bench: Bench) -> Iterator[Line]:
 
 
 def minilm(bench: Bench) -> Iterator[Line]:
-    """Measure the embedded scorer, text to score and text to embedding, beside the tokenizer alone."""
+    """Measure the embedded scorer, text to score and text to embedding, and the tokenizer alone."""
     found = bench.all_texts
     scorer, embedder = QualityScorer(dtype="float16"), TextEmbedder(dtype="float16")
     loaded = scorer.load(DEVICE)

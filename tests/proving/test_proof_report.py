@@ -21,7 +21,7 @@ KINDS = ("code", "maths", "lists", "writing")
 
 
 def planted_proof(control: float = -0.3) -> Proof:
-    """Return a proof whose selection wins by some .08 nats, with an arm of the user's that has a difficult name."""
+    """Return a proof whose selection wins by some .08 nats, with an arm that a user has given a difficult name."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(20, 99, 80).astype(float)
     gains = {**dict.fromkeys(ARMS, 0.0), "selection": 0.08, "control": control, "a | b": -0.08}

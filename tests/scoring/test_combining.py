@@ -143,7 +143,7 @@ def test_what_scorers_say_is_no_text_of_a_row(pool: Dataset) -> None:
 
 @pytest.mark.parametrize("column", ["combined_score", "score"])
 def test_the_command_line_selects_by_it(column: str, pool: Dataset, tmp_path: Path) -> None:
-    """A column of the user's called `score` was taken for the original's, and renamed."""
+    """A user's column called `score` was taken for the original's, and renamed."""
     pool.rename_columns({"combined_score": column} if column != "combined_score" else {}).to_parquet(
         tmp_path / "in.parquet"
     )

@@ -57,7 +57,16 @@ def attend(projected: Tensor, packed: Packed, heads: int) -> Tensor:
 
 
 def each_in_turn(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int) -> Tensor:
-    """Attend to one text after another, on any device and in any precision."""
+    """Attend to one text after another, on any device and in any precision.
+
+    Args:
+        query, key, value (`Tensor` of shape `(tokens, heads, size)`): of all texts, end to end.
+        bounds (`(texts + 1,)` int32): where each text begins, and the end of the last.
+        longest (`int`): not used; kernels are called alike.
+
+    Returns:
+        `Tensor` of shape `(tokens, heads, size)`.
+    """
     parts = [part.transpose(0, 1) for part in (query, key, value)]
     texts = [
         F.scaled_dot_product_attention(*(part[None, :, start:end] for part in parts))[0]
@@ -68,7 +77,14 @@ def each_in_turn(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, long
 
 @functools.lru_cache(maxsize=8)
 def chosen_kernel(device: torch.device, dtype: torch.dtype, heads: int, size: int) -> tuple[str, Kernel]:
-    """Return the name of the fastest kernel of a GPU for heads of a size, and the kernel; timed once in a process."""
+    """Return the name of the fastest kernel of a GPU for heads of a size, and the kernel; timed once in a process.
+
+    Args:
+        device (`torch.device`): the GPU.
+        dtype (`torch.dtype`): float16 or bfloat16.
+        heads (`int`): of the attention.
+        size (`int`): numbers of a head.
+    """
     generator = torch.Generator(device).manual_seed(0)
     longest = max(texts * tokens for texts, tokens in TRIALS)
     # One below the other in memory, as the fused layer gives them.

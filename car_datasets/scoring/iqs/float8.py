@@ -64,7 +64,16 @@ def to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear(states: Tensor, weight: Weight, bias: Tensor) -> Tensor:
-    """Return `states @ weight.T + bias`, multiplied in float8 if the weight is."""
+    """Return `states @ weight.T + bias`, multiplied in float8 if the weight is.
+
+    Args:
+        states (`(tokens, inputs)`): in bfloat16 for a weight in float8.
+        weight (`Tensor` or `tuple`): of shape `(outputs, inputs)`; in float8 what [`to_float8`] returned.
+        bias (`(outputs,)`): in the precision of the result.
+
+    Returns:
+        `Tensor` of shape `(tokens, outputs)`.
+    """
     if isinstance(weight, Tensor):
         return F.linear(states, weight, bias)
     rows, scale = to_float8(states)

@@ -72,14 +72,24 @@ class Spent(NamedTuple):
 
 
 class Caps(NamedTuple):
-    """The most that may be spent, in tokens and in money; `None` for no limit."""
+    """The most that may be spent.
+
+    Args:
+        tokens (`int`, *optional*): of prompts and answers; `None` for no limit.
+        cost (`float`, *optional*): in the currency of the prices; `None` for no limit.
+    """
 
     tokens: int | None = None
     cost: float | None = None
 
 
 class Ticket(NamedTuple):
-    """A call that may be made now: its number in the file, and what was reserved for it."""
+    """A call that may be made now.
+
+    Args:
+        number (`int`): of the call in the file.
+        tokens (`int`), cost (`float`): what was reserved for it.
+    """
 
     number: int
     tokens: int

@@ -436,7 +436,12 @@ class Endpoint:
 
 
 def answer_key(connection: Connection, messages: Sequence[Mapping[str, str]], schema: Mapping[str, Any]) -> str:
-    """Return the key of an answer: a digest of model, messages, schema and sampling, and of no address."""
+    """Return the key of an answer: a digest of model, messages, schema and sampling, and of no address.
+
+    Args:
+        connection ([`Connection`]): of which model and limit of an answer count.
+        messages (`Sequence[Mapping[str, str]]`), schema (`Mapping`): as of [`~Endpoint.ask`].
+    """
     content = [connection.model, list(map(dict, messages)), dict(schema), connection.answer_tokens, 0]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -27,7 +27,6 @@ from car_datasets.loading.schemas import (
     check_schema,
     conversations_of,
     find_schema,
-    invalid_rows_message,
     read_rows,
 )
 from car_datasets.loading.values import untouched
@@ -35,7 +34,7 @@ from car_datasets.scoring.batching import current_watch
 from car_datasets.scoring.judges.cache import Caps, JudgeCache, Reply, Spent
 from car_datasets.scoring.judges.endpoint import CAP_REACHED, REJECTED, Connection, Endpoint, RowFailure, check_base_url
 from car_datasets.scoring.judges.rubric import REPAIR, Judgement, Rubric, parsed_rubric, read_rubric, render_row
-from car_datasets.scoring.stage import refuse_taken, row_names, set_fields, text_columns
+from car_datasets.scoring.stage import refuse_invalid, refuse_taken, row_names, set_fields, text_columns
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import refuse_tables
 from car_datasets.utils.digests import public
@@ -258,12 +257,7 @@ class JudgeScorer:
             ValueError: there are such rows, and `on_invalid="error"`.
         """
         statuses = [row.status for row in read_rows(batch, schema, self.score_thoughts)]
-        bad = [i for i, status in enumerate(statuses) if not is_scored(status)]
-        if bad and self.on_invalid == "error":
-            where = "" if ColumnNames.index in batch else " of this batch"
-            raise ValueError(
-                invalid_rows_message([statuses[i] for i in bad], row_names(batch, bad), len(statuses), where)
-            )
+        refuse_invalid(batch, statuses, self.on_invalid)
         chats = conversations_of(batch, schema)
         return [
             _Row(None if isinstance(chat, str) or not is_scored(status) else self._written(chat), status)

@@ -57,7 +57,12 @@ _THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
 
 
 class Judgement(NamedTuple):
-    """A valid answer: the score, and the values of the schema's fields by name."""
+    """A valid answer.
+
+    Args:
+        score (`float`): that the rubric computes from it.
+        fields (`dict`): the values of the schema's fields, by name.
+    """
 
     score: float
     fields: dict[str, Any]

@@ -22,6 +22,7 @@ from datasets import Dataset
 
 from car_datasets.loading.schemas import SCHEMAS, Schema, as_column_names, check_schema, exchanges_of, find_schema
 from car_datasets.loading.sources import Reading, open_rows
+from car_datasets.loading.templates import join_lines
 from car_datasets.loading.values import carried, untouched
 from car_datasets.scoring.stage import refuse_taken, set_fields, text_columns
 from car_datasets.utils.column_names import ColumnNames
@@ -52,9 +53,11 @@ ANSWERS = {schema.response for schema in SCHEMAS.values() if schema.response} | 
         "rationale",
     )
 }
+_ENDINGS = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".bz2", ".xz", ".zst"}
 _ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:/\\]+))?(?::([^:/\\]+))?")
 SAMPLE, NEARLY_ALL = 200, 0.9  # rows of a pool that are looked at, and the share of one set that makes it the pool
 FEWEST = 20  # rows below which a share says nothing
+Texts = list[tuple[int, str]]  # of a row: 1 for an answer, else 0; and the text
 
 
 class ItemSet(NamedTuple):
@@ -205,9 +208,6 @@ def _own(name: str, why: str) -> str:
     )
 
 
-Texts = list[tuple[int, str]]  # of a row: 1 for an answer, else 0; and the text
-
-
 class _Opened(NamedTuple):
     found: ItemSet
     texts: list[Texts]
@@ -334,9 +334,6 @@ def _stem(name: str) -> str:
     return last or name
 
 
-_ENDINGS = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".bz2", ".xz", ".zst"}
-
-
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
@@ -406,7 +403,7 @@ def _texts(batch: Mapping[str, Sequence[Any]], schema: Schema) -> list[Texts]:
                 [
                     each
                     for instruction, context, response in exchanges
-                    for each in ((0, f"{instruction}\n{context}" if context else instruction), (1, response))
+                    for each in ((0, join_lines(instruction, context)), (1, response))
                 ]
             )
     return rows

@@ -44,7 +44,7 @@ from car_datasets.utils.columns import (
 )
 from car_datasets.utils.processes import from_main
 
-DUPLICATE_COLUMNS = ("duplicate_of", "duplicate_similarity")
+DUPLICATE_COLUMNS = (ColumnNames.duplicate_of, ColumnNames.duplicate_similarity)
 HOW = ("near", "exact")
 SIMILARITY = 0.85  # cosine from which on two rows are compared by their words; small edits leave 0.87 or more
 CONTAINMENT = 0.8  # share of the words, by weight, that the lighter of two texts must have in common with the other
@@ -60,7 +60,7 @@ class Found(NamedTuple):
     """The duplicates of a dataset.
 
     Args:
-        of (`(rows,)` int64): position of the row that is kept in the place of this one, -1 for a row that is kept.
+        of (`(rows,)` int64): position of the row that is kept in place of this one, -1 for a row that is kept.
         similarity (`(rows,)` float32): cosine of the two, 1 for equal texts; NaN for a row that is kept.
     """
 
@@ -83,7 +83,7 @@ def mark_duplicates(
     Example:
     ```python
     >>> marked = mark_duplicates(scored)
-    >>> kept = marked.filter(lambda kept: kept is None, input_columns="duplicate_of")
+    >>> kept = marked.filter(lambda better: better is None, input_columns="duplicate_of")
     ```
 
     Of a group of duplicates the row with the best score stays; of equal scores, and without scores, the first. Each

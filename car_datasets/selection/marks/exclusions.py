@@ -62,7 +62,11 @@ def excluded_from(pool: Dataset, selected: npt.NDArray[np.int64]) -> npt.NDArray
 
 
 def pinned_values(pool: Dataset) -> npt.NDArray[Any]:
-    """Return the column `pinned` as an array of text, `""` for null; all of it `""` without the column."""
+    """Return the column `pinned` as an array of text, `""` for null; all of it `""` without the column.
+
+    Raises:
+        ValueError: the column holds no text.
+    """
     if ColumnNames.pinned not in pool.column_names:
         return np.full(len(pool), "", dtype="<U4")
     values = _read(pool, ColumnNames.pinned)

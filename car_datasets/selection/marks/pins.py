@@ -115,7 +115,16 @@ def _marked(dataset: Dataset, value: str | None, name: str, index_column: str, t
 
 
 def read_flags(dataset: Dataset, column: str, name: str) -> Rows:
-    """Return the boolean column that a setting `name` names as a mask, null as False; raise ValueError for another one."""
+    """Return a boolean column as a mask, null as False.
+
+    Args:
+        dataset (`Dataset`): has the column.
+        column (`str`): its name.
+        name (`str`): the setting that names it, for the message.
+
+    Raises:
+        ValueError: the column is not boolean.
+    """
     import pyarrow as pa
 
     values = dataset.with_format(None).select_columns([column]).with_format("arrow")[:][column]

@@ -30,7 +30,13 @@ from car_datasets.utils.files import sample_file
 
 
 class Sides(NamedTuple):
-    """The text of a row: what was asked and what was answered, and the system prompt."""
+    """The text of a row.
+
+    Args:
+        system (`str`): the system prompt, or `""`.
+        prompt (`str`): what was asked.
+        answer (`str`): what was answered.
+    """
 
     system: str
     prompt: str
@@ -41,6 +47,10 @@ def sides_of(batch: Mapping[str, Sequence[Any]], schema: Schema) -> list[Sides |
     """Return the text of every row of a batch, `None` for a row that cannot be read.
 
     The prompt of a chat is all that users and tools say, its answer all that the assistant thinks, says and calls.
+
+    Args:
+        batch (`Mapping[str, Sequence]`): columns of equal length.
+        schema ([`Schema`]): the columns that contain the text.
     """
     names = [schema.instruction, schema.response, schema.input, schema.system]
     columns = [None if name is None else batch.get(name) for name in names]
@@ -58,7 +68,7 @@ def _are_texts(column: Sequence[Any]) -> bool:
 def _plain(instruction: str | None, response: str | None, context: str | None, system: str | None) -> Sides | None:
     if instruction is None or response is None:
         return None
-    return Sides(system or "", f"{instruction}\n{context}" if context else instruction, response)
+    return Sides(system or "", join_lines(instruction, context or ""), response)
 
 
 def _chat(turns: Iterable[Any]) -> Sides:
@@ -185,7 +195,12 @@ class Words(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The words of a row's prompt and answer, and a digest of its system prompt."""
+    """A row as [`are_copies`] compares it.
+
+    Args:
+        prompt ([`Words`]), answer ([`Words`]): the words of each.
+        system (`int`): a digest of the system prompt.
+    """
 
     prompt: Words
     answer: Words
@@ -227,7 +242,7 @@ class Difference(NamedTuple):
             as a share of the heavier.
         disordered (`bool`): too few pairs of neighbouring words are in both texts.
         weight (`int`): weight of the lighter text.
-        decisive (`bool`): a number, name or sign is in the place of another one, so that this is no small edit.
+        decisive (`bool`): a number, name or sign is in place of another one, so that this is no small edit.
         content (`tuple[frozenset[str], frozenset[str]]`): words that say what a text is about and that only the
             lighter, or only the heavier, has.
         changed (`frozenset[str]`): all of these, before words that are spelled alike were paired off.
@@ -246,7 +261,14 @@ class Difference(NamedTuple):
 
 
 def difference(side: int, one: Words, other: Words, weights: Weights, from_weight: int = CONTENT) -> Difference:
-    """Return how one side (0 for prompts, 1 for answers) of two rows differs."""
+    """Return how one side of two rows differs.
+
+    Args:
+        side (`int`): 0 for prompts, 1 for answers.
+        one ([`Words`]), other ([`Words`]): of the two rows, in any order.
+        weights ([`Weights`]): of the pool.
+        from_weight (`int`): of a word, from which on it tells what a text is about; less in a text of light words alone.
+    """
     low, high = (one, other) if one.weight <= other.weight else (other, one)
     lacks, has = low.counts - high.counts, high.counts - low.counts
     decisive = any(
@@ -336,7 +358,7 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
     # A word that left prompt and answer alike was the content of a slot, not an edit.
     if not asked.changed.isdisjoint(said.changed):
         return False
-    # A content word in the place of another is another question, unless a long answer remains the same.
+    # A content word in place of another is another question, unless a long answer remains the same.
     if all(asked.content) or asked.extra_share > SMALL:
         return is_long and said.missing <= (1 - containment) / 2
     return not any(asked.content) or said.extra_share <= SMALL or is_long
@@ -367,7 +389,12 @@ class Signatures:
         self.system = np.zeros(rows, dtype=np.uint32)
 
     def read(self, row: int, sides: Sides) -> None:
-        """Keep what is needed of a row's text."""
+        """Keep what is needed of a row's text.
+
+        Args:
+            row (`int`): its position.
+            sides ([`Sides`]): its text.
+        """
         self.system[row] = _number(sides.system)
         for side, text in enumerate(sides[1:]):
             words, marks, _ = tokens_of(text)
