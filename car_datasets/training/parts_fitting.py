@@ -403,9 +403,7 @@ def fit_kernel(
     return head.eval()
 
 
-def _kernel_targets(
-    examples: Examples, rows: npt.NDArray[np.int64]
-) -> tuple[list[int], npt.NDArray[np.float32]]:
+def _kernel_targets(examples: Examples, rows: npt.NDArray[np.int64]) -> tuple[list[int], npt.NDArray[np.float32]]:
     """Return the texts to keep, rows first, and their targets, (texts, outputs) with NaN where unknown."""
     texts, targets = rows.tolist(), [_targets_of(examples, int(row)) for row in rows]
     chosen = set(texts)
