@@ -292,12 +292,17 @@ def _refuse_pins_over(
         first = over[0]
         raise ValueError(
             f"The rows to keep of {names[first] or 'the other values'!r} take {int(used[first]):,} of its quota of "
-            f"{quotas[first]:,}: raise the budget or the share of this value, or keep fewer of its rows (--keep)."
+            f"{quotas[first]:,}: raise the budget or the share of this value, or keep fewer of its rows (--keep; "
+            "in a top-up, --reselect)."
         )
 
 
 def _refuse_worse(scores: Floats, choice: Choice, groups: list[str] | None) -> None:
     """Raise ValueError if the chosen rows rank below the pool: within their groups, where shares are prescribed."""
-    chosen = choice.positions[np.asarray(choice.selected_by) != BY_PIN]
+    by_pin = np.asarray(choice.selected_by) == BY_PIN
+    chosen = choice.positions[~by_pin]
+    # Pinned rows are not there to be chosen: they may be the best ones, as after a top-up.
+    scores = scores.copy()
+    scores[choice.positions[by_pin]] = np.nan
     if len(chosen):
         refuse_worse(scores if groups is None else shares_within(scores, groups), chosen)

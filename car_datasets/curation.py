@@ -353,6 +353,8 @@ def _check_settings(dataset: Dataset, recipe: Recipe, schema: Schema) -> None:
     clusters = number_of_clusters(recipe.k, rows)
     # Rows that are never selected are scored and clustered like all others.
     rows -= int(np.count_nonzero(pinned_values(dataset) == DROPPED)) if recipe.drop is not None else 0
+    if rows <= 0:
+        raise ValueError(f"drop={recipe.drop!r} names every row: there is nothing to select. Name fewer rows.")
     if recipe.budget is not None and recipe.n2 and recipe.budget < clusters and not recipe.is_limited:
         # Equal rows share a cluster, so there may be fewer clusters with rows than k.
         clusters = min(clusters, _distinct_rows(dataset, schema, clusters))

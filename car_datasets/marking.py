@@ -224,5 +224,8 @@ def open_examples(recipe: Recipe, token: str | None = None) -> Dataset:
         ValueError: there are none, or they cannot be scored.
     """
     assert recipe.like is not None
-    examples = open_dataset(recipe.like, token=token).with_format(None)
-    return check_rows(examples, schema=recipe.schema, columns=recipe.columns)
+    try:
+        examples = open_dataset(recipe.like, token=token).with_format(None)
+        return check_rows(examples, schema=recipe.schema, columns=recipe.columns)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"like={recipe.like!r}: {error}") from error

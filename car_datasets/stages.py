@@ -180,9 +180,13 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
     if twice:
         raise ValueError(f"The column name(s) {twice} are given to two new columns; name one of them differently.")
     # The names of the selection cannot be changed, so they are checked apart, by `check_columns`.
-    refuse_overwrite(
-        columns, marks_of(recipe), "dataset.rename_column(...) on it, or duplicates='keep' (--duplicates keep)"
-    )
+    if taken := [name for name in marks_of(recipe) if name in columns]:
+        found = {names.duplicate_of, names.duplicate_similarity}.intersection(taken)
+        copies = ", or pass duplicates='keep' (--duplicates keep)" if found else ""
+        raise ValueError(
+            f"The dataset has the column(s) {taken} already, in which rows would be marked for the selection. Rename them "
+            f"in the source, as dataset.rename_column({taken[0]!r}, ...) does{copies}."
+        )
     refuse_overwrite(columns, new, "score_column=, embedding_column= or cluster_column= (--score-column, ...)")
     check_columns(columns, (), SELECTION_COLUMNS)
 

@@ -8,7 +8,7 @@ Does not: fit clusters, or score an old row.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +34,8 @@ from car_datasets.curation import (
 from car_datasets.loading.languages import LANGUAGE_COLUMN
 from car_datasets.loading.schemas import Schema
 from car_datasets.loading.sources import Source
-from car_datasets.loading.values import carried
 from car_datasets.marking import add_contamination, add_copies_and_ranks, add_pins, decontaminator_of
-from car_datasets.receipt import TOPPED_UP, Receipt, describe_source, named_sets, pinned_source
+from car_datasets.receipt import TOPPED_UP, Receipt, describe_source, named_sets, pinned_source, with_digest
 from car_datasets.recipe import Recipe
 from car_datasets.results import (
     RESULT_FILES,
@@ -50,26 +49,26 @@ from car_datasets.results import (
 from car_datasets.scoring.stage import add_columns, say
 from car_datasets.selection.limits import parse_tokens
 from car_datasets.selection.marks.exclusions import KEEP, pinned_values
-from car_datasets.selection.marks.same_text import sides_of
+from car_datasets.selection.marks.pins import read_flags
+from car_datasets.selection.marks.resembling import resembling_rows
 from car_datasets.selection.procedures import find_procedure
 from car_datasets.selection.rule import SELECTION_COLUMNS
+from car_datasets.selection.strata import parse_quota
 from car_datasets.stages import Pipeline, resolve
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import embedding_batches, join_columns, read_clusters, read_numbers
 from car_datasets.utils.digests import file_digest
 from car_datasets.utils.files import UNFINISHED, claimed, output_path, user_path
-from car_datasets.utils.item_index import words_of
 from car_datasets.utils.processes import from_main, is_main_process
 
 Mask = npt.NDArray[np.bool_]
 
-# What may differ from the old recipe: how many rows to select, and where things are on this machine.
+# What may differ from the old recipe: how many rows to select, how to read the new ones, and where things are here.
 AMOUNTS = ("n1", "budget", "budget_tokens")
-PLACES = ("name", "split", "revision", "glob", "against", "scorer", "embedder", "tokenizer", "engine")
+READ = ("name", "split", "revision", "glob", "allow_worse")
+PLACES = (*READ, "against", "scorer", "embedder", "tokenizer", "engine", "budget_tokenizer")
+AND = " and "  # in the receipt, between the selection that stayed and what the user wanted to keep
 FAR = 0.99  # quantile of the distances of old rows to their centres
-GRAM = 4  # words of the n-grams by which old rows are found that may be copies
-SHARED = 0.3  # share of its n-grams that such a row has in common with new rows
-READ = 1_000  # rows of text in memory at a time
 PROJECTED = 8_192  # rows whose distances to all centres are in memory
 
 
@@ -142,8 +141,9 @@ def top_up(
         shard_dir (`str`, *optional*): a folder for finished shards of the new rows, as for [`curate`].
         overwrite (`bool`): replace a complete result in `output_dir`.
         changes: `n1`, `budget` or `budget_tokens`; without them the old numbers grow as the pool does. `name`, `split`,
-            `revision` and `glob` of the new source. `scorer`, `embedder`, `tokenizer` and `engine`, where they were
-            folders, and `against`, if the old rows were compared with evaluation sets: those that were used.
+            `revision` and `glob` of the new source, and `allow_worse`. `scorer`, `embedder`, `tokenizer`, `engine` and
+            `budget_tokenizer`, where they were folders, and `against`, if the old rows were compared with evaluation sets:
+            those that were used.
 
     Returns:
         [`ToppedUp`]: `(curated, drift)`.
@@ -156,6 +156,7 @@ def top_up(
     folder = output_path(output_dir)
     old = _read_old(user_path(result_dir))
     recipe = _recipe_of(old, changes)
+    _refuse_pins(old, recipe, reselect)
     if folder.resolve() == old.folder.resolve():
         raise ValueError(f"output_dir={str(output_dir)!r} is the old result, which is read; name a new folder.")
     replaced = files_to_replace(folder, find_procedure(recipe.procedure), overwrite, new_source)
@@ -216,7 +217,51 @@ def _recipe_of(old: _Old, changes: Mapping[str, Any]) -> Recipe:
             f"The old rows were compared with the evaluation sets {', '.join(recipe.against)}. Say where they are: "
             "against=[...] (--against FILE)."
         )
+    wanted = old.receipt.recipe.get("budget_tokenizer")
+    named = recipe.budget_tokenizer
+    # Only that of a folder has a digest, and is not to be found by its name alone.
+    if None not in (wanted, named) and (with_digest(str(named)) != wanted or (named == wanted and "@" in wanted)):
+        raise ValueError(
+            f"The tokens of the old rows were counted by {wanted}. Say where it is, if it was a folder: "
+            "budget_tokenizer=... (--budget-tokenizer)."
+        )
     return recipe
+
+
+def _refuse_pins(old: _Old, recipe: Recipe, reselect: bool) -> None:
+    """Raise ValueError if the old selection cannot stay, or what stayed before cannot be told from rows to keep."""
+    selected, scored, names = old.result.selected, old.result.scored, recipe.names
+    assert scored is not None
+    own = _own_keep(old, recipe)
+    if reselect:
+        if own != recipe.keep and own is not None and own not in scored.column_names:
+            raise ValueError(
+                f"{old.folder} was topped up itself: the rows that stayed there cannot be told from those of {own}, which "
+                "were to be kept. Select anew from the result before it, or curate again."
+            )
+        return
+    if not recipe.has_pins and names.pinned in scored.column_names:
+        raise ValueError(
+            f"The data has a column {names.pinned!r} of its own, which would name the rows that stay. Pass reselect=True "
+            "(--reselect), or rename the column in the source and curate again."
+        )
+    budget, used = recipe.budget, len(selected)
+    if recipe.budget_tokens is not None:
+        column = names.tokens if recipe.budget_tokenizer is None else names.budget_tokens
+        budget = parse_tokens(recipe.budget_tokens)
+        used = int(read_numbers(selected, column, 0).sum()) if column in selected.column_names else 0
+    if budget is not None and used > budget:
+        name = "budget" if recipe.budget_tokens is None else "budget_tokens"
+        raise ValueError(
+            f"{name}={getattr(recipe, name)!r} is below the {used:,} of the rows that were selected before, which stay. "
+            "Raise it, or pass reselect=True (--reselect)."
+        )
+
+
+def _own_keep(old: _Old, recipe: Recipe) -> str | None:
+    """Return what the user wanted to keep, also where the old result was topped up, which kept a selection as well."""
+    topped = old.receipt.source.get("kind") == TOPPED_UP and str(recipe.keep).startswith(f"{SELECTED_TABLE}@")
+    return (recipe.keep or "").partition(AND)[2] or None if topped else recipe.keep
 
 
 # --- the new rows
@@ -245,18 +290,22 @@ def _compute(
     stages = resolve(pinned_source(recipe, new.origin), token)
     _refuse_other_models(old, stages)
     # A column of the data names new rows as well; a file named old rows only.
-    keep, drop = (name if name in rows.column_names else None for name in (recipe.keep, recipe.drop))
+    own = _own_keep(old, recipe)
+    keep, drop = (name if name in rows.column_names else None for name in (own, recipe.drop))
     flags = replace(recipe, keep=keep, drop=drop)
-    rows, languages = add_before_scores(stages, add_pins(flags, rows, new.schema), new.schema, token)
+    # New rows need not have all values that a quota names, so for them it is a column only.
+    before = stages
+    if recipe.quota is not None:
+        before = replace(stages, recipe=stages.recipe.changed(quota=None, balance=parse_quota(recipe.quota)[0]))
+    rows, languages = add_before_scores(before, add_pins(flags, rows, new.schema), new.schema, token)
     rows = add_contamination(rows, decontaminator, token, shard_dir)
     labelled = stages.cluster(stages.score(rows, token=token, shard_dir=shard_dir), old.clusters)
     drift = _drift(old, labelled, recipe.names)
     say(drift.sentence())
-    if not reselect:
-        recipe = recipe.changed(keep=f"{SELECTED_TABLE}@{file_digest(old.folder / SELECTED_TABLE)}")
+    stay = f"{SELECTED_TABLE}@{file_digest(old.folder / SELECTED_TABLE)}"
+    kept = own if reselect else stay if own is None else f"{stay}{AND}{own}"
     pool, count = _joined(old, labelled, recipe, reselect), len(old.result.scored or ())
-    growth = 1.0 if has_amount else len(pool) / count
-    stages = replace(stages, recipe=_grown(stages.recipe.changed(keep=recipe.keep), growth))
+    stages = replace(stages, recipe=_grown(stages.recipe, kept, 1.0 if has_amount else len(pool) / max(1, count)))
     pool = _with_copies(stages, pool, count, new.schema, token)
     stages = replace(stages, recipe=settled(stages.recipe, pool).changed(against=sets))
     curated, overview = select_and_report(stages, ranked(stages.recipe, pool), new.schema, languages)
@@ -275,7 +324,7 @@ def _checked(old: _Old, new: OpenSource, recipe: Recipe) -> Dataset:
         )
     names = recipe.names
     added = {*names.diagnostics, names.score, names.cluster, names.embedding, names.within, names.language, names.index}
-    added |= {*marks_of(recipe), *SELECTION_COLUMNS, names.duplicate_of, names.duplicate_similarity, names.pinned}
+    added |= {*marks_of(recipe), *SELECTION_COLUMNS}
     added |= {column for column in (LANGUAGE_COLUMN, names.kind) if column in recipe.grouped_by}
     own = {column for column in scored.column_names if column not in added}
     given = {column for column in new.dataset.column_names if column not in added}
@@ -335,12 +384,14 @@ def _told(old: _Old, new: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": TOPPED_UP, **digests, "old": receipt.source, "new": dict(new)}
 
 
-def _grown(recipe: Recipe, growth: float) -> Recipe:
-    """Return a recipe whose numbers of rows or tokens have grown by a factor; shares of the rows stay as they are."""
-    amounts = {name: getattr(recipe, name) for name in AMOUNTS}
-    if isinstance(amounts["budget_tokens"], str):
-        amounts["budget_tokens"] = parse_tokens(amounts["budget_tokens"])
-    return recipe.changed(**{n: round(v * growth) for n, v in amounts.items() if isinstance(v, int)})
+def _grown(recipe: Recipe, keep: str | None, factor: float) -> Recipe:
+    """Return the recipe of the selection, its numbers of rows or tokens grown by a factor; shares stay as they are."""
+    grown: dict[str, Any] = {"keep": keep}
+    for name in AMOUNTS:
+        value = getattr(recipe, name)
+        if isinstance(value, (int, str)):
+            grown[name] = round((parse_tokens(value) if isinstance(value, str) else value) * factor)
+    return recipe.changed(**grown)
 
 
 # --- both together
@@ -350,15 +401,23 @@ def _joined(old: _Old, new: Dataset, recipe: Recipe, reselect: bool) -> Dataset:
     """Return the old rows and then the new ones, with the same columns; rows of the old selection are pinned."""
     scored, names = old.result.scored, recipe.names
     assert scored is not None
-    marks = [names.duplicate_of, names.duplicate_similarity, names.within]
+    own = _own_keep(old, recipe)
+    copies = [] if recipe.marking == "keep" else [names.duplicate_of, names.duplicate_similarity]
+    marks = [*copies, names.within]
+    if reselect and recipe.keep is not None and recipe.drop is None and own is None:
+        marks.append(names.pinned)
     if names.embedding not in scored.column_names:
         vectors = pa.nulls(len(scored), new.data.column(names.embedding).type)
         scored = _with(scored, names.embedding, vectors, new.features[names.embedding])
-    if recipe.keep is not None or recipe.drop is not None:
+    if recipe.has_pins or not reselect:
         chosen = set() if reselect else set(old.result.selected[names.index][:])
-        words = pinned_values(scored).tolist()
+        marked = pinned_values(scored)
+        if reselect and own != recipe.keep:  # what stayed before need not stay now
+            wanted = np.zeros(len(scored), dtype=bool) if own is None else read_flags(scored, own, "keep")
+            marked = np.where((marked == KEEP) & ~wanted, "", marked)
         words = [
-            KEEP if index in chosen else word or None for index, word in zip(scored[names.index][:], words, strict=True)
+            KEEP if index in chosen else word or None
+            for index, word in zip(scored[names.index][:], marked.tolist(), strict=True)
         ]
         scored = _with(scored, names.pinned, pa.array(words, pa.string()), Value("string"))
         if names.pinned not in new.column_names:
@@ -383,7 +442,7 @@ def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema, to
     vectors = pool.data.column(names.embedding) if names.embedding in pool.column_names else None
     if recipe.marking != "keep" and vectors is not None and vectors.null_count:
         old, new = pool.select(range(count)), pool.select(range(count, len(pool)))
-        rows = _resembling(old, new, schema)
+        rows = resembling_rows(old, new, schema)
         say(f"{len(rows):,} of {count:,} old rows share words with new ones, and are embedded again to compare them.")
         pool = concatenate_datasets([_embedded(stages, old, rows), new])
     marked = add_copies_and_ranks(stages, pool, schema, token)
@@ -402,41 +461,6 @@ def _embedded(stages: Pipeline, rows: Dataset, places: npt.NDArray[np.int64]) ->
     at = np.full(len(rows), -1, dtype=np.int64)
     at[places] = np.arange(len(places))
     return _with(rows, column, vectors.take(pa.array(at, mask=at < 0)), feature)
-
-
-def _resembling(old: Dataset, new: Dataset, schema: Schema) -> npt.NDArray[np.int64]:
-    """Return the old rows that have many n-grams of words in common with new rows; all others differ too much."""
-    numbers: dict[str, int] = {}
-    codes = np.random.default_rng(4).integers(1, 1 << 63, 1, dtype=np.uint64)
-    known: list[npt.NDArray[np.uint64]] = []
-    for words in _words(new, schema):
-        ids = [numbers.setdefault(word, len(numbers) + 1) for word in words]
-        known.append(_grams(np.array(ids, dtype=np.uint64), codes[0]))
-    grams = np.unique(np.concatenate([*known, np.zeros(0, dtype=np.uint64)]))
-    rows = []
-    for row, words in enumerate(_words(old, schema)):
-        found = _grams(np.array([numbers.get(word, 0) for word in words], dtype=np.uint64), codes[0])
-        at = np.searchsorted(grams, found)
-        if len(found) and np.mean(grams[np.minimum(at, len(grams) - 1)] == found) >= SHARED:
-            rows.append(row)
-    return np.array(rows, dtype=np.int64)
-
-
-def _grams(ids: npt.NDArray[np.uint64], base: np.uint64) -> npt.NDArray[np.uint64]:
-    """Return hashes of the n-grams of a text; of one that is shorter, of all of it."""
-    length = min(GRAM, len(ids))
-    hashes = np.zeros(max(0, len(ids) - length + 1) if length else 0, dtype=np.uint64)
-    for start in range(length):
-        hashes = hashes * (base | np.uint64(1)) + ids[start : start + len(hashes)]
-    return hashes
-
-
-def _words(rows: Dataset, schema: Schema) -> Iterator[list[str]]:
-    """Yield the words of each row, prompt and answer."""
-    read = [name for name in schema.read_columns if name in rows.column_names]
-    for batch in carried(rows.select_columns(read).with_format(None)).iter(batch_size=READ):
-        for sides in sides_of(batch, schema):
-            yield [] if sides is None else words_of(f"{sides.prompt}\n{sides.answer}")
 
 
 def _drift(old: _Old, new: Dataset, names: ColumnNames) -> Drift:

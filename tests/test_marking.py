@@ -142,6 +142,10 @@ def test_other_rules_and_budgets(
         ({"like": "no-such.jsonl"}, "no-such.jsonl"),
         ({"against": ("no-such.jsonl",)}, "no-such.jsonl"),
         ({"budget_tokens": "1k", "budget_tokenizer": "/no/such"}, "has no tokenizer.json"),
+        ({"drop": "all"}, "drop='all' names every row"),
+        ({"drop": "empty.json"}, r"drop='empty.json': .* is an empty list"),
+        ({"like": "empty.json"}, r"like='empty.json': .* is an empty list"),
+        ({"keep": "gold", "index_column": "id"}, r"has the column\(s\) \['pinned'\] already"),
     ],
 )
 def test_what_is_not_there_is_refused_before_anything_is_scored(
@@ -149,9 +153,13 @@ def test_what_is_not_there_is_refused_before_anything_is_scored(
 ) -> None:
     from car_datasets.stages import Pipeline
 
+    monkeypatch.chdir(tmp_path)
+    Path("empty.json").write_text("[]")
     monkeypatch.setattr(Pipeline, "score", lambda *_, **__: pytest.fail("rows were scored"))
+    more = {"pinned": 1, "id": "a"} if "index_column" in settings else {"all": True}
+    rows = [{**row, **more} for row in records()]
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        curate(records(), None, scorer=tiny_iqs, **settings)
+        curate(rows, None, scorer=tiny_iqs, **settings)
 
 
 def test_select_marks_what_it_is_told_to(folder: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:

@@ -85,6 +85,31 @@ def test_what_was_chosen_stays(old: Path, models: dict[str, str], tmp_path: Path
     again = top_up(tmp_path / "out", rows_of(range(50, 53)), tmp_path / "more", **models)
     assert len(again.curated.scored) == ALL + 3
     assert set(selected["source_index"][:]) <= set(again.curated.selected["source_index"][:])
+    # Selected anew, what stayed in between need not stay.
+    anew = top_up(tmp_path / "out", rows_of(range(50, 53)), tmp_path / "anew", reselect=True, **models).curated
+    assert "pin" not in anew.selected["selected_by"][:] and "pinned" not in anew.scored.column_names
+
+
+def test_a_quota_grows_with_rows_that_lack_one_of_its_values(models: dict[str, str], tmp_path: Path) -> None:
+    rows = [{**row, "source": "ab"[i % 2], "gold": i in (3, 37)} for i, row in enumerate(every_row()[:40])]
+    settings = {"quota": "source=a:0.5,b:0.5", "budget_tokens": "300", "keep": "gold", "k": 4, "n2": 0, **models}
+    curate(rows[:OLD], tmp_path / "old", **settings)
+    new = [{**row, "source": "a"} for row in rows[OLD:]]
+    topped = top_up(tmp_path / "old", new, tmp_path / "out", budget_tokens=600, **models).curated
+    assert 37 in topped.selected["source_index"][:] and sum(topped.selected["iqs_tokens"][:]) <= 600
+    grown = top_up(tmp_path / "old", new, tmp_path / "anew", reselect=True, **models)
+    assert Receipt.read(tmp_path / "anew").recipe["budget_tokens"] == round(300 * 40 / OLD)
+    # The rows to keep are still known after a top-up, and those that only stayed are not kept.
+    again = top_up(
+        tmp_path / "out",
+        [{**rows_of(range(60, 61))[0], "source": "b", "gold": True}],
+        tmp_path / "more",
+        reselect=True,
+        **models,
+    ).curated
+    by = dict(zip(again.selected["source_index"][:], again.selected["selected_by"][:], strict=True))
+    assert {index for index, reason in by.items() if reason == "pin"} == {3, 37, 40}
+    assert verify(tmp_path / "more").matches and len(grown.curated.scored) == 40
 
 
 @pytest.mark.slow
@@ -118,6 +143,7 @@ def test_selected_anew_it_equals_a_run_over_all_rows_at_the_same_centres(
         ),
         (None, {"seed": 3}, "seed cannot be changed for new rows alone"),
         (None, {"n1": 3, "budget": 9}, "n1 and budget are both given"),
+        (None, {"budget": 3}, "is below the .* of the rows that were selected before"),
     ],
 )
 def test_bad_input_is_refused(

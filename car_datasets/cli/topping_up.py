@@ -30,9 +30,9 @@ _AGAIN = "Where the {} is, if it was a folder when the old rows were curated."
 @app.command("top-up", rich_help_panel=PUBLISHING, epilog="Example: car-datasets top-up out new.json --output out-2")
 @one_line_errors
 @recipe_options(
-    *("n1", "budget", "budget_tokens", "name", "split", "revision", "glob"),
+    *("n1", "budget", "budget_tokens", "name", "split", "revision", "glob", "allow_worse"),
     against="Compare the new rows with these evaluation sets, which must be those of the old rows.",
-    **{name: _AGAIN.format(name) for name in ("scorer", "embedder", "tokenizer", "engine")},
+    **{name: _AGAIN.format(name) for name in ("scorer", "embedder", "tokenizer", "engine", "budget_tokenizer")},
 )
 @add_options("shards", "overwrite", "token")
 def top_up(

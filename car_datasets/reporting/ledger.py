@@ -79,20 +79,37 @@ def _why_left_out(overview: Overview, row: int, status: str) -> str:
         return f": it has no score{'' if status == 'unknown' else f' ({status})'}"
     score = _by_score(overview, row)
     if BY_LIKE in overview.rules:
-        return f": {_among_alike(overview, row)}"
+        place = overview.value_of(ColumnNames.like_rank, row)
+        bound = "" if place is None else _full_bound(overview, row, place)
+        return f": {bound}{'; it is ' if bound else ''}{_among_alike(overview, row)}"
     if BY_GAIN in overview.rules:
-        return f": it would have added less to what is covered than the rows that were taken; it is {score}"
+        return f": {_too_little_gain(overview, row)}; it is {score}"
     return _passed_over(overview, row, score)
+
+
+def _too_little_gain(overview: Overview, row: int) -> str:
+    """Return why the rule `gain` did not take a row, with the bounds under which rows were compared."""
+    asked, groups = overview.asked, overview.groups
+    share = f" of {asked.groups} {groups[row]}, which has a quota" if asked and groups is not None else ""
+    least = f"it would have added less to what is covered than the rows that were taken{share}"
+    return f"{least}, or did not fit into the budget in tokens" if asked and asked.tokens else least
+
+
+def _full_bound(overview: Overview, row: int, rank: int) -> str:
+    """Return which bound kept a row out that comes before the last one that was taken, `""` if none did."""
+    asked, groups, last = overview.asked, overview.groups, overview.last_ranks
+    if asked is not None and groups is not None and last.get(groups[row], 0) < rank < last[None]:
+        return f"the quota of {asked.groups} {groups[row]} was full"
+    if asked is not None and asked.tokens and rank < last[None]:
+        return "it did not fit into what was left of the budget in tokens"
+    return ""
 
 
 def _passed_over(overview: Overview, row: int, score: str) -> str:
     """Return why CaR's rule did not take a row that it could have taken."""
     rank, cluster = int(overview.score_ranks[row]), _in_cluster(overview, row)
-    asked, groups, last = overview.asked, overview.groups, overview.last_ranks
-    if asked is not None and groups is not None and last.get(groups[row], 0) < rank < last[None]:
-        return f": the quota of {asked.groups} {groups[row]} was full; it is {score}"
-    if asked is not None and asked.tokens and rank < last[None]:
-        return f": it did not fit into what was left of the budget in tokens; it is {score}"
+    if bound := _full_bound(overview, row, rank):
+        return f": {bound}; it is {score}"
     within = int(overview.cluster_ranks[row])
     # n1 and n2 follow from the selection, which need not be CaR's.
     if not overview.bounded and (rank <= overview.by_score or 0 < within <= overview.by_cluster):
@@ -102,7 +119,12 @@ def _passed_over(overview: Overview, row: int, score: str) -> str:
 
 def _by_score(overview: Overview, row: int) -> str:
     rank = f"rank {int(overview.score_ranks[row]):,} of {overview.eligible_rows:,} by score"
-    return rank if overview.bounded else f"{rank}, where the best {overview.by_score:,} are taken"
+    # Under the rule `gain`, a rank by score decides on nothing.
+    return (
+        rank
+        if overview.bounded or BY_GAIN in overview.rules
+        else f"{rank}, where the best {overview.by_score:,} are taken"
+    )
 
 
 def _in_cluster(overview: Overview, row: int) -> str:

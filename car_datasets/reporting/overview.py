@@ -22,6 +22,7 @@ from car_datasets.selection.marks.exclusions import excluded_from
 from car_datasets.selection.rule import (
     BY_BOTH,
     BY_CLUSTER,
+    BY_LIKE,
     BY_PIN,
     BY_SCORE,
     SELECTION_COLUMNS,
@@ -266,13 +267,18 @@ class Overview:
 
     @cached_property
     def last_ranks(self) -> dict[str | None, int]:
-        """Return the last rank that was taken by score, in each group and, under `None`, of all; 0 where none was."""
-        taken = self.positions[np.isin(self.selected_by, (BY_SCORE, BY_BOTH))]
-        last: dict[str | None, int] = {None: int(self.score_ranks[taken].max()) if len(taken) else 0}
+        """Return the last rank that was taken by score, in each group and, under `None`, of all; 0 where none was.
+
+        Rows that were taken as ones like the examples have their place in the round robin as their rank.
+        """
+        by_like = BY_LIKE in self.rules
+        taken = self.positions[np.isin(self.selected_by, (BY_SCORE, BY_BOTH, BY_LIKE))]
+        ranks = read_numbers(self.pool, ColumnNames.like_rank, 0).astype(np.int64) if by_like else self.score_ranks
+        last: dict[str | None, int] = {None: int(ranks[taken].max()) if len(taken) else 0}
         if self.groups is not None:
             for row in taken.tolist():
                 group = self.groups[row]
-                last[group] = max(last.get(group, 0), int(self.score_ranks[row]))
+                last[group] = max(last.get(group, 0), int(ranks[row]))
         return last
 
     def value_of(self, column: str, row: int) -> Any:

@@ -156,8 +156,10 @@ def _check(limits: Limits, rows: int) -> None:
 def _refuse_pins(room: Room) -> None:
     """Raise ValueError if the pinned rows, which have just been taken, exceed the budget or a quota."""
     if room.left < 0:
+        # Costs other than one per row are tokens.
+        name = "budget" if room.limits.costs is None else "budget_tokens"
         raise ValueError(
-            f"budget={room.limits.budget} is below the {room.limits.budget - room.left} that the {len(room.pinned)} "
+            f"{name}={room.limits.budget} is below the {room.limits.budget - room.left} that the {len(room.pinned)} "
             "pinned rows cost. Raise the budget, or pin fewer rows."
         )
     if over := [(stratum, left) for stratum, left in enumerate(room.quotas_left) if left < 0]:

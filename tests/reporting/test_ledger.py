@@ -85,6 +85,9 @@ def test_likeness_has_places_of_its_own(pool: Dataset) -> None:
     for i in set(kept) - {15}:
         assert f"most like the examples: place {ROWS - i} in the round robin" in lines[i]
     assert "place 20 in the round robin" in lines[0]
+    lines, _ = told(pool, budget=6, like="examples.json", quota="source=web:0.5,book:0.5")
+    assert "the quota of source book was full; it is place 4 in the round robin" in lines[16]
+    assert "quota" not in lines[8]
     assert any("as most like the examples" in line for line in SelectionReport.from_overview(overview).sentences())
 
 

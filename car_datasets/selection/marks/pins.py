@@ -101,7 +101,10 @@ def _marked(dataset: Dataset, value: str | None, name: str, index_column: str, t
             f"{name}={value!r} is neither a column of the data ({dataset.column_names}) nor a file. Name a boolean column, "
             "or a file of rows in JSON, JSON Lines, CSV or Parquet."
         )
-    rows = open_dataset(value).with_format(None)
+    try:
+        rows = open_dataset(value).with_format(None)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}") from error
     if index_column in rows.column_names and index_column in dataset.column_names:
         return _by_index(dataset, rows, value, name, index_column)
     columns = [column for column in rows.column_names if column in dataset.column_names]
