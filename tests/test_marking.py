@@ -156,8 +156,8 @@ def test_what_is_not_there_is_refused_before_anything_is_scored(
     monkeypatch.chdir(tmp_path)
     Path("empty.json").write_text("[]")
     monkeypatch.setattr(Pipeline, "score", lambda *_, **__: pytest.fail("rows were scored"))
-    more = {"pinned": 1, "id": "a"} if "index_column" in settings else {"all": True}
-    rows = [{**row, **more} for row in records()]
+    taken = {"pinned": 1} if "index_column" in settings else {}
+    rows = [{**row, **taken, "all": True, "id": i} for i, row in enumerate(records())]
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         curate(rows, None, scorer=tiny_iqs, **settings)
 
