@@ -146,6 +146,8 @@ def carry_out(
             for run in (run for run in experiment.runs if run.seed == seed):
                 done.append(work.finished(run, rate))
                 progress.passed(sum(len(each.run.rows) for each in done))
+    # The base model is the caller's: a further experiment with it must not start from the weights of the last run.
+    work.restore()
     settings = {**before["settings"], "learning_rate": rate}
     return Outcome(done, before["nats"], before["answers"], rate, validation, settings)
 
@@ -176,6 +178,11 @@ class _Work:
         if self._tuner is None:
             self._tuner = Tuner(self.base, self.experiment.rows, self.schedule, self.device)
         return self._tuner
+
+    def restore(self) -> None:
+        """Put the weights of the base model back to where every run starts, if a run has changed them."""
+        if self._tuner is not None:
+            self._tuner.restore()
 
     def kept(self, key: Mapping[str, Any], compute: Any) -> dict[str, Any]:
         """Return what a file holds for a key, or compute and write it."""

@@ -150,9 +150,9 @@ hub.commit_dataset = say_and_wait
 push_selection(Dataset.from_dict({"a": ["private"]}), "me/x")
 """,
     "check": """
-from car_datasets.publishing import verification
-verification.load_split = say_and_wait
-verification.compare_pushed("me/x", "0" * 40, {"a": Dataset.from_dict({"a": ["private"]})}, "default", None)
+from car_datasets.publishing import comparing
+comparing.load_split = say_and_wait
+comparing.compare_pushed("me/x", "0" * 40, {"a": Dataset.from_dict({"a": ["private"]})}, "default", None)
 """,
     "explore": """
 from car_datasets import exploring
