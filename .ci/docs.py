@@ -3,6 +3,8 @@
 Usage: `python .ci/docs.py build/docs`.
 """
 
+import builtins
+import dataclasses
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +20,8 @@ warnings.filterwarnings("ignore", "Cannot determine where")
 # Our stubs only list names. For a module that has one, pdoc evaluates the signatures of all inherited methods, and those
 # of transformers name types of packages that are not installed.
 pdoc.doc_pyi.include_typeinfo_from_stub_files = lambda module: None
+# A dataclass may inherit fields from one of another module; pdoc evaluates their types in that of the subclass.
+builtins.InitVar = dataclasses.InitVar  # type: ignore[attr-defined]
 # Names are loaded on first use, but pdoc documents only those that are in the module already.
 for name in car_datasets.__all__:
     setattr(car_datasets, name, getattr(car_datasets, name))
