@@ -569,7 +569,7 @@ def test_a_pushed_selection_is_verified_from_the_hub(
         assert line in card
     hub.commit("you/rows", {"data/train-00000-of-00001.parquet": b"no longer what it was"})
     done = hub.run(command, "verify", "me/car", "--rescore", "9", "--scorer", tiny_iqs, check=True)
-    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 16
+    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 17
     hub.run(command, "push", tmp_path / "out", "me/small", "--also", "none", check=True)
     done = hub.run(command, "verify", "me/small", check=True)
     assert "not checked: the choice, the counts and the pool: there is no split 'scored'" in done.stdout
