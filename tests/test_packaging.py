@@ -1,5 +1,6 @@
 """configs/ and hub_cards/ are in the wheel, and are found from a wheel, an editable install and a checkout."""
 
+import configparser
 import os
 import subprocess
 import sys
@@ -40,6 +41,14 @@ def test_found_in_a_checkout(tmp_path: Path) -> None:
     assert lines[:2] == [str(expected("configs")), str(expected("hub_cards"))]
     assert expected("configs")
     assert expected("hub_cards")
+
+
+def test_every_folder_of_modules_is_a_package_of_the_wheel() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg", encoding="utf-8")
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "car_datasets").rglob("__init__.py")}
+    packages = {".".join(folder.parts) for folder in folders}
+    assert set(settings["options"]["packages"].split()) == packages | {"car_datasets.configs", "car_datasets.hub_cards"}
 
 
 @pytest.mark.slow
