@@ -559,7 +559,7 @@ def test_a_pushed_selection_is_verified_from_the_hub(
     header = b"---\nlicense: cc-by-4.0\nlicense_link: somewhere\nlanguage:\n- de\n---\n# Rows\n"
     source = hub.commit("you/rows", {"data/train-00000-of-00001.parquet": rows.read_bytes(), "README.md": header})
     command = "from car_datasets.cli import app\napp()"
-    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "5", "--k", "3"]
+    models = ["--scorer", tiny_iqs, "--embedder", tiny_embedder, "--n1", "5", "--k", "3", "--duplicates", "keep"]
     hub.run(command, "curate", "you/rows", "--output", tmp_path / "out", *models, "--push", "me/car", check=True)
     receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
     assert receipt["source"] == {"kind": "hub", "id": "you/rows", "revision": source}
@@ -569,7 +569,7 @@ def test_a_pushed_selection_is_verified_from_the_hub(
         assert line in card
     hub.commit("you/rows", {"data/train-00000-of-00001.parquet": b"no longer what it was"})
     done = hub.run(command, "verify", "me/car", "--rescore", "9", "--scorer", tiny_iqs, check=True)
-    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 17
+    assert done.stdout.splitlines()[-1] == "match" and len(done.stdout.splitlines()) == 16
     hub.run(command, "push", tmp_path / "out", "me/small", "--also", "none", check=True)
     done = hub.run(command, "verify", "me/small", check=True)
     assert "not checked: the choice, the counts and the pool: there is no split 'scored'" in done.stdout
