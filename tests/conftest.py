@@ -351,3 +351,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(QualityScorer, "__call__", watched)
     return seen
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: several wait for each other longer than these models take."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

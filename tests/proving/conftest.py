@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +46,3 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("llama"))
     save_llama(folder)
     return folder
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: several wait for each other longer than these models take."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from tests.scoring.tiny_models import TEMPLATE, save_classifier, save_language_model
 
@@ -28,12 +25,3 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         )
         for kind in ("llama", "gpt2", "gemma2")
     }
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: several wait for each other longer than these models take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
