@@ -20,6 +20,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.table import InMemoryTable
 
 from car_datasets.choosing import marks_of, ranked, settled
+from car_datasets.clustering.fitting import project
 from car_datasets.clustering.model import CLUSTER_MODEL_FILES, ClusterModel
 from car_datasets.curation import (
     Curated,
@@ -473,7 +474,7 @@ def _drift(old: _Old, new: Dataset, names: ColumnNames) -> Drift:
     rows, beyond, outside = 0, 0, 0
     for matrix, _ in embedding_batches(new, names.embedding):
         for start in range(0, len(matrix), PROJECTED):
-            points = (matrix[start : start + PROJECTED] - model.mean) @ model.components.T
+            points = project(matrix[start : start + PROJECTED], model.mean, model.components)
             squares = (points**2).sum(axis=1)[:, None] + (model.centers**2).sum(axis=1) - 2 * points @ model.centers.T
             each = np.sqrt(np.maximum(squares, 0))
             rows += len(each)
