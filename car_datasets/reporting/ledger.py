@@ -136,7 +136,6 @@ def _in_cluster(overview: Overview, row: int) -> str:
 
 def _among_alike(overview: Overview, row: int) -> str:
     place = overview.value_of(ColumnNames.like_rank, row)
-    taken = int(np.count_nonzero(overview.selected_by == BY_LIKE))
     if place is None:
         return "it has no embedding, by which to compare it with the examples"
-    return f"place {place:,} in the round robin over the examples, where {taken:,} rows are taken"
+    return f"place {place:,} in the round robin over the examples, where {overview.by_like:,} rows are taken"

@@ -232,6 +232,11 @@ class Overview:
         return int(np.count_nonzero(self.selected_by != BY_CLUSTER))
 
     @cached_property
+    def by_like(self) -> int:
+        """Return the number of rows that were taken for their likeness to examples."""
+        return int(np.count_nonzero(self.selected_by == BY_LIKE))
+
+    @cached_property
     def by_cluster(self) -> int:
         """Return the n2 of the selection: the number of rows taken from every cluster that has so many."""
         picks = self.positions[np.isin(self.selected_by, (BY_CLUSTER, BY_BOTH))]
