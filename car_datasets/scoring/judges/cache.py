@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import random
 import sqlite3
 import threading
 import time
@@ -130,8 +131,7 @@ class JudgeCache:
         with self._explaining():
             self._file = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
             try:
-                # With a log of its own a commit waits for no disk, and survives the death of the process.
-                self._file.execute("PRAGMA journal_mode=WAL")
+                self._keep_a_log()
                 self._file.execute("PRAGMA synchronous=NORMAL")
                 with self._writing():
                     self._make_tables()
@@ -144,6 +144,19 @@ class JudgeCache:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def _keep_a_log(self) -> None:
+        """Let a commit be written to a log, so that it waits for no disk and survives the death of the process."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._file.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                # SQLite does not wait its timeout here: it fails at once while another process does the same.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01 * (1 + random.random()))
 
     def _make_tables(self) -> None:
         version = self._one("PRAGMA user_version")[0]

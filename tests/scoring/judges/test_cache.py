@@ -1,10 +1,12 @@
 """cache.py: one process makes a call, all share the answer, and the cap holds for all together, also after a kill."""
 
+import contextlib
 import json
 import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -81,6 +83,19 @@ def test_a_call_of_another_machine_is_waited_for_until_its_time_is_over(path: Pa
     with JudgeCache(path) as cache:
         assert isinstance(cache.begin("a", MOST, Caps(), 60), Wait)
         begin(cache, "b")
+
+
+def test_a_file_that_another_process_is_making_is_waited_for(path: Path) -> None:
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("CREATE TABLE made (x)")
+        other.execute("DROP TABLE made")
+        timer = threading.Timer(0.3, other.execute, ["COMMIT"])
+        timer.start()
+        with JudgeCache(path) as cache:
+            assert cache.spent() == Spent(0, 0, 0)
+        timer.join()
 
 
 def spend(path: Path) -> int:
