@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import sys
@@ -27,18 +29,25 @@ def commands(block: str) -> list[str]:
     return [line.removeprefix("car-datasets ") for line in block.splitlines() if line.startswith("car-datasets ")]
 
 
+def lines_without_numbers(text: str) -> list[str]:
+    """Return the lines of an output with one space between words and `#` for each number, which a machine may change."""
+    return [re.sub(r"\d[\d.,]*", "#", " ".join(line.split())) for line in text.splitlines()]
+
+
 def run_page(text: str) -> tuple[dict[str, object], str]:
     """Run the snippets and commands of a page in the current folder.
 
     Returns:
-        `(names, printed)`: what the snippets have defined, and what the commands have printed.
+        `(names, printed)`: what the snippets have defined, and what snippets and commands have printed.
     """
     page = ModuleType("page")
     sys.modules["page"] = page  # a dataclass looks its module up
     printed = []
     for language, block in blocks(text):
         if language == "python":
-            exec(compile(block, "page", "exec"), vars(page))
+            with contextlib.redirect_stdout(io.StringIO()) as shown:
+                exec(compile(block, "page", "exec"), vars(page))
+            printed.append(shown.getvalue())
         elif language == "sh":
             for line in commands(block):
                 name, *words = shlex.split(line, comments=True)

@@ -20,12 +20,12 @@ from typer.main import get_command
 import car_datasets
 from car_datasets import ColumnNames, Recipe
 from car_datasets.cli import app
-from car_datasets.loading import SCHEMAS, chats
+from car_datasets.loading import chats
 from car_datasets.scoring.conversations import NOT_RENDERED
 from car_datasets.scoring.judges import endpoint, judge
 from tests.conftest import ROOT, on_one_thread
 from tests.hub_server import Hub
-from tests.pages import blocks, commands, run_page
+from tests.pages import blocks, commands, lines_without_numbers, run_page
 
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
@@ -86,8 +86,11 @@ def folder(prepared: Path, tmp_path: Path, request: pytest.FixtureRequest, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
-def test_a_page_runs(name: str, folder: Path, one_thread: None) -> None:
-    run_page(PAGES[name])
+def test_a_page_runs_and_prints_what_it_shows(name: str, folder: Path, one_thread: None) -> None:
+    _, printed = run_page(PAGES[name])
+    lines = lines_without_numbers(printed)
+    for shown in (block for language, block in blocks(PAGES[name]) if language == "text"):
+        assert [line for line in lines_without_numbers(shown) if line not in lines] == []
 
 
 @pytest.mark.slow
@@ -155,7 +158,7 @@ def test_commands_and_settings_are_written_from_the_code() -> None:
     assert [f.name for f in fields(Recipe) if f"| `{f.name}` |" not in page] == []
 
 
-def test_every_status_schema_and_column_is_explained() -> None:
+def test_every_status_and_column_is_explained() -> None:
     statuses = re.findall(
         r'^[A-Z_]+ = "([a-z_]+)"', Path(chats.__file__).read_text(encoding="utf-8"), flags=re.MULTILINE
     )
@@ -163,7 +166,6 @@ def test_every_status_schema_and_column_is_explained() -> None:
     statuses += [endpoint.NO_ANSWER, endpoint.REJECTED, endpoint.CAP_REACHED]
     assert len(statuses) > 15
     assert [each for each in statuses if f"`{each}" not in PAGES["reference/statuses.md"]] == []
-    assert [each for each in SCHEMAS if f"`{each}`" not in PAGES["reference/schemas.md"]] == []
     names = ColumnNames(language="language")
     columns = [getattr(names, each) for each in dir(names) if not each.startswith("_")]
     columns = [each for each in columns if isinstance(each, str)]
