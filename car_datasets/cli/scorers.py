@@ -165,6 +165,13 @@ def train(
     engine=option(
         str | None, "Also measure the int8 encoder in this folder, and compare it with float32.", panel=SCORING
     ),
+    corruptions=option(
+        bool | None,
+        "Of several scorers, also score corrupted copies of the rows, which takes twelve times as long.  [default: with "
+        "--pairs]",
+        None,
+        "--corruptions/--no-corruptions",
+    ),
     samples=option(int | None, f"Draw this many bootstrap samples per interval.  [default: {BOOTSTRAP_SAMPLES}]"),
     seed=option(int, "Seed bootstrap and corruptions with this number.", 0),
 )
@@ -196,6 +203,8 @@ def evaluate(
         return
     model = kind_of(models[0])[1]
     pairs, ratings = options["pairs"], options["ratings"]
+    if options["corruptions"] is not None:
+        raise ValueError("--corruptions is for several scorers, or one that is no IQS model; leave it out.")
     _refuse_missing(options, other)
     from car_datasets.training.agreement import evaluate_ratings, refuse_one_class
     from car_datasets.training.pairs import read_pairs
@@ -274,6 +283,7 @@ def _compare(
     _refuse_missing(options, None)
     _refuse_json(json_, models)
     pairs = [] if options["pairs"] is None else read_pairs(options["pairs"])
+    corruptions = bool(pairs) if options["corruptions"] is None else options["corruptions"]
     ratings = None if options["ratings"] is None else read_ratings(options["ratings"])
     # A row that cannot be scored is counted, and left out for all.
     found = {name: find_scorer(name, options["token"], on_invalid="mark") for name in models}
@@ -282,6 +292,7 @@ def _compare(
         {name: Judge(scorer, scorer.output_column) for name, scorer in found.items()},
         ratings=ratings,
         pairs=pairs,
+        corruptions=corruptions,
         **drawing,
     )
     for table in compared.to_tables():

@@ -52,11 +52,12 @@ def test_several_are_compared_in_the_same_tables(
     assert done.exit_code == 0, done.output
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures["scorers"]) == names and list(figures["agreement"]) == [*names, "length", "random"]
-    assert figures["rows"] == 24 and len(figures["between"]) == 6
+    assert figures["rows"] == 24 and len(figures["between"]) == 10 and figures["corruptions"] == {}
     for arguments, message in (
         ([names[0], names[0], *options[:2]], "named twice"),
         ([*names, *options[:2], "--former", tiny_iqs], "--former is for one IQS model alone"),
         ([*names], "name at least one"),
+        ([names[0], *options[:2], "--no-corruptions"], "--corruptions is for several"),
     ):
         failed = CliRunner().invoke(app, ["evaluate", *arguments])
         assert failed.exit_code == 2 and message in failed.stderr, failed.stderr
