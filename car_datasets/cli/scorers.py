@@ -21,10 +21,11 @@ from car_datasets.cli.app import (
     one_line_errors,
     option,
     parse_new_path,
-    print_table,
     quiet_models,
     recipe_options,
 )
+from car_datasets.cli.next_steps import after_evaluate, after_prepare, after_quantise, after_scorer, after_train
+from car_datasets.cli.printing import print_table, suggest, tell
 from car_datasets.recipe import SCORING, Recipe
 from car_datasets.utils.files import claimed, fresh_folder, output_path, take_claim, without_nan, write_content
 from car_datasets.utils.processes import launched_rank
@@ -67,12 +68,13 @@ def prepare(
     with claimed(output, ("prepare", revisions, drop, seed, clean, similarity)):
         found = prepare_files(revisions, output, drop=drop, seed=seed, clean_text=clean, similarity=similarity or None)
     kept = ", ".join(f"{found.counts[side]:,} {side}" for side in ("train", "valid", "test"))
-    echo(
+    tell(
         f"{found.counts['revisions']:,} revisions, {found.counts['dropped']:,} smallest edits dropped; pairs: {kept} "
         f"({found.moved:,} near-duplicates moved to train). The files are in {output}."
     )
     for name, audit in found.audits.items():
         print_table(audit_table(name, audit))
+    suggest(after_prepare(found.files, output))
 
 
 @app.command(
@@ -137,10 +139,11 @@ def train(
         figures = fit(settings)
     if figures:  # the other processes of a distributed run have none
         pairs = figures["accuracy"]["cleaned"]["pairs"]
-        echo(
+        tell(
             f"The model is in {settings.output}; it ranks {100 * pairs['value']:.1f} % of the validation pairs right "
             f"(95 % interval {100 * pairs['low']:.1f} to {100 * pairs['high']:.1f})."
         )
+        suggest(after_train(settings.output, settings.valid, getattr(settings, "valid_ratings", None)))
 
 
 @app.command(
@@ -250,6 +253,7 @@ def evaluate(
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
         write_content(json_, json.dumps(figures, indent=2) + "\n")
+    suggest(after_evaluate(model, changes.get("tokenizer")))
 
 
 def _refuse_json(path: Path | None, models: Sequence[str]) -> None:
@@ -359,12 +363,13 @@ def quantise(
         scorer = scorer_of(recipe, token, embed=False)
         texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
         quantise_encoder(scorer, texts, output)
-        echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
+        tell(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
         # On rows that were not calibrated on, where the agreement would be too good.
         if len(others) >= FEWEST_TEXTS:
             print_table(compare_engines(scorer, replace(scorer, engine=str(output)), others).to_table())
         else:
             echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
+    suggest(after_quantise(source, output, changes))
 
 
 @app.command(
@@ -388,4 +393,5 @@ def convert(
 
     with claimed(output, ("convert", checkpoint, changes), argument="output"):
         convert_checkpoint(checkpoint, output, changes.get("tokenizer"))
-    echo(f"The model is in {output}.")
+    tell(f"The model is in {output}.")
+    suggest([after_scorer(output)])
