@@ -3,6 +3,8 @@
 # A command is added when its module is imported, so this order is that of `car-datasets --help`: the pipeline first.
 from car_datasets.cli import stages  # isort: split
 
+from car_datasets.cli import exporting  # isort: split
+
 from car_datasets.cli import topping_up  # isort: split
 
 from car_datasets.cli import explaining, proving  # isort: split
@@ -10,4 +12,4 @@ from car_datasets.cli import explaining, proving  # isort: split
 from car_datasets.cli import judging, scorers
 from car_datasets.cli.app import app
 
-__all__ = ["app", "explaining", "judging", "proving", "scorers", "stages", "topping_up"]
+__all__ = ["app", "explaining", "exporting", "judging", "proving", "scorers", "stages", "topping_up"]

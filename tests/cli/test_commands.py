@@ -93,6 +93,7 @@ def test_the_commands_are_the_promised_ones_in_the_order_of_the_pipeline() -> No
         "explore",
         "push",
         "verify",
+        "export",
         "top-up",
         "explain",
         "prove",
