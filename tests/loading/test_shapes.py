@@ -1,6 +1,6 @@
 """Twenty shapes of public datasets, five rows each, and what is scored of every row.
 
-The rows are made up; only the columns, keys and roles are those of the datasets. docs/chats.md describes the same in
+The rows are made up; only the columns, keys and roles are those of the datasets. docs/how-to/chat-data.md describes the same in
 words.
 """
 
