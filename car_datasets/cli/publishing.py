@@ -16,14 +16,14 @@ from car_datasets.cli.app import (
     Output,
     add_options,
     app,
-    echo,
     one_line_errors,
     option,
     quiet_models,
     recipe_options,
 )
 from car_datasets.cli.next_steps import after_push, after_top_up, after_verify
-from car_datasets.cli.printing import print_result, suggest, tell
+from car_datasets.cli.printing import Step, print_result, say, suggest, tell
+from car_datasets.cli.running import echo
 from car_datasets.cli.stages import PUBLISHING
 from car_datasets.recipe import HUB, SCORING
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
@@ -104,11 +104,11 @@ def verify(
 
     found = verify(where, **options)
     for words in found.checked:
-        echo(f"ok: {words}")
+        say(f"ok: {words}")
     for words in found.skipped:
-        echo(f"not checked: {words}")
+        say(f"not checked: {words}")
     for words in found.differences:
-        echo(f"mismatch: {words}")
+        tell(f"mismatch: {words}")
     if found.matches:
         # Anyone can write an old receipt for a changed result, so the verdict itself says what it is worth.
         tell("match of the rows alone: the receipt has no digests of the files" if OLD in found.skipped else "match")
