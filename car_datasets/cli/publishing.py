@@ -144,7 +144,7 @@ def export(
     done = export_selection(folder, trainer, output, overwrite=options["overwrite"])
     tell(f"{done.rows:,} rows are in {done.file}, with the columns {', '.join(done.columns)}.")
     if done.left_out:
-        say(f"The format has no place for {', '.join(done.left_out)}, which it leaves out.")
+        say(f"Left out, because {trainer} would refuse or misread them: {', '.join(done.left_out)}.")
     say(f"{f'The lines for {trainer}' if done.info is None else f'The entry in {done.info}'}:")
     for line in ("", *done.stanza.splitlines()):
         echo(line)
