@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from car_datasets.cli.app import NEW_PATH, add_options, app, echo, one_line_errors
+from car_datasets.cli.app import NEW_PATH, add_options, app, one_line_errors
+from car_datasets.cli.printing import Step, suggest, tell
+from car_datasets.cli.running import echo
 from car_datasets.cli.stages import PUBLISHING
 
 
@@ -39,10 +41,10 @@ def export(
     from car_datasets.publishing.exporting import export_selection
 
     done = export_selection(folder, trainer, output, overwrite=options["overwrite"])
-    echo(f"{done.rows:,} rows are in {done.file}, with the columns {', '.join(done.columns)}.")
+    tell(f"{done.rows:,} rows are in {done.file}, with the columns {', '.join(done.columns)}.")
     if done.left_out:
         echo(f"Not part of it: {', '.join(done.left_out)}.")
     echo(f"{f'For {trainer}' if done.info is None else done.info}:")
     for line in ("", *done.stanza.splitlines(), ""):
         echo(line)
-    echo(f"Next: {done.next_step}")
+    suggest([Step(done.next_step)])
