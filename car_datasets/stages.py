@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -296,24 +296,23 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> S
     return scorer
 
 
-def embed_where_missing(
-    dataset: Dataset, column: str, embedder: str | None = None, template: str | None = None
-) -> Dataset:
-    """Add embeddings to a dataset that was scored elsewhere; a dataset that has `column` is returned as it is.
+def embed_where_missing(dataset: Dataset, recipe: Recipe) -> Dataset:
+    """Add embeddings to a dataset that was scored elsewhere; a dataset that has them is returned as it is.
 
     Args:
-        dataset (`Dataset`): with text of a known schema, unless it has `column`.
-        column (`str`): the embedding column.
-        embedder (`str`, *optional*): a sentence-transformers model; defaults to all-MiniLM-L6-v2.
-        template (`str`, *optional*): the text that is embedded; defaults to that of the default scorer, `"clean-1"`.
+        dataset (`Dataset`): with text of the recipe's schema, unless it has the embedding column.
+        recipe ([`Recipe`]): its embedder defaults to all-MiniLM-L6-v2, and its template to that of the default scorer,
+            `"clean-1"`.
     """
+    column = recipe.names.embedding
     if column in dataset.column_names:
         return dataset
-    return run_stage(dataset, embedder_of(column, embedder, template), "Embedding")
+    embedder = embedder_of(column, recipe.embedder, recipe.template)
+    return run_stage(dataset, replace(embedder, schema=recipe.schema, columns=recipe.columns), "Embedding")
 
 
 def embedder_of(column: str, embedder: str | None = None, template: str | None = None) -> TextEmbedder:
-    """Return the embedder of a dataset that was scored elsewhere; the arguments are those of [`embed_where_missing`]."""
+    """Return the embedder of a dataset that was scored elsewhere; without arguments, as [`embed_where_missing`] says."""
     return TextEmbedder(
         embedder or revisions.DEFAULT_ENCODER, template=template or CLEAN_TEMPLATE, output_column=column
     )

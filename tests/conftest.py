@@ -353,8 +353,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
     """Compute on one thread: several wait for each other longer than these models take."""
     import torch
 
@@ -362,3 +362,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread in one test."""
+    with on_one_thread():
+        yield

@@ -160,7 +160,7 @@ def test_the_slurm_array_runs_without_slurm(sample_file: Path, tmp_path: Path) -
     said = [worker.communicate(timeout=240) for worker in scoring]
     assert [worker.returncode for worker in scoring] == [0, 0], said
     for output, _ in said:
-        assert re.fullmatch(r"\S+/shards/scores holds \d+ of 384 rows; .* resumes from there\.\n", output), output
+        assert re.fullmatch(r"\S+/shards/scores holds \d+ of 384 rows; [^\n]+\.\n", output), output
     assert any("holds 384 of 384 rows; none is left" in output for output, _ in said)
     assert not (tmp_path / "run" / "result").exists()
     before = parts()

@@ -5,11 +5,9 @@ from car_datasets.cli import stages  # isort: split
 
 from car_datasets.cli import publishing  # isort: split
 
-from car_datasets.cli import exporting  # isort: split
-
 from car_datasets.cli import explaining, proving  # isort: split
 
 from car_datasets.cli import judging, scorers
 from car_datasets.cli.app import app
 
-__all__ = ["app", "explaining", "exporting", "judging", "proving", "publishing", "scorers", "stages"]
+__all__ = ["app", "explaining", "judging", "proving", "publishing", "scorers", "stages"]

@@ -73,7 +73,7 @@ def fresh(path: Path) -> Path:
 def after_curate(folder: Path, source: str) -> list[Step]:
     """Return what one can do with a result."""
     return [
-        _look(folder),
+        look(folder),
         *_check(folder, source),
         *_hand_on(folder),
     ]
@@ -82,7 +82,7 @@ def after_curate(folder: Path, source: str) -> list[Step]:
 def after_demo(folder: Path) -> list[Step]:
     """Return what one can do after the demo."""
     return [
-        _look(folder),
+        look(folder),
         Step("Ask why the first three rows are in the selection, or are not:", (command("explain", folder, 0, 1, 2),)),
         *_check(folder, str(sample_file())),
         Step(
@@ -95,7 +95,7 @@ def after_demo(folder: Path) -> list[Step]:
 def after_top_up(folder: Path) -> list[Step]:
     """Return what one can do with a result that new rows were added to."""
     return [
-        _look(folder),
+        look(folder),
         Step("Check it against its receipt:", (command("verify", folder),)),
         *_hand_on(folder),
     ]
@@ -108,7 +108,8 @@ def _hand_on(folder: Path) -> list[Step]:
     ]
 
 
-def _look(folder: Path) -> Step:
+def look(folder: Path) -> Step:
+    """Return the page of a result, as the step after it."""
     from car_datasets.reporting.page import PAGE_FILE
 
     return Step(f"Open {folder / PAGE_FILE} in a browser: it shows the rows, and why each was taken or not.")
@@ -135,7 +136,8 @@ def after_score(output: Path, changes: Mapping[str, Any], embedded: bool) -> lis
         embedded (`bool`): whether the file has embeddings.
     """
     clustered = fresh(output.with_name("clustered.parquet"))
-    needed = ("cluster_column", "embedding_column") if embedded else ("cluster_column", "embedder", "template")
+    reading = ("schema", "columns", "embedder", "template")  # of the texts, which are then embedded
+    needed = ("cluster_column", *(("embedding_column",) if embedded else reading))
     words = command("cluster", output, "--output", clustered, *options_of(changes, needed))
     return [Step("Cluster the scored rows:", (words,))]
 
@@ -178,7 +180,7 @@ def after_cluster(output: Path, columns: Sequence[str], changes: Mapping[str, An
     others = [name for name in columns if name.endswith("score")]
     # Rows of another scorer have another column; without exactly one, `select` names those that are there.
     given = ["--score-column", others[0]] if score not in columns and len(others) == 1 else []
-    options = [*given, *options_of(changes, ("cluster_column", "embedding_column", "rule"))]
+    options = [*given, *options_of(changes, ("schema", "columns", "cluster_column", "embedding_column", "rule"))]
     words = command("select", output, "--output", fresh(output.with_name("selected.parquet")), *options)
     known = score in columns or given
     return [Step("Select from them:", (words,))] if known else [Step("Score them: `car-datasets select` needs scores.")]
@@ -200,16 +202,16 @@ def after_judge(output: Path, score: str, columns: Sequence[str], changes: Mappi
         columns (`Sequence[str]`): of the file.
         changes (`dict`): the settings that `judge` was given.
     """
-    reading = options_of(changes, ("schema", "columns", "index_column"))
+    reading = options_of(changes, ("schema", "columns"))
     selected = fresh(output.with_name("selected.parquet"))
-    select = ["--output", selected, "--score-column", score, *reading]
+    select = ["--output", selected, "--score-column", score, *reading, *options_of(changes, ("index_column",))]
     if Recipe.cluster_column in columns:
         return [Step("Select by these ratings:", (command("select", output, *select),))]
     clustered = fresh(output.with_name("clustered.parquet"))
     return [
         Step(
             "Cluster the rows, and select by these ratings:",
-            (command("cluster", output, "--output", clustered), command("select", clustered, *select)),
+            (command("cluster", output, "--output", clustered, *reading), command("select", clustered, *select)),
         )
     ]
 

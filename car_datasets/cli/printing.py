@@ -6,6 +6,7 @@ Does not: know a command, or compute a figure.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,27 +37,41 @@ class Step(NamedTuple):
 
 def tell(text: str) -> None:
     """Print the result of a command, one sentence, in bold on a terminal."""
+    say(text, style="bold")
+
+
+def say(text: str, style: str = "") -> None:
+    """Print one sentence, in lines of entire words on a terminal."""
     console = _console()
-    if not console.is_terminal:
-        echo(text)
+    if console.is_terminal:
+        indent = " " * (len(text) - len(text.lstrip()))
+        _print_words(console, text.lstrip(), style, first=indent)
     else:
-        # The terminal breaks a long line by itself, so that a path in it can still be copied.
-        console.print(printable(text).replace("\n", r"\n"), style="bold", soft_wrap=True)
+        echo(text)
 
 
 def tell_each(sentences: Iterable[str]) -> None:
     """Print sentences that say more about a result, one below the other."""
     console = _console()
+    if console.is_terminal:
+        console.print()
     for sentence in sentences:
-        if not console.is_terminal:
+        if console.is_terminal:
+            _print_words(console, sentence, first="- ")
+        else:
             echo(f"- {sentence}")
-            continue
-        from rich.table import Table
-        from rich.text import Text
 
-        line = Table.grid(padding=(0, 1, 0, 0))
-        line.add_row("-", Text(printable(sentence).replace("\n", r"\n")))
-        console.print(line)
+
+def _print_words(console: Console, text: str, style: str = "", first: str = "") -> None:
+    """Print a sentence in lines of entire words. A path that is longer than a line stays in one piece, to be copied."""
+    lines = textwrap.TextWrapper(
+        console.width, first, " " * len(first), break_long_words=False, break_on_hyphens=False
+    ).wrap(_shown(text))
+    console.print("\n".join(lines), style=style, soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    return printable(text).replace("\n", r"\n")
 
 
 def print_table(table: Any) -> None:
@@ -65,21 +80,35 @@ def print_table(table: Any) -> None:
     On a terminal that is too narrow for the table, each row is printed as a list of its cells. To a pipe, each row is a
     line, however long.
     """
-    from rich import box
-    from rich.measure import Measurement
-
-    table.title_style, table.caption_style, table.title_justify, table.width = "bold", "", "left", None
+    # rich breaks a title at the width of the table, which may be narrow, and writes a caption in dim italics.
+    title, caption, table.title, table.caption = table.title, table.caption, None, None
+    table.pad_edge, table.show_edge, table.padding, table.width = False, False, (0, 1, 0, 0), None
     console = _console()
-    if not console.is_terminal:
-        table.box = None
-        console.width = UNBOUNDED
+    if console.is_terminal:
+        console.print()
+        _print_fitting(console, table, title)
+    else:
+        table.box, console.width = None, UNBOUNDED
+        if title:
+            echo(str(title))
         with console.capture() as captured:
             console.print(table)
         for line in captured.get().splitlines():
             echo(line.rstrip())
-        return
+    if caption:
+        say(str(caption))
+
+
+def _print_fitting(console: Console, table: Any, title: Any) -> None:
+    """Print a table to a terminal."""
+    from rich import box
+    from rich.measure import Measurement
+
     table.box = box.SIMPLE_HEAD
-    if Measurement.get(console, console.options, table).minimum <= console.width:
+    if title:
+        _print_words(console, str(title), style="bold")
+    # Measured without the bound of the terminal, which rich would cut the cells to.
+    if Measurement.get(console, console.options.update(max_width=UNBOUNDED), table).minimum <= console.width:
         console.print(table)
     else:
         _print_as_lists(console, table)
@@ -87,14 +116,11 @@ def print_table(table: Any) -> None:
 
 def _print_as_lists(console: Console, table: Any) -> None:
     """Print each row of a table as its first cell, and below it a line for each of the others."""
-    if table.title:
-        console.print(table.title, style="bold")
     heads = [column.header for column in table.columns]
     for first, *others in zip(*(column.cells for column in table.columns), strict=True):
-        console.print(first or heads[0] or "-", style="bold")
+        _print_words(console, str(first or heads[0] or "-"), style="bold")
         for head, cell in zip(heads[1:], others, strict=True):
-            console.print("  ", head, ": ", cell, sep="")
-    console.print()
+            _print_words(console, f"{head}: {cell}", first="  ")
 
 
 def print_report(report: SelectionReport) -> None:
@@ -116,6 +142,8 @@ def print_result(report: SelectionReport, folder: Path) -> None:
     from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
 
     print_report(report)
+    if _console().is_terminal:
+        echo("")
     echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
     echo(f"the figures are in {folder / PAGE_FILE} and {folder / SUMMARY_FILE},")
     echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
@@ -129,9 +157,9 @@ def suggest(steps: Iterable[Step]) -> None:
     console = _console(err=True)
     console.print("\nNext:", style="bold")
     for why, lines in steps:
-        console.print(f"  {printable(why)}", soft_wrap=True)
+        _print_words(console, why, first="  ")
         for line in lines:
-            console.print(f"    {printable(line)}", style="bold", soft_wrap=True)
+            console.print(f"    {_shown(line)}", style="bold", soft_wrap=True)
 
 
 def _console(err: bool = False) -> Console:

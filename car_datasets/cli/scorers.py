@@ -140,10 +140,8 @@ def train(
         figures = fit(settings)
     if figures:  # the other processes of a distributed run have none
         pairs = figures["accuracy"]["cleaned"]["pairs"]
-        tell(
-            f"The model is in {settings.output}; it ranks {100 * pairs['value']:.1f} % of the validation pairs right "
-            f"(95 % interval {100 * pairs['low']:.1f} to {100 * pairs['high']:.1f})."
-        )
+        tell(f"The model is in {settings.output}.")
+        _say_accuracy("It", pairs, "validation pairs")
         suggest(after_train(settings.output, settings.valid, getattr(settings, "valid_ratings", None)))
 
 
@@ -234,6 +232,7 @@ def evaluate(
         found = evaluate_scorer(scorer, measured, other=rest, **drawing)
         # Through JSON, where figures of no rows are null instead of NaN.
         tables, figures = found.to_tables(), json.loads(found.to_json())
+        _say_accuracy(str(model), figures["accuracy"]["cleaned"]["pairs"])
     if rated is not None:
         by_reader = evaluate_ratings(scorer, rated, pairs=measured, other=others, former=former, **drawing)
         tables += by_reader.to_tables()
@@ -254,6 +253,13 @@ def evaluate(
         json_.parent.mkdir(parents=True, exist_ok=True)
         write_content(json_, json.dumps(figures, indent=2) + "\n")
     suggest(after_evaluate(model, changes.get("tokenizer")))
+
+
+def _say_accuracy(who: str, pairs: Mapping[str, Any], what: str = "pairs") -> None:
+    tell(
+        f"{who} ranks {100 * pairs['value']:.1f} % of the {what} right (95 % interval {100 * pairs['low']:.1f} to "
+        f"{100 * pairs['high']:.1f})."
+    )
 
 
 def _refuse_json(path: Path | None, models: Sequence[str]) -> None:

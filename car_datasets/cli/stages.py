@@ -237,6 +237,7 @@ def _score(source: str, recipe: Recipe, embeddings: bool, claim: Claim | None, o
     # The original's format leaves out the row index that we added; an index column of the source stays.
     added = "" if recipe.index_column in opened.column_names else recipe.index_column
     _write(scored, claim, replace(recipe.names, index=added))
+    _say_written(scored, claim.target)
 
 
 def _with_languages(dataset: Dataset, schema: Schema, stages: Pipeline) -> Dataset:
@@ -280,7 +281,7 @@ def estimate(
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
 @one_line_errors
 @recipe_options(
-    *("k", "explained_variance", "n_init", "kmeans", "kmeans_sample"),
+    *("schema", "columns", "k", "explained_variance", "n_init", "kmeans", "kmeans_sample"),
     embedder="Embed a file without embeddings with this sentence-transformers model."
     f"  [default: {DEFAULT_ENCODER.partition('/')[2]}]",
     template=f"Embed a file without embeddings by this text template: {listed(TEMPLATES)}.  [default: {CLEAN_TEMPLATE}]",
@@ -333,10 +334,11 @@ def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_
 
     dataset, names = _open(source, recipe.names), recipe.names
     refuse_overwrite(dataset.column_names, (names.cluster, names.distance), "cluster_column=... (--cluster-column)")
-    dataset = embed_where_missing(dataset, names.embedding, recipe.embedder, recipe.template)
+    dataset = embed_where_missing(dataset, recipe)
     model = fit_clusters(dataset, fit, names)
     labelled = add_near_clusters(recipe, model.label(dataset, across_processes=True), model)
     _write(labelled, claim, names)
+    _say_written(labelled, claim.target)
     if model_claim is not None:
         folder = model_claim.target
         # After the labels, which are the result that was asked for; one process writes.
@@ -380,6 +382,7 @@ def select(source: Source, output: OutputFile, changes: dict[str, Any], **option
         report = SelectionReport.from_selection(pool, chosen, names=recipe.names, seed=recipe.seed)
         _write(chosen, claim, recipe.names)
     print_report(report)
+    _say_written(chosen, output)
     suggest(after_select(output))
 
 
@@ -434,4 +437,7 @@ def _write(dataset: Dataset, claim: Claim, names: ColumnNames) -> None:
         write_table(dataset, claim.target, names)
 
     from_main(write)
-    tell(f"{len(dataset):,} rows are in {claim.target}.")
+
+
+def _say_written(dataset: Dataset, file: Path) -> None:
+    tell(f"{len(dataset):,} rows are in {file}.")

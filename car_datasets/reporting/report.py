@@ -202,7 +202,7 @@ class SelectionReport:
     def to_table(self) -> Table:
         """Return the four groups as a `rich` table for the terminal, with the counts as its caption."""
         header, *rows = self.comparison()
-        table = Table(title="Selection report", caption_justify="left")
+        table = Table(title="Selection report", title_style="bold", caption_justify="left", caption_style="none")
         table.caption = table_text("\n".join(self.sentences()), "table.caption")
         for name in header:
             table.add_column(name, justify="left" if name == header[0] else "right")
