@@ -140,7 +140,7 @@ def test_curate_and_verify_by_another_scorer(
     recipe = Recipe().changed(**receipt.recipe)
     with pytest.raises(Difference, match="scored again"):
         Rescoring(receipt, recipe, 24, models={"scorer": folder}).scores(moved)
-    with pytest.raises(ValueError, match="has the digest .*, not revision="):
+    with pytest.raises(ValueError, match=r"has the digest .*, not revision="):
         verify(tmp_path / "out", source=source, rescore=2, scorer=tiny_embedder)
 
 
