@@ -48,10 +48,9 @@ def test_found_in_a_checkout(tmp_path: Path) -> None:
 
 def test_the_version_is_one_in_code_citation_and_changelog() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    newest = re.search(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", CHANGELOG, flags=re.MULTILINE)
+    newest = re.search(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", CHANGELOG, flags=re.MULTILINE)
     assert newest is not None
-    assert (newest[1], newest[2]) == (__version__, str(citation["date-released"]))
-    assert citation["version"] == __version__
+    assert newest[1] == citation["version"] == __version__
 
 
 def test_every_folder_of_modules_is_a_package_of_the_wheel() -> None:
