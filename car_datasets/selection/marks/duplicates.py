@@ -51,7 +51,7 @@ CONTAINMENT = 0.8  # share of the words, by weight, that the lighter of two text
 READ = 1_000  # rows of text in memory at a time
 SAMPLE = 20_000  # rows by which the words are weighed
 WAITING = 1 << 20  # pairs that are collected before their texts are looked at
-PART = 1 << 17  # of these pairs that are looked at together
+PART = 1 << 14  # of these pairs that are looked at together
 GROUP, LOSS = 20, 0.3  # rows of a group, and the share of them lost, from which on the loss is told
 COMPARED = 32  # pairs that are kept for a row: so many with the best-scored rows, and as many with the most similar
 
@@ -299,17 +299,20 @@ class _Candidates:
         if not self._waiting:
             return
         first, second, cosines = Pairs.joined(self._waiting)
-        self._waiting = []
-        rows = np.unique(np.concatenate([first, second]))
-        unread = rows[~self._read[rows]].tolist()
+        self._waiting, least = [], self._containment
+        near = np.zeros(len(self._texts), dtype=bool)
+        near[first] = near[second] = True
+        unread = np.flatnonzero(near & ~self._read).tolist()
         for row, sides in zip(unread, self._texts.at(unread), strict=True):
             if sides is not None:
                 self._signatures.read(row, sides)
         self._read[unread] = True
-        # A part at a time: the masks of a pair take more memory than the pair.
-        places = [slice(start, start + PART) for start in range(0, len(first), PART)]
+        # A part at a time, which a processor's cache holds.
         kept = np.concatenate(
-            [self._signatures.may_be_copies(first[part], second[part], self._containment) for part in places]
+            [
+                start + self._signatures.may_be_copies(first[start : start + PART], second[start : start + PART], least)
+                for start in range(0, len(first), PART)
+            ]
         )
         first, second, cosines = first[kept], second[kept], cosines[kept]
         swap = self._ranks[first] > self._ranks[second]
