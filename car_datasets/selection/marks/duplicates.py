@@ -258,7 +258,7 @@ def _near(
     for pairs in near_pairs(dataset, names.embedding, clusters, equal.of >= 0, similarity):
         candidates.add(pairs)
     of, found = equal.of.copy(), equal.similarity.copy()
-    for row, kept, cosine in _decide(texts, weights, candidates.all(), ranks, containment):
+    for row, kept, cosine in _decide(texts, weights, candidates, containment):
         of[row], found[row] = kept, cosine
     # A row that equals one which is a near-duplicate itself is compared with the row that stays through its equal.
     moved = np.flatnonzero((equal.of >= 0) & (of[equal.of] >= 0))
@@ -280,6 +280,11 @@ class _Candidates:
         self._signatures, self._read = Signatures(len(texts), weights), np.zeros(len(texts), dtype=bool)
         self._waiting: list[Pairs] = []
         self._kept = Pairs.none()
+
+    @property
+    def weights_of_texts(self) -> npt.NDArray[np.int32]:
+        """Return the weights of prompts and answers, `(2, rows)`, of the rows that are in a pair."""
+        return self._signatures.weight
 
     def add(self, pairs: Pairs) -> None:
         """Add pairs of rows, in any order."""
@@ -334,19 +339,24 @@ def _few(pairs: Pairs, ranks: Positions) -> Pairs:
 
 
 def _decide(
-    texts: _Texts, weights: Weights, pairs: Pairs, ranks: Positions, containment: float
+    texts: _Texts, weights: Weights, candidates: _Candidates, containment: float
 ) -> Iterator[tuple[int, int, float]]:
     """Yield a row, the row that is kept in its place, and their cosine, from the best-scored row down."""
     dropped: set[int] = set()
-    for start in range(0, len(pairs.first), READ):
-        part = pairs.at(slice(start, start + READ))
-        rows = np.unique(np.concatenate([part.first, part.second])).tolist()
-        known = {
-            row: Row.of(sides, weights) for row, sides in zip(rows, texts.at(rows), strict=True) if sides is not None
+    pairs, known = candidates.all(), candidates.weights_of_texts
+    for start in range(0, len(pairs.first), PART):
+        part = pairs.at(slice(start, start + PART))
+        numbers = np.unique(np.concatenate([part.first, part.second]))
+        rows = {
+            row: Row.of(sides, weights, weight)
+            for row, sides, weight in zip(
+                numbers.tolist(), texts.at(numbers), zip(*known[:, numbers].tolist(), strict=True), strict=True
+            )
+            if sides is not None
         }
         for kept, row, cosine in zip(part.first.tolist(), part.second.tolist(), part.cosines.tolist(), strict=True):
             if row in dropped or kept in dropped:
                 continue
-            if are_copies(known[kept], known[row], weights, containment):
+            if are_copies(rows[kept], rows[row], weights, containment):
                 dropped.add(row)
                 yield row, kept, cosine

@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial, reduce
+from functools import cache, cached_property, partial, reduce
 from itertools import pairwise
 from operator import or_
 from typing import Any, NamedTuple
@@ -187,22 +187,47 @@ def _shipped() -> tuple[Sides, ...]:
     return tuple(Sides("", join_lines(row["instruction"], row["input"]), row["output"]) for row in rows)
 
 
-class Words(NamedTuple):
-    """The words of one side of a row.
+class Words:
+    """The words of one side of a row, of which each part is found when it is first asked for.
 
     Args:
-        counts (`Counter[str]`): how often each word occurs, in lower case; numbers in figures.
-        pairs (`frozenset`): neighbouring words.
-        marks (`frozenset[str]`): numbers, words with a digit, and signs of calculation, of code and of money.
-        names (`frozenset[str]`): words with a capital letter inside a sentence.
-        weight (`int`): of all words.
+        side (`int`): 0 for a prompt, 1 for an answer.
+        text (`str`): what the row has there.
+        weights ([`Weights`]): of the pool.
+        weight (`int`, *optional*): of all words, if it is known.
     """
 
-    counts: Counter[str]
-    pairs: frozenset[tuple[str, str]]
-    marks: frozenset[str]
-    names: frozenset[str]
-    weight: int
+    def __init__(self, side: int, text: str, weights: Weights, weight: int | None = None) -> None:
+        self._side, self._text, self._weights, self._weight = side, text, weights, weight
+
+    @cached_property
+    def _tokens(self) -> tuple[list[str], set[str]]:
+        return tokens_of(self._text)
+
+    @property
+    def marks(self) -> set[str]:
+        """Return numbers, words with a digit, and signs of calculation, of code and of money."""
+        return self._tokens[1]
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """Return how often each word occurs, in lower case; numbers in figures."""
+        return Counter(self._tokens[0])
+
+    @cached_property
+    def pairs(self) -> frozenset[tuple[str, str]]:
+        """Return neighbouring words."""
+        return frozenset(pairwise(self._tokens[0]))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Return words with a capital letter inside a sentence."""
+        return _names_of(self._text)
+
+    @cached_property
+    def weight(self) -> int:
+        """Return the weight of all words."""
+        return self._weights.of(self._side, self.counts) if self._weight is None else self._weight
 
 
 class Row(NamedTuple):
@@ -218,15 +243,10 @@ class Row(NamedTuple):
     system: int
 
     @classmethod
-    def of(cls, sides: Sides, weights: Weights) -> Row:
-        """Return the words of a row."""
-        return cls(_words(0, sides.prompt, weights), _words(1, sides.answer, weights), _number(sides.system))
-
-
-def _words(side: int, text: str, weights: Weights) -> Words:
-    words, marks = tokens_of(text)
-    counts = Counter(words)
-    return Words(counts, frozenset(pairwise(words)), frozenset(marks), _names_of(text), weights.of(side, counts))
+    def of(cls, sides: Sides, weights: Weights, known: tuple[int, int] | None = None) -> Row:
+        """Return the words of a row; `known` are the weights of its prompt and its answer."""
+        prompt, answer = known or (None, None)
+        return cls(Words(0, sides.prompt, weights, prompt), Words(1, sides.answer, weights, answer), _number(sides.system))
 
 
 def _number(text: str) -> int:
@@ -251,7 +271,6 @@ class Difference(NamedTuple):
         missing (`float`): weight of the words of the lighter text that the heavier lacks, as a share of the lighter.
         extra (`int`), extra_share (`float`): weight of the words of the heavier text that the lighter lacks, and that
             as a share of the heavier.
-        disordered (`bool`): too few pairs of neighbouring words are in both texts.
         weight (`int`): weight of the lighter text.
         decisive (`bool`): a number, name or sign is in place of another one, so that this is no small edit.
         content (`tuple[frozenset[str], frozenset[str]]`): words that say what a text is about and that only the
@@ -263,7 +282,6 @@ class Difference(NamedTuple):
     missing: float
     extra: int
     extra_share: float
-    disordered: bool
     weight: int
     decisive: bool
     content: tuple[frozenset[str], frozenset[str]]
@@ -282,9 +300,9 @@ def difference(side: int, one: Words, other: Words, weights: Weights, from_weigh
     """
     low, high = (one, other) if one.weight <= other.weight else (other, one)
     lacks, has = low.counts - high.counts, high.counts - low.counts
-    decisive = any(
-        not lacks.keys().isdisjoint(ours) and not has.keys().isdisjoint(theirs)
-        for ours, theirs in ((low.marks, high.marks), (low.names, high.names))
+    decisive = bool(lacks and has) and (
+        not (lacks.keys().isdisjoint(low.marks) or has.keys().isdisjoint(high.marks))
+        or not (lacks.keys().isdisjoint(low.names) or has.keys().isdisjoint(high.names))
     )
     known, unknown = weights.by_word[side], weights.unknown
     least = min(from_weight, ABOVE * low.weight / max(low.counts.total(), 1))
@@ -297,13 +315,18 @@ def difference(side: int, one: Words, other: Words, weights: Weights, from_weigh
         weights.of(side, lacks) / max(low.weight, 1),
         extra,
         extra / max(high.weight, 1),
-        len(low.pairs & high.pairs) < len(low.pairs) * ORDER[len(low.pairs) >= 10],
         low.weight,
         decisive,
         (content[0], content[1]),
         changed,
         any(word in _NEGATIONS or word.endswith("n't") for word in (*lacks, *has)),
     )
+
+
+def _is_disordered(one: Words, other: Words) -> bool:
+    """Return True if too few pairs of neighbouring words are in both texts."""
+    low, high = (one, other) if one.weight <= other.weight else (other, one)
+    return len(low.pairs & high.pairs) < len(low.pairs) * ORDER[len(low.pairs) >= 10]
 
 
 def _pair_off(lacks: Counter[str], has: Counter[str], side: int, weights: Weights) -> None:
@@ -357,10 +380,10 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
         return False
     is_long = min(one.answer.weight, other.answer.weight) >= LONG
     asked = difference(0, one.prompt, other.prompt, weights, CONTENT if is_long else PLAIN)
-    if asked.decisive or asked.negated or asked.missing > 1 - containment or asked.disordered:
+    if asked.decisive or asked.negated or asked.missing > 1 - containment or _is_disordered(one.prompt, other.prompt):
         return False
     said = difference(1, one.answer, other.answer, weights)
-    if said.decisive or said.missing > 1 - containment or said.disordered:
+    if said.decisive or said.missing > 1 - containment or _is_disordered(one.answer, other.answer):
         return False
     if said.extra > REMARK and said.extra_share > 0.5:
         return False
