@@ -246,7 +246,9 @@ class Row(NamedTuple):
     def of(cls, sides: Sides, weights: Weights, known: tuple[int, int] | None = None) -> Row:
         """Return the words of a row; `known` are the weights of its prompt and its answer."""
         prompt, answer = known or (None, None)
-        return cls(Words(0, sides.prompt, weights, prompt), Words(1, sides.answer, weights, answer), _number(sides.system))
+        return cls(
+            Words(0, sides.prompt, weights, prompt), Words(1, sides.answer, weights, answer), _number(sides.system)
+        )
 
 
 def _number(text: str) -> int:
