@@ -153,31 +153,11 @@ EDITS: dict[str, Callable[[Row, random.Random], Row]] = {
 }
 
 _INSTRUMENTS = ["violin", "trumpet", "drum", "cello", "organ", "banjo", "guitar", "bassoon", "zither", "oboe"]
-_METALS = [
-    "iron:Fe",
-    "gold:Au",
-    "silver:Ag",
-    "tin:Sn",
-    "lead:Pb",
-    "zinc:Zn",
-    "copper:Cu",
-    "nickel:Ni",
-    "titanium:Ti",
-    "mercury:Hg",
-]
+_METALS = {"iron": "Fe", "gold": "Au", "silver": "Ag", "tin": "Sn", "lead": "Pb", "zinc": "Zn", "copper": "Cu"}
+_METALS |= {"nickel": "Ni", "titanium": "Ti", "mercury": "Hg"}
 _JOBS = ["baker", "tailor", "nurse", "pilot", "farmer", "plumber", "teacher", "painter", "lawyer", "cook"]
-_VERBS = [
-    "sing:sang",
-    "write:wrote",
-    "go:went",
-    "eat:ate",
-    "take:took",
-    "drive:drove",
-    "swim:swam",
-    "bring:brought",
-    "fly:flew",
-    "hold:held",
-]
+_VERBS = {"sing": "sang", "write": "wrote", "go": "went", "eat": "ate", "take": "took", "drive": "drove"}
+_VERBS |= {"swim": "swam", "bring": "brought", "fly": "flew", "hold": "held"}
 
 
 def templates() -> Iterator[Row]:
@@ -192,9 +172,9 @@ def templates() -> Iterator[Row]:
                 f" too loud, and I will play the {instrument} at another time. Best wishes from the {job} upstairs."
             )
             yield _row(f"Write a note from a {job} who plays the {instrument} to a neighbour.", letter)
-    for name, sign in (pair.split(":") for pair in _METALS):
+    for name, sign in _METALS.items():
         yield _row(f"What is the chemical symbol of {name}?", f"The chemical symbol of {name} is {sign}.")
-    for base, past in (pair.split(":") for pair in _VERBS):
+    for base, past in _VERBS.items():
         yield _row(f"Give the simple past of the verb to {base}.", f"The simple past of to {base} is {past}.")
     for hours in range(2, 14):
         for speed in (30, 45, 80):
