@@ -206,26 +206,25 @@ def _compute(
     refuse_taken_columns(dataset.column_names, recipe)
     refuse_taken_language(dataset.column_names, recipe)
     refuse_unknown_groups(recipe, dataset.column_names)
-    dataset = add_pins(recipe, dataset, schema)
-    _check_settings(dataset, recipe, schema)
-    if recipe.like is not None:
-        open_examples(recipe, token)  # refused before anything expensive; read again once the rows have embeddings
+    marked = add_pins(recipe, dataset, schema)
+    _check_settings(marked, recipe, schema)
+    examples = None if recipe.like is None else open_examples(recipe, token)  # refused before anything expensive
     decontaminator = decontaminator_of(recipe, token)
     if written and procedure.files:
         refuse_original_names(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
     # The main process alone writes the receipt, and hashes rows in memory for it.
     told = describe_source(origin, opened, recipe) if written and is_main_process() else {}
     stages = resolve(pinned_source(recipe, origin), token)
-    dataset, counts = add_before_scores(stages, dataset, schema, token)
-    check_limits(recipe, dataset)
-    dataset = add_contamination(dataset, decontaminator, token, shard_dir)
+    marked, counts = add_before_scores(stages, marked, schema, token)
+    check_limits(recipe, marked, stages.scorer.count_tokens)
+    marked = add_contamination(dataset, marked, decontaminator, token, shard_dir)
 
-    pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
+    pool = ranked(recipe, stages.score(dataset, marked, token=token, shard_dir=shard_dir))
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = procedure.order(pool, recipe.names)
     clusters = fit_clusters(pool, stages.fit, recipe.names)
     clustered = stages.cluster(pool, clusters)
-    pool = add_copies_and_ranks(stages, clustered, schema, token)
+    pool = add_copies_and_ranks(stages, clustered, schema, examples)
     if pool is not clustered:
         pool = ranked(recipe, pool)  # anew, without the duplicates
     # The receipt names the n1 and the evaluation sets that were used.

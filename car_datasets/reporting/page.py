@@ -92,9 +92,7 @@ def _rules(overview: Overview) -> list[list[str]]:
     """Return the table of rules at the same budget; empty for a pool on which the rules take long."""
     if len(overview.scores) > RULES_ROWS:
         return []
-    in_tokens = overview.asked is not None and overview.asked.tokens and overview.length_unit == "tokens"
-    costs = overview.lengths.astype(np.int64) if in_tokens else None
-    return rules_lines(compare_rules(overview, costs=costs, groups=overview.groups))
+    return rules_lines(compare_rules(overview, costs=overview.token_costs, groups=overview.groups))
 
 
 def page_environment() -> Environment:

@@ -9,6 +9,7 @@ clusters differently in detail.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +23,10 @@ from car_datasets.clustering.kmeans import lloyd, nearest
 from car_datasets.loading.chats import OK, TRUNCATED
 from car_datasets.reporting.ledger import why
 from car_datasets.reporting.overview import Overview, count_clusters
+from car_datasets.selection.constrained import choose_within
+from car_datasets.selection.limits import Limits
 from car_datasets.selection.rule import Indices, choose
+from car_datasets.selection.strata import quotas_of
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
 from car_datasets.utils.files import printable
@@ -352,7 +356,8 @@ def what_if(
         pool (`Dataset`): scored and clustered; another k needs its embeddings.
         selected (`Dataset`): the rows that [`select_car`] took from it.
         n1, n2, k (`Sequence[int]`, *optional*): values to try, in all combinations; one that is left out keeps its
-            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k.
+            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k. Where
+            the recipe shares the budget out among groups, each group keeps its share of the present selection.
         names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
         seed (`int`): for the k-means of another k.
 
@@ -414,12 +419,24 @@ def _around(present: tuple[int, int, int], rows: int, embedded: int) -> list[tup
 def _try(overview: Overview, n1: int, n2: int, k: int, clusters: Indices) -> WhatIf:
     # By the ranking: rows that were ranked within their languages are not in the order of their scores.
     choice = choose(overview.eligible, clusters, n1, n2).positions
+    if overview.groups is not None:
+        is_present = (n1, n2, k) == (overview.by_score, overview.by_cluster, overview.k)
+        choice = _in_shares(overview, len(overview.positions) if is_present else len(choice), n2, clusters)
     if len(choice) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows.")
     common = len(np.intersect1d(choice, overview.positions))
     covered = count_clusters(clusters[choice])
     overlap = common / (len(choice) + len(overview.positions) - common)
     return WhatIf(n1, n2, k, len(choice), float(overview.scores[choice].mean()), covered, common, overlap)
+
+
+def _in_shares(overview: Overview, budget: int, n2: int, clusters: Indices) -> Indices:
+    """Return so many rows by CaR's rule, of each group the share that the present selection has of it."""
+    groups = overview.groups or []
+    counts = Counter(groups[row] for row in overview.positions.tolist())
+    shares = {name: n / counts.total() for name, n in sorted(counts.items())}
+    shared = quotas_of(groups, None, ~np.isnan(overview.eligible), budget, shares)
+    return choose_within(overview.eligible, clusters, n2, Limits(budget, None, shared.strata, shared.quotas)).positions
 
 
 def quick_clusters(overview: Overview, ks: set[int]) -> dict[int, Indices]:

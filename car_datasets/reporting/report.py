@@ -25,7 +25,7 @@ from rich.table import Table
 from car_datasets.loading.chats import OK, is_scored, status_kind
 from car_datasets.loading.languages import UNDETERMINED, count_languages, describe_languages
 from car_datasets.loading.schemas import Schema
-from car_datasets.reporting.ledger import excluded_counts
+from car_datasets.reporting.ledger import count_of, excluded_counts
 from car_datasets.reporting.likes import ScoreByGroup, describe, score_by_groups, shares_table
 from car_datasets.reporting.maps import check_projection, map_of
 from car_datasets.reporting.overview import CONTROLS, Overview, count_clusters
@@ -170,7 +170,7 @@ class SelectionReport:
             seed=overview.seed,
             languages=_languages(overview.languages),
             selected_languages=_languages(overview.languages, overview.positions),
-            within_languages=overview.ranking is not overview.scores and overview.languages is not None,
+            within_languages=overview.is_within_languages,
             score_by=score_by_groups(overview, schema),
             excluded=excluded_counts(overview),
         )
@@ -286,7 +286,7 @@ class SelectionReport:
         sentences = [
             f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
             f"scored but marked: {marked:,}{_listed(self.marked)}",
-            *([f"left out before the choice: {_counted(self.excluded)}"] if self.excluded else []),
+            *([f"left out before the choice: {_in_words(self.excluded)}"] if self.excluded else []),
             self._selected_sentence(),
             f"{self.selected.clusters:,} of {self.clusters:,} clusters covered; "
             f"the rows taken by score alone cover {self.clusters_by_score:,}",
@@ -343,6 +343,10 @@ def _quantile_name(q: float) -> str:
 
 def _listed(counts: dict[str, int]) -> str:
     return f" ({_counted(counts)})" if counts else ""
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    return ", ".join(count_of(n, word) for word, n in counts.items())
 
 
 def _counted(counts: dict[str, int]) -> str:
