@@ -393,7 +393,7 @@ def write_files(folder: Path, made: Made, claim: Claim, old: Sequence[str]) -> N
     # The recipe of the stages, not the caller's: it has the revisions that were really loaded.
     receipt = make_receipt(made.origin, made.schema.name, recipe, scorer, without_vectors, selected, report)
     # The receipt first: hashing and counting may fail, and then nothing has been written.
-    pictures = report.pictures(made.overview, recipe.projection)
+    pictures = report.pictures(made.overview, recipe.projection, receipt.head())
     claim.check()
     with unfinished(folder, claim.run, old) as place:
         tables = stages.procedure.tables(selected, without_vectors, scorer.objective, names)

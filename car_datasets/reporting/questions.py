@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from car_datasets.clustering.fitting import Covariance, project
@@ -263,24 +262,41 @@ def _neighbours(overview: Overview, rows: Indices, count: int) -> tuple[list[lis
     # By cosine similarity and not by distance after PCA, which only the cluster model knows: the pool alone is enough.
     of_cluster, of_selection = Nearest.none(len(rows)), Nearest.none(len(rows))
     vectors, present = overview.embeddings_of(rows)
-    if len(present):
-        # One row per question; those without an embedding stay zero.
-        asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
-        asked[present] = unit_rows(vectors)
-        known = np.asarray(asked.any(axis=1))[:, None]  # a vector of zeros has no direction, and no neighbours
-        clusters = overview.clusters[rows][:, None]
-        for matrix, positions in overview.embedding_batches():
-            similar = asked @ unit_rows(matrix).T  # cosines, (asked, rows of the batch)
-            other = known & (positions[None] != rows[:, None])
-            if count:
-                same = (clusters >= 0) & (clusters == overview.clusters[positions])
-                of_cluster = of_cluster.updated(_only(similar, other & same), positions, count)
-            of_selection = of_selection.updated(_only(similar, other & overview.taken[positions]), positions, 1)
-    return _named(overview, of_cluster), _named(overview, of_selection)
+    if len(present) == 0:
+        return _named(overview, of_cluster), _named(overview, of_selection)
+    # One row per question; those without an embedding stay zero.
+    asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
+    asked[present] = unit_rows(vectors)
+    known = np.flatnonzero(asked.any(axis=1))  # a vector of zeros has no direction, and no neighbours
+    groups = _by_cluster(overview, rows, known) if count else {}
+    parts = {label: Nearest.none(len(group)) for label, group in groups.items()}
+    for matrix, positions in overview.embedding_batches():
+        unit, clusters = unit_rows(matrix), overview.clusters[positions]
+        # Each cluster by itself: a page asks about thousands of rows, and all their pairs would be too many.
+        for label in np.intersect1d(clusters, list(groups)).tolist():
+            same, group = np.flatnonzero(clusters == label), groups[label]
+            similar = _others(asked[group], unit[same], rows[group], positions[same])
+            parts[label] = parts[label].updated(similar, positions[same], count)
+        chosen = np.flatnonzero(overview.taken[positions])
+        similar = _others(asked, unit[chosen], rows, positions[chosen])
+        similar[~asked.any(axis=1)] = -np.inf
+        of_selection = of_selection.updated(similar, positions[chosen], 1)
+    named: list[list[Neighbour]] = [[] for _ in rows]
+    for label, group in groups.items():
+        for place, found in zip(group.tolist(), _named(overview, parts[label]), strict=True):
+            named[place] = found
+    return named, _named(overview, of_selection)
 
 
-def _only(similarities: Matrix, allowed: npt.NDArray[np.bool_]) -> Matrix:
-    return np.where(allowed, similarities, np.float32(-np.inf))
+def _by_cluster(overview: Overview, rows: Indices, known: Indices) -> dict[int, Indices]:
+    """Return the indices into `rows` of those that are in each cluster, of the ones that have a direction."""
+    clusters = overview.clusters[rows]
+    return {label: known[clusters[known] == label] for label in np.unique(clusters[known]).tolist() if label >= 0}
+
+
+def _others(asked: Matrix, unit: Matrix, rows: Indices, positions: Indices) -> Matrix:
+    """Return the cosines of rows that are asked about with rows of the pool; -inf for a row with itself."""
+    return np.where(positions[None] != rows[:, None], asked @ unit.T, np.float32(-np.inf))
 
 
 def _named(overview: Overview, nearest: Nearest) -> list[list[Neighbour]]:
