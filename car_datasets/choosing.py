@@ -248,18 +248,21 @@ def limits_of(recipe: Recipe, pool: Dataset, scores: Floats, clusters: Any) -> t
     return Limits(budget, costs, shared.strata, shared.quotas, pinned), values
 
 
-def check_limits(recipe: Recipe, dataset: Dataset, count_tokens: Callable[[Dataset], Iterator[int]]) -> None:
+def check_limits(recipe: Recipe, dataset: Dataset, count_tokens: Callable[[Dataset], Iterator[int]] | None) -> None:
     """Raise ValueError if the rows to keep are more than the budget or a quota, as far as rows without scores tell.
 
     Args:
         recipe ([`Recipe`]): the settings.
         dataset (`Dataset`): checked rows, with the columns of pins and groups, and of tokens if a tokenizer is named.
-        count_tokens (`Callable`): yields the tokens of rows as the scorer counts them; asked for the rows to keep alone,
-            so that quotas in these tokens are checked only once all rows are scored.
+        count_tokens (`Callable`, *optional*): yields the tokens of rows as the scorer counts them; asked for the rows to
+            keep alone, so that quotas in these tokens are checked only once all rows are scored. `None` if the scorer
+            cannot count without scoring: a budget in its tokens is then checked afterwards.
     """
     if recipe.keep is None or (recipe.budget is None and recipe.budget_tokens is None):
         return
     if recipe.budget_tokens is not None and recipe.budget_tokenizer is None:
+        if count_tokens is None:
+            return
         kept = dataset.select(np.flatnonzero(pinned_values(dataset) == KEEP).tolist())
         used = sum(count_tokens(kept))
         if used > parse_tokens(recipe.budget_tokens):

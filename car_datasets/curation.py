@@ -65,6 +65,7 @@ from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
 from car_datasets.scoring.named import settings_of
+from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.shards.storage import check_shards
 from car_datasets.selection.marks.exclusions import DROPPED, pinned_values
 from car_datasets.selection.procedures import find_procedure
@@ -216,7 +217,8 @@ def _compute(
     told = describe_source(origin, opened, recipe) if written and is_main_process() else {}
     stages = resolve(pinned_source(recipe, origin), token)
     marked, counts = add_before_scores(stages, marked, schema, token)
-    check_limits(recipe, marked, stages.scorer.count_tokens)
+    count_tokens = stages.scorer.count_tokens if isinstance(stages.scorer, QualityScorer) else None
+    check_limits(recipe, marked, count_tokens)
     marked = add_contamination(dataset, marked, decontaminator, token, shard_dir)
 
     pool = ranked(recipe, stages.score(dataset, marked, token=token, shard_dir=shard_dir))
