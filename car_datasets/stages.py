@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from datasets.table import InMemoryTable
@@ -24,6 +24,7 @@ from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
 from car_datasets.scoring.iqs.float8 import for_embedder
+from car_datasets.scoring.named import IQS, find_scorer, read_name
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
 from car_datasets.scoring.shards.storage import refuse_blank
@@ -35,6 +36,10 @@ from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, join_columns, refuse_overwrite
 from car_datasets.utils.processes import from_main, process_rank
 
+if TYPE_CHECKING:
+    from car_datasets.scoring.conversations import ConversationScorer
+    from car_datasets.scoring.named import Scorer
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -42,7 +47,7 @@ class Pipeline:
 
     Args:
         recipe ([`Recipe`]): the settings, with the immutable revisions of scorer and embedder.
-        scorer ([`QualityScorer`]): adds the score and, if it shares its encoder with the embedder, the embedding.
+        scorer (`Scorer`): adds the score and, if it shares its encoder with the embedder, the embedding.
         embedder ([`TextEmbedder`], *optional*): adds the embedding in a second pass; None if the scorer does, or if no
             embeddings are wanted.
         fit ([`FitSettings`]): the arguments of the cluster model's fit.
@@ -50,7 +55,7 @@ class Pipeline:
     """
 
     recipe: Recipe
-    scorer: QualityScorer
+    scorer: Scorer
     embedder: TextEmbedder | None
     fit: FitSettings
     procedure: Procedure
@@ -65,12 +70,19 @@ class Pipeline:
         return languages_of_rows(dataset if self.recipe.names.language else sample_of(dataset), schema)
 
     def score(
-        self, dataset: Dataset, *, token: str | None = None, shard_dir: str | os.PathLike[str] | None = None
+        self,
+        dataset: Dataset,
+        marked: Dataset | None = None,
+        *,
+        token: str | None = None,
+        shard_dir: str | os.PathLike[str] | None = None,
     ) -> Dataset:
         """Add scores and embeddings: in one pass if scorer and embedder share an encoder, else in two.
 
         Args:
             dataset (`Dataset`): checked rows.
+            marked (`Dataset`, *optional*): the same rows with marks, which get the new columns. What is computed depends on
+                `dataset` alone, so that it is read from the cache when nothing but marks differ from an earlier run.
             token (`str`, *optional*): for a `shard_dir` on the Hub.
             shard_dir (`str`, *optional*): keep finished shards there, so that another run resumes. Several processes
                 share the work in shards with and without it.
@@ -79,14 +91,16 @@ class Pipeline:
             ValueError: a column of this or a later stage is taken.
         """
         # Without the marks, some of which are there already; what adds them refuses columns of their names.
-        own = [name for name in dataset.column_names if name not in marks_of(self.recipe)]
+        own = [
+            name for name in (dataset if marked is None else marked).column_names if name not in marks_of(self.recipe)
+        ]
         refuse_taken_columns(own, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
         folders = [None if shard_dir is None else shard_folder(shard_dir, name) for _, name, _ in self._passes()]
-        say(f"Scoring {len(dataset):,} rows with {self.scorer.model_id}; the time left follows from the first batches.")
+        say(f"Scoring {len(dataset):,} rows with {self.recipe.scorer}; the time left follows from the first batches.")
         for (description, _, stage), folder in zip(self._passes(), folders, strict=True):
             dataset = run_stage(dataset, stage, description, folder, token)
-        return dataset
+        return dataset if marked is None else with_new_columns(marked, dataset)
 
     def fill_shards(
         self, dataset: Dataset, shard_dir: str | os.PathLike[str], *, token: str | None = None
@@ -113,6 +127,18 @@ class Pipeline:
     def select(self, pool: Dataset) -> Dataset:
         """Return the selected rows of a scored, clustered pool."""
         return select_by(self.recipe, pool)
+
+    def embedding_stage(self) -> TextEmbedder:
+        """Return the stage that gives the embeddings alone: the embedder, or that of the scorer's encoder.
+
+        Raises:
+            ValueError: the pipeline has no embedder, and its scorer has no sentence-transformers encoder.
+        """
+        if self.embedder is not None:
+            return self.embedder
+        if not isinstance(self.scorer, QualityScorer):
+            raise ValueError(f"{self.recipe.scorer} embeds no text: resolve(recipe, embed=True) gives it an embedder.")
+        return self.scorer.embedder()
 
     @property
     def _embeds(self) -> bool:
@@ -168,7 +194,7 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
     names = recipe.names
     std = [names.std] if recipe.uncertainty else []
     parts = names.parts if recipe.parts else ()
-    scores = [names.score, *std, *parts, names.tokens, names.truncated, names.status]
+    scores = [names.score, *std, *parts, *recipe.further_columns, names.tokens, names.truncated, names.status]
     within = [names.within] if recipe.languages == "within" or recipe.within else []
     if not embed:
         refuse_overwrite(columns, scores, "score_column= (--score-column)")
@@ -186,6 +212,12 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
         raise ValueError(
             f"The dataset has the column(s) {taken} already, in which rows would be marked for the selection. Rename them "
             f"in the source, as dataset.rename_column({taken[0]!r}, ...) does{copies}."
+        )
+    if names.score in columns:
+        raise ValueError(
+            f"The dataset already has the column(s) {[names.score]}, which would be overwritten. To select by the scores in "
+            f"it, run `car-datasets cluster` on the rows, then `car-datasets select --score-column {names.score}`. To score "
+            f"the rows, pass another score_column= (--score-column), or dataset.remove_columns({[names.score]})."
         )
     refuse_overwrite(columns, new, "score_column=, embedding_column= or cluster_column= (--score-column, ...)")
     check_columns(columns, (), SELECTION_COLUMNS)
@@ -243,8 +275,15 @@ def fit_clusters(pool: Dataset, fit: FitSettings, names: ColumnNames) -> Cluster
     )
 
 
-def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> QualityScorer:
+def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Scorer:
     """Return the scorer of a recipe; with `embed`, it also embeds if scorer and embedder share an encoder."""
+    if read_name(recipe.scorer).kind != IQS:
+        names = ("schema", "columns", "score_thoughts", "on_invalid", "dtype", "batch_tokens")
+        reading = {name: getattr(recipe, name) for name in names}
+        other: ConversationScorer = find_scorer(
+            recipe.scorer, token, revision=recipe.scorer_revision, output_column=recipe.score_column, **reading
+        )
+        return other
     scorer = QualityScorer(
         recipe.scorer,
         recipe.scorer_revision,
@@ -266,24 +305,23 @@ def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Q
     return scorer
 
 
-def embed_where_missing(
-    dataset: Dataset, column: str, embedder: str | None = None, template: str | None = None
-) -> Dataset:
-    """Add embeddings to a dataset that was scored elsewhere; a dataset that has `column` is returned as it is.
+def embed_where_missing(dataset: Dataset, recipe: Recipe) -> Dataset:
+    """Add embeddings to a dataset that was scored elsewhere; a dataset that has them is returned as it is.
 
     Args:
-        dataset (`Dataset`): with text of a known schema, unless it has `column`.
-        column (`str`): the embedding column.
-        embedder (`str`, *optional*): a sentence-transformers model; defaults to all-MiniLM-L6-v2.
-        template (`str`, *optional*): the text that is embedded; defaults to that of the default scorer, `"clean-1"`.
+        dataset (`Dataset`): with text of the recipe's schema, unless it has the embedding column.
+        recipe ([`Recipe`]): its embedder defaults to all-MiniLM-L6-v2, and its template to that of the default scorer,
+            `"clean-1"`.
     """
+    column = recipe.names.embedding
     if column in dataset.column_names:
         return dataset
-    return run_stage(dataset, embedder_of(column, embedder, template), "Embedding")
+    embedder = embedder_of(column, recipe.embedder, recipe.template)
+    return run_stage(dataset, replace(embedder, schema=recipe.schema, columns=recipe.columns), "Embedding")
 
 
 def embedder_of(column: str, embedder: str | None = None, template: str | None = None) -> TextEmbedder:
-    """Return the embedder of a dataset that was scored elsewhere; the arguments are those of [`embed_where_missing`]."""
+    """Return the embedder of a dataset that was scored elsewhere; without arguments, as [`embed_where_missing`] says."""
     return TextEmbedder(
         embedder or revisions.DEFAULT_ENCODER, template=template or CLEAN_TEMPLATE, output_column=column
     )
@@ -308,6 +346,12 @@ def run_stage(
     if folder is None and process_rank()[1] == 1:
         return add_columns(dataset, stage, description)
     return score_in_shards(dataset, stage, folder, description=description, token=token)
+
+
+def with_new_columns(dataset: Dataset, found: Dataset) -> Dataset:
+    """Return a dataset with those columns of another one, of the same rows, that it lacks."""
+    new = [name for name in found.column_names if name not in dataset.column_names]
+    return join_columns(dataset, found.select_columns(new))
 
 
 def shard_folder(shard_dir: str | os.PathLike[str], name: str) -> str:

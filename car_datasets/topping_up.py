@@ -47,6 +47,7 @@ from car_datasets.results import (
     read_result,
     refuse_unfinished,
 )
+from car_datasets.scoring.named import moved
 from car_datasets.scoring.stage import add_columns, say
 from car_datasets.selection.limits import parse_tokens
 from car_datasets.selection.marks.exclusions import KEEP, pinned_values
@@ -202,7 +203,10 @@ def _recipe_of(old: _Old, changes: Mapping[str, Any]) -> Recipe:
         settings |= dict.fromkeys(AMOUNTS)
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both given; pass one of them.")
-    recipe = Recipe().changed(**{**settings, **{n: v for n, v in changes.items() if v is not None}})
+    given_here = {name: value for name, value in changes.items() if value is not None}
+    if "scorer" in given_here:
+        given_here["scorer"] = moved(str(settings["scorer"]), given_here["scorer"])
+    recipe = Recipe().changed(**{**settings, **given_here})
     if recipe.like is not None:
         raise ValueError(
             f"{old.folder} was selected by its likeness to examples ({recipe.like}), which new rows alone cannot be ranked "
@@ -298,16 +302,16 @@ def _compute(
     before = stages
     if recipe.quota is not None:
         before = replace(stages, recipe=stages.recipe.changed(quota=None, balance=parse_quota(recipe.quota)[0]))
-    rows, languages = add_before_scores(before, add_pins(flags, rows, new.schema), new.schema, token)
-    rows = add_contamination(rows, decontaminator, token, shard_dir)
-    labelled = stages.cluster(stages.score(rows, token=token, shard_dir=shard_dir), old.clusters)
+    marked, languages = add_before_scores(before, add_pins(flags, rows, new.schema), new.schema, token)
+    marked = add_contamination(rows, marked, decontaminator, token, shard_dir)
+    labelled = stages.cluster(stages.score(rows, marked, token=token, shard_dir=shard_dir), old.clusters)
     drift = _drift(old, labelled, recipe.names)
     say(drift.sentence())
     stay = f"{SELECTED_TABLE}@{file_digest(old.folder / SELECTED_TABLE)}"
     kept = own if reselect else stay if own is None else f"{stay}{AND}{own}"
     pool, count = _joined(old, labelled, recipe, reselect), len(old.result.scored or ())
     stages = replace(stages, recipe=_grown(stages.recipe, kept, 1.0 if has_amount else len(pool) / max(1, count)))
-    pool = _with_copies(stages, pool, count, new.schema, token)
+    pool = _with_copies(stages, pool, count, new.schema)
     stages = replace(stages, recipe=settled(stages.recipe, pool).changed(against=sets))
     curated, overview = select_and_report(stages, ranked(stages.recipe, pool), new.schema, languages)
     own_index = recipe.index_column in new.opened.column_names
@@ -325,7 +329,7 @@ def _checked(old: _Old, new: OpenSource, recipe: Recipe) -> Dataset:
         )
     names = recipe.names
     added = {*names.diagnostics, names.score, names.cluster, names.embedding, names.within, names.language, names.index}
-    added |= {*marks_of(recipe), *SELECTION_COLUMNS}
+    added |= {*recipe.further_columns, *marks_of(recipe), *SELECTION_COLUMNS}
     added |= {column for column in (LANGUAGE_COLUMN, names.kind) if column in recipe.grouped_by}
     own = {column for column in scored.column_names if column not in added}
     given = {column for column in new.dataset.column_names if column not in added}
@@ -437,7 +441,7 @@ def _with(dataset: Dataset, name: str, values: pa.Array, feature: Any) -> Datase
     return joined.select_columns(places) if name in places else joined
 
 
-def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema, token: str | None) -> Dataset:
+def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema) -> Dataset:
     """Return the pool with its duplicates marked, and without embeddings that the recipe does not keep."""
     recipe, names = stages.recipe, stages.recipe.names
     vectors = pool.data.column(names.embedding) if names.embedding in pool.column_names else None
@@ -446,18 +450,17 @@ def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema, to
         rows = resembling_rows(old, new, schema)
         say(f"{len(rows):,} of {count:,} old rows share words with new ones, and are embedded again to compare them.")
         pool = concatenate_datasets([_embedded(stages, old, rows), new])
-    marked = add_copies_and_ranks(stages, pool, schema, token)
+    marked = add_copies_and_ranks(stages, pool, schema)
     return marked if recipe.keep_embeddings else without(marked, names.embedding)
 
 
 def _embedded(stages: Pipeline, rows: Dataset, places: npt.NDArray[np.int64]) -> Dataset:
     """Return rows of which those at some places have their embedding."""
     column = stages.recipe.embedding_column
-    embedder = stages.embedder or replace(stages.scorer.embedder(), output_column=column)
     feature = rows.features[column]
     if len(places) == 0:
         return rows
-    some = add_columns(without(rows, column).select(places.tolist()), embedder, "Embedding")
+    some = add_columns(without(rows, column).select(places.tolist()), stages.embedding_stage(), "Embedding")
     vectors = some.with_format("arrow")[:][column].combine_chunks()
     at = np.full(len(rows), -1, dtype=np.int64)
     at[places] = np.arange(len(places))

@@ -3,13 +3,11 @@
 # A command is added when its module is imported, so this order is that of `car-datasets --help`: the pipeline first.
 from car_datasets.cli import stages  # isort: split
 
-from car_datasets.cli import exporting  # isort: split
-
-from car_datasets.cli import topping_up  # isort: split
+from car_datasets.cli import publishing  # isort: split
 
 from car_datasets.cli import explaining, proving  # isort: split
 
 from car_datasets.cli import judging, scorers
 from car_datasets.cli.app import app
 
-__all__ = ["app", "explaining", "exporting", "judging", "proving", "scorers", "stages", "topping_up"]
+__all__ = ["app", "explaining", "judging", "proving", "publishing", "scorers", "stages"]

@@ -1,4 +1,4 @@
-"""The typer app, and what its commands share: options, quiet models, tables.
+"""The typer app, and what its commands share: options and quiet models.
 
 Does: build the options of a recipe from the fields of `Recipe`, and write every other shared option once.
 Does not: hold a command.
@@ -333,28 +333,6 @@ def one_line_errors(command: Command) -> Command:
     # typer shows the docstring as the help, and rich would read the brackets of "car-datasets[explore]" as markup.
     run.__doc__ = _as_markup(command.__doc__ or "")
     return run
-
-
-def print_table(table: Any) -> None:
-    """Print a `rich` table to standard output, without reading its text as markup."""
-    from rich.console import Console
-
-    Console(markup=False, emoji=False).print(table)
-
-
-def say_where(folder: Path) -> None:
-    """Print where the files of a result are that people open."""
-    from car_datasets.reporting.page import PAGE_FILE
-    from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
-
-    echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
-    echo(f"the figures are in {folder / PAGE_FILE} (open it in a browser) and {folder / SUMMARY_FILE},")
-    echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")
-
-
-def print_pushed(pushed: tuple[str, str]) -> None:
-    """Print the repository and the commit of a push."""
-    echo(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
 
 
 def quiet_models() -> None:

@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 
 from car_datasets.cli.app import app, echo, one_line_errors
+from car_datasets.cli.next_steps import look
+from car_datasets.cli.printing import say, suggest
 from car_datasets.cli.stages import PUBLISHING
 
 
@@ -48,4 +50,6 @@ def explain(
     found = [position_of(overview, int(row) if numbered and row.isdecimal() else row) for row in rows or ()]
     for explanation in explain_rows(overview, found, neighbours):
         for line in str(explanation).split("\n"):
-            echo(line)
+            say(line)
+    if not explain_all:
+        suggest([look(folder)])

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from car_datasets.cli.app import NEW_PATH, Source, add_options, app, echo, one_line_errors, option, recipe_options
+from car_datasets.cli.next_steps import after_judge
+from car_datasets.cli.printing import suggest, tell
 from car_datasets.cli.stages import READING
 from car_datasets.recipe import OUTPUT, PERFORMANCE, Recipe
 from car_datasets.utils.column_names import ColumnNames
@@ -109,10 +111,11 @@ def judge(
         from_main(write)
     status = ColumnNames(score=scorer.output_column).status
     counts = Counter(str(found).partition(": ")[0] for found in judged[status])
-    echo(f"{len(judged):,} rows are in {output}: {', '.join(f'{n:,} {found}' for found, n in counts.most_common())}.")
+    tell(f"{len(judged):,} rows are in {output}: {', '.join(f'{n:,} {found}' for found, n in counts.most_common())}.")
     spent = scorer.spent()
     cost = "" if prices is None else f", which cost {spent.cost:,.4g}"
     echo(f"{scorer.cache_file} has recorded {spent.calls:,} calls of {spent.tokens:,} tokens{cost}.")
+    suggest(after_judge(output, scorer.output_column, judged.column_names, changes))
 
 
 def _judge(source: str, recipe: Recipe, scorer: JudgeScorer, shards: str | None, token: str | None) -> Dataset:

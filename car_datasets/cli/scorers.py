@@ -21,11 +21,13 @@ from car_datasets.cli.app import (
     one_line_errors,
     option,
     parse_new_path,
-    print_table,
     quiet_models,
     recipe_options,
 )
+from car_datasets.cli.next_steps import after_evaluate, after_prepare, after_quantise, after_scorer, after_train
+from car_datasets.cli.printing import print_table, suggest, tell
 from car_datasets.recipe import SCORING, Recipe
+from car_datasets.scoring.named import IQS, read_name
 from car_datasets.utils.files import claimed, fresh_folder, output_path, take_claim, without_nan, write_content
 from car_datasets.utils.processes import launched_rank
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
@@ -67,12 +69,13 @@ def prepare(
     with claimed(output, ("prepare", revisions, drop, seed, clean, similarity)):
         found = prepare_files(revisions, output, drop=drop, seed=seed, clean_text=clean, similarity=similarity or None)
     kept = ", ".join(f"{found.counts[side]:,} {side}" for side in ("train", "valid", "test"))
-    echo(
+    tell(
         f"{found.counts['revisions']:,} revisions, {found.counts['dropped']:,} smallest edits dropped; pairs: {kept} "
         f"({found.moved:,} near-duplicates moved to train). The files are in {output}."
     )
     for name, audit in found.audits.items():
         print_table(audit_table(name, audit))
+    suggest(after_prepare(found.files, output))
 
 
 @app.command(
@@ -137,10 +140,9 @@ def train(
         figures = fit(settings)
     if figures:  # the other processes of a distributed run have none
         pairs = figures["accuracy"]["cleaned"]["pairs"]
-        echo(
-            f"The model is in {settings.output}; it ranks {100 * pairs['value']:.1f} % of the validation pairs right "
-            f"(95 % interval {100 * pairs['low']:.1f} to {100 * pairs['high']:.1f})."
-        )
+        tell(f"The model is in {settings.output}.")
+        _say_accuracy("It", pairs, "validation pairs")
+        suggest(after_train(settings.output, settings.valid, getattr(settings, "valid_ratings", None)))
 
 
 @app.command(
@@ -165,6 +167,13 @@ def train(
     engine=option(
         str | None, "Also measure the int8 encoder in this folder, and compare it with float32.", panel=SCORING
     ),
+    corruptions=option(
+        bool | None,
+        "Of several scorers, also score corrupted copies of the rows, which takes twelve times as long.  [default: with "
+        "--pairs]",
+        None,
+        "--corruptions/--no-corruptions",
+    ),
     samples=option(int | None, f"Draw this many bootstrap samples per interval.  [default: {BOOTSTRAP_SAMPLES}]"),
     seed=option(int, "Seed bootstrap and corruptions with this number.", 0),
 )
@@ -174,7 +183,8 @@ def evaluate(
         typer.Argument(
             metavar="MODEL...",
             help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included. Several, or others as "
-            "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables.",
+            "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables. Options of such a scorer follow "
+            "the model, as in reward:MODEL,labels=softmax(good).",
         ),
     ],
     changes: dict[str, Any],
@@ -189,13 +199,13 @@ def evaluate(
 ) -> None:
     """Evaluate scorers on pairs of answers or rated rows: what they get right, what fools them, and what they like."""
     quiet_models()
-    from car_datasets.scoring.named import IQS, kind_of
-
-    if len(models) > 1 or kind_of(models[0])[0] != IQS:
+    if len(models) > 1 or read_name(models[0]).kind != IQS:
         _compare(models, changes, json_, other, options)
         return
-    model = kind_of(models[0])[1]
+    model = read_name(models[0]).model
     pairs, ratings = options["pairs"], options["ratings"]
+    if options["corruptions"] is not None:
+        raise ValueError("--corruptions is for several scorers, or one that is no IQS model; leave it out.")
     _refuse_missing(options, other)
     from car_datasets.training.agreement import evaluate_ratings, refuse_one_class
     from car_datasets.training.pairs import read_pairs
@@ -222,6 +232,7 @@ def evaluate(
         found = evaluate_scorer(scorer, measured, other=rest, **drawing)
         # Through JSON, where figures of no rows are null instead of NaN.
         tables, figures = found.to_tables(), json.loads(found.to_json())
+        _say_accuracy(str(model), figures["accuracy"]["cleaned"]["pairs"])
     if rated is not None:
         by_reader = evaluate_ratings(scorer, rated, pairs=measured, other=others, former=former, **drawing)
         tables += by_reader.to_tables()
@@ -241,6 +252,14 @@ def evaluate(
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
         write_content(json_, json.dumps(figures, indent=2) + "\n")
+    suggest(after_evaluate(model, changes.get("tokenizer")))
+
+
+def _say_accuracy(who: str, pairs: Mapping[str, Any], what: str = "pairs") -> None:
+    tell(
+        f"{who} ranks {100 * pairs['value']:.1f} % of the {what} right (95 % interval {100 * pairs['low']:.1f} to "
+        f"{100 * pairs['high']:.1f})."
+    )
 
 
 def _refuse_json(path: Path | None, models: Sequence[str]) -> None:
@@ -274,6 +293,7 @@ def _compare(
     _refuse_missing(options, None)
     _refuse_json(json_, models)
     pairs = [] if options["pairs"] is None else read_pairs(options["pairs"])
+    corruptions = bool(pairs) if options["corruptions"] is None else options["corruptions"]
     ratings = None if options["ratings"] is None else read_ratings(options["ratings"])
     # A row that cannot be scored is counted, and left out for all.
     found = {name: find_scorer(name, options["token"], on_invalid="mark") for name in models}
@@ -282,6 +302,7 @@ def _compare(
         {name: Judge(scorer, scorer.output_column) for name, scorer in found.items()},
         ratings=ratings,
         pairs=pairs,
+        corruptions=corruptions,
         **drawing,
     )
     for table in compared.to_tables():
@@ -337,23 +358,28 @@ def quantise(
     import_openvino("nncf")
     from car_datasets.curation import open_source
     from car_datasets.scoring.iqs.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
+    from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.stages import scorer_of
 
     if rows < FEWEST_TEXTS:
         raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
     # Rows that cannot be scored are skipped below; they must not stop a calibration.
     recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
+    if read_name(recipe.scorer).kind != IQS:
+        raise ValueError(f"--scorer {recipe.scorer} is no IQS model, and only the encoder of one is quantised.")
     with claimed(output, ("quantise", source, rows, recipe)):
         dataset = open_source(source, recipe, token).dataset
         scorer = scorer_of(recipe, token, embed=False)
+        assert isinstance(scorer, QualityScorer)
         texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
         quantise_encoder(scorer, texts, output)
-        echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
+        tell(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
         # On rows that were not calibrated on, where the agreement would be too good.
         if len(others) >= FEWEST_TEXTS:
             print_table(compare_engines(scorer, replace(scorer, engine=str(output)), others).to_table())
         else:
             echo(f"Not compared with float32: {len(others)} texts are left, and it takes {FEWEST_TEXTS}.")
+    suggest(after_quantise(source, output, changes))
 
 
 @app.command(
@@ -377,4 +403,5 @@ def convert(
 
     with claimed(output, ("convert", checkpoint, changes), argument="output"):
         convert_checkpoint(checkpoint, output, changes.get("tokenizer"))
-    echo(f"The model is in {output}.")
+    tell(f"The model is in {output}.")
+    suggest([after_scorer(output)])

@@ -1,4 +1,4 @@
-"""The commands of the pipeline: curate and demo run all of it, the others one stage, from score to push and verify.
+"""The commands of the pipeline: curate and demo run all of it, the others one stage; and explore, which shows it.
 
 Does: parse, call the library, print.
 Does not: hold logic, or import a heavy library before a command runs, so that `--help` answers at once.
@@ -23,16 +23,23 @@ from car_datasets.cli.app import (
     app,
     echo,
     one_line_errors,
-    option,
-    print_pushed,
-    print_table,
     quiet_models,
     recipe_options,
-    say_where,
 )
+from car_datasets.cli.next_steps import (
+    after_cluster,
+    after_curate,
+    after_demo,
+    after_estimate,
+    after_filled_shards,
+    after_push,
+    after_score,
+    after_select,
+)
+from car_datasets.cli.printing import announce, print_report, print_result, suggest, tell
 from car_datasets.cli.running import holds_result
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
-from car_datasets.recipe import HUB, OUTPUT, SCORING, Recipe, listed
+from car_datasets.recipe import HUB, OUTPUT, Recipe, listed
 from car_datasets.utils.files import (
     Claim,
     claimed,
@@ -44,7 +51,7 @@ from car_datasets.utils.files import (
 )
 from car_datasets.utils.processes import from_main
 from car_datasets.utils.revisions import DEFAULT_ENCODER
-from car_datasets.utils.settings import CONFIG_NAME, ESTIMATE_ROWS, SPLIT
+from car_datasets.utils.settings import ESTIMATE_ROWS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,14 +111,15 @@ def curate(
     # Interrupted after the result, or while it was pushed, the same command must not refuse its own result.
     again = options["overwrite"]
     if (push is not None or not again) and holds_result(output, source, recipe, token, again):
-        echo(f"{output} holds this result already: it is complete, and the same settings and source made it.")
+        tell(f"{output} holds this result already: it is complete, and the same settings and source made it.")
     else:
         report = curate(
             source, output, recipe, token=token, shard_dir=options["shards"], overwrite=options["overwrite"]
         ).report
-        print_table(report.to_table())
-        say_where(output)
-    if push is not None:
+        print_result(report, output)
+    if push is None:
+        suggest(after_curate(output, source))
+    else:
         _push(output, push, private, check, token)
 
 
@@ -125,7 +133,9 @@ def _refuse_push(repo: str, private: bool, token: str | None) -> None:
 def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None) -> None:
     from car_datasets.publishing.push import push_selection
 
-    print_pushed(from_main(lambda: push_selection(folder, repo, private=private, check=check, token=token)))
+    pushed = from_main(lambda: push_selection(folder, repo, private=private, check=check, token=token))
+    tell(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
+    suggest(after_push(*pushed))
 
 
 @app.command(rich_help_panel=ENTIRE, epilog="Example: car-datasets demo --output demo")
@@ -137,16 +147,17 @@ def demo(
     **options: Any,
 ) -> None:
     """Curate the sample of instruction rows that ships with the package, without a network."""
+    # First of all, as the libraries alone take some seconds to load.
+    announce(f"Scoring the sample and selecting {budget:,} of its rows takes some 30 seconds on two cores of a CPU.")
     quiet_models()
     from car_datasets.curation import curate
 
     if not options["overwrite"] and holds_result(output, str(sample_file()), Recipe(budget=budget), None):
-        echo(f"{output} holds this result already: it is complete, and the same settings made it.")
-        return
-    # The default scorer and the sample are part of the package, so this needs no network.
-    report = curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report
-    print_table(report.to_table())
-    say_where(output)
+        tell(f"{output} holds this result already: it is complete, and the same settings made it.")
+    else:
+        # The default scorer and the sample are part of the package, so this needs no network.
+        print_result(curate(sample_file(), output, budget=budget, overwrite=options["overwrite"]).report, output)
+    suggest(after_demo(output))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets score alpaca_data.json --output scored.parquet")
@@ -194,6 +205,10 @@ def score(
         # Workers that only fill shards need not meet, and each may write.
         claim = None if output is None else held.enter_context(claimed(output, ("score", source, recipe, embeddings)))
         _score(source, recipe, embeddings, claim, options)
+    if output is None:
+        suggest(after_filled_shards(source, str(shards), changes))
+    else:
+        suggest(after_score(output, changes, embeddings and output.suffix != ".json"))
 
 
 def _score(source: str, recipe: Recipe, embeddings: bool, claim: Claim | None, options: dict[str, Any]) -> None:
@@ -214,7 +229,7 @@ def _score(source: str, recipe: Recipe, embeddings: bool, claim: Claim | None, o
     stages = resolve(recipe, token, embed=embed)
     dataset = _with_languages(dataset, schema, stages)
     if claim is None:
-        _say_what_is_left(len(dataset), stages.fill_shards(dataset, shards, token=token), shards)
+        _say_what_is_left(len(dataset), stages.fill_shards(dataset, shards, token=token))
         return
     scored = stages.score(dataset, token=token, shard_dir=shards)
     if as_original:
@@ -222,6 +237,7 @@ def _score(source: str, recipe: Recipe, embeddings: bool, claim: Claim | None, o
     # The original's format leaves out the row index that we added; an index column of the source stays.
     added = "" if recipe.index_column in opened.column_names else recipe.index_column
     _write(scored, claim, replace(recipe.names, index=added))
+    _say_written(scored, claim.target)
 
 
 def _with_languages(dataset: Dataset, schema: Schema, stages: Pipeline) -> Dataset:
@@ -248,6 +264,8 @@ def estimate(
 ) -> None:
     """Time some rows on this machine, and estimate how long the entire dataset takes to score."""
     quiet_models()
+    import torch
+
     from car_datasets.curation import open_source
     from car_datasets.scoring.engines import estimate_scoring
     from car_datasets.stages import scorer_of
@@ -255,13 +273,15 @@ def estimate(
     recipe = Recipe().changed(**changes)
     dataset = open_source(source, recipe, options["token"]).dataset
     scorer = scorer_of(recipe, options["token"], embeddings)
-    echo(str(estimate_scoring(dataset, scorer, rows)))
+    found = estimate_scoring(dataset, scorer, rows)
+    tell(str(found))
+    suggest(after_estimate(source, changes, found, torch.cuda.device_count()))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets cluster scored.parquet --output clustered.parquet")
 @one_line_errors
 @recipe_options(
-    *("k", "explained_variance", "n_init", "kmeans", "kmeans_sample"),
+    *("schema", "columns", "k", "explained_variance", "n_init", "kmeans", "kmeans_sample"),
     embedder="Embed a file without embeddings with this sentence-transformers model."
     f"  [default: {DEFAULT_ENCODER.partition('/')[2]}]",
     template=f"Embed a file without embeddings by this text template: {listed(TEMPLATES)}.  [default: {CLEAN_TEMPLATE}]",
@@ -303,24 +323,28 @@ def cluster(
         if save_model is not None:
             files = [save_model / name for name in CLUSTER_MODEL_FILES]
             model_claim = held.enter_context(claimed(save_model, run, files, "--save-model"))
-        _cluster(source, recipe, fit, claim, model_claim)
+        columns = _cluster(source, recipe, fit, claim, model_claim)
+    suggest(after_cluster(output, columns, changes))
 
 
-def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_claim: Claim | None) -> None:
+def _cluster(source: str, recipe: Recipe, fit: FitSettings, claim: Claim, model_claim: Claim | None) -> list[str]:
+    """Write the clustered rows, and return their columns."""
     from car_datasets.stages import add_near_clusters, embed_where_missing, fit_clusters
     from car_datasets.utils.columns import refuse_overwrite
 
     dataset, names = _open(source, recipe.names), recipe.names
     refuse_overwrite(dataset.column_names, (names.cluster, names.distance), "cluster_column=... (--cluster-column)")
-    dataset = embed_where_missing(dataset, names.embedding, recipe.embedder, recipe.template)
+    dataset = embed_where_missing(dataset, recipe)
     model = fit_clusters(dataset, fit, names)
     labelled = add_near_clusters(recipe, model.label(dataset, across_processes=True), model)
     _write(labelled, claim, names)
+    _say_written(labelled, claim.target)
     if model_claim is not None:
         folder = model_claim.target
         # After the labels, which are the result that was asked for; one process writes.
         from_main(model_claim.check)
         from_main(lambda: model.save_pretrained(folder))
+    return labelled.column_names
 
 
 @app.command(
@@ -357,7 +381,9 @@ def select(source: Source, output: OutputFile, changes: dict[str, Any], **option
         chosen = select_by(recipe, pool)
         report = SelectionReport.from_selection(pool, chosen, names=recipe.names, seed=recipe.seed)
         _write(chosen, claim, recipe.names)
-    print_table(report.to_table())
+    print_report(report)
+    _say_written(chosen, output)
+    suggest(after_select(output))
 
 
 @app.command(rich_help_panel=STAGES, epilog="Example: car-datasets explore out")
@@ -387,95 +413,11 @@ def explore(
     exploring.explore(folder, host, port, projection, names=exploring.names_of(folder, changes))
 
 
-@app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets push out me/alpaca-car")
-@one_line_errors
-@add_options(
-    "public",
-    "check",
-    "token",
-    split=option(str, "Name the split of the selected rows.", SPLIT),
-    config_name=option(str, "Push to this configuration, whose splits all have the same columns.", CONFIG_NAME),
-    embeddings=option(bool, "Push the embeddings of the pool as well.", False, "--embeddings"),
-)
-def push(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Push the result in this folder, which `curate` wrote.")],
-    repo: Annotated[
-        str, typer.Argument(help="Push to this dataset repository, OWNER/NAME, which is created if needed.")
-    ],
-    also: Annotated[
-        str,
-        typer.Option(
-            help="Push these splits too, separated by commas: scored (the entire pool), random_control and "
-            "length_matched_control, or none of them with the word none."
-        ),
-    ] = "scored",
-    **options: Any,
-) -> None:
-    """Push a result with its card and receipt in one commit, into a private repository by default.
-
-    If the push is interrupted, run the same command again.
-    """
-    from car_datasets.publishing.push import push_selection
-
-    # A word for the empty list, because an empty argument is easily lost in a shell script.
-    names = [name.strip() for name in also.split(",") if name.strip() not in ("", "none")]
-    private = not options.pop("public")
-    print_pushed(push_selection(folder, repo, also=names, private=private, **options))
-
-
-@app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets verify out --source alpaca_data.json")
-@one_line_errors
-@add_options(
-    "token",
-    source=option(
-        str | None, "Compare with this file or folder, which was curated. A Hub dataset is found without it."
-    ),
-    rescore=option(int, "Also score this many rows again, drawn at random.", 0, panel=SCORING),
-    seed=option(int, "Seed the draw of --rescore with this number.", 0, panel=SCORING),
-    scorer=option(str | None, "Rescore with the scorer in this folder, if it was a folder.", panel=SCORING),
-    tokenizer=option(str | None, "Rescore with the tokenizer in this folder, if it was a folder.", panel=SCORING),
-    engine=option(str | None, "Rescore with the int8 encoder in this folder, if one was used.", panel=SCORING),
-    embedder=option(str | None, "Embed again with the embedder in this folder, if it was a folder.", panel=SCORING),
-    revision=option(str | None, "Check this branch, tag or commit of the repository.", panel=HUB),
-    config_name=option(str, "Check this configuration of the repository.", CONFIG_NAME, panel=HUB),
-    split=option(str, "Check the selected rows in this split of the repository.", SPLIT, panel=HUB),
-)
-def verify(
-    where: Annotated[
-        str,
-        typer.Argument(
-            metavar="REPO_OR_DIR", help="Check this repository, which `push` wrote, or this folder of a result."
-        ),
-    ],
-    **options: Any,
-) -> None:
-    """Check a selection against its receipt: its files, its source, its choice and, with --rescore, its scores.
-
-    All differences are printed, and the exit code is then 1; what was not checked is printed as well.
-    """
-    from car_datasets.publishing.comparing import OLD
-    from car_datasets.publishing.verification import verify
-
-    found = verify(where, **options)
-    for words in found.checked:
-        echo(f"ok: {words}")
-    for words in found.skipped:
-        echo(f"not checked: {words}")
-    for words in found.differences:
-        echo(f"mismatch: {words}")
-    if found.matches:
-        # Anyone can write an old receipt for a changed result, so the verdict itself says what it is worth.
-        echo("match of the rows alone: the receipt has no digests of the files" if OLD in found.skipped else "match")
-    # 1 for a mismatch, so that scripts can tell it from a wrong call, which exits with 2.
-    if not found.matches:
-        raise typer.Exit(1)
-
-
-def _say_what_is_left(rows: int, left: dict[str, int], shards: str) -> None:
+def _say_what_is_left(rows: int, left: dict[str, int]) -> None:
     # `left` counts the rows that other workers have claimed and not finished.
     done = ", ".join(f"{folder} holds {rows - others:,} of {rows:,} rows" for folder, others in left.items())
     rest = "the others are with other workers" if any(left.values()) else "none is left"
-    echo(f"{done}; {rest}. car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.")
+    tell(f"{done}; {rest}.")
 
 
 def _open(source: str, names: ColumnNames) -> Dataset:
@@ -495,4 +437,7 @@ def _write(dataset: Dataset, claim: Claim, names: ColumnNames) -> None:
         write_table(dataset, claim.target, names)
 
     from_main(write)
-    echo(f"{len(dataset):,} rows are in {claim.target}.")
+
+
+def _say_written(dataset: Dataset, file: Path) -> None:
+    tell(f"{len(dataset):,} rows are in {file}.")

@@ -317,9 +317,9 @@ def test_score_without_an_output_fills_shards_that_curate_takes(
     result = run("score", rows, "--shards", shards, *models)
     assert result.exit_code == 0, result.output
     assert result.stdout == (
-        f"{shards}/scores holds 24 of 24 rows, {shards}/embeddings holds 24 of 24 rows; none is left. "
-        f"car-datasets curate SOURCE --output DIR --shards {shards} resumes from there.\n"
+        f"{shards}/scores holds 24 of 24 rows, {shards}/embeddings holds 24 of 24 rows; none is left.\n"
     )
+    assert shlex.join(["--shards", str(shards), "--on-invalid", "mark"]) in result.stderr  # of the next step
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "shards"]
     for stage in (QualityScorer, TextEmbedder):
         monkeypatch.setattr(stage, "__call__", lambda *_: pytest.fail("was scored already"))

@@ -325,7 +325,7 @@ def test_nothing_is_overwritten_and_other_datasets_stay(result_of: Any, tmp_path
 
 TEMPLATE = (
     "{% if tools %}### {{ tools | tojson }}\n{% endif %}{% for message in messages %}### {{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }} <end>{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] or '-' }} <end>{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}### assistant\n{% endif %}"
 )
