@@ -26,6 +26,7 @@ from car_datasets.cli.app import (
     recipe_options,
 )
 from car_datasets.recipe import SCORING, Recipe
+from car_datasets.scoring.named import IQS, read_name
 from car_datasets.utils.files import claimed, fresh_folder, output_path, take_claim, without_nan, write_content
 from car_datasets.utils.processes import launched_rank
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
@@ -181,7 +182,8 @@ def evaluate(
         typer.Argument(
             metavar="MODEL...",
             help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included. Several, or others as "
-            "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables.",
+            "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables. Options of such a scorer follow "
+            "the model, as in reward:MODEL,labels=softmax(good).",
         ),
     ],
     changes: dict[str, Any],
@@ -196,12 +198,10 @@ def evaluate(
 ) -> None:
     """Evaluate scorers on pairs of answers or rated rows: what they get right, what fools them, and what they like."""
     quiet_models()
-    from car_datasets.scoring.named import IQS, kind_of
-
-    if len(models) > 1 or kind_of(models[0])[0] != IQS:
+    if len(models) > 1 or read_name(models[0]).kind != IQS:
         _compare(models, changes, json_, other, options)
         return
-    model = kind_of(models[0])[1]
+    model = read_name(models[0]).model
     pairs, ratings = options["pairs"], options["ratings"]
     if options["corruptions"] is not None:
         raise ValueError("--corruptions is for several scorers, or one that is no IQS model; leave it out.")
@@ -348,15 +348,19 @@ def quantise(
     import_openvino("nncf")
     from car_datasets.curation import open_source
     from car_datasets.scoring.iqs.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
+    from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.stages import scorer_of
 
     if rows < FEWEST_TEXTS:
         raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
     # Rows that cannot be scored are skipped below; they must not stop a calibration.
     recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
+    if read_name(recipe.scorer).kind != IQS:
+        raise ValueError(f"--scorer {recipe.scorer} is no IQS model, and only the encoder of one is quantised.")
     with claimed(output, ("quantise", source, rows, recipe)):
         dataset = open_source(source, recipe, token).dataset
         scorer = scorer_of(recipe, token, embed=False)
+        assert isinstance(scorer, QualityScorer)
         texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
         quantise_encoder(scorer, texts, output)
         echo(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")
