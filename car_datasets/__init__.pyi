@@ -2,6 +2,7 @@ from .clustering import ClusterModel as ClusterModel
 from .curation import curate as curate
 from .loading import load_instructions as load_instructions
 from .proving import prove as prove
+from .publishing import export_selection as export_selection
 from .publishing import push_selection as push_selection
 from .publishing import verify as verify
 from .receipt import Receipt as Receipt

@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from car_datasets.recipe import Recipe
 from car_datasets.reporting.overview import Asked
+from car_datasets.scoring.named import refuse_raw_numbers
 from car_datasets.scoring.stage import say
 from car_datasets.selection.constrained import choose_within
 from car_datasets.selection.filling import Room
@@ -58,6 +59,7 @@ def select_by(recipe: Recipe, pool: Dataset) -> Dataset:
     """
     # `curate` has ranked its pool already, but `select` and `verify` start from a pool that was read from a file.
     _refuse_missing_marks(recipe, pool.column_names)
+    refuse_raw_numbers(recipe.score_column, pool.column_names)
     pool = ranked(recipe, pool)
     if recipe.is_limited:
         return _select_within_limits(recipe, pool)

@@ -10,7 +10,7 @@ import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ from car_datasets.reporting.maps import check_projection
 from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
+from car_datasets.scoring.named import settings_of
 from car_datasets.scoring.shards.storage import check_shards
 from car_datasets.selection.marks.exclusions import DROPPED, pinned_values
 from car_datasets.selection.procedures import find_procedure
@@ -129,7 +130,8 @@ def curate(
             run, or more processes, compute only what is missing.
         overwrite (`bool`): replace the files of a complete result in `output_dir` once the new one is complete. Other
             files in the folder stay.
-        changes: fields of [`Recipe`] by name, which win over `recipe`.
+        changes: fields of [`Recipe`] by name, which win over `recipe`. `scorer` may also be a stage, such as
+            `RewardScorer("OWNER/MODEL")`, whose options are then those of the recipe.
 
     Returns:
         [`Curated`]: `(selected, scored, report)`.
@@ -143,6 +145,8 @@ def curate(
             f"recipe is a {type(recipe).__name__}; pass a Recipe, such as Recipe(n1=1000), or pass the settings themselves: "
             "curate(source, output_dir, n1=1000)."
         )
+    if not isinstance(changes.get("scorer", ""), str):
+        changes = {**settings_of(changes.pop("scorer"), [each.name for each in fields(Recipe)]), **changes}
     recipe = (recipe or Recipe()).changed(**changes)
     procedure = find_procedure(recipe.procedure)
     start_processes()  # now, while all processes are at the same point: later one may have hours of work before it

@@ -163,8 +163,7 @@ def add_copies_and_ranks(stages: Pipeline, pool: Dataset, schema: Schema, token:
     pool = add_duplicates(recipe, pool, schema)
     if recipe.like is None:
         return pool
-    embedder = stages.scorer.embedder() if stages.embedder is None else stages.embedder
-    return add_like_ranks(pool, open_examples(recipe, token), embedder, recipe.names)
+    return add_like_ranks(pool, open_examples(recipe, token), stages.embedding_stage(), recipe.names)
 
 
 def add_like_ranks(pool: Dataset, examples: Dataset, embedder: Stage, names: ColumnNames) -> Dataset:

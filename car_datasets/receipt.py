@@ -23,6 +23,7 @@ from car_datasets import __version__
 from car_datasets.loading.files import STANDARD_INPUT, is_address
 from car_datasets.loading.sources import Origin, Reading, source_numbers
 from car_datasets.loading.values import carried
+from car_datasets.scoring.named import read_name
 from car_datasets.selection.marks.exclusions import CONTAMINATED, DROPPED, DUPLICATE, KEEP, excluded_rows, pinned_values
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from car_datasets.recipe import Recipe
     from car_datasets.reporting.report import SelectionReport
-    from car_datasets.scoring.scorer import QualityScorer
+    from car_datasets.scoring.named import Scorer
     from car_datasets.selection.marks.contamination import Decontaminator
 
 RECEIPT_FILE = "receipt.json"
@@ -82,8 +83,10 @@ class Receipt:
             and sha256 of each file that was read, in the order of the rows, unless there is one file, or `datasets`
             read a Hub dataset. Of [`top_up`] the kind is `"topped up"`, with the sources `old` and `new`, and both
             digests of the old receipt.
-        schema, template (`str`): how its rows were read.
-        scorer, embedder (`dict`): `model_id`, `revision` (commit, or digest of a folder) and `weights` (digest).
+        schema, template (`str`): how its rows were read; a scorer that is no IQS model has a template of its own, and
+            this one is that of the embedded text.
+        scorer, embedder (`dict`): `model_id`, `revision` (commit, or digest of a folder) and `weights` (digest). Of a
+            scorer that is no IQS model also `kind`, such as `"ifd"`, and `options`, if it has some.
         recipe (`dict`): all settings, including seeds, k, n1 and n2; the name alone of a model that was a folder, and
             `NAME@SHA256` of a file that tells which rows to select.
         counts (`dict`): rows after each stage; where there are any, `excluded` (scored rows that a mark keeps out, by the
@@ -243,7 +246,7 @@ def make_receipt(
     source: Mapping[str, Any],
     schema: str,
     settings: Recipe,
-    scorer: QualityScorer,
+    scorer: Scorer,
     pool: Dataset,
     selected: Dataset,
     report: SelectionReport,
@@ -253,14 +256,14 @@ def make_receipt(
     Args:
         source (`Mapping`): what [`describe_source`] returned for the source.
         schema (`str`): the name of the schema that the rows were read by.
-        settings ([`Recipe`]), scorer ([`QualityScorer`]): as used, with the revisions of both models.
+        settings ([`Recipe`]), scorer (`Scorer`): as used, with the revisions of both models.
         pool, selected (`Dataset`), report ([`SelectionReport`]): the result.
     """
     return Receipt(
         source=dict(source),
         schema=schema,
         template=str(scorer.template),
-        scorer=scorer_record(scorer),
+        scorer=scorer_record(settings, scorer),
         embedder=embedder_record(settings, scorer),
         recipe=portable_settings(settings),
         counts=counts_of(report) | mark_counts(pool, settings),
@@ -388,6 +391,8 @@ def portable_settings(settings: Recipe) -> dict[str, Any]:
     plain = {**asdict(settings), "columns": dict(settings.columns)}
     # A path would be one of this machine; the revision, a digest, says which model the folder held.
     plain |= {name: portable(plain[name]) for name in MODELS if plain[name] is not None}
+    name = read_name(settings.scorer)
+    plain["scorer"] = str(name._replace(model=portable(name.model)))
     plain |= {name: with_digest(plain[name]) for name in FILES if plain[name] is not None}
     return plain | {"against": [with_digest(name) for name in settings.against]}
 
@@ -414,20 +419,23 @@ def with_digest(name: str) -> str:
     return f"{path.resolve().name}@{digest}"
 
 
-def scorer_record(scorer: QualityScorer) -> dict[str, str]:
+def scorer_record(settings: Recipe, scorer: Scorer) -> dict[str, str]:
     """Return the field `scorer` of a receipt."""
-    return _model(scorer.model_id, str(scorer.revision)) | scorer_pins(scorer)
+    named = read_name(settings.scorer).record
+    return _model(scorer.model_id, str(scorer.revision)) | scorer_pins(scorer) | named
 
 
-def scorer_pins(scorer: QualityScorer) -> dict[str, str]:
+def scorer_pins(scorer: Scorer) -> dict[str, str]:
     """Return the immutable revisions of a scorer and, if it has any, of its tokenizer, int8 encoder and packaged parts."""
     names = ("revision", "tokenizer_revision", "engine_revision", "parts_revision")
-    return {name: str(getattr(scorer, name)) for name in names if getattr(scorer, name) is not None}
+    return {name: str(pin) for name in names if (pin := getattr(scorer, name, None)) is not None}
 
 
-def embedder_record(settings: Recipe, scorer: QualityScorer) -> dict[str, str]:
+def embedder_record(settings: Recipe, scorer: Scorer) -> dict[str, str]:
     """Return the field `embedder` of a receipt; the embedder may be the scorer's own encoder."""
-    if settings.embedder is None and scorer.shares_encoder:
+    from car_datasets.scoring.scorer import QualityScorer  # here, as it imports torch
+
+    if settings.embedder is None and isinstance(scorer, QualityScorer) and scorer.shares_encoder:
         shared = scorer.embedder()
         return _model(shared.model_id, str(shared.revision))
     # No request for a pinned commit that is in the cache, so this also works offline.

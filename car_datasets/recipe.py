@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from car_datasets.loading.languages import CHOICES, LANGUAGE_COLUMN
 from car_datasets.loading.schemas import ROLE_NAMES, SCHEMAS, as_column_names
 from car_datasets.loading.templates import TEMPLATES
+from car_datasets.scoring.named import IQS, SCORERS, read_name
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import public
@@ -87,7 +88,11 @@ class Recipe(Settings):
             n1 is divided in proportion to the rows of each language and each cluster gives its best by that rank;
             `"across"`: compare the scores of all languages. `"within"` adds the columns `language` and
             `iqs_score_within`. If the scorer's languages are not known, nothing is refused.
-        scorer, scorer_revision (`str`): an IQS model, on the Hub or in a folder, and its branch, tag, commit or digest.
+        scorer, scorer_revision (`str`): an IQS model, on the Hub or in a folder, and its branch, tag, commit or digest; or
+            `"reward:MODEL"`, `"ifd:MODEL"` or `"perplexity:MODEL"` with options of [`RewardScorer`], [`IFDScorer`] or
+            [`PerplexityScorer`], as in `"reward:MODEL,labels=softmax(good)"`. These add `reward_score`, `ifd_score` or
+            `perplexity_score`, of which higher is better: of perplexity, the likelier answers. The embedding then comes
+            from `embedder`, or the default encoder, in a pass of its own.
         template (`str`, *optional*): the text that is scored; defaults to the one the scorer was trained with.
         turns (`str`): how the exchanges of a chat make one score: `"mean"`, `"min"`, `"last"` or `"sum"`.
         score_thoughts (`bool`): put the thoughts of an answer in front of it; by default the answer alone is scored.
@@ -108,7 +113,8 @@ class Recipe(Settings):
         n2 (`int`): rows from every cluster.
         budget (`int`, *optional*): total number of rows; n1 then follows from it and from n2, and must not be given.
         allow_worse (`bool`): accept a selection whose mean score is below the pool's.
-        score_column, embedding_column, cluster_column (`str`): the new columns; `iqs_tokens`, ... follow the first.
+        score_column, embedding_column, cluster_column (`str`): the new columns; `iqs_tokens`, ... follow the first. The
+            default of `score_column` is that of the scorer: `"iqs_score"` for an IQS model.
         procedure (`str`): `"default"`, or `"paper"`: the published rule on clusters of the score-sorted rows, which
             also writes the original's three files; or another key of `PROCEDURES`.
         rule (`str`): `"car"`, the best rows by score and of every cluster; or `"gain"`, the rows that add most to what
@@ -172,7 +178,11 @@ class Recipe(Settings):
     on_invalid: str = _setting(
         "error", "Say what to do with rows that cannot be scored: error refuses them, mark keeps them unscored.", SOURCE
     )
-    scorer: str = _setting(revisions.DEFAULT_SCORER, "Score with this IQS model, a Hub id or a folder.", SCORING)
+    scorer: str = _setting(
+        revisions.DEFAULT_SCORER,
+        "Score with this IQS model, a Hub id or a folder, or with another as reward:MODEL, ifd:MODEL or perplexity:MODEL.",
+        SCORING,
+    )
     scorer_revision: str | None = _setting(
         None, "Take this branch, tag or commit of the scorer, or expect this digest of its folder.", SCORING
     )
@@ -238,7 +248,9 @@ class Recipe(Settings):
     allow_worse: bool = _setting(
         False, "Accept a selection whose mean score is below that of the entire pool.", SELECTION
     )
-    score_column: str = _setting(NAMES.score, "Name the score column.", COLUMNS)
+    score_column: str = _setting(
+        NAMES.score, "Name the score column.", COLUMNS, shown=f"{NAMES.score}, or that of another kind of scorer"
+    )
     embedding_column: str = _setting(NAMES.embedding, "Name the embedding column.", COLUMNS)
     cluster_column: str = _setting(NAMES.cluster, "Name the cluster column.", COLUMNS)
     procedure: str = _setting(
@@ -319,8 +331,26 @@ class Recipe(Settings):
                 f"embedder_revision={self.embedder_revision!r} needs an embedder=... that it is a revision of."
             )
         refuse_two_amounts(self.n1, self.budget)
+        self._check_scorer()
         self._check_choices()
         self._check_shares()
+
+    def _check_scorer(self) -> None:
+        """Take the columns of another kind of scorer; raise ValueError for an option that only an IQS model has."""
+        name = read_name(self.scorer)
+        object.__setattr__(self, "scorer", str(name))
+        if name.kind == IQS:
+            return
+        own = ("template", "turns", "uncertainty", "parts", "tokenizer", "compile", "engine")
+        given = [each for each in own if getattr(self, each) != getattr(type(self), each)]
+        if self.dtype == "float8" or given:
+            option = given[0] if given else "dtype"
+            raise ValueError(
+                f"{option}={getattr(self, option)!r} is for an IQS model, and scorer={self.scorer!r} is of another kind. "
+                + (f"Leave {option} out." if given else "Choose float32, bfloat16 or float16.")
+            )
+        if self.score_column == NAMES.score:
+            object.__setattr__(self, "score_column", SCORERS[name.kind].column)
 
     def _check_choices(self) -> None:
         """Raise ValueError if a setting of the selection is not one of its words, or needs another one."""
@@ -387,14 +417,17 @@ class Recipe(Settings):
     def changed(self, **changes: Any) -> "Recipe":
         """Return a copy with other values.
 
-        Another scorer does not keep revision, tokenizer and engine of the previous one, nor another embedder its
-        revision. A new n1, budget or budget_tokens replaces the other two.
+        Another scorer does not keep revision, tokenizer and engine of the previous one, nor one of another kind the
+        default name of its score, and another embedder not the revision. A new n1, budget or budget_tokens replaces the
+        other two.
 
         Raises:
             ValueError: a name is not a field, or a value does not have the field's type.
         """
         # Values that are given along with the new model win over these resets.
         if changes.get("scorer", self.scorer) != self.scorer:
+            if self.score_column == SCORERS[read_name(self.scorer).kind].column:
+                changes = {"score_column": NAMES.score, **changes}  # which then becomes that of the new kind
             changes = {"scorer_revision": None, "tokenizer": None, "engine": None, **changes}
         if changes.get("embedder", self.embedder) != self.embedder:
             changes = {"embedder_revision": None, **changes}
@@ -410,6 +443,11 @@ class Recipe(Settings):
         # Ranking within languages needs the column, so it is added even if nobody has named it.
         language = self.language_column or (LANGUAGE_COLUMN if self.languages == "within" else "")
         return ColumnNames(self.score_column, self.cluster_column, self.index_column, self.embedding_column, language)
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """Return the columns that only the recipe's kind of scorer adds, such as `ifd` next to `ifd_score`."""
+        return read_name(self.scorer).further_columns(self.score_column)
 
     @property
     def is_limited(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from datasets.table import InMemoryTable
@@ -24,6 +24,7 @@ from car_datasets.loading.templates import CLEAN_TEMPLATE
 from car_datasets.recipe import Recipe
 from car_datasets.scoring.embedder import TextEmbedder
 from car_datasets.scoring.iqs.float8 import for_embedder
+from car_datasets.scoring.named import IQS, find_scorer, read_name
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.shards.run import fill_shards, score_in_shards
 from car_datasets.scoring.shards.storage import refuse_blank
@@ -35,6 +36,10 @@ from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, join_columns, refuse_overwrite
 from car_datasets.utils.processes import from_main, process_rank
 
+if TYPE_CHECKING:
+    from car_datasets.scoring.conversations import ConversationScorer
+    from car_datasets.scoring.named import Scorer
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -42,7 +47,7 @@ class Pipeline:
 
     Args:
         recipe ([`Recipe`]): the settings, with the immutable revisions of scorer and embedder.
-        scorer ([`QualityScorer`]): adds the score and, if it shares its encoder with the embedder, the embedding.
+        scorer (`Scorer`): adds the score and, if it shares its encoder with the embedder, the embedding.
         embedder ([`TextEmbedder`], *optional*): adds the embedding in a second pass; None if the scorer does, or if no
             embeddings are wanted.
         fit ([`FitSettings`]): the arguments of the cluster model's fit.
@@ -50,7 +55,7 @@ class Pipeline:
     """
 
     recipe: Recipe
-    scorer: QualityScorer
+    scorer: Scorer
     embedder: TextEmbedder | None
     fit: FitSettings
     procedure: Procedure
@@ -83,7 +88,7 @@ class Pipeline:
         refuse_taken_columns(own, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
         folders = [None if shard_dir is None else shard_folder(shard_dir, name) for _, name, _ in self._passes()]
-        say(f"Scoring {len(dataset):,} rows with {self.scorer.model_id}; the time left follows from the first batches.")
+        say(f"Scoring {len(dataset):,} rows with {self.recipe.scorer}; the time left follows from the first batches.")
         for (description, _, stage), folder in zip(self._passes(), folders, strict=True):
             dataset = run_stage(dataset, stage, description, folder, token)
         return dataset
@@ -113,6 +118,18 @@ class Pipeline:
     def select(self, pool: Dataset) -> Dataset:
         """Return the selected rows of a scored, clustered pool."""
         return select_by(self.recipe, pool)
+
+    def embedding_stage(self) -> TextEmbedder:
+        """Return the stage that gives the embeddings alone: the embedder, or that of the scorer's encoder.
+
+        Raises:
+            ValueError: the pipeline has no embedder, and its scorer has no sentence-transformers encoder.
+        """
+        if self.embedder is not None:
+            return self.embedder
+        if not isinstance(self.scorer, QualityScorer):
+            raise ValueError(f"{self.recipe.scorer} embeds no text: resolve(recipe, embed=True) gives it an embedder.")
+        return self.scorer.embedder()
 
     @property
     def _embeds(self) -> bool:
@@ -168,7 +185,7 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
     names = recipe.names
     std = [names.std] if recipe.uncertainty else []
     parts = names.parts if recipe.parts else ()
-    scores = [names.score, *std, *parts, names.tokens, names.truncated, names.status]
+    scores = [names.score, *std, *parts, *recipe.further_columns, names.tokens, names.truncated, names.status]
     within = [names.within] if recipe.languages == "within" or recipe.within else []
     if not embed:
         refuse_overwrite(columns, scores, "score_column= (--score-column)")
@@ -186,6 +203,12 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
         raise ValueError(
             f"The dataset has the column(s) {taken} already, in which rows would be marked for the selection. Rename them "
             f"in the source, as dataset.rename_column({taken[0]!r}, ...) does{copies}."
+        )
+    if names.score in columns:
+        raise ValueError(
+            f"The dataset already has the column(s) {[names.score]}, which would be overwritten. To select by the scores in "
+            f"it, run `car-datasets cluster` on the rows, then `car-datasets select --score-column {names.score}`. To score "
+            f"the rows, pass another score_column= (--score-column), or dataset.remove_columns({[names.score]})."
         )
     refuse_overwrite(columns, new, "score_column=, embedding_column= or cluster_column= (--score-column, ...)")
     check_columns(columns, (), SELECTION_COLUMNS)
@@ -243,8 +266,15 @@ def fit_clusters(pool: Dataset, fit: FitSettings, names: ColumnNames) -> Cluster
     )
 
 
-def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> QualityScorer:
+def scorer_of(recipe: Recipe, token: str | None = None, embed: bool = True) -> Scorer:
     """Return the scorer of a recipe; with `embed`, it also embeds if scorer and embedder share an encoder."""
+    if read_name(recipe.scorer).kind != IQS:
+        names = ("schema", "columns", "score_thoughts", "on_invalid", "dtype", "batch_tokens")
+        reading = {name: getattr(recipe, name) for name in names}
+        other: ConversationScorer = find_scorer(
+            recipe.scorer, token, revision=recipe.scorer_revision, output_column=recipe.score_column, **reading
+        )
+        return other
     scorer = QualityScorer(
         recipe.scorer,
         recipe.scorer_revision,

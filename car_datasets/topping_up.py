@@ -47,6 +47,7 @@ from car_datasets.results import (
     read_result,
     refuse_unfinished,
 )
+from car_datasets.scoring.named import moved
 from car_datasets.scoring.stage import add_columns, say
 from car_datasets.selection.limits import parse_tokens
 from car_datasets.selection.marks.exclusions import KEEP, pinned_values
@@ -202,7 +203,10 @@ def _recipe_of(old: _Old, changes: Mapping[str, Any]) -> Recipe:
         settings |= dict.fromkeys(AMOUNTS)
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both given; pass one of them.")
-    recipe = Recipe().changed(**{**settings, **{n: v for n, v in changes.items() if v is not None}})
+    given_here = {name: value for name, value in changes.items() if value is not None}
+    if "scorer" in given_here:
+        given_here["scorer"] = moved(str(settings["scorer"]), given_here["scorer"])
+    recipe = Recipe().changed(**{**settings, **given_here})
     if recipe.like is not None:
         raise ValueError(
             f"{old.folder} was selected by its likeness to examples ({recipe.like}), which new rows alone cannot be ranked "
@@ -325,7 +329,7 @@ def _checked(old: _Old, new: OpenSource, recipe: Recipe) -> Dataset:
         )
     names = recipe.names
     added = {*names.diagnostics, names.score, names.cluster, names.embedding, names.within, names.language, names.index}
-    added |= {*marks_of(recipe), *SELECTION_COLUMNS}
+    added |= {*recipe.further_columns, *marks_of(recipe), *SELECTION_COLUMNS}
     added |= {column for column in (LANGUAGE_COLUMN, names.kind) if column in recipe.grouped_by}
     own = {column for column in scored.column_names if column not in added}
     given = {column for column in new.dataset.column_names if column not in added}
@@ -453,11 +457,10 @@ def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema, to
 def _embedded(stages: Pipeline, rows: Dataset, places: npt.NDArray[np.int64]) -> Dataset:
     """Return rows of which those at some places have their embedding."""
     column = stages.recipe.embedding_column
-    embedder = stages.embedder or replace(stages.scorer.embedder(), output_column=column)
     feature = rows.features[column]
     if len(places) == 0:
         return rows
-    some = add_columns(without(rows, column).select(places.tolist()), embedder, "Embedding")
+    some = add_columns(without(rows, column).select(places.tolist()), stages.embedding_stage(), "Embedding")
     vectors = some.with_format("arrow")[:][column].combine_chunks()
     at = np.full(len(rows), -1, dtype=np.int64)
     at[places] = np.arange(len(places))

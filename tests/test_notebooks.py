@@ -1,14 +1,15 @@
-"""Check the format of the notebooks, and run them by nbclient in an empty folder, against a Hub on this machine.
+"""Check the notebooks and their stored outputs, and run them by nbclient in an empty folder, against a Hub here.
 
 Only the cell that installs the package is skipped. Data and models are those of the notebooks, which are small.
+`python -m tests.refresh_notebooks` stores the outputs anew.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,25 +19,33 @@ from typing import Any
 import nbformat
 import pytest
 from datasets import Dataset
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from car_datasets.reporting.plots import PLOTS
 from tests.conftest import ROOT
 from tests.hub_server import Hub
+from tests.refresh_notebooks import FOLDER, UNSTORED, kinds, read, running, stored
 
-NOTEBOOKS = ["01_quickstart", "02_chain_map_and_push", "03_your_own_scorer", "04_many_gpus_and_resume"]
+NOTEBOOKS = [
+    *("01_quickstart", "02_chain_map_and_push", "03_your_own_scorer", "04_many_gpus_and_resume"),
+    "05_train_on_it",
+]
 BADGE = (
     "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/car-datasets/car_datasets/blob/main/notebooks/{}.ipynb)"
 )
-INSTALL = re.compile(r'%pip install -q "?car-datasets(\[[\w,-]+\])?"?')
-
-
-def read(name: str) -> Any:
-    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=nbformat.NO_CONVERT)
+# One variable names the package, which is on no index under our name.
+INSTALL = re.compile(
+    r'# Or the path of a wheel file, as "car_datasets-[\d.]+-py3-none-any\.whl(?P<extras>(?:\[[\w,-]+\])?)"\.\n'
+    r'PACKAGE = "car-datasets(?P=extras) @ git\+https://github\.com/car-datasets/car_datasets"\n'
+    r'%pip install -q "\{PACKAGE\}"'
+)
+MOST_BYTES = 300_000
+# Paths of a machine, tokens, speeds, and bars of progress.
+OF_A_MACHINE = re.compile(
+    r"/(?:tmp|home|root|work|usr|Users)/|site-packages|hf_[A-Za-z0-9]{4}|127\.0\.0\.1|\bit/s|\d+%\|"
+)
 
 
 def code_cells(notebook: Any) -> list[Any]:
@@ -57,17 +66,29 @@ def test_these_are_all() -> None:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_is_valid_and_stripped(name: str) -> None:
+def test_a_notebook_is_valid_and_its_outputs_are_small(name: str) -> None:
     notebook = read(name)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code_cells(notebook))
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
     names = [cell.id for cell in notebook.cells]  # written by hand, so that a change of one is a change of one line
     assert len(set(names)) == len(names) and all(re.fullmatch(r"[a-z0-9-]+", each) for each in names)
-    assert not re.search(r"hf_[A-Za-z0-9]{4}", json.dumps(notebook))
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < MOST_BYTES
+    for cell in code_cells(notebook):
+        assert cell.execution_count is None
+        assert not cell.outputs or not set(cell.metadata.get("tags", ())) & {*UNSTORED}
+        assert all(output.output_type in ("stream", "display_data", "execute_result") for output in cell.outputs), (
+            cell.id
+        )
+        texts = [
+            json.dumps({k: v for k, v in output.get("data", output).items() if k != "image/png"})
+            for output in cell.outputs
+        ]
+        assert [found[0] for text in texts if (found := OF_A_MACHINE.search(text))] == [], cell.id
+    shown = [kind for cell in code_cells(notebook) for kind in kinds(cell.outputs)]
+    assert len(shown) > 5 and ("image/png" in shown) == (name == "01_quickstart")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -80,7 +101,8 @@ def test_a_notebook_opens_with_its_badge_and_installs(name: str) -> None:
     install, *others = code_cells(notebook)
     assert INSTALL.fullmatch(install.source)
     assert install.metadata.tags == ["install"]
-    assert all("tags" not in cell.metadata and "pip install" not in cell.source.split("print(")[0] for cell in others)
+    assert all(cell.metadata.get("tags", ["timing"]) == ["timing"] for cell in others)
+    assert all("pip install" not in cell.source.split("print(")[0] for cell in others)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -114,32 +136,18 @@ class Ran:
 
 
 @pytest.fixture
-def execute(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Ran]]:
-    """Run all cells of a notebook except the one that installs, in an empty folder and on the Python of the tests."""
-    work = tmp_path / "work"
-    work.mkdir()
-    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
-    own = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}  # `!torchrun` is ours
-    own |= {"IPYTHONDIR": str(tmp_path / "ipython"), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
-    own |= {"CUDA_VISIBLE_DEVICES": ""}  # `!torchrun` starts more processes than there may be GPUs, which NCCL refuses
-    open_kernels: list[Any] = []
+def execute(tmp_path: Path, hub: Hub) -> Iterator[Callable[[Any], Ran]]:
+    """Run all cells of a notebook except the one that installs; their outputs must be of the kinds that are stored."""
+    with contextlib.ExitStack() as kernels:
 
-    def run(notebook: Any) -> Ran:
-        notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", [])]
-        specs = KernelSpecManager(kernel_dirs=[])  # none but that of sys.executable
-        manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
-        client = NotebookClient(notebook, km=manager, timeout=600, resources={"metadata": {"path": str(work)}})
-        kernel = client.setup_kernel(env={**hub.env, **own})
-        kernel.__enter__()
-        open_kernels.append(kernel)
-        for i, cell in enumerate(notebook.cells):
-            client.execute_cell(cell, i)
-        return Ran(client)
+        def run(notebook: Any) -> Ran:
+            before = {cell.id: kinds(cell.outputs) for cell in code_cells(notebook)}
+            client = kernels.enter_context(running(notebook, tmp_path, hub))
+            after = {cell.id: kinds(stored(cell, tmp_path, hub)) for cell in code_cells(notebook)}
+            assert after == before, "run python -m tests.refresh_notebooks"
+            return Ran(client)
 
-    yield run
-    for kernel in open_kernels:
-        kernel.__exit__(None, None, None)
+        yield run
 
 
 def column(path: Path, name: str) -> list[Any]:
@@ -215,9 +223,22 @@ def test_many_gpus_and_resume(execute: Callable[[Any], Ran], hub: Hub, tmp_path:
 
 
 @pytest.mark.slow
+def test_train_on_it(execute: Callable[[Any], Ran], tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    ask = execute(read("05_train_on_it"))
+    chosen = json.loads((tmp_path / "work" / "curated" / "selected.json").read_text(encoding="utf-8"))
+    written = [json.loads(line) for line in (tmp_path / "work" / "data" / "train.jsonl").read_text().splitlines()]
+    assert [row["completion"][0]["content"] for row in written] == [row["output"] for row in chosen]
+    assert len(written) == 60
+    for part in ("trained on", "held out"):
+        before, after = ask(f"losses.loc[{part!r}].tolist()")
+        assert after < before - 0.2
+
+
+@pytest.mark.slow
 def test_a_cell_that_fails_fails_the_test(execute: Callable[[Any], Ran]) -> None:
     notebook = read("01_quickstart")
     [load] = [cell for cell in notebook.cells if cell.id == "load"]
-    load.source = load.source.replace("sample_file())", "'no-such-file.json')")
+    load.source = load.source.replace("sample_file(), {}", "'no-such-file.json', {}")
     with pytest.raises(CellExecutionError, match=r"no-such-file\.json"):
         execute(notebook)

@@ -1,4 +1,4 @@
-"""The commands on a finished result: push and verify, and top-up, which adds rows to it.
+"""The commands on a finished result: push, verify and export, and top-up, which adds rows to it.
 
 Does: parse, call the library, print.
 Does not: hold logic, or import a heavy library before a command runs.
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from car_datasets.cli.app import (
+    NEW_PATH,
     Output,
     add_options,
     app,
@@ -21,7 +22,8 @@ from car_datasets.cli.app import (
     recipe_options,
 )
 from car_datasets.cli.next_steps import after_push, after_top_up, after_verify
-from car_datasets.cli.printing import print_result, say, suggest, tell
+from car_datasets.cli.printing import Step, print_result, say, suggest, tell
+from car_datasets.cli.running import echo
 from car_datasets.cli.stages import PUBLISHING
 from car_datasets.recipe import HUB, SCORING
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
@@ -114,6 +116,39 @@ def verify(
     # 1 for a mismatch, so that scripts can tell it from a wrong call, which exits with 2.
     if not found.matches:
         raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets export out --for trl")
+@one_line_errors
+@add_options("overwrite")
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Export the selection in this folder, which `curate` wrote.")
+    ],
+    trainer: Annotated[
+        str, typer.Option("--for", help="Write what this trainer reads: trl, llama-factory, axolotl, openai or alpaca.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            *("--output", "-o"),
+            help="Write this new file, which ends in .jsonl (.json for alpaca), or into this folder.  [default: DIR-TRAINER]",
+            **NEW_PATH,
+        ),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Write the selected rows as a training file with the source's columns, and print the trainer's configuration."""
+    from car_datasets.publishing.exporting import export_selection
+
+    done = export_selection(folder, trainer, output, overwrite=options["overwrite"])
+    tell(f"{done.rows:,} rows are in {done.file}, with the columns {', '.join(done.columns)}.")
+    if done.left_out:
+        say(f"Left out, because {trainer} would refuse or misread them: {', '.join(done.left_out)}.")
+    say(f"{f'The lines for {trainer}' if done.info is None else f'The entry in {done.info}'}:")
+    for line in ("", *done.stanza.splitlines()):
+        echo(line)
+    suggest([Step(done.next_step)])
 
 
 @app.command("top-up", rich_help_panel=PUBLISHING, epilog="Example: car-datasets top-up out new.json --output out-2")

@@ -27,6 +27,7 @@ from car_datasets.cli.app import (
 from car_datasets.cli.next_steps import after_evaluate, after_prepare, after_quantise, after_scorer, after_train
 from car_datasets.cli.printing import print_table, suggest, tell
 from car_datasets.recipe import SCORING, Recipe
+from car_datasets.scoring.named import IQS, read_name
 from car_datasets.utils.files import claimed, fresh_folder, output_path, take_claim, without_nan, write_content
 from car_datasets.utils.processes import launched_rank
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
@@ -166,6 +167,13 @@ def train(
     engine=option(
         str | None, "Also measure the int8 encoder in this folder, and compare it with float32.", panel=SCORING
     ),
+    corruptions=option(
+        bool | None,
+        "Of several scorers, also score corrupted copies of the rows, which takes twelve times as long.  [default: with "
+        "--pairs]",
+        None,
+        "--corruptions/--no-corruptions",
+    ),
     samples=option(int | None, f"Draw this many bootstrap samples per interval.  [default: {BOOTSTRAP_SAMPLES}]"),
     seed=option(int, "Seed bootstrap and corruptions with this number.", 0),
 )
@@ -175,7 +183,8 @@ def evaluate(
         typer.Argument(
             metavar="MODEL...",
             help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included. Several, or others as "
-            "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables.",
+            "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables. Options of such a scorer follow "
+            "the model, as in reward:MODEL,labels=softmax(good).",
         ),
     ],
     changes: dict[str, Any],
@@ -190,13 +199,13 @@ def evaluate(
 ) -> None:
     """Evaluate scorers on pairs of answers or rated rows: what they get right, what fools them, and what they like."""
     quiet_models()
-    from car_datasets.scoring.named import IQS, kind_of
-
-    if len(models) > 1 or kind_of(models[0])[0] != IQS:
+    if len(models) > 1 or read_name(models[0]).kind != IQS:
         _compare(models, changes, json_, other, options)
         return
-    model = kind_of(models[0])[1]
+    model = read_name(models[0]).model
     pairs, ratings = options["pairs"], options["ratings"]
+    if options["corruptions"] is not None:
+        raise ValueError("--corruptions is for several scorers, or one that is no IQS model; leave it out.")
     _refuse_missing(options, other)
     from car_datasets.training.agreement import evaluate_ratings, refuse_one_class
     from car_datasets.training.pairs import read_pairs
@@ -284,6 +293,7 @@ def _compare(
     _refuse_missing(options, None)
     _refuse_json(json_, models)
     pairs = [] if options["pairs"] is None else read_pairs(options["pairs"])
+    corruptions = bool(pairs) if options["corruptions"] is None else options["corruptions"]
     ratings = None if options["ratings"] is None else read_ratings(options["ratings"])
     # A row that cannot be scored is counted, and left out for all.
     found = {name: find_scorer(name, options["token"], on_invalid="mark") for name in models}
@@ -292,6 +302,7 @@ def _compare(
         {name: Judge(scorer, scorer.output_column) for name, scorer in found.items()},
         ratings=ratings,
         pairs=pairs,
+        corruptions=corruptions,
         **drawing,
     )
     for table in compared.to_tables():
@@ -347,15 +358,19 @@ def quantise(
     import_openvino("nncf")
     from car_datasets.curation import open_source
     from car_datasets.scoring.iqs.quantisation import FEWEST_TEXTS, compare_engines, quantise_encoder, sample_texts
+    from car_datasets.scoring.scorer import QualityScorer
     from car_datasets.stages import scorer_of
 
     if rows < FEWEST_TEXTS:
         raise ValueError(f"--rows {rows}: calibration needs at least {FEWEST_TEXTS}.")
     # Rows that cannot be scored are skipped below; they must not stop a calibration.
     recipe, token = Recipe(on_invalid="mark").changed(**changes), options["token"]
+    if read_name(recipe.scorer).kind != IQS:
+        raise ValueError(f"--scorer {recipe.scorer} is no IQS model, and only the encoder of one is quantised.")
     with claimed(output, ("quantise", source, rows, recipe)):
         dataset = open_source(source, recipe, token).dataset
         scorer = scorer_of(recipe, token, embed=False)
+        assert isinstance(scorer, QualityScorer)
         texts, others = sample_texts(dataset, scorer, rows, seed=recipe.seed)
         quantise_encoder(scorer, texts, output)
         tell(f"The int8 encoder, calibrated on {len(texts):,} texts, is in {output}.")

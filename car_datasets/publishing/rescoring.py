@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +17,24 @@ from datasets import Dataset
 
 from car_datasets.loading.schemas import find_schema
 from car_datasets.loading.values import carried
-from car_datasets.receipt import Receipt, embedder_record, scorer_record
+from car_datasets.receipt import Receipt, embedder_record, scorer_pins, scorer_record
 from car_datasets.recipe import Recipe
-from car_datasets.scoring.scorer import QualityScorer
+from car_datasets.scoring.named import IQS, moved, read_name
 from car_datasets.scoring.stage import Rows
 from car_datasets.stages import Pipeline, resolve, scorer_of
 from car_datasets.utils import revisions
 from car_datasets.utils.columns import read_numbers
+
+if TYPE_CHECKING:
+    from car_datasets.scoring.named import Scorer
 
 # How far a score may move with the batch and the machine, by the encoder's dtype. The recipe of an int8 encoder says
 # float32.
 # On an H200, 9,229 scores moved by at most 0.065 in bfloat16 and 0.0074 in float16 from those in float32; on a CPU that
 # rounds as float8 does, 1,000 scores moved by at most 0.42.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.08, "float16": 0.008, "float8": 0.5}
+# Of other kinds of scorers, relative where a number exceeds 1: a perplexity has no bound.
+TOLERANCE_OF_OTHERS = 2e-4  # in float32
 HALF = 1e-3  # how far a number of float16 may be from the one that was stored
 
 
@@ -85,12 +90,12 @@ class Rescoring:
                 receipt's.
             ValueError: a model cannot be loaded.
         """
-        recipe, scorer = self.recipe, self._scorer()
+        recipe, scorer, limit = self.recipe, self._scorer(), self._tolerance
         self._compare_scorer(scorer)
         rows = self._draw(table)
         batch = rows.remove_columns([name for name in scorer.output_columns if name in rows.column_names])[:]
         # One per row.
-        tolerances = np.full(len(rows), TOLERANCES[recipe.dtype])
+        tolerances = np.full(len(rows), limit)
         if recipe.turns == "sum":  # the score of every exchange may move that far
             schema = find_schema(batch, scorer.schema, scorer.columns)
             tolerances *= np.maximum(1, Rows.from_batch(batch, schema, str(scorer.template), "mark").counts)
@@ -104,7 +109,8 @@ class Rescoring:
             for row, (seen, new) in enumerate(zip(rows[name][:], again[name], strict=True)):
                 if seen != new:
                     raise Difference(f"source row {self._at(rows, row)} has {name} {seen}; scored again, {new}")
-        words = f"{len(rows)} rows, scored again, have their scores within {TOLERANCES[recipe.dtype]:g}"
+        words = f"{len(rows)} rows, scored again, have their scores within {limit:g}"
+        words += "" if self._is_iqs else ", relative for numbers above 1"
         words += " for each exchange" if recipe.turns == "sum" else ""
         return words if recipe.dtype == "float32" else f"{words} ({recipe.dtype})"
 
@@ -121,7 +127,7 @@ class Rescoring:
         if column not in table.column_names:
             return "the embedder is the receipt's (there are no embeddings to compare)"
         rows = self._draw(table)
-        embedder = stages.embedder or stages.scorer.embedder()
+        embedder = stages.embedding_stage()
         again = embedder(rows.remove_columns(column)[:])[column]
         tolerance = TOLERANCES[self.recipe.dtype] + (HALF if self.recipe.embedding_dtype == "float16" else 0)
         for row, (seen, new) in enumerate(zip(rows[column][:], again, strict=True)):
@@ -134,6 +140,15 @@ class Rescoring:
             if not same:
                 raise Difference(f"source row {self._at(rows, row)} has another embedding than the text gives again")
         return f"{len(rows)} rows, embedded again, have their embeddings within {tolerance:g}"
+
+    @property
+    def _is_iqs(self) -> bool:
+        return read_name(self.recipe.scorer).kind == IQS
+
+    @property
+    def _tolerance(self) -> float:
+        is_exact = self.recipe.dtype == "float32" and not self._is_iqs
+        return TOLERANCE_OF_OTHERS if is_exact else TOLERANCES[self.recipe.dtype]
 
     def _draw(self, table: Dataset) -> Dataset:
         drawn = np.random.default_rng(self.seed).choice(len(table), min(self.count, len(table)), replace=False)
@@ -149,18 +164,20 @@ class Rescoring:
         for row, (number, result, tolerance) in enumerate(pairs):
             new = np.nan if result is None else float(result)
             # NaN is the lack of a score; a comparison with NaN is False, so it is tested apart.
-            if np.isnan(number) != np.isnan(new) or abs(new - number) > tolerance:
+            size = 1.0 if self._is_iqs else max(1.0, abs(new))
+            if np.isnan(number) != np.isnan(new) or abs(new - number) > tolerance * size:
                 what = "score" if name == self.recipe.score_column else name
                 told = [f"no {what}" if np.isnan(each) else f"the {what} {each:.6f}" for each in (number, new)]
                 raise Difference(f"source row {self._at(rows, row)} has {told[0]}; scored again, {told[1]}")
 
     def _settings(self, *names: str) -> Recipe:
         given = {name: self.models.get(name) or getattr(self.recipe, name) for name in names}
+        given["scorer"] = moved(self.recipe.scorer, given["scorer"])
         pins = {f"{name}_revision": getattr(self.recipe, f"{name}_revision") for name in ("scorer", "embedder")}
         # With "mark", a row that cannot be scored any more is reported as a difference instead of ending the run.
         return self.recipe.changed(**given, **pins, on_invalid="mark")
 
-    def _scorer(self) -> QualityScorer:
+    def _scorer(self) -> Scorer:
         names = ("scorer", "engine", "tokenizer")
         missing = [name for name in names if self.models.get(name) is None and self._was_folder(name)]
         if missing:
@@ -169,9 +186,9 @@ class Rescoring:
                 f"rescore={self.count}: these were folders, whose paths are not in the receipt. Pass them: {options}."
             )
         scorer = scorer_of(self._settings(*names), self.token, embed=False)
-        if (scorer.engine_revision or "") != self.receipt.scorer.get("engine_revision", ""):
+        if scorer_pins(scorer).get("engine_revision") != self.receipt.scorer.get("engine_revision"):
             raise ValueError(
-                f"engine={scorer.engine!r} is not the int8 encoder of the receipt. Pass the folder that was used."
+                f"engine={self.models.get('engine')!r} is not the int8 encoder of the receipt. Pass the folder that was used."
             )
         return scorer
 
@@ -199,11 +216,11 @@ class Rescoring:
             return recipe.embedder is not None and str(recipe.embedder_revision).startswith("sha256:")
         return recipe.engine is not None
 
-    def _compare_scorer(self, scorer: QualityScorer) -> None:
+    def _compare_scorer(self, scorer: Scorer) -> None:
         wanted = self.receipt.template
         if str(scorer.template) != wanted:
             raise Difference(f"the scorer's template is {str(scorer.template)!r}; the receipt says {wanted!r}")
-        self._compare("scorer", scorer_record(scorer), self.receipt.scorer)
+        self._compare("scorer", scorer_record(self.recipe, scorer), self.receipt.scorer)
 
     def _compare(self, model: str, seen: Mapping[str, str], known: Mapping[str, str]) -> None:
         """Compare the record of a model with the receipt's, except for its name, because a folder may have been renamed."""

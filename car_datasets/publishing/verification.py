@@ -52,6 +52,7 @@ from car_datasets.results import (
     read_report,
     read_result,
 )
+from car_datasets.scoring.named import ScorerName
 from car_datasets.selection.marks.exclusions import DROPPED, KEEP, pinned_values
 from car_datasets.selection.marks.pins import read_flags
 from car_datasets.selection.rule import SELECTION_COLUMNS
@@ -112,7 +113,8 @@ def verify(
         source (`str` or a list, *optional*): the file, the files or the folder that was curated. Needed unless that was
             a Hub dataset, because a receipt has the name and digest of a file, but not its path.
         rescore (`int`): number of rows, drawn at random, to score and embed again. Scores may differ by what the recipe's
-            dtype allows (1e-5 in float32 and int8, 0.08 in bfloat16, 0.008 in float16, 0.5 in float8).
+            dtype allows (1e-5 in float32 and int8, 0.08 in bfloat16, 0.008 in float16, 0.5 in float8); those of other
+            kinds of scorers by 2e-4 in float32, and relatively where they exceed 1.
         seed (`int`): seed of that draw.
         scorer, engine, tokenizer (`str`, *optional*): folders of the models, for `rescore`; needed if they were folders
             when the rows were curated. They are compared by digest.
@@ -269,7 +271,7 @@ class _Checks:
             yield from rescoring.run(selected if scored is None else scored, self.skipped)
         else:
             self.skipped.append(
-                f"the models: scores, token counts and embeddings, the scorer {receipt.scorer['model_id']!r} (weights, "
+                f"the models: scores, token counts and embeddings, the scorer {self.recipe.scorer!r} (weights, "
                 f"revision, template, dtype) and the embedder {receipt.embedder['model_id']!r}; `verify --rescore N` "
                 "checks them on N rows"
             )
@@ -302,7 +304,7 @@ class _Checks:
         if recipe.embedder is not None:
             pairs["embedder.revision"] = (receipt.embedder["revision"], recipe.embedder_revision)
         if receipt.format > 1:
-            pairs["scorer.model_id"] = (receipt.scorer["model_id"], recipe.scorer)
+            pairs["scorer.model_id"] = (str(ScorerName.of_record(receipt.scorer)), recipe.scorer)
             if recipe.embedder is not None:
                 pairs["embedder.model_id"] = (receipt.embedder["model_id"], recipe.embedder)
             if recipe.template is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -211,13 +211,21 @@ class ConversationScorer:
 
     VERSION = "1"  # no field; of a subclass, and raised when its numbers change
 
+    # What `curate` asks of a scorer. These read rows by templates of their own, and embed none: the template is that of
+    # the text which an embedder reads.
+    template: ClassVar[str] = CLEAN_TEMPLATE
+    objective: ClassVar[str] = "regression"
+    languages: ClassVar[tuple[str, ...]] = ()
+    shares_encoder: ClassVar[bool] = False
+    embedding_column: ClassVar[str | None] = None
+
     def __post_init__(self, token: str | None) -> None:
         columns = as_column_names(self.columns)
         check_schema(self.schema, columns)
         if self.dtype not in MODEL_DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; choose one of {list(MODEL_DTYPES)}.")
         check_options(
-            template=CLEAN_TEMPLATE,  # these models have templates of their own
+            template=self.template,
             on_invalid=self.on_invalid,
             dtype=self.dtype,
             embedding_dtype="float32",

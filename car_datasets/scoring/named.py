@@ -1,33 +1,150 @@
-"""Name scorers in one word, as a command line does: `find_scorer("ifd:HuggingFaceTB/SmolLM2-135M")`.
+"""Name scorers in one word, as a command line and a recipe do: `find_scorer("ifd:HuggingFaceTB/SmolLM2-135M")`.
 
-Does: make the stage of a kind and a model.
-Does not: take the further settings of each kind, or score.
+Does: read a name into kind, model and options; make the stage; write the name of a stage; know the columns of each kind.
+Does not: score, or import a heavy library before a stage is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import importlib
+import re
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from car_datasets.scoring.perplexity import IFDScorer, PerplexityScorer
-from car_datasets.scoring.reward import RewardScorer
-from car_datasets.scoring.scorer import QualityScorer
+from car_datasets.utils.column_names import ColumnNames, further_column
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from car_datasets.scoring.conversations import ConversationScorer
+    from car_datasets.scoring.scorer import QualityScorer
+
+    Scorer = QualityScorer | ConversationScorer  # what `curate` can score by
 
 IQS = "iqs"
-# The column of scores of each is its `output_column`.
-SCORERS: dict[str, Callable[..., Any]] = {
-    IQS: QualityScorer,
-    "reward": RewardScorer,
-    "ifd": IFDScorer,
-    "perplexity": PerplexityScorer,
+
+
+class ScorerKind(NamedTuple):
+    """A kind of scorer.
+
+    Args:
+        stage (`str`): its class, as `module:name`.
+        column (`str`): its column of scores by default, of which higher is better.
+        meaning (`str`): what its score says, in a sentence for readers of a dataset.
+        number (`str`, *optional*): what its further column holds, such as `"ratio"`.
+        options (`tuple[str, ...]`): fields of the class that a name may give.
+    """
+
+    stage: str
+    column: str
+    meaning: str
+    number: str | None = None
+    options: tuple[str, ...] = ()
+
+
+SCORERS: dict[str, ScorerKind] = {
+    IQS: ScorerKind(
+        "car_datasets.scoring.scorer:QualityScorer", ColumnNames.score, "The score measures how an answer reads."
+    ),
+    "reward": ScorerKind(
+        "car_datasets.scoring.reward:RewardScorer",
+        "reward_score",
+        "The score is what this reward model or classifier says of a row.",
+        options=("text", "labels", "max_tokens"),
+    ),
+    "ifd": ScorerKind(
+        "car_datasets.scoring.perplexity:IFDScorer",
+        "ifd_score",
+        "The score measures how little the prompt helps this language model to predict the answer.",
+        "ratio",
+        ("max_tokens",),
+    ),
+    "perplexity": ScorerKind(
+        "car_datasets.scoring.perplexity:PerplexityScorer",
+        "perplexity_score",
+        "The score measures how likely this language model finds the answer.",
+        "perplexity",
+        ("given", "max_tokens"),
+    ),
 }
+_NEXT_OPTION = re.compile(r",\s*(?=\w+=)")  # a label may hold commas, but hardly one that `word=` follows
+
+
+class ScorerName(NamedTuple):
+    """A name of a scorer in its parts; `str` writes it again.
+
+    Args:
+        kind (`str`): a key of [`SCORERS`].
+        model (`str`): a Hub id or a folder.
+        options (`tuple[tuple[str, str], ...]`): names and values, such as `(("labels", "softmax(good)"),)`.
+    """
+
+    kind: str
+    model: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return self.model if self.kind == IQS else ",".join([f"{self.kind}:{self.model}", *self._options()])
+
+    def _options(self) -> list[str]:
+        return [f"{name}={value}" for name, value in self.options]
+
+    @property
+    def record(self) -> dict[str, str]:
+        """Return what a receipt says of the name next to the model; nothing of an IQS model."""
+        kind = {} if self.kind == IQS else {"kind": self.kind}
+        return {**kind, "options": ",".join(self._options())} if self.options else kind
+
+    @classmethod
+    def of_record(cls, record: dict[str, str]) -> ScorerName:
+        """Return the name of the scorer that a receipt records."""
+        text = f"{record['kind']}:{record['model_id']}" if "kind" in record else record["model_id"]
+        return read_name(f"{text},{record['options']}" if "options" in record else text)
+
+    def further_columns(self, score_column: str) -> tuple[str, ...]:
+        """Return the columns that this kind adds to score, tokens, truncation and status."""
+        number = SCORERS[self.kind].number
+        return () if number is None else (further_column(score_column, number),)
+
+
+def read_name(name: str) -> ScorerName:
+    """Return the parts of a name such as `"reward:OWNER/MODEL,labels=softmax(good)"`.
+
+    Args:
+        name (`str`): a key of [`SCORERS`], a colon, a model and its options, separated by commas; a model alone is an IQS
+            model.
+
+    Raises:
+        ValueError: the name has no model, or an option that this kind does not know.
+    """
+    kind, colon, rest = name.partition(":")
+    if not colon or kind not in SCORERS:
+        return ScorerName(IQS, name)
+    model, *given = [rest] if kind == IQS else _NEXT_OPTION.split(rest)
+    if not model:
+        raise ValueError(f"{name!r} names no model; write {kind}:MODEL, a Hub id or a folder.")
+    options = tuple((option, value) for option, _, value in (each.partition("=") for each in given))
+    known = SCORERS[kind].options
+    if unknown := [option for option, _ in options if option not in known]:
+        raise ValueError(f"{name!r} has the option {unknown[0]!r}; a scorer of the kind {kind!r} takes {list(known)}.")
+    return ScorerName(kind, model, options)
+
+
+def moved(name: str, place: str) -> str:
+    """Return a name with the model at another place, such as the folder that it is in on this machine.
+
+    Args:
+        name (`str`): the name in a recipe, whose kind and options stay.
+        place (`str`): a folder or Hub id, or a name that holds one.
+    """
+    return str(read_name(name)._replace(model=read_name(place).model))
 
 
 def find_scorer(name: str, token: str | None = None, **settings: Any) -> Any:
     """Return the scorer that a name such as `"reward:OWNER/MODEL"` means.
 
     Args:
-        name (`str`): a key of [`SCORERS`], a colon and a model, on the Hub or in a folder; a model alone is an IQS model.
+        name (`str`): as [`read_name`] reads it.
         token (`str`, *optional*): for a private model.
         settings: further arguments of the scorer.
 
@@ -37,20 +154,61 @@ def find_scorer(name: str, token: str | None = None, **settings: Any) -> Any:
     Raises:
         ValueError: the name has no model, or the model is not of this kind.
     """
-    kind, model = kind_of(name)
-    if not model:
-        raise ValueError(f"{name!r} names no model; write {kind}:MODEL, a Hub id or a folder.")
-    return SCORERS[kind](model, token=token, **settings)
+    kind, model, options = read_name(name)
+    given: dict[str, Any] = dict(options)
+    if "max_tokens" in given:
+        if not given["max_tokens"].isdecimal():
+            raise ValueError(f"{name!r}: max_tokens={given['max_tokens']!r} must be a number of tokens.")
+        given["max_tokens"] = int(given["max_tokens"])
+    return _class_of(kind)(model, token=token, **given, **settings)
 
 
-def kind_of(name: str) -> tuple[str, str]:
-    """Return the kind and the model of a name.
+def _class_of(kind: str) -> Any:
+    module, _, name = SCORERS[kind].stage.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def refuse_raw_numbers(score_column: str, columns: Collection[str]) -> None:
+    """Raise ValueError for a perplexity, of which the highest is the worst, and for an IFD that puts misled rows first.
 
     Args:
-        name (`str`): as of [`find_scorer`].
-
-    Returns:
-        a key of [`SCORERS`], and the model, which may be `""`.
+        score_column (`str`): the column that rows are to be ranked by.
+        columns (`Collection[str]`): the columns of the rows.
     """
-    kind, colon, model = name.partition(":")
-    return (kind, model) if colon and kind in SCORERS else (IQS, name)
+    for kind in SCORERS.values():
+        number = kind.number and further_column(kind.column, kind.number)
+        if score_column == number and kind.column in columns:
+            raise ValueError(
+                f"score_column={score_column!r} (--score-column) would take the rows with the highest {score_column} first. "
+                f"Its column {kind.column!r} has the best rows first; choose that. To rank by the plain number in any "
+                f"case, rename it: dataset.rename_column({score_column!r}, ...)."
+            )
+
+
+def settings_of(stage: Any, known: Collection[str]) -> dict[str, Any]:
+    """Return the settings of a recipe that make a scorer like a given one: model, column, and what is not the default.
+
+    Args:
+        stage: a scorer of one of [`SCORERS`], such as `RewardScorer("OWNER/MODEL")`.
+        known (`Collection[str]`): the names of all settings.
+
+    Raises:
+        ValueError: it is no such scorer.
+    """
+    kind = next((each for each in SCORERS if type(stage) is _class_of(each)), None)
+    if kind is None:
+        raise ValueError(
+            f"scorer is a {type(stage).__name__}; pass the name of a model, as scorer='reward:OWNER/MODEL', or a scorer of "
+            f"one of the kinds {list(SCORERS)}. Select by the column that any other stage has added: cluster the rows, "
+            "then select_car(rows, score_column=...) or `car-datasets select --score-column`."
+        )
+    values = {each.name: getattr(stage, each.name) for each in fields(stage) if each.init}
+    given = {each.name for each in fields(stage) if each.init and values[each.name] not in (None, each.default)}
+    options = tuple((name, str(values[name])) for name in SCORERS[kind].options if name in given)
+    own = given.intersection(known).difference(("revision",))  # which is that of the source
+    return {
+        **{name: values[name] for name in own},
+        "scorer": str(ScorerName(kind, stage.model_id, options)),
+        "scorer_revision": stage.revision,
+        "score_column": stage.output_column,
+    }

@@ -34,6 +34,7 @@ from car_datasets.scoring.conversations import (
 )
 from car_datasets.scoring.stage import refuse_not_finite
 from car_datasets.utils import revisions
+from car_datasets.utils.column_names import further_column
 from car_datasets.utils.digests import public
 from car_datasets.utils.processes import device_for
 
@@ -72,8 +73,7 @@ class LanguageModelScorer(ConversationScorer):
     @property
     def _further(self) -> str:
         """Return the name of the column of plain numbers, of which the score is made."""
-        stem = self.output_column.removesuffix("_score")
-        return stem if stem != self.output_column else f"{stem}_{type(self)._NUMBER}"
+        return further_column(self.output_column, type(self)._NUMBER)
 
     _NUMBER = "number"
 

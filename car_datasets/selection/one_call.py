@@ -18,6 +18,7 @@ from datasets.table import InMemoryTable
 
 from car_datasets.clustering.model import ClusterModel
 from car_datasets.loading.values import carried_stream, table_of
+from car_datasets.scoring.named import refuse_raw_numbers
 from car_datasets.selection.procedures import Amounts
 from car_datasets.selection.rule import (
     SELECTION_COLUMNS,
@@ -128,6 +129,7 @@ def cluster_filter(
     columns = dataset.column_names if hasattr(dataset, "column_names") else list(dataset)
     new = SELECTION_COLUMNS if isinstance(dataset, Dataset) else ()
     check_columns(columns, (names.score,), new)
+    refuse_raw_numbers(names.score, columns)
     refuse_no_embeddings(columns, names.embedding)
     amounts = Amounts(n1, n2, budget, allow_worse)
     if isinstance(dataset, Dataset):
@@ -298,6 +300,7 @@ def _labelled(batch: pa.Table, clusters: ClusterModel | None, names: ColumnNames
         batch = batch.append_column(names.cluster, labels[clusters.output_column])
         batch = batch.append_column(clusters.distance_column, labels[clusters.distance_column])
     check_columns(batch.column_names, (names.score, names.cluster), SELECTION_COLUMNS)
+    refuse_raw_numbers(names.score, batch.column_names)
     return batch
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from car_datasets.scoring.named import refuse_raw_numbers
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import check_columns, read_clusters, read_numbers, refuse_other_datasets
 from car_datasets.utils.settings import default_n1, is_integer, refuse_two_amounts
@@ -81,6 +82,7 @@ def select_car(
     """
     refuse_other_datasets(dataset, "select_car", "select_car_streaming(dataset, clusters)")
     check_columns(dataset.column_names, (score_column, cluster_column), SELECTION_COLUMNS)
+    refuse_raw_numbers(score_column, dataset.column_names)
     scores = read_numbers(dataset, score_column, np.nan)
     if n1 is None and budget is None and np.isnan(scores).all():
         raise ValueError(f"No row has a score in the column {score_column!r}, so there is nothing to select.")

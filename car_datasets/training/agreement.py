@@ -1,8 +1,8 @@
 """Evaluate a scorer on ratings of single rows: what a reader finds right, wrong and worth learning, and what is kept.
 
 Does: compare scores, their baselines and a former scorer with the ratings, also with length held constant, by source and
-by fault; count kinds of answers in the best tenth; measure pairs of which the reader says that they are equal, and changes
-of style. Every figure has a bootstrap interval, by drawing questions.
+by fault; count kinds of answers in the best tenth; measure pairs of which the reader says that they are equal, broken copies
+and changes of style. Every figure has a bootstrap interval, by drawing questions.
 Does not: train a scorer, or read files.
 """
 
@@ -19,18 +19,17 @@ import numpy.typing as npt
 from car_datasets.loading.kinds import KINDS, kinds_of
 from car_datasets.loading.templates import Exchange, join_lines, render
 from car_datasets.scoring.iqs.heads import FAULTS, PARTS
-from car_datasets.training.corruptions import STYLES, corrupt
+from car_datasets.training.corruptions import FINE_CORRUPTIONS, FINE_STYLES, STYLES, corrupt
 from car_datasets.training.evaluation import KINDS as BROKEN_KINDS
 from car_datasets.training.evaluation import (
     TEXTS_PER_STEP,
-    TOKEN,
     Figures,
     as_number,
     as_percent,
     with_intervals,
 )
 from car_datasets.training.pairs import Pair, cleaned, question
-from car_datasets.training.ratings import FAULTY, SOUND, Ratings, correlations, shares_apart
+from car_datasets.training.ratings import FAULTY, FEWEST, SOUND, Ratings, bags_of_words, correlations, shares_apart
 from car_datasets.utils.files import table_text, without_nan
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES
 
@@ -46,7 +45,6 @@ BOTH = "iqs_soundness x iqs_worth"
 TARGETS = ("soundness", "worth", "product")
 HEADS = {"faulty": "faulty / sound", "soundness": "soundness", "worth": "worth", "product": "soundness x worth"}
 BROKEN = 0.3  # share of corrupted copies in the pool of `purity`
-FEWEST = 5  # rows with a fault, or pairs, below which there is no figure
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,10 @@ class Agreement:
             the scores of all rows, over pairs of equal soundness; `decided`, the share of the other pairs in the reader's
             order. Empty without pairs.
         pair_counts (`dict`): `ties` and `decided`, the numbers of these pairs.
-        styles (`dict`): for each change of style `shift`, the mean change of the score in the same unit, and `rows`.
+        corruptions (`dict`): for each kind of corrupted copy `rows`, and by what the scorer tells (score and parts) the
+            share of rows that it puts above their copy, ties counted half.
+        styles (`dict`): for each change of style `rows`, and by what the scorer tells the mean change, in standard
+            deviations of what it tells of all rows.
         purity (`dict`): by what the scorer tells: the share of corrupted copies in the best tenth of a pool of which they
             are `BROKEN`.
     """
@@ -87,6 +88,7 @@ class Agreement:
     kinds: dict[str, dict[str, Any]]
     pairs: dict[str, Figures]
     pair_counts: dict[str, int]
+    corruptions: dict[str, dict[str, Any]]
     styles: dict[str, dict[str, Any]]
     purity: Figures
 
@@ -142,13 +144,17 @@ class Agreement:
                 agrees = as_percent(figures["decided"]) if "decided" in figures else "-"
                 pairs.add_row(table_text(name), _cells(figures, ("ties",), "+.3f")[0], agrees)
             tables.append(pairs)
-        styles = Table("change of style", "shift in standard deviations", "rows", title_justify="left")
-        for kind, row in self.styles.items():
-            styles.add_row(kind, as_number(row["shift"], "+.3f"), f"{row['rows']:,}")
+        for head, by_kind, form in (
+            ("row outranks its copy, by", self.corruptions, as_percent),
+            ("shift in standard deviations, of", self.styles, lambda figure: as_number(figure, "+.3f")),
+        ):
+            tables.append(Table(head, *self.purity, "rows", title_justify="left"))
+            for kind, row in by_kind.items():
+                tables[-1].add_row(kind, *(form(row[name]) for name in self.purity), f"{row['rows']:,}")
         purity = Table("ranked by", f"broken rows in the best tenth, of {BROKEN:.0%} in the pool", title_justify="left")
         for name, figure in self.purity.items():
             purity.add_row(table_text(name), as_percent(figure))
-        return [*tables, styles, purity]
+        return [*tables, purity]
 
 
 def _cells(figures: Mapping[str, Any], names: Sequence[str], form: str = ".3f") -> list[str]:
@@ -209,7 +215,7 @@ def evaluate_ratings(
     refuse_one_class(ratings)
     scorer = scorer.with_parts()
     rows = [cleaned(row) for row in ratings.rows]
-    copies = {kind: corrupt(kind, rows, seed) for kind in STYLES}
+    copies = {kind: corrupt(kind, rows, seed) for kind in (*BROKEN_KINDS, *FINE_CORRUPTIONS, *STYLES, *FINE_STYLES)}
     known = None if other is None else _apart(other, ratings)
     broken = _broken(rows, seed)
     total = len(rows) * (1 if former is None else 2) + sum(row is not None for of in copies.values() for row in of)
@@ -218,12 +224,10 @@ def evaluate_ratings(
         scores = _scores(scorer, rows, bar)
         rankers = {**scores, LENGTH: np.array([len(row.response) for row in rows], dtype=np.float64)}
         if known is not None:
-            rankers |= _bags_of_words(known, rows)
+            rankers |= bags_of_words(known, rows)
         if former is not None:
             rankers[f"former: {former.model_id}"] = _scores(former, rows, bar)[SCORE]
-        moved = {
-            kind: _scores(scorer, [row for row in of if row is not None], bar)[SCORE] for kind, of in copies.items()
-        }
+        moved = {kind: _scores(scorer, [row for row in of if row is not None], bar) for kind, of in copies.items()}
         of_broken = _scores(scorer, list(broken.values()), bar)
     sound, worth = ratings.soundness.astype(np.float64), ratings.worth.astype(np.float64)
     rated = Rated(np.stack([sound, worth, sound * worth]), rankers[LENGTH], rankers, questions_of(rows))
@@ -242,7 +246,11 @@ def evaluate_ratings(
         kinds=_by_kind(rows, rated, draw),
         pairs=compared,
         pair_counts=counts,
-        styles={kind: _shift(of, moved[kind], scores[SCORE], draw) for kind, of in copies.items()},
+        corruptions={
+            kind: _of_copies(_outranked, copies[kind], moved[kind], scores, draw)
+            for kind in (*BROKEN_KINDS, *FINE_CORRUPTIONS)
+        },
+        styles={kind: _of_copies(_shift, copies[kind], moved[kind], scores, draw) for kind in (*STYLES, *FINE_STYLES)},
         purity=_purity(rated.questions, scores, list(broken), of_broken, draw),
     )
 
@@ -290,30 +298,6 @@ def _scores(scorer: QualityScorer, rows: Sequence[Exchange], bar: Any) -> dict[s
     bad = int((~np.isfinite(found[SCORE])).sum())
     if bad:
         raise ValueError(f"{bad} of {len(texts)} scores of {scorer.model_id} are not finite; check its weights.")
-    return found
-
-
-def _bags_of_words(known: Ratings, rows: Sequence[Exchange]) -> dict[str, Numbers]:
-    """Return what ridge regressions on tf-idf, one per rating, tell of rows."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import Ridge
-
-    vectors = TfidfVectorizer(token_pattern=TOKEN, min_df=2, sublinear_tf=True)
-    try:
-        words = vectors.fit_transform([join_lines(*cleaned(row)) for row in known.rows])
-    except ValueError as error:
-        raise ValueError(f"other: its {len(known.rows)} rows share no words ({error}). Add ratings.") from error
-    told = vectors.transform([join_lines(*row) for row in rows])
-    found = {}
-    for target, rated in (
-        ("soundness", known.soundness),
-        ("worth", known.worth),
-        ("product", known.soundness * known.worth),
-    ):
-        at = np.flatnonzero(~np.isnan(rated))
-        if len(at) >= FEWEST:
-            ridge = Ridge(solver="sparse_cg").fit(words[at], rated[at].astype(np.float64))
-            found[f"bag of words, {target}"] = np.asarray(ridge.predict(told), dtype=np.float64)
     return found
 
 
@@ -443,10 +427,27 @@ def _compare_pairs(
     return {name: figures for name, figures in found.items() if figures}, counts
 
 
-def _shift(copies: Sequence[Exchange | None], moved: Numbers, scores: Numbers, draw: Draw) -> dict[str, Any]:
-    """Return the mean shift of the score of rows that have a copy, in standard deviations of all scores."""
+def _of_copies(
+    measure: Callable[[Numbers, Numbers, Numbers], Numbers],
+    copies: Sequence[Exchange | None],
+    moved: Mapping[str, Numbers],
+    scores: Mapping[str, Numbers],
+    draw: Draw,
+) -> dict[str, Any]:
+    """Return the number of copies, and by ranker the mean of a measure of copies, their rows, and all rows."""
     at = [i for i, row in enumerate(copies) if row is not None]
-    return {"shift": mean_of((moved - scores[at]) / _spread(scores), draw), "rows": len(at)}
+    means = {
+        name: mean_of(measure(moved.get(name, values[:0]), values[at], values), draw) for name, values in scores.items()
+    }
+    return {"rows": len(at), **means}
+
+
+def _outranked(copies: Numbers, rows: Numbers, every: Numbers) -> Numbers:
+    return (copies < rows) + 0.5 * (copies == rows)
+
+
+def _shift(copies: Numbers, rows: Numbers, every: Numbers) -> Numbers:
+    return (copies - rows) / _spread(every)
 
 
 def _broken(rows: Sequence[Exchange], seed: int) -> dict[int, Exchange]:

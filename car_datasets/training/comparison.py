@@ -77,11 +77,12 @@ class Comparison:
         in_order (`dict`): by scorer, and for length and chance, the share of pairs whose better half scores higher, ties
             counted half. Empty without pairs.
         corruptions (`dict`): for each kind, by scorer, the share of rows that score higher than their corrupted copy; a
-            copy without a score counts as lower.
+            copy without a score counts as lower. Empty without corruptions, as is `styles`.
         styles (`dict`): for each change of style, by scorer, the mean change of the score in standard deviations of its
             scores of all rows.
-        between (`dict`): for each two scorers, as `"a, b"`: `spearman`, their rank correlation over all rows, and
-            `overlap`, the share of the best tenth by one that is in the best tenth by the other.
+        between (`dict`): for each two scorers, length and chance among them, as `"a, b"`: `spearman`, their rank
+            correlation over all rows, and `overlap`, the share of the best tenth by one that is in the best tenth by the
+            other.
         likes (`dict`): by scorer: `length` and `kind`, the shares of the variance of its scores that fifths of the
             answers' length, and kinds of answer, explain (eta squared, not adjusted for the number
             of groups); and for each kind its share of the best tenth. The entry
@@ -125,9 +126,9 @@ class Comparison:
             ("row outranks its copy", self.corruptions, as_percent),
             ("shift in standard deviations", self.styles, lambda figure: as_number(figure, "+.2f")),
         ):
-            tables.append(
-                _table(title, names, {kind: [form(of[name]) for name in names] for kind, of in found.items()})
-            )
+            if found:
+                rows = {kind: [form(of[name]) for name in names] for kind, of in found.items()}
+                tables.append(_table(title, names, rows))
         pairs = {of: [f"{row['spearman']:.3f}", f"{100 * row['overlap']:.0f} %"] for of, row in self.between.items()}
         if pairs:
             tables.append(_table("two scorers", ("Spearman", "best tenths in common"), pairs))
@@ -156,6 +157,7 @@ def compare_scorers(
     *,
     ratings: Ratings | None = None,
     pairs: Sequence[Pair] = (),
+    corruptions: bool = True,
     samples: int = BOOTSTRAP_SAMPLES,
     seed: int = 0,
 ) -> Comparison:
@@ -171,6 +173,8 @@ def compare_scorers(
         scorers (`Mapping[str, Judge]`): name to stage and column. The texts are cleaned as for the embedded scorer.
         ratings ([`Ratings`], *optional*): rows and their ratings, as read by `read_ratings`.
         pairs (`Sequence[Pair]`, *optional*): worse and better answers, as read by `read_pairs`.
+        corruptions (`bool`): also score a corrupted copy of every row for each kind of corruption and change of style,
+            which takes some twelve times as long as the rows alone.
         samples (`int`): bootstrap samples for each interval; questions and pairs are drawn, not rows.
         seed (`int`): seed of bootstrap, chance, corruptions and changes of style.
 
@@ -182,7 +186,7 @@ def compare_scorers(
     rated = [] if ratings is None else [cleaned(row) for row in ratings.rows]
     halves = [cleaned(row) for pair in pairs for row in pair]
     rows = [*rated, *halves]
-    copies = {kind: corrupt(kind, rows, seed) for kind in (*CORRUPTIONS, *STYLES)}
+    copies = {kind: corrupt(kind, rows, seed) for kind in (*CORRUPTIONS, *STYLES) if corruptions}
     found = {name: _score(judge, rows, copies) for name, judge in scorers.items()}
     known = np.all([np.isfinite(of.rows) for of in found.values()], axis=0)
     if np.count_nonzero(known) < 2:
@@ -204,9 +208,11 @@ def compare_scorers(
         agreement={} if ratings is None else _agreement(ratings, rated, rankers, known[: len(rated)], draw),
         pairs=int(np.count_nonzero(both)),
         in_order=_in_order(rankers, len(rated), np.flatnonzero(both), draw),
-        corruptions={kind: {n: of.outranked(kind, draw) for n, of in found.items()} for kind in CORRUPTIONS},
-        styles={kind: {n: of.shift(kind, draw) for n, of in found.items()} for kind in STYLES},
-        between=_between({name: scores[at] for name, scores in rankers.items() if name != RANDOM}),
+        corruptions={
+            kind: {n: of.outranked(kind, draw) for n, of in found.items()} for kind in CORRUPTIONS if kind in copies
+        },
+        styles={kind: {n: of.shift(kind, draw) for n, of in found.items()} for kind in STYLES if kind in copies},
+        between=_between({name: scores[at] for name, scores in rankers.items()}),
         likes=_likes([rows[i] for i in at], {name: scores[at] for name, scores in rankers.items()}),
     )
 

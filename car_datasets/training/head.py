@@ -27,9 +27,9 @@ from car_datasets.scoring.iqs.layers import SegmentHead, hashed_words, segment_f
 from car_datasets.scoring.iqs.modeling_iqs import IQSModel
 from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.training.corruptions import corrupt, draw_corruptions
-from car_datasets.training.evaluation import Evaluation, evaluate_scorer
+from car_datasets.training.evaluation import Evaluation, evaluate_scorer, pair_metrics
 from car_datasets.training.head_fitting import Copies, Voters, fit_integrity, fit_quality, fit_words, principal_axes
-from car_datasets.training.pairs import Pair, cleaned, read_sides
+from car_datasets.training.pairs import Pair, cleaned, groups_of, read_sides
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.files import write_figures, write_folder
 from car_datasets.utils.hub import write_card
@@ -65,6 +65,8 @@ class HeadTraining(Settings):
         output (`str`): a new folder for the model.
         seed (`int`), seeds (`int`): train with the seeds `seed`, `seed + 1`, ... The first model is kept; the card
             shows the figures of all. Equal seeds give equal files on one kind of machine.
+        folds (`int`): also cross-validate over the pairs of both files in this many folds, with every seed, which encodes
+            them once more; 0 does not. Settings are compared by it, as the pairs of `valid` alone are few.
         members, hidden_size (`int`), dropout (`float`): number of quality networks, their hidden units and dropout.
         axes (`int`): principal axes of the features to which the quality networks are limited.
         epochs (`int`), learning_rate, weight_decay (`float`): optimisation of the quality networks.
@@ -89,6 +91,7 @@ class HeadTraining(Settings):
     output: str = "iqs-minilm"
     seed: int = 0
     seeds: int = 3
+    folds: int = 0
     members: int = 4
     hidden_size: int = 48
     dropout: float = 0.4
@@ -120,28 +123,42 @@ class HeadTraining(Settings):
         counts = ("seeds", "members", "hidden_size", "axes", "epochs", "corruption_draws")
         self.refuse_outside(1, None, *counts, "integrity_size", "integrity_epochs", "pairs_per_batch")
         self.refuse_outside(1e-9, None, "learning_rate", "integrity_learning_rate", "word_strength", "penalty_slope")
-        self.refuse_outside(0, None, "seed", "weight_decay", "integrity_weight_decay", "consistency", "margin_weight")
+        self.refuse_outside(
+            0, None, "seed", "folds", "weight_decay", "integrity_weight_decay", "consistency", "margin_weight"
+        )
         self.refuse_outside(0, None, "word_style_weight", "penalty")
         self.refuse_outside(0, 0.99, "dropout", "integrity_dropout")
         self.refuse_outside(8, 24, "word_bits")
+        if self.folds == 1:
+            raise ValueError("folds=1 leaves nothing to train on; 0 does not cross-validate.")
         check_languages(self.languages)
 
 
 class Material(NamedTuple):
-    """The data that a head is fitted on: labels (rows,), the features' mean and scale (width,), features and words."""
+    """The data that a head is fitted on: labels (rows,), the features' mean and scale (width,), features and words.
+
+    `groups` (rows,) has one number for rows that ask the same and for the halves of a pair.
+    """
 
     labels: Tensor
     mean: Tensor
     scale: Tensor
     features: Copies
     words: Copies
+    groups: npt.NDArray[np.int64]
+
+    def among(self, rows: npt.NDArray[np.int64]) -> Material:
+        """Return the same for some of the pairs, given by both their rows, ascending."""
+        some = self.features.each(lambda matrix: matrix[rows]), self.words.each(lambda matrix: matrix[rows])
+        return Material(self.labels[rows], self.mean, self.scale, *some, self.groups[rows])
 
 
 def train_head(settings: HeadTraining) -> dict[str, Any]:
     """Train the head and write configuration, weights, figures and card into `settings.output`.
 
     Returns:
-        `dict`: the figures of the kept model on `valid`, their spread over the `seeds`, and `training_pairs`.
+        `dict`: the figures of the kept model on `valid`, their spread over the `seeds`, `training_pairs`, and
+            `cross_validation` if there are folds.
 
     Raises:
         ValueError: the folder exists, a file cannot be read, or both files share questions; raised before training.
@@ -151,7 +168,8 @@ def train_head(settings: HeadTraining) -> dict[str, Any]:
     if folder.exists():
         raise ValueError(f"output={settings.output!r} already exists; name a new folder.")
     train, valid = read_sides(settings.train, settings.valid)
-    return fit_and_write(settings, gather(settings, train), valid)
+    crossed = cross_validate(settings, gather(settings, [*train, *valid])) if settings.folds else None
+    return fit_and_write(settings, gather(settings, train), valid, crossed)
 
 
 def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
@@ -174,11 +192,55 @@ def gather(settings: HeadTraining, pairs: Sequence[Pair]) -> Material:
     # In place: the features of rows and copies are the largest tensors of the training.
     scaled = features.each(lambda f: f.sub_(mean).div_(scale).clamp_(-6, 6))
     labels = torch.tensor([0.0, 1.0]).repeat(len(kept))
-    return Material(labels, mean, scale, scaled, words)
+    return Material(labels, mean, scale, scaled, words, groups_of(rows, np.arange(len(rows)) ^ 1))
 
 
-def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pair]) -> dict[str, Any]:
-    """Fit a head per seed on the same material, evaluate each as saved, keep the first in `settings.output`."""
+def cross_validate(settings: HeadTraining, material: Material) -> dict[str, dict[str, float]]:
+    """Return mean, sample deviation and number of the shares of pairs in the right order, by fold and seed.
+
+    A head is fitted on all folds but one and measured on that one; pairs that ask the same are in one fold. The scaling
+    of the features, which knows no labels, is that of all rows.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    values: dict[str, list[float]] = {"pairs": [], "auc": []}
+    # The features are scaled already, so the head is not to scale them again.
+    material = material._replace(mean=torch.zeros_like(material.mean), scale=torch.ones_like(material.scale))
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        splitter = GroupKFold(settings.folds, shuffle=True, random_state=seed)
+        for known, unseen in splitter.split(material.labels, groups=material.groups):
+            fitted = material.among(known)
+            words = fit_words(fitted.words, fitted.labels.numpy(), settings.word_strength, settings.word_style_weight)
+            head = fit_head(settings.changed(seed=seed), fitted, *words)
+            with torch.inference_mode():
+                quality, integrity = head.logits(material.features.rows[unseen])
+                from_words = torch.from_numpy(material.words.rows[unseen] @ words[0]).float().unsqueeze(1)
+                found = torch.sigmoid(quality + from_words) - settings.penalty * torch.sigmoid(-integrity)
+            scores = found.mean(dim=1).numpy().reshape(-1, 2)
+            told = pair_metrics(scores[:, 0], scores[:, 1])
+            for name, of in values.items():
+                of.append(told[name])
+    return over_runs(values)
+
+
+def over_runs(values: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Return mean, sample standard deviation and number of the values of each figure."""
+    return {
+        name: {"mean": float(np.mean(v)), "deviation": float(np.std(v, ddof=1)), "runs": len(v)}
+        for name, v in values.items()
+    }
+
+
+def fit_and_write(
+    settings: HeadTraining,
+    material: Material,
+    valid: Sequence[Pair],
+    crossed: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Fit a head per seed on the same material, evaluate each as saved, keep the first in `settings.output`.
+
+    The results of [`cross_validate`], if there are any, are written with the figures.
+    """
     folder = Path(settings.output)
     # Deterministic, so all seeds share it.
     words = fit_words(material.words, material.labels.numpy(), settings.word_strength, settings.word_style_weight)
@@ -189,6 +251,8 @@ def fit_and_write(settings: HeadTraining, material: Material, valid: Sequence[Pa
             evaluations.append(evaluate_scorer(QualityScorer(str(place)), valid))
         figures = {**asdict(evaluations[0]), "model": folder.name, "seeds": over_seeds(evaluations)}
         figures["training_pairs"] = len(material.labels) // 2
+        if crossed is not None:
+            figures["cross_validation"] = crossed
         _describe(settings, partial, figures)
     return figures
 

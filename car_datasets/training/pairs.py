@@ -138,6 +138,25 @@ def question(row: Exchange) -> tuple[str, str]:
     return clean(row.instruction).casefold(), clean(row.input).casefold()
 
 
+def groups_of(rows: Sequence[Exchange], partner: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return a number per row, (rows,) int64; rows that ask the same, and the halves of pairs, have one number.
+
+    Args:
+        rows (`Sequence[Exchange]`): rows.
+        partner (`(rows,)` int64): position of the other half of the pair, or -1.
+    """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    numbers: dict[tuple[str, str], int] = {}
+    asked = np.array([numbers.setdefault(question(row), len(numbers)) for row in rows])
+    # A graph of questions, in which those of the two halves of a pair are linked.
+    halves = np.flatnonzero(partner >= 0)
+    links = csr_matrix((np.ones(len(halves)), (asked[halves], asked[partner[halves]])), shape=[len(numbers)] * 2)
+    found: npt.NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)[asked]
+    return found
+
+
 def as_given(row: Exchange) -> Text:
     """Return the text in the form of the original's training files, without cleaning."""
     asked = f"Instruction: {row.instruction} Input: {row.input}" if row.input else f"Instruction: {row.instruction}"

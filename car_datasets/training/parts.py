@@ -30,10 +30,11 @@ from car_datasets.training.head import (
     each_seed,
     load_encoder,
     load_tokenizer,
+    over_runs,
     over_seeds,
     save_head,
 )
-from car_datasets.training.pairs import Pair, cleaned, question, read_sides
+from car_datasets.training.pairs import Pair, cleaned, groups_of, question, read_sides
 from car_datasets.training.parts_fitting import (
     Below,
     Copy,
@@ -266,20 +267,6 @@ class _Labelled:
     def column(self, name: str, missing: float = np.nan) -> npt.NDArray[np.float32]:
         return np.array([labels.get(name, missing) for labels in self.labels], dtype=np.float32)
 
-    def groups(self) -> npt.NDArray[np.int64]:
-        """Return a number per row; rows that ask the same, and the halves of pairs, have one."""
-        from scipy.sparse import csr_matrix
-        from scipy.sparse.csgraph import connected_components
-
-        numbers: dict[tuple[str, str], int] = {}
-        asked = np.array([numbers.setdefault(question(row), len(numbers)) for row in self.rows])
-        # A graph of questions, in which those of the two halves of a pair are linked.
-        halves = np.flatnonzero(self.column("partner", -1) >= 0)
-        other = asked[self.column("partner", -1)[halves].astype(np.int64)]
-        links = csr_matrix((np.ones(len(halves)), (asked[halves], other)), shape=(len(numbers), len(numbers)))
-        found: npt.NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)[asked]
-        return found
-
 
 def gather(settings: PartsTraining, files: Files) -> Material:
     """Return texts, labels and copies of all rows, tokenised."""
@@ -318,7 +305,7 @@ def gather(settings: PartsTraining, files: Files) -> Material:
     )
     pad_id = tokenizer.pad_token_id
     below = Pooled(encoder, tokens, pad_id, settings.dtype) if settings.axes else Below(encoder, tokens, pad_id)
-    return Material(examples, training, labelled.groups(), reference, below)
+    return Material(examples, training, groups_of(rows, examples.partner), reference, below)
 
 
 def _copies(rows: Sequence[Exchange], draws: int) -> list[tuple[str, Sequence[Exchange | None], float]]:
@@ -444,10 +431,7 @@ def cross_validate(settings: PartsTraining, material: Material) -> dict[str, dic
             outputs = _outputs(head.to(material.below.device), material, unseen.tolist()).mean(dim=1).numpy()
             for name, value in _fold_figures(outputs, material.examples, unseen).items():
                 values.setdefault(name, []).append(value)
-    return {
-        name: {"mean": float(np.mean(v)), "deviation": float(np.std(v, ddof=1)), "runs": len(v)}
-        for name, v in values.items()
-    }
+    return over_runs(values)
 
 
 def _fold_figures(

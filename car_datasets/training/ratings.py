@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from car_datasets.loading.schemas import exchanges_of, find_schema
-from car_datasets.loading.templates import Exchange, render
+from car_datasets.loading.templates import Exchange, join_lines, render
 from car_datasets.scoring.iqs.heads import FAULTS, PARTS
-from car_datasets.training.evaluation import Figures, share_in_order, with_intervals
+from car_datasets.training.evaluation import TOKEN, Figures, share_in_order, with_intervals
 from car_datasets.training.pairs import cleaned, parse_text, question, read_records
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ COLUMNS = ("file", "row", "soundness", "fault", "worth")
 PLACE = COLUMNS[:2]  # of a row in another file
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 UNREADABLE = Exchange("", "", "")
+FEWEST = 5  # rows with a fault, pairs, or known ratings, below which there is no figure
 FAULTY, SOUND = 4.0, 8.0  # a row is faulty up to the first rating of soundness, sound from the second on
 
 
@@ -217,6 +218,39 @@ def told_apart(told: tuple[Numbers, Numbers], rated: tuple[Numbers, Numbers], le
     at = ~np.isnan(rated[0] * rated[1])
     (product,), _ = correlations((told[0] * told[1])[None, at], (rated[0] * rated[1])[at], lengths[at])
     return {**figures, "product": float(product)}
+
+
+def bags_of_words(known: Ratings, rows: Sequence[Exchange]) -> dict[str, Numbers]:
+    """Return what ridge regressions on tf-idf, one per rating, tell of rows: (rows,) by name.
+
+    Args:
+        known ([`Ratings`]): other rated rows, which the regressions are fitted to; a rating that fewer than `FEWEST` of
+            them have is left out.
+        rows (`Sequence[Exchange]`): cleaned rows.
+
+    Raises:
+        ValueError: the known rows share no words.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+
+    vectors = TfidfVectorizer(token_pattern=TOKEN, min_df=2, sublinear_tf=True)
+    try:
+        words = vectors.fit_transform([join_lines(*cleaned(row)) for row in known.rows])
+    except ValueError as error:
+        raise ValueError(f"other: its {len(known.rows)} rows share no words ({error}). Add ratings.") from error
+    told = vectors.transform([join_lines(*row) for row in rows])
+    found = {}
+    for target, rated in (
+        ("soundness", known.soundness),
+        ("worth", known.worth),
+        ("product", known.soundness * known.worth),
+    ):
+        at = np.flatnonzero(~np.isnan(rated))
+        if len(at) >= FEWEST:
+            ridge = Ridge(solver="sparse_cg").fit(words[at], rated[at].astype(np.float64))
+            found[f"bag of words, {target}"] = np.asarray(ridge.predict(told), dtype=np.float64)
+    return found
 
 
 def shares_apart(scores: Numbers, faulty: npt.NDArray[np.bool_], sound: npt.NDArray[np.bool_]) -> Numbers:

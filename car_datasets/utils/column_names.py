@@ -12,6 +12,17 @@ from typing import ClassVar
 from car_datasets.utils.digests import public
 
 
+def further_column(score: str, number: str) -> str:
+    """Return the name of the column of plain numbers of which a score is made, such as `ifd` of `ifd_score`.
+
+    Args:
+        score (`str`): the column of scores.
+        number (`str`): what the number is; `quality` gives `quality_ratio`, as the name without `_score` is taken.
+    """
+    stem = score.removesuffix("_score")
+    return stem if stem != score else f"{stem}_{number}"
+
+
 @public
 @dataclass(frozen=True)
 class ColumnNames:

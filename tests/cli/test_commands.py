@@ -94,6 +94,7 @@ def test_the_commands_are_the_promised_ones_in_the_order_of_the_pipeline() -> No
         "push",
         "verify",
         "top-up",
+        "export",
         "explain",
         "prove",
         "judge",

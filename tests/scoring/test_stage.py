@@ -68,11 +68,9 @@ def test_any_stage_adds_its_columns(stage: Lengths, pairs: Dataset) -> None:
         add_columns(pairs.add_column("characters", [1] * 6), stage, "Counting")
 
 
-def test_the_scorer_in_contributing_is_complete(
-    pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scorer_of_the_guide_is_complete(pairs: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scorer of one's own is one file, which others of our functions take as it is."""
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "own-scorer.md").read_text(encoding="utf-8")
     [code] = [part.split("```")[0] for part in text.split("```python\n")[1:] if "class LengthScorer" in part]
     (tmp_path / "my_scorer.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -22,7 +22,8 @@ from car_datasets.loading.templates import Exchange
 from car_datasets.scoring.inference import TextScores
 from car_datasets.scoring.iqs.heads import JUDGED, PARTS
 from car_datasets.training.agreement import BOTH, BROKEN, LENGTH, SCORE, Agreement, evaluate_ratings
-from car_datasets.training.corruptions import STYLES, corrupt
+from car_datasets.training.corruptions import FINE_CORRUPTIONS, FINE_STYLES, STYLES, corrupt
+from car_datasets.training.evaluation import KINDS
 from car_datasets.training.pairs import Pair, cleaned
 from car_datasets.training.ratings import Ratings
 
@@ -152,14 +153,17 @@ def test_kinds_of_the_best_tenth_by_hand(found: Agreement, ratings: Ratings, sco
         assert row["kept"]["value"] == pytest.approx(best[(kinds == kind) & (ratings.soundness >= 8)].mean())
 
 
-def test_a_change_of_style_shifts_the_score_by_what_was_planted(
-    found: Agreement, ratings: Ratings, scores: Any
-) -> None:
-    assert list(found.styles) == list(STYLES)
-    for kind, row in found.styles.items():
-        assert row["rows"] == sum(copy is not None for copy in corrupt(kind, [cleaned(row) for row in ratings.rows]))
+def test_copies_differ_from_their_rows_by_what_was_planted(found: Agreement, ratings: Ratings, scores: Any) -> None:
+    assert list(found.styles) == [*STYLES, *FINE_STYLES]
+    assert list(found.corruptions) == [*KINDS, *FINE_CORRUPTIONS]
+    rows = [cleaned(row) for row in ratings.rows]
+    for kind, row in {**found.styles, **found.corruptions}.items():
+        assert row["rows"] == sum(copy is not None for copy in corrupt(kind, rows))
+        # A copy has the parts of its row, and .5 more of the score.
+        score, part = (0.5 / scores.std(), 0) if kind in found.styles else (0, 0.5)
         if row["rows"]:
-            assert row["shift"]["value"] == pytest.approx(0.5 / scores.std(), abs=1e-3)
+            assert row[SCORE]["value"] == pytest.approx(score, abs=1e-3)
+            assert row["iqs_soundness"]["value"] == part
 
 
 def test_pairs_that_the_reader_calls_equal_or_decides() -> None:
@@ -208,6 +212,7 @@ def test_tables_and_json_show_the_figures(found: Agreement) -> None:
         "incomplete",
         "code",
         "bullets",
+        "shuffled_sentences",
     ):
         assert name in shown, name
     assert f"{found.agreement[SCORE]['faulty']['value']:.3f} [" in shown

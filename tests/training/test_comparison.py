@@ -88,6 +88,13 @@ def test_a_copy_that_is_changed_scores_less_by_one_and_more_by_the_other(compare
         assert shifts["up"]["value"] == pytest.approx(-shifts["down"]["value"], nan_ok=True)
 
 
+def test_copies_can_be_left_out(ratings: Ratings) -> None:
+    judges = {"up": Judge(Planted(1.0), "mine")}
+    found = compare_scorers(judges, ratings=ratings, corruptions=False, samples=2)
+    assert found.corruptions == {} == found.styles and "random" in str(list(found.between))
+    assert len(found.to_tables()) == 4
+
+
 def test_likes_tell_length_and_kinds(compared: Comparison) -> None:
     assert compared.likes["length"]["length"] > 0.7 > 0.2 > compared.likes["random"]["length"]
     shares = {name: sum(share for kind, share in of.items() if kind != "length" and kind != "kind")

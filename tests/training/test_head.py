@@ -53,7 +53,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> HeadTraining:
 
 @pytest.mark.slow
 def test_training_learns_and_is_deterministic(settings: HeadTraining, tmp_path: Path) -> None:
-    figures = train_head(settings.changed(output=str(tmp_path / "one"), seeds=2))
+    figures = train_head(settings.changed(output=str(tmp_path / "one"), seeds=2, folds=2))
     train_head(settings.changed(output=str(tmp_path / "two")))
     train_head(settings.changed(output=str(tmp_path / "three"), seed=2))
     pairs = figures["accuracy"]["cleaned"]["pairs"]["value"]
@@ -65,6 +65,9 @@ def test_training_learns_and_is_deterministic(settings: HeadTraining, tmp_path: 
     assert set(figures["seeds"]["pairs"]) == {"mean", "deviation"}
     card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
     assert "| this model | cleaned | 100.0 % (100.0 to 100.0) |" in card
+    crossed = figures["cross_validation"]["pairs"]
+    assert crossed["runs"] == 2 * 2 and crossed["mean"] == 1.0
+    assert "| cross-validated, 2 folds x 2 seeds, both files | cleaned | 100.0 ± 0.0 % |" in card
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
         "README.md",
         "config.json",
@@ -80,6 +83,8 @@ def test_bad_input_ends_before_training(settings: HeadTraining, tmp_path: Path) 
         train_head(settings.changed(output=str(tmp_path / "new"), valid=settings.train))
     with pytest.raises(ValueError, match="members=0 must be at least 1"):
         settings.changed(members=0)
+    with pytest.raises(ValueError, match="folds=1 leaves nothing to train on"):
+        settings.changed(folds=1)
 
 
 def test_the_shipped_settings_are_the_defaults() -> None:
