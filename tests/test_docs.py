@@ -86,7 +86,7 @@ def folder(prepared: Path, tmp_path: Path, request: pytest.FixtureRequest, monke
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
-def test_a_page_runs_and_prints_what_it_shows(name: str, folder: Path, one_thread: None) -> None:
+def test_a_page_runs_and_prints_what_it_shows(name: str, folder: Path, one_thread: None, no_matplotlib: None) -> None:
     _, printed = run_page(PAGES[name])
     lines = lines_without_numbers(printed)
     for shown in (block for language, block in blocks(PAGES[name]) if language == "text"):

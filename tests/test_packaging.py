@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from car_datasets import __version__
 from car_datasets.utils import revisions
 from car_datasets.utils.hub import card_templates
 from tests.conftest import ROOT
 
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 FIND = """
 from car_datasets.utils import files, revisions
 print(sorted(p.name for p in files.data_folder("configs").iterdir() if p.suffix in (".yaml", ".sbatch")))
@@ -43,6 +46,13 @@ def test_found_in_a_checkout(tmp_path: Path) -> None:
     assert expected("hub_cards")
 
 
+def test_the_version_is_one_in_code_citation_and_changelog() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    newest = re.search(r"^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", CHANGELOG, flags=re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == citation["version"] == __version__
+
+
 def test_every_folder_of_modules_is_a_package_of_the_wheel() -> None:
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -51,14 +61,29 @@ def test_every_folder_of_modules_is_a_package_of_the_wheel() -> None:
     assert set(settings["options"]["packages"].split()) == packages | {"car_datasets.configs", "car_datasets.hub_cards"}
 
 
+def run_module(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_found_in_a_wheel(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_module("build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.stat().st_size < 20_000_000
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".ipynb")]
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.split("/")[0] for name in names}
+    assert folders == {"car_datasets", f"car_datasets-{__version__}.dist-info"}
+    assert not [name for name in names if name.endswith((".ipynb", ".pyc"))]
+    assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+    # An sdist lacks what MANIFEST.in forgets, and then the wheel that is made of it lacks it too.
+    run_module("build", "--no-isolation", "--outdir", str(tmp_path / "release"), str(ROOT))
+    release = sorted((tmp_path / "release").iterdir())
+    assert zipfile.ZipFile(release[0]).namelist() == names
+    run_module("twine", "check", "--strict", *map(str, release))
+    metadata = zipfile.ZipFile(wheel).read(f"car_datasets-{__version__}.dist-info/METADATA").decode()
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
     unpacked = tmp_path / "unpacked"
     zipfile.ZipFile(wheel).extractall(unpacked)
     assert (unpacked / "car_datasets" / "py.typed").is_file()

@@ -75,7 +75,7 @@ def after_curate(folder: Path, source: str) -> list[Step]:
     return [
         look(folder),
         *_check(folder, source),
-        Step("Publish it in a private dataset repository of yours:", (command("push", folder, REPOSITORY),)),
+        *_hand_on(folder),
     ]
 
 
@@ -97,6 +97,13 @@ def after_top_up(folder: Path) -> list[Step]:
     return [
         look(folder),
         Step("Check it against its receipt:", (command("verify", folder),)),
+        *_hand_on(folder),
+    ]
+
+
+def _hand_on(folder: Path) -> list[Step]:
+    return [
+        Step("Write it as a training file for your trainer:", (command("export", folder, "--for", "trl"),)),
         Step("Publish it in a private dataset repository of yours:", (command("push", folder, REPOSITORY),)),
     ]
 

@@ -35,6 +35,12 @@ class Step(NamedTuple):
     lines: tuple[str, ...] = ()
 
 
+def announce(text: str) -> None:
+    """Say to someone at a terminal what is about to happen; a log needs no such line."""
+    if (console := _console(err=True)).is_terminal:
+        _print_words(console, text)
+
+
 def tell(text: str) -> None:
     """Print the result of a command, one sentence, in bold on a terminal."""
     say(text, style="bold")

@@ -36,7 +36,7 @@ from car_datasets.cli.next_steps import (
     after_score,
     after_select,
 )
-from car_datasets.cli.printing import print_report, print_result, suggest, tell
+from car_datasets.cli.printing import announce, print_report, print_result, suggest, tell
 from car_datasets.cli.running import holds_result
 from car_datasets.loading.templates import CLEAN_TEMPLATE, TEMPLATES
 from car_datasets.recipe import HUB, OUTPUT, Recipe, listed
@@ -148,7 +148,7 @@ def demo(
 ) -> None:
     """Curate the sample of instruction rows that ships with the package, without a network."""
     # First of all, as the libraries alone take some seconds to load.
-    echo(f"Selecting {budget:,} rows of the sample: this takes some 30 seconds on two cores of a CPU.", err=True)
+    announce(f"Scoring the sample and selecting {budget:,} of its rows takes some 30 seconds on two cores of a CPU.")
     quiet_models()
     from car_datasets.curation import curate
 

@@ -101,7 +101,8 @@ def read_labels(expression: str | None, names: Mapping[int, str]) -> LabelSum:
             return LabelSum(((1.0, "logit", 0),))
         raise ValueError(
             f"labels is missing: the model has {len(names)} labels ({shown}), and a score is one number. Say how it "
-            f"follows from them, such as labels='softmax({_spelt(names[len(names) - 1])})'."
+            f"follows from them, such as labels='softmax({_spelt(names[len(names) - 1])})', or after the model in a name: "
+            f"'reward:MODEL,labels=softmax({_spelt(names[len(names) - 1])})'."
         )
     try:
         if not isinstance(expression, str) or len(expression) > LONGEST_EXPRESSION:

