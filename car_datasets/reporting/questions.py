@@ -245,7 +245,11 @@ class Nearest(NamedTuple):
         # Drop all but `count` of the new rows before sorting: a batch has thousands, of which few are kept. They are
         # put back in row order, so that the stable sort below gives ties to the earlier row.
         if count < similarities.shape[1]:
-            few = np.sort(np.argpartition(-similarities, count - 1, axis=1)[:, :count], axis=1)
+            few = (
+                similarities.argmax(axis=1)[:, None]  # the first of equal ones
+                if count == 1
+                else np.sort(np.argpartition(-similarities, count - 1, axis=1)[:, :count], axis=1)
+            )
             similarities, rows = np.take_along_axis(similarities, few, axis=1), rows[few]
         values = np.hstack([self.similarities, similarities])
         places = np.hstack([self.rows, np.broadcast_to(rows, similarities.shape)])
@@ -267,8 +271,8 @@ def _neighbours(overview: Overview, rows: Indices, count: int) -> tuple[list[lis
     # One row per question; those without an embedding stay zero.
     asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
     asked[present] = unit_rows(vectors)
-    known = np.flatnonzero(asked.any(axis=1))  # a vector of zeros has no direction, and no neighbours
-    groups = _by_cluster(overview, rows, known) if count else {}
+    directed = asked.any(axis=1)  # a vector of zeros has no direction, and no neighbours
+    groups = _by_cluster(overview, rows, np.flatnonzero(directed)) if count else {}
     parts = {label: Nearest.none(len(group)) for label, group in groups.items()}
     for matrix, positions in overview.embedding_batches():
         unit, clusters = unit_rows(matrix), overview.clusters[positions]
@@ -279,7 +283,7 @@ def _neighbours(overview: Overview, rows: Indices, count: int) -> tuple[list[lis
             parts[label] = parts[label].updated(similar, positions[same], count)
         chosen = np.flatnonzero(overview.taken[positions])
         similar = _others(asked, unit[chosen], rows, positions[chosen])
-        similar[~asked.any(axis=1)] = -np.inf
+        similar[~directed] = -np.inf
         of_selection = of_selection.updated(similar, positions[chosen], 1)
     named: list[list[Neighbour]] = [[] for _ in rows]
     for label, group in groups.items():
@@ -295,8 +299,11 @@ def _by_cluster(overview: Overview, rows: Indices, known: Indices) -> dict[int, 
 
 
 def _others(asked: Matrix, unit: Matrix, rows: Indices, positions: Indices) -> Matrix:
-    """Return the cosines of rows that are asked about with rows of the pool; -inf for a row with itself."""
-    return np.where(positions[None] != rows[:, None], asked @ unit.T, np.float32(-np.inf))
+    """Return the cosines of rows that are asked about with rows of the pool, ascending; -inf for a row with itself."""
+    cosines: Matrix = asked @ unit.T
+    itself, where = np.nonzero(np.isin(rows, positions))[0], np.searchsorted(positions, rows)
+    cosines[itself, where[itself]] = -np.inf
+    return cosines
 
 
 def _named(overview: Overview, nearest: Nearest) -> list[list[Neighbour]]:
