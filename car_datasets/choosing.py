@@ -6,7 +6,7 @@ Does not: run a model, find duplicates or contamination, or read a file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from car_datasets.recipe import Recipe
+from car_datasets.reporting.ledger import count_of
 from car_datasets.reporting.overview import Asked
 from car_datasets.scoring.named import refuse_raw_numbers
 from car_datasets.scoring.stage import say
@@ -100,7 +101,7 @@ def may_be_selected(recipe: Recipe, pool: Dataset) -> Mask:
 def asked_of(recipe: Recipe) -> Asked:
     """Return what a recipe asks of the selection, as reports tell it."""
     groups = recipe.balance if recipe.quota is None else parse_quota(recipe.quota)[0]
-    return Asked(recipe.n2, recipe.k, groups, recipe.budget_tokens is not None)
+    return Asked(recipe.n2, recipe.k, groups, recipe.budget_tokens is not None, recipe.within)
 
 
 def marks_of(recipe: Recipe) -> list[str]:
@@ -247,14 +248,28 @@ def limits_of(recipe: Recipe, pool: Dataset, scores: Floats, clusters: Any) -> t
     return Limits(budget, costs, shared.strata, shared.quotas, pinned), values
 
 
-def check_limits(recipe: Recipe, dataset: Dataset) -> None:
+def check_limits(recipe: Recipe, dataset: Dataset, count_tokens: Callable[[Dataset], Iterator[int]] | None) -> None:
     """Raise ValueError if the rows to keep are more than the budget or a quota, as far as rows without scores tell.
 
     Args:
         recipe ([`Recipe`]): the settings.
         dataset (`Dataset`): checked rows, with the columns of pins and groups, and of tokens if a tokenizer is named.
+        count_tokens (`Callable`, *optional*): yields the tokens of rows as the scorer counts them; asked for the rows to
+            keep alone, so that quotas in these tokens are checked only once all rows are scored. `None` if the scorer
+            cannot count without scoring: a budget in its tokens is then checked afterwards.
     """
-    if recipe.keep is None or (recipe.budget is None and recipe.budget_tokenizer is None):
+    if recipe.keep is None or (recipe.budget is None and recipe.budget_tokens is None):
+        return
+    if recipe.budget_tokens is not None and recipe.budget_tokenizer is None:
+        if count_tokens is None:
+            return
+        kept = dataset.select(np.flatnonzero(pinned_values(dataset) == KEEP).tolist())
+        used = sum(count_tokens(kept))
+        if used > parse_tokens(recipe.budget_tokens):
+            raise ValueError(
+                f"budget_tokens={recipe.budget_tokens!r} is below the {used:,} tokens of {count_of(len(kept), 'rows')} to keep. "
+                "Raise it (--budget-tokens), or keep fewer rows (--keep)."
+            )
         return
     allowed = may_be_selected(recipe, dataset)
     scores = np.where(allowed, 0.0, np.nan)

@@ -65,6 +65,7 @@ from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.report import SelectionReport
 from car_datasets.results import RESULT_FILES, Extra, files_to_replace, refuse_unfinished, unfinished, write_result
 from car_datasets.scoring.named import settings_of
+from car_datasets.scoring.scorer import QualityScorer
 from car_datasets.scoring.shards.storage import check_shards
 from car_datasets.selection.marks.exclusions import DROPPED, pinned_values
 from car_datasets.selection.procedures import find_procedure
@@ -206,26 +207,26 @@ def _compute(
     refuse_taken_columns(dataset.column_names, recipe)
     refuse_taken_language(dataset.column_names, recipe)
     refuse_unknown_groups(recipe, dataset.column_names)
-    dataset = add_pins(recipe, dataset, schema)
-    _check_settings(dataset, recipe, schema)
-    if recipe.like is not None:
-        open_examples(recipe, token)  # refused before anything expensive; read again once the rows have embeddings
+    marked = add_pins(recipe, dataset, schema)
+    _check_settings(marked, recipe, schema)
+    examples = None if recipe.like is None else open_examples(recipe, token)  # refused before anything expensive
     decontaminator = decontaminator_of(recipe, token)
     if written and procedure.files:
         refuse_original_names(dataset.column_names, {recipe.score_column: "score", recipe.cluster_column: "label"})
     # The main process alone writes the receipt, and hashes rows in memory for it.
     told = describe_source(origin, opened, recipe) if written and is_main_process() else {}
     stages = resolve(pinned_source(recipe, origin), token)
-    dataset, counts = add_before_scores(stages, dataset, schema, token)
-    check_limits(recipe, dataset)
-    dataset = add_contamination(dataset, decontaminator, token, shard_dir)
+    marked, counts = add_before_scores(stages, marked, schema, token)
+    count_tokens = stages.scorer.count_tokens if isinstance(stages.scorer, QualityScorer) else None
+    check_limits(recipe, marked, count_tokens)
+    marked = add_contamination(dataset, marked, decontaminator, token, shard_dir)
 
-    pool = ranked(recipe, stages.score(dataset, token=token, shard_dir=shard_dir))
+    pool = ranked(recipe, stages.score(dataset, marked, token=token, shard_dir=shard_dir))
     # Ordered before clustering: k-means and its ties depend on the order of the rows.
     pool = procedure.order(pool, recipe.names)
     clusters = fit_clusters(pool, stages.fit, recipe.names)
     clustered = stages.cluster(pool, clusters)
-    pool = add_copies_and_ranks(stages, clustered, schema, token)
+    pool = add_copies_and_ranks(stages, clustered, schema, examples)
     if pool is not clustered:
         pool = ranked(recipe, pool)  # anew, without the duplicates
     # The receipt names the n1 and the evaluation sets that were used.
@@ -394,7 +395,7 @@ def write_files(folder: Path, made: Made, claim: Claim, old: Sequence[str]) -> N
     # The recipe of the stages, not the caller's: it has the revisions that were really loaded.
     receipt = make_receipt(made.origin, made.schema.name, recipe, scorer, without_vectors, selected, report)
     # The receipt first: hashing and counting may fail, and then nothing has been written.
-    pictures = report.pictures(made.overview, recipe.projection)
+    pictures = report.pictures(made.overview, recipe.projection, receipt.head())
     claim.check()
     with unfinished(folder, claim.run, old) as place:
         tables = stages.procedure.tables(selected, without_vectors, scorer.objective, names)

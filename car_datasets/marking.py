@@ -23,16 +23,20 @@ from car_datasets.loading.languages import LANGUAGE_COLUMN, languages_of_rows
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.sources import check_rows, open_dataset, unscorable_rows
 from car_datasets.recipe import Recipe
-from car_datasets.scoring.stage import Stage, say
+from car_datasets.scoring.stage import Stage, add_columns, refuse_taken, say
 from car_datasets.selection.marks.exclusions import KEEP, pinned_values
 from car_datasets.selection.strata import parse_quota, read_strata, refuse_unknown_values
-from car_datasets.stages import Pipeline, embedder_of, joined_from_main, run_stage, shard_folder
+from car_datasets.stages import Pipeline, embedder_of, joined_from_main, run_stage, shard_folder, with_new_columns
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import join_columns, read_numbers
+from car_datasets.utils.columns import join_columns, read_numbers, refuse_no_embeddings
 from car_datasets.utils.processes import from_main
 
 if TYPE_CHECKING:
+    from car_datasets.scoring.embedder import TextEmbedder
     from car_datasets.selection.marks.contamination import Decontaminator
+
+SAMPLED = 4  # rows of a pool that are embedded again, to tell that its embeddings are those of a model
+SAME = 0.95  # cosine from which on two embeddings of a row are from one model; those of two models have about 0
 
 
 def add_pins(recipe: Recipe, dataset: Dataset, schema: Schema) -> Dataset:
@@ -102,16 +106,25 @@ def decontaminator_of(recipe: Recipe, token: str | None = None) -> Decontaminato
 
 def add_contamination(
     dataset: Dataset,
+    marked: Dataset,
     stage: Decontaminator | None,
     token: str | None = None,
     shard_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """Add which item of an evaluation set each row gives away, if there is a stage that finds them."""
+    """Add which item of an evaluation set each row gives away, if there is a stage that finds them.
+
+    Args:
+        dataset (`Dataset`): checked rows, on which alone the computation and its place in the cache depend.
+        marked (`Dataset`): the same rows with other marks, which get the new columns.
+        stage ([`Decontaminator`], *optional*): finds the items.
+        token (`str`, *optional*), shard_dir (`str`, *optional*): as for [`curate`].
+    """
     if stage is None:
-        return dataset
+        return marked
+    refuse_taken(marked.column_names, stage)
     stage.refuse_own(dataset)
     folder = None if shard_dir is None else shard_folder(shard_dir, "contamination")
-    return run_stage(dataset, stage, "Decontaminating", folder, token)
+    return with_new_columns(marked, run_stage(dataset, stage, "Decontaminating", folder, token))
 
 
 def add_duplicates(recipe: Recipe, pool: Dataset, schema: Schema) -> Dataset:
@@ -157,13 +170,13 @@ def _with_eligible_scores(recipe: Recipe, pool: Dataset) -> Dataset:
     return pool.remove_columns(column).add_column(column, pa.array(scores, from_pandas=True))
 
 
-def add_copies_and_ranks(stages: Pipeline, pool: Dataset, schema: Schema, token: str | None = None) -> Dataset:
-    """Add to a clustered pool which rows are copies, and how near each is to the examples of the recipe."""
+def add_copies_and_ranks(stages: Pipeline, pool: Dataset, schema: Schema, examples: Dataset | None = None) -> Dataset:
+    """Add to a clustered pool which rows are copies, and how near each is to examples, if there are any."""
     recipe = stages.recipe
     pool = add_duplicates(recipe, pool, schema)
-    if recipe.like is None:
+    if examples is None:
         return pool
-    return add_like_ranks(pool, open_examples(recipe, token), stages.embedding_stage(), recipe.names)
+    return add_like_ranks(pool, examples, stages.embedding_stage(), recipe.names)
 
 
 def add_like_ranks(pool: Dataset, examples: Dataset, embedder: Stage, names: ColumnNames) -> Dataset:
@@ -207,13 +220,32 @@ def ready_to_select(recipe: Recipe, pool: Dataset, token: str | None = None) -> 
     examples = None if recipe.like is None else open_examples(recipe, token)
     pool = add_pins(recipe, pool, schema)
     pool = add_token_counts(recipe, add_groups(recipe, pool, schema), schema, token)
-    pool = add_contamination(pool, decontaminator_of(recipe, token), token)
+    pool = add_contamination(pool, pool, decontaminator_of(recipe, token), token)
     if recipe.duplicates is not None:
         pool = add_duplicates(recipe, pool, schema)
     if examples is None:
         return pool
     embedder = embedder_of(recipe.embedding_column, recipe.embedder, recipe.template)
+    from_main(lambda: _refuse_other_embedder(pool, embedder))
     return add_like_ranks(pool, examples, embedder, recipe.names)
+
+
+def _refuse_other_embedder(pool: Dataset, embedder: TextEmbedder) -> None:
+    """Raise ValueError if some rows, embedded again, do not have the embeddings of their column."""
+    column = embedder.output_column
+    refuse_no_embeddings(pool.column_names, column)
+    some = pool.select(range(min(len(pool), SAMPLED)))
+    again = add_columns(some.remove_columns(column), embedder, "Embedding rows of the pool again")
+    for wanted, seen in zip(some.with_format(None)[column][:], again.with_format(None)[column][:], strict=True):
+        if wanted is None or seen is None:
+            continue
+        one, other = np.asarray(wanted, dtype=np.float64), np.asarray(seen, dtype=np.float64)
+        if len(one) != len(other) or one @ other < SAME * np.linalg.norm(one) * np.linalg.norm(other):
+            raise ValueError(
+                f"like: the embeddings in {column!r} are not those that {embedder.model_id} gives with the template "
+                f"{embedder.template!r}, by which the examples would be embedded. Name the model that made them: "
+                "embedder=... (--embedder), and its template (--template)."
+            )
 
 
 def open_examples(recipe: Recipe, token: str | None = None) -> Dataset:

@@ -127,6 +127,29 @@ class Receipt:
             del content["proof"]
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
+    def head(self) -> dict[str, str]:
+        """Return what the head of `report.html` says: dataset, models, settings that are not the defaults, and digests."""
+        from car_datasets.recipe import Recipe
+
+        source, usual = self.source, portable_settings(Recipe())
+        name = (
+            source.get("id") or source.get("name") or {"memory": "rows in memory"}.get(source["kind"], source["kind"])
+        )
+        version = source.get("revision") or source.get("sha256") or self.selected_sha256
+        part = "".join(
+            f", {what} {source[what]}" for what in ("name", "split") if what in source and source[what] != name
+        )
+        told = {"scorer", "scorer_revision", "embedder", "embedder_revision", "name", "split", "revision"}
+        others = [f"{n} = {v}" for n, v in self.recipe.items() if n not in told and n in usual and v != usual[n]]
+        return {
+            "dataset": f"{name}{part} ({_short(version)})",
+            "scorer": f"{self.scorer['model_id']} ({_short(self.scorer['revision'])})",
+            "embedder": f"{self.embedder['model_id']} ({_short(self.embedder['revision'])})",
+            "settings": ", ".join(others) or "all defaults",
+            "made by": f"car-datasets {self.versions.get('car-datasets', '')}",
+            "receipt": f"{RECEIPT_FILE} (selected rows: {_short(self.selected_sha256)}); check it: car-datasets verify DIR",
+        }
+
     def digest(self) -> str:
         """Return the sha256 over the file's fields but `sha256`, as JSON with sorted keys and without spaces."""
         content = {name: value for name, value in json.loads(self.to_json()).items() if name != "sha256"}
@@ -189,6 +212,11 @@ class Receipt:
         if not path.is_file():
             raise ValueError(f"{folder} has no {RECEIPT_FILE}; folders that `car-datasets curate` writes have one.")
         return cls.from_json(path.read_bytes(), str(path))
+
+
+def _short(revision: str) -> str:
+    """Return the beginning of a commit or digest."""
+    return revision.removeprefix("sha256:")[:12]
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

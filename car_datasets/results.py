@@ -314,11 +314,12 @@ def first_other_figure(report: SelectionReport, seen: SelectionReport, languages
         languages (`bool`): compare the languages, which can be counted again only if the rows have a column of them.
     """
     figures, others = _flat(report.to_dict()), _flat(seen.to_dict())
+    known = (*(f"score_by.{group}." for group in seen.score_by), *(["named_clusters."] if seen.named_clusters else []))
     for name in dict.fromkeys((*figures, *others)):
         field, *part = name.split(".")
         if (field in ("languages", "selected_languages") or part[:1] == ["language"]) and not languages:
             continue
-        if field == "score_by" and not seen.score_by:  # of an earlier version
+        if field in ("score_by", "named_clusters") and not name.startswith(known):  # of an earlier version
             continue
         wanted, found = figures.get(name), others.get(name)
         if isinstance(wanted, float) and isinstance(found, float):
@@ -482,15 +483,14 @@ def write_result(
     # A user's own column `score` or `label` stays here; curate refuses it before the original's files are written.
     write_whole(folder / SELECTED_JSON, lambda path: write_original(selected, path, names, where_free=True))
     pictures = {f"{PLOTS_FOLDER}/{n}" if n.endswith(".png") else n: content for n, content in extra.pictures.items()}
-    for name, content in pictures.items():
+    texts = {README_FILE: README, SUMMARY_FILE: report.to_markdown(), REPORT_FILE: report.to_json()}
+    written: dict[str, str | bytes] = {**pictures, **texts}
+    for name, content in written.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_content(folder / name, content)
     for name, table in extra.tables.items():
         write_table(table, folder / name, names)
     extra.clusters.save_pretrained(folder)
-    texts = {README_FILE: README, SUMMARY_FILE: report.to_markdown(), REPORT_FILE: report.to_json()}
-    for name, text in texts.items():
-        write_content(folder / name, text)
     files = (SCORED_TABLE, SELECTED_TABLE, SELECTED_JSON, *CLUSTER_MODEL_FILES, *pictures, *extra.tables, *texts)
     columns = {"selected": folder / SELECTED_TABLE, "scored": folder / SCORED_TABLE}
     receipt = extra.receipt.sealed(

@@ -70,12 +70,19 @@ class Pipeline:
         return languages_of_rows(dataset if self.recipe.names.language else sample_of(dataset), schema)
 
     def score(
-        self, dataset: Dataset, *, token: str | None = None, shard_dir: str | os.PathLike[str] | None = None
+        self,
+        dataset: Dataset,
+        marked: Dataset | None = None,
+        *,
+        token: str | None = None,
+        shard_dir: str | os.PathLike[str] | None = None,
     ) -> Dataset:
         """Add scores and embeddings: in one pass if scorer and embedder share an encoder, else in two.
 
         Args:
             dataset (`Dataset`): checked rows.
+            marked (`Dataset`, *optional*): the same rows with marks, which get the new columns. What is computed depends on
+                `dataset` alone, so that it is read from the cache when nothing but marks differ from an earlier run.
             token (`str`, *optional*): for a `shard_dir` on the Hub.
             shard_dir (`str`, *optional*): keep finished shards there, so that another run resumes. Several processes
                 share the work in shards with and without it.
@@ -84,14 +91,16 @@ class Pipeline:
             ValueError: a column of this or a later stage is taken.
         """
         # Without the marks, some of which are there already; what adds them refuses columns of their names.
-        own = [name for name in dataset.column_names if name not in marks_of(self.recipe)]
+        own = [
+            name for name in (dataset if marked is None else marked).column_names if name not in marks_of(self.recipe)
+        ]
         refuse_taken_columns(own, self.recipe, self._embeds)
         # All folders first: a blank shard_dir is refused before the first pass.
         folders = [None if shard_dir is None else shard_folder(shard_dir, name) for _, name, _ in self._passes()]
         say(f"Scoring {len(dataset):,} rows with {self.recipe.scorer}; the time left follows from the first batches.")
         for (description, _, stage), folder in zip(self._passes(), folders, strict=True):
             dataset = run_stage(dataset, stage, description, folder, token)
-        return dataset
+        return dataset if marked is None else with_new_columns(marked, dataset)
 
     def fill_shards(
         self, dataset: Dataset, shard_dir: str | os.PathLike[str], *, token: str | None = None
@@ -337,6 +346,12 @@ def run_stage(
     if folder is None and process_rank()[1] == 1:
         return add_columns(dataset, stage, description)
     return score_in_shards(dataset, stage, folder, description=description, token=token)
+
+
+def with_new_columns(dataset: Dataset, found: Dataset) -> Dataset:
+    """Return a dataset with those columns of another one, of the same rows, that it lacks."""
+    new = [name for name in found.column_names if name not in dataset.column_names]
+    return join_columns(dataset, found.select_columns(new))
 
 
 def shard_folder(shard_dir: str | os.PathLike[str], name: str) -> str:

@@ -302,16 +302,16 @@ def _compute(
     before = stages
     if recipe.quota is not None:
         before = replace(stages, recipe=stages.recipe.changed(quota=None, balance=parse_quota(recipe.quota)[0]))
-    rows, languages = add_before_scores(before, add_pins(flags, rows, new.schema), new.schema, token)
-    rows = add_contamination(rows, decontaminator, token, shard_dir)
-    labelled = stages.cluster(stages.score(rows, token=token, shard_dir=shard_dir), old.clusters)
+    marked, languages = add_before_scores(before, add_pins(flags, rows, new.schema), new.schema, token)
+    marked = add_contamination(rows, marked, decontaminator, token, shard_dir)
+    labelled = stages.cluster(stages.score(rows, marked, token=token, shard_dir=shard_dir), old.clusters)
     drift = _drift(old, labelled, recipe.names)
     say(drift.sentence())
     stay = f"{SELECTED_TABLE}@{file_digest(old.folder / SELECTED_TABLE)}"
     kept = own if reselect else stay if own is None else f"{stay}{AND}{own}"
     pool, count = _joined(old, labelled, recipe, reselect), len(old.result.scored or ())
     stages = replace(stages, recipe=_grown(stages.recipe, kept, 1.0 if has_amount else len(pool) / max(1, count)))
-    pool = _with_copies(stages, pool, count, new.schema, token)
+    pool = _with_copies(stages, pool, count, new.schema)
     stages = replace(stages, recipe=settled(stages.recipe, pool).changed(against=sets))
     curated, overview = select_and_report(stages, ranked(stages.recipe, pool), new.schema, languages)
     own_index = recipe.index_column in new.opened.column_names
@@ -441,7 +441,7 @@ def _with(dataset: Dataset, name: str, values: pa.Array, feature: Any) -> Datase
     return joined.select_columns(places) if name in places else joined
 
 
-def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema, token: str | None) -> Dataset:
+def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema) -> Dataset:
     """Return the pool with its duplicates marked, and without embeddings that the recipe does not keep."""
     recipe, names = stages.recipe, stages.recipe.names
     vectors = pool.data.column(names.embedding) if names.embedding in pool.column_names else None
@@ -450,7 +450,7 @@ def _with_copies(stages: Pipeline, pool: Dataset, count: int, schema: Schema, to
         rows = resembling_rows(old, new, schema)
         say(f"{len(rows):,} of {count:,} old rows share words with new ones, and are embedded again to compare them.")
         pool = concatenate_datasets([_embedded(stages, old, rows), new])
-    marked = add_copies_and_ranks(stages, pool, schema, token)
+    marked = add_copies_and_ranks(stages, pool, schema)
     return marked if recipe.keep_embeddings else without(marked, names.embedding)
 
 

@@ -31,6 +31,7 @@ UNSTORED = ("install", "timing")  # tags of cells whose output is not kept
 KEPT = ("image/png", "text/html", "text/markdown", "text/plain")  # kinds of output that a code host shows
 WIDTH, COLOURS = 480, 32  # of stored pictures
 HUB = "https://huggingface.co"
+WIDGET = r"<[\w.]+ object at 0x[0-9a-f]+>"
 
 
 def read(name: str) -> Any:
@@ -79,9 +80,11 @@ def stored(cell: Any, folder: Path, hub: Hub) -> list[Any]:
                 found.append(nbformat.v4.new_output("stream", name="stdout", text=text))
         elif output.output_type != "error":
             data = {kind: output.data[kind] for kind in KEPT if kind in output.data}
-            if "image/png" in data:
-                data = {"image/png": _small(data["image/png"])}
-            data = {k: value if k == "image/png" else _plain(value, folder, hub) for k, value in data.items()}
+            if rich := [kind for kind in ("image/png", "text/markdown") if kind in data]:
+                data = {rich[0]: data[rich[0]]}
+            data = {k: _small(v) if k == "image/png" else _plain(v, folder, hub) for k, v in data.items()}
+            if not any(text.strip() and not re.fullmatch(WIDGET, text.strip()) for text in data.values()):
+                continue  # a bar that was taken away, or an object that only a browser shows
             if data:
                 more: Mapping[str, Any] = {"execution_count": None} if output.output_type == "execute_result" else {}
                 found.append(nbformat.v4.new_output(output.output_type, data=data, **more))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from car_datasets import ClusterModel, QualityScorer, TextEmbedder, curate, load
 from car_datasets.results import CURATED_FILES
 from car_datasets.scoring.stage import add_columns
 from tests.conftest import ROOT, WORDS
+from tests.test_marking import records
 from tests.workers import run_ranks
 
 # More ranks than GPUs is an error of NCCL; without one they communicate by gloo.
@@ -78,6 +80,43 @@ def test_curate_gives_what_one_process_gives(
         "manifest.json",
         *(f"part-{i:05d}.arrow" for i in range(5)),
     ]
+
+
+TOP_UP = """
+import json, sys
+from car_datasets import curate, top_up
+folder, settings = json.loads(sys.argv[1])
+curate("old.json", f"{folder}/old", **settings)
+top_up(f"{folder}/old", "new.json", f"{folder}/all", against=settings["against"])
+"""
+
+
+@pytest.mark.slow
+def test_marks_and_a_top_up_are_those_of_one_process(
+    tiny_iqs: str, tiny_embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = records()
+    exam = [{"question": made[row]["output"]} for row in (12, 38)]
+    for name, content in {"old.json": made[:34], "new.json": made[34:], "exam.json": exam}.items():
+        Path(name).write_text(json.dumps(content))
+    Path("script.py").write_text(TOP_UP)
+    settings = {"scorer": tiny_iqs, "embedder": tiny_embedder, "k": 4, "budget": 10, "keep_embeddings": True}
+    settings |= {"keep": "gold", "within": "kind", "against": ["exam.json"]}
+    done = launch(ACCELERATE, 2, "script.py", json.dumps(["many", settings]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", ["script.py", json.dumps(["one", settings])])
+    runpy.run_path("script.py")
+    for name in ("old", "all"):
+        one, many = (read(Path(folder, name, "scored.parquet"), tmp_path) for folder in ("one", "many"))
+        assert one.column_names == many.column_names
+        for column in ("source_index", "pinned", "contaminated_by", "kind", "cluster"):
+            assert one[column][:] == many[column][:], column
+        chosen = [read(Path(n, name, "selected.parquet"), tmp_path)["source_index"][:] for n in ("one", "many")]
+        assert chosen[0] == chosen[1]
+    assert {one["contaminated_by"][row] for row in (12, 38)} == {"exam:0", "exam:1"}
+    assert one["duplicate_of"][:] == many["duplicate_of"][:]
+    assert sum(of is not None for of in one["duplicate_of"][:]) == 2
 
 
 def assert_same(one: Path, many: Path, cache: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from car_datasets import Recipe, curate, verify
 from car_datasets.cli import app
 from car_datasets.curation import made_by
+from car_datasets.marking import ready_to_select
 from car_datasets.receipt import Receipt
 
 TASKS = ("Name a river in", "Describe the weather of", "Write a short poem about", "List three dishes from")
@@ -139,6 +141,8 @@ def test_other_rules_and_budgets(
         ({"quota": "kind=plays:0.5"}, "no row has 'plays' in the column 'kind'"),
         ({"keep": "no-such.jsonl"}, "neither a column of the data"),
         ({"keep": "gold", "budget": 0}, "budget=0"),
+        ({"keep": "gold", "budget_tokens": 9}, r"budget_tokens=9 is below the \d+ tokens of 1 row to keep"),
+        ({"balance": "output"}, "names rows, and not groups"),
         ({"like": "no-such.jsonl"}, "no-such.jsonl"),
         ({"against": ("no-such.jsonl",)}, "no-such.jsonl"),
         ({"budget_tokens": "1k", "budget_tokenizer": "/no/such"}, "has no tokenizer.json"),
@@ -160,6 +164,38 @@ def test_what_is_not_there_is_refused_before_anything_is_scored(
     rows = [{**row, **taken, "all": True, "id": i} for i, row in enumerate(records())]
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         curate(rows, None, scorer=tiny_iqs, **settings)
+
+
+def test_marks_do_not_make_rows_be_scored_again(
+    folder: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from car_datasets import QualityScorer, TextEmbedder
+
+    models = {"scorer": tiny_iqs, "embedder": tiny_embedder, "k": 4, "n1": 5}
+    rows = tmp_path / "rows.jsonl"  # a file of its own, whose rows no other test has scored
+    rows.write_text((folder / "rows.jsonl").read_text().replace("much", "much more"))
+    scored = curate(rows, None, **models).scored
+    for stage, reads in ((QualityScorer, "score_texts"), (TextEmbedder, "embed_texts")):
+        monkeypatch.setattr(stage, reads, lambda *_, **__: pytest.fail("rows were read by a model again"))
+    more = settings_of(folder, tiny_iqs, tiny_embedder, within="kind", n1=5)
+    del more["drop"]  # its rows are found by their content, which differs here
+    marked = curate(rows, None, **more)
+    assert marked.scored["iqs_score"][:] == scored["iqs_score"][:]
+    assert "pin" in marked.selected["selected_by"][:]
+
+
+def test_examples_are_embedded_by_the_model_of_the_pool(
+    folder: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path
+) -> None:
+    scored = curate(
+        folder / "rows.jsonl", None, n1=5, scorer=tiny_iqs, embedder=tiny_embedder, k=4, keep_embeddings=True
+    ).scored
+    ready = Recipe(n1=5, like=str(folder / "like.jsonl"), embedder=tiny_embedder)
+    assert ready_to_select(ready, scored)["like_rank"][20] <= 2
+    vectors = np.random.default_rng(0).normal(size=(len(scored), 32)).astype(np.float32)
+    other = scored.remove_columns("embedding").add_column("embedding", vectors.tolist())
+    with pytest.raises(ValueError, match=f"not those that {tiny_embedder} gives"):
+        ready_to_select(ready, other)
 
 
 def test_select_marks_what_it_is_told_to(folder: Path, tiny_iqs: str, tiny_embedder: str, tmp_path: Path) -> None:

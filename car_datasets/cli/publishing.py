@@ -124,7 +124,16 @@ def verify(
 
 @app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets export out --for trl")
 @one_line_errors
-@add_options("overwrite")
+@add_options(
+    "overwrite",
+    output=option(
+        Path | None,
+        "Write this new file, which ends in .jsonl (.json for alpaca), or into this folder.  [default: DIR-TRAINER]",
+        None,
+        *("--output", "-o"),
+        **NEW_PATH,
+    ),
+)
 def export(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Export the selection in this folder, which `curate` wrote.")
@@ -132,20 +141,12 @@ def export(
     trainer: Annotated[
         str, typer.Option("--for", help="Write what this trainer reads: trl, llama-factory, axolotl, openai or alpaca.")
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            *("--output", "-o"),
-            help="Write this new file, which ends in .jsonl (.json for alpaca), or into this folder.  [default: DIR-TRAINER]",
-            **NEW_PATH,
-        ),
-    ] = None,
     **options: Any,
 ) -> None:
     """Write the selected rows as a training file with the source's columns, and print the trainer's configuration."""
     from car_datasets.publishing.exporting import export_selection
 
-    done = export_selection(folder, trainer, output, overwrite=options["overwrite"])
+    done = export_selection(folder, trainer, **options)
     tell(f"{done.rows:,} rows are in {done.file}, with the columns {', '.join(done.columns)}.")
     if done.left_out:
         say(f"Left out, because {trainer} would refuse or misread them: {', '.join(done.left_out)}.")

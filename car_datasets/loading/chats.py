@@ -54,7 +54,7 @@ ROLES: dict[str, str] = {
     **dict.fromkeys(("observation", "ipython", "environment", "code_output", "execution"), "tool"),
     **dict.fromkeys(("thought", "thoughts", "thinking", "reasoning"), "thought"),
 }
-_ROLE_KEYS = ("role", "from")
+ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text", "parts")
 # Keys of an entry that contains question and answer of one exchange.
 _ASKED_KEYS = ("instruction", "human", "user", "question", "prompt", "query", "input")
@@ -131,7 +131,7 @@ def read_turns(chat: Any, role: str = "role", content: str = "content") -> list[
     entries = _entries(chat)
     if entries is None:
         return BAD_TURN
-    keys = ((role, *_ROLE_KEYS), (content, *_CONTENT_KEYS))
+    keys = ((role, *ROLE_KEYS), (content, *_CONTENT_KEYS))
     turns = []
     for message in _messages(entries, keys[0]):
         turn = _read_message(message, *keys)
@@ -152,12 +152,12 @@ def read_side(value: Any, kind: str, role: str = "role", content: str = "content
     if isinstance(value, str):
         thought, text = split_thought(value) if kind == "assistant" else ("", value)
         return [Turn(kind, text, thought)]
-    if isinstance(value, Mapping) and any(value.get(key) is not None for key in (role, *_ROLE_KEYS)):
+    if isinstance(value, Mapping) and any(value.get(key) is not None for key in (role, *ROLE_KEYS)):
         value = [value]
     if value is None:
         return NULL
     value = value.tolist() if isinstance(value, np.ndarray) else value
-    if _has_text_parts(value) and all(part.get(key) is None for part in value for key in (role, *_ROLE_KEYS)):
+    if _has_text_parts(value) and all(part.get(key) is None for part in value for key in (role, *ROLE_KEYS)):
         value = [{"role": kind, "content": value}]
     # A list of texts is no chat here, but several answers to choose from.
     if not isinstance(value, (list, tuple, np.ndarray)) or any(isinstance(entry, str) for entry in value):

@@ -1,6 +1,7 @@
-"""Find the kind of task of each row by plain rules over its prompt and its answer.
+"""Find the kind of task of each row, and the form of its answer, by plain rules over its prompt and its answer.
 
-Does: tell code, maths, lists, short facts, writing and other tasks apart, without a model, in any order of rows.
+Does: tell code, maths, lists, short facts, writing and other tasks apart, and answers that are code, lists, a few words,
+one paragraph or several; without a model, in any order of rows.
 Does not: judge quality, or read languages other than English, except for code, figures and the form of an answer.
 """
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # The kinds in the order in which their rules are tried: the first that fits names the row.
 KINDS = ("code", "maths", "writing", "lists", "short facts", "other")
+# The forms in the order in which their rules are tried.
+FORMS = ("code", "list", "a few words", "one paragraph", "several paragraphs")
 SHORT_ANSWER = 12  # words of an answer that can only be a fact, a name, a number or a label
 
 # A block of code; one of data or text is none, nor is what comes after it.
@@ -41,6 +44,7 @@ _MATHS_ASKED = re.compile(
     re.IGNORECASE,
 )
 _MATHS_SEEN = re.compile(r"\\(?:frac|boxed|sqrt|times|cdot)\b|\d\s*[-+*/×÷]\s*\d[\d.,]*\s*=|=\s*-?\$?\d|\bx\s*=\s*-?\d")
+_BLANK_LINE = re.compile(r"\n\s*\n")
 _FIGURE = re.compile(r"\d")
 _WRITING_ASKED = re.compile(
     r"\b(?:write|compose|draft|create|generate|craft|invent|tell|pen)\b.{0,60}\b(?:story|tale|poem|haiku|limerick|sonnet"
@@ -86,6 +90,15 @@ def kinds_of(prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
     return [_kind(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
+def forms_of(answers: Sequence[str]) -> list[str]:
+    """Return the form of each answer, by the answer alone: one of `FORMS`.
+
+    Code is a block of code, or has a line that starts as code does; a list has three or more items on lines of their
+    own; a few words are at most `SHORT_ANSWER`; a blank line parts paragraphs.
+    """
+    return [_form(answer.strip()) for answer in answers]
+
+
 def kinds_of_rows(dataset: Dataset, schema: Schema) -> list[str]:
     """Return the kind of task of each row: of a chat, that of its last question and answer; `"other"` without text.
 
@@ -120,3 +133,13 @@ def _kind(prompt: str, answer: str) -> str:
     if len(_LIST_ITEM.findall(answer)) >= 3 or _LIST_ASKED.search(prompt):
         return "lists"
     return "short facts" if len(answer.split()) <= SHORT_ANSWER else "other"
+
+
+def _form(answer: str) -> str:
+    if _FENCE.search(answer) or _CODE_SEEN.search(answer):
+        return "code"
+    if len(_LIST_ITEM.findall(answer)) >= 3:
+        return "list"
+    if len(answer.split()) <= SHORT_ANSWER:
+        return "a few words"
+    return "several paragraphs" if _BLANK_LINE.search(answer) else "one paragraph"

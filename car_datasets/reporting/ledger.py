@@ -38,6 +38,11 @@ def excluded_counts(overview: Overview) -> dict[str, int]:
     return {word: n for word, n in counts.items() if n}
 
 
+def count_of(n: int, word: str) -> str:
+    """Return a count in words, such as `1 duplicate` or `2,000 duplicates`."""
+    return f"{n:,} {word.removesuffix('s') if n == 1 else word}"
+
+
 def why(overview: Overview, row: int, status: str = "unknown") -> str:
     """Return what decided on a row, in a sentence.
 

@@ -1,4 +1,4 @@
-"""Measure what the score likes: by kind of answer, language, length, and columns of few values such as a source.
+"""Measure what the score likes: by kind and form of answer, language, length, and columns of few values.
 
 Does: read the text of a sample of rows; give the share of the scores' variance that each grouping explains, and the
 share of each group in the pool, in its best tenth and in the selection; name the groups that are all but lost.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from car_datasets.loading.kinds import kinds_of
+from car_datasets.loading.kinds import forms_of, kinds_of
 from car_datasets.loading.languages import UNDETERMINED, detect_languages
 from car_datasets.loading.schemas import Schema, exchanges_of, find_schema
 from car_datasets.loading.templates import Exchange, join_lines
@@ -72,7 +72,7 @@ class _Sample(NamedTuple):
 
 
 def score_by_groups(overview: Overview, schema: Schema | None = None) -> dict[str, ScoreByGroup]:
-    """Measure the scores by kind of answer, language, length and columns of few values.
+    """Measure the scores by kind and form of answer, language, length and columns of few values.
 
     Args:
         overview ([`Overview`]): of the pool and its selection.
@@ -80,9 +80,9 @@ def score_by_groups(overview: Overview, schema: Schema | None = None) -> dict[st
             not grouped by kind and language.
 
     Returns:
-        `dict`: [`ScoreByGroup`] by `"kind of answer"`, `"language"`, `"length in tokens"` (or characters), and
-        `"column ..."`. Groupings of which the rows read show one group only are left out; empty for a pool of fewer than
-        `FEWEST` scored rows.
+        `dict`: [`ScoreByGroup`] by `"kind of answer"` (what was asked for, such as code), `"form of answer"` (how the
+        answer looks, such as a list), `"language"`, `"length in tokens"` (or characters), and `"column ..."`. Groupings
+        of which the rows read show one group only are left out; empty for a pool of fewer than `FEWEST` scored rows.
     """
     if len(overview.scored) < FEWEST:
         return {}
@@ -145,12 +145,13 @@ def _explained(scores: Floats, codes: Indices) -> float:
 
 def _groupings(overview: Overview, sample: _Sample, schema: Schema | None) -> Iterator[tuple[str, Labels]]:
     """Yield the name of each grouping and the group of every row of the sample."""
-    exchanges = _exchanges(overview, sample.rows, schema)
+    exchanges = exchanges_at(overview, sample.rows, schema)
     known = [i for i, exchange in enumerate(exchanges) if exchange is not None]
     texts = [exchange for exchange in exchanges if exchange is not None]
     if texts:
         kinds = kinds_of([join_lines(t.instruction, t.input) for t in texts], [t.response for t in texts])
         yield "kind of answer", _placed(len(exchanges), known, kinds)
+        yield "form of answer", _placed(len(exchanges), known, forms_of([t.response for t in texts]))
     if overview.languages is not None:
         yield "language", _labels(overview.languages.take(pa.array(sample.rows)))
     elif _several([t.response for t in texts], overview.seed):
@@ -158,10 +159,10 @@ def _groupings(overview: Overview, sample: _Sample, schema: Schema | None) -> It
     fifth, names = fifths(overview.lengths[sample.rows])
     yield f"length in {overview.length_unit}", np.array([names[i] for i in fifth], dtype=np.object_)
     for name, values in columns_of_few_values(overview, sample.rows):
-        yield f"column {_name(name)}", _labels(values)
+        yield f"column {plain_name(name)}", _labels(values)
 
 
-def _exchanges(overview: Overview, rows: Indices, schema: Schema | None) -> list[Exchange | None]:
+def exchanges_at(overview: Overview, rows: Indices, schema: Schema | None) -> list[Exchange | None]:
     """Return what was asked and answered last in each of these rows, `None` for a row that cannot be read."""
     if schema is None:
         try:
@@ -216,7 +217,9 @@ def columns_of_few_values(overview: Overview, rows: Indices | None = None) -> It
 
 
 def _labels(values: pa.Array | pa.ChunkedArray) -> Labels:
-    return np.array([None if value is None else _name(str(value)) for value in values.to_pylist()], dtype=np.object_)
+    return np.array(
+        [None if value is None else plain_name(str(value)) for value in values.to_pylist()], dtype=np.object_
+    )
 
 
 def _placed(count: int, at: list[int], values: list[str]) -> Labels:
@@ -225,7 +228,7 @@ def _placed(count: int, at: list[int], values: list[str]) -> Labels:
     return labels
 
 
-def _name(text: str) -> str:
+def plain_name(text: str) -> str:
     """Return a text of the rows as a short name that is safe in Markdown: one line, and no signs of markup."""
     plain = " ".join("".join(c if c.isprintable() and c not in "`<>[]|*_\\" else " " for c in text).split())
     return (plain if len(plain) <= LABEL else plain[: LABEL - 1] + "…") or "(empty)"

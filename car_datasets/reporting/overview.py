@@ -60,12 +60,14 @@ class Asked(NamedTuple):
         k (`int` or `"sqrt"`): clusters.
         groups (`str`, *optional*): the column among whose values the budget is shared out.
         tokens (`bool`): True for a budget in tokens.
+        within (`str`, *optional*): the column within whose values the rows are ranked, other than that of languages.
     """
 
     n2: int
     k: int | str
     groups: str | None = None
     tokens: bool = False
+    within: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +266,22 @@ class Overview:
     def bounded(self) -> bool:
         """Return True if bounds other than numbers of rows decided as well: shares of groups, tokens, pinned rows."""
         return BY_PIN in self.rules or (self.asked is not None and (self.asked.tokens or self.asked.groups is not None))
+
+    @cached_property
+    def is_within_languages(self) -> bool:
+        """Return True if the rows were ranked within their languages, and not within the values of another column."""
+        other = None if self.asked is None else self.asked.within
+        is_ranked = self.ranking is not self.scores and self.languages is not None
+        return is_ranked and other in (None, self.names.language)
+
+    @cached_property
+    def token_costs(self) -> Indices | None:
+        """Return the tokens of each row as a budget in tokens counts them; None for a budget in rows."""
+        if self.asked is None or not self.asked.tokens:
+            return None
+        if ColumnNames.budget_tokens in self.pool.column_names:  # by a tokenizer that was named for the budget
+            return np.asarray(read_numbers(self.pool, ColumnNames.budget_tokens, 0), dtype=np.int64)
+        return self.lengths.astype(np.int64) if self.length_unit == "tokens" else None
 
     @cached_property
     def groups(self) -> list[str] | None:

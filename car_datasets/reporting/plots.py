@@ -9,14 +9,16 @@ To add a figure, write a function that draws it and add a row to `PLOTS`.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from car_datasets.reporting.maps import MAP_ROWS, PoolMap
-from car_datasets.reporting.overview import Overview, count_clusters
+from car_datasets.reporting.naming import NamedCluster
+from car_datasets.reporting.overview import Overview
 from car_datasets.selection.rule import BY_CLUSTER, Indices
 from car_datasets.utils.settings import refuse_missing_extra
 
@@ -42,13 +44,18 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
 GREY, DARK = "#B8B8B8", "#222222"
 PALETTE = (SKY, ORANGE, GREEN, PURPLE, YELLOW, BLUE, RED)
 PALETTE_NAMES = (*PALETTE, GREY)  # the last for rows without a cluster
+SCALE = ("#e8cf3a", "#94c954", "#35a67e", "#21828c", "#31608e", "#443983", "#3b0f57")  # of scores, from low to high
+SPAN = (0.1, 0.95)  # quantiles of the scores that the scale spans: outliers would make all other rows look alike
 NUMBERED = 12  # clusters whose number is written on the map
 BINS = 40  # of the histogram of scores
+BEYOND = 0.01  # share of the pool at either end that the first and last bar of the histogram gather
+DRAWABLE = 0x530  # characters below it (Latin, Greek, Cyrillic) are in the font, and run from left to right
 NUMBER_GAP = 0.1  # least distance between two numbers, on a map 2 wide
 
 # Where a number can be written, relative to the centre of its cluster; the earlier places are preferred.
 NUMBER_OFFSETS = 0.075 * np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1)])
 NUMBER_HALF_SIZE = np.array([0.055, 0.045])  # half the width and height that a number takes, with half a point
+NAMED_POINTS = 8  # clusters that are named in the figure of clusters, if their names do not overlap
 MOST_TICKS = 9  # labels on the axis of lengths at most: more would touch
 
 
@@ -71,12 +78,15 @@ def plot_file(name: str) -> str:
     return f"plot_{name}.png"
 
 
-def draw(overview: Overview, pool_map: PoolMap | None) -> dict[str, bytes]:
+def draw(
+    overview: Overview, pool_map: PoolMap | None, named: Mapping[str, NamedCluster] | None = None
+) -> dict[str, bytes]:
     """Draw every figure of `PLOTS`.
 
     Args:
         overview ([`Overview`]): of the pool and its selection.
         pool_map ([`PoolMap`], *optional*): without it, figures that need a map are left out.
+        named (`Mapping[str, NamedCluster]`, *optional*): the clusters by their numbers, for figures that name them.
 
     Returns:
         `dict[str, bytes]`: PNG files by name, in the order of `PLOTS`.
@@ -87,10 +97,9 @@ def draw(overview: Overview, pool_map: PoolMap | None) -> dict[str, bytes]:
     files = {}
     with styled():
         for name, plot in PLOTS.items():
-            if not plot.needs_map:
-                files[plot_file(name)] = as_png(plot.draw(overview))
-            elif pool_map is not None:
-                files[plot_file(name)] = as_png(plot.draw(overview, pool_map))
+            if pool_map is not None or not plot.needs_map:
+                given = [pool_map] if plot.needs_map else []
+                files[plot_file(name)] = as_png(plot.draw(overview, *given, *([named or {}] if plot.names else [])))
     return files
 
 
@@ -123,9 +132,13 @@ def draw_scores(overview: Overview) -> Figure:
     """Draw the score distributions of pool, selection and both controls, each as a share of its group."""
     figure, axes = _axes("Scores of the selection, the pool and two controls of the same size")
     # One set of edges for all groups, and shares in place of counts: the pool is far larger than the others.
-    edges = np.histogram_bin_edges(overview.scores[overview.scored], bins=BINS)
+    pool = overview.scores[overview.scored]
+    ends = np.quantile(pool, (BEYOND, 1 - BEYOND))
+    kept = overview.scores[overview.positions]
+    low, high = min(ends[0], kept.min()), max(ends[1], kept.max())
+    edges = np.histogram_bin_edges(pool, bins=BINS, range=(low, high))
     groups: list[tuple[str, Indices, dict[str, Any]]] = [
-        ("pool", overview.scored, {"histtype": "stepfilled", "color": GREY, "alpha": 0.7}),
+        ("pool", overview.scored, {"fill": True, "color": GREY, "alpha": 0.7}),
         ("selected", overview.positions, {"color": BLUE, "linewidth": 2.4}),
         ("random control", overview.random_control, {"color": RED, "linewidth": 1.6, "linestyle": "--"}),
         (
@@ -136,11 +149,18 @@ def draw_scores(overview: Overview) -> Figure:
     ]
     for name, rows, look in groups:
         scores = overview.scores[rows]
-        label = f"{name}: {len(rows):,} rows, mean {scores.mean():.2f}"
-        axes.hist(
-            scores, edges, weights=np.full(len(rows), 100 / len(rows)), label=label, **{"histtype": "step", **look}
+        shares = 100 * np.histogram(np.clip(scores, low, high), edges)[0] / len(rows)
+        # Where there are no rows there is no line, which would lie on the axis.
+        axes.stairs(
+            np.where(shares > 0, shares, np.nan),
+            edges,
+            label=f"{name}: {len(rows):,} rows, mean {scores.mean():.2f}",
+            **look,
         )
-    axes.set_xlabel("score")
+    axes.set_ylim(bottom=0)
+    below, above = int((pool < low).sum()), int((pool > high).sum())
+    gathered = [f"{n:,} rows {where}" for n, where in ((below, "below"), (above, "above")) if n]
+    axes.set_xlabel(f"score; the bars at the ends hold {' and '.join(gathered)} as well" if gathered else "score")
     axes.set_ylabel("share of the group in %")
     _legend_below(figure)
     return figure
@@ -151,34 +171,53 @@ def _legend_below(figure: Figure) -> None:
     figure.legend(loc="outside lower center", ncols=2, fontsize=10)
 
 
-def draw_map(overview: Overview, pool_map: PoolMap) -> Figure:
-    """Draw the pool in two dimensions, coloured by cluster, with the selected rows ringed."""
+def draw_map(overview: Overview, pool_map: PoolMap, named: Mapping[str, NamedCluster] | None = None) -> Figure:
+    """Draw the pool in two dimensions, coloured by score, with the selected rows ringed and the largest clusters named."""
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patheffects import withStroke
 
     rows, points, method = pool_map
-    figure, axes = _axes(f"Map of the pool ({method} of the embeddings)", height=6.4)
-    clusters, taken = overview.clusters[rows], overview.taken[rows]
-    colours = np.array(PALETTE_NAMES)[colours_of(points, clusters)]
+    figure, axes = _axes(f"Map of the pool ({method} of the embeddings)", height=6.6)
+    scores, clusters, taken = overview.scores[rows], overview.clusters[rows], overview.taken[rows]
+    low, high = np.quantile(scores, SPAN)
+    look = {"cmap": LinearSegmentedColormap.from_list("score", SCALE), "vmin": low, "vmax": high}
     # Smaller points for more rows, but never so small that a ring around one cannot be seen.
     size = float(np.clip(40_000 / len(rows), 8, 40))
     # Opaque: paler colours are no longer those that colour-blind readers can tell apart.
-    axes.scatter(*points[~taken].T, s=0.7 * size, c=colours[~taken], edgecolors="white", linewidths=0.2)
+    axes.scatter(*points[~taken].T, s=0.7 * size, c=scores[~taken], edgecolors="white", linewidths=0.2, **look)
     # The selected rows after the others, which would cover them.
-    axes.scatter(*points[taken].T, s=1.8 * size, c=colours[taken], edgecolors=DARK, linewidths=0.2 * size**0.5)
-    for cluster, place in _number_places(points, clusters, taken):
+    shown = axes.scatter(
+        *points[taken].T, s=1.8 * size, c=scores[taken], edgecolors=DARK, linewidths=0.2 * size**0.5, **look
+    )
+    bar = figure.colorbar(shown, ax=axes, shrink=0.6, pad=0.01, extend="both")
+    bar.set_label("score")
+    bar.outline.set_visible(False)
+    numbers = _number_places(points, clusters, taken)
+    for cluster, place in numbers:
         number = axes.text(*place, str(cluster), ha="center", va="center", fontsize=10, fontweight="bold")
         number.set_path_effects([withStroke(linewidth=3, foreground="white")])  # a filled box would hide rows
     scored = len(overview.scored)
-    shown = "all scored rows" if len(rows) == scored else f"a sample of {scored:,} scored rows"
-    fewer = " (colours repeat)" if count_clusters(clusters) > len(PALETTE) else ""
-    axes.set_xlabel(
-        f"{len(rows):,} rows, {shown}. Neighbouring clusters have different colours{fewer};\n"
-        f"numbers name the largest. Ringed: {int(taken.sum()):,} of {len(overview.positions):,} selected rows.",
-        fontsize=10,
-    )
+    words = "all scored rows" if len(rows) == scored else f"a sample of {scored:,} scored rows"
+    about = f"{len(rows):,} rows, {words}. Ringed: {int(taken.sum()):,} of {len(overview.positions):,} selected rows."
+    names = [name for cluster, _ in numbers if (name := _cluster_name(cluster, named or {})) != str(cluster)]
+    # A name is not broken between two lines.
+    listed = "; ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in sorted(names, key=_number_of))
+    lines = textwrap.wrap(f"Clusters: {listed}" if names else "", 92)
+    axes.set_xlabel("\n".join([about, *lines[:4]]), fontsize=10)
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
     return figure
+
+
+def _cluster_name(cluster: int, named: Mapping[str, NamedCluster], count: int = 2) -> str:
+    """Return the number of a cluster with its first keywords, as far as the font has them."""
+    words = named[str(cluster)].keywords if str(cluster) in named else []
+    drawable = [word for word in words if all(ord(character) < DRAWABLE for character in word)]
+    return f"{cluster} {', '.join(drawable[:count])}" if drawable else str(cluster)
+
+
+def _number_of(name: str) -> int:
+    return int(name.split()[0])
 
 
 def _centers(points: npt.NDArray[np.float64], clusters: Indices) -> tuple[Indices, npt.NDArray[np.float64]]:
@@ -237,8 +276,8 @@ def _number_places(
     return written
 
 
-def draw_clusters(overview: Overview) -> Figure:
-    """Draw the size of every cluster against the number of rows taken from it."""
+def draw_clusters(overview: Overview, named: Mapping[str, NamedCluster] | None = None) -> Figure:
+    """Draw the size of every cluster against the number of rows taken from it, and name those that differ most."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _axes("Where the selection comes from: one point per cluster")
@@ -263,7 +302,6 @@ def draw_clusters(overview: Overview) -> Figure:
             edge = {} if marker == "x" else {"edgecolors": "white", "linewidths": 0.6}  # a cross has no edge to colour
             label = f"{group}: {int(which.sum()):,} {'cluster' if which.sum() == 1 else 'clusters'}"
             axes.scatter(sizes[which], taken[which], s=46, color=colour, marker=marker, alpha=0.85, label=label, **edge)
-    _label_largest(axes, labels, sizes, taken)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("scored rows in the cluster")
@@ -271,18 +309,32 @@ def draw_clusters(overview: Overview) -> Figure:
     # Room at both ends, where half of a marker would otherwise be cut off.
     axes.set_ylim(bottom=-0.03 * max(1, taken.max(initial=0)), top=1.12 * max(1, taken.max(initial=0)))
     _legend_below(figure)
+    # From the one that differs most from the pool's share, in standard deviations of a random choice.
+    order = np.argsort(-np.abs(taken - share * sizes) / np.sqrt(np.maximum(1, sizes)), kind="stable")
+    points = [(float(sizes[i]), float(taken[i]), _cluster_name(int(labels[i]), named or {})) for i in order]
+    _label_points(figure, axes, points)
     return figure
 
 
-def _label_largest(axes: Any, labels: Indices, sizes: Indices, taken: Indices, count: int = 4) -> None:
-    """Write the numbers of the clusters from which most rows were taken, unless they would overlap."""
-    shown: list[tuple[float, float]] = []  # as shares of the width and height of the axes
-    for i in np.argsort(-taken, kind="stable")[:count]:
-        # As shares of the axes: whether two numbers overlap depends on the picture, not on the counts.
-        place = float(sizes[i] / max(1, np.ptp(sizes))), float(taken[i] / max(1, taken.max()))
-        if taken[i] and all(abs(place[0] - x) > 0.1 or abs(place[1] - y) > 0.07 for x, y in shown):
-            axes.annotate(f"{labels[i]}", (sizes[i], taken[i]), (6, 5), textcoords="offset points", fontsize=10)
-            shown.append(place)
+def _label_points(figure: Figure, axes: Any, points: list[tuple[float, float, str]]) -> None:
+    """Name the first points, each on a side where its name covers no point and no other name; others get no name."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # which gives the axes their place
+    inside = axes.get_window_extent()
+    pixels = [axes.transData.transform((x, y)) for x, y, _ in points]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    for x, y, name in points[:NAMED_POINTS]:
+        for side, offset in (("left", (7, 4)), ("right", (-7, 4)), ("left", (7, -13)), ("right", (-7, -13))):
+            label = axes.annotate(
+                name, (x, y), offset, textcoords="offset points", fontsize=10, horizontalalignment=side
+            )
+            box = label.get_window_extent()
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if fits and not any(box.overlaps(other) for other in taken):
+                taken.append(box.padded(2))
+                break
+            label.remove()
 
 
 def draw_lengths(overview: Overview) -> Figure:
@@ -299,7 +351,7 @@ def draw_lengths(overview: Overview) -> Figure:
     axes.scatter(lengths[shown], overview.scores[shown], s=spread, color=GREY, alpha=0.6, linewidths=0, label=others)
     axes.set_xscale("log")
     size = float(np.clip(6_000 / len(taken), 3, 26))
-    look = {"color": ORANGE, "edgecolors": DARK, "linewidths": 0.3}
+    look = {"color": BLUE, "edgecolors": "white", "linewidths": 0.4}
     axes.scatter(lengths[taken], overview.scores[taken], s=size, label="selected", **look)
     axes.set_xlabel(f"length in {overview.length_unit}")
     axes.set_ylabel("score")
@@ -326,22 +378,25 @@ class Plot(NamedTuple):
     """A figure of the report.
 
     Args:
-        draw (`Callable`): takes an [`Overview`], and a [`PoolMap`] if `needs_map`; returns a matplotlib figure.
+        draw (`Callable`): takes an [`Overview`], a [`PoolMap`] if `needs_map`, and the named clusters if `names`; returns
+            a matplotlib figure.
         alt (`str`): describes the figure on the page to readers who do not see it.
         needs_map (`bool`): leave the figure out if the pool has no embeddings.
+        names (`bool`): it names clusters.
     """
 
     draw: Callable[..., Figure]
     alt: str
     needs_map: bool = False
+    names: bool = False
 
 
 PLOTS = {  # by name, in the order of the page; the file is plot_<name>.png
     "scores": Plot(
         draw_scores, "Distributions of the scores of selection, pool and controls; the means are in the table above."
     ),
-    "map": Plot(draw_map, "Map of the pool, coloured by cluster, the selected rows ringed.", needs_map=True),
-    "clusters": Plot(draw_clusters, "Size of every cluster against the rows taken from it."),
+    "map": Plot(draw_map, "Map of the pool, coloured by score, the selected rows ringed.", needs_map=True, names=True),
+    "clusters": Plot(draw_clusters, "Size of every cluster against the rows taken from it.", names=True),
     "lengths": Plot(draw_lengths, "Score against length of the rows; the title has both correlations."),
 }
 PLOT_FILES = tuple(plot_file(name) for name in PLOTS)

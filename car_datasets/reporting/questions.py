@@ -9,12 +9,12 @@ clusters differently in detail.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from car_datasets.clustering.fitting import Covariance, project
@@ -22,7 +22,10 @@ from car_datasets.clustering.kmeans import lloyd, nearest
 from car_datasets.loading.chats import OK, TRUNCATED
 from car_datasets.reporting.ledger import why
 from car_datasets.reporting.overview import Overview, count_clusters
+from car_datasets.selection.constrained import choose_within
+from car_datasets.selection.limits import Limits
 from car_datasets.selection.rule import Indices, choose
+from car_datasets.selection.strata import quotas_of
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows
 from car_datasets.utils.files import printable
@@ -259,24 +262,41 @@ def _neighbours(overview: Overview, rows: Indices, count: int) -> tuple[list[lis
     # By cosine similarity and not by distance after PCA, which only the cluster model knows: the pool alone is enough.
     of_cluster, of_selection = Nearest.none(len(rows)), Nearest.none(len(rows))
     vectors, present = overview.embeddings_of(rows)
-    if len(present):
-        # One row per question; those without an embedding stay zero.
-        asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
-        asked[present] = unit_rows(vectors)
-        known = np.asarray(asked.any(axis=1))[:, None]  # a vector of zeros has no direction, and no neighbours
-        clusters = overview.clusters[rows][:, None]
-        for matrix, positions in overview.embedding_batches():
-            similar = asked @ unit_rows(matrix).T  # cosines, (asked, rows of the batch)
-            other = known & (positions[None] != rows[:, None])
-            if count:
-                same = (clusters >= 0) & (clusters == overview.clusters[positions])
-                of_cluster = of_cluster.updated(_only(similar, other & same), positions, count)
-            of_selection = of_selection.updated(_only(similar, other & overview.taken[positions]), positions, 1)
-    return _named(overview, of_cluster), _named(overview, of_selection)
+    if len(present) == 0:
+        return _named(overview, of_cluster), _named(overview, of_selection)
+    # One row per question; those without an embedding stay zero.
+    asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
+    asked[present] = unit_rows(vectors)
+    known = np.flatnonzero(asked.any(axis=1))  # a vector of zeros has no direction, and no neighbours
+    groups = _by_cluster(overview, rows, known) if count else {}
+    parts = {label: Nearest.none(len(group)) for label, group in groups.items()}
+    for matrix, positions in overview.embedding_batches():
+        unit, clusters = unit_rows(matrix), overview.clusters[positions]
+        # Each cluster by itself: a page asks about thousands of rows, and all their pairs would be too many.
+        for label in np.intersect1d(clusters, list(groups)).tolist():
+            same, group = np.flatnonzero(clusters == label), groups[label]
+            similar = _others(asked[group], unit[same], rows[group], positions[same])
+            parts[label] = parts[label].updated(similar, positions[same], count)
+        chosen = np.flatnonzero(overview.taken[positions])
+        similar = _others(asked, unit[chosen], rows, positions[chosen])
+        similar[~asked.any(axis=1)] = -np.inf
+        of_selection = of_selection.updated(similar, positions[chosen], 1)
+    named: list[list[Neighbour]] = [[] for _ in rows]
+    for label, group in groups.items():
+        for place, found in zip(group.tolist(), _named(overview, parts[label]), strict=True):
+            named[place] = found
+    return named, _named(overview, of_selection)
 
 
-def _only(similarities: Matrix, allowed: npt.NDArray[np.bool_]) -> Matrix:
-    return np.where(allowed, similarities, np.float32(-np.inf))
+def _by_cluster(overview: Overview, rows: Indices, known: Indices) -> dict[int, Indices]:
+    """Return the indices into `rows` of those that are in each cluster, of the ones that have a direction."""
+    clusters = overview.clusters[rows]
+    return {label: known[clusters[known] == label] for label in np.unique(clusters[known]).tolist() if label >= 0}
+
+
+def _others(asked: Matrix, unit: Matrix, rows: Indices, positions: Indices) -> Matrix:
+    """Return the cosines of rows that are asked about with rows of the pool; -inf for a row with itself."""
+    return np.where(positions[None] != rows[:, None], asked @ unit.T, np.float32(-np.inf))
 
 
 def _named(overview: Overview, nearest: Nearest) -> list[list[Neighbour]]:
@@ -352,7 +372,8 @@ def what_if(
         pool (`Dataset`): scored and clustered; another k needs its embeddings.
         selected (`Dataset`): the rows that [`select_car`] took from it.
         n1, n2, k (`Sequence[int]`, *optional*): values to try, in all combinations; one that is left out keeps its
-            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k.
+            present value. If all three are left out, values around the present ones are tried: n1 with n2, then k. Where
+            the recipe shares the budget out among groups, each group keeps its share of the present selection.
         names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
         seed (`int`): for the k-means of another k.
 
@@ -414,12 +435,24 @@ def _around(present: tuple[int, int, int], rows: int, embedded: int) -> list[tup
 def _try(overview: Overview, n1: int, n2: int, k: int, clusters: Indices) -> WhatIf:
     # By the ranking: rows that were ranked within their languages are not in the order of their scores.
     choice = choose(overview.eligible, clusters, n1, n2).positions
+    if overview.groups is not None:
+        is_present = (n1, n2, k) == (overview.by_score, overview.by_cluster, overview.k)
+        choice = _in_shares(overview, len(overview.positions) if is_present else len(choice), n2, clusters)
     if len(choice) == 0:
         raise ValueError(f"n1={n1} and n2={n2} select no rows.")
     common = len(np.intersect1d(choice, overview.positions))
     covered = count_clusters(clusters[choice])
     overlap = common / (len(choice) + len(overview.positions) - common)
     return WhatIf(n1, n2, k, len(choice), float(overview.scores[choice].mean()), covered, common, overlap)
+
+
+def _in_shares(overview: Overview, budget: int, n2: int, clusters: Indices) -> Indices:
+    """Return so many rows by CaR's rule, of each group the share that the present selection has of it."""
+    groups = overview.groups or []
+    counts = Counter(groups[row] for row in overview.positions.tolist())
+    shares = {name: n / counts.total() for name, n in sorted(counts.items())}
+    shared = quotas_of(groups, None, ~np.isnan(overview.eligible), budget, shares)
+    return choose_within(overview.eligible, clusters, n2, Limits(budget, None, shared.strata, shared.quotas)).positions
 
 
 def quick_clusters(overview: Overview, ks: set[int]) -> dict[int, Indices]:

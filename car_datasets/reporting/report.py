@@ -1,6 +1,7 @@
 """`SelectionReport`: the figures of a selection, compared with those of two controls of the same size.
 
-Does: count and measure; give the figures as a dataclass, JSON, Markdown, a table in the terminal, plots and a page.
+Does: count and measure; give the figures as a dataclass, JSON, Markdown, a table in the terminal, plots and a page; put
+them in words.
 Does not: select rows, or know how a figure is drawn.
 
 The controls are there because self-scoring methods hardly beat random choice on large pools (arXiv 2410.09335), and
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +27,19 @@ from rich.table import Table
 from car_datasets.loading.chats import OK, is_scored, status_kind
 from car_datasets.loading.languages import UNDETERMINED, count_languages, describe_languages
 from car_datasets.loading.schemas import Schema
-from car_datasets.reporting.ledger import excluded_counts
-from car_datasets.reporting.likes import ScoreByGroup, describe, score_by_groups, shares_table
+from car_datasets.reporting.ledger import count_of, excluded_counts
+from car_datasets.reporting.likes import (
+    ScoreByGroup,
+    describe,
+    lost_groups,
+    plain_name,
+    score_by_groups,
+    shares_table,
+)
 from car_datasets.reporting.maps import check_projection, map_of
+from car_datasets.reporting.naming import NamedCluster, name_clusters
 from car_datasets.reporting.overview import CONTROLS, Overview, count_clusters
-from car_datasets.reporting.page import PAGE_FILE, render_page
+from car_datasets.reporting.page import PAGE_FILE, Told, render_page
 from car_datasets.reporting.plots import can_draw, draw, refuse_no_matplotlib
 from car_datasets.selection.rule import BY_CLUSTER, BY_GAIN, BY_LIKE, BY_PIN, OTHER_REASONS, REASONS, Indices
 from car_datasets.utils.column_names import ColumnNames
@@ -43,6 +53,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Keys of `score_quantiles` as str(q): saved reports hold them.
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+LISTED_CLUSTERS = 20  # clusters in the Markdown report, those from which most rows were selected
+FOLLOWS = 0.4  # a rank correlation with length, from which the verdict warns of it
 DETAILS = 5  # of one kind of status that are listed, such as unknown roles; the others are counted together
 
 
@@ -89,10 +101,12 @@ class SelectionReport:
         selected_languages (`dict[str, int]`): the selected rows by language.
         within_languages (`bool`): True if the rows were ranked within their languages.
         score_by (`dict[str, ScoreByGroup]`): what the score likes: its variance, and the shares of groups that it keeps,
-            by kind of answer, language, length and columns of few values; see
+            by kind and form of answer, language, length and columns of few values; see
             [`~car_datasets.reporting.likes.score_by_groups`]. Empty for small pools and reports of earlier versions.
         excluded (`dict[str, int]`): scored rows that could not be selected, by the first mark that kept them out:
             `vetoed`, `contaminated` or `duplicates`.
+        named_clusters (`dict[str, NamedCluster]`): keywords, a typical row and counts of each cluster by its number; see
+            [`~car_datasets.reporting.naming.name_clusters`]. Empty for reports of earlier versions.
     """
 
     rows_in: int
@@ -114,6 +128,7 @@ class SelectionReport:
     within_languages: bool = False
     score_by: dict[str, ScoreByGroup] = field(default_factory=dict)
     excluded: dict[str, int] = field(default_factory=dict)
+    named_clusters: dict[str, NamedCluster] = field(default_factory=dict)
 
     @classmethod
     def from_selection(
@@ -170,9 +185,10 @@ class SelectionReport:
             seed=overview.seed,
             languages=_languages(overview.languages),
             selected_languages=_languages(overview.languages, overview.positions),
-            within_languages=overview.ranking is not overview.scores and overview.languages is not None,
+            within_languages=overview.is_within_languages,
             score_by=score_by_groups(overview, schema),
             excluded=excluded_counts(overview),
+            named_clusters=name_clusters(overview, schema),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,19 +201,29 @@ class SelectionReport:
         groups = ("pool", "selected", *CONTROLS)  # fields that are dataclasses too
         nested: dict[str, Any] = {name: GroupFigures(**figures[name]) for name in groups}
         by_group = {name: ScoreByGroup(**value) for name, value in dict(figures.get("score_by", {})).items()}
-        return cls(**{**figures, **nested, "score_by": by_group})
+        named = {label: NamedCluster(**value) for label, value in dict(figures.get("named_clusters", {})).items()}
+        return cls(**{**figures, **nested, "score_by": by_group, "named_clusters": named})
 
     def to_json(self) -> str:
         """Return all figures as JSON, with the fields of this class in order."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def to_markdown(self) -> str:
-        """Return the report as Markdown: the counts as a list, and the four groups as a table."""
-        lines = ["# Selection report", "", *[f"- {line}" for line in self.sentences()], ""]
-        header, *rows = self.comparison()
-        lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        """Return the report as Markdown: verdict, counts as a list, the four groups and the clusters as tables."""
+        lines = ["# Selection report", "", " ".join(self.verdict()), "", *[f"- {line}" for line in self.sentences()]]
+        lines += ["", *_markdown_table(self.comparison())]
+        if self.named_clusters:
+            lines += ["", "## Clusters from which most rows were selected", "", *_markdown_table(self._clusters())]
         return "\n".join(lines) + "\n"
+
+    def _clusters(self) -> list[list[str]]:
+        """Return a header and a row for each of the clusters from which most rows were selected, as text."""
+        rows = [["cluster", "keywords", "typical row", "scored rows", "selected"]]
+        most = sorted(self.named_clusters.items(), key=lambda item: (-item[1].selected, -item[1].rows))
+        for label, named in most[:LISTED_CLUSTERS]:
+            typical = "" if named.typical is None else plain_name(str(named.typical))
+            rows.append([label, ", ".join(named.keywords), typical, f"{named.rows:,}", f"{named.selected:,}"])
+        return rows
 
     def to_table(self) -> Table:
         """Return the four groups as a `rich` table for the terminal, with the counts as its caption."""
@@ -238,14 +264,20 @@ class SelectionReport:
         check_projection(projection)
         refuse_no_matplotlib()
         overview = Overview.of(pool, selected, names=names, seed=self.seed)
-        files = draw(overview, map_of(overview, projection))
+        files = draw(overview, map_of(overview, projection), self.named_clusters)
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         return [Path(folder) / name for name in files]
 
     def to_html(
-        self, pool: Dataset, selected: Dataset, *, projection: str = "pca", names: ColumnNames = ColumnNames()
+        self,
+        pool: Dataset,
+        selected: Dataset,
+        *,
+        projection: str = "pca",
+        names: ColumnNames = ColumnNames(),
+        head: Mapping[str, str] | None = None,
     ) -> str:
         """Return the selection as one HTML page that needs no network, with figures if matplotlib is installed.
 
@@ -253,20 +285,25 @@ class SelectionReport:
             pool, selected (`Dataset`): the datasets that this report was made from; without embeddings there is no map.
             projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
             names ([`ColumnNames`]): the columns of score, cluster, row index and embedding.
+            head (`Mapping[str, str]`, *optional*): what the page says at its top of the selection's origin, such as
+                `{"dataset": "tatsu-lab/alpaca"}`; [`Receipt.head`] tells it of a result of [`curate`].
 
         Raises:
             ValueError: the datasets do not belong together, the projection is not known, or it needs umap-learn.
         """
         check_projection(projection)
         overview = Overview.of(pool, selected, names=names, seed=self.seed)
-        return self.pictures(overview, projection)[PAGE_FILE].decode()
+        return self.pictures(overview, projection, head)[PAGE_FILE].decode()
 
-    def pictures(self, overview: Overview, projection: str = "pca") -> dict[str, bytes]:
+    def pictures(
+        self, overview: Overview, projection: str = "pca", head: Mapping[str, str] | None = None
+    ) -> dict[str, bytes]:
         """Return the page, and the plots if matplotlib is installed, as files by name.
 
         Args:
             overview ([`Overview`]): that this report was made from.
             projection (`str`): of the map: `"pca"`, `"tsne"`, or `"umap"` (with umap-learn).
+            head (`Mapping[str, str]`, *optional*): what the page says at its top of the selection's origin.
         """
         # Without matplotlib the page is still worth having; only [`~SelectionReport.plot`] raises.
         drawable = can_draw()
@@ -274,9 +311,48 @@ class SelectionReport:
             logger.warning("No plots were drawn: they need matplotlib, pip install 'car-datasets[plots]'.")
         pool_map = map_of(overview, projection)
         # One map for the plots and the page, so that a row has the same place and colour in both.
-        plots = draw(overview, pool_map) if drawable else {}
-        page = render_page(overview, pool_map, plots, self.sentences(), self.comparison(), shares_table(self.score_by))
-        return {**plots, PAGE_FILE: page.encode()}
+        plots = draw(overview, pool_map, self.named_clusters) if drawable else {}
+        told = Told(
+            dict(head or {}),
+            self.verdict(),
+            self.sentences(),
+            self.comparison(),
+            shares_table(self.score_by),
+            self.named_clusters,
+        )
+        return {**plots, PAGE_FILE: render_page(overview, pool_map, plots, told).encode()}
+
+    def verdict(self) -> list[str]:
+        """Return what the selection is, in two sentences: its scores, and what deserves a look."""
+        share = 100 * self.selected.rows / max(1, self.rows_in)
+        return [
+            f"{self.selected.rows:,} of {self.rows_in:,} rows were selected ({share:.1f} %): their mean score is "
+            f"{self.selected.mean_score:.2f}, against {self.pool.mean_score:.2f} in the pool and "
+            f"{self.length_matched_control.mean_score:.2f} in as many rows of the same lengths drawn at random.",
+            f"{self._about_clusters()}, and {self._about_preferences()}.",
+        ]
+
+    def _about_clusters(self) -> str:
+        """Return what clustering did, without a full stop."""
+        by = self.selected_by
+        if not by["score"] + by["both"] + by["cluster"]:  # by another rule
+            return f"They come from {self.selected.clusters:,} of {self.clusters:,} clusters"
+        reached = f"the best by score reach {self.clusters_by_score:,} of {self.clusters:,} clusters by themselves"
+        rows = "no rows" if by["cluster"] == 0 else "1 row" if by["cluster"] == 1 else f"{by['cluster']:,} rows"
+        return f"Clustering added {rows} ({reached})"
+
+    def _about_preferences(self) -> str:
+        """Return the gravest thing that is known of what the score prefers, without a full stop."""
+        if not self.score_by:
+            return "too few rows have a score to tell what it prefers"
+        lost = [f"{group} ({name})" for name, groups in self.score_by.items() for group in lost_groups(groups)]
+        if lost:
+            named = f"{', '.join(lost[:2])}{f' and {len(lost) - 2} more groups' if len(lost) > 2 else ''}"
+            return f"the score all but loses {named}: check that you can do without"
+        length = self.score_length_correlation["spearman"]
+        if abs(length) >= FOLLOWS:
+            return f"the score follows the length of a row (Spearman {length:+.2f})"
+        return "no kind of row that can be told apart is all but lost"
 
     def sentences(self) -> list[str]:
         """Return the counts in words."""
@@ -286,7 +362,7 @@ class SelectionReport:
         sentences = [
             f"{self.rows_in:,} rows in, {self.rows_scored:,} scored, {rejected:,} rejected{_listed(self.rejected)}",
             f"scored but marked: {marked:,}{_listed(self.marked)}",
-            *([f"left out before the choice: {_counted(self.excluded)}"] if self.excluded else []),
+            *([f"left out before the choice: {_in_words(self.excluded)}"] if self.excluded else []),
             self._selected_sentence(),
             f"{self.selected.clusters:,} of {self.clusters:,} clusters covered; "
             f"the rows taken by score alone cover {self.clusters_by_score:,}",
@@ -341,8 +417,18 @@ def _quantile_name(q: float) -> str:
     return {0.0: "lowest score", 0.5: "median score", 1.0: "highest score"}.get(q, f"{100 * q:.0f} % quantile")
 
 
+def _markdown_table(rows: list[list[str]]) -> list[str]:
+    header, *others = rows
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in others)]
+
+
 def _listed(counts: dict[str, int]) -> str:
     return f" ({_counted(counts)})" if counts else ""
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    return ", ".join(count_of(n, word) for word, n in counts.items())
 
 
 def _counted(counts: dict[str, int]) -> str:

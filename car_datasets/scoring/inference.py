@@ -25,6 +25,7 @@ from car_datasets.scoring.batching import (
     run_windows,
     to_device,
     token_budget,
+    tokenise,
     tokenised_ahead,
 )
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
@@ -120,6 +121,14 @@ class LoadedScorer(NamedTuple):
         vectors, parts = embeddings[0] if embeddings else None, columns[:, members.shape[1] :] if judged else None
         found = TextScores(members.mean(axis=1), tokens, cut, vectors, members, parts)
         return self._mended(found, texts, batch_tokens, pooling)
+
+    def count_tokens(self, texts: Sequence[Text]) -> npt.NDArray[np.int32]:
+        """Return the length in tokens of each text, as [`~LoadedScorer.score_texts`] would, without running the model."""
+        limit = self.model.config.max_tokens
+        if self.model.config.objective == "ranking":
+            lengths = tokenise(self.tokenizer, [part for text in texts for part in text], limit).lengths
+            return np.array(lengths, dtype=np.int32).reshape(-1, 2).sum(axis=1, dtype=np.int32)
+        return np.array(tokenise(self.tokenizer, [text.whole for text in texts], limit).lengths, dtype=np.int32)
 
     def _forward(self, batch: Packed | dict[str, Any], pooling: _Pooling | None) -> tuple[Tensor, ...]:
         """Return the columns of the head for a batch, and if asked the embeddings."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ import torch
 from car_datasets.loading.chats import OK, TRUNCATED
 from car_datasets.loading.schemas import as_column_names, check_schema, find_schema
 from car_datasets.loading.templates import Text
-from car_datasets.loading.values import untouched
+from car_datasets.loading.values import carried, untouched
 from car_datasets.scoring.embedder import TextEmbedder, load_sentence_transformer, pool_tokens
 from car_datasets.scoring.inference import LoadedScorer, TextScores, Weights, load_scorer, read_scorer_config
 from car_datasets.scoring.iqs.configuration_iqs import IQSConfig
@@ -31,6 +31,7 @@ from car_datasets.scoring.iqs.heads import FAULTS, JUDGED, PARTS, judges_for
 from car_datasets.scoring.iqs.modeling_iqs import HEADS
 from car_datasets.scoring.iqs.openvino_encoder import pin_engine
 from car_datasets.scoring.stage import (
+    CPU_ROWS,
     Rows,
     check_options,
     refuse_not_finite,
@@ -47,7 +48,7 @@ from car_datasets.utils.processes import device_for
 from car_datasets.utils.revisions import PinnedModel, pin_model
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from datasets import Dataset, Features
 
 CACHE_VERSION = "3"  # datasets hashes the fields below, never our code: raise it when numbers change
 
@@ -398,6 +399,19 @@ class QualityScorer:
             strings = [text if isinstance(text, str) else text.whole for text in (texts[i] for i in long)]
             embeddings[long] = embedder.embed_texts(strings, rank)
         return scores
+
+    def count_tokens(self, rows: Dataset) -> Iterator[int]:
+        """Yield the tokens of each row as its column of tokens will have them, without running the model.
+
+        Args:
+            rows (`Dataset`): checked rows.
+        """
+        read = self.read_columns(rows.column_names)
+        for batch in carried(rows.select_columns(read).with_format(None)).iter(batch_size=CPU_ROWS):
+            schema = find_schema(batch, self.schema, self.columns)
+            found = Rows.from_batch(batch, schema, str(self.template), self.on_invalid, self.score_thoughts)
+            counts = self.load().count_tokens(found.texts) if found.texts else np.zeros(0, dtype=np.int32)
+            yield from (int(part.sum()) for part in found.split(counts))
 
     def load(self, device: torch.device | None = None) -> LoadedScorer:
         """Load model and tokenizer to a device, by default this process's; once per process, whatever the columns."""

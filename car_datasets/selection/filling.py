@@ -19,6 +19,7 @@ from car_datasets.selection.rule import BY_PIN, Choice, Indices, ranks_of, ranks
 Floats = npt.NDArray[np.float64]
 SPARE = 0.001  # share of a budget that may stay unused without a search for rows to swap
 SWAPPED = 1_000  # rows that may be given back again for others
+MOST_LOST = 0.05  # share of the scored rows by which a row may rank behind the one that it replaces
 
 
 class Room:
@@ -42,6 +43,7 @@ class Room:
         self.taken: list[int] = []  # in the order of taking, pinned rows first
         # Numbers of Python, since the loops over rows read one at a time.
         self._costs, self._strata = self.costs.tolist(), self.strata.tolist()
+        self._swapped: list[int] = []
         self.pinned = [] if limits.pinned is None else np.flatnonzero(limits.pinned).tolist()
         for row in self.pinned:
             self.take(row)
@@ -75,7 +77,9 @@ class Room:
     def use_rest(self) -> None:
         """Swap taken rows for dearer ones while more than `SPARE` of the budget is unused and a swap of two rows helps.
 
-        A swap stays within a stratum and gives back one of the `SWAPPED` rows taken last, never a pinned one.
+        A swap stays within a stratum and gives back one of the `SWAPPED` rows taken last, never a pinned one or one that
+        came by a swap. The new row ranks behind the one that it replaces by `MOST_LOST` of the scored rows at most: a few
+        tokens are not worth a good row, so a small budget of a small pool may keep a rest.
         """
         if self.limits.costs is None:  # rows of one cost leave a rest only where rows run out
             return
@@ -86,6 +90,7 @@ class Room:
                 self.open[out] = True
                 self._spend(out, -self._costs[out])
                 self.take(new)
+                self._swapped.append(new)
 
     def _best_swap(self, stratum: int) -> tuple[int, int] | None:
         """Return the row to give back and the one to take for it, or None if no swap uses more of the budget.
@@ -94,14 +99,15 @@ class Room:
         """
         rest = self.left if stratum < 0 else min(self.left, self.quotas_left[stratum])
         held = np.array(self.taken[len(self.pinned) :][-SWAPPED:], dtype=np.int64)
+        held = held[~np.isin(held, self._swapped)]
         out = self._first_of_each_cost(held[self.strata[held] == stratum], -self._ranks)
         new = self._first_of_each_cost(np.flatnonzero(self.open & (self.strata == stratum)), self._ranks)
         more = self.costs[new] - self.costs[out][:, None]
-        fits = (more > 0) & (more <= rest)
+        lost = self._ranks[new] - self._ranks[out][:, None]
+        fits = (more > 0) & (more <= rest) & (lost <= MOST_LOST * np.count_nonzero(~np.isnan(self.scores)))
         if not fits.any():
             return None
         enough = fits & (more >= self.left - SPARE * self.limits.budget)
-        lost = self._ranks[new] - self._ranks[out][:, None]
         # Without a swap that uses enough, one that uses the most, and another after it.
         merit = np.where(enough, -lost, np.iinfo(np.int64).min) if enough.any() else np.where(fits, more, 0)
         place = np.unravel_index(int(np.argmax(merit)), merit.shape)

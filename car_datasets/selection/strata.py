@@ -21,6 +21,11 @@ Counts = npt.NDArray[np.int64]
 NO_VALUE = "null"  # the stratum of rows whose value is null
 MOST_STRATA = 10_000  # values of a column; one with more names rows, and not groups of them
 
+FEW_ROWS, OWN_VALUE = (
+    20,
+    0.9,
+)  # rows, and the share of them with a value of their own, from which on it is such a column
+
 
 class Shares(NamedTuple):
     """A budget that is shared out.
@@ -88,6 +93,11 @@ def read_strata(dataset: Dataset, column: str) -> list[str]:
         raise ValueError(f"The column {column!r} holds {values.type}; name one of text or whole numbers.")
     if (seen := pc.count_distinct(values).as_py()) > MOST_STRATA:
         raise ValueError(f"The column {column!r} has {seen:,} values, more than {MOST_STRATA:,}: it names no groups.")
+    if len(dataset) >= FEW_ROWS and seen > OWN_VALUE * len(dataset):
+        raise ValueError(
+            f"The column {column!r} has {seen:,} values in {len(dataset):,} rows: it names rows, and not groups of them. Name "
+            "a column of which many rows share a value (--within, --balance, --quota)."
+        )
     return [NO_VALUE if value is None else str(value) for value in values.to_pylist()]
 
 

@@ -93,18 +93,23 @@ def column_batches(dataset: Dataset, column: str, rows: range | None = None) -> 
 
 def take_rows(values: pa.ChunkedArray, places: Positions) -> pa.ChunkedArray:
     """Return the rows at these places, in their order."""
+    wheres, parts = zip(*rows_by_chunk(values, places), strict=True)
+    by_chunk = np.concatenate(wheres)
+    back = np.empty_like(by_chunk)  # the inverse permutation, from the order of chunks to that of `places`
+    back[by_chunk] = np.arange(len(by_chunk))
+    return pa.chunked_array([pa.concat_arrays(parts).take(pa.array(back))], values.type)
+
+
+def rows_by_chunk(values: pa.ChunkedArray, places: Positions) -> Iterator[tuple[Positions, pa.Array]]:
+    """Yield the rows at these places, those of one chunk at a time, after where these stand in `places`."""
     # Taken chunk by chunk: `values.take(places)` would first copy all chunks into one.
     ends = np.cumsum([len(chunk) for chunk in values.chunks])
     chunk_of = np.searchsorted(ends, places, side="right")
     by_chunk = np.argsort(chunk_of, kind="stable")
     touched, first = np.unique(chunk_of[by_chunk], return_index=True)
-    parts = []
     for number, own in zip(touched.tolist(), np.split(by_chunk, first[1:]), strict=True):
         chunk = values.chunk(number)
-        parts.append(chunk.take(pa.array(places[own] - (ends[number] - len(chunk)))))
-    back = np.empty_like(by_chunk)  # the inverse permutation, from the order of chunks to that of `places`
-    back[by_chunk] = np.arange(len(by_chunk))
-    return pa.chunked_array([pa.concat_arrays(parts).take(pa.array(back))], values.type)
+        yield own, chunk.take(pa.array(places[own] - (ends[number] - len(chunk))))
 
 
 def read_embeddings(dataset: Dataset, column: str) -> tuple[Matrix, Positions]:

@@ -49,8 +49,7 @@ def make_pool(rows: int, clusters: int, folder: Path) -> tuple[Dataset, tuple[np
         words[len(words) // 2] = f"w{copy % WORDS}".translate(_LETTERS)
         texts[copy] = (prompt, " ".join(words))
     vectors[copies] = _near(rng, vectors[originals], 0.2)
-    for row in templated.tolist():
-        slot = f"w{row}".translate(_LETTERS)
+    for row, slot in zip(templated.tolist(), _slots(rng, len(templated)), strict=True):
         texts[row] = (f"Translate the word {slot} into another language of your choice.", f"It is {slot[::-1]} there.")
     vectors[templated] = _near(rng, np.repeat(vectors[templated[:20]], -(-len(templated) // 20), axis=0), 0.4)[
         : len(templated)
@@ -79,6 +78,12 @@ def _texts(rng: np.random.Generator, rows: int) -> list[tuple[str, str]]:
         words = vocabulary[(WORDS ** rng.random(12 + int(rng.integers(20, 110)))).astype(np.int64) - 1].tolist()
         found.append((" ".join(words[:12]), " ".join(words[12:])))
     return found
+
+
+def _slots(rng: np.random.Generator, number: int) -> list[str]:
+    """Return words of ten letters, no two of which are a letter apart: those would be a word and its misspelling."""
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    return ["".join(word) for word in letters[rng.integers(26, size=(number, 10))].tolist()]
 
 
 def _near(rng: np.random.Generator, vectors: np.ndarray, noise: float) -> np.ndarray:

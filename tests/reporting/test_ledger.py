@@ -67,7 +67,7 @@ def test_marks_and_pins_are_named_first(pool: Dataset) -> None:
     assert lines[19] == "row 119: not kept: it has no score (empty_response)."
     report = SelectionReport.from_overview(overview)
     assert report.excluded == {"vetoed": 1, "contaminated": 1, "duplicates": 1}
-    assert "left out before the choice: 1 vetoed, 1 contaminated, 1 duplicates" in report.sentences()
+    assert "left out before the choice: 1 vetoed, 1 contaminated, 1 duplicate" in report.sentences()
 
 
 def test_bounds_are_named_where_they_kept_a_better_row_out(pool: Dataset) -> None:

@@ -72,7 +72,10 @@ def test_a_planted_kind_is_found_and_named(planted: SelectionReport) -> None:
 
 
 def test_what_says_nothing_explains_nothing(planted: SelectionReport, noise: np.ndarray) -> None:
-    assert list(planted.score_by) == ["kind of answer", "length in tokens", "column source", "column writer"]
+    names = ["kind of answer", "form of answer", "length in tokens", "column source", "column writer"]
+    assert list(planted.score_by) == names
+    forms = planted.score_by["form of answer"]  # which the planted kinds have by turns
+    assert forms.pool == pytest.approx({form: 0.25 for form in ("a few words", "code", "list", "one paragraph")})
     for name in ("length in tokens", "column writer"):
         assert planted.score_by[name].explained < 0.01
         assert lost_groups(planted.score_by[name]) == []
@@ -128,10 +131,10 @@ def test_it_is_in_the_files(planted: SelectionReport, noise: np.ndarray) -> None
     header, first, *rest = shares_table(planted.score_by)
     assert len(header) == len(first) == 6
     assert [first[0], *first[2:]] == ["kind of answer", "code (all but lost)", "25.0 %", "0.0 %", "0.0 %"]
-    assert len(rest) == 3 + 5 + 2 + 2
+    assert len(rest) == 3 + 4 + 5 + 2 + 2
     pool = make_pool(noise)
     page = planted.to_html(pool, select_car(pool, 100))
-    assert '<table id="likes">' in page and "<td>code (all but lost)</td><td>25.0 %</td>" in page
+    assert '<table id="likes">' in page and '<th scope="row">code (all but lost)</th>' in page
 
 
 def test_it_is_compared_where_a_report_is_verified(planted: SelectionReport) -> None:
@@ -139,7 +142,9 @@ def test_it_is_compared_where_a_report_is_verified(planted: SelectionReport) -> 
     forged = replace(planted, score_by={**planted.score_by, "kind of answer": replace(kinds, explained=0.0)})
     assert first_other_figure(planted, planted, languages=False) is None
     assert "score_by.kind of answer.explained 0.0" in str(first_other_figure(planted, forged, languages=False))
-    # Reports of earlier versions have nothing to compare.
+    # Reports of earlier versions have nothing to compare, or fewer groupings.
+    fewer = {name: found for name, found in planted.score_by.items() if name != "form of answer"}
+    assert first_other_figure(planted, replace(planted, score_by=fewer), languages=False) is None
     assert first_other_figure(planted, replace(planted, score_by={}), languages=False) is None
 
 

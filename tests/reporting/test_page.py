@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from markupsafe import escape
 
 from car_datasets import SelectionReport, explain, select_car
-from car_datasets.reporting.page import PAGE_ROWS, page_environment
+from car_datasets.reporting.page import PAGE_ROWS, _shortened, page_environment
 from car_datasets.reporting.plots import PLOTS
 from tests.reporting.test_plots import make_pool
 
@@ -30,12 +31,23 @@ HOSTILE = [
 ]
 
 
+TREES = ["alder", "ash", "beech", "birch", "cedar", "elm", "hazel", "larch", "maple", "oak", "pine", "willow"]
+
+
+HEAD = {"dataset": f"{HOSTILE[2]} (abc)", "settings": "n1 = 40"}
+
+
 @pytest.fixture(scope="module")
 def pool() -> Dataset:
-    """Return 300 rows with hostile text in the column of text, in ids, in a column of few values, and in a chat."""
+    """Return 300 rows with hostile text in the column of text, in ids, in a column of few values, and in a chat.
+
+    The chats of each cluster are about a tree of its own.
+    """
     texts = [f"row number {i} about {'poems' if i % 50 == 0 else 'prose'} " + HOSTILE[i % 6] for i in range(300)]
-    chats = [[{"role": "user", "content": HOSTILE[i % 6]}, {"role": "assistant", "content": "x"}] for i in range(300)]
+    asked = [f"{TREES[c]} {HOSTILE[i % 6]}" for i, c in enumerate(make_pool()["cluster"])]
+    chats = [[{"content": text, "role": "user"}, {"content": "x", "role": "assistant"}] for text in asked]
     return make_pool(
+        cluster_distance=[float((7 * i) % 300) for i in range(300)],
         text=texts,
         messages=chats,
         source_index=[f"{HOSTILE[i % 6]} {i}" for i in range(300)],
@@ -51,7 +63,7 @@ def selected(pool: Dataset) -> Dataset:
 
 @pytest.fixture(scope="module")
 def page(pool: Dataset, selected: Dataset) -> str:
-    return SelectionReport.from_selection(pool, selected).to_html(pool, selected)
+    return SelectionReport.from_selection(pool, selected).to_html(pool, selected, head=HEAD)
 
 
 class Reader(HTMLParser):
@@ -62,7 +74,7 @@ class Reader(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.scripts: list[str] = []
         self.cells: dict[str, list[str]] = {}
-        self.inside, self.table = "", ""
+        self.inside, self.table, self.in_cell = "", "", False
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -72,14 +84,16 @@ class Reader(HTMLParser):
             self.table = str(dict(attrs).get("id"))
         if tag in ("td", "th"):
             self.cells.setdefault(self.table, []).append("")
+            self.in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
         self.inside = ""
+        self.in_cell = self.in_cell and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         if self.inside == "script":
             self.scripts.append(data)
-        if self.inside in ("td", "th"):
+        if self.in_cell:
             self.cells[self.table][-1] += data
 
 
@@ -92,13 +106,23 @@ def data_of(page: str) -> dict[str, Any]:
 
 def test_nothing_of_the_page_lies_elsewhere(page: str) -> None:
     tags = Reader(page).tags
-    for _, attributes in tags:
+    places = {f"#{attributes['id']}" for _, attributes in tags if "id" in attributes}
+    for tag, attributes in tags:
         for name in ("src", "href", "srcset", "action"):
-            assert (attributes.get(name) or "data:image/png").startswith("data:image/png")
+            value = attributes.get(name) or "data:image/png"
+            assert value.startswith("data:image/png") or (tag == "a" and value in places)
         assert not [name for name in attributes if name.startswith("on")]
     assert [tag for tag, _ in tags].count("script") == 2
-    assert [tag for tag, _ in tags].count("img") == len(PLOTS)
+    assert [tag for tag, _ in tags].count("img") == len(PLOTS) - 1  # the map is drawn by the page itself
     assert "default-src 'none'" in page
+
+
+def test_its_head_tells_the_origin_and_the_verdict(page: str, pool: Dataset, selected: Dataset) -> None:
+    first, second = SelectionReport.from_selection(pool, selected).verdict()
+    assert f"<h1>Selection report: {escape(HOSTILE[2])}</h1>" in page
+    assert "<dt>Settings</dt><dd>n1 = 40</dd>" in page
+    assert f"{len(selected)} of 300 rows were selected" in first
+    assert escape(first) in page and escape(second) in page
 
 
 def test_the_report_the_ledger_and_the_audit_are_on_it(page: str, pool: Dataset, selected: Dataset) -> None:
@@ -137,28 +161,44 @@ def test_rows_are_what_the_datasets_hold(page: str, pool: Dataset, selected: Dat
     assert [len(tenth["rows"]) for tenth in data["deciles"]] == [10] * 10
     means = [np.mean([data["rows"][i]["score"] for i in tenth["rows"]]) for tenth in data["deciles"]]
     assert means == sorted(means, reverse=True)
+    assert sum(data["sizes"].values()) == 300
     for cluster in data["clusters"]:
-        name = int(cluster["label"].split(":")[0])
-        scores = sorted((row["score"] for row in data["rows"] if row["cluster"] == name), reverse=True)
+        members = [row for row in data["rows"] if row["cluster"] == cluster["label"]]
+        scores = sorted((row["score"] for row in members), reverse=True)
+        assert (cluster["rows"], cluster["kept"]) == (len(members), sum(row["by"] != "" for row in members))
+        assert cluster["mean"] == pytest.approx(np.mean(scores), abs=1e-3)
         assert [data["rows"][i]["score"] for i in cluster["best"]] == scores[:3]
         assert [data["rows"][i]["score"] for i in cluster["worst"]] == scores[-3:]
+        distances = {pool["cluster_distance"][i]: i for i, c in enumerate(pool["cluster"]) if c == cluster["label"]}
+        assert cluster["typical"] == distances[min(distances)]
+        assert data["names"][str(cluster["label"])].split(", ")[0] == TREES[cluster["label"]]
 
 
-def test_explained_rows_say_what_explain_says(page: str, pool: Dataset, selected: Dataset) -> None:
-    told = [row for row in data_of(page)["rows"] if "told" in row]
-    assert len(told) >= 100
-    for row in told[::30]:
+def test_every_row_says_what_explain_says(page: str, pool: Dataset, selected: Dataset) -> None:
+    data = data_of(page)
+    assert len(data["rows"]) == 300
+    for row in data["rows"][::50]:
         found = explain(pool, selected, row["id"])
-        assert row["told"]["why"] == found.why
-        assert [n["row"] for n in row["told"]["neighbours"]] == [n.row for n in found.neighbours]
-        text = dict(row["told"]["texts"])
+        assert (row["why"], row["rank"], row["crank"]) == (found.why, found.score_rank, found.cluster_rank)
+        assert data["sizes"][str(row["cluster"])] == found.cluster_size
+        assert [near[0] for near in row["near"]] == [n.row for n in found.neighbours]
+        assert found.nearest_selected is not None and row["kept"][0] == found.nearest_selected.row
+        fields = dict(row["fields"])
         own = pool[pool["source_index"][:].index(row["id"])]
-        assert text["text"] == own["text"]
-        assert text["messages"] == f"user: {own['messages'][0]['content']}\nassistant: x"
+        assert fields["text"] == own["text"]
+        assert fields["messages"] == [[turn["role"], turn["content"]] for turn in own["messages"]]
+
+
+def test_a_long_row_is_cut_within_its_fields_and_turns() -> None:
+    turns = [("user", "a" * 40), ("assistant", "b" * 400), ("user", "c" * 400)]
+    fields = _shortened([("kind", "short"), ("text", "d" * 400), ("chat", turns)], 305)
+    assert fields[0] == ("kind", "short")
+    assert fields[1] == ("text", "d" * 149 + "…")
+    assert fields[2] == ("chat", [("user", "a" * 40), ("assistant", "b" * 109 + "…"), ("…", "")])
 
 
 def test_equal_input_gives_equal_bytes(page: str, pool: Dataset, selected: Dataset) -> None:
-    assert SelectionReport.from_selection(pool, selected).to_html(pool, selected) == page
+    assert SelectionReport.from_selection(pool, selected).to_html(pool, selected, head=HEAD) == page
 
 
 @pytest.mark.slow
@@ -209,7 +249,8 @@ def test_json_in_a_script_cannot_end_it(text: str) -> None:
 
 def test_hostile_rows_add_no_tag(page: str) -> None:
     names = [tag for tag, _ in Reader(page).tags]
-    assert not {"a", "iframe", "svg"} & set(names)
+    assert not {"iframe", "svg"} & set(names)
+    assert "javascript:" not in "".join(str(attributes) for _, attributes in Reader(page).tags)
     assert "{{" not in page.split('<script id="data"')[0]
 
 
@@ -245,7 +286,7 @@ def opened(browser: Any, page: str, tmp_path: Path) -> Iterator[Any]:
     assert complaints == []
 
 
-def test_the_table_filters(opened: Any) -> None:
+def test_the_table_filters_and_sorts(opened: Any) -> None:
     assert opened.locator("#found").inner_text() == "300 of 300 rows on this page"
     assert opened.locator("#rows tr.row").count() == 50
     opened.locator("#more").click()
@@ -259,6 +300,17 @@ def test_the_table_filters(opened: Any) -> None:
     opened.locator("#which").select_option("kept")
     kept = opened.locator("#found").inner_text()
     assert re.match(r"(4\d|5\d) of 300", kept), kept
+    by_score = opened.locator("#rows th").nth(1)
+    for order in ("descending", "ascending"):  # by the keyboard, all rows that were found
+        by_score.locator("button").press("Enter")
+        assert by_score.get_attribute("aria-sort") == order
+        scores = [float(text) for text in opened.locator("#rows td:nth-child(2)").all_inner_texts()]
+        assert scores == sorted(scores, reverse=order == "descending")
+    shares = opened.locator("#audit th").nth(5)
+    shares.locator("button").click()
+    assert shares.get_attribute("aria-sort") == "descending"
+    told = [float(text.removesuffix(" %")) for text in opened.locator("#audit td:nth-child(6)").all_inner_texts()]
+    assert told == sorted(told, reverse=True)
 
 
 def test_the_search_finds_rows_clusters_and_words_behind_the_first_ones(browser: Any, tmp_path: Path) -> None:
@@ -281,10 +333,17 @@ def test_the_search_finds_rows_clusters_and_words_behind_the_first_ones(browser:
     assert found(f"cluster 3 row {members[1]}") == [members[1]]
     assert found("cluster 99") == []
     tab.locator("#search").fill("row 107")
-    tab.locator("#rows tr.row").press(" ")
+    assert f"of {pool['cluster'][:].count(pool['cluster'][107])}" in tab.locator("#rows td:nth-child(5)").inner_text()
+    assert "finally" not in tab.locator("#rows td.text").inner_text()
+    tab.locator("#rows summary").press("Enter")  # the text opens in place
+    tab.locator("#rows .full").wait_for()
+    assert "finally" in tab.locator("#rows td.text").inner_text()
+    assert not tab.locator("#why").is_visible()
+    tab.locator("#rows tr.row button").press(" ")
     assert "finally" in tab.locator("#why").inner_text()
-    tab.get_by_text("Back to where you were").click()
-    assert tab.evaluate("document.getElementById('search').getBoundingClientRect().top < window.innerHeight")
+    tab.keyboard.press("Escape")
+    assert not tab.locator("#why").is_visible()
+    assert tab.evaluate("document.activeElement.textContent") == "107"  # where the reader was
     tab.close()
 
 
@@ -300,33 +359,73 @@ def spot_of(opened: Any, row: dict[str, Any]) -> tuple[float, float]:
 
 def test_the_map_shows_the_row_under_the_pointer_and_a_click_explains_it(opened: Any, page: str) -> None:
     rows = data_of(page)["rows"]
-    told = next(row for row in rows if "told" in row and row["by"])
+    told = next(row for row in rows if row["by"])
     opened.mouse.move(*spot_of(opened, told))
     hover = opened.locator("#hover")
     assert hover.is_visible()
-    number = re.match(r"row number \d+ about", told["text"]).group()
+    number = re.match(r"row number \d+ about", dict(told["fields"])["text"]).group()
     assert number in hover.inner_text()
     assert f"score {told['score']:.3f}, kept by {told['by']}" in hover.inner_text()
+    assert f"Cluster {told['cluster']} {TREES[told['cluster']]}" in hover.inner_text()
     opened.mouse.click(*spot_of(opened, told))
-    assert number in opened.locator("#why").inner_text()
-    assert told["told"]["why"] in opened.locator("#why").inner_text()
+    story = opened.locator("#why").inner_text()
+    assert number in story and told["why"][1:] in story
+    assert opened.locator("#why .turn").all_inner_texts()[1] == "assistant\nx"
+    opened.locator("#why").get_by_text("Close").click()
     opened.mouse.move(1, 1)
     assert not hover.is_visible()
+
+
+def test_the_map_is_reached_by_the_keyboard(opened: Any) -> None:
+    opened.locator("#map").focus()
+    for key in ("ArrowRight", "ArrowDown"):
+        opened.keyboard.press(key)
+    spoken = opened.locator("#spoken").text_content()
+    assert re.match("Row .*, score ", spoken)
+    opened.keyboard.press("Enter")
+    assert opened.locator("#why h2").inner_text() in spoken.replace(", score", "")
+    opened.keyboard.press("Tab")  # inside the story
+    assert opened.evaluate("document.getElementById('why').contains(document.activeElement)")
 
 
 def test_choices_redraw(opened: Any) -> None:
     picture = "document.getElementById('map').toDataURL()"
     seen = [opened.evaluate(picture)]
-    for value in ("score", "taken"):
-        opened.locator("#colour").select_option(value)
+    for choice, value in (
+        ("colour", "cluster"),
+        ("single", "3"),
+        ("single", ""),
+        ("colour", "taken"),
+        ("shown", "kept"),
+    ):
+        opened.locator(f"#{choice}").select_option(value)
         seen.append(opened.evaluate(picture))
-    opened.locator("#shown").select_option("kept")
+    opened.locator("#labels").uncheck()
     seen.append(opened.evaluate(picture))
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 6 and seen[1] == seen[3]
     first = opened.locator("#deciles").inner_text()
     opened.locator("#decile").select_option("9")
     assert opened.locator("#deciles").inner_text() != first
-    opened.locator("#deciles tr.row").first.click()
+    opened.locator("#deciles tr.row td").nth(1).click()
     assert "Nearest in its cluster" in opened.locator("#why").inner_text()
+    shown = opened.locator("#why h2").inner_text()
+    opened.locator("#why dd button").first.click()  # the story of a neighbour
+    assert opened.locator("#why h2").inner_text() != shown
+    opened.keyboard.press("Escape")
     opened.locator("#cluster").select_option("1")
     assert opened.locator("#ends tr.row").count() == 6
+
+
+def test_axe_finds_nothing_serious(opened: Any) -> None:
+    """Look for what keys or a screen reader cannot reach, and for pale colours: the page in dark, a story in light."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs pip install '.[test]'").Axe()
+
+    def serious() -> list[str]:
+        found = axe.run(opened, options={"resultTypes": ["violations"]}).response["violations"]
+        return [each["help"] for each in found if each["impact"] in ("serious", "critical")]
+
+    opened.emulate_media(color_scheme="dark")
+    assert serious() == []
+    opened.emulate_media(color_scheme="light")
+    opened.locator("#rows tr.row button").first.click()
+    assert serious() == []

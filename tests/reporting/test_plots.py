@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from datasets import Dataset
 
 from car_datasets import SelectionReport, select_car
 from car_datasets.reporting.maps import map_of
+from car_datasets.reporting.naming import NamedCluster
 from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.plots import (
     PLOT_FILES,
@@ -126,7 +128,8 @@ def words_of(figure: Any) -> list[Any]:
         found += [*axes.texts, axes._left_title, axes.xaxis.label, axes.yaxis.label]
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
-            found += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            found += [label for tick in ticks for label in (tick.label1, tick.label2) if label.get_visible()]
     return [text for text in found if text.get_text()]
 
 
@@ -137,8 +140,11 @@ def test_no_words_of_a_figure_overlap_or_leave_it(pool: Dataset, selected: Datas
     seen = Overview.of(pool, selected)
     pool_map = map_of(seen)
     assert pool_map is not None
+    named = {str(i): NamedCluster(["keyword", "another", "third"], None, 1, 1) for i in range(0, 12, 2)}
     with matplotlib.rc_context(STYLE):
-        for figure in (draw_scores(seen), draw_clusters(seen), draw_lengths(seen), draw_map(seen, pool_map)):
+        clusters = draw_clusters(seen, named)
+        assert any(re.fullmatch(r"\d+ keyword, another", text) for text in texts_in(clusters))
+        for figure in (draw_scores(seen), clusters, draw_lengths(seen), draw_map(seen, pool_map, named)):
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
             boxes = {text.get_text(): text.get_window_extent() for text in words_of(figure)}
@@ -182,6 +188,15 @@ def test_odd_pools_are_drawn_too(changes: dict[str, Any], tmp_path: Path) -> Non
     assert all(path.stat().st_size > 5_000 for path in paths)
 
 
+def test_the_map_names_its_clusters_in_letters_that_the_font_has(pool: Dataset, selected: Dataset) -> None:
+    seen = Overview.of(pool, selected)
+    named = {"3": NamedCluster(["écran", "智能"], None, 1, 1), "4": NamedCluster(["智能"], None, 1, 1)}
+    found = map_of(seen)
+    assert found is not None
+    (axes, _) = draw_map(seen, found, named).axes
+    assert axes.get_xlabel().splitlines()[1:] == ["Clusters: 3\N{NO-BREAK SPACE}écran"]
+
+
 def test_a_single_row_is_drawn(tmp_path: Path) -> None:
     one = make_pool().select([0])
     chosen = select_car(one, 1, 1)
@@ -203,7 +218,7 @@ def test_numbers_on_the_map_hide_no_selected_row_that_they_need_not() -> None:
     assert found is not None
     figure = draw_map(seen, found)
     figure.canvas.draw()
-    (axes,) = figure.axes
+    axes, _ = figure.axes  # the second is the scale of colours
     taken = axes.transData.transform(found.points[np.isin(found.rows, seen.positions)])
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == 8

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from car_datasets import explain, select_car, what_if
+from car_datasets import Recipe, explain, select_car, what_if
+from car_datasets.choosing import asked_of, select_by
 from car_datasets.reporting.overview import Asked, Overview
 from car_datasets.reporting.questions import explain_rows, try_out
 from car_datasets.utils import columns
@@ -161,6 +162,18 @@ def test_the_numbers_of_a_recipe_are_named_where_the_rows_do_not_show_them(plain
     assert (present.overlap, present.cells()[5]) == (1.0, "12 of 20")
     assert Overview.of(plain_pool, chosen).by_cluster < 90
     assert Overview.of(plain_pool, chosen, asked=Asked(0, "sqrt")).k == 12  # int(sqrt(300 / 2))
+
+
+def test_quotas_stay(plain_pool: Dataset) -> None:
+    pool = plain_pool.add_column("source", np.where(np.arange(300) % 3, "web", "book"))
+    recipe = Recipe(budget=60, n2=1, k=12, quota="source=book:0.75", duplicates="keep")
+    overview = Overview.of(pool, select_by(recipe, pool), asked=asked_of(recipe))
+    n1 = overview.by_score
+    present, more = try_out(overview, n1=[n1, 2 * n1], n2=[1])
+    assert present.overlap == 1
+    choice = select_by(recipe.changed(budget=more.rows), pool)
+    assert choice["source"][:].count("book") == round(0.75 * more.rows)
+    assert more.mean_score == pytest.approx(np.mean(choice["iqs_score"][:]))
 
 
 def test_without_embeddings_k_stays(plain_pool: Dataset, plain_selected: Dataset) -> None:

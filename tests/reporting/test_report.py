@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from io import StringIO
 from typing import Any
 
@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from car_datasets import SelectionReport, select_car
+from car_datasets.reporting.likes import ScoreByGroup
 from car_datasets.reporting.overview import LENGTH_BINS, Overview, length_matched, row_lengths
 from car_datasets.reporting.report import QUANTILES, GroupFigures
 from car_datasets.utils.column_names import ColumnNames
@@ -315,9 +316,7 @@ def test_a_pool_without_scores_or_clusters_is_refused(pool: Dataset, selected: D
 def test_json_holds_every_figure_in_order(report: SelectionReport) -> None:
     plain = json.loads(report.to_json())
     assert list(plain) == [field.name for field in fields(SelectionReport)]
-    groups = {name: GroupFigures(**value) for name, value in plain.items() if name in ("pool", "selected")}
-    groups |= {name: GroupFigures(**value) for name, value in plain.items() if name.endswith("_control")}
-    assert SelectionReport(**{**plain, **groups}) == report
+    assert SelectionReport.from_dict(plain) == report
 
 
 def cells(table: list[Any]) -> list[list[str]]:
@@ -335,9 +334,16 @@ def test_markdown_is_a_title_a_list_and_a_valid_table(large: Dataset) -> None:
     report = SelectionReport.from_selection(large, select_car(large, 60, 1))
     tokens = MarkdownIt("commonmark").enable("table").parse(report.to_markdown())
     blocks = [token.type for token in tokens if token.level == 0 and token.nesting == 1]
-    assert blocks == ["heading_open", "bullet_list_open", "table_open"]
-    table = tokens[[token.type for token in tokens].index("table_open") :]
-    assert cells(table) == report.comparison()
+    assert blocks == ["heading_open", "paragraph_open", "bullet_list_open", "table_open", "heading_open", "table_open"]
+    first, second = (i for i, token in enumerate(tokens) if token.type == "table_open")
+    end = next(i for i, token in enumerate(tokens) if token.type == "table_close")
+    assert cells(tokens[first:end]) == report.comparison()
+    most = max(report.named_clusters, key=lambda label: report.named_clusters[label].selected)
+    assert len(cells(tokens[second:])) == 21
+    named = report.named_clusters[cells(tokens[second:])[1][0]]
+    assert named.selected == report.named_clusters[most].selected
+    assert cells(tokens[second:])[1][3:] == [str(named.rows), str(named.selected)]
+    assert " ".join(report.verdict()) in [token.content for token in tokens if token.type == "inline"]
     assert [token.content for token in tokens if token.type == "inline" and token.level == 3] == report.sentences()
 
 
@@ -367,6 +373,36 @@ def test_the_sentences_hold_the_counts(report: SelectionReport) -> None:
     )
     assert covered == "3 of 4 clusters covered; the rows taken by score alone cover 1"
     assert correlation == "score against length in tokens: Pearson +1.00, Spearman +1.00"
+
+
+@pytest.mark.parametrize(
+    ("change", "second"),
+    [
+        (
+            {},
+            "Clustering added 2 rows (the best by score reach 1 of 4 clusters by themselves), and too few rows have a",
+        ),
+        (
+            {"selected_by": {"score": 0, "cluster": 0, "both": 0, "gain": 4}},
+            "They come from 3 of 4 clusters, and too few",
+        ),
+        (
+            {"score_by": {"a": ScoreByGroup(1000, 100, 100, 0.1, {"x": 0.5}, {"x": 0.5}, {"x": 0.4})}},
+            "score follows the",
+        ),
+        (
+            {"score_by": {"a": ScoreByGroup(1000, 100, 100, 0.1, {"x": 0.5}, {"x": 0.1}, {"x": 0.4})}},
+            "all but loses x (a)",
+        ),
+    ],
+)
+def test_the_verdict_is_two_sentences(report: SelectionReport, change: dict[str, Any], second: str) -> None:
+    told = replace(report, **change).verdict()
+    assert told[0] == (
+        "4 of 10 rows were selected (40.0 %): their mean score is 0.60, against 0.49 in the pool and "
+        f"{report.length_matched_control.mean_score:.2f} in as many rows of the same lengths drawn at random."
+    )
+    assert second in told[1] and len(told) == 2
 
 
 def test_large_numbers_are_grouped() -> None:

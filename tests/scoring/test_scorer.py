@@ -47,6 +47,7 @@ def test_diagnostics_count_tokens_and_mark_rows(make_tiny_iqs: Any, pairs: Datas
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_iqs(max_tokens=16))
     lengths = [len(tokenizer(t)["input_ids"]) for t in texts(pairs)]
     assert scored["iqs_tokens"][:] == lengths
+    assert list(QualityScorer(make_tiny_iqs(max_tokens=16)).count_tokens(pairs)) == lengths
     assert scored["iqs_truncated"][:] == [n > 16 for n in lengths]
     assert scored["iqs_status"][1] == "truncated"
     assert scored["iqs_status"][3] == "empty_response"

@@ -70,6 +70,15 @@ def test_a_budget_in_tokens_is_used_and_never_exceeded(budget: int, shared: bool
         assert (each <= shares.quotas).all()
 
 
+def test_a_good_row_is_not_given_up_for_a_few_tokens() -> None:
+    scores, costs = -np.arange(100.0), np.full(100, 10)
+    costs[8:] = 17
+    # The best two leave seven tokens, which row 8 in place of row 1 would use, and it ranks seven places behind it.
+    assert choose_within(scores, np.full(100, -1), 0, Limits(27, costs)).positions.tolist() == [0, 1]
+    costs[5] = 15
+    assert choose_within(scores, np.full(100, -1), 0, Limits(27, costs)).positions.tolist() == [0, 5]
+
+
 def test_pins_that_cannot_be_kept_are_refused() -> None:
     scores, clusters = np.array([0.5, np.nan, 0.1]), np.zeros(3, dtype=np.int64)
     with pytest.raises(ValueError, match="pinned"):

@@ -8,6 +8,7 @@ Does not: remove rows, or compute scores, embeddings or clusters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -50,8 +51,8 @@ SIMILARITY = 0.85  # cosine from which on two rows are compared by their words; 
 CONTAINMENT = 0.8  # share of the words, by weight, that the lighter of two texts must have in common with the other
 READ = 1_000  # rows of text in memory at a time
 SAMPLE = 20_000  # rows by which the words are weighed
-WAITING = 1 << 20  # pairs that are collected before their texts are looked at
-PART = 1 << 17  # of these pairs that are looked at together
+TOGETHER = 1 << 20  # pairs whose texts are looked at together
+PART = 1 << 14  # pairs that are compared together
 GROUP, LOSS = 20, 0.3  # rows of a group, and the share of them lost, from which on the loss is told
 COMPARED = 32  # pairs that are kept for a row: so many with the best-scored rows, and as many with the most similar
 
@@ -255,15 +256,36 @@ def _near(
     step = max(1, -(-len(dataset) // SAMPLE))
     weights = Weights(sides for sides in texts.at(range(0, len(dataset), step)) if sides is not None)
     candidates = _Candidates(texts, weights, ranks, containment)
-    for pairs in near_pairs(dataset, names.embedding, clusters, equal.of >= 0, similarity):
+    for pairs in _ahead(_together(near_pairs(dataset, names.embedding, clusters, equal.of >= 0, similarity))):
         candidates.add(pairs)
     of, found = equal.of.copy(), equal.similarity.copy()
-    for row, kept, cosine in _decide(texts, weights, candidates.all(), ranks, containment):
+    for row, kept, cosine in _decide(texts, weights, candidates, containment):
         of[row], found[row] = kept, cosine
     # A row that equals one which is a near-duplicate itself is compared with the row that stays through its equal.
     moved = np.flatnonzero((equal.of >= 0) & (of[equal.of] >= 0))
     of[moved], found[moved] = of[equal.of[moved]], found[equal.of[moved]]
     return Found(of, found)
+
+
+def _together(parts: Iterable[Pairs]) -> Iterator[Pairs]:
+    """Yield pairs of rows, `TOGETHER` or more at a time but for the last."""
+    waiting: list[Pairs] = []
+    for pairs in parts:
+        waiting.append(pairs)
+        if sum(len(some.first) for some in waiting) >= TOGETHER:
+            yield Pairs.joined(waiting)
+            waiting = []
+    if waiting:
+        yield Pairs.joined(waiting)
+
+
+def _ahead(parts: Iterator[Pairs]) -> Iterator[Pairs]:
+    """Yield the same, each next part computed while the caller works on the last: products leave Python free."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, parts, None)
+        while (pairs := coming.result()) is not None:
+            coming = pool.submit(next, parts, None)
+            yield pairs
 
 
 class _Candidates:
@@ -278,43 +300,35 @@ class _Candidates:
     def __init__(self, texts: _Texts, weights: Weights, ranks: Positions, containment: float) -> None:
         self._texts, self._ranks, self._containment = texts, ranks, containment
         self._signatures, self._read = Signatures(len(texts), weights), np.zeros(len(texts), dtype=bool)
-        self._waiting: list[Pairs] = []
         self._kept = Pairs.none()
 
+    @property
+    def weights_of_texts(self) -> npt.NDArray[np.int32]:
+        """Return the weights of prompts and answers, `(2, rows)`, of the rows that are in a pair."""
+        return self._signatures.weight
+
     def add(self, pairs: Pairs) -> None:
-        """Add pairs of rows, in any order."""
-        self._waiting.append(pairs)
-        if sum(len(some.first) for some in self._waiting) >= WAITING:
-            self._look()
-
-    def all(self) -> Pairs:
-        """Return the pairs in the order of the worse row, and for each that of the better one."""
-        self._look()
-        better, worse, _ = self._kept
-        order = np.lexsort((self._ranks[better], self._ranks[worse]))
-        return self._kept.at(order)
-
-    def _look(self) -> None:
-        """Drop the pairs whose texts differ too much, and all but a few of those that are left of each row."""
-        if not self._waiting:
-            return
-        first, second, cosines = Pairs.joined(self._waiting)
-        self._waiting = []
-        rows = np.unique(np.concatenate([first, second]))
-        unread = rows[~self._read[rows]].tolist()
+        """Keep those of these pairs whose texts may be copies, a few for each row; many at a time, in any order."""
+        near = np.zeros(len(self._texts), dtype=bool)
+        near[pairs.first] = near[pairs.second] = True
+        unread = np.flatnonzero(near & ~self._read).tolist()
         for row, sides in zip(unread, self._texts.at(unread), strict=True):
             if sides is not None:
                 self._signatures.read(row, sides)
         self._read[unread] = True
-        # A part at a time: the masks of a pair take more memory than the pair.
-        places = [slice(start, start + PART) for start in range(0, len(first), PART)]
-        kept = np.concatenate(
-            [self._signatures.may_be_copies(first[part], second[part], self._containment) for part in places]
-        )
-        first, second, cosines = first[kept], second[kept], cosines[kept]
+        # A part at a time, which a processor's cache holds.
+        parts = [pairs.at(slice(start, start + PART)) for start in range(0, len(pairs.first), PART)]
+        alike = [self._signatures.may_be_copies(part.first, part.second, self._containment) for part in parts]
+        first, second, cosines = Pairs.joined([part.at(some) for part, some in zip(parts, alike, strict=True)])
         swap = self._ranks[first] > self._ranks[second]
         better, worse = np.where(swap, second, first), np.where(swap, first, second)
         self._kept = _few(Pairs.joined([self._kept, Pairs(better, worse, cosines)]), self._ranks)
+
+    def all(self) -> Pairs:
+        """Return the pairs in the order of the worse row, and for each that of the better one."""
+        better, worse, _ = self._kept
+        order = np.lexsort((self._ranks[better], self._ranks[worse]))
+        return self._kept.at(order)
 
 
 def _few(pairs: Pairs, ranks: Positions) -> Pairs:
@@ -331,19 +345,24 @@ def _few(pairs: Pairs, ranks: Positions) -> Pairs:
 
 
 def _decide(
-    texts: _Texts, weights: Weights, pairs: Pairs, ranks: Positions, containment: float
+    texts: _Texts, weights: Weights, candidates: _Candidates, containment: float
 ) -> Iterator[tuple[int, int, float]]:
     """Yield a row, the row that is kept in its place, and their cosine, from the best-scored row down."""
     dropped: set[int] = set()
-    for start in range(0, len(pairs.first), READ):
-        part = pairs.at(slice(start, start + READ))
-        rows = np.unique(np.concatenate([part.first, part.second])).tolist()
-        known = {
-            row: Row.of(sides, weights) for row, sides in zip(rows, texts.at(rows), strict=True) if sides is not None
+    pairs, known = candidates.all(), candidates.weights_of_texts
+    for start in range(0, len(pairs.first), PART):
+        part = pairs.at(slice(start, start + PART))
+        numbers = np.unique(np.concatenate([part.first, part.second]))
+        rows = {
+            row: Row.of(sides, weights, weight)
+            for row, sides, weight in zip(
+                numbers.tolist(), texts.at(numbers), zip(*known[:, numbers].tolist(), strict=True), strict=True
+            )
+            if sides is not None
         }
         for kept, row, cosine in zip(part.first.tolist(), part.second.tolist(), part.cosines.tolist(), strict=True):
             if row in dropped or kept in dropped:
                 continue
-            if are_copies(known[kept], known[row], weights, containment):
+            if are_copies(rows[kept], rows[row], weights, containment):
                 dropped.add(row)
                 yield row, kept, cosine

@@ -7,7 +7,6 @@ Does not: look for pairs, or read scores and embeddings.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -15,8 +14,10 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property, partial, reduce
 from itertools import pairwise
+from operator import or_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,23 +117,33 @@ _NUMBERS |= {"thirty": "30", "forty": "40", "fifty": "50", "hundred": "100", "th
 _NEGATIONS = {"not", "no", "never", "cannot", "none", "neither", "nor", "without", "except"}
 
 
-def tokens_of(text: str) -> tuple[list[str], frozenset[str], frozenset[str]]:
-    """Return the words of a text in lower case and in order, numbers in figures; the figures and signs; the names."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text).replace("’", "'")
-    words: list[str] = _TOKEN.findall(text.casefold())
-    marks = set()
-    for i, word in enumerate(words):
+def tokens_of(text: str) -> tuple[list[str], set[str]]:
+    """Return the words of a text in lower case and in order, numbers in figures; and the figures and signs."""
+    words: list[str] = _TOKEN.findall(_plain_text(text).casefold())
+    marks: set[str] = set()
+    written: dict[str, str] = {}
+    for word in set(words):
         if not word.isalpha():
-            if _THOUSANDS.match(word):
-                words[i] = word = word.replace(",", "")
+            figure = word.replace(",", "") if _THOUSANDS.match(word) else word
             if "'" not in word:
-                marks.add(word)
+                marks.add(figure)
         elif word in _NUMBERS:
-            words[i] = _NUMBERS[word]
-            marks.add(words[i])
-    names = frozenset(name.casefold() for name in _NAME.findall(text) if name[0].isupper())
-    return words, frozenset(marks), names
+            figure = _NUMBERS[word]
+            marks.add(figure)
+        else:
+            continue
+        if figure != word:
+            written[word] = figure
+    return [written.get(word, word) for word in words] if written else words, marks
+
+
+def _names_of(text: str) -> frozenset[str]:
+    """Return the words with a capital letter inside a sentence, in lower case."""
+    return frozenset(name.casefold() for name in _NAME.findall(_plain_text(text)) if name[0].isupper())
+
+
+def _plain_text(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFKC", text).replace("’", "'")
 
 
 class Weights:
@@ -170,28 +181,53 @@ class Weights:
         return self.by_word[side].get(word, self.unknown)
 
 
-@functools.cache
+@cache
 def _shipped() -> tuple[Sides, ...]:
     rows = json.loads(sample_file().read_text(encoding="utf-8"))
     return tuple(Sides("", join_lines(row["instruction"], row["input"]), row["output"]) for row in rows)
 
 
-class Words(NamedTuple):
-    """The words of one side of a row.
+class Words:
+    """The words of one side of a row, of which each part is found when it is first asked for.
 
     Args:
-        counts (`Counter[str]`): how often each word occurs, in lower case; numbers in figures.
-        pairs (`frozenset`): neighbouring words.
-        marks (`frozenset[str]`): numbers, words with a digit, and signs of calculation, of code and of money.
-        names (`frozenset[str]`): words with a capital letter inside a sentence.
-        weight (`int`): of all words.
+        side (`int`): 0 for a prompt, 1 for an answer.
+        text (`str`): what the row has there.
+        weights ([`Weights`]): of the pool.
+        weight (`int`, *optional*): of all words, if it is known.
     """
 
-    counts: Counter[str]
-    pairs: frozenset[tuple[str, str]]
-    marks: frozenset[str]
-    names: frozenset[str]
-    weight: int
+    def __init__(self, side: int, text: str, weights: Weights, weight: int | None = None) -> None:
+        self._side, self._text, self._weights, self._weight = side, text, weights, weight
+
+    @cached_property
+    def _tokens(self) -> tuple[list[str], set[str]]:
+        return tokens_of(self._text)
+
+    @property
+    def marks(self) -> set[str]:
+        """Return numbers, words with a digit, and signs of calculation, of code and of money."""
+        return self._tokens[1]
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """Return how often each word occurs, in lower case; numbers in figures."""
+        return Counter(self._tokens[0])
+
+    @cached_property
+    def pairs(self) -> frozenset[tuple[str, str]]:
+        """Return neighbouring words."""
+        return frozenset(pairwise(self._tokens[0]))
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Return words with a capital letter inside a sentence."""
+        return _names_of(self._text)
+
+    @cached_property
+    def weight(self) -> int:
+        """Return the weight of all words."""
+        return self._weights.of(self._side, self.counts) if self._weight is None else self._weight
 
 
 class Row(NamedTuple):
@@ -207,15 +243,12 @@ class Row(NamedTuple):
     system: int
 
     @classmethod
-    def of(cls, sides: Sides, weights: Weights) -> Row:
-        """Return the words of a row."""
-        return cls(_words(0, sides.prompt, weights), _words(1, sides.answer, weights), _number(sides.system))
-
-
-def _words(side: int, text: str, weights: Weights) -> Words:
-    words, marks, names = tokens_of(text)
-    counts = Counter(words)
-    return Words(counts, frozenset(pairwise(words)), marks, names, weights.of(side, counts))
+    def of(cls, sides: Sides, weights: Weights, known: tuple[int, int] | None = None) -> Row:
+        """Return the words of a row; `known` are the weights of its prompt and its answer."""
+        prompt, answer = known or (None, None)
+        return cls(
+            Words(0, sides.prompt, weights, prompt), Words(1, sides.answer, weights, answer), _number(sides.system)
+        )
 
 
 def _number(text: str) -> int:
@@ -240,7 +273,6 @@ class Difference(NamedTuple):
         missing (`float`): weight of the words of the lighter text that the heavier lacks, as a share of the lighter.
         extra (`int`), extra_share (`float`): weight of the words of the heavier text that the lighter lacks, and that
             as a share of the heavier.
-        disordered (`bool`): too few pairs of neighbouring words are in both texts.
         weight (`int`): weight of the lighter text.
         decisive (`bool`): a number, name or sign is in place of another one, so that this is no small edit.
         content (`tuple[frozenset[str], frozenset[str]]`): words that say what a text is about and that only the
@@ -252,7 +284,6 @@ class Difference(NamedTuple):
     missing: float
     extra: int
     extra_share: float
-    disordered: bool
     weight: int
     decisive: bool
     content: tuple[frozenset[str], frozenset[str]]
@@ -271,9 +302,9 @@ def difference(side: int, one: Words, other: Words, weights: Weights, from_weigh
     """
     low, high = (one, other) if one.weight <= other.weight else (other, one)
     lacks, has = low.counts - high.counts, high.counts - low.counts
-    decisive = any(
-        not lacks.keys().isdisjoint(ours) and not has.keys().isdisjoint(theirs)
-        for ours, theirs in ((low.marks, high.marks), (low.names, high.names))
+    decisive = bool(lacks and has) and (
+        not (lacks.keys().isdisjoint(low.marks) or has.keys().isdisjoint(high.marks))
+        or not (lacks.keys().isdisjoint(low.names) or has.keys().isdisjoint(high.names))
     )
     known, unknown = weights.by_word[side], weights.unknown
     least = min(from_weight, ABOVE * low.weight / max(low.counts.total(), 1))
@@ -286,13 +317,18 @@ def difference(side: int, one: Words, other: Words, weights: Weights, from_weigh
         weights.of(side, lacks) / max(low.weight, 1),
         extra,
         extra / max(high.weight, 1),
-        len(low.pairs & high.pairs) < len(low.pairs) * ORDER[len(low.pairs) >= 10],
         low.weight,
         decisive,
         (content[0], content[1]),
         changed,
         any(word in _NEGATIONS or word.endswith("n't") for word in (*lacks, *has)),
     )
+
+
+def _is_disordered(one: Words, other: Words) -> bool:
+    """Return True if too few pairs of neighbouring words are in both texts."""
+    low, high = (one, other) if one.weight <= other.weight else (other, one)
+    return len(low.pairs & high.pairs) < len(low.pairs) * ORDER[len(low.pairs) >= 10]
 
 
 def _pair_off(lacks: Counter[str], has: Counter[str], side: int, weights: Weights) -> None:
@@ -346,10 +382,10 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
         return False
     is_long = min(one.answer.weight, other.answer.weight) >= LONG
     asked = difference(0, one.prompt, other.prompt, weights, CONTENT if is_long else PLAIN)
-    if asked.decisive or asked.negated or asked.missing > 1 - containment or asked.disordered:
+    if asked.decisive or asked.negated or asked.missing > 1 - containment or _is_disordered(one.prompt, other.prompt):
         return False
     said = difference(1, one.answer, other.answer, weights)
-    if said.decisive or said.missing > 1 - containment or said.disordered:
+    if said.decisive or said.missing > 1 - containment or _is_disordered(one.answer, other.answer):
         return False
     if said.extra > REMARK and said.extra_share > 0.5:
         return False
@@ -366,14 +402,14 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
 
 # Signatures ------------------------------------------------------------------------------------------------------------
 
-_BYTES = 32  # of bits, one for each word that says what a text is about; half are for words that are hardly known
-_FEW = 8  # bytes for numbers and signs
+_WORDS = 4  # of 64 bits each, one bit for each word that says what a text is about; half are for hardly known words
 _START = 4  # letters by which a word is known here, as its forms have these in common
-_POPULATION = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
+_HALF = 32 * _WORDS
+Bits = npt.NDArray[np.uint64]
 
 
 class Signatures:
-    """Bits and sizes of rows, by which most pairs that [`are_copies`] refuses are refused, a million in a second.
+    """Bits and sizes of rows, by which most pairs that [`are_copies`] refuses are refused, millions in a second.
 
     Args:
         rows (`int`): how many rows there are.
@@ -381,10 +417,10 @@ class Signatures:
     """
 
     def __init__(self, rows: int, weights: Weights) -> None:
-        self._weights = weights
-        self._bits: tuple[dict[str, tuple[int, int]], ...] = ({}, {})
-        self.content = np.zeros((2, rows, _BYTES), dtype=np.uint8)
-        self.marks = np.zeros((2, rows, _FEW), dtype=np.uint8)
+        self._weights = tuple(_Found(partial(weights.of_word, side)) for side in (0, 1))
+        self._bits = tuple(_Found(partial(_bit_of, weights, side)) for side in (0, 1))
+        self.content = np.zeros((2, rows, _WORDS), dtype=np.uint64)
+        self.marks = np.zeros((2, rows), dtype=np.uint64)
         self.weight = np.full((2, rows), -1, dtype=np.int32)  # -1 for a row whose text was not read, or that has none
         self.system = np.zeros(rows, dtype=np.uint32)
 
@@ -397,61 +433,86 @@ class Signatures:
         """
         self.system[row] = _number(sides.system)
         for side, text in enumerate(sides[1:]):
-            words, marks, _ = tokens_of(text)
-            known, weight = self._bits[side], 0
-            bits = set()
-            for word in words:
-                found = known.get(word)
-                if found is None:
-                    found = known[word] = self._bit(side, word)
-                weight += found[0]
-                bits.add(found[1])
-            bits.discard(-1)
-            _set_bits(self.content[side, row], bits)
+            words, marks = tokens_of(text)
+            bits = reduce(or_, map(self._bits[side].__getitem__, set(words)), 0)
+            self.content[side, row] = np.frombuffer(bits.to_bytes(8 * _WORDS, "little"), dtype="<u8")
             if marks:
-                _set_bits(self.marks[side, row], (_hash(mark) % (8 * _FEW) for mark in marks))
-            self.weight[side, row] = weight
+                self.marks[side, row] = reduce(or_, (1 << _hash(mark) % 64 for mark in marks))
+            self.weight[side, row] = sum(map(self._weights[side].__getitem__, words))
 
-    def _bit(self, side: int, word: str) -> tuple[int, int]:
-        """Return the weight of a word, and its bit; -1 for one that says little."""
-        weight = self._weights.of_word(side, word)
-        if weight < CONTENT:
-            return weight, -1
-        half = 4 * _BYTES
-        # A misspelling is hardly known, and the word itself is: they never stand in each other's half.
-        return weight, _hash(word[:_START]) % half + (half if self._weights.found[side][word] < KNOWN else 0)
-
-    def may_be_copies(self, one: Any, other: Any, containment: float) -> npt.NDArray[np.bool_]:
-        """Return a mask of the pairs that [`are_copies`] may accept.
+    def may_be_copies(self, one: Any, other: Any, containment: float) -> npt.NDArray[np.int64]:
+        """Return the places of the pairs that [`are_copies`] may accept.
 
         Args:
             one (`(pairs,)` int64), other (`(pairs,)` int64): positions in the rows.
             containment (`float`): as for [`are_copies`].
+
+        Returns:
+            `(places,)` int64: ascending.
         """
-        kept: npt.NDArray[np.bool_] = (self.system[one] == self.system[other]) & (self.weight[0][one] >= 0)
-        kept &= self.weight[0][other] >= 0
+        places = np.arange(len(one))
+        # The cheapest test first, and each of the pairs that the ones before have left.
+        for test in (self._have_text, self._keep_the_question, self._keep_marks, partial(self._contain, containment)):
+            places = places[test(one[places], other[places])]
+        return places
+
+    def _have_text(self, one: Any, other: Any) -> npt.NDArray[np.bool_]:
+        equal = self.system[one] == self.system[other]
+        return np.asarray(equal & (self.weight[0][one] >= 0) & (self.weight[0][other] >= 0), dtype=bool)
+
+    def _keep_the_question(self, one: Any, other: Any) -> npt.NDArray[np.bool_]:
+        """Return False where a word of the prompt is in the place of another word, and the answers are not long."""
+        ours, theirs = self.content[0][one], self.content[0][other]
+        shared = ours & theirs
+        (known, hardly), (known_there, hardly_there) = (
+            [_count(bits[:, part]) for part in (slice(0, _WORDS // 2), slice(_WORDS // 2, None))]
+            for bits in (ours ^ shared, theirs ^ shared)
+        )
+        # What is missing on both sides, and cannot be a known word and a misspelling of it.
+        misspelled = np.minimum(known, hardly_there) + np.minimum(hardly, known_there)
+        swapped = np.minimum(known + hardly, known_there + hardly_there) > misspelled
+        kept = ~swapped
+        rest = np.flatnonzero(swapped)
+        kept[rest] = np.minimum(self.weight[1][one[rest]], self.weight[1][other[rest]]) >= LONG
+        return kept
+
+    def _keep_marks(self, one: Any, other: Any) -> npt.NDArray[np.bool_]:
+        """Return False where each of two texts has a number or a sign that the other lacks."""
+        ours, theirs = self.marks[:, one], self.marks[:, other]
+        return np.asarray(~(((ours & ~theirs) != 0) & ((theirs & ~ours) != 0)).any(axis=0), dtype=bool)
+
+    def _contain(self, containment: float, one: Any, other: Any) -> npt.NDArray[np.bool_]:
+        """Return False where the heavier text lacks too much of the lighter one."""
+        kept = np.ones(len(one), dtype=bool)
         for side in (0, 1):
-            ours, theirs = self.marks[side][one], self.marks[side][other]
-            kept &= ~((ours & ~theirs).any(axis=1) & (theirs & ~ours).any(axis=1))
             sizes = self.weight[side][one], self.weight[side][other]
             ours, theirs = self.content[side][one], self.content[side][other]
-            lacks = [_POPULATION[bits].sum(axis=1, dtype=np.int64) for bits in (ours & ~theirs, theirs & ~ours)]
+            lacks = [_count(bits) for bits in (ours & ~theirs, theirs & ~ours)]
             lacking = np.where(sizes[0] < sizes[1], *lacks)
             lacking = np.where(sizes[0] == sizes[1], np.minimum(*lacks), lacking)
             # One word may be a misspelling of one that is there.
             kept &= (lacking - 1) * CONTENT <= (1 - containment) * np.minimum(*sizes)
-            if side == 0:
-                # A word for a word: what is missing on both sides, and cannot be a known word and a misspelling of it.
-                half = _BYTES // 2
-                mine, yours = ours & ~theirs, theirs & ~ours
-                known, hardly = (
-                    [_POPULATION[bits[:, part]].sum(axis=1, dtype=np.int64) for bits in (mine, yours)]
-                    for part in (slice(0, half), slice(half, None))
-                )
-                misspelled = np.minimum(known[0], hardly[1]) + np.minimum(hardly[0], known[1])
-                swapped = np.minimum(known[0] + hardly[0], known[1] + hardly[1]) > misspelled
-                kept &= ~swapped | (np.minimum(self.weight[1][one], self.weight[1][other]) >= LONG)
         return kept
+
+
+class _Found(dict[str, int]):
+    """What a function returned for words, which is called once for each."""
+
+    def __init__(self, find: Callable[[str], int]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, word: str) -> int:
+        found = self[word] = self._find(word)
+        return found
+
+
+def _bit_of(weights: Weights, side: int, word: str) -> int:
+    """Return a number with the bit of a word, 0 for one that says little."""
+    if weights.of_word(side, word) < CONTENT:
+        return 0
+    # A misspelling is hardly known, and the word itself is: they never stand in each other's half.
+    return 1 << (_hash(word[:_START]) % _HALF + (_HALF if weights.found[side][word] < KNOWN else 0))
 
 
 def _hash(word: str) -> int:
@@ -459,8 +520,16 @@ def _hash(word: str) -> int:
     return zlib.crc32(word.encode("utf-8", "surrogatepass"))
 
 
-def _set_bits(target: npt.NDArray[np.uint8], bits: Iterable[int]) -> None:
-    number = 0
-    for bit in bits:
-        number |= 1 << bit
-    target[:] = np.frombuffer(number.to_bytes(len(target), "little"), dtype=np.uint8)
+def _count(words: Bits) -> npt.NDArray[np.int64]:
+    """Return how many bits are set in each row of some words of 64 bits."""
+    counts = np.zeros(len(words), dtype=np.int64)
+    for column in words.T:
+        # Sums of 2, 4 and 8 neighbouring bits, and then of all bytes.
+        bits = column - ((column >> np.uint64(1)) & _PAIRS)
+        bits = (bits & _FOURS) + ((bits >> np.uint64(2)) & _FOURS)
+        bits = (bits + (bits >> np.uint64(4))) & _BYTES
+        counts += ((bits * _ONES) >> np.uint64(56)).astype(np.int64)
+    return counts
+
+
+_PAIRS, _FOURS, _BYTES, _ONES = (np.uint64(int(byte * 8, 16)) for byte in ("55", "33", "0f", "01"))
