@@ -159,8 +159,9 @@ def test_a_stage_may_be_given_with_its_options(names: dict[str, str], tiny_embed
         curate(short_rows(), scorer=TextEmbedder())
 
 
-def test_the_likeliest_answers_are_the_best_by_perplexity(names: dict[str, str]) -> None:
-    found = curate(short_rows(), scorer=names["perplexity_score"], n1=5, n2=0, duplicates="keep")
+def test_the_likeliest_answers_are_the_best_by_perplexity(names: dict[str, str], tiny_embedder: str) -> None:
+    name = names["perplexity_score"]
+    found = curate(short_rows(), scorer=name, embedder=tiny_embedder, n1=5, n2=0, duplicates="keep")
     lowest = sorted(each for each in found.scored["perplexity"][:] if each is not None)[:5]
     assert sorted(found.selected["perplexity"][:]) == lowest
     for column in ("perplexity", "ifd"):
