@@ -287,6 +287,10 @@ NEXT_TO = [
 ]
 
 
+PARTS = [{"type": "text", "text": "What is this?"}, {"type": "image", "image": "moss.png"}]
+PICTURE = [{"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "Moss."}]}]
+
+
 @pytest.mark.parametrize(
     ("rows", "trainer", "message"),
     [
@@ -297,6 +301,7 @@ NEXT_TO = [
         (GLAIVE, "alpaca", r"1 define tools \(rows 0\)"),
         (WEIGHTS, "trl", "1 have answers of weight 0"),
         (WEIGHTS, "llama-factory", "1 have answers of weight 0"),
+        (PICTURE, "openai", "1 have images, audio or other parts"),
         (NEXT_TO, "llama-factory", "1 say something next to a call of a tool"),
     ],
 )
