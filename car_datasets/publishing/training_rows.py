@@ -321,9 +321,8 @@ def _is_ready(turn: Turn, message: Mapping[str, Any], source: Selected) -> bool:
     if (schema.role, schema.content) != ("role", "content") or message.get("role") != turn.kind:
         return False
     content, calls = message.get("content"), message.get("tool_calls") or []
-    kinds = _PARTS.get(source.trainer)
-    parts = kinds is not None and isinstance(content, list)
-    parts = parts and all(isinstance(part, Mapping) and part.get("type") in (kinds or ()) for part in content)
+    kinds = _PARTS.get(source.trainer, ())
+    parts = isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") in kinds for p in content)
     if not (isinstance(content, str) or parts or (calls and content is None)) or message.get("function_call"):
         return False
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) and call.get("function") for call in calls):
