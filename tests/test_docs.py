@@ -35,7 +35,12 @@ ELSEWHERE = {
     *("how-to/ray.md", "how-to/slurm.md"),
 }
 ON_THE_HUB = "how-to/hub.md"
-RUN = [name for name, text in PAGES.items() if blocks(text) and name not in {*ELSEWHERE, ON_THE_HUB}]
+# An explanation shows commands that take minutes, with the figures that they gave.
+RUN = [
+    name
+    for name, text in PAGES.items()
+    if blocks(text) and name not in {*ELSEWHERE, ON_THE_HUB} and not name.startswith("explanation/")
+]
 FACES = ["loading", "scoring", "clustering", "selection", "reporting", "publishing", "proving", "training"]
 
 
