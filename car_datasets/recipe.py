@@ -45,7 +45,7 @@ COLUMNS = "Names of columns"
 OUTPUT = "Output"
 PERFORMANCE = "Performance"
 HUB = "Hub"
-PANELS = (SOURCE, SCORING, CLUSTERING, SELECTION, MARKS, SHARES, COLUMNS, OUTPUT, PERFORMANCE, HUB)
+PANELS = (SOURCE, SELECTION, MARKS, SHARES, SCORING, CLUSTERING, COLUMNS, OUTPUT, PERFORMANCE, HUB)
 
 
 def _setting(default: Any, help: str, panel: str, *, flag: str | None = None, shown: str | None = None) -> Any:
@@ -207,9 +207,9 @@ class Recipe(Settings):
     )
     languages: str = _setting(
         "refuse",
-        "If over 5 % of the rows are in languages that the scorer does not read, refuse them, rank within each language, "
-        "or rank across all.",
-        SELECTION,
+        "Say what to do if over 5 % of the rows are in languages that the scorer does not read: refuse ends the run, "
+        "within ranks the rows of each language by themselves, across compares all scores.",
+        SCORING,
     )
     dtype: str = _setting(
         "float32",
@@ -254,7 +254,9 @@ class Recipe(Settings):
     embedding_column: str = _setting(NAMES.embedding, "Name the embedding column.", COLUMNS)
     cluster_column: str = _setting(NAMES.cluster, "Name the cluster column.", COLUMNS)
     procedure: str = _setting(
-        "default", "Select by the rule default, or by paper, the published one with its oddities.", SELECTION
+        "default",
+        "Follow the procedure default, or paper, which selects as the published code does, oddities included.",
+        SELECTION,
     )
     rule: str = _setting(
         "car", "Select by the rule car, or by gain, which takes the rows that add most to what is covered.", SELECTION
@@ -271,7 +273,9 @@ class Recipe(Settings):
         shown="by procedure",
     )
     against: tuple[str, ...] = _setting(
-        (), "Leave out rows that give away an item of this evaluation set, a file or Hub dataset; repeat it.", MARKS
+        (),
+        "Leave out rows that give away an item of this evaluation set, a file or Hub dataset. The option may be repeated.",
+        MARKS,
     )
     keep: str | None = _setting(
         None, "Select the rows of this file, or those for which this boolean column is true, in any case.", MARKS
@@ -470,7 +474,6 @@ class Recipe(Settings):
 
     def amounts_of(self, rows: int) -> "Amounts":
         """Return how many rows to select from a pool with so many scored rows."""
-        # Imported here, because the command line reads this class for its help.
         from car_datasets.selection.procedures import Amounts
 
         # The default depends on the scored rows, so it is not known before they are counted.

@@ -46,6 +46,7 @@ app = typer.Typer(
     # rich's tracebacks may print local variables, and a token may be among them.
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog="Start with: car-datasets demo --output demo",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -103,8 +104,9 @@ def _parse_token(text: str | None) -> str | None:
 Source = Annotated[
     str,
     typer.Argument(
+        metavar="SOURCE",
         help="Read this dataset: a Hub id, a file in JSON, JSON Lines, CSV or Parquet, a folder, the address of a file, or "
-        "- for standard input."
+        "- for standard input.",
     ),
 ]
 

@@ -25,7 +25,7 @@ def explain(
     ],
     rows: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ROW]...", help="Explain the rows of these numbers in the index column."),
+        typer.Argument(metavar="ROW", help="Explain the rows of these numbers in the index column."),
     ] = None,
     explain_all: Annotated[
         bool,

@@ -289,16 +289,13 @@ def after_train(output: str, valid: str, valid_ratings: str | None) -> list[Step
     return [Step("Measure it:", (command("evaluate", output, "--pairs", pairs, *ratings),)), after_scorer(output)]
 
 
-def after_evaluate(model: str, tokenizer: str | None = None) -> list[Step]:
-    """Return the use of a scorer that was evaluated."""
-    return [after_scorer(model, tokenizer)]
-
-
-def after_scorer(model: str | Path, tokenizer: str | None = None) -> Step:
-    """Return the command that curates a dataset by a scorer."""
+def after_scorer(*models: str | Path, tokenizer: str | None = None) -> Step:
+    """Return the commands that curate a dataset by a scorer, or by one of several."""
     given = [] if tokenizer is None else ["--tokenizer", tokenizer]
-    line = command("curate", ANY_SOURCE, "--output", fresh(Path("curated")), "--scorer", model, *given)
-    return Step("Curate by it, with your dataset as SOURCE:", (line,))
+    words = ["curate", ANY_SOURCE, "--output", fresh(Path("curated")), "--scorer"]
+    which = "Curate by it" if len(models) == 1 else "Curate by one of them"
+    lines = tuple(command(*words, model, *given) for model in models)
+    return Step(f"{which}, with your dataset as SOURCE:", lines)
 
 
 def after_quantise(source: str, output: Path, changes: Mapping[str, Any]) -> list[Step]:

@@ -130,16 +130,14 @@ def _print_as_lists(console: Console, table: Any) -> None:
 
 
 def print_report(report: SelectionReport) -> None:
-    """Print a selection: the result in a sentence, its figures as a table, and the counts."""
-    selected, pool = report.selected, report.pool
-    tell(
-        f"{selected.rows:,} of {report.rows_in:,} rows are selected. Their mean score is {selected.mean_score:.3f}; that "
-        f"of all scored rows is {pool.mean_score:.3f}."
-    )
+    """Print a selection: what came out in two sentences, its figures as a table, and the counts."""
+    tell(" ".join(report.verdict()))
     table = report.to_table()
     table.caption = None  # the counts, which are easier to read as a list
     print_table(table)
     tell_each(report.sentences())
+    if _console().is_terminal:
+        echo("")
 
 
 def print_result(report: SelectionReport, folder: Path) -> None:
@@ -148,8 +146,6 @@ def print_result(report: SelectionReport, folder: Path) -> None:
     from car_datasets.results import SCORED_TABLE, SELECTED_JSON, SELECTED_TABLE, SUMMARY_FILE
 
     print_report(report)
-    if _console().is_terminal:
-        echo("")
     echo(f"The selection is in {folder / SELECTED_TABLE} and {folder / SELECTED_JSON},")
     echo(f"the figures are in {folder / PAGE_FILE} and {folder / SUMMARY_FILE},")
     echo(f"and the entire pool with its scores is in {folder / SCORED_TABLE}.")

@@ -28,7 +28,10 @@ from car_datasets.cli.stages import PUBLISHING
 from car_datasets.recipe import HUB, SCORING
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
-_AGAIN = "Where the {} is, if it was a folder when the old rows were curated."
+_AGAIN = (
+    "Name the folder of the {}, if it was a folder when the old rows were curated.  [default: that of the old rows]"
+)
+_GROWN = "  [default: that of the old rows, grown as the pool is]"
 
 
 @app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets push out me/alpaca-car")
@@ -44,7 +47,8 @@ _AGAIN = "Where the {} is, if it was a folder when the old rows were curated."
 def push(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Push the result in this folder, which `curate` wrote.")],
     repo: Annotated[
-        str, typer.Argument(help="Push to this dataset repository, OWNER/NAME, which is created if needed.")
+        str,
+        typer.Argument(metavar="REPO", help="Push to this dataset repository, OWNER/NAME, which is created if needed."),
     ],
     also: Annotated[
         str,
@@ -155,7 +159,10 @@ def export(
 @app.command("top-up", rich_help_panel=PUBLISHING, epilog="Example: car-datasets top-up out new.json --output out-2")
 @one_line_errors
 @recipe_options(
-    *("n1", "budget", "budget_tokens", "name", "split", "revision", "glob", "allow_worse"),
+    *("name", "split", "revision", "glob", "allow_worse"),
+    n1=f"Take this many rows by score, or this share of them, such as 0.05.{_GROWN}",
+    budget=f"Take this many rows in total, in place of --n1.{_GROWN}",
+    budget_tokens=f"Select rows of so many tokens at most, such as 500k or 2M, in place of --n1 and --budget.{_GROWN}",
     against="Compare the new rows with these evaluation sets, which must be those of the old rows.",
     **{name: _AGAIN.format(name) for name in ("scorer", "embedder", "tokenizer", "engine", "budget_tokenizer")},
 )

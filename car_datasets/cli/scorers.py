@@ -24,7 +24,7 @@ from car_datasets.cli.app import (
     quiet_models,
     recipe_options,
 )
-from car_datasets.cli.next_steps import after_evaluate, after_prepare, after_quantise, after_scorer, after_train
+from car_datasets.cli.next_steps import after_prepare, after_quantise, after_scorer, after_train
 from car_datasets.cli.printing import print_table, suggest, tell
 from car_datasets.recipe import SCORING, Recipe
 from car_datasets.scoring.named import IQS, read_name
@@ -33,22 +33,23 @@ from car_datasets.utils.processes import launched_rank
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
 
 SCORERS = "Make and measure a scorer"  # the group of these commands in the help
+FROM_CONFIG = "  [default: from CONFIG]"
 
 
 @app.command(rich_help_panel=SCORERS, epilog="Example: car-datasets prepare revisions.json --output expert-pairs")
 @one_line_errors
+@add_options(
+    drop=option(
+        float | None,
+        "Leave out the smallest edits: this share of them if below 1, else this many.  [default: 0.323, as in CaR]",
+    )
+)
 def prepare(
     revisions: Annotated[
-        Path, typer.Argument(help="Read this JSON list of objects with the keys original and revised.")
+        Path,
+        typer.Argument(metavar="REVISIONS", help="Read this JSON list of objects with the keys original and revised."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the files into this new folder.", **NEW_PATH)],
-    drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Leave out the smallest edits: this share of them if below 1, else this many.",
-            show_default="0.323, as in CaR",
-        ),
-    ] = None,
     seed: Annotated[int, typer.Option(help="Seed the split with this number.")] = Recipe.seed,
     similarity: Annotated[
         float,
@@ -57,6 +58,7 @@ def prepare(
     clean: Annotated[
         bool, typer.Option(help="Decode typed-out escapes, straighten quotes and fold white space.")
     ] = True,
+    **options: Any,
 ) -> None:
     """Split expert revisions into training, validation and test files, in the original's two formats.
 
@@ -65,7 +67,7 @@ def prepare(
     from car_datasets.training.preparation import PUBLISHED_SHARE, audit_table
     from car_datasets.training.preparation import prepare as prepare_files
 
-    drop = PUBLISHED_SHARE if drop is None else drop
+    drop = PUBLISHED_SHARE if options["drop"] is None else options["drop"]
     with claimed(output, ("prepare", revisions, drop, seed, clean, similarity)):
         found = prepare_files(revisions, output, drop=drop, seed=seed, clean_text=clean, similarity=similarity or None)
     kept = ", ".join(f"{found.counts[side]:,} {side}" for side in ("train", "valid", "test"))
@@ -84,8 +86,19 @@ def prepare(
 @one_line_errors
 @add_options(
     "token",
-    ratings=option(str | None, "Train on these ratings of single rows as well.  [default: from CONFIG]"),
-    valid_ratings=option(str | None, "Measure on these ratings of single rows.  [default: from CONFIG]"),
+    train=option(str | None, f"Train on this file of pairs or scored rows.{FROM_CONFIG}"),
+    valid=option(str | None, f"Choose the epoch by this file of pairs.{FROM_CONFIG}"),
+    output=option(str | None, f"Write the model into this new folder.{FROM_CONFIG}", None, "--output", "-o"),
+    seed=option(int | None, f"Seed weights, order and dropout with this number.{FROM_CONFIG}"),
+    ratings=option(str | None, f"Train on these ratings of single rows as well.{FROM_CONFIG}"),
+    valid_ratings=option(str | None, f"Measure on these ratings of single rows.{FROM_CONFIG}"),
+    set_=option(
+        list[str] | None,
+        "Change any key of CONFIG, as in --set epochs=2. The option may be repeated.",
+        None,
+        "--set",
+        metavar="KEY=VALUE",
+    ),
 )
 def train(
     config: Annotated[
@@ -94,35 +107,12 @@ def train(
             metavar="CONFIG", help="Read the settings from this YAML file, such as configs/train_iqs_minilm.yaml."
         ),
     ],
-    train: Annotated[
-        str | None, typer.Option(help="Train on this file of pairs or scored rows.", show_default="from CONFIG")
-    ] = None,
-    valid: Annotated[
-        str | None, typer.Option(help="Choose the epoch by this file of pairs.", show_default="from CONFIG")
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", help="Write the model into this new folder.", show_default="from CONFIG"),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed weights, order and dropout with this number.", show_default="from CONFIG")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change any key of CONFIG, as in --set epochs=2. The option may be repeated.",
-        ),
-    ] = None,
     **options: Any,
 ) -> None:
     """Train a scorer: the head of the embedded one, one that judges by parts, or a complete model as the original does."""
     quiet_models()
-    given: dict[str, Any] = {"train": train, "valid": valid, "output": output, "seed": seed}
-    given |= {name: options[name] for name in ("ratings", "valid_ratings")}
     # Only what was typed, so that the file decides on everything else.
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {name: value for name, value in options.items() if name not in ("token", "set_") and value is not None}
     from car_datasets.training.head import HeadTraining, train_head
     from car_datasets.training.parts import PartsTraining, train_parts
     from car_datasets.training.train import OBJECTIVE_OF_KIND, ScorerTraining, train_scorer
@@ -132,7 +122,7 @@ def train(
     entire = ScorerTraining, lambda settings: train_scorer(settings, options["token"])
     of_kind: dict[str, Any] = {"head": (HeadTraining, train_head), "parts": (PartsTraining, train_parts)}
     known, fit = of_kind.get(kind, entire)
-    settings: Any = known.from_yaml(config, given=set_ or (), **changes)
+    settings: Any = known.from_yaml(config, given=options["set_"] or (), **changes)
     with contextlib.ExitStack() as held:
         # By the main process alone, as `Trainer` lets the processes meet later, in its own way.
         if launched_rank()[0] == 0:
@@ -161,6 +151,7 @@ def train(
         "Measure on these rated rows: CSV, JSON Lines or Parquet with soundness, fault and worth, and with file and row "
         "where the texts are in files of the same folder.",
     ),
+    other=option(Path | None, "Choose the threshold and train the bag of words on these other pairs."),
     other_ratings=option(Path | None, "Train a bag of words on these other ratings, for comparison with --ratings."),
     former=option(str | None, "Measure this model, too, on --ratings."),
     revision=option(str | None, "Take this branch, tag or commit of a Hub model.", panel=SCORING),
@@ -176,29 +167,24 @@ def train(
     ),
     samples=option(int | None, f"Draw this many bootstrap samples per interval.  [default: {BOOTSTRAP_SAMPLES}]"),
     seed=option(int, "Seed bootstrap and corruptions with this number.", 0),
+    json_=option(Path | None, "Also write all figures into this new JSON file.", None, "--json", **NEW_PATH),
 )
 def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...",
+            metavar="MODEL",
             help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included. Several, or others as "
             "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables. Options of such a scorer follow "
             "the model, as in reward:MODEL,labels=softmax(good).",
         ),
     ],
     changes: dict[str, Any],
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write all figures into this new JSON file.", **NEW_PATH)
-    ] = None,
-    other: Annotated[
-        Path | None,
-        typer.Option(help="Choose the threshold and train the bag of words on these other pairs."),
-    ] = None,
     **options: Any,
 ) -> None:
     """Evaluate scorers on pairs of answers or rated rows: what they get right, what fools them, and what they like."""
     quiet_models()
+    json_, other = options["json_"], options["other"]
     if len(models) > 1 or read_name(models[0]).kind != IQS:
         _compare(models, changes, json_, other, options)
         return
@@ -252,7 +238,7 @@ def evaluate(
     if json_ is not None:
         json_.parent.mkdir(parents=True, exist_ok=True)
         write_content(json_, json.dumps(figures, indent=2) + "\n")
-    suggest(after_evaluate(model, changes.get("tokenizer")))
+    suggest([after_scorer(model, tokenizer=changes.get("tokenizer"))])
 
 
 def _say_accuracy(who: str, pairs: Mapping[str, Any], what: str = "pairs") -> None:
@@ -309,6 +295,7 @@ def _compare(
         print_table(table)
     if json_ is not None:
         write_content(json_, compared.to_json() + "\n")
+    suggest([after_scorer(*models)])
 
 
 ALONE = ("other_ratings", "former", "revision", "engine")  # options of `evaluate` for one IQS model

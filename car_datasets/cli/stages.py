@@ -390,10 +390,11 @@ def select(source: Source, output: OutputFile, changes: dict[str, Any], **option
 @one_line_errors
 @recipe_options(
     "projection",
-    **dict.fromkeys(
-        ("score_column", "cluster_column", "index_column", "embedding_column"),
-        "Read this column.  [default: that of the result]",
-    ),
+    index_column="Read the numbers of the rows from this column.  [default: that of the result]",
+    **{
+        f"{name}_column": f"Read the {name}s from this column.  [default: that of the result]"
+        for name in ("score", "cluster", "embedding")
+    },
 )
 def explore(
     folder: Annotated[

@@ -108,7 +108,7 @@ GIVEN = {"rescore": 0, "source": None, "revision": "v1", "config_name": "default
         (after_prove(ODD), ["push"]),
         (after_prepare({"score_train": ODD, "score_valid": ODD}, ODD), ["train"]),
         (after_train("my-scorer", "valid.csv", "rated.csv"), ["evaluate", "curate"]),
-        ([after_scorer("me/model", "me/tokenizer")], ["curate"]),
+        ([after_scorer("me/model", "ifd:me/model", tokenizer="me/tokenizer")], ["curate", "curate"]),
         (after_quantise("rows.json", ODD, {"scorer": "me/model", "seed": 3}), ["estimate", "curate"]),
     ],
 )
