@@ -32,7 +32,7 @@ from car_datasets.scoring.named import SCORERS, find_scorer, read_name, settings
 from tests.conftest import WORDS
 from tests.scoring.tiny_models import save_classifier
 from tests.test_recipe import short_rows
-from tests.workers import at_home, run, run_ranks, start
+from tests.workers import at_home, run_ranks, start
 
 
 def test_a_name_gives_a_scorer_of_its_kind(
@@ -222,10 +222,10 @@ def test_a_killed_run_is_finished_by_several_processes(
         for i in range(600)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(content))
-    models = ["--scorer", names["reward_score"], "--embedder", tiny_embedder, "--n1", "50", "--k", "5"]
-    command = ["-m", "car_datasets", "curate", str(tmp_path / "rows.json"), *models]
-    one = run([*command, "--output", str(tmp_path / "one")], {**at_home(), "OMP_NUM_THREADS": "1"})
-    assert one.returncode == 0, one.stderr
+    source, scorer = str(tmp_path / "rows.json"), names["reward_score"]
+    models = ["--scorer", scorer, "--embedder", tiny_embedder, "--n1", "50", "--k", "5"]
+    command = ["-m", "car_datasets", "curate", source, *models]
+    curate(source, tmp_path / "one", scorer=scorer, embedder=tiny_embedder, n1=50, k=5)
     command += ["--output", str(tmp_path / "many"), "--shards", str(tmp_path / "shards")]
     killed = start(command, {**at_home(), "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
