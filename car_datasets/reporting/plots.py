@@ -170,7 +170,7 @@ def _legend_below(figure: Figure) -> None:
     """Place the legend below the axes, where it never covers data."""
     legend = figure.legend(loc="outside lower center", ncols=2, fontsize=10)
     for handle in legend.legend_handles:
-        if (set_sizes := getattr(handle, "set_sizes", None)) is not None:
+        if set_sizes := getattr(handle, "set_sizes", None):
             set_sizes([36])  # points of a large pool are too small to tell their colour
 
 
