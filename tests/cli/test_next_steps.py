@@ -87,10 +87,10 @@ GIVEN = {"rescore": 0, "source": None, "revision": "v1", "config_name": "default
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        (after_curate(ODD, "me/rows"), ["verify", "push"]),
-        (after_curate(ODD, "-"), ["push"]),  # standard input cannot be read again
+        (after_curate(ODD, "me/rows"), ["verify", "export", "push"]),
+        (after_curate(ODD, "-"), ["export", "push"]),  # standard input cannot be read again
         (after_demo(ODD), ["explain", "verify", "curate"]),
-        (after_top_up(ODD), ["verify", "push"]),
+        (after_top_up(ODD), ["verify", "export", "push"]),
         (after_score(ODD, {"embedder": "me/embedder", "cluster_column": "group"}, True), ["cluster"]),
         (after_filled_shards("rows.json", "s", {"columns": {"instruction": "task"}}), ["curate"]),
         (after_estimate("rows.json", {"split": "train[:9]"}, estimated(5), 0), ["curate"]),
@@ -142,7 +142,7 @@ def test_a_suggestion_fits_what_the_command_was_given(tmp_path: Path, monkeypatc
     Path("rows.json").write_text("[]")
     Path("curated").mkdir()
     Path("score_test.csv").write_text("")
-    [(_, verify), _] = commands(after_curate(Path("out"), "rows.json"))
+    [(_, verify), *_] = commands(after_curate(Path("out"), "rows.json"))
     assert (verify["where"], verify["source"]) == ("out", "rows.json")
     [(_, long)] = commands(after_estimate("rows.json", {"split": "all"}, estimated(100), 4))
     assert (long["output"], long["shards"], long["split"]) == (Path("curated-2"), "shards", "all")
@@ -192,8 +192,9 @@ def test_commands_on_a_result_suggest_what_comes_next(
     rows = [{"instruction": f"Write {i}.", "output": "word " * (1 + i % 5)} for i in range(24)]
     Path("rows.json").write_text(json.dumps(rows))
     models = ("--scorer", tiny_iqs, "--embedder", tiny_embedder)
-    verify, push = suggested(run("curate", "rows.json", "-o", "out", *models, "--allow-worse", "--budget", 6))
+    verify, export, push = suggested(run("curate", "rows.json", "-o", "out", *models, "--allow-worse", "--budget", 6))
     assert parsed(push)[0] == "push"
+    assert run(*shlex.split(export)[1:]).exit_code == 0
     [rescore] = suggested(run(*shlex.split(verify)[1:]))
     assert parsed(rescore)[1]["source"] == "rows.json"
     assert "out/report.html" in run("explain", "out", 0).stderr
