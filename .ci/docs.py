@@ -1,6 +1,6 @@
 """Fill in the pages of the documentation that follow from the code: commands, settings, docstrings.
 
-mkdocs calls `on_page_markdown` as a hook (mkdocs.yml), and griffe, which reads the code for mkdocstrings, `Docstrings`.
+mkdocs calls the functions `on_...` as hooks (mkdocs.yml), and griffe, which reads the code for mkdocstrings, `Docstrings`.
 """
 
 import importlib
@@ -26,6 +26,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if comment in markdown:
             markdown = markdown.replace(comment, "\n".join(write()))
     return markdown
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the search dialog, which the theme leaves without a name for screen readers."""
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
 
 
 # --- commands

@@ -79,7 +79,7 @@ def as_address(data: bytes) -> str:
 def draw_strip(browser: Browser, folder: Path, printed: str, drawn_map: bytes) -> bytes:
     """Return the strip as a PNG with a transparent background."""
     # The report as on a telephone, so that its text can be read when the picture is small.
-    report = browser.new_page(viewport={"width": 430, "height": 700}, device_scale_factor=SCALE)
+    report = browser.new_page(viewport={"width": 500, "height": 700}, device_scale_factor=SCALE)
     report.goto((folder / "report.html").resolve().as_uri())
     report.wait_for_timeout(1_000)  # the map of the page is drawn by a script
     seen = report.screenshot()

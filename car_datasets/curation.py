@@ -146,7 +146,7 @@ def curate(
             f"recipe is a {type(recipe).__name__}; pass a Recipe, such as Recipe(n1=1000), or pass the settings themselves: "
             "curate(source, output_dir, n1=1000)."
         )
-    if not isinstance(changes.get("scorer", ""), str):
+    if callable(changes.get("scorer")):  # a stage
         changes = {**settings_of(changes.pop("scorer"), [each.name for each in fields(Recipe)]), **changes}
     recipe = (recipe or Recipe()).changed(**changes)
     procedure = find_procedure(recipe.procedure)

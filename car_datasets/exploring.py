@@ -21,9 +21,9 @@ from car_datasets.choosing import asked_of
 from car_datasets.receipt import RECEIPT_FILE, Receipt
 from car_datasets.recipe import Recipe, column_names_in
 from car_datasets.reporting.maps import map_of
+from car_datasets.reporting.neighbours import Nearest
 from car_datasets.reporting.overview import Overview
 from car_datasets.reporting.page import texts_of
-from car_datasets.reporting.questions import Nearest
 from car_datasets.results import SCORED_TABLE, read_result, read_tables
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.columns import Matrix, unit_rows

@@ -472,7 +472,6 @@ class Recipe(Settings):
 
     def amounts_of(self, rows: int) -> "Amounts":
         """Return how many rows to select from a pool with so many scored rows."""
-        # Imported here, because the command line reads this class for its help.
         from car_datasets.selection.procedures import Amounts
 
         # The default depends on the scored rows, so it is not known before they are counted.

@@ -213,13 +213,16 @@ def refuse_taken_columns(columns: Sequence[str], recipe: Recipe, embed: bool = T
             f"The dataset has the column(s) {taken} already, in which rows would be marked for the selection. Rename them "
             f"in the source, as dataset.rename_column({taken[0]!r}, ...) does{copies}."
         )
+    option = "score_column=, embedding_column= or cluster_column= (--score-column, ...)"
     if names.score in columns:
+        seen = [name for name in new if name in columns]
         raise ValueError(
-            f"The dataset already has the column(s) {[names.score]}, which would be overwritten. To select by the scores in "
-            f"it, run `car-datasets cluster` on the rows, then `car-datasets select --score-column {names.score}`. To score "
-            f"the rows, pass another score_column= (--score-column), or dataset.remove_columns({[names.score]})."
+            f"The dataset already has the column(s) {seen}, which would be overwritten. To select by the scores that are "
+            f"there, run `car-datasets cluster` on the rows, then `car-datasets select --score-column {names.score}`. To "
+            f"score the rows, pass {option} to name the new columns differently, or drop the old ones: "
+            f"dataset.remove_columns({seen})."
         )
-    refuse_overwrite(columns, new, "score_column=, embedding_column= or cluster_column= (--score-column, ...)")
+    refuse_overwrite(columns, new, option)
     check_columns(columns, (), SELECTION_COLUMNS)
 
 

@@ -55,5 +55,5 @@ def run_page(text: str) -> tuple[dict[str, object], str]:
                     continue
                 done = CliRunner().invoke(app, [name, *words])
                 assert done.exit_code == 0, (line, done.output, done.exception)
-                printed.append(done.output)
+                printed.append(done.stdout)  # progress and next steps go to standard error
     return vars(page), "\n".join(printed)

@@ -101,7 +101,8 @@ def kinds(outputs: list[Any]) -> list[str]:
 def _plain(text: str, folder: Path, hub: Hub) -> str:
     """Return a text without paths of this machine and without what a terminal would have overwritten."""
     lines = [line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")]
-    lines = [line for line in lines if not re.search(r"\d+%\|", line)]  # bars of progress
+    # Bars of progress, and the log of a launcher with its times.
+    lines = [line for line in lines if not re.search(r"\d+%\||^[IWE]\d{4} \d\d:", line)]
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "\n".join(lines)).replace(hub.env["HF_ENDPOINT"], HUB)
     for place in (
         folder / "work",

@@ -35,7 +35,12 @@ ELSEWHERE = {
     *("how-to/ray.md", "how-to/slurm.md"),
 }
 ON_THE_HUB = "how-to/hub.md"
-RUN = [name for name, text in PAGES.items() if blocks(text) and name not in {*ELSEWHERE, ON_THE_HUB}]
+# An explanation shows commands that take minutes, with the figures that they gave.
+RUN = [
+    name
+    for name, text in PAGES.items()
+    if blocks(text) and name not in {*ELSEWHERE, ON_THE_HUB} and not name.startswith("explanation/")
+]
 FACES = ["loading", "scoring", "clustering", "selection", "reporting", "publishing", "proving", "training"]
 
 
@@ -44,8 +49,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, sample_rows: list[dict[st
     """Make the files that the pages read: rows, a result, and what belongs to single options."""
     folder = tmp_path_factory.mktemp("pages")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    short = sorted(sample_rows, key=lambda row: len(row["instruction"] + row["input"] + row["output"]))
-    rows, new = short[:128], short[128:140]  # which are scored in little time
+    english = [row for row in sample_rows if row["task"] != "translation"]
+    short = sorted(english, key=lambda row: len(row["instruction"] + row["input"] + row["output"]))
+    rows, new = short[:96], short[96:108]  # which are scored in little time
     texts = {
         "alpaca_data.json": rows,
         "new_rows.json": new,
@@ -95,7 +101,8 @@ def test_a_page_runs_and_prints_what_it_shows(name: str, folder: Path, one_threa
 
 @pytest.mark.slow
 def test_the_page_on_the_hub_runs(hub: Hub, folder: Path) -> None:
-    code = "import os, sys; os.chdir(sys.argv[1]); from tests.pages import run_page; run_page(open(sys.argv[2]).read())"
+    code = "import os, sys; os.chdir(sys.argv[1]); sys.modules['matplotlib'] = None  # figures take time\n"
+    code += "from tests.pages import run_page; run_page(open(sys.argv[2]).read())"
     hub.run(code, folder, DOCS / ON_THE_HUB, env={"OMP_NUM_THREADS": "1"}, check=True)
     pushed = hub.repo("me/alpaca-car")
     assert pushed is not None and pushed.private and "receipt.json" in pushed.files()

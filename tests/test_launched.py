@@ -87,7 +87,8 @@ import json, sys
 from car_datasets import curate, top_up
 folder, settings = json.loads(sys.argv[1])
 curate("old.json", f"{folder}/old", **settings)
-top_up(f"{folder}/old", "new.json", f"{folder}/all", against=settings["against"])
+again = {name: settings[name] for name in ("scorer", "embedder", "against")}
+top_up(f"{folder}/old", "new.json", f"{folder}/all", **again)
 """
 
 

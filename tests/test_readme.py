@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,14 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, sample_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(sample_file, tmp_path / "alpaca_data.json")
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+def folder(tmp_path: Path, sample_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(sample_rows[:160]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.slow
-def test_python_snippets_run(folder: Path) -> None:
+def test_python_snippets_run(folder: Path, one_thread: None) -> None:
     snippets = blocks("python")
     assert len(snippets) >= 2
     names: dict[str, object] = {}
@@ -55,7 +53,7 @@ def test_python_snippets_run(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_commands_run(folder: Path) -> None:
+def test_commands_run(folder: Path, one_thread: None) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("car-datasets ")]
     assert len(lines) >= 4
     for line in lines:

@@ -438,8 +438,10 @@ if (canvas) {
   function move([right, down]) {
     if (!spots.length) return;
     const start = current || { x: canvas.clientWidth / 2, y: canvas.clientHeight / 2 };
+    const single = byId("single").value;
     let best = null, least = Infinity;
     for (const spot of spots) {
+      if (single && String(spot.row.cluster) !== single) continue;
       const along = (spot.x - start.x) * right + (spot.y - start.y) * down;
       const across = Math.abs((spot.x - start.x) * down) + Math.abs((spot.y - start.y) * right);
       if (along > 0.5 && along + 3 * across < least) { best = spot; least = along + 3 * across; }

@@ -105,8 +105,14 @@ def export_selection(
     known = {} if info is None else _known_datasets(info)
     source = open_selected(folder, trainer)
     layout = _LAYOUTS[trainer](source, target)
+    made = not target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, lambda temporary: _write(source, layout, temporary))
+    try:
+        write_whole(target, lambda temporary: _write(source, layout, temporary))
+    except ValueError:
+        if made:
+            target.parent.rmdir()
+        raise
     stanza, step = layout.stanza, layout.next_step
     if info is not None:
         name = re.sub(r"\W+", "_", target.stem if target.stem != "train" else folder.resolve().name)

@@ -32,8 +32,8 @@ RESERVED = {
     for trainer, names in {
         "trl": "prompt completion messages conversations text chosen rejected tools images image input_ids labels label "
         "assistant_masks completion_mask chat_template_kwargs",
-        "axolotl": "messages conversations system tools images input_ids labels attention_mask",
-        "llama-factory": "messages conversations images videos audios rejected",
+        "axolotl": "messages conversations system tools images chosen rejected input_ids labels attention_mask",
+        "llama-factory": "messages conversations images videos audios chosen rejected",
     }.items()
 }
 _CALL_PARTS = ("tool_use", "tool_call", "function_call")
@@ -44,6 +44,8 @@ _KEYS = (
     *("tool_call_id", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thought"),
     *("weight", "train", "training", "trainable", "loss", "loss_mask"),
 )
+# Parts of a message that are read as they are; the calls and thoughts of other formats are moved out of them.
+_PARTS = {"trl": ("text", "image", "video", "audio"), "openai": ("text", "image_url", "refusal")}
 _OPENAI_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "weight", "refusal"}
 _FROM = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system"}
 
@@ -319,7 +321,8 @@ def _is_ready(turn: Turn, message: Mapping[str, Any], source: Selected) -> bool:
     if (schema.role, schema.content) != ("role", "content") or message.get("role") != turn.kind:
         return False
     content, calls = message.get("content"), message.get("tool_calls") or []
-    parts = source.trainer in ("trl", "openai") and isinstance(content, list)
+    kinds = _PARTS.get(source.trainer, ())
+    parts = isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") in kinds for p in content)
     if not (isinstance(content, str) or parts or (calls and content is None)) or message.get("function_call"):
         return False
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) and call.get("function") for call in calls):

@@ -1,3 +1,4 @@
+from .naming import NamedCluster as NamedCluster
 from .overview import Overview as Overview
 from .plots import PLOTS as PLOTS
 from .plots import Plot as Plot

@@ -22,9 +22,10 @@ from car_datasets.loading.values import carried
 from car_datasets.reporting.likes import columns_of_few_values, fifths
 from car_datasets.reporting.maps import PoolMap
 from car_datasets.reporting.naming import NamedCluster
+from car_datasets.reporting.neighbours import Neighbour
 from car_datasets.reporting.overview import Floats, Overview
 from car_datasets.reporting.plots import PALETTE_NAMES, PLOTS, SCALE, SPAN, colours_of, plot_file
-from car_datasets.reporting.questions import HEADER, Explanation, Neighbour, WhatIf, explain_rows, try_out
+from car_datasets.reporting.questions import HEADER, Explanation, WhatIf, explain_rows, try_out
 from car_datasets.reporting.rules import compare_rules, rules_lines
 from car_datasets.selection.rule import OTHER_REASONS, REASONS, Indices
 from car_datasets.utils.columns import is_text

@@ -168,7 +168,10 @@ def draw_scores(overview: Overview) -> Figure:
 
 def _legend_below(figure: Figure) -> None:
     """Place the legend below the axes, where it never covers data."""
-    figure.legend(loc="outside lower center", ncols=2, fontsize=10)
+    legend = figure.legend(loc="outside lower center", ncols=2, fontsize=10)
+    for handle in legend.legend_handles:
+        if (set_sizes := getattr(handle, "set_sizes", None)) is not None:
+            set_sizes([36])  # points of a large pool are too small to tell their colour
 
 
 def draw_map(overview: Overview, pool_map: PoolMap, named: Mapping[str, NamedCluster] | None = None) -> Figure:
@@ -351,7 +354,8 @@ def draw_lengths(overview: Overview) -> Figure:
     axes.scatter(lengths[shown], overview.scores[shown], s=spread, color=GREY, alpha=0.6, linewidths=0, label=others)
     axes.set_xscale("log")
     size = float(np.clip(6_000 / len(taken), 3, 26))
-    look = {"color": BLUE, "edgecolors": "white", "linewidths": 0.4}
+    # White edges part points that overlap; around small ones they would leave nothing of the colour.
+    look = {"color": BLUE, "edgecolors": "white", "linewidths": 0.4 if size > 8 else 0}
     axes.scatter(lengths[taken], overview.scores[taken], s=size, label="selected", **look)
     axes.set_xlabel(f"length in {overview.length_unit}")
     axes.set_ylabel("score")

@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from car_datasets.clustering.fitting import Covariance, project
 from car_datasets.clustering.kmeans import lloyd, nearest
 from car_datasets.loading.chats import OK, TRUNCATED
 from car_datasets.reporting.ledger import why
+from car_datasets.reporting.neighbours import Neighbour, nearest_rows
 from car_datasets.reporting.overview import Overview, count_clusters
 from car_datasets.selection.constrained import choose_within
 from car_datasets.selection.limits import Limits
 from car_datasets.selection.rule import Indices, choose
 from car_datasets.selection.strata import quotas_of
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import Matrix, unit_rows
+from car_datasets.utils.columns import Matrix
 from car_datasets.utils.files import printable
 from car_datasets.utils.settings import SEED, is_integer
 
@@ -41,23 +42,6 @@ HEADER = ("n1", "n2", "k", "rows", "mean score", "clusters covered", "in common"
 
 
 # explain --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A row that is similar to the one that is explained.
-
-    Args:
-        row (`int` or `str`): its value in the index column, or its position if the pool has no such column.
-        similarity (`float`): cosine of the two embeddings.
-        score (`float`, *optional*): its score.
-        selected (`bool`): True if the row was selected.
-    """
-
-    row: int | str
-    similarity: float
-    score: float | None
-    selected: bool
 
 
 @dataclass(frozen=True)
@@ -183,7 +167,7 @@ def explain_rows(overview: Overview, rows: Sequence[int], neighbours: int = 3) -
     # All rows in one pass over the embeddings, which may be larger than memory: a page explains hundreds.
     # Scored rows only, because the others have no rank in their cluster.
     sizes = dict(zip(*np.unique(overview.clusters[overview.scored], return_counts=True), strict=True))
-    of_cluster, of_selection = _neighbours(overview, np.asarray(rows, dtype=np.int64), neighbours)
+    of_cluster, of_selection = nearest_rows(overview, np.asarray(rows, dtype=np.int64), neighbours)
     explanations = []
     for i, row in enumerate(rows):
         scored, cluster = not np.isnan(overview.scores[row]), int(overview.clusters[row])
@@ -215,106 +199,6 @@ def _status(overview: Overview, row: int, scored: bool) -> str:
     if overview.statuses is not None:
         return str(overview.statuses[row].as_py())
     return OK if scored else "unknown"
-
-
-class Nearest(NamedTuple):
-    """The most similar rows found so far, for each of some rows that were asked about.
-
-    Args:
-        similarities (`(asked, found)` float32): cosines, highest first; -inf for a row that is not allowed.
-        rows (`(asked, found)` int64): positions of these rows.
-    """
-
-    similarities: Matrix
-    rows: Indices
-
-    @classmethod
-    def none(cls, asked: int) -> Nearest:
-        """Return the state before any row was looked at, for a number of rows that are asked about."""
-        return cls(np.zeros((asked, 0), dtype=np.float32), np.zeros((asked, 0), dtype=np.int64))
-
-    def updated(self, similarities: Matrix, rows: Indices, count: int) -> Nearest:
-        """Return the best `count` of the rows found so far and of more rows.
-
-        Args:
-            similarities (`(asked, n)` float32): cosines of the new rows; -inf for a row that is not allowed.
-            rows (`(n,)` int64): their positions, ascending, all after those of earlier calls, so that ties go to the
-                earlier row.
-            count (`int`): rows to keep, 1 or more.
-        """
-        # Drop all but `count` of the new rows before sorting: a batch has thousands, of which few are kept. They are
-        # put back in row order, so that the stable sort below gives ties to the earlier row.
-        if count < similarities.shape[1]:
-            few = np.sort(np.argpartition(-similarities, count - 1, axis=1)[:, :count], axis=1)
-            similarities, rows = np.take_along_axis(similarities, few, axis=1), rows[few]
-        values = np.hstack([self.similarities, similarities])
-        places = np.hstack([self.rows, np.broadcast_to(rows, similarities.shape)])
-        order = np.argsort(-values, axis=1, kind="stable")[:, :count]
-        return Nearest(np.take_along_axis(values, order, axis=1), np.take_along_axis(places, order, axis=1))
-
-
-def _neighbours(overview: Overview, rows: Indices, count: int) -> tuple[list[list[Neighbour]], list[list[Neighbour]]]:
-    """Find the nearest rows of the cluster of every row, `count` each, and the nearest selected row.
-
-    Returns:
-        two lists with an entry per row: its neighbours, nearest first. Without embeddings all are empty.
-    """
-    # By cosine similarity and not by distance after PCA, which only the cluster model knows: the pool alone is enough.
-    of_cluster, of_selection = Nearest.none(len(rows)), Nearest.none(len(rows))
-    vectors, present = overview.embeddings_of(rows)
-    if len(present) == 0:
-        return _named(overview, of_cluster), _named(overview, of_selection)
-    # One row per question; those without an embedding stay zero.
-    asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
-    asked[present] = unit_rows(vectors)
-    known = np.flatnonzero(asked.any(axis=1))  # a vector of zeros has no direction, and no neighbours
-    groups = _by_cluster(overview, rows, known) if count else {}
-    parts = {label: Nearest.none(len(group)) for label, group in groups.items()}
-    for matrix, positions in overview.embedding_batches():
-        unit, clusters = unit_rows(matrix), overview.clusters[positions]
-        # Each cluster by itself: a page asks about thousands of rows, and all their pairs would be too many.
-        for label in np.intersect1d(clusters, list(groups)).tolist():
-            same, group = np.flatnonzero(clusters == label), groups[label]
-            similar = _others(asked[group], unit[same], rows[group], positions[same])
-            parts[label] = parts[label].updated(similar, positions[same], count)
-        chosen = np.flatnonzero(overview.taken[positions])
-        similar = _others(asked, unit[chosen], rows, positions[chosen])
-        similar[~asked.any(axis=1)] = -np.inf
-        of_selection = of_selection.updated(similar, positions[chosen], 1)
-    named: list[list[Neighbour]] = [[] for _ in rows]
-    for label, group in groups.items():
-        for place, found in zip(group.tolist(), _named(overview, parts[label]), strict=True):
-            named[place] = found
-    return named, _named(overview, of_selection)
-
-
-def _by_cluster(overview: Overview, rows: Indices, known: Indices) -> dict[int, Indices]:
-    """Return the indices into `rows` of those that are in each cluster, of the ones that have a direction."""
-    clusters = overview.clusters[rows]
-    return {label: known[clusters[known] == label] for label in np.unique(clusters[known]).tolist() if label >= 0}
-
-
-def _others(asked: Matrix, unit: Matrix, rows: Indices, positions: Indices) -> Matrix:
-    """Return the cosines of rows that are asked about with rows of the pool; -inf for a row with itself."""
-    return np.where(positions[None] != rows[:, None], asked @ unit.T, np.float32(-np.inf))
-
-
-def _named(overview: Overview, nearest: Nearest) -> list[list[Neighbour]]:
-    """Return the rows that were found as [`Neighbour`]s, without those that are not allowed."""
-    return [
-        [
-            _as_neighbour(overview, row, similarity)
-            for similarity, row in zip(*pair, strict=True)
-            if similarity > -np.inf
-        ]
-        for pair in zip(nearest.similarities.tolist(), nearest.rows.tolist(), strict=True)
-    ]
-
-
-def _as_neighbour(overview: Overview, row: int, similarity: float) -> Neighbour:
-    score = float(overview.scores[row])
-    score_or_none = None if np.isnan(score) else score
-    return Neighbour(overview.name_of(row), similarity, score_or_none, bool(overview.taken[row]))
 
 
 # what_if --------------------------------------------------------------------------------------------------------------

@@ -347,7 +347,10 @@ class SelectionReport:
             return "too few rows have a score to tell what it prefers"
         lost = [f"{group} ({name})" for name, groups in self.score_by.items() for group in lost_groups(groups)]
         if lost:
-            named = f"{', '.join(lost[:2])}{f' and {len(lost) - 2} more groups' if len(lost) > 2 else ''}"
+            others = len(lost) - 2
+            more = [f"{others} more {'group' if others == 1 else 'groups'}"] if others > 0 else []
+            *first, last = [*lost[:2], *more]
+            named = f"{', '.join(first)} and {last}" if first else last
             return f"the score all but loses {named}: check that you can do without"
         length = self.score_length_correlation["spearman"]
         if abs(length) >= FOLLOWS:

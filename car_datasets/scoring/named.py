@@ -200,7 +200,7 @@ def settings_of(stage: Any, known: Collection[str]) -> dict[str, Any]:
         raise ValueError(
             f"scorer is a {type(stage).__name__}; pass the name of a model, as scorer='reward:OWNER/MODEL', or a scorer of "
             f"one of the kinds {list(SCORERS)}. Select by the column that any other stage has added: cluster the rows, "
-            "then select_car(rows, score_column=...) or `car-datasets select --score-column`."
+            "then select_car(rows, score_column=...), or `car-datasets select` with --score-column."
         )
     values = {each.name: getattr(stage, each.name) for each in fields(stage) if each.init}
     given = {each.name for each in fields(stage) if each.init and values[each.name] not in (None, each.default)}

@@ -19,7 +19,7 @@ from car_datasets import TextEmbedder, mark_duplicates
 from tests.benchmarks.table import Line
 
 FILE = "../shared/data/dolly_1500.json"
-SEED, COPIES = 20, 500
+SEED, ROWS, COPIES = 20, 800, 400
 Row = dict[str, str]
 
 SYNONYMS = (
@@ -44,6 +44,7 @@ def measure() -> Iterator[Line]:
     rows = json.loads(Path(os.environ.get("EDITED_ROWS", FILE)).read_text(encoding="utf-8"))
     rows = [{name: row.get(name) or "" for name in ("instruction", "input", "output")} for row in rows]
     rng = random.Random(SEED)
+    rows = rng.sample(rows, min(ROWS, len(rows)))
     templated = list(templates())
     copied = sorted(rng.sample(range(len(rows)), min(COPIES, len(rows))))
     kinds = [rng.choice(list(EDITS)) for _ in copied]

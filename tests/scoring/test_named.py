@@ -28,11 +28,11 @@ from car_datasets.cli import app
 from car_datasets.curation import made_by
 from car_datasets.publishing.card import Target, render_section
 from car_datasets.publishing.rescoring import Difference, Rescoring
-from car_datasets.scoring.named import find_scorer, read_name, settings_of
+from car_datasets.scoring.named import SCORERS, find_scorer, read_name, settings_of
 from tests.conftest import WORDS
 from tests.scoring.tiny_models import save_classifier
 from tests.test_recipe import short_rows
-from tests.workers import at_home, run, run_ranks, start
+from tests.workers import at_home, run_ranks, start
 
 
 def test_a_name_gives_a_scorer_of_its_kind(
@@ -132,6 +132,9 @@ def test_curate_and_verify_by_another_scorer(
     assert receipt.scorer["kind"] == name.partition(":")[0] and receipt.scorer["model_id"] == Path(folder).name
     assert receipt.scorer.get("options", "") == name.partition(",")[2]
     assert receipt.recipe["scorer"] == name.replace(folder, Path(folder).name)
+    card = render_section(Target("me/rows", "default", "selected"), {}, [], None, receipt, {}, [])
+    assert f"Scored by `{receipt.recipe['scorer']}` (revision" in card and "how an answer reads" not in card
+    assert SCORERS[receipt.scorer["kind"]].meaning in card
     found = verify(tmp_path / "out", source=source, rescore=9, scorer=folder, embedder=tiny_embedder)
     assert found.matches, found.differences
     assert any("scored again" in words for words in found.checked)
@@ -144,18 +147,10 @@ def test_curate_and_verify_by_another_scorer(
         verify(tmp_path / "out", source=source, rescore=2, scorer=tiny_embedder)
 
 
-def test_a_card_names_the_kind_and_what_its_score_says(names: dict[str, str], tmp_path: Path) -> None:
-    curate(short_rows(), tmp_path, scorer=names["ifd_score"], n1=5, k=3)
-    receipt = Receipt.read(tmp_path)
-    card = render_section(Target("me/rows", "default", "selected"), {}, [], None, receipt, {}, [])
-    assert f"Scored by `ifd:{receipt.scorer['model_id']}` (revision" in card
-    assert "how little the prompt helps this language model" in card and "how an answer reads" not in card
-
-
-def test_a_stage_may_be_given_with_its_options(names: dict[str, str]) -> None:
+def test_a_stage_may_be_given_with_its_options(names: dict[str, str], tiny_embedder: str) -> None:
     folder = read_name(names["of_labels"]).model
     stage = RewardScorer(folder, labels="LABEL_1", max_tokens=30, output_column="mine", on_invalid="mark")
-    found = curate(short_rows(), scorer=stage, n1=5, k=3, duplicates="keep")
+    found = curate(short_rows(), scorer=stage, embedder=tiny_embedder, n1=5, k=3, duplicates="keep")
     assert found.scored["mine"][:] == pytest.approx(stage(short_rows()[:])["mine"], rel=1e-4)
     settings = settings_of(stage, ["scorer", "on_invalid", "dtype"])
     assert settings["scorer"] == f"reward:{folder},text=pair,labels=LABEL_1,max_tokens=30"
@@ -164,8 +159,9 @@ def test_a_stage_may_be_given_with_its_options(names: dict[str, str]) -> None:
         curate(short_rows(), scorer=TextEmbedder())
 
 
-def test_the_likeliest_answers_are_the_best_by_perplexity(names: dict[str, str]) -> None:
-    found = curate(short_rows(), scorer=names["perplexity_score"], n1=5, n2=0, duplicates="keep")
+def test_the_likeliest_answers_are_the_best_by_perplexity(names: dict[str, str], tiny_embedder: str) -> None:
+    name = names["perplexity_score"]
+    found = curate(short_rows(), scorer=name, embedder=tiny_embedder, n1=5, n2=0, duplicates="keep")
     lowest = sorted(each for each in found.scored["perplexity"][:] if each is not None)[:5]
     assert sorted(found.selected["perplexity"][:]) == lowest
     for column in ("perplexity", "ifd"):
@@ -226,10 +222,10 @@ def test_a_killed_run_is_finished_by_several_processes(
         for i in range(600)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(content))
-    models = ["--scorer", names["reward_score"], "--embedder", tiny_embedder, "--n1", "50", "--k", "5"]
-    command = ["-m", "car_datasets", "curate", str(tmp_path / "rows.json"), *models]
-    one = run([*command, "--output", str(tmp_path / "one")], {**at_home(), "OMP_NUM_THREADS": "1"})
-    assert one.returncode == 0, one.stderr
+    source, scorer = str(tmp_path / "rows.json"), names["reward_score"]
+    models = ["--scorer", scorer, "--embedder", tiny_embedder, "--n1", "50", "--k", "5"]
+    command = ["-m", "car_datasets", "curate", source, *models]
+    curate(source, tmp_path / "one", scorer=scorer, embedder=tiny_embedder, n1=50, k=5)
     command += ["--output", str(tmp_path / "many"), "--shards", str(tmp_path / "shards")]
     killed = start(command, {**at_home(), "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60

@@ -21,10 +21,10 @@ from datasets.table import InMemoryTable
 from car_datasets.loading.schemas import Schema, find_schema
 from car_datasets.loading.values import carried
 from car_datasets.selection.marks.near_pairs import Pairs, near_pairs
+from car_datasets.selection.marks.resembling import Signatures
 from car_datasets.selection.marks.same_text import (
     Row,
     Sides,
-    Signatures,
     Weights,
     are_copies,
     digest_of,

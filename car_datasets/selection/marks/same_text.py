@@ -1,7 +1,7 @@
 """Decide whether two rows are the same text, edited: by the words of prompt and answer, each compared apart.
 
 Does: read prompt and answer of rows; digest normalised texts; weigh words by how rare they are in the pool; tell copies
-with edits from rows that share a template; reject most pairs of rows by small signatures, many at a time.
+with edits from rows that share a template.
 Does not: look for pairs, or read scores and embeddings.
 """
 
@@ -14,14 +14,10 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, cached_property, partial, reduce
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
 from itertools import pairwise
-from operator import or_
 from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from car_datasets.loading.schemas import Schema, conversations_of
 from car_datasets.loading.templates import join_lines
@@ -247,11 +243,12 @@ class Row(NamedTuple):
         """Return the words of a row; `known` are the weights of its prompt and its answer."""
         prompt, answer = known or (None, None)
         return cls(
-            Words(0, sides.prompt, weights, prompt), Words(1, sides.answer, weights, answer), _number(sides.system)
+            Words(0, sides.prompt, weights, prompt), Words(1, sides.answer, weights, answer), number_of(sides.system)
         )
 
 
-def _number(text: str) -> int:
+def number_of(text: str) -> int:
+    """Return 32 bits that are equal for equal texts after [`normalised`], 0 for no text."""
     return zlib.crc32(normalised(text).encode("utf-8", "surrogatepass")) if text else 0
 
 
@@ -398,138 +395,3 @@ def are_copies(one: Row, other: Row, weights: Weights, containment: float) -> bo
     if all(asked.content) or asked.extra_share > SMALL:
         return is_long and said.missing <= (1 - containment) / 2
     return not any(asked.content) or said.extra_share <= SMALL or is_long
-
-
-# Signatures ------------------------------------------------------------------------------------------------------------
-
-_WORDS = 4  # of 64 bits each, one bit for each word that says what a text is about; half are for hardly known words
-_START = 4  # letters by which a word is known here, as its forms have these in common
-_HALF = 32 * _WORDS
-Bits = npt.NDArray[np.uint64]
-
-
-class Signatures:
-    """Bits and sizes of rows, by which most pairs that [`are_copies`] refuses are refused, millions in a second.
-
-    Args:
-        rows (`int`): how many rows there are.
-        weights ([`Weights`]): of the words in this pool.
-    """
-
-    def __init__(self, rows: int, weights: Weights) -> None:
-        self._weights = tuple(_Found(partial(weights.of_word, side)) for side in (0, 1))
-        self._bits = tuple(_Found(partial(_bit_of, weights, side)) for side in (0, 1))
-        self.content = np.zeros((2, rows, _WORDS), dtype=np.uint64)
-        self.marks = np.zeros((2, rows), dtype=np.uint64)
-        self.weight = np.full((2, rows), -1, dtype=np.int32)  # -1 for a row whose text was not read, or that has none
-        self.system = np.zeros(rows, dtype=np.uint32)
-
-    def read(self, row: int, sides: Sides) -> None:
-        """Keep what is needed of a row's text.
-
-        Args:
-            row (`int`): its position.
-            sides ([`Sides`]): its text.
-        """
-        self.system[row] = _number(sides.system)
-        for side, text in enumerate(sides[1:]):
-            words, marks = tokens_of(text)
-            bits = reduce(or_, map(self._bits[side].__getitem__, set(words)), 0)
-            self.content[side, row] = np.frombuffer(bits.to_bytes(8 * _WORDS, "little"), dtype="<u8")
-            if marks:
-                self.marks[side, row] = reduce(or_, (1 << _hash(mark) % 64 for mark in marks))
-            self.weight[side, row] = sum(map(self._weights[side].__getitem__, words))
-
-    def may_be_copies(self, one: Any, other: Any, containment: float) -> npt.NDArray[np.int64]:
-        """Return the places of the pairs that [`are_copies`] may accept.
-
-        Args:
-            one (`(pairs,)` int64), other (`(pairs,)` int64): positions in the rows.
-            containment (`float`): as for [`are_copies`].
-
-        Returns:
-            `(places,)` int64: ascending.
-        """
-        places = np.arange(len(one))
-        # The cheapest test first, and each of the pairs that the ones before have left.
-        for test in (self._have_text, self._keep_the_question, self._keep_marks, partial(self._contain, containment)):
-            places = places[test(one[places], other[places])]
-        return places
-
-    def _have_text(self, one: Any, other: Any) -> npt.NDArray[np.bool_]:
-        equal = self.system[one] == self.system[other]
-        return np.asarray(equal & (self.weight[0][one] >= 0) & (self.weight[0][other] >= 0), dtype=bool)
-
-    def _keep_the_question(self, one: Any, other: Any) -> npt.NDArray[np.bool_]:
-        """Return False where a word of the prompt is in the place of another word, and the answers are not long."""
-        ours, theirs = self.content[0][one], self.content[0][other]
-        shared = ours & theirs
-        (known, hardly), (known_there, hardly_there) = (
-            [_count(bits[:, part]) for part in (slice(0, _WORDS // 2), slice(_WORDS // 2, None))]
-            for bits in (ours ^ shared, theirs ^ shared)
-        )
-        # What is missing on both sides, and cannot be a known word and a misspelling of it.
-        misspelled = np.minimum(known, hardly_there) + np.minimum(hardly, known_there)
-        swapped = np.minimum(known + hardly, known_there + hardly_there) > misspelled
-        kept = ~swapped
-        rest = np.flatnonzero(swapped)
-        kept[rest] = np.minimum(self.weight[1][one[rest]], self.weight[1][other[rest]]) >= LONG
-        return kept
-
-    def _keep_marks(self, one: Any, other: Any) -> npt.NDArray[np.bool_]:
-        """Return False where each of two texts has a number or a sign that the other lacks."""
-        ours, theirs = self.marks[:, one], self.marks[:, other]
-        return np.asarray(~(((ours & ~theirs) != 0) & ((theirs & ~ours) != 0)).any(axis=0), dtype=bool)
-
-    def _contain(self, containment: float, one: Any, other: Any) -> npt.NDArray[np.bool_]:
-        """Return False where the heavier text lacks too much of the lighter one."""
-        kept = np.ones(len(one), dtype=bool)
-        for side in (0, 1):
-            sizes = self.weight[side][one], self.weight[side][other]
-            ours, theirs = self.content[side][one], self.content[side][other]
-            lacks = [_count(bits) for bits in (ours & ~theirs, theirs & ~ours)]
-            lacking = np.where(sizes[0] < sizes[1], *lacks)
-            lacking = np.where(sizes[0] == sizes[1], np.minimum(*lacks), lacking)
-            # One word may be a misspelling of one that is there.
-            kept &= (lacking - 1) * CONTENT <= (1 - containment) * np.minimum(*sizes)
-        return kept
-
-
-class _Found(dict[str, int]):
-    """What a function returned for words, which is called once for each."""
-
-    def __init__(self, find: Callable[[str], int]) -> None:
-        super().__init__()
-        self._find = find
-
-    def __missing__(self, word: str) -> int:
-        found = self[word] = self._find(word)
-        return found
-
-
-def _bit_of(weights: Weights, side: int, word: str) -> int:
-    """Return a number with the bit of a word, 0 for one that says little."""
-    if weights.of_word(side, word) < CONTENT:
-        return 0
-    # A misspelling is hardly known, and the word itself is: they never stand in each other's half.
-    return 1 << (_hash(word[:_START]) % _HALF + (_HALF if weights.found[side][word] < KNOWN else 0))
-
-
-def _hash(word: str) -> int:
-    # Python's own hash of a text differs from process to process.
-    return zlib.crc32(word.encode("utf-8", "surrogatepass"))
-
-
-def _count(words: Bits) -> npt.NDArray[np.int64]:
-    """Return how many bits are set in each row of some words of 64 bits."""
-    counts = np.zeros(len(words), dtype=np.int64)
-    for column in words.T:
-        # Sums of 2, 4 and 8 neighbouring bits, and then of all bytes.
-        bits = column - ((column >> np.uint64(1)) & _PAIRS)
-        bits = (bits & _FOURS) + ((bits >> np.uint64(2)) & _FOURS)
-        bits = (bits + (bits >> np.uint64(4))) & _BYTES
-        counts += ((bits * _ONES) >> np.uint64(56)).astype(np.int64)
-    return counts
-
-
-_PAIRS, _FOURS, _BYTES, _ONES = (np.uint64(int(byte * 8, 16)) for byte in ("55", "33", "0f", "01"))
