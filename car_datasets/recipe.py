@@ -273,9 +273,7 @@ class Recipe(Settings):
         shown="by procedure",
     )
     against: tuple[str, ...] = _setting(
-        (),
-        "Leave out rows that give away an item of this evaluation set, a file or Hub dataset. The option may be repeated.",
-        MARKS,
+        (), "Leave out rows that give away an item of this evaluation set, a file or Hub dataset; repeat it.", MARKS
     )
     keep: str | None = _setting(
         None, "Select the rows of this file, or those for which this boolean column is true, in any case.", MARKS
