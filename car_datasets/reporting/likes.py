@@ -249,10 +249,16 @@ def describe(by_groups: Mapping[str, ScoreByGroup]) -> list[str]:
             shares = (shares[group] for shares in (by_group.pool, by_group.best_tenth, by_group.selected))
             pool, best, selected = (f"{100 * share:.1f} %" for share in shares)
             sentences.append(
-                f"{group} ({name}) is all but lost: {pool} of the pool, {best} of its best tenth by score, {selected} of "
-                "the selection"
+                f"all but lost: {named_group(name, group)}, {pool} of the pool, {best} of its best tenth by score, "
+                f"and {selected} of the selection"
             )
     return sentences
+
+
+def named_group(name: str, group: str) -> str:
+    """Return a group and the name of its grouping in words, such as `rows of 15 to 46 tokens`."""
+    unit = name.removeprefix("length in ")
+    return f"{group} ({name})" if unit == name else f"rows of {group} {unit}"
 
 
 def lost_groups(by_group: ScoreByGroup) -> list[str]:

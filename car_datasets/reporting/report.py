@@ -32,6 +32,7 @@ from car_datasets.reporting.likes import (
     ScoreByGroup,
     describe,
     lost_groups,
+    named_group,
     plain_name,
     score_by_groups,
     shares_table,
@@ -345,13 +346,13 @@ class SelectionReport:
         """Return the gravest thing that is known of what the score prefers, without a full stop."""
         if not self.score_by:
             return "too few rows have a score to tell what it prefers"
-        lost = [f"{group} ({name})" for name, groups in self.score_by.items() for group in lost_groups(groups)]
+        lost = [named_group(name, group) for name, groups in self.score_by.items() for group in lost_groups(groups)]
         if lost:
             others = len(lost) - 2
             more = [f"{others} more {'group' if others == 1 else 'groups'}"] if others > 0 else []
             *first, last = [*lost[:2], *more]
             named = f"{', '.join(first)} and {last}" if first else last
-            return f"the score all but loses {named}: check that you can do without"
+            return f"the score all but loses {named}: check that you can do without them"
         length = self.score_length_correlation["spearman"]
         if abs(length) >= FOLLOWS:
             return f"the score follows the length of a row (Spearman {length:+.2f})"

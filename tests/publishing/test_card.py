@@ -122,7 +122,7 @@ def test_the_limits_say_what_the_score_likes() -> None:
     limits = " ".join(text.partition("## Limits")[2].split())
     assert "Kinds of answer.** They explain 9" in limits
     assert "code 25.0, 0.0 and 0.0 %; short facts 75.0, 100.0 and 100.0 %." in limits
-    assert "code (kind of answer) is all but lost: 25.0 % of the pool" in text
+    assert "all but lost: code (kind of answer), 25.0 % of the pool" in text
 
 
 def test_header_is_what_datasets_reads() -> None:

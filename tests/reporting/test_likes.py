@@ -67,7 +67,7 @@ def test_a_planted_kind_is_found_and_named(planted: SelectionReport) -> None:
     assert kinds.explained == pytest.approx(0.75, abs=0.03)
     assert planted.score_by["column source"].explained == pytest.approx(kinds.explained, abs=0.005)
     assert lost_groups(kinds) == ["code"] and lost_groups(planted.score_by["column source"]) == ["forum"]
-    said = "code (kind of answer) is all but lost: 25.0 % of the pool, 0.0 % of its best tenth by score, 0.0 % of the"
+    said = "all but lost: code (kind of answer), 25.0 % of the pool, 0.0 % of its best tenth by score, and 0.0 % of the"
     assert sum(sentence.startswith(said) for sentence in planted.sentences()) == 1
 
 
