@@ -225,7 +225,7 @@ def ready_to_select(recipe: Recipe, pool: Dataset, token: str | None = None) -> 
         pool = add_duplicates(recipe, pool, schema)
     if examples is None:
         return pool
-    embedder = embedder_of(recipe.embedding_column, recipe.embedder, recipe.template)
+    embedder = embedder_of(recipe)
     from_main(lambda: _refuse_other_embedder(pool, embedder))
     return add_like_ranks(pool, examples, embedder, recipe.names)
 

@@ -23,7 +23,7 @@ from car_datasets import __version__
 from car_datasets.loading.files import STANDARD_INPUT, is_address
 from car_datasets.loading.sources import Origin, Reading, source_numbers
 from car_datasets.loading.values import carried
-from car_datasets.scoring.named import read_name
+from car_datasets.scoring.named import ScorerName, read_name
 from car_datasets.selection.marks.exclusions import CONTAMINATED, DROPPED, DUPLICATE, KEEP, excluded_rows, pinned_values
 from car_datasets.utils import digests, revisions
 from car_datasets.utils.column_names import ColumnNames
@@ -143,7 +143,7 @@ class Receipt:
         others = [f"{n} = {v}" for n, v in self.recipe.items() if n not in told and n in usual and v != usual[n]]
         return {
             "dataset": f"{name}{part} ({_short(version)})",
-            "scorer": f"{self.scorer['model_id']} ({_short(self.scorer['revision'])})",
+            "scorer": f"{ScorerName.of_record(self.scorer)} ({_short(self.scorer['revision'])})",
             "embedder": f"{self.embedder['model_id']} ({_short(self.embedder['revision'])})",
             "settings": ", ".join(others) or "all defaults",
             "made by": f"car-datasets {self.versions.get('car-datasets', '')}",

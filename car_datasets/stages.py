@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -319,14 +319,17 @@ def embed_where_missing(dataset: Dataset, recipe: Recipe) -> Dataset:
     column = recipe.names.embedding
     if column in dataset.column_names:
         return dataset
-    embedder = embedder_of(column, recipe.embedder, recipe.template)
-    return run_stage(dataset, replace(embedder, schema=recipe.schema, columns=recipe.columns), "Embedding")
+    return run_stage(dataset, embedder_of(recipe), "Embedding")
 
 
-def embedder_of(column: str, embedder: str | None = None, template: str | None = None) -> TextEmbedder:
-    """Return the embedder of a dataset that was scored elsewhere; without arguments, as [`embed_where_missing`] says."""
+def embedder_of(recipe: Recipe) -> TextEmbedder:
+    """Return the embedder of a dataset that was scored elsewhere, with the defaults of [`embed_where_missing`]."""
     return TextEmbedder(
-        embedder or revisions.DEFAULT_ENCODER, template=template or CLEAN_TEMPLATE, output_column=column
+        recipe.embedder or revisions.DEFAULT_ENCODER,
+        template=recipe.template or CLEAN_TEMPLATE,
+        output_column=recipe.embedding_column,
+        schema=recipe.schema,
+        columns=recipe.columns,
     )
 
 

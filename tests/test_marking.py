@@ -191,7 +191,15 @@ def test_examples_are_embedded_by_the_model_of_the_pool(
         folder / "rows.jsonl", None, n1=5, scorer=tiny_iqs, embedder=tiny_embedder, k=4, keep_embeddings=True
     ).scored
     ready = Recipe(n1=5, like=str(folder / "like.jsonl"), embedder=tiny_embedder)
-    assert ready_to_select(ready, scored)["like_rank"][20] <= 2
+    ranks = ready_to_select(ready, scored)["like_rank"][:]
+    assert ranks[20] <= 2
+    named = {"instruction": "asked", "output": "said"}
+    examples = [json.loads(line) for line in (folder / "like.jsonl").read_text().splitlines()]
+    renamed = [{named.get(key, key): value for key, value in row.items()} for row in examples]
+    (tmp_path / "like.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    columns = {"instruction": "asked", "response": "said"}
+    changed = ready.changed(columns=columns, like=str(tmp_path / "like.jsonl"))
+    assert ready_to_select(changed, scored.rename_columns(named))["like_rank"][:] == ranks
     vectors = np.random.default_rng(0).normal(size=(len(scored), 32)).astype(np.float32)
     other = scored.remove_columns("embedding").add_column("embedding", vectors.tolist())
     with pytest.raises(ValueError, match=f"not those that {tiny_embedder} gives"):

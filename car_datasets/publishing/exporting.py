@@ -102,7 +102,8 @@ def export_selection(
     folder = user_path(folder)
     target = _target(folder, trainer, output, overwrite)
     info = target.parent / INFO_FILE if trainer == "llama-factory" else None
-    known = {} if info is None else _known_datasets(info)
+    name = re.sub(r"\W+", "_", target.stem if target.stem != "train" else folder.resolve().name)
+    known = {} if info is None else _known_datasets(info, name, target)
     source = open_selected(folder, trainer)
     layout = _LAYOUTS[trainer](source, target)
     made = not target.parent.exists()
@@ -115,7 +116,6 @@ def export_selection(
         raise
     stanza, step = layout.stanza, layout.next_step
     if info is not None:
-        name = re.sub(r"\W+", "_", target.stem if target.stem != "train" else folder.resolve().name)
         entry, step = {name: json.loads(stanza)}, step.replace("NAME", name)
         stanza = json.dumps(entry, indent=2, ensure_ascii=False)
         write_content(info, json.dumps({**known, **entry}, indent=2, ensure_ascii=False) + "\n")
@@ -143,13 +143,23 @@ def _target(folder: Path, trainer: str, output: str | os.PathLike[str] | None, o
     return target
 
 
-def _known_datasets(path: Path) -> dict[str, Any]:
-    """Return the entries of LLaMA-Factory's file in the folder, which are kept."""
+def _known_datasets(path: Path, name: str, target: Path) -> dict[str, Any]:
+    """Return the entries of LLaMA-Factory's file in the folder, which are kept.
+
+    Raises:
+        ValueError: the file cannot be read, or has an entry of this name for another file than the target.
+    """
     if not path.exists():
         return {}
     known = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(known, dict):
         raise ValueError(f"{path} is not a JSON object of datasets; mend it, or name another folder (--output).")
+    entry = known.get(name)
+    if entry is not None and (not isinstance(entry, dict) or entry.get("file_name") != target.name):
+        raise ValueError(
+            f"{path} has another dataset of the name {name!r}, whose entry would be lost. Name another file, whose name "
+            f"becomes that of the dataset (--output {target.with_stem(name + '-2')})."
+        )
     return known
 
 

@@ -1,7 +1,7 @@
 """Find the rows that are most similar to others: `Nearest`, batch by batch, and `nearest_rows` for a selection.
 
 Does: keep the best by cosine of a pool that is read in batches; tell them apart from the selected ones.
-Does not: use clusters or components but to look within a cluster, as the pool alone has to be enough.
+Does not: read a cluster model: the embeddings and clusters in the pool's columns are enough.
 """
 
 from __future__ import annotations
@@ -74,10 +74,16 @@ class Nearest(NamedTuple):
 
 
 def nearest_rows(overview: Overview, rows: Indices, count: int) -> tuple[list[list[Neighbour]], list[list[Neighbour]]]:
-    """Find the nearest rows of the cluster of every row, `count` each, and the nearest selected row.
+    """Find the rows that are nearest to each of some rows in its cluster, and the selected row that is nearest to it.
+
+    Args:
+        overview ([`Overview`]): of the pool and its selection.
+        rows (`(asked,)` int64): positions of the rows that are asked about.
+        count (`int`): neighbours in the cluster, 0 or more.
 
     Returns:
-        two lists with an entry per row: its neighbours, nearest first. Without embeddings all are empty.
+        `tuple[list[list[Neighbour]], list[list[Neighbour]]]`: for each row, its neighbours in the cluster, nearest first;
+        and for each row a list of the nearest selected row alone. The lists of a row without an embedding are empty.
     """
     # By cosine similarity and not by distance after PCA, which only the cluster model knows: the pool alone is enough.
     of_cluster, of_selection = Nearest.none(len(rows)), Nearest.none(len(rows))

@@ -115,7 +115,7 @@ def read_name(name: str) -> ScorerName:
             model.
 
     Raises:
-        ValueError: the name has no model, or an option that this kind does not know.
+        ValueError: the name has no model, an option that this kind does not know, or an option twice.
     """
     kind, colon, rest = name.partition(":")
     if not colon or kind not in SCORERS:
@@ -127,6 +127,8 @@ def read_name(name: str) -> ScorerName:
     known = SCORERS[kind].options
     if unknown := [option for option, _ in options if option not in known]:
         raise ValueError(f"{name!r} has the option {unknown[0]!r}; a scorer of the kind {kind!r} takes {list(known)}.")
+    if len(dict(options)) < len(options):
+        raise ValueError(f"{name!r} gives an option twice; leave one of them out.")
     return ScorerName(kind, model, options)
 
 
@@ -135,9 +137,18 @@ def moved(name: str, place: str) -> str:
 
     Args:
         name (`str`): the name in a recipe, whose kind and options stay.
-        place (`str`): a folder or Hub id, or a name that holds one.
+        place (`str`): a folder or Hub id; or a name that holds one, of the same kind and with the same options, or none.
+
+    Raises:
+        ValueError: the place is a name of another kind, or with other options.
     """
-    return str(read_name(name)._replace(model=read_name(place).model))
+    old, new = read_name(name), read_name(place)
+    if new.kind not in (IQS, old.kind) or new.options not in ((), old.options):
+        raise ValueError(
+            f"scorer={place!r} is of another kind, or has other options, than {name!r}, by which the rows were scored. "
+            "Pass the folder of the model alone."
+        )
+    return str(old._replace(model=new.model))
 
 
 def find_scorer(name: str, token: str | None = None, **settings: Any) -> Any:

@@ -43,7 +43,7 @@ class Room:
         self.taken: list[int] = []  # in the order of taking, pinned rows first
         # Numbers of Python, since the loops over rows read one at a time.
         self._costs, self._strata = self.costs.tolist(), self.strata.tolist()
-        self._swapped: list[int] = []
+        self._swapped: list[int] = []  # taken in a swap, and never given back, so that swapping ends
         self.pinned = [] if limits.pinned is None else np.flatnonzero(limits.pinned).tolist()
         for row in self.pinned:
             self.take(row)

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 Counts = npt.NDArray[np.int64]
 NO_VALUE = "null"  # the stratum of rows whose value is null
 MOST_STRATA = 10_000  # values of a column; one with more names rows, and not groups of them
-
-FEW_ROWS, OWN_VALUE = (
-    20,
-    0.9,
-)  # rows, and the share of them with a value of their own, from which on it is such a column
+# A column names rows if it has more values than this share of the rows, in a dataset of so many rows or more.
+OWN_VALUE, FEW_ROWS = 0.9, 20
 
 
 class Shares(NamedTuple):

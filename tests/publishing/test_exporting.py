@@ -321,6 +321,11 @@ def test_nothing_is_overwritten_and_other_datasets_stay(result_of: Any, tmp_path
     with pytest.raises(ValueError, match=r"is there already; .*--overwrite"):
         export_selection(folder, "llama-factory", place)
     export_selection(folder, "llama-factory", place, overwrite=True)
+    known = {"rows": {"file_name": "theirs.json"}}
+    (place / INFO_FILE).write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"another dataset of the name 'rows'.*--output .*rows-2\.jsonl"):
+        export_selection(folder, "llama-factory", place, overwrite=True)
+    assert json.loads((place / INFO_FILE).read_text()) == known
     for trainer, output, message in (
         ("unsloth", None, "choose one of trl, llama-factory, axolotl, openai, alpaca"),
         ("trl", place / "rows.json", r"reads \.jsonl files"),

@@ -28,7 +28,7 @@ from car_datasets.cli import app
 from car_datasets.curation import made_by
 from car_datasets.publishing.card import Target, render_section
 from car_datasets.publishing.rescoring import Difference, Rescoring
-from car_datasets.scoring.named import SCORERS, find_scorer, read_name, settings_of
+from car_datasets.scoring.named import SCORERS, find_scorer, moved, read_name, settings_of
 from tests.conftest import WORDS
 from tests.scoring.tiny_models import save_classifier
 from tests.test_recipe import short_rows
@@ -50,6 +50,17 @@ def test_a_name_gives_a_scorer_of_its_kind(
         assert type(find_scorer(name, on_invalid="mark")) is kind
     with pytest.raises(ValueError, match="write ifd:MODEL"):
         find_scorer("ifd:")
+    with pytest.raises(ValueError, match="gives an option twice"):
+        read_name("reward:o/m,labels=good,labels=bad")
+
+
+def test_a_moved_model_keeps_its_kind_and_options() -> None:
+    name = "reward:o/m,labels=good"
+    for place in ("here", "reward:here", "reward:here,labels=good"):
+        assert moved(name, place) == "reward:here,labels=good"
+    for place in ("ifd:here", "reward:here,labels=bad"):
+        with pytest.raises(ValueError, match="Pass the folder of the model alone"):
+            moved(name, place)
 
 
 def test_several_are_compared_in_the_same_tables(

@@ -268,7 +268,7 @@ def _near(
 
 
 def _together(parts: Iterable[Pairs]) -> Iterator[Pairs]:
-    """Yield pairs of rows, `TOGETHER` or more at a time but for the last."""
+    """Yield the same pairs in larger parts, each of `TOGETHER` pairs or more, except for the last."""
     waiting: list[Pairs] = []
     for pairs in parts:
         waiting.append(pairs)
@@ -280,7 +280,8 @@ def _together(parts: Iterable[Pairs]) -> Iterator[Pairs]:
 
 
 def _ahead(parts: Iterator[Pairs]) -> Iterator[Pairs]:
-    """Yield the same, each next part computed while the caller works on the last: products leave Python free."""
+    """Yield the same parts, computing the next one in a thread while the caller works on the last."""
+    # A thread is enough: NumPy releases the interpreter lock during the matrix products that find the pairs.
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, parts, None)
         while (pairs := coming.result()) is not None:

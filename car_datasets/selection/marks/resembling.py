@@ -59,7 +59,9 @@ def resembling_rows(old: Dataset, new: Dataset, schema: Schema) -> npt.NDArray[n
         ids = [numbers.setdefault(word, len(numbers) + 1) for word in words]
         known.append(_grams(np.array(ids, dtype=np.uint64), codes[0]))
     grams = np.unique(np.concatenate([*known, np.zeros(0, dtype=np.uint64)]))
-    rows = []
+    rows: list[int] = []
+    if len(grams) == 0:  # no new row has words
+        return np.array(rows, dtype=np.int64)
     for row, words in enumerate(_words(old, schema)):
         found = _grams(np.array([numbers.get(word, 0) for word in words], dtype=np.uint64), codes[0])
         at = np.searchsorted(grams, found)
@@ -188,7 +190,7 @@ def _bit_of(weights: Weights, side: int, word: str) -> int:
     """Return a number with the bit of a word, 0 for one that says little."""
     if weights.of_word(side, word) < CONTENT:
         return 0
-    # A misspelling is hardly known, and the word itself is: they never stand in each other's half.
+    # A misspelling is hardly known and the word itself is known, so their bits are in different halves.
     return 1 << (_hash(word[:_START]) % _HALF + (_HALF if weights.found[side][word] < KNOWN else 0))
 
 

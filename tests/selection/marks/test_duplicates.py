@@ -10,6 +10,8 @@ import pytest
 from datasets import Dataset
 
 from car_datasets import ColumnNames, TextEmbedder, duplicate_losses, mark_duplicates
+from car_datasets.loading.schemas import SCHEMAS
+from car_datasets.selection.marks.resembling import resembling_rows
 from tests.selection.marks.planted import LEARN, TEST, Half, Row, edited, templated, word_vectors
 
 LONG = "Bake it for forty minutes in a hot oven, let it cool on a rack, and serve it with cream, sugar and a cup of strong tea."
@@ -158,6 +160,13 @@ def test_planted_copies_are_found(half: Half, sample_rows: list[Row]) -> None:
     rows, copied = planted(half, sample_rows)
     dataset = Dataset.from_list(rows).add_column("embedding", word_vectors(rows).tolist())
     check_planted(marked(dataset), copied)
+
+
+def test_new_rows_without_words_resemble_no_old_row() -> None:
+    old = Dataset.from_list([{"instruction": "Name a tall old tree", "input": "", "output": "It is the oak"}])
+    new = Dataset.from_list([{"instruction": "???", "input": "", "output": "!!!"}])
+    assert resembling_rows(old, new, SCHEMAS["alpaca"]).tolist() == []
+    assert resembling_rows(old, old, SCHEMAS["alpaca"]).tolist() == [0]
 
 
 @pytest.mark.slow
