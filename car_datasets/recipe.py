@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from car_datasets.loading.languages import CHOICES, LANGUAGE_COLUMN
 from car_datasets.loading.schemas import ROLE_NAMES, SCHEMAS, as_column_names
 from car_datasets.loading.templates import TEMPLATES
-from car_datasets.scoring.named import IQS, SCORERS, read_name
+from car_datasets.scoring.named import IQS, SCORERS, read_name, refuse_judge
 from car_datasets.utils import revisions
 from car_datasets.utils.column_names import ColumnNames
 from car_datasets.utils.digests import public
@@ -340,6 +340,7 @@ class Recipe(Settings):
     def _check_scorer(self) -> None:
         """Take the columns of another kind of scorer; raise ValueError for an option that only an IQS model has."""
         name = read_name(self.scorer)
+        refuse_judge(name)
         object.__setattr__(self, "scorer", str(name))
         if name.kind == IQS:
             return

@@ -112,10 +112,15 @@ def judge(
     status = ColumnNames(score=scorer.output_column).status
     counts = Counter(str(found).partition(": ")[0] for found in judged[status])
     tell(f"{len(judged):,} rows are in {output}: {', '.join(f'{n:,} {found}' for found, n in counts.most_common())}.")
-    spent = scorer.spent()
-    cost = "" if prices is None else f", which cost {spent.cost:,.4g}"
-    echo(f"{scorer.cache_file} has recorded {spent.calls:,} calls of {spent.tokens:,} tokens{cost}.")
+    say_spent(scorer)
     suggest(after_judge(output, scorer.output_column, judged.column_names, changes))
+
+
+def say_spent(scorer: JudgeScorer) -> None:
+    """Print what the calls of a judge have cost, those of earlier runs included."""
+    spent = scorer.spent()
+    cost = "" if scorer.prices is None else f", which cost {spent.cost:,.4g}"
+    echo(f"{scorer.cache_file} has recorded {spent.calls:,} calls of {spent.tokens:,} tokens{cost}.")
 
 
 def _judge(source: str, recipe: Recipe, scorer: JudgeScorer, shards: str | None, token: str | None) -> Dataset:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from car_datasets.cli.printing import Step
 from car_datasets.recipe import Recipe
+from car_datasets.scoring.named import JUDGE, read_name
 from car_datasets.utils.files import data_folder, sample_file, user_path
 from car_datasets.utils.settings import CONFIG_NAME, SPLIT
 
@@ -290,12 +291,21 @@ def after_train(output: str, valid: str, valid_ratings: str | None) -> list[Step
 
 
 def after_scorer(*models: str | Path, tokenizer: str | None = None) -> Step:
-    """Return the commands that curate a dataset by a scorer, or by one of several."""
+    """Return the commands that curate a dataset by a scorer, or by one of several; a judge has a command of its own."""
     given = [] if tokenizer is None else ["--tokenizer", tokenizer]
-    words = ["curate", ANY_SOURCE, "--output", fresh(Path("curated")), "--scorer"]
-    which = "Curate by it" if len(models) == 1 else "Curate by one of them"
-    lines = tuple(command(*words, model, *given) for model in models)
-    return Step(f"{which}, with your dataset as SOURCE:", lines)
+    lines, verbs = [], list[str]()
+    words: list[Any]
+    for model in models:
+        name = read_name(str(model))
+        if name.kind == JUDGE:
+            options = [word for option, value in name.options for word in (f"--{option.replace('_', '-')}", value)]
+            words = ["judge", ANY_SOURCE, "--output", fresh(Path("judged.parquet")), "--model", name.model, *options]
+        else:
+            words = ["curate", ANY_SOURCE, "--output", fresh(Path("curated")), "--scorer", model, *given]
+        lines.append(command(*words))
+        verbs.append("judge" if name.kind == JUDGE else "curate")
+    which = " or ".join(dict.fromkeys(verbs)).capitalize() + (" by it" if len(models) == 1 else " by one of them")
+    return Step(f"{which}, with your dataset as SOURCE:", tuple(lines))
 
 
 def after_quantise(source: str, output: Path, changes: Mapping[str, Any]) -> list[Step]:

@@ -27,7 +27,7 @@ from car_datasets.cli.app import (
 from car_datasets.cli.next_steps import after_prepare, after_quantise, after_scorer, after_train
 from car_datasets.cli.printing import print_table, suggest, tell
 from car_datasets.recipe import SCORING, Recipe
-from car_datasets.scoring.named import IQS, read_name
+from car_datasets.scoring.named import IQS, JUDGE, ScorerName, read_name
 from car_datasets.utils.files import claimed, fresh_folder, output_path, take_claim, without_nan, write_content
 from car_datasets.utils.processes import launched_rank
 from car_datasets.utils.settings import BOOTSTRAP_SAMPLES, read_kind
@@ -160,8 +160,8 @@ def train(
     ),
     corruptions=option(
         bool | None,
-        "Of several scorers, also score corrupted copies of the rows, which takes twelve times as long.  [default: with "
-        "--pairs]",
+        "Of several scorers, also score corrupted copies of the rows, which takes twelve times as long, and twelve times "
+        "the calls of a judge.  [default: with --pairs, unless there is a judge]",
         None,
         "--corruptions/--no-corruptions",
     ),
@@ -176,7 +176,8 @@ def evaluate(
             metavar="MODEL",
             help="Evaluate this IQS model, a Hub id or folder; car-datasets/iqs-minilm is included. Several, or others as "
             "reward:MODEL, ifd:MODEL or perplexity:MODEL, are compared in the same tables. Options of such a scorer follow "
-            "the model, as in reward:MODEL,labels=softmax(good).",
+            "the model, as in reward:MODEL,labels=softmax(good). A judge is judge:MODEL,base_url=URL, with options of "
+            "car-datasets judge such as rubric=FILE or max_tokens=500000.",
         ),
     ],
     changes: dict[str, Any],
@@ -265,6 +266,7 @@ def _compare(
     options: Mapping[str, Any],
 ) -> None:
     """Print several scorers, or one that is no IQS model, in the same tables."""
+    from car_datasets.cli.judging import say_spent
     from car_datasets.scoring.named import find_scorer
     from car_datasets.training.comparison import Judge, compare_scorers
     from car_datasets.training.pairs import read_pairs
@@ -279,13 +281,18 @@ def _compare(
     _refuse_missing(options, None)
     _refuse_json(json_, models)
     pairs = [] if options["pairs"] is None else read_pairs(options["pairs"])
-    corruptions = bool(pairs) if options["corruptions"] is None else options["corruptions"]
+    names = [read_name(model) for model in models]
+    judges = [model for model, name in zip(models, names, strict=True) if name.kind == JUDGE]
+    # Each copy is a call of a judge, so copies must be asked for.
+    corruptions = bool(pairs) and not judges if options["corruptions"] is None else options["corruptions"]
     ratings = None if options["ratings"] is None else read_ratings(options["ratings"])
     # A row that cannot be scored is counted, and left out for all.
-    found = {name: find_scorer(name, options["token"], on_invalid="mark") for name in models}
+    marks = {model: {"on_failure": "mark"} if model in judges else {} for model in models}
+    found = {model: find_scorer(model, options["token"], on_invalid="mark", **marks[model]) for model in models}
+    shown = _shown(models, names)
     drawing = {name: options[name] for name in ("samples", "seed") if options[name] is not None}
     compared = compare_scorers(
-        {name: Judge(scorer, scorer.output_column) for name, scorer in found.items()},
+        {shown[model]: Judge(scorer, scorer.output_column) for model, scorer in found.items()},
         ratings=ratings,
         pairs=pairs,
         corruptions=corruptions,
@@ -295,7 +302,20 @@ def _compare(
         print_table(table)
     if json_ is not None:
         write_content(json_, compared.to_json() + "\n")
+    for model in judges:
+        say_spent(found[model])
     suggest([after_scorer(*models)])
+
+
+def _shown(models: Sequence[str], names: Sequence[ScorerName]) -> dict[str, str]:
+    """Return what tables call each scorer: of a judge, only the options that tell it from the others, if that is enough."""
+    short = [
+        str(name._replace(options=tuple(option for option in name.options if option[0] == "rubric")))
+        if name.kind == JUDGE
+        else model
+        for model, name in zip(models, names, strict=True)
+    ]
+    return {model: each if short.count(each) == 1 else model for model, each in zip(models, short, strict=True)}
 
 
 ALONE = ("other_ratings", "former", "revision", "engine")  # options of `evaluate` for one IQS model

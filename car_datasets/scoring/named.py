@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     Scorer = QualityScorer | ConversationScorer  # what `curate` can score by
 
-IQS = "iqs"
+IQS, JUDGE = "iqs", "judge"
 
 
 class ScorerKind(NamedTuple):
@@ -66,6 +67,23 @@ SCORERS: dict[str, ScorerKind] = {
         "perplexity",
         ("given", "max_tokens"),
     ),
+    JUDGE: ScorerKind(
+        "car_datasets.scoring.judges.judge:JudgeScorer",
+        "judge_score",
+        "The score is what this language model says of a row by a rubric.",
+        options=(
+            *("base_url", "rubric", "key_variable", "max_tokens", "max_cost", "prices", "answer_tokens"),
+            *("concurrency", "timeout", "retries", "cache"),
+        ),
+    ),
+}
+# Options that are not texts, and what each is in words.
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    **dict.fromkeys(("max_tokens", "answer_tokens"), (int, "a number of tokens")),
+    **dict.fromkeys(("concurrency", "retries"), (int, "an integer")),
+    "max_cost": (float, "a number, in the currency of prices"),
+    "timeout": (float, "a number of seconds"),
+    "prices": (lambda text: tuple(map(float, text.split(","))), "two numbers, as in prices=0.15,0.6"),
 }
 _NEXT_OPTION = re.compile(r",\s*(?=\w+=)")  # a label may hold commas, but hardly one that `word=` follows
 
@@ -112,7 +130,7 @@ def read_name(name: str) -> ScorerName:
 
     Args:
         name (`str`): a key of [`SCORERS`], a colon, a model and its options, separated by commas; a model alone is an IQS
-            model.
+            model. A recipe refuses a judge, as [`refuse_judge`] says.
 
     Raises:
         ValueError: the name has no model, an option that this kind does not know, or an option twice.
@@ -126,9 +144,11 @@ def read_name(name: str) -> ScorerName:
     options = tuple((option, value) for option, _, value in (each.partition("=") for each in given))
     known = SCORERS[kind].options
     if unknown := [option for option, _ in options if option not in known]:
-        raise ValueError(f"{name!r} has the option {unknown[0]!r}; a scorer of the kind {kind!r} takes {list(known)}.")
+        # Without the values, of which one may be a key by mistake.
+        shown = f"{kind}:{model}"
+        raise ValueError(f"{shown!r} has the option {unknown[0]!r}; a scorer of the kind {kind!r} takes {list(known)}.")
     if len(dict(options)) < len(options):
-        raise ValueError(f"{name!r} gives an option twice; leave one of them out.")
+        raise ValueError(f"{kind}:{model} has an option twice; leave one of them out.")
     return ScorerName(kind, model, options)
 
 
@@ -166,17 +186,39 @@ def find_scorer(name: str, token: str | None = None, **settings: Any) -> Any:
         ValueError: the name has no model, or the model is not of this kind.
     """
     kind, model, options = read_name(name)
-    given: dict[str, Any] = dict(options)
-    if "max_tokens" in given:
-        if not given["max_tokens"].isdecimal():
-            raise ValueError(f"{name!r}: max_tokens={given['max_tokens']!r} must be a number of tokens.")
-        given["max_tokens"] = int(given["max_tokens"])
-    return _class_of(kind)(model, token=token, **given, **settings)
+    given = {option: _value(name, option, text) for option, text in options}
+    if kind != JUDGE:
+        return _class_of(kind)(model, token=token, **given, **settings)
+    if "base_url" not in given:
+        raise ValueError(
+            f"{name!r} names no server; write judge:{model},base_url=http://localhost:8000/v1, for example."
+        )
+    return _class_of(kind)(model=model, **given, **settings)
+
+
+def _value(name: str, option: str, text: str) -> Any:
+    """Return the value of an option in the type of the scorer's field."""
+    read, what = _READERS.get(option, (str, "a text"))
+    try:
+        return read(text)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {option}={text!r} must be {what}.") from error
 
 
 def _class_of(kind: str) -> Any:
     module, _, name = SCORERS[kind].stage.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def refuse_judge(name: ScorerName) -> None:
+    """Raise ValueError for a judge, which `curate` does not ask: the message names the commands that select by one."""
+    if name.kind == JUDGE:
+        raise ValueError(
+            f"scorer='judge:{name.model}' is a judge, whose answers are paid for in a step of its own: `car-datasets judge "
+            f"SOURCE --output judged.parquet --base-url URL --model {name.model}`, then `car-datasets cluster "
+            "judged.parquet --output clustered.parquet` and `car-datasets select clustered.parquet --output "
+            "selected.parquet --score-column judge_score`."
+        )
 
 
 def refuse_raw_numbers(score_column: str, columns: Collection[str]) -> None:
@@ -200,17 +242,18 @@ def settings_of(stage: Any, known: Collection[str]) -> dict[str, Any]:
     """Return the settings of a recipe that make a scorer like a given one: model, column, and what is not the default.
 
     Args:
-        stage: a scorer of one of [`SCORERS`], such as `RewardScorer("OWNER/MODEL")`.
+        stage: a scorer of one of [`SCORERS`] but a judge, such as `RewardScorer("OWNER/MODEL")`.
         known (`Collection[str]`): the names of all settings.
 
     Raises:
         ValueError: it is no such scorer.
     """
-    kind = next((each for each in SCORERS if type(stage) is _class_of(each)), None)
+    kinds = [each for each in SCORERS if each != JUDGE]
+    kind = next((each for each in kinds if type(stage) is _class_of(each)), None)
     if kind is None:
         raise ValueError(
             f"scorer is a {type(stage).__name__}; pass the name of a model, as scorer='reward:OWNER/MODEL', or a scorer of "
-            f"one of the kinds {list(SCORERS)}. Select by the column that any other stage has added: cluster the rows, "
+            f"one of the kinds {kinds}. Select by the column that any other stage has added: cluster the rows, "
             "then select_car(rows, score_column=...), or `car-datasets select` with --score-column."
         )
     values = {each.name: getattr(stage, each.name) for each in fields(stage) if each.init}

@@ -174,7 +174,7 @@ def compare_scorers(
         ratings ([`Ratings`], *optional*): rows and their ratings, as read by `read_ratings`.
         pairs (`Sequence[Pair]`, *optional*): worse and better answers, as read by `read_pairs`.
         corruptions (`bool`): also score a corrupted copy of every row for each kind of corruption and change of style,
-            which takes some twelve times as long as the rows alone.
+            which takes some twelve times as long as the rows alone, and a `JudgeScorer` a call for each copy.
         samples (`int`): bootstrap samples for each interval; questions and pairs are drawn, not rows.
         seed (`int`): seed of bootstrap, chance, corruptions and changes of style.
 

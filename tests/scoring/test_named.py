@@ -50,7 +50,7 @@ def test_a_name_gives_a_scorer_of_its_kind(
         assert type(find_scorer(name, on_invalid="mark")) is kind
     with pytest.raises(ValueError, match="write ifd:MODEL"):
         find_scorer("ifd:")
-    with pytest.raises(ValueError, match="gives an option twice"):
+    with pytest.raises(ValueError, match="has an option twice"):
         read_name("reward:o/m,labels=good,labels=bad")
 
 

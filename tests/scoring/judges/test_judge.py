@@ -400,3 +400,63 @@ def test_two_processes_that_are_killed_at_any_time_share_a_cap(server: JudgeServ
     assert 0 < server.answered * TOKENS <= 60_000
     found = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert sum(value is not None for value in found) == kept(tmp_path) <= server.answered
+
+
+def test_a_judge_is_compared_with_other_scorers_within_its_cap(
+    server: JudgeServer, tiny_iqs: str, tmp_path: Path
+) -> None:
+    rated = [
+        {
+            "instruction": f"Name the colour {i}",
+            "input": "",
+            "output": "It is" + " blue" * (1 + i % 4),
+            "soundness": 2 + 7 * (i % 2),
+            "worth": 1 + i % 9,
+            "fault": "none" if i % 2 else "wrong",
+        }
+        for i in range(20)
+    ]
+    (tmp_path / "rated.jsonl").write_text("\n".join(map(json.dumps, rated)))
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({"prompt": "Name a tide.", "chosen": "It is the spring tide.", "rejected": "No."})
+    )
+    files = ["--ratings", str(tmp_path / "rated.jsonl"), "--pairs", str(tmp_path / "pairs.jsonl"), "--samples", "2"]
+    cache, cap = tmp_path / "judge.sqlite", 6_500
+
+    def compared(name: str, *options: str, run: int) -> dict[str, Any]:
+        place = tmp_path / f"{run}.json"
+        done = CliRunner().invoke(app, ["evaluate", tiny_iqs, name, *files, "--json", str(place), *options])
+        assert done.exit_code == 0, done.output
+        assert f"{cache} has recorded {len(server.requests)} calls" in " ".join(done.output.replace("\n", "").split())
+        assert "car-datasets judge SOURCE --output judged.parquet --model judge-1" in done.output
+        found: dict[str, Any] = json.loads(place.read_text())
+        return found
+
+    name = f"judge:{MODEL},base_url={server.url},rubric=soundness_worth,cache={cache},retries=0"
+    shown = f"judge:{MODEL},rubric=soundness_worth"
+    first = compared(f"{name},max_tokens={cap}", run=1)
+    asked = len(server.requests)
+    assert 2 <= asked < 22 and judge(server, tmp_path).spent().tokens == asked * TOKENS <= cap
+    assert list(first["scorers"]) == [tiny_iqs, shown] and first["scorers"][shown]["unscored"] == 22 - asked
+    assert first["rows"] + 2 * first["pairs"] <= asked and first["scorers"][tiny_iqs]["unscored"] == 0
+    # A higher cap pays for the rows that are left, and for none twice; copies are not sent.
+    for run in (2, 3):
+        found = compared(f"{name},max_tokens=1000000", run=run)
+        assert (found["rows"], found["pairs"], found["corruptions"]) == (20, 1, {})
+        assert found["scorers"][shown]["unscored"] == 0 and len(set(server.rows())) == len(server.requests) == 22
+    assert set(found["between"]) >= {f"{tiny_iqs}, {shown}", f"{shown}, length"}
+    # The command `judge` and this one share their answers.
+    assert judge(server, tmp_path)(Dataset.from_list(rated[:3])[:])["judge_status"] == ["ok"] * 3
+    assert len(server.requests) == 22
+    assert compared(name, "--corruptions", run=4)["corruptions"] and len(server.requests) > 100
+    for wrong, message in (
+        (f"judge:{MODEL}", "names no server; write judge:judge-1,base_url="),
+        (f"{name},timeout=soon", "timeout='soon' must be a number of seconds"),
+        (f"judge:{MODEL},api_key={KEY}", "has the option 'api_key'"),
+    ):
+        failed = CliRunner().invoke(app, ["evaluate", wrong, *files])
+        assert failed.exit_code == 2 and message in failed.stderr and KEY not in failed.stderr, failed.stderr
+    refused = CliRunner().invoke(
+        app, ["curate", str(tmp_path / "rated.jsonl"), "-o", str(tmp_path / "o"), "--scorer", name]
+    )
+    assert refused.exit_code == 2 and "`car-datasets cluster judged.parquet --output" in refused.stderr, refused.stderr
