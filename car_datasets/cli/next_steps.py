@@ -221,7 +221,7 @@ def after_push(repo: str, commit: str, split: str = SPLIT, config_name: str = CO
     """Return the lines that load what was pushed.
 
     Args:
-        repo (`str`): the dataset repository.
+        repo (`str`): the dataset repository, `"owner/name"`, because `load_dataset` takes no address of a page.
         commit (`str`): the commit of the push.
         split, config_name (`str`): where the selected rows are.
     """

@@ -70,7 +70,9 @@ def push(
     private = not options.pop("public")
     pushed = push_selection(folder, repo, also=names, private=private, **options)
     tell(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
-    suggest(after_push(*pushed, options["split"], options["config_name"]))
+    if options["check"]:
+        tell("Read back from there, every row equals the one that was pushed.")
+    suggest(after_push(repo, pushed[1], options["split"], options["config_name"]))
 
 
 @app.command(rich_help_panel=PUBLISHING, epilog="Example: car-datasets verify out --source alpaca_data.json")

@@ -135,7 +135,9 @@ def _push(folder: Path, repo: str, private: bool, check: bool, token: str | None
 
     pushed = from_main(lambda: push_selection(folder, repo, private=private, check=check, token=token))
     tell(f"Pushed to {pushed[0]}, commit {pushed[1]}.")
-    suggest(after_push(*pushed))
+    if check:
+        tell("Read back from there, every row equals the one that was pushed.")
+    suggest(after_push(repo, pushed[1]))
 
 
 @app.command(rich_help_panel=ENTIRE, epilog="Example: car-datasets demo --output demo")

@@ -198,7 +198,9 @@ def test_commands_on_a_result_suggest_what_comes_next(
     assert parsed(rescore)[1]["source"] == "rows.json"
     assert "out/report.html" in run("explain", "out", 0).stderr
     assert suggested(run("explain", "out", "--explain-all")) == []
-    monkeypatch.setattr("car_datasets.publishing.push.push_selection", lambda *_, **__: ("me/x", "abc"))
+    monkeypatch.setattr(
+        "car_datasets.publishing.push.push_selection", lambda *_, **__: ("https://hub/datasets/me/x", "abc")
+    )
     assert (
         "load_dataset('me/x', 'small', split='selected', revision='abc')"
         in suggested(run("push", "out", "me/x", "--config-name", "small"))[1]

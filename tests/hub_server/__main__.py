@@ -1,4 +1,16 @@
-"""Serve until the standard input ends: `python -m tests.hub_server [PORT]`. The first line on stdout is the address."""
+"""Serve until the standard input ends: `python -m tests.hub_server [PORT]`. The first line on stdout is the address.
+
+To try a command against it by hand, start it in one terminal, from the root of the repository, and set in another:
+
+```sh
+export HF_ENDPOINT=http://127.0.0.1:8765  # the address that was printed; here with 8765 as PORT
+export HF_TOKEN=hf_me_writes              # the user `me`, who may write to me/NAME; `Hub` has the other tokens
+export HF_HUB_DISABLE_XET=1               # this server has no Xet storage: without this, every push ends with 404
+export HF_HOME=$(mktemp -d)               # so that nothing gets into your own cache
+```
+
+The server forgets everything when it ends.
+"""
 
 from __future__ import annotations
 
