@@ -151,7 +151,7 @@ def position_of(overview: Overview, row: int | str) -> int:
     if len(matches) == 0 or isinstance(row, bool):  # True == 1 in Python
         raise ValueError(
             f"row={row!r} is not in the pool's column {overview.names.index!r}, which starts with "
-            f"{overview.ids[:3].to_pylist()}."
+            f"{overview.ids[:3].to_pylist()} and ends with {overview.ids[-1].as_py()!r}."
         )
     return int(matches[0])
 
