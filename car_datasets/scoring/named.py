@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from car_datasets.utils.column_names import ColumnNames, further_column
@@ -115,9 +116,11 @@ def read_name(name: str) -> ScorerName:
             model.
 
     Raises:
-        ValueError: the name has no model, or an option that this kind does not know.
+        ValueError: the name has an unknown kind, no model, or an option that this kind does not know.
     """
     kind, colon, rest = name.partition(":")
+    if kind.isalpha() and len(kind) > 1 and colon and kind not in SCORERS and not Path(name).exists():
+        raise ValueError(f"{name!r} has the kind {kind!r}; write one of {list(SCORERS)} before the colon.")
     if not colon or kind not in SCORERS:
         return ScorerName(IQS, name)
     model, *given = [rest] if kind == IQS else _NEXT_OPTION.split(rest)
@@ -135,9 +138,17 @@ def moved(name: str, place: str) -> str:
 
     Args:
         name (`str`): the name in a recipe, whose kind and options stay.
-        place (`str`): a folder or Hub id, or a name that holds one.
+        place (`str`): a folder or Hub id, or a name of the same kind that holds one.
+
+    Raises:
+        ValueError: `place` names another kind.
     """
-    return str(read_name(name)._replace(model=read_name(place).model))
+    was, new = read_name(name), read_name(place)
+    if new.kind not in (IQS, was.kind):
+        raise ValueError(
+            f"scorer={place!r} is of the kind {new.kind!r}, and this result was scored by {name!r}. Pass {new.model!r}."
+        )
+    return str(was._replace(model=new.model))
 
 
 def find_scorer(name: str, token: str | None = None, **settings: Any) -> Any:
