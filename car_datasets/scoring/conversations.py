@@ -464,15 +464,16 @@ def load_hub_model(kind: str, model_id: str, revision: str, dtype: str, device: 
             local_files_only=True,
             output_loading_info=True,
         )
-        _refuse_random_weights(folder, info, kind)
         model.config.use_cache = False
-        return HubModel(model.eval().to(device), device)
+    _refuse_random_weights(folder, info, kind)  # outside of the block, which would cut the message short
+    return HubModel(model.eval().to(device), device)
 
 
 def _refuse_random_weights(folder: Path, info: Mapping[str, Any], kind: str) -> None:
     missing = sorted(map(str, info["missing_keys"]))
     if missing:
         raise ValueError(
-            f"{folder} has no weights for {missing[:5]}, which would be drawn at random: it is no model of the class "
-            f"{kind}"
+            f"{folder} is no model of transformers' class {kind}, which this scorer loads: it has no weights for "
+            f"{missing[:3]}, and these would be drawn at random. Name the scorer that fits the model, reward:MODEL for a "
+            "sequence classifier, and ifd:MODEL or perplexity:MODEL for a causal language model, or pass another model."
         )

@@ -334,6 +334,8 @@ def read_scorer_config(model_id: str, revision: str, tokenizer: str | None, toke
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, IQSConfig):
         raise ValueError(
-            f"model_id={model_id!r} is a {config.model_type!r} model, not an IQS model ({IQSConfig.model_type!r})."
+            f"model_id={model_id!r} is a {config.model_type!r} model, not an IQS model ({IQSConfig.model_type!r}). To score "
+            "by it all the same, write its kind before it: reward:MODEL for a sequence classifier, ifd:MODEL or "
+            "perplexity:MODEL for a causal language model."
         )
     return config

@@ -10,6 +10,7 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from car_datasets.utils.column_names import ColumnNames, further_column
@@ -133,9 +134,11 @@ def read_name(name: str) -> ScorerName:
             model. A recipe refuses a judge, as [`refuse_judge`] says.
 
     Raises:
-        ValueError: the name has no model, an option that this kind does not know, or an option twice.
+        ValueError: the name has an unknown kind, no model, an option that this kind does not know, or an option twice.
     """
     kind, colon, rest = name.partition(":")
+    if kind.isalpha() and len(kind) > 1 and colon and kind not in SCORERS and not Path(name).exists():
+        raise ValueError(f"{name!r} has the kind {kind!r}; write one of {list(SCORERS)} before the colon.")
     if not colon or kind not in SCORERS:
         return ScorerName(IQS, name)
     model, *given = [rest] if kind == IQS else _NEXT_OPTION.split(rest)

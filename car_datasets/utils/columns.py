@@ -302,16 +302,16 @@ def check_columns(existing: Sequence[str], needed: Sequence[str], new: Sequence[
             "curate or select_car returned."
         )
     if missing:
+        scores = [repr(c) for c in existing if c.endswith("_score") and missing[0].endswith("_score")]
         raise ValueError(
             f"The dataset has no column {missing}; it has {list(existing)}. Run the stage that adds it, or name yours: "
-            "score_column=..., cluster_column=..."
+            f"score_column={scores[0] if len(scores) == 1 else '...'}, cluster_column=..."
         )
     taken = [c for c in new if c in existing]
     if taken:
         raise ValueError(
             f"The dataset already has the column(s) {taken} of an earlier selection, which would be overwritten. "
-            f"Keep them under other names: dataset.rename_column({taken[0]!r}, ...), or drop them: "
-            f"dataset.remove_columns({taken})."
+            f"Rename them: dataset.rename_column({taken[0]!r}, ...), or drop them: dataset.remove_columns({taken})."
         )
 
 
