@@ -485,13 +485,13 @@ def write_result(
     write_whole(folder / SELECTED_JSON, lambda path: write_original(selected, path, names, where_free=True))
     pictures = {f"{PLOTS_FOLDER}/{n}" if n.endswith(".png") else n: content for n, content in extra.pictures.items()}
     texts = {README_FILE: README, SUMMARY_FILE: report.to_markdown(), REPORT_FILE: report.to_json()}
+    for name, table in extra.tables.items():
+        write_table(table, folder / name, names)
+    extra.clusters.save_pretrained(folder)
     written: dict[str, str | bytes] = {**pictures, **texts}
     for name, content in written.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_content(folder / name, content)
-    for name, table in extra.tables.items():
-        write_table(table, folder / name, names)
-    extra.clusters.save_pretrained(folder)
     files = (SCORED_TABLE, SELECTED_TABLE, SELECTED_JSON, *CLUSTER_MODEL_FILES, *pictures, *extra.tables, *texts)
     columns = {"selected": folder / SELECTED_TABLE, "scored": folder / SCORED_TABLE}
     receipt = extra.receipt.sealed(

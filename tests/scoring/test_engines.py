@@ -74,8 +74,9 @@ def test_the_command_times_the_engine_that_it_is_given(
     tiny_iqs: str, tiny_engine: str, pairs: Dataset, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed = []
+    estimate = engines.Estimate(rows=6, sample=6, seconds=1.0, tokens=None, waste=None, device="cpu")
     monkeypatch.setattr(
-        engines, "estimate_scoring", lambda dataset, scorer, rows: timed.append(scorer.engine) or "a line"
+        engines, "estimate_scoring", lambda dataset, scorer, rows: timed.append(scorer.engine) or estimate
     )
     pairs.to_json(str(tmp_path / "rows.jsonl"))
     options = ["--scorer", tiny_iqs, "--engine", tiny_engine, "--no-embeddings"]
