@@ -198,8 +198,8 @@ def _expect(model_id: str, digest: str, revision: str | None) -> str:
     """Return the digest of a folder; raise ValueError if another one was asked for."""
     if revision is not None and revision != digest:
         raise ValueError(
-            f"model_id={model_id!r} has the digest {digest}, not revision={revision!r}. Pass the folder that "
-            "has it, or leave revision out to accept this folder as it is."
+            f"model_id={model_id!r} has the digest {digest}, not revision={revision!r}. Leave revision out to accept "
+            "this folder as it is, or pass the folder that has it."
         )
     return digest
 

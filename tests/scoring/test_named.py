@@ -202,12 +202,22 @@ def test_the_column_follows_the_kind_unless_it_is_named() -> None:
         ({"template": "clean-1"}, "Leave template out"),
         ({"dtype": "float8"}, "Choose float32, bfloat16 or float16"),
         ({"scorer": "ifd:"}, "names no model; write ifd:MODEL"),
+        ({"scorer": "rwd:m"}, r"has the kind 'rwd'; write one of \['iqs', 'reward', 'ifd', 'perplexity'\]"),
         ({"scorer": "ifd:m,labels=a"}, r"has the option 'labels'; .* takes \['max_tokens'\]"),
     ],
 )
 def test_options_that_another_kind_lacks_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         curate("nowhere.json", **{"scorer": "ifd:m", **settings})
+
+
+def test_a_model_of_another_class_is_refused_with_the_kinds_that_fit(language_models: dict[str, str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"class AutoModelForSequenceClassification.* ifd:MODEL or perplexity:MODEL for a causal"
+    ):
+        list(short_rows().map(find_scorer(f"reward:{language_models['gpt2']},labels=LABEL_1"), batched=True))
+    with pytest.raises(ValueError, match=r"is of the kind 'ifd'.* Pass 'elsewhere'"):
+        moved("perplexity:lm", "ifd:elsewhere")
 
 
 def test_a_taken_column_of_the_kind_is_refused_before_a_model_is_loaded() -> None:
