@@ -102,7 +102,9 @@ def export_selection(
     folder = user_path(folder)
     target = _target(folder, trainer, output, overwrite)
     info = target.parent / INFO_FILE if trainer == "llama-factory" else None
-    known = {} if info is None else _known_datasets(info)
+    # The name of the dataset for LLaMA-Factory, which has no other use.
+    name = re.sub(r"\W+", "_", target.stem if target.stem != "train" else folder.resolve().name)
+    known = {} if info is None else _known_datasets(info, name, target)
     source = open_selected(folder, trainer)
     layout = _LAYOUTS[trainer](source, target)
     made = not target.parent.exists()
@@ -115,7 +117,6 @@ def export_selection(
         raise
     stanza, step = layout.stanza, layout.next_step
     if info is not None:
-        name = re.sub(r"\W+", "_", target.stem if target.stem != "train" else folder.resolve().name)
         entry, step = {name: json.loads(stanza)}, step.replace("NAME", name)
         stanza = json.dumps(entry, indent=2, ensure_ascii=False)
         write_content(info, json.dumps({**known, **entry}, indent=2, ensure_ascii=False) + "\n")
@@ -143,13 +144,19 @@ def _target(folder: Path, trainer: str, output: str | os.PathLike[str] | None, o
     return target
 
 
-def _known_datasets(path: Path) -> dict[str, Any]:
-    """Return the entries of LLaMA-Factory's file in the folder, which are kept."""
+def _known_datasets(path: Path, name: str, target: Path) -> dict[str, Any]:
+    """Return the entries of LLaMA-Factory's file in the folder, which are kept; refuse a name of another dataset."""
     if not path.exists():
         return {}
     known = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(known, dict):
         raise ValueError(f"{path} is not a JSON object of datasets; mend it, or name another folder (--output).")
+    taken = known.get(name)
+    if taken is not None and not (isinstance(taken, dict) and taken.get("file_name") == target.name):
+        raise ValueError(
+            f"{path} has another dataset of the name {name!r}, which would be replaced; name a file of another name "
+            f"(--output {target.with_name(f'{name}-2.jsonl')}), or another folder."
+        )
     return known
 
 
