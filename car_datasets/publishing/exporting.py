@@ -102,6 +102,7 @@ def export_selection(
     folder = user_path(folder)
     target = _target(folder, trainer, output, overwrite)
     info = target.parent / INFO_FILE if trainer == "llama-factory" else None
+    # The name of the dataset for LLaMA-Factory, which has no other use.
     name = re.sub(r"\W+", "_", target.stem if target.stem != "train" else folder.resolve().name)
     known = {} if info is None else _known_datasets(info, name, target)
     source = open_selected(folder, trainer)

@@ -8,7 +8,7 @@ Does not: know the file or the configuration of a trainer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from car_datasets.loading.values import as_json, carried
 from car_datasets.receipt import Receipt
 from car_datasets.recipe import column_names_in
 from car_datasets.results import read_tables
+from car_datasets.scoring.named import ScorerName
 from car_datasets.selection.rule import SELECTION_COLUMNS
 from car_datasets.utils.column_names import ColumnNames
 
@@ -155,11 +156,19 @@ def _added(receipt: Receipt, names: ColumnNames, scored: Dataset) -> set[str]:
     """Return the names of the columns that are not the source's."""
     added = {names.score, names.within, names.cluster, names.embedding, names.language}
     added |= {*names.diagnostics, *names.marks, *SELECTION_COLUMNS}
+    added.update(ScorerName.of_record(receipt.scorer).further_columns(names.score))
     # An index of another name than ours is the source's own, unless it counts the rows.
     if names.index == ColumnNames.index or scored[names.index][:] == list(range(len(scored))):
         added.add(names.index)
     grouped = [str(receipt.recipe.get(setting)).partition("=")[0] for setting in ("within", "balance", "quota")]
-    return added | {name for name in (ColumnNames.kind, LANGUAGE_COLUMN) if name in grouped}
+    found = {name for name in (ColumnNames.kind, LANGUAGE_COLUMN) if name in grouped and name in scored.column_names}
+    return added | {name for name in found if not _is_own(name, scored.column_names, added | found, names.index)}
+
+
+def _is_own(name: str, columns: Sequence[str], added: Collection[str], index: str) -> bool:
+    """Return True if a column of languages or kinds is the source's, of which the columns come before all of ours."""
+    after = columns[columns.index(name) + 1 :]
+    return (index in added and index in after) or any(other not in added for other in after)
 
 
 def _looked_through(source: Selected) -> Selected:

@@ -272,6 +272,35 @@ def test_an_index_of_the_source_is_its_own_column(result_of: Any) -> None:
     assert [row["id"] for row in lines(export_selection(folder, "trl").file)] == ["b7", "a3"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "scorer", "own"),
+    [
+        (
+            {"kind": "poem"},
+            {},
+            {},
+            {"kind": "poem"},
+        ),  # grouped by, but the source's: it comes before the columns of ours
+        ({}, {"kind": "poem"}, {}, {}),
+        ({}, {"ifd": 0.5}, {"kind": "ifd"}, {}),  # the number that a scorer of this kind adds next to its score
+    ],
+)
+def test_no_column_of_ours_is_taken_for_the_source_s(
+    before: dict[str, str], after: dict[str, Any], scorer: dict[str, str], own: dict[str, str], result_of: Any
+) -> None:
+    folder = result_of(ALPACA)
+    receipt = Receipt.read(folder)
+    score = "ifd_score" if scorer else "iqs_score"
+    settings = {**receipt.recipe, "balance": "kind", "score_column": score}
+    (folder / "receipt.json").write_text(
+        replace(receipt, recipe=settings, scorer={**receipt.scorer, **scorer}).to_json()
+    )
+    rows = [{**row, **before, "source_index": i, **after, score: 0.5} for i, row in enumerate(ALPACA)]
+    for name in (SELECTED_TABLE, SCORED_TABLE):
+        dataset_from_rows(rows).to_parquet(folder / name)
+    assert lines(export_selection(folder, "llama-factory").file) == [{**row, **own} for row in ALPACA]
+
+
 # --- refusals
 
 
@@ -326,6 +355,8 @@ def test_nothing_is_overwritten_and_other_datasets_stay(result_of: Any, tmp_path
     with pytest.raises(ValueError, match=r"another dataset of the name 'rows'.*--output .*rows-2\.jsonl"):
         export_selection(folder, "llama-factory", place, overwrite=True)
     assert json.loads((place / INFO_FILE).read_text()) == known
+    export_selection(folder, "llama-factory", place / "rows-2.jsonl")
+    assert list(json.loads((place / INFO_FILE).read_text())) == ["rows", "rows_2"]
     for trainer, output, message in (
         ("unsloth", None, "choose one of trl, llama-factory, axolotl, openai, alpaca"),
         ("trl", place / "rows.json", r"reads \.jsonl files"),
