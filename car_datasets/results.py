@@ -183,8 +183,7 @@ def read_tables(folder: Path) -> tuple[Dataset, Dataset]:
     """
     for name in (SCORED_TABLE, SELECTED_TABLE):
         if not (folder / name).is_file():
-            mend = "name a folder on this machine that `car-datasets curate` wrote, and not a repository on the Hub"
-            raise ValueError(f"{str(folder)!r} holds no {name}; {mend}.")
+            raise ValueError(f"'{folder}' holds no {name}; name a folder that `car-datasets curate` wrote, no Hub id.")
     return _read_table(folder / SELECTED_TABLE), _read_table(folder / SCORED_TABLE)
 
 
