@@ -28,7 +28,7 @@ from car_datasets.selection.marks.exclusions import KEEP, pinned_values
 from car_datasets.selection.strata import parse_quota, read_strata, refuse_unknown_values
 from car_datasets.stages import Pipeline, embedder_of, joined_from_main, run_stage, shard_folder, with_new_columns
 from car_datasets.utils.column_names import ColumnNames
-from car_datasets.utils.columns import join_columns, read_numbers, refuse_no_embeddings
+from car_datasets.utils.columns import embedding_batches, join_columns, read_numbers, refuse_no_embeddings
 from car_datasets.utils.processes import from_main
 
 if TYPE_CHECKING:
@@ -231,10 +231,11 @@ def ready_to_select(recipe: Recipe, pool: Dataset, token: str | None = None) -> 
 
 
 def _refuse_other_embedder(pool: Dataset, embedder: TextEmbedder) -> None:
-    """Raise ValueError if some rows, embedded again, do not have the embeddings of their column."""
+    """Raise ValueError if the first rows that have an embedding do not have the same when they are embedded again."""
     column = embedder.output_column
     refuse_no_embeddings(pool.column_names, column)
-    some = pool.select(range(min(len(pool), SAMPLED)))
+    _, embedded = next(embedding_batches(pool, column))
+    some = pool.select(embedded[:SAMPLED].tolist())
     again = add_columns(some.remove_columns(column), embedder, "Embedding rows of the pool again")
     for wanted, seen in zip(some.with_format(None)[column][:], again.with_format(None)[column][:], strict=True):
         if wanted is None or seen is None:

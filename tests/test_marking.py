@@ -201,7 +201,7 @@ def test_examples_are_embedded_by_the_model_of_the_pool(
     changed = ready.changed(columns=columns, like=str(tmp_path / "like.jsonl"))
     assert ready_to_select(changed, scored.rename_columns(named))["like_rank"][:] == ranks
     vectors = np.random.default_rng(0).normal(size=(len(scored), 32)).astype(np.float32)
-    other = scored.remove_columns("embedding").add_column("embedding", vectors.tolist())
+    other = scored.remove_columns("embedding").add_column("embedding", [None] * 4 + vectors.tolist()[4:])
     with pytest.raises(ValueError, match=f"not those that {tiny_embedder} gives"):
         ready_to_select(ready, other)
 

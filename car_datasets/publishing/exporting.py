@@ -273,7 +273,7 @@ def _llama_factory(source: Selected, target: Path) -> _Layout:
         columns = {key: column for key, column in named.items() if column is not None}
 
         def record(row: TrainingRow) -> dict[str, Any]:
-            _no_mark(row, source)
+            _refuse_unweighted(row, source)
             texts = {column: row.values[column] for column in columns.values()}
             return {**texts, **{column: tools_text(row, source) for column in tools.values()}}
 
@@ -324,14 +324,14 @@ def _alpaca(source: Selected, target: Path) -> _Layout:
     schema = source.schema
 
     def record(row: TrainingRow) -> dict[str, Any]:
-        _no_mark(row, source)
+        _refuse_unweighted(row, source)
         if tools_of(row, source):
             raise Unfit("define tools")
         if row.turns[0].kind == "system":
             raise Unfit("have a system prompt")
         if [turn.kind for turn in row.turns] != ["user", "assistant"]:
             raise Unfit("have other turns than one question and one answer")
-        if any(map(calls_of, row.messages, [schema] * len(row.messages))):
+        if any(calls_of(message, schema) for message in row.messages):
             raise Unfit("call tools")
         if source.plain:
             asked, answer = (row.values[name] for name in schema.required)
@@ -352,7 +352,8 @@ def _alpaca(source: Selected, target: Path) -> _Layout:
     )
 
 
-def _no_mark(row: TrainingRow, source: Selected) -> None:
+def _refuse_unweighted(row: TrainingRow, source: Selected) -> None:
+    """Raise `Unfit` if an answer of the row has weight 0 and the format has no mark for that."""
     if not all(turn.scored for turn in row.turns):
         unweighted(source.trainer)
 

@@ -149,7 +149,7 @@ def open_selected(folder: Path, trainer: str) -> Selected:
     names = column_names_in(receipt.recipe)
     own = [name for name in selected.column_names if name not in _added(receipt, names, scored)]
     rows = carried(selected.select_columns(list(dict.fromkeys([*own, names.index]))).with_format(None))
-    return _looked_through(Selected(rows, schema, names.index, own, trainer))
+    return _surveyed(Selected(rows, schema, names.index, own, trainer))
 
 
 def _added(receipt: Receipt, names: ColumnNames, scored: Dataset) -> set[str]:
@@ -171,8 +171,8 @@ def _is_own(name: str, columns: Sequence[str], added: Collection[str], index: st
     return (index in added and index in after) or any(other not in added for other in after)
 
 
-def _looked_through(source: Selected) -> Selected:
-    """Return the selection with what its rows have."""
+def _surveyed(source: Selected) -> Selected:
+    """Return the selection with the fields that only a look at all rows tells."""
     schema, keys = source.schema, dict[str, None]()
     single = plain = schema.turns is None
     calls = unscored = False

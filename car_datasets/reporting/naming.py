@@ -130,10 +130,10 @@ def words_of(text: str) -> set[str]:
             elif found["katakana"]:
                 words.add(found[0])
         words.add(run[place:])
-    return {word for word in words if _counts(word)}
+    return {word for word in words if _may_be_keyword(word)}
 
 
-def _counts(word: str) -> bool:
+def _may_be_keyword(word: str) -> bool:
     """Return True for a word of a length that can tell something; scripts without case have shorter words."""
     return (SHORTEST if word.upper() != word.lower() else 2) <= len(word) <= LONGEST
 

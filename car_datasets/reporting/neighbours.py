@@ -89,7 +89,7 @@ def nearest_rows(overview: Overview, rows: Indices, count: int) -> tuple[list[li
     of_cluster, of_selection = Nearest.none(len(rows)), Nearest.none(len(rows))
     vectors, present = overview.embeddings_of(rows)
     if len(present) == 0:
-        return _named(overview, of_cluster), _named(overview, of_selection)
+        return _as_neighbours(overview, of_cluster), _as_neighbours(overview, of_selection)
     # One row per question; those without an embedding stay zero.
     asked = np.zeros((len(rows), vectors.shape[1]), dtype=np.float32)
     asked[present] = unit_rows(vectors)
@@ -109,9 +109,9 @@ def nearest_rows(overview: Overview, rows: Indices, count: int) -> tuple[list[li
         of_selection = of_selection.updated(similar, positions[chosen], 1)
     named: list[list[Neighbour]] = [[] for _ in rows]
     for label, group in groups.items():
-        for place, found in zip(group.tolist(), _named(overview, parts[label]), strict=True):
+        for place, found in zip(group.tolist(), _as_neighbours(overview, parts[label]), strict=True):
             named[place] = found
-    return named, _named(overview, of_selection)
+    return named, _as_neighbours(overview, of_selection)
 
 
 def _by_cluster(overview: Overview, rows: Indices, known: Indices) -> dict[int, Indices]:
@@ -128,7 +128,7 @@ def _others(asked: Matrix, unit: Matrix, rows: Indices, positions: Indices) -> M
     return cosines
 
 
-def _named(overview: Overview, nearest: Nearest) -> list[list[Neighbour]]:
+def _as_neighbours(overview: Overview, nearest: Nearest) -> list[list[Neighbour]]:
     """Return the rows that were found as [`Neighbour`]s, without those that are not allowed."""
     return [
         [

@@ -140,7 +140,7 @@ class Signatures:
         return np.asarray(equal & (self.weight[0][one] >= 0) & (self.weight[0][other] >= 0), dtype=bool)
 
     def _keep_the_question(self, one: Any, other: Any) -> npt.NDArray[np.bool_]:
-        """Return False where a word of the prompt is in the place of another word, and the answers are not long."""
+        """Return False where another word replaces one of the prompt, and the answers are not long."""
         ours, theirs = self.content[0][one], self.content[0][other]
         shared = ours & theirs
         (known, hardly), (known_there, hardly_there) = (
