@@ -202,7 +202,7 @@ def test_the_column_follows_the_kind_unless_it_is_named() -> None:
         ({"template": "clean-1"}, "Leave template out"),
         ({"dtype": "float8"}, "Choose float32, bfloat16 or float16"),
         ({"scorer": "ifd:"}, "names no model; write ifd:MODEL"),
-        ({"scorer": "rwd:m"}, r"has the kind 'rwd'; write one of \['iqs', 'reward', 'ifd', 'perplexity'\]"),
+        ({"scorer": "rwd:m"}, r"has the kind 'rwd'; write one of \['iqs', 'reward', 'ifd', 'perplexity', 'judge'\]"),
         ({"scorer": "ifd:m,labels=a"}, r"has the option 'labels'; .* takes \['max_tokens'\]"),
     ],
 )
