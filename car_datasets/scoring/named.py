@@ -169,7 +169,7 @@ def moved(name: str, place: str) -> str:
     if new.kind not in (IQS, old.kind) or new.options not in ((), old.options):
         raise ValueError(
             f"scorer={place!r} is of another kind, or has other options, than {name!r}, by which the rows were scored. "
-            "Pass the folder of the model alone."
+            f"Pass the model alone, {new.model!r}."
         )
     return str(old._replace(model=new.model))
 

@@ -216,7 +216,7 @@ def test_a_model_of_another_class_is_refused_with_the_kinds_that_fit(language_mo
         ValueError, match=r"class AutoModelForSequenceClassification.* ifd:MODEL or perplexity:MODEL for a causal"
     ):
         list(short_rows().map(find_scorer(f"reward:{language_models['gpt2']},labels=LABEL_1"), batched=True))
-    with pytest.raises(ValueError, match=r"is of the kind 'ifd'.* Pass 'elsewhere'"):
+    with pytest.raises(ValueError, match=r"'ifd:elsewhere' is of another kind.* Pass the model alone, 'elsewhere'"):
         moved("perplexity:lm", "ifd:elsewhere")
 
 
