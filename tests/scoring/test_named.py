@@ -59,7 +59,7 @@ def test_a_moved_model_keeps_its_kind_and_options() -> None:
     for place in ("here", "reward:here", "reward:here,labels=good"):
         assert moved(name, place) == "reward:here,labels=good"
     for place in ("ifd:here", "reward:here,labels=bad"):
-        with pytest.raises(ValueError, match="Pass the folder of the model alone"):
+        with pytest.raises(ValueError, match="Pass the model alone"):
             moved(name, place)
 
 
