@@ -159,23 +159,23 @@ class Folder:
     def probe(self) -> None:
         """Raise ValueError if nothing can be written to it, and leave no trace."""
         name = f".{uuid.uuid4().hex}"
-        made = []
-        if self.local is not None:
-            made = [folder for folder in (self.local, *self.local.parents) if not folder.exists()]
         try:
-            self.make()
-            self.write(name, b"")
-            self.remove(name)
+            if self.local is None:
+                self.make()
+                self.write(name, b"")
+                self.remove(name)
+            else:
+                # In the nearest folder that exists: of processes that start together, one that made and removed the
+                # folder could take it away from another.
+                place = next(folder for folder in (self.local, *self.local.parents) if folder.exists())
+                write_content(place / name, b"")
+                (place / name).unlink()
         # Each filesystem behind fsspec has errors of its own, for missing keys, say.
         except Exception as error:
             raise ValueError(
                 f"shard_dir={self.location!r}: nothing can be written there ({error or type(error).__name__}). Name "
                 "another folder or URL, or mend this one."
             ) from error
-        finally:
-            for folder in made:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
 
     def names(self) -> set[str]:
         """Return the names of the files in it; an empty set if it does not exist."""

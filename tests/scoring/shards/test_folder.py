@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from car_datasets import QualityScorer, TextEmbedder, score_in_shards
 from car_datasets.scoring.shards.folder import describe_run, differences, read_part, run_id
+from car_datasets.scoring.shards.storage import check_shards
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,15 @@ def test_a_part_whose_metadata_nobody_wrote_is_no_part(metadata: dict[bytes, byt
     read = read_part(tmp_path / "part.arrow")
     # Without a fingerprint it is a part of no run; with broken metadata, a message says so.
     assert isinstance(read, str) or read[1] == "None"
+
+
+def test_a_place_is_probed_without_a_folder_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of a launcher that start together probe one new place, so none may make or remove a part of it."""
+    made: list[object] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.mkdir", lambda path, *_, **__: made.append(path))
+        check_shards(tmp_path / "new" / "shards")
+    assert made == [] and list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="nothing can be written there"):
+        check_shards(tmp_path / "file" / "shards")
