@@ -225,10 +225,13 @@ def cross_validate(settings: HeadTraining, material: Material) -> dict[str, dict
 
 def over_runs(values: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     """Return mean, sample standard deviation and number of the values of each figure."""
-    return {
-        name: {"mean": float(np.mean(v)), "deviation": float(np.std(v, ddof=1)), "runs": len(v)}
-        for name, v in values.items()
-    }
+    return {name: {**_mean_and_deviation(of), "runs": len(of)} for name, of in values.items()}
+
+
+def _mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
+    # ddof=1: the runs are a sample of all runs.
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "deviation": deviation}
 
 
 def fit_and_write(
@@ -429,9 +432,7 @@ def over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, float]]
         figures |= {kind: row["shift"] for kind, row in evaluation.styles.items()}
         for name, figure in figures.items():
             values.setdefault(name, []).append(figure["value"])
-    # ddof=1: the seeds are a sample of all seeds.
-    spread = {name: float(np.std(list_, ddof=1)) if len(list_) > 1 else 0.0 for name, list_ in values.items()}
-    return {name: {"mean": float(np.mean(list_)), "deviation": spread[name]} for name, list_ in values.items()}
+    return {name: _mean_and_deviation(of) for name, of in values.items()}
 
 
 def save_head(folder: Path, config: IQSConfig, head: nn.Module) -> None:

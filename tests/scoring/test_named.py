@@ -30,7 +30,7 @@ from car_datasets.publishing.card import Target, render_section
 from car_datasets.publishing.rescoring import Difference, Rescoring
 from car_datasets.scoring.named import SCORERS, find_scorer, moved, read_name, settings_of
 from tests.conftest import WORDS
-from tests.scoring.tiny_models import save_classifier
+from tests.scoring.tiny_models import rated_rows, save_classifier
 from tests.test_recipe import short_rows
 from tests.workers import at_home, run_ranks, start
 
@@ -67,18 +67,7 @@ def test_several_are_compared_in_the_same_tables(
     tiny_iqs: str, classifiers: dict[str, str], language_models: dict[str, str], tmp_path: Path
 ) -> None:
     ratings = tmp_path / "ratings.jsonl"
-    rows = [
-        {
-            "instruction": f"Name the colour {i}",
-            "input": "",
-            "output": "It is " + "blue " * (1 + i % 4),
-            "soundness": 2 + 7 * (i % 2),
-            "worth": 1 + i % 9,
-            "fault": "none" if i % 2 else "wrong",
-        }
-        for i in range(24)
-    ]
-    ratings.write_text("\n".join(map(json.dumps, rows)))
+    ratings.write_text("\n".join(map(json.dumps, rated_rows(24))))
     names = [tiny_iqs, f"reward:{classifiers['bert']}", f"ifd:{language_models['gpt2']}"]
     options = ["--ratings", str(ratings), "--samples", "5", "--json", str(tmp_path / "figures.json")]
     done = CliRunner().invoke(app, ["evaluate", *names, *options])

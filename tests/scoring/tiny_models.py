@@ -15,6 +15,21 @@ TEMPLATE = (
 )
 
 
+def rated_rows(count: int) -> list[dict[str, Any]]:
+    """Return rows in words that the models know, with ratings of soundness and worth and a fault."""
+    return [
+        {
+            "instruction": f"Name the colour {i}",
+            "input": "",
+            "output": "It is" + " blue" * (1 + i % 4),
+            "soundness": 2 + 7 * (i % 2),
+            "worth": 1 + i % 9,
+            "fault": "none" if i % 2 else "wrong",
+        }
+        for i in range(count)
+    ]
+
+
 def save_words(folder: str, kind: str, template: str | None = None) -> None:
     """Save a tokenizer with special tokens as a kind of model has them: `"bert"`, `"roberta"` or `"llama"`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

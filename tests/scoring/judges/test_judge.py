@@ -25,6 +25,7 @@ from car_datasets.scoring.judges import endpoint as endpoint_module
 from car_datasets.scoring.judges import judge as judge_module
 from car_datasets.scoring.stage import Stage, add_columns
 from tests.judge_server import ANSWER, KEY, MODEL, PROMPT, JudgeServer, error, judge_server, rating
+from tests.scoring.tiny_models import rated_rows
 from tests.workers import WORKERS
 
 COLUMNS = [
@@ -405,17 +406,7 @@ def test_two_processes_that_are_killed_at_any_time_share_a_cap(server: JudgeServ
 def test_a_judge_is_compared_with_other_scorers_within_its_cap(
     server: JudgeServer, tiny_iqs: str, tmp_path: Path
 ) -> None:
-    rated = [
-        {
-            "instruction": f"Name the colour {i}",
-            "input": "",
-            "output": "It is" + " blue" * (1 + i % 4),
-            "soundness": 2 + 7 * (i % 2),
-            "worth": 1 + i % 9,
-            "fault": "none" if i % 2 else "wrong",
-        }
-        for i in range(20)
-    ]
+    rated = rated_rows(20)
     (tmp_path / "rated.jsonl").write_text("\n".join(map(json.dumps, rated)))
     (tmp_path / "pairs.jsonl").write_text(
         json.dumps({"prompt": "Name a tide.", "chosen": "It is the spring tide.", "rejected": "No."})
